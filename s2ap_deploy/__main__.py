@@ -1,0 +1,22 @@
+"""``python -m s2ap_deploy``, and what the installed command calls. Imports nothing before it is guarded."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """The command line; an installation that cannot even be imported is unforeseen, not a failed gate."""
+    try:
+        from s2ap_deploy.cli.main import main as command_line
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BaseException as error:
+        sys.stderr.write(f"error: s2ap-deploy cannot start: {type(error).__name__}: {error}\n")
+        sys.exit(70)
+    command_line()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Attacks on held-out images, what they show, and the verdict drawn from it."""

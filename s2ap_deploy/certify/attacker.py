@@ -1,0 +1,79 @@
+"""One unit of work: one attack on what still stands of one block of samples."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from s2ap_deploy.certify import attacks
+from s2ap_deploy.certify.judge import Judge
+from s2ap_deploy.spec import ThreatModel
+
+
+@dataclass(frozen=True)
+class Unit:
+    """``attack`` on the samples ``indices`` of block ``block``, with its own random stream."""
+
+    block: int
+    attack: str
+    seed: int
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class UnitResult:
+    """What a unit broke: ``points`` [len(broken), C, H, W] float32 and their ``predictions``.
+
+    NumPy and plain values only, because results travel between processes.
+    """
+
+    unit: Unit
+    broken: tuple[int, ...]
+    predictions: tuple[int, ...]
+    points: npt.NDArray[np.float32]
+    seconds: float
+    zero_gradient: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Attacker:
+    """All that a unit needs beside its own indices. ``images`` [n, C, H, W] and ``labels`` [n] on the CPU."""
+
+    judge: Judge
+    images: Tensor
+    labels: Tensor
+    threat: ThreatModel
+    num_classes: int
+    device: torch.device
+
+    def run(self, unit: Unit) -> UnitResult:
+        """Attack the unit's samples from their clean images. Raises CheckpointError for non-finite logits."""
+        started = time.monotonic()
+        chosen = torch.tensor(unit.indices)
+        clean = self.images[chosen].to(self.device)
+        labels = self.labels[chosen].to(self.device)
+        warnings = attacks.WarningCount()
+        attack = attacks.build(
+            unit.attack,
+            self.judge,
+            self.threat,
+            num_classes=self.num_classes,
+            seed=unit.seed,
+            device=self.device,
+            warnings=warnings,
+        )
+        attacked = attack.perturb(clean.clone(), labels.clone())
+        broken, points, predictions = self.judge.confirm(clean, attacked, labels, self.threat)
+        return UnitResult(
+            unit=unit,
+            broken=tuple(chosen[broken.cpu()].tolist()),
+            predictions=tuple(predictions[broken].tolist()),
+            points=points[broken].cpu().numpy(),
+            seconds=time.monotonic() - started,
+            zero_gradient=warnings.count > 0,
+        )

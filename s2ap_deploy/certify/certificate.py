@@ -1,0 +1,278 @@
+"""The certificate: what an attack showed about one model, on which samples, and how. No torch.
+
+It is a record of an evaluation, not a proof: attacks give an upper bound on robust accuracy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from s2ap_deploy import files
+from s2ap_deploy.certify.statistics import clopper_pearson
+from s2ap_deploy.errors import InputError
+from s2ap_deploy.spec import Frozen, ThreatModel
+
+SCHEMA_VERSION: Final = 1
+KIND: Final = "s2ap-deploy attack certificate"
+WORDS = {
+    "standard": "robust accuracy under AutoAttack (upper bound)",
+    "aa-adapted": "robust accuracy under AutoAttack adapted to few classes (upper bound)",
+}
+Flag = Literal["randomised", "not_logits", "zero_gradient", "square_improves", "adapted_protocol"]
+
+
+class Share(Frozen):
+    """``k`` of ``n`` samples, with the exact two-sided interval for the share they were drawn from."""
+
+    k: int = Field(ge=0)
+    n: int = Field(ge=1)
+    value: float
+    interval: tuple[float, float]
+    level: float = 0.95
+    method: Literal["Clopper-Pearson"] = "Clopper-Pearson"
+
+    @classmethod
+    def of(cls, k: int, n: int, level: float = 0.95) -> Share:
+        return cls(k=k, n=n, value=k / n, interval=clopper_pearson(k, n, level), level=level)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        low, high = self.interval
+        if not (self.value == self.k / self.n and 0.0 <= low <= self.value <= high <= 1.0):
+            raise ValueError(f"value and interval do not follow from {self.k} of {self.n}")
+        return self
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.1%} [{low:.1%}, {high:.1%}]"
+
+
+class Subject(Frozen):
+    """The model that was attacked. ``sparsity`` is the share of zeros among its prunable weights."""
+
+    arch: str
+    num_classes: int = Field(ge=2)
+    weights_sha256: str
+    checkpoint_sha256: str | None = None
+    sparsity: float | None = None
+
+
+class AttackRow(Frozen):
+    """One attack over all samples; ``seconds`` are summed over worker processes."""
+
+    name: str
+    n_in: int
+    n_broken: int
+    seconds: float
+
+
+class ClassRow(Frozen):
+    """One class: samples, those classified correctly, and those that no attack broke."""
+
+    label: int
+    name: str | None
+    n: int
+    clean: int
+    robust: int
+
+
+class Sample(Frozen):
+    """One sample; ``broken_by`` is None, "clean" or the name of the attack that broke it."""
+
+    id: str
+    label: int
+    clean_prediction: int
+    adversarial_prediction: int
+    broken_by: str | None
+
+
+class PointsFile(Frozen):
+    """The file that holds the attacked points, beside the certificate."""
+
+    name: str
+    sha256: str
+
+
+class Certificate(Frozen):
+    """Everything needed to judge the result, to repeat it, and to compare it with another model's.
+
+    Loading checks that every count and hash that follows from the samples does follow from them.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["s2ap-deploy attack certificate"] = KIND
+    formal_guarantee: Literal[False] = False
+    statement: str
+    protocol: Literal["standard", "aa-adapted"]
+    threat: ThreatModel
+    data: str
+    split: str
+    n: int = Field(ge=1)
+    sample_ids_sha256: str
+    samples: tuple[Sample, ...]
+    attack_seed: int
+    sample_seed: int | None
+    block_size: int
+    subject: Subject
+    clean: Share
+    robust: Share
+    per_class: tuple[ClassRow, ...]
+    attacks: tuple[AttackRow, ...]
+    flags: tuple[Flag, ...]
+    points: PointsFile | None
+    versions: dict[str, str]
+    environment: dict[str, str | int | bool]
+    seconds: float
+
+    @model_validator(mode="after")
+    def _follows_from_samples(self) -> Self:
+        clean, robust = _correct(self.samples), _standing(self.samples)
+        classes = {row.label: (row.n, row.clean, row.robust) for row in self.per_class}
+        counted = {row.label: (row.n, row.clean, row.robust) for row in _per_class(self.samples, {})}
+        named = {"clean", *(row.name for row in self.attacks), None}
+        facts = {
+            "n": self.n == len(self.samples) == self.clean.n == self.robust.n,
+            "sample_ids_sha256": self.sample_ids_sha256 == ids_sha256([sample.id for sample in self.samples]),
+            "samples (an id occurs twice)": len({sample.id for sample in self.samples}) == len(self.samples),
+            "samples (broken_by)": all(
+                sample.broken_by in named
+                and (sample.broken_by == "clean") == (sample.clean_prediction != sample.label)
+                and (sample.broken_by is None) == (sample.adversarial_prediction == sample.label)
+                for sample in self.samples
+            ),
+            "clean": self.clean.k == clean,
+            "robust": self.robust.k == robust,
+            "per_class": classes == counted,
+        }
+        wrong = [name for name, holds in facts.items() if not holds]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} does not follow from the samples")
+        return self
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the file that :meth:`save` writes."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+    def text(self) -> str:
+        """Canonical JSON: equal certificates have equal bytes."""
+        return files.canonical_json(self.model_dump(mode="json"))
+
+    def save(self, path: Path) -> None:
+        """Write canonical JSON atomically. Raises StorageError."""
+        files.write_text(path, self.text())
+
+    @classmethod
+    def load(cls, path: Path) -> Certificate:
+        """Read and check a certificate.
+
+        Raises StorageError when it cannot be read and InputError when it is not a certificate, is of
+        another schema version, or contradicts itself.
+        """
+        try:
+            content: Any = json.loads(files.read_bytes(path))
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON: {error}") from None
+        if not isinstance(content, dict) or content.get("kind") != KIND:
+            raise InputError(f"{path} is not an attack certificate", hint="make one: s2ap-deploy certify")
+        version = content.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise InputError(
+                f"{path} has schema_version {version!r}; this version of s2ap-deploy reads {SCHEMA_VERSION}",
+                hint="certify again, or use the version of s2ap-deploy that wrote it",
+            )
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the certificate"
+            raise InputError(f"{path}: {where}: {first['msg']}", hint="certify again") from None
+
+
+def issue(
+    *,
+    subject: Subject,
+    threat: ThreatModel,
+    data: str,
+    split: str,
+    sample_ids: Sequence[str],
+    labels: Sequence[int],
+    class_names: Sequence[str],
+    clean_prediction: Sequence[int],
+    adversarial_prediction: Sequence[int],
+    broken_by: Sequence[str | None],
+    attacks: Sequence[AttackRow],
+    protocol: str,
+    flags: Sequence[str],
+    attack_seed: int,
+    sample_seed: int | None,
+    block_size: int,
+    points: PointsFile | None,
+    versions: dict[str, str],
+    environment: dict[str, str | int | bool],
+    seconds: float,
+) -> Certificate:
+    """A certificate from what a complete attack found for each sample; sequences are in sample order."""
+    rows = zip(sample_ids, labels, clean_prediction, adversarial_prediction, broken_by, strict=True)
+    samples = tuple(
+        Sample(id=name, label=label, clean_prediction=clean, adversarial_prediction=attacked, broken_by=by)
+        for name, label, clean, attacked, by in rows
+    )
+    n = len(samples)
+    return Certificate.model_validate(
+        {
+            "statement": WORDS[protocol],
+            "protocol": protocol,
+            "threat": threat,
+            "data": data,
+            "split": split,
+            "n": n,
+            "sample_ids_sha256": ids_sha256(sample_ids),
+            "samples": samples,
+            "attack_seed": attack_seed,
+            "sample_seed": sample_seed,
+            "block_size": block_size,
+            "subject": subject,
+            "clean": Share.of(_correct(samples), n),
+            "robust": Share.of(_standing(samples), n),
+            "per_class": _per_class(samples, dict(enumerate(class_names))),
+            "attacks": tuple(attacks),
+            "flags": tuple(flags),
+            "points": points,
+            "versions": versions,
+            "environment": environment,
+            "seconds": seconds,
+        }
+    )
+
+
+def ids_sha256(sample_ids: Sequence[str]) -> str:
+    """Hash of the sample ids in their order."""
+    return hashlib.sha256(json.dumps(list(sample_ids), ensure_ascii=False).encode()).hexdigest()
+
+
+def _correct(samples: Sequence[Sample]) -> int:
+    return sum(sample.clean_prediction == sample.label for sample in samples)
+
+
+def _standing(samples: Sequence[Sample]) -> int:
+    return sum(sample.broken_by is None for sample in samples)
+
+
+def _per_class(samples: Sequence[Sample], names: dict[int, str]) -> tuple[ClassRow, ...]:
+    """Counts for every class that has a sample, in order of the labels."""
+    classes: dict[int, list[Sample]] = {}
+    for sample in samples:
+        classes.setdefault(sample.label, []).append(sample)
+    return tuple(
+        ClassRow(
+            label=label, name=names.get(label), n=len(mine), clean=_correct(mine), robust=_standing(mine)
+        )
+        for label, mine in sorted(classes.items())
+    )

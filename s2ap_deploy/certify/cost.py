@@ -1,0 +1,102 @@
+"""What an attack will cost, measured on the machine before the work."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from s2ap_deploy.certify import attacks
+from s2ap_deploy.certify.judge import Judge, exact_arithmetic
+from s2ap_deploy.certify.ledger import default_block_size
+from s2ap_deploy.certify.workers import count
+from s2ap_deploy.spec import ThreatModel
+
+_STEPS = {"apgd-ce": 3, "apgd-t": 3, "apgd-margin": 3, "fab-t": 3, "square": 20}
+_SLOW_SECONDS = 0.05  # above this per forward pass of a block, fewer images tell as much
+_FEW = 4
+
+
+@dataclass(frozen=True)
+class ExpectedCost:
+    """An upper estimate: every sample stands until the last attack, as on a very robust network.
+
+    ``survivors`` samples cost ``seconds`` on ``workers`` processes; ``per_survivor`` is the time of one
+    sample on one process.
+    """
+
+    survivors: int
+    per_survivor: float
+    workers: int
+
+    @property
+    def seconds(self) -> float:
+        return self.survivors * self.per_survivor / self.workers
+
+    def __str__(self) -> str:
+        return (
+            f"AutoAttack on {self.survivors} images takes at most about {_span(self.seconds)} "
+            f"({_span(self.per_survivor)} per image that survives, {self.workers} at a time)"
+        )
+
+
+def expected_cost(
+    classifier: nn.Module,
+    images: Tensor,
+    *,
+    threat: ThreatModel,
+    device: torch.device,
+    block_size: int | None = None,
+    workers: int | None = None,
+) -> ExpectedCost:
+    """Time a few steps of each attack on one block of ``images`` [n, C, H, W] and scale them up.
+
+    The steps are those of the real attacks, at a radius so small that nothing breaks and no sample
+    drops out. Raises CheckpointError for non-finite logits.
+    """
+    block_size = block_size or default_block_size(images)
+    judge = Judge(classifier, device)
+    block = images[:block_size].to(device, torch.float32).contiguous()
+    tiny = ThreatModel(norm=threat.norm, eps="1e-6")
+    with exact_arithmetic(device):
+        judge.logits(block, block_size)  # the first pass also pays for lazy set-up
+        started = time.monotonic()
+        logits = judge.logits(block, block_size)
+        if time.monotonic() - started > _SLOW_SECONDS:
+            block, logits = block[:_FEW], logits[:_FEW]
+        labels = logits.argmax(dim=1).to(device)
+        num_classes = logits.shape[1]
+        seconds = sum(
+            _attack_seconds(name, judge, tiny, block, labels, num_classes)
+            for name in attacks.names(num_classes)
+        )
+    processes = count(workers, -(-len(images) // block_size)) if device.type == "cpu" else 1
+    return ExpectedCost(survivors=len(images), per_survivor=seconds / len(block), workers=processes)
+
+
+def _attack_seconds(
+    name: str, judge: Judge, threat: ThreatModel, block: Tensor, labels: Tensor, num_classes: int
+) -> float:
+    """Seconds of the whole attack on ``block``, from a few of its steps."""
+    steps = _STEPS[name]
+    attack = attacks.build(
+        name,
+        judge,
+        threat,
+        num_classes=num_classes,
+        seed=0,
+        device=block.device,
+        warnings=attacks.WarningCount(),
+        iterations=steps,
+    )
+    started = time.monotonic()
+    attack.perturb(block.clone(), labels.clone())
+    return (time.monotonic() - started) * attacks.ITERATIONS[name] / steps
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

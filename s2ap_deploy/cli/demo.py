@@ -1,0 +1,41 @@
+"""``s2ap-deploy demo``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from s2ap_deploy.cli import options
+
+
+@click.command()
+@click.option(
+    "--sparsity", type=options.SPARSITY, default=0.9, show_default=True, help="Share of weights to remove."
+)
+@options.run_option
+@options.again_options
+@options.compute_options
+@options.workers_option
+@options.output_options
+@click.pass_context
+def command(context: click.Context, /, sparsity: float, **session_options: Any) -> int:
+    """The whole path on real hand-written digits, in a few minutes.
+
+    Trains a small network against PGD, prunes it with S2AP, attacks both with AutoAttack, exports sparse
+    ONNX, verifies it and judges it. Needs no download, no GPU and no argument; it is the recipe "demo".
+    """
+    from s2ap_deploy.cli.run import command as run
+
+    code: int = context.invoke(
+        run,
+        recipe="demo",
+        overrides=(f"prune.sparsity={sparsity}",),
+        time_budget=None,
+        data_root=None,
+        download=False,
+        arch=None,
+        trust_pickle=False,
+        **session_options,
+    )
+    return code

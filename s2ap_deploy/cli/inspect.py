@@ -1,0 +1,33 @@
+"""``s2ap-deploy inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from s2ap_deploy.cli import options
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--arch", help="Architecture: a registered name, package.module:factory or file.py:factory.")
+@click.option(
+    "--trust-pickle", is_flag=True, help="Unpickle the file, which may run code that it brings along."
+)
+@options.json_option
+def command(checkpoint: Path, arch: str | None, trust_pickle: bool, as_json: bool) -> None:
+    """Say what a checkpoint holds and which architecture fits it.
+
+    \b
+    s2ap-deploy inspect model.pth
+    """
+    from s2ap_deploy.cli import tables
+    from s2ap_deploy.models.checkpoint import describe
+
+    description = describe(checkpoint, trust_pickle=trust_pickle, arch=arch)
+    if as_json:
+        click.echo(json.dumps(description, sort_keys=True))
+    else:
+        tables.show_checkpoint(description)

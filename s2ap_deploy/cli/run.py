@@ -1,0 +1,65 @@
+"""``s2ap-deploy run``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from s2ap_deploy.cli import options
+
+
+@click.command()
+@click.argument("recipe")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change a value of the recipe."
+)
+@click.option(
+    "--time-budget", type=click.FloatRange(min=0), help="Seconds that attacks may take.  [default: none]"
+)
+@click.option("--arch", help="Architecture by import path, which a recipe cannot name.")
+@click.option("--trust-pickle", is_flag=True, help="Unpickle the checkpoint, which may run code.")
+@options.run_option
+@options.again_options
+@options.compute_options
+@options.workers_option
+@options.data_options
+@options.output_options
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    time_budget: float | None,
+    arch: str | None,
+    trust_pickle: bool,
+    folder: Path,
+    as_json: bool,
+    **session_options: Any,
+) -> int:
+    """Run a recipe from its first stage to its verdict.
+
+    RECIPE is a shipped name (see: s2ap-deploy recipes) or a YAML file. Stages that are already done with the
+    same inputs are skipped.
+
+    \b
+    s2ap-deploy run demo --set prune.sparsity=0.95
+    s2ap-deploy run my-recipe.yaml --resume
+    """
+    from s2ap_deploy.cli import session, tables
+    from s2ap_deploy.pipeline.whole import whole
+    from s2ap_deploy.recipe import catalogue
+    from s2ap_deploy.reporting.summary import summarise
+
+    resolved = catalogue.load(recipe, overrides=overrides)
+    session.only_import_path(arch, "the recipe")
+    with session.open_job(
+        folder, resolved, create=True, arch=arch, trust_pickle=trust_pickle, **session_options
+    ) as job:
+        verdict = whole(job, time_budget=time_budget)
+        summary = summarise(job.run, verdict)
+    if as_json:
+        click.echo(json.dumps(summary, sort_keys=True))
+    else:
+        tables.show_summary(summary)
+    return 0 if verdict is None else verdict.exit_code

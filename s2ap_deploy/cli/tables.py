@@ -1,0 +1,160 @@
+"""What a person sees when a command is done: tables, on stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from s2ap_deploy.certify.gate import Verdict
+    from s2ap_deploy.exporting.artifact import ExportReport
+
+COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
+WORDS = {"pass": "PASSED", "fail": "FAILED", "inconclusive": "INCONCLUSIVE"}
+
+
+LOG_WIDTH = 200
+
+
+def _console() -> Console:
+    """Fitted to a terminal; a log keeps every sentence in one line."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(highlight=False, width=LOG_WIDTH, soft_wrap=True)
+
+
+def show_summary(summary: Mapping[str, Any]) -> None:
+    """Dense against pruned, then the verdict."""
+    console = _console()
+    roles = [role for role in ("dense", "pruned") if role in summary]
+    if roles:
+        table = Table(title=f"{summary[roles[0]]['arch']}, {summary['threat']}", title_justify="left")
+        table.add_column("")
+        for role in roles:
+            table.add_column(role, justify="right")
+        rows = [summary[role] for role in roles]
+        table.add_row("sparsity", *(f"{row['sparsity']:.2%}" for row in rows))
+        table.add_row("clean accuracy", *(_share(row["clean"]) for row in rows))
+        table.add_row("robust accuracy ¹", *(_share(row["robust"]) for row in rows))
+        table.add_row("test images", *(f"{row['n']:,}" for row in rows))
+        if all("bytes" in row for row in rows):
+            table.add_row("ONNX bytes", *(f"{row['bytes']:,}" for row in rows))
+        if any(row["flags"] for row in rows):
+            table.add_row("flags", *(", ".join(row["flags"]) or "none" for row in rows))
+        console.print(table)
+        console.print(
+            Text(f"¹ {summary['statement']}; intervals are exact (95 %, Clopper-Pearson)", style="dim")
+        )
+    if "export" in summary:
+        ratio = summary["export"]["latency_ratio"]
+        measured = f" (measured: {ratio:.2f} of the dense file's time)" if ratio is not None else ""
+        console.print(Text(f"{summary['export']['statement']}{measured}", style="dim"))
+    if "gate" in summary:
+        _verdict(console, summary["gate"])
+
+
+def show_verdict(verdict: Verdict) -> None:
+    """Every check with its answer, then the answer of all."""
+    _verdict(_console(), verdict.model_dump())
+
+
+def show_export(report: ExportReport) -> None:
+    """Sizes, what was checked, and what a reader may wrongly expect."""
+    console = _console()
+    table = _facts()
+    factor = report.dense_bytes / report.bytes
+    table.add_row(
+        "file", f"{report.bytes:,} bytes, {factor:.1f} times smaller than dense ({report.dense_bytes:,})"
+    )
+    table.add_row(
+        "weights", f"{report.nonzeros:,} of {report.weights:,} are not zero ({report.sparsity:.2%} sparse)"
+    )
+    agreement = report.agreement
+    table.add_row(
+        "logits",
+        f"differ from PyTorch's by at most {agreement.max_logit_difference:.1e} on {agreement.n} test images",
+    )
+    for points in report.rejudgements:
+        table.add_row(
+            "certificate",
+            f"the file itself judged {points.n} points: {points.clean_correct} right clean, "
+            f"{points.survived} right under attack",
+        )
+    table.add_row("SHA-256", report.sha256)
+    console.print(table)
+    for warning in report.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+    ratio = (
+        f" (measured: {report.latency_ratio:.2f} of the dense file's time)" if report.latency_ratio else ""
+    )
+    console.print(Text(f"{report.statement}{ratio}", style="dim"))
+
+
+def show_checkpoint(description: Mapping[str, Any]) -> None:
+    """What ``inspect`` found."""
+    console = _console()
+    table = _facts()
+    table.add_row("file", Text(description["file"]))
+    table.add_row("SHA-256", description["sha256"])
+    table.add_row(
+        "format",
+        description["format"] + (f", under {description['wrapper']!r}" if description["wrapper"] else ""),
+    )
+    table.add_row("architecture", description["architecture"] or "none of the registry fits")
+    if description["num_classes"] is not None:
+        table.add_row("classes", str(description["num_classes"]))
+    table.add_row("parameters", f"{description['parameters']:,}")
+    if description["prunable_weights"]:
+        table.add_row(
+            "sparsity",
+            f"{description['sparsity']:.2%}: {description['zeros']:,} zeros of "
+            f"{description['prunable_weights']:,} ({description['denominator']})",
+        )
+    info = description["info"] or {}
+    for key in ("data", "threat", "stage"):
+        if info.get(key):
+            value = info[key]
+            table.add_row(key, f"{value['norm']} eps {value['eps']}" if key == "threat" else str(value))
+    console.print(table)
+    for near in description["closest"]:
+        console.print(Text(f"closest: {near['architecture']}: {near['differs']}"))
+    layers = Table("layer", "shape", title="prunable weights", title_justify="left")
+    layers.add_column("weights", justify="right")
+    layers.add_column("zeros", justify="right")
+    for layer in description["layers"]:
+        shape = "x".join(map(str, layer["shape"]))
+        layers.add_row(
+            layer["name"], shape, f"{layer['weights']:,}", f"{layer['zeros'] / max(layer['weights'], 1):.1%}"
+        )
+    console.print(layers)
+    for note in description["notes"]:
+        console.print(Text(f"note: {note}"))
+    for warning in description["warnings"]:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def _facts() -> Table:
+    """A table of names and values; long values are folded, never cut off."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _verdict(console: Console, verdict: Mapping[str, Any]) -> None:
+    for check in verdict["checks"]:
+        status = check["status"]
+        console.print(Text.assemble((f"{SIGNS[status]} ", COLOURS[status]), check["words"]))
+    status = verdict["status"]
+    console.print(f"gate: [bold {COLOURS[status]}]{WORDS[status]}[/]")
+
+
+def _share(share: Mapping[str, Any]) -> str:
+    low, high = share["interval"]
+    return f"{share['value']:.1%} [{low:.1%}, {high:.1%}]"

@@ -1,0 +1,130 @@
+"""Data sets by name: ``digits``, ``mnist``, ``cifar10``, ``cifar100``, ``svhn`` or ``imagefolder:PATH``."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from s2ap_deploy.data import digits, published
+from s2ap_deploy.data.augmentation import Augmentation
+from s2ap_deploy.data.imagefolder import Files, ImageFolder, scan
+from s2ap_deploy.data.images import decode_all
+from s2ap_deploy.data.known import KNOWN
+from s2ap_deploy.data.memory import MemorySplit
+from s2ap_deploy.data.sampling import hold_out
+from s2ap_deploy.data.splits import Split
+from s2ap_deploy.data.streaming import StreamedSplit
+from s2ap_deploy.errors import DataError, UsageError
+from s2ap_deploy.recorder import Recorder, Silent
+from s2ap_deploy.spec import DataSpec, Normalization
+
+FOLDER_PREFIX = "imagefolder:"
+NAMES = (*KNOWN, f"{FOLDER_PREFIX}PATH")
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set in three disjoint parts.
+
+    ``train`` and ``validation`` are for every choice that training makes; ``test`` is only for judging.
+    ``suggested`` is the usual normalisation, where there is one.
+    """
+
+    spec: DataSpec
+    train: Split
+    validation: Split
+    test: Split
+    suggested: Normalization | None
+
+
+def spec(name: str, *, root: Path | None = None, size: tuple[int, int, int] | None = None) -> DataSpec:
+    """Classes and preprocessing of ``name``; reads at most the listing and one header of an image folder.
+
+    Raises DataError when the name is unknown, the folder is unusable, or the data cannot have ``size``.
+    """
+    if name.startswith(FOLDER_PREFIX):
+        return _folder(name, root).spec(size)
+    facts = _known(name)
+    if size is not None and tuple(size) != facts.preprocessing.size:
+        raise DataError(
+            f"the model takes images of {_text(size)}, but {name} has {_text(facts.preprocessing.size)}",
+            hint="choose data of the model's size, or an imagefolder:PATH, whose images are resized",
+        )
+    return facts
+
+
+def load(
+    name: str,
+    *,
+    root: Path | None = None,
+    download: bool = False,
+    size: tuple[int, int, int] | None = None,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    memory_limit_bytes: int = 2 << 30,
+    workers: int = 2,
+    recorder: Recorder | None = None,
+) -> ImageData:
+    """Read a data set and hold a validation set out of its training images.
+
+    ``size`` is the (C, H, W) that a model takes. The validation set is stratified by class and depends on
+    ``seed`` and ``validation_fraction`` only; an image folder that has both ``val/`` and ``test/`` brings
+    its own. An image folder is decoded into memory when its pixels fit in ``memory_limit_bytes``, by
+    ``workers`` threads, and is streamed by ``workers`` processes otherwise; the batches are the same.
+
+    Raises DataError for data that is unknown, missing, damaged or of another size, UsageError for an
+    impossible validation fraction, StorageError when a download finds no space.
+    """
+    if workers < 0:
+        raise UsageError(f"cannot decode with {workers} workers", hint="give 0 or more")
+    if not name.startswith(FOLDER_PREFIX):
+        facts = spec(name, size=size)
+        if name == "digits":
+            training, judging = digits.load()
+        else:
+            training, judging = published.load(name, published.data_root(root), download=download)
+        kept, held = hold_out(training.labels, validation_fraction, seed=seed)
+        suggested = KNOWN[name].normalization
+        return ImageData(facts, training.subset(kept), training.subset(held), judging, suggested)
+
+    folder = _folder(name, root)
+    facts = folder.spec(size)
+    channels, height, _ = facts.preprocessing.size
+    # Shifts in proportion to the usual 4 pixels of 32; grey images are often signs, which a mirror changes.
+    augmentation = Augmentation(padding=height // 8, flip=channels == 3)
+    fits = math.prod(facts.preprocessing.size) * len(folder) <= memory_limit_bytes
+
+    def split(files: Files) -> Split:
+        if not fits:
+            return StreamedSplit(files, facts.preprocessing, augmentation, workers=workers)
+        images = decode_all(files.paths, facts.preprocessing, threads=workers, recorder=recorder or Silent())
+        return MemorySplit(images, files.labels, files.ids, augmentation)
+
+    train, validation, test = map(split, folder.parts(validation_fraction, seed=seed))
+    return ImageData(facts, train, validation, test, None)
+
+
+def _folder(name: str, root: Path | None) -> ImageFolder:
+    path = Path(os.path.expanduser(name.removeprefix(FOLDER_PREFIX)))
+    if path == Path():
+        raise DataError("imagefolder: needs a path", hint="write imagefolder:PATH")
+    # A checkpoint remembers the folder's last name only, so a relative one may also lie in the data root.
+    below_root = published.data_root(root) / path
+    return scan(below_root if not path.exists() and below_root.exists() else path)
+
+
+def _known(name: str) -> DataSpec:
+    if name not in KNOWN:
+        close = difflib.get_close_matches(name, KNOWN, n=1)
+        raise DataError(
+            f"unknown data set {name!r}",
+            hint=f"did you mean {close[0]}?" if close else f"known are {', '.join(NAMES)}",
+        )
+    return KNOWN[name].spec
+
+
+def _text(size: tuple[int, int, int]) -> str:
+    return "x".join(map(str, size))

@@ -1,0 +1,135 @@
+"""A split whose image files are decoded by worker processes while the last batch is in use."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from multiprocessing.context import BaseContext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from s2ap_deploy.data.augmentation import Augmentation
+from s2ap_deploy.data.imagefolder import Files
+from s2ap_deploy.data.images import decode
+from s2ap_deploy.data.splits import Split
+from s2ap_deploy.errors import DataError
+from s2ap_deploy.spec import Preprocessing
+
+
+class StreamedSplit(Split):
+    """Images read from files anew in every epoch.
+
+    Workers only decode; shuffling and augmentation happen here, by the code that :class:`MemorySplit`
+    uses. Both splits therefore give the same batches, and memory decides nothing but speed.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        *,
+        workers: int,
+    ) -> None:
+        super().__init__(files.labels, files.ids, augmentation)
+        self.files = files
+        self.preprocessing = preprocessing
+        self.workers = workers
+
+    def subset(self, indices: Sequence[int]) -> StreamedSplit:
+        files = self.files.subset(indices)
+        return StreamedSplit(files, self.preprocessing, self.augmentation, workers=self.workers)
+
+    def contents(self) -> Iterator[bytes]:
+        """Size and time of change of each file: reading all of a set this large would take too long."""
+        yield self.preprocessing.model_dump_json().encode()
+        for path in self.files.paths:
+            try:
+                facts = os.stat(path)
+            except OSError as error:
+                raise DataError(
+                    f"{path} cannot be read as an image: {error}", hint="restore the file or start anew"
+                ) from None
+            yield f"{facts.st_size} {facts.st_mtime_ns}\n".encode()
+
+    def pixels(self, batches: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+        paths = [[self.files.paths[position] for position in batch.tolist()] for batch in batches]
+        loader: DataLoader[Tensor | DataError] = DataLoader(
+            _Decoder(self.preprocessing),
+            # Without a batch size, each element of the sampler is one request: the paths of a batch.
+            batch_size=None,
+            sampler=paths,
+            num_workers=min(self.workers, len(paths), os.cpu_count() or 1),
+            multiprocessing_context=_clean_context() if self.workers and paths else None,
+            worker_init_fn=_die_with_parent,
+            pin_memory=device.type == "cuda",
+            # Its own stream: DataLoader would otherwise draw from the global one.
+            generator=torch.Generator().manual_seed(0),
+        )
+        for images in _watched(iter(loader)):
+            if isinstance(images, DataError):
+                raise images
+            yield images.to(device, non_blocking=True)
+
+
+class _Decoder(Dataset[Any]):
+    """Paths of a batch to uint8 [b, C, H, W]; an error is returned, because a raised one arrives as text."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+
+    def __getitem__(self, paths: list[str]) -> Tensor | DataError:
+        try:
+            return torch.from_numpy(np.stack([decode(path, self.preprocessing) for path in paths]))
+        except DataError as error:
+            return error
+
+
+def _watched(batches: Iterator[Tensor | DataError]) -> Iterator[Tensor | DataError]:
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, EOFError, OSError) as error:
+            # DataLoader notices a dead worker itself, or fails to take over the memory of its last batch.
+            raise DataError(
+                f"a process that decodes images ended: {error!r}",
+                hint="it may have been out of memory; in a container, raise its shared memory (--shm-size)",
+            ) from error
+        yield batch
+
+
+def _clean_context() -> BaseContext:
+    """Processes that inherit neither locks nor open files of ours.
+
+    The fork server starts once from a fresh interpreter and imports torch once; plain fork would copy
+    our threads' locks and the run folder's lock file.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _die_with_parent(worker: int) -> None:
+    """Leave as soon as the process that reads our batches is gone, even if it was killed.
+
+    torch's own watchdog waits for the parent in the system's sense, which here is the fork server, and
+    the fork server lives as long as its children.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,94 @@
+"""Every error a user can meet, and the exit code each one carries.
+
+::
+
+    DeployError                 70  anything unforeseen in our own code
+    ├── InputError               2  an input that cannot be used
+    │   ├── UsageError              options that contradict each other or lack a partner
+    │   ├── CheckpointError         unreadable, damaged or non-finite weights
+    │   │   └── UnsafePickleError   a pickle that asks for more than tensors
+    │   ├── ArchitectureError       no architecture, or more than one, fits the weights
+    │   ├── DataError               a data set that is missing, damaged or of the wrong kind
+    │   ├── RecipeError             a recipe with an unknown key or an impossible value
+    │   ├── RunFolderError          a run folder that is locked, foreign or holds something else
+    │   └── StorageError            the disk refused a read or a write
+    ├── VerificationError        1  an export that does not match what was certified
+    └── InconclusiveError        3  stopped early, or too little evidence for a verdict
+        └── OutOfTimeError          the time budget ran out; the state is saved
+
+Every message says what happened and where; ``hint`` says what to type next.
+"""
+
+from __future__ import annotations
+
+PASSED = 0
+FAILED = 1
+UNUSABLE = 2
+INCONCLUSIVE = 3
+UNFORESEEN = 70
+INTERRUPTED = 130
+
+
+class DeployError(Exception):
+    """Root of the tree. ``hint`` is a sentence that tells the user what to do next."""
+
+    exit_code = UNFORESEEN
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class InputError(DeployError):
+    """An input, option or recipe that cannot be used."""
+
+    exit_code = UNUSABLE
+
+
+class UsageError(InputError):
+    """Options that contradict each other, or that need a partner."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is unreadable, damaged, non-finite or of the wrong shape."""
+
+
+class UnsafePickleError(CheckpointError):
+    """A pickle that asks for more than tensors and plain containers."""
+
+
+class ArchitectureError(InputError):
+    """No registered architecture fits the weights, or more than one does."""
+
+
+class DataError(InputError):
+    """A data set that is missing, damaged or does not fit the model."""
+
+
+class RecipeError(InputError):
+    """A recipe with an unknown key or an impossible value."""
+
+
+class RunFolderError(InputError):
+    """A run folder that is locked, is not one, or already holds something else."""
+
+
+class StorageError(InputError):
+    """The disk refused a read or a write (no space, no permission)."""
+
+
+class VerificationError(DeployError):
+    """An exported file that does not match the model it was made from."""
+
+    exit_code = FAILED
+
+
+class InconclusiveError(DeployError):
+    """The work ended without a verdict; nothing was lost."""
+
+    exit_code = INCONCLUSIVE
+
+
+class OutOfTimeError(InconclusiveError):
+    """The time budget ran out; the state is saved and ``--resume`` continues."""

@@ -1,0 +1,78 @@
+"""Running an exported model in ONNX Runtime, on the CPU. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import ModelProto
+from onnxruntime.capi import onnxruntime_pybind11_state as states
+
+from s2ap_deploy.errors import VerificationError
+
+# The binding raises these side by side, without a common parent of their own.
+_RUNTIME_ERRORS: tuple[type[Exception], ...] = (
+    states.EPFail,
+    states.EngineError,
+    states.Fail,
+    states.InvalidArgument,
+    states.InvalidGraph,
+    states.InvalidProtobuf,
+    states.NoModel,
+    states.NoSuchFile,
+    states.NotImplemented,
+    states.RuntimeException,
+)
+
+_ONLY_ERRORS = 3
+
+
+def session(model: bytes | Path, threads: int = 1, *, optimized: Path | None = None) -> ort.InferenceSession:
+    """A CPU session with the runtime's default optimisations.
+
+    ``optimized``: where the runtime writes the graph that it will really run.
+    Raises VerificationError when the runtime refuses the model.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _ONLY_ERRORS
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except _RUNTIME_ERRORS as error:
+        raise VerificationError(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
+
+
+def logits(
+    running: ort.InferenceSession, images: NDArray[np.float32], batch_size: int = 64
+) -> NDArray[np.float32]:
+    """Logits [n, K] of ``images`` [n, C, H, W], float32 in [0, 1].
+
+    Raises VerificationError when the model cannot run on them.
+    """
+    name = running.get_inputs()[0].name
+    parts = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    return np.concatenate([_run(running, None, {name: np.ascontiguousarray(part)})[0] for part in parts])
+
+
+def evaluate(model: ModelProto, outputs: list[str]) -> list[NDArray[np.float32]]:
+    """The named outputs of a model that has no inputs. Raises VerificationError when it cannot run."""
+    return _run(session(model.SerializeToString()), outputs, {})
+
+
+def _run(
+    running: ort.InferenceSession, outputs: list[str] | None, feed: dict[str, NDArray[np.float32]]
+) -> list[NDArray[np.float32]]:
+    try:
+        return list(running.run(outputs, feed))
+    except _RUNTIME_ERRORS as error:
+        raise VerificationError(f"the exported model does not run: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,152 @@
+"""Files that are either whole or absent: every write of the product goes through here. No torch.
+
+A write goes to a temporary file in the same folder, is forced to the disk, and only then takes its
+name (``os.replace`` is atomic within one file system). A kill therefore leaves the old file or the
+new one, and at most a ``.tmp-*`` file that :func:`remove_leftovers` clears.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from s2ap_deploy.errors import RunFolderError, StorageError
+
+TEMPORARY = ".tmp-"
+
+
+@contextlib.contextmanager
+def atomic(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; it becomes ``path`` if the block ends without an error.
+
+    The temporary file keeps the suffix of ``path``, because some writers choose a format by it.
+    Raises StorageError when the disk refuses (also for an OSError raised inside the block).
+    """
+    path = Path(path)
+    temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}{path.suffix}"
+    try:
+        # Created here rather than by the writer: O_EXCL follows no planted link, and 0o666 leaves
+        # the permissions to the user's umask, which tempfile's 0o600 would not.
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _storage_error("write", path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Write ``data`` to ``path``, replacing what is there. Raises StorageError."""
+    with atomic(path) as temporary, open(temporary, "wb") as stream:
+        stream.write(data)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write ``text`` as UTF-8 with its line ends unchanged. Raises StorageError."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write :func:`canonical_json` of ``value``. Raises StorageError, and ValueError for NaN or infinity."""
+    write_text(path, canonical_json(value))
+
+
+def canonical_json(value: Any) -> str:
+    """JSON of which equal values have equal bytes: sorted keys, two spaces, a final line end.
+
+    Raises ValueError for NaN and infinity, which JSON does not have.
+    """
+    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_bytes(path: Path | str, *, limit: int | None = None) -> bytes:
+    """The bytes of ``path``, at most ``limit`` + 1 of them. Raises StorageError."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.read() if limit is None else stream.read(limit + 1)
+    except OSError as error:
+        raise _storage_error("read", Path(path), error) from error
+
+
+def sha256(path: Path | str) -> str:
+    """Hexadecimal SHA-256 of the file's bytes. Raises StorageError."""
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise _storage_error("read", Path(path), error) from error
+
+
+def within(folder: Path | str, name: str) -> Path:
+    """``folder / name`` for a name that was read from a file and is therefore not trusted.
+
+    Raises RunFolderError for an absolute name, for ``..``, and for a link that leads out of ``folder``.
+    """
+    folder = Path(folder)
+    relative = PurePosixPath(name)
+    if "\0" in name or "\\" in name or relative.is_absolute() or ".." in relative.parts or not relative.parts:
+        raise RunFolderError(f"{name!r} is not the name of something inside {folder}")
+    path = folder / relative
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError) as error:
+        raise RunFolderError(f"{path} cannot be followed: {error}") from error
+    if not inside:
+        raise RunFolderError(f"{path} leads out of {folder}")
+    return path
+
+
+def remove(path: Path | str) -> None:
+    """Remove a file, if it is there. Raises StorageError."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise _storage_error("remove", Path(path), error) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed writers left directly inside ``folder``.
+
+    Only for a folder whose lock is held: a living writer's temporary file looks the same.
+    """
+    for leftover in folder.glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            os.unlink(leftover)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force the new name itself to the disk; a file's own fsync does not promise it."""
+    if os.name == "nt":  # a folder cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _storage_error(verb: str, path: Path, error: OSError) -> StorageError:
+    if error.errno == errno.ENOSPC:
+        return StorageError(
+            f"no space left on the disk to {verb} {path}", hint="free some space and try again"
+        )
+    return StorageError(f"cannot {verb} {path}: {error.strerror or error}")

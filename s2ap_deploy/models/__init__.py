@@ -1,0 +1,1 @@
+"""Architectures, the classifier that carries its own normalisation, and checkpoints."""

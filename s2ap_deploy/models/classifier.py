@@ -1,0 +1,143 @@
+"""The classifier: a network together with its normalisation, so that its input is an image in [0, 1]."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from s2ap_deploy.errors import ArchitectureError, CheckpointError
+from s2ap_deploy.spec import Normalization
+
+
+class Normalize(nn.Module):
+    """``(x - mean) / std`` per channel; ``mean`` and ``std`` are buffers of shape [1, C, 1, 1].
+
+    Raises CheckpointError for lengths that differ and for a standard deviation that is not positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std):
+            raise CheckpointError(
+                f"the normalisation has {len(mean)} means and {len(std)} standard deviations"
+            )
+        if not all(math.isfinite(value) for value in mean) or not all(0 < value < math.inf for value in std):
+            raise CheckpointError(f"the normalisation mean {tuple(mean)}, std {tuple(std)} cannot be applied")
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).reshape(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).reshape(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+class Classifier(nn.Module):
+    """Images float32 [B, C, H, W] in [0, 1] to logits [B, K].
+
+    Normalisation lies inside, because an attack's radius is measured on the image itself.
+    """
+
+    def __init__(self, network: nn.Module, normalization: Normalization | None = None) -> None:
+        super().__init__()
+        self.normalize: nn.Module = nn.Identity()
+        if normalization is not None:
+            self.normalize = Normalize(normalization.mean, normalization.std)
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(self.normalize(x))
+        return logits
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of all parameters and buffers, in order of their names.
+
+    The same on every device and for every memory layout; a single changed bit changes it.
+    """
+    digest = hashlib.sha256()
+    state = module.state_dict()
+    for name in sorted(state):
+        value = state[name].detach().to("cpu").contiguous()
+        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def prunable(classifier: nn.Module, input_size: tuple[int, int, int]) -> tuple[str, ...]:
+    """Names of the Conv2d and Linear weights that a forward pass uses, in the order of their first use.
+
+    A weight counts when it is an argument of an operation, not when its module is called: attention layers
+    hand their projections to a functional.  Registered but unused layers are left out.  The network runs once
+    on a black image in eval mode; modes and statistics are as before afterwards.  Raises ArchitectureError
+    when the network cannot run on ``input_size`` (C, H, W).
+    """
+    weights = {
+        id(module.weight): f"{name}.weight" if name else "weight"
+        for name, module in classifier.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+    }
+    used = _UsedTensors()
+    dry_run(classifier, input_size, watch=used)
+    return tuple(weights[identity] for identity in used.seen if identity in weights)
+
+
+def dry_run(
+    classifier: nn.Module, input_size: tuple[int, int, int], *, watch: TorchFunctionMode | None = None
+) -> Tensor:
+    """The logits [1, K] of one black image, in eval mode, leaving every module's mode as it was.
+
+    Raises ArchitectureError when the network fails on that size or does not answer with logits [1, K].
+    """
+    modes = {module: module.training for module in classifier.modules()}
+    tensor = next(classifier.parameters(), torch.empty(0))
+    image = torch.zeros(1, *input_size, dtype=tensor.dtype, device=tensor.device)
+    classifier.eval()
+    try:
+        with torch.no_grad():
+            if watch is None:
+                logits = classifier(image)
+            else:
+                with watch:
+                    logits = classifier(image)
+    except Exception as error:  # the network may be the user's own code
+        reason = str(error).strip().splitlines()
+        raise ArchitectureError(
+            f"the network cannot run on an input of size {_text(input_size)}: "
+            f"{reason[0] if reason else type(error).__name__}"
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        answer = f"shape {_text(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ArchitectureError(f"the network answers with {answer} instead of logits [batch, classes]")
+    return logits
+
+
+def _text(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "()"
+
+
+class _UsedTensors(TorchFunctionMode):
+    """Identities of the tensors that were arguments of a torch function, in the order of their first use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, None] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, nn.Parameter):
+                self.seen.setdefault(id(value))
+        return func(*args, **kwargs)

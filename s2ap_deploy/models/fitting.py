@@ -1,0 +1,169 @@
+"""Which network a file's tensors belong to, and the tensors under that network's own names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from s2ap_deploy.errors import ArchitectureError, CheckpointError
+from s2ap_deploy.models import foreign, registry
+from s2ap_deploy.models.architecture import Architecture
+from s2ap_deploy.models.info import CheckpointInfo
+from s2ap_deploy.models.reading import RawCheckpoint
+from s2ap_deploy.models.skeleton import COUNTER, Difference, compare
+from s2ap_deploy.spec import Normalization
+
+# Where models.classifier.Classifier keeps its two parts.
+NETWORK = "network."
+NORMALIZE = "normalize."
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An architecture and the tensors for it, named as it names them, in the type and values of the file.
+
+    ``num_classes`` is None when building does not depend on it: foreign code without that argument.
+    """
+
+    architecture: Architecture
+    num_classes: int | None
+    tensors: dict[str, Tensor] = field(repr=False)
+    normalization: Normalization | None
+    prefix: str
+    notes: tuple[str, ...]
+
+
+def fit(raw: RawCheckpoint, path: str, *, arch: str | None = None) -> Fitted:
+    """Find the architecture of ``raw`` (or check that it is ``arch``) and the prefix to strip.
+
+    A file of ours that names the user's own code is refused unless ``arch`` says so again: a file may not
+    choose what is imported.  Raises ArchitectureError when nothing fits, with what differs, and
+    CheckpointError for a head of fewer than two classes.
+    """
+    candidates = list(foreign.strippings(raw.tensors))
+    if raw.info is not None:
+        fitted = _fit_own(raw.tensors, raw.info, path, arch=arch)
+    elif arch is None:
+        fitted = _matched(candidates)
+    else:
+        fitted = _fit_stated(candidates, path, arch=arch)
+    if fitted.num_classes is not None and fitted.num_classes < 2:
+        raise CheckpointError(
+            f"{path} is a network of {fitted.num_classes} class; a classifier has at least 2"
+        )
+    return fitted
+
+
+def _fit_stated(candidates: list[tuple[str, dict[str, Tensor]]], path: str, *, arch: str) -> Fitted:
+    architecture = registry.resolve(arch)
+    skeleton = registry.skeleton(architecture)
+    compared = []
+    for prefix, tensors in candidates:
+        weights, normal = _split(tensors, skeleton.shapes)
+        compared.append((compare(architecture, weights, skeleton), prefix, weights, normal))
+    difference, prefix, weights, normal = max(compared, key=lambda entry: entry[0].agreeing)
+    _require_exact(difference, path, weights)
+    return _fitted(difference, prefix, weights, normal)
+
+
+def _fit_own(tensors: Mapping[str, Tensor], info: CheckpointInfo, path: str, *, arch: str | None) -> Fitted:
+    if arch is None and registry.is_import_path(info.arch):
+        raise ArchitectureError(
+            f"{path} is a network of your own code, {info.arch}, which is imported only when you say so",
+            hint=f"add --arch {info.arch}",
+        )
+    architecture = registry.resolve(arch or info.arch)
+    # The normalisation is rebuilt from the facts, which hold the same numbers.
+    weights = {n.removeprefix(NETWORK): t for n, t in tensors.items() if not n.startswith(NORMALIZE)}
+    difference = compare(architecture, weights, registry.skeleton(architecture))
+    _require_exact(difference, path, weights)
+    classes = difference.num_classes if difference.has_head else None
+    return Fitted(architecture, classes, weights, info.normalization, "", ())
+
+
+def build(fitted: Fitted) -> nn.Module:
+    """The network of ``fitted``, freshly initialised."""
+    return fitted.architecture.build(fitted.num_classes or fitted.architecture.num_classes)
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: str) -> tuple[str, ...]:
+    """Load ``tensors`` into ``network`` strictly, in the network's types; returns notes.
+
+    Batch counters that old files lack stay at zero.  Raises CheckpointError for values that are NaN or
+    infinite, also when they only become so in float32, and for integers where weights belong.
+    """
+    state = network.state_dict()
+    stored = set()
+    for name, tensor in tensors.items():
+        # Averaging a whole state turns batch counters into floats; no result depends on them.
+        if state[name].is_floating_point() != tensor.is_floating_point() and not name.endswith(COUNTER):
+            raise CheckpointError(f"{path}: {name} holds {tensor.dtype} where {state[name].dtype} belongs")
+        if tensor.is_floating_point() and tensor.dtype != state[name].dtype:
+            stored.add(str(tensor.dtype).removeprefix("torch."))
+        state[name] = tensor.to(state[name].dtype)
+        damaged = nonfinite(state[name])
+        if damaged:
+            raise CheckpointError(
+                f"{path}: {damaged} of the {tensor.numel()} values of {name} are NaN or infinite",
+                hint="the training that wrote it diverged, or the file is damaged; use an earlier checkpoint",
+            )
+    network.load_state_dict(state, strict=True)
+    return tuple(f"weights are stored in {kind} and computed in float32" for kind in sorted(stored))
+
+
+def nonfinite(tensor: Tensor) -> int:
+    """How many values of ``tensor`` are NaN or infinite."""
+    return int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+
+
+def _matched(candidates: list[tuple[str, dict[str, Tensor]]]) -> Fitted:
+    for prefix, tensors in candidates:
+        weights, normal = _split(tensors, {})
+        if registry.exact_fits(weights):
+            return _fitted(registry.match(weights), prefix, weights, normal, found=True)
+    # Nothing fits: say so about the names that are easiest to compare.
+    _, tensors = candidates[-1]
+    weights, normal = _split(tensors, {})
+    return _fitted(registry.match(weights), "", weights, normal)
+
+
+def _fitted(
+    difference: Difference,
+    prefix: str,
+    weights: dict[str, Tensor],
+    normal: dict[str, Tensor],
+    *,
+    found: bool = False,
+) -> Fitted:
+    notes = []
+    if prefix:
+        notes.append(f"prefix {prefix!r} stripped from every name")
+    if found:
+        notes.append(f"architecture {difference.architecture.name}: every name and shape agrees")
+    if difference.ignored:
+        parts = ", ".join(sorted({name.split(".")[0] for name in difference.ignored}))
+        notes.append(f"left aside: {len(difference.ignored)} tensors of {parts}, which no forward pass uses")
+    normalization = foreign.normalization(normal)
+    if normalization is not None:
+        notes.append(f"normalisation found in the file: mean {normalization.mean}, std {normalization.std}")
+    kept = {name: tensor for name, tensor in weights.items() if name not in difference.ignored}
+    classes = difference.num_classes if difference.has_head else None
+    return Fitted(difference.architecture, classes, kept, normalization, prefix, tuple(notes))
+
+
+def _split(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, object]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights, and the tensors of a normalisation that the network itself does not expect."""
+    normal = {n: t for n, t in tensors.items() if n not in expected and foreign.is_normalization(n)}
+    return {n: t for n, t in tensors.items() if n not in normal}, normal
+
+
+def _require_exact(difference: Difference, path: str, weights: Mapping[str, Tensor]) -> None:
+    if not difference.exact:
+        raise ArchitectureError(
+            f"{path} does not fit {difference.architecture.name}: {difference}", hint=registry.advice(weights)
+        )

@@ -1,0 +1,46 @@
+"""The machine that does the work: what only the person at it knows, and the part a run folder remembers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from s2ap_deploy import files
+from s2ap_deploy.errors import RunFolderError
+
+MACHINE = "machine.json"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What only the command line knows: where data lies here, and what computes.
+
+    ``arch`` is an architecture by import path, and ``trust_pickle`` allows pickles to run code; both are
+    the word of the person at the keyboard and never come from a file.
+    """
+
+    device: torch.device
+    data_root: Path | None = None
+    download: bool = False
+    workers: int | None = None
+    arch: str | None = None
+    trust_pickle: bool = False
+
+    def save(self, folder: Path) -> None:
+        """Keep in ``folder`` where data lies, for the commands that follow. Raises StorageError."""
+        if self.data_root is not None:
+            files.write_json(folder / MACHINE, {"data_root": str(self.data_root)})
+
+
+def remembered_data_root(folder: Path) -> Path | None:
+    """The data root that an earlier command was given, or None. Raises RunFolderError when damaged."""
+    path = folder / MACHINE
+    if not path.exists():
+        return None
+    try:
+        return Path(json.loads(files.read_bytes(path))["data_root"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{path} is damaged: {error}", hint="give --data-root again") from error

@@ -1,0 +1,27 @@
+"""The whole path: every stage that a recipe asks for, in order."""
+
+from __future__ import annotations
+
+from s2ap_deploy.certify.gate import GatePolicy, Verdict
+from s2ap_deploy.pipeline.certification import certify
+from s2ap_deploy.pipeline.dense import dense
+from s2ap_deploy.pipeline.export import export
+from s2ap_deploy.pipeline.job import Job
+from s2ap_deploy.pipeline.prune import prune
+from s2ap_deploy.pipeline.verdict import gate
+
+
+def whole(job: Job, *, time_budget: float | None = None) -> Verdict | None:
+    """Dense network, pruned network, certificates, exported file, verdict.
+
+    Returns None for a recipe without a gate. Raises what the stages raise.
+    """
+    dense(job)
+    if job.recipe.prune is not None:
+        prune(job)
+    certify(job, time_budget=time_budget)
+    export(job)
+    job.remember()
+    if job.recipe.gate is None:
+        return None
+    return gate(job.run, GatePolicy.model_validate(job.recipe.gate.model_dump()))

@@ -1,0 +1,1 @@
+"""Scores, masks, budgets, and the search that turns one into the other."""

@@ -1,0 +1,214 @@
+"""Mask search: scores learn which weights a robust network can do without; weights do not move."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from s2ap_deploy.data.splits import Split, train_steps
+from s2ap_deploy.errors import InputError, UsageError
+from s2ap_deploy.pruning.masks import departed, replaced
+from s2ap_deploy.pruning.scores import ScoredNetwork
+from s2ap_deploy.pruning.sharpness import ScorePerturbation
+from s2ap_deploy.recorder import Recorder, Snapshots
+from s2ap_deploy.robust.batchnorm import frozen_statistics, recalibrate
+from s2ap_deploy.robust.evaluation import pgd_accuracy
+from s2ap_deploy.robust.objective import Objective
+from s2ap_deploy.robust.schedule import Epoch, cosine, validation_sample
+from s2ap_deploy.runtime import derive_seed, generator
+
+RECALIBRATION_BATCHES = 100
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """S2AP's radius relative to each layer's score norm, and the epochs before it is switched on."""
+
+    gamma: float
+    warmup_epochs: int
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Scores and masks by parameter name; ``history`` has one row per epoch.
+
+    ``perturbed_steps`` counts the steps in which S2AP moved at least one layer's scores.
+    """
+
+    scores: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    history: list[Epoch]
+    perturbed_steps: int
+
+
+def search(
+    network: nn.Module,
+    names: Sequence[str],
+    keep: Mapping[str, int],
+    train: Split,
+    validation: Split,
+    *,
+    objective: Objective,
+    epochs: int,
+    learning_rate: float,
+    momentum: float,
+    batch_size: int,
+    perturbation: Perturbation | None,
+    seed: int,
+    device: torch.device,
+    snapshots: Snapshots,
+    recorder: Recorder,
+    scores: Mapping[str, Tensor] | None = None,
+) -> SearchResult:
+    """Learn scores by robust training under M(s) (HYDRA), with S2AP's perturbation if asked.
+
+    ``network`` ends up wearing w ⊙ M(s), with BatchNorm measured under that mask. ``keep`` gives each
+    parameter's exact number of kept weights. ``scores`` replaces the scaled initialisation. Raises
+    ``InputError`` when S2AP was asked for and never moved a score, or when the loss stops being finite.
+    """
+    check_perturbation(perturbation, epochs)
+    scored = ScoredNetwork(network, names, keep, scores)
+    optimizer = torch.optim.SGD(list(scored.scores.values()), lr=learning_rate, momentum=momentum)
+    history, perturbed_steps = resume(scored, optimizer, snapshots)
+    sample = validation_sample(validation, seed)
+    steps = train_steps(len(train), batch_size)
+    recorder.begin("search", epochs * steps, "step")
+    recorder.advance(len(history) * steps)
+
+    for epoch in range(len(history), epochs):
+        started = time.monotonic()
+        ascending = perturbation is not None and epoch >= perturbation.warmup_epochs
+        previous = scored.masks()
+        losses: list[Tensor] = []
+        flips: list[Tensor] = []
+        moves: list[Tensor] = []
+        network.train()
+        for step, (images, labels) in enumerate(
+            train.train_batches(batch_size, seed=seed, epoch=epoch, augment=True, device=device)
+        ):
+            cosine(optimizer, learning_rate, epoch + step / steps, epochs)
+            noise = generator(seed, "search", epoch, step, device=device)
+            masks = scored.masks()
+            scored.wear(masks)
+            adversarial = objective.attack(network, images, labels, noise)
+            loss, _ = objective.robust_loss(network, images, adversarial, labels)
+            gradients = scored.gradients(loss)
+            if ascending and perturbation is not None:
+                # g above is the ascent direction at s; the descent uses the gradient at s + z, on the
+                # same adversarial images, and is applied to s.
+                ball = ScorePerturbation(scored.scores, perturbation.gamma)
+                moves.append(ball.perturb(gradients))
+                shifted = scored.masks()
+                scored.wear(shifted)
+                with frozen_statistics(network):
+                    loss_at_top, _ = objective.robust_loss(network, images, adversarial, labels)
+                    gradients = scored.gradients(loss_at_top)
+                ball.restore()
+                flips.append(departed(masks, shifted))
+            for name, score in scored.scores.items():
+                score.grad = gradients[name]
+            optimizer.step()
+            scored.orient()
+            losses.append(loss.detach())
+            recorder.advance()
+
+        masks = scored.masks()
+        scored.wear(masks)
+        accuracy = pgd_accuracy(
+            network, sample, threat=objective.threat, steps=10, seed=derive_seed(seed, "val"), device=device
+        )
+        row = Epoch(
+            epoch=epoch + 1,
+            loss=float(torch.stack(losses).mean()),
+            clean_accuracy=accuracy.clean_accuracy,
+            robust_accuracy=accuracy.robust_accuracy,
+            replaced=replaced(previous, masks),
+            flip_rate=float(torch.stack(flips).float().mean()) / sum(keep.values()) if flips else None,
+            seconds=time.monotonic() - started,
+        )
+        row.require_finite("search")
+        history.append(row)
+        perturbed_steps += int(torch.stack(moves).sum()) if moves else 0
+        recorder.log("search", {**row.figures(), "epochs": epochs})
+        save(scored, optimizer, history, perturbed_steps, snapshots)
+
+    recorder.end()
+    if perturbation is not None and perturbed_steps == 0:
+        raise InputError(
+            "S2AP was asked for but perturbed no step: every score gradient was zero",
+            hint="look at the loss in the history: the network may be dead at this sparsity",
+        )
+    masks = scored.masks()
+    scored.wear(masks)
+    recalibrate(network, calibration(network, train, objective, batch_size, seed, device))
+    return SearchResult(scored.scores, masks, history, perturbed_steps)
+
+
+def check_perturbation(perturbation: Perturbation | None, epochs: int) -> None:
+    """Refuse settings under which S2AP would be asked for and never act."""
+    if perturbation is None:
+        return
+    if not 0 < perturbation.gamma < float("inf"):
+        raise UsageError(
+            f"gamma must be a positive number, not {perturbation.gamma}",
+            hint="--no-s2ap searches without the perturbation",
+        )
+    if not 0 <= perturbation.warmup_epochs < epochs:
+        raise UsageError(
+            f"{perturbation.warmup_epochs} warm-up epochs leave no epoch of {epochs} for S2AP",
+            hint="lower --warmup-epochs, raise --search-epochs, or pass --no-s2ap",
+        )
+
+
+def calibration(
+    network: nn.Module, train: Split, objective: Objective, batch_size: int, seed: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Batches as training saw them: the clean image and its adversarial twin, in turn.
+
+    The attack runs on a copy, which keeps the statistics that are being measured anew.
+    """
+    target = copy.deepcopy(network)
+    batches = train.train_batches(batch_size, seed=seed, epoch=-1, augment=True, device=device)
+    for step, (images, labels) in enumerate(batches):
+        if step == RECALIBRATION_BATCHES // 2:
+            return
+        yield images
+        yield objective.attack(target, images, labels, generator(seed, "calibrate", step, device=device))
+
+
+def save(
+    scored: ScoredNetwork,
+    optimizer: torch.optim.Optimizer,
+    history: Sequence[Epoch],
+    perturbed_steps: int,
+    snapshots: Snapshots,
+) -> None:
+    """Everything that the next epoch depends on: scores, their momentum, BatchNorm statistics."""
+    tensors = {f"score/{name}": score for name, score in scored.scores.items()}
+    for name, score in scored.scores.items():
+        tensors[f"momentum/{name}"] = optimizer.state[score]["momentum_buffer"]
+    tensors |= {f"buffer/{name}": buffer for name, buffer in scored.network.named_buffers()}
+    state = {"history": [row.figures() for row in history], "perturbed_steps": perturbed_steps}
+    snapshots.save_snapshot(tensors, state)
+
+
+def resume(
+    scored: ScoredNetwork, optimizer: torch.optim.Optimizer, snapshots: Snapshots
+) -> tuple[list[Epoch], int]:
+    """Put a snapshot's tensors back; returns the epochs already done and their perturbed steps."""
+    snapshot = snapshots.load_snapshot()
+    if snapshot is None:
+        return [], 0
+    tensors, state = snapshot
+    for name, score in scored.scores.items():
+        score.copy_(tensors[f"score/{name}"])
+        optimizer.state[score]["momentum_buffer"] = tensors[f"momentum/{name}"].to(score.device)
+    scored.orient()
+    for name, buffer in scored.network.named_buffers():
+        buffer.copy_(tensors[f"buffer/{name}"])
+    return [Epoch.of(row) for row in state["history"]], int(state["perturbed_steps"])

@@ -1,0 +1,72 @@
+"""Recipes by name or path: the ones that come along, and the user's own. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from s2ap_deploy.errors import RecipeError
+from s2ap_deploy.recipe import yaml_document
+from s2ap_deploy.recipe.diagnosis import did_you_mean, explain
+from s2ap_deploy.recipe.schema import Recipe
+from s2ap_deploy.recipe.yaml_document import Document
+
+
+def shipped() -> Path:
+    """The folder of the recipes that come with the tool: inside the wheel, or in the checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "shipped" / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def names() -> tuple[str, ...]:
+    """Names of the shipped recipes."""
+    return tuple(sorted(path.stem for path in shipped().glob("*.yaml")))
+
+
+def load(reference: str, *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name, or any recipe by path (a separator or a suffix makes it a path).
+
+    ``overrides`` are ``key.path=value`` with the value in YAML, applied in order. Raises RecipeError,
+    which names the file and line or the override, the key, and the nearest valid one.
+    """
+    path = Path(reference)
+    if not (path.suffix or "/" in reference or "\\" in reference):
+        if reference not in names():
+            raise RecipeError(
+                f"no recipe {reference!r} comes with the tool{did_you_mean(reference, names())}",
+                hint=f"there are {', '.join(names())}; a file is written with its suffix: {reference}.yaml",
+            )
+        path = shipped() / f"{reference}.yaml"
+    if not path.exists():
+        raise RecipeError(f"there is no recipe at {path}", hint=f"recipes by name: {', '.join(names())}")
+    if not path.is_file():
+        raise RecipeError(f"{path} is not a file")
+    document = yaml_document.read(path)
+    if not isinstance(document.content, dict):
+        raise RecipeError(f"{path} holds no recipe: it must be a mapping that starts with name:")
+    for override in overrides:
+        _override(document, override)
+    try:
+        return Recipe.model_validate(document.content)
+    except ValidationError as error:
+        raise explain(error, Recipe, str(path), document.origins) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """``recipe`` as YAML that :func:`load` reads back to an equal one."""
+    return yaml_document.dump(recipe.model_dump(mode="json"))
+
+
+def _override(document: Document, override: str) -> None:
+    """Apply one ``--set`` to ``document``."""
+    option = f"--set {override}"
+    name, equals, text = override.partition("=")
+    key = tuple(name.split("."))
+    if not equals or not all(key):
+        raise RecipeError(
+            f"{option}: write it as key.path=value", hint="for example --set prune.sparsity=0.95"
+        )
+    document.override(key, yaml_document.parse(text, option).content, option)

@@ -1,0 +1,1 @@
+"""The inner maximisation and the robust losses that training uses."""

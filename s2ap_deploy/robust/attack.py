@@ -1,0 +1,93 @@
+"""The inner maximisation of adversarial training: projected gradient ascent on the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from s2ap_deploy.errors import UsageError
+from s2ap_deploy.spec import ThreatModel
+
+InputLoss = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def attacked(network: nn.Module) -> Iterator[nn.Module]:
+    """The network as an attacker sees it: eval mode, and no gradient for any parameter.
+
+    Freezing the parameters keeps their gradients out of every backward pass of the attack, and eval
+    mode keeps the attack's forward passes out of the BatchNorm statistics. Both are put back.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    network.eval()
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield network
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module, training in modes:
+            module.training = training
+
+
+def project(moved: Tensor, centre: Tensor, threat: ThreatModel) -> Tensor:
+    """The point of the threat model's ball around ``centre``, cut to [0, 1], that ``moved`` falls to.
+
+    Both are [B, C, H, W]. For L2 the ball comes first and [0, 1] second: cutting a point towards the
+    box that holds ``centre`` never takes it further away.
+    """
+    radius = threat.radius
+    if threat.norm == "Linf":
+        return moved.clamp(centre - radius, centre + radius).clamp_(0.0, 1.0)
+    difference = moved - centre
+    return (centre + difference * (radius / lengths(difference)).clamp_max(1.0)).clamp_(0.0, 1.0)
+
+
+def lengths(images: Tensor) -> Tensor:
+    """L2 norm of each of [B, C, H, W], as [B, 1, 1, 1] and never 0, to divide by."""
+    norms: Tensor = torch.linalg.vector_norm(images, dim=(1, 2, 3), keepdim=True)
+    return norms.clamp_min(1e-12)
+
+
+def random_start(images: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
+    """A uniform point of the L∞ ball, or a uniform direction and radius for L2, cut to [0, 1]."""
+    noise = torch.rand(images.shape, generator=generator, device=images.device) * 2 - 1
+    if threat.norm == "Linf":
+        return (images + noise * threat.radius).clamp_(0.0, 1.0)
+    share = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
+    return (images + noise / lengths(noise) * share * threat.radius).clamp_(0.0, 1.0)
+
+
+def pgd(
+    network: nn.Module,
+    images: Tensor,
+    loss: InputLoss,
+    *,
+    threat: ThreatModel,
+    steps: int,
+    step_size: float,
+    start: Tensor,
+) -> Tensor:
+    """Projected gradient ascent (Madry et al., 2018, section 2.1).
+
+    ``images`` and ``start`` are [B, C, H, W] in [0, 1]; ``loss`` maps logits [B, K] to one number that is
+    a *sum* over the batch, so that each image's gradient does not depend on its neighbours.
+    ``step_size`` is in units of the input. Returns a detached [B, C, H, W].
+    """
+    if threat.norm == "L1":
+        raise UsageError("training under an L1 threat model is not supported", hint="use Linf or L2")
+    adversarial = start.detach().clone()
+    with attacked(network):
+        for _ in range(steps):
+            adversarial.requires_grad_(True)
+            (gradient,) = torch.autograd.grad(loss(network(adversarial)), adversarial)
+            with torch.no_grad():
+                linf = threat.norm == "Linf"
+                direction = gradient.sign() if linf else gradient / lengths(gradient)
+                adversarial = project(adversarial + step_size * direction, images, threat)
+    return adversarial.detach()

@@ -1,0 +1,66 @@
+"""Clean accuracy and accuracy under PGD: the quick figures that training looks at.
+
+They steer choices on the validation split. What a user is told about robustness comes from
+``certify``, on the test split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from s2ap_deploy.data.splits import Split
+from s2ap_deploy.robust.attack import attacked, pgd, random_start
+from s2ap_deploy.runtime import generator
+from s2ap_deploy.spec import ThreatModel
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Counts on ``n`` images: right on the clean image, right on it and on the attacked one."""
+
+    n: int
+    clean: int
+    robust: int
+
+    @property
+    def clean_accuracy(self) -> float:
+        return self.clean / self.n
+
+    @property
+    def robust_accuracy(self) -> float:
+        return self.robust / self.n
+
+
+def pgd_accuracy(
+    network: nn.Module,
+    split: Split,
+    *,
+    threat: ThreatModel,
+    steps: int,
+    step_size: float | None = None,
+    seed: int,
+    device: torch.device,
+    batch_size: int = 500,
+) -> Accuracy:
+    """Accuracy of ``network`` on ``split``, clean and under PGD with ``steps`` steps from a random start.
+
+    ``step_size`` is in units of the input and defaults to a quarter of eps.
+    """
+    step = threat.radius / 4 if step_size is None else step_size
+    n = clean = robust = 0
+    with attacked(network):
+        for batch, (images, labels) in enumerate(split.batches(batch_size, device)):
+            with torch.no_grad():
+                right = network(images).argmax(dim=1) == labels
+            start = random_start(images, threat, generator(seed, "evaluate", batch, device=device))
+            loss = partial(F.cross_entropy, target=labels, reduction="sum")
+            moved = pgd(network, images, loss, threat=threat, steps=steps, step_size=step, start=start)
+            with torch.no_grad():
+                holds = right & (network(moved).argmax(dim=1) == labels)
+            n, clean, robust = n + len(labels), clean + int(right.sum()), robust + int(holds.sum())
+    return Accuracy(n=n, clean=clean, robust=robust)

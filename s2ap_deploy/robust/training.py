@@ -1,0 +1,146 @@
+"""Adversarial training: of a dense network, or of a pruned one under its frozen mask."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from s2ap_deploy.data.splits import Split, train_steps
+from s2ap_deploy.recorder import Recorder, Snapshots
+from s2ap_deploy.robust.evaluation import pgd_accuracy
+from s2ap_deploy.robust.objective import Objective
+from s2ap_deploy.robust.schedule import Epoch, cosine, validation_sample
+from s2ap_deploy.runtime import derive_seed, generator
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """``best_epoch`` is the one whose weights the network now has."""
+
+    history: list[Epoch]
+    best_epoch: int
+
+
+def train(
+    network: nn.Module,
+    train: Split,
+    validation: Split,
+    *,
+    stage: str,
+    objective: Objective,
+    epochs: int,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    snapshots: Snapshots,
+    recorder: Recorder,
+    masks: Mapping[str, Tensor] | None = None,
+) -> TrainingResult:
+    """Minimise the robust loss over the weights; with ``masks`` no pruned weight ever moves off zero.
+
+    ``masks`` are bool tensors by parameter name. The network ends up with the weights of the epoch that
+    was most robust on the validation images, the later one where two are equal. ``stage`` names the
+    random streams and the progress. Raises ``InputError`` when the loss stops being finite.
+    """
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)
+    parameters = dict(network.named_parameters())
+    pruned = [(parameters[name], mask.to(device)) for name, mask in (masks or {}).items()]
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay
+    )
+    enforce(pruned)
+    history, best = resume(network, optimizer, snapshots)
+    sample = validation_sample(validation, seed)
+    steps = train_steps(len(train), batch_size)
+    recorder.begin(stage, epochs * steps, "step")
+    recorder.advance(len(history) * steps)
+
+    for epoch in range(len(history), epochs):
+        started = time.monotonic()
+        losses: list[Tensor] = []
+        network.train()
+        for step, (images, labels) in enumerate(
+            train.train_batches(batch_size, seed=seed, epoch=epoch, augment=True, device=device)
+        ):
+            cosine(optimizer, learning_rate, epoch + step / steps, epochs)
+            noise = generator(seed, stage, epoch, step, device=device)
+            adversarial = objective.attack(network, images, labels, noise)
+            loss, _ = objective.robust_loss(network, images, adversarial, labels)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            enforce(pruned)
+            losses.append(loss.detach())
+            recorder.advance()
+
+        accuracy = pgd_accuracy(
+            network, sample, threat=objective.threat, steps=10, seed=derive_seed(seed, "val"), device=device
+        )
+        row = Epoch(
+            epoch=epoch + 1,
+            loss=float(torch.stack(losses).mean()),
+            clean_accuracy=accuracy.clean_accuracy,
+            robust_accuracy=accuracy.robust_accuracy,
+            seconds=time.monotonic() - started,
+        )
+        row.require_finite(stage)
+        history.append(row)
+        if row.robust_accuracy >= max(earlier.robust_accuracy for earlier in history):
+            best = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        recorder.log(stage, {**row.figures(), "epochs": epochs})
+        save(network, optimizer, best, history, snapshots)
+
+    recorder.end()
+    network.load_state_dict(best)
+    return TrainingResult(history, max(history, key=lambda row: (row.robust_accuracy, row.epoch)).epoch)
+
+
+@torch.no_grad()
+def enforce(pruned: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Set pruned weights to zero. Momentum and weight decay would otherwise bring them back."""
+    for parameter, mask in pruned:
+        parameter.mul_(mask)
+
+
+def save(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    best: Mapping[str, Tensor],
+    history: list[Epoch],
+    snapshots: Snapshots,
+) -> None:
+    """Everything that the next epoch depends on: weights, buffers, momentum, the best epoch so far."""
+    tensors = {f"now/{name}": tensor for name, tensor in network.state_dict().items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
+    for name, parameter in network.named_parameters():
+        if "momentum_buffer" in optimizer.state[parameter]:
+            tensors[f"momentum/{name}"] = optimizer.state[parameter]["momentum_buffer"]
+    snapshots.save_snapshot(tensors, {"history": [row.figures() for row in history]})
+
+
+def resume(
+    network: nn.Module, optimizer: torch.optim.Optimizer, snapshots: Snapshots
+) -> tuple[list[Epoch], dict[str, Tensor]]:
+    """Put a snapshot's tensors back; returns the epochs already done and the best weights among them."""
+    snapshot = snapshots.load_snapshot()
+    if snapshot is None:
+        return [], {}
+    tensors, state = snapshot
+    network.load_state_dict(strip("now/", tensors))
+    for name, parameter in network.named_parameters():
+        if (buffer := tensors.get(f"momentum/{name}")) is not None:
+            optimizer.state[parameter]["momentum_buffer"] = buffer.to(parameter.device)
+    return [Epoch.of(row) for row in state["history"]], strip("best/", tensors)
+
+
+def strip(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start with ``prefix``, under the rest of their names."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

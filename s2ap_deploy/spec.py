@@ -1,0 +1,100 @@
+"""Value objects that every room shares: threat model, input layout, normalisation. No torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Norm = Literal["Linf", "L2", "L1"]
+
+RADIUS = re.compile(r"\d+/\d+|\d+\.?\d*([eE][+-]?\d{1,2})?|\.\d+([eE][+-]?\d{1,2})?")
+
+
+class Frozen(BaseModel):
+    """Immutable, and an unknown key is an error rather than a silent default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def parse_eps(value: Any) -> str:
+    """Check that ``value`` is a finite positive radius and return its text unchanged.
+
+    ``8/255`` stays ``8/255``: rounding it to 0.031 would be another threat model.
+    """
+    text = value.strip() if isinstance(value, str) else repr(value)
+    # Fraction would write 1e-300000000 out in full; no radius needs such a text.
+    if len(text) > 32 or not RADIUS.fullmatch(text):
+        raise ValueError(f"not a number or a fraction such as 8/255: {text[:32]!r}")
+    try:
+        radius = float(Fraction(text))
+    except ZeroDivisionError:
+        raise ValueError(f"not a number or a fraction such as 8/255: {text!r}") from None
+    if radius <= 0:
+        raise ValueError(f"must be positive, not {text}")
+    return text
+
+
+Eps = Annotated[str, BeforeValidator(parse_eps)]
+
+
+class ThreatModel(Frozen):
+    """An attacker who may move an input by at most ``eps`` in ``norm``, within [0, 1].
+
+    ``eps`` is the exact text (``8/255``); ``radius`` is its float value.
+    """
+
+    norm: Norm = "Linf"
+    eps: Eps
+
+    @property
+    def radius(self) -> float:
+        return float(Fraction(self.eps))
+
+    def __str__(self) -> str:
+        return f"{self.norm} eps {self.eps}"
+
+
+class Preprocessing(Frozen):
+    """How an image file becomes the tensor that the classifier sees.
+
+    The classifier's input is always float32 NCHW in [0, 1]; ``size`` is (C, H, W).
+    ``resize`` is the shorter side in pixels before the centre ``crop``; None leaves the image as it is.
+    """
+
+    size: tuple[int, int, int]
+    layout: Literal["NCHW"] = "NCHW"
+    channel_order: Literal["L", "RGB"] = "RGB"
+    value_range: tuple[float, float] = (0.0, 1.0)
+    resize: int | None = None
+    crop: int | None = None
+
+
+class Normalization(Frozen):
+    """Per-channel ``(x - mean) / std``, applied inside the classifier."""
+
+    mean: tuple[float, ...] = Field(min_length=1)
+    std: tuple[float, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _can_be_applied(self) -> Normalization:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"{len(self.mean)} means for {len(self.std)} standard deviations")
+        if not all(map(math.isfinite, self.mean)) or not all(0 < value < math.inf for value in self.std):
+            raise ValueError("means must be finite and standard deviations positive")
+        return self
+
+
+class DataSpec(Frozen):
+    """What a data set is, without its pixels or where they lie."""
+
+    name: str
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] = Field(min_length=2)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)

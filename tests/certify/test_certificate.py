@@ -1,0 +1,133 @@
+"""The certificate: counts that follow from the samples, one spelling, and nothing read that is not one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from s2ap_deploy import files
+from s2ap_deploy.certify import points
+from s2ap_deploy.certify.certificate import Certificate, ids_sha256
+from s2ap_deploy.certify.statistics import clopper_pearson
+from s2ap_deploy.errors import InputError, StorageError
+
+MakeCertificate = Callable[..., Certificate]
+BROKEN_BY = (None, None, "clean", "apgd-ce", None, "square")
+
+
+@pytest.fixture
+def certificate(make_certificate: MakeCertificate) -> Certificate:
+    return make_certificate(BROKEN_BY)
+
+
+def test_counts_shares_and_classes(certificate: Certificate) -> None:
+    assert (certificate.clean.k, certificate.robust.k, certificate.n) == (5, 3, 6)
+    assert certificate.robust.value == 0.5
+    assert certificate.robust.interval == clopper_pearson(3, 6)
+    assert str(certificate.robust) == "50.0% [11.8%, 88.2%]"
+    rows = {row.label: (row.name, row.n, row.clean, row.robust) for row in certificate.per_class}
+    assert rows == {0: ("zero", 3, 2, 2), 1: ("one", 3, 3, 1)}
+    assert certificate.samples[3].broken_by == "apgd-ce"
+
+
+def test_its_words_claim_no_more_than_an_upper_bound(make_certificate: MakeCertificate) -> None:
+    standard = make_certificate(BROKEN_BY)
+    assert standard.formal_guarantee is False
+    assert standard.statement == "robust accuracy under AutoAttack (upper bound)"
+    adapted = make_certificate(BROKEN_BY, protocol="aa-adapted", flags=("adapted_protocol",))
+    assert "adapted" in adapted.statement
+    assert "upper bound" in adapted.statement
+
+
+def test_saving_and_loading_is_exact_and_canonical(certificate: Certificate, tmp_path: Path) -> None:
+    path = tmp_path / "certificate.json"
+    certificate.save(path)
+    loaded = Certificate.load(path)
+    assert loaded == certificate
+    assert loaded.text() == path.read_text() == files.canonical_json(json.loads(path.read_text()))
+    assert files.sha256(path) == certificate.sha256 == loaded.sha256
+
+
+def test_sample_ids_are_hashed_in_their_order() -> None:
+    assert ids_sha256(["a", "b"]) != ids_sha256(["b", "a"]) != ids_sha256(["ba"])
+    assert ids_sha256(["a"]) == hashlib.sha256(b'["a"]').hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"n": 7}, "n does not follow"),
+        ({"sample_ids_sha256": "0"}, "sample_ids_sha256 does not follow"),
+        ({"samples.3.broken_by": None}, "broken_by"),
+        ({"samples.3.broken_by": "prayer"}, "broken_by"),
+        ({"samples.2.broken_by": "square"}, "broken_by"),
+        ({"samples.0.id": "test/1"}, "occurs twice"),
+        ({"clean.k": 6}, "value and interval do not follow from 6 of 6"),
+        ({"robust.k": 4, "robust.value": 4 / 6}, "robust does not follow"),
+        ({"robust.interval": [0.0, 0.4]}, "value and interval"),
+        ({"per_class.0.robust": 3}, "per_class does not follow"),
+        ({"formal_guarantee": True}, "formal_guarantee"),
+        ({"flags": ["fine"]}, r"flags\.0"),
+        ({"threat.eps": "-1"}, r"threat\.eps"),
+        ({"extra": 1}, "extra"),
+    ],
+)
+def test_a_certificate_that_contradicts_itself_is_refused(
+    certificate: Certificate, tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    content = json.loads(certificate.text())
+    for dotted, value in change.items():
+        *way, last = [int(key) if key.isdigit() else key for key in dotted.split(".")]
+        place = content
+        for key in way:
+            place = place[key]
+        place[last] = value
+    path = tmp_path / "certificate.json"
+    files.write_json(path, content)
+    with pytest.raises(InputError, match=named) as error:
+        Certificate.load(path)
+    assert error.value.exit_code == 2
+    assert str(path) in error.value.message
+
+
+def test_other_versions_are_refused_by_name(certificate: Certificate, tmp_path: Path) -> None:
+    path = tmp_path / "certificate.json"
+    files.write_json(path, {**json.loads(certificate.text()), "schema_version": 2})
+    with pytest.raises(InputError, match="has schema_version 2; this version of s2ap-deploy reads 1"):
+        Certificate.load(path)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{}", '{"kind": "something else", "schema_version": 1}'])
+def test_other_files_are_not_certificates(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "certificate.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match="is not an attack certificate"):
+        Certificate.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04\xff\xfe", b'{"kind": '])
+def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "certificate.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="is not JSON"):
+        Certificate.load(path)
+    with pytest.raises(StorageError, match="cannot read"):
+        Certificate.load(tmp_path / "absent.json")
+
+
+def test_the_points_file_holds_what_was_given(tmp_path: Path) -> None:
+    clean = torch.rand(3, 2, 4, 4).to(memory_format=torch.channels_last)
+    attacked = clean + 0.1
+    found = points.save(tmp_path / "points.safetensors", clean, attacked)
+    assert found.name == "points.safetensors"
+    assert found.sha256 == files.sha256(tmp_path / found.name)
+    loaded = safetensors.torch.load_file(tmp_path / found.name)
+    assert torch.equal(loaded["clean"], clean)
+    assert torch.equal(loaded["attacked"], attacked)

@@ -1,0 +1,95 @@
+"""Exact bounds: known values, and coverage by enumeration."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2ap_deploy.certify.statistics import (
+    clopper_pearson,
+    lower_bound,
+    paired_drop_lower_bound,
+    paired_drop_upper_bound,
+    upper_bound,
+)
+
+
+def binomial(k: int, n: int, p: float) -> float:
+    return math.comb(n, k) * p**k * (1 - p) ** (n - k)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "interval"),
+    [(22, 50, (0.300, 0.588)), (44, 100, (0.341, 0.543)), (440, 1000, (0.409, 0.471)), (0, 10, (0.0, 0.308))],
+)
+def test_clopper_pearson_agrees_with_published_tables(k: int, n: int, interval: tuple[float, float]) -> None:
+    assert clopper_pearson(k, n) == pytest.approx(interval, abs=1e-3)
+
+
+def test_bounds_without_a_hit_and_with_hits_only() -> None:
+    assert lower_bound(0, 7) == 0.0
+    assert upper_bound(7, 7) == 1.0
+    assert lower_bound(100, 100) == pytest.approx(0.05 ** (1 / 100))
+    assert upper_bound(0, 100) == pytest.approx(1 - 0.05 ** (1 / 100))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 300), st.data(), st.floats(0.5, 0.999))
+def test_a_bound_solves_its_tail_equation(n: int, data: st.DataObject, level: float) -> None:
+    k = data.draw(st.integers(1, n))
+    p = lower_bound(k, n, level)
+    assert sum(binomial(i, n, p) for i in range(k, n + 1)) == pytest.approx(1 - level, rel=1e-6)
+    assert upper_bound(n - k, n, level) == pytest.approx(1 - p, abs=1e-12)
+    assert lower_bound(k - 1, n, level) < p <= k / n <= upper_bound(k, n, level)
+
+
+@pytest.mark.parametrize("n", [1, 7, 30])
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_the_one_sided_bound_covers_every_share(n: int, level: float) -> None:
+    for p in [i / 40 for i in range(1, 40)]:
+        covered = sum(binomial(k, n, p) for k in range(n + 1) if lower_bound(k, n, level) <= p)
+        assert covered >= level - 1e-9
+
+
+@pytest.mark.parametrize("n", [5, 20])
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_the_paired_bound_covers_every_pair_of_shares(n: int, level: float) -> None:
+    bounds = {
+        (lost, gained): paired_drop_upper_bound(lost, gained, n, level)
+        for lost in range(n + 1)
+        for gained in range(n + 1 - lost)
+    }
+    for tenths_lost in range(0, 11, 1):
+        for tenths_gained in range(0, 11 - tenths_lost, 1):
+            p, q = tenths_lost / 10, tenths_gained / 10
+            rest = max(0.0, 1 - p - q)
+            covered = sum(
+                math.comb(n, lost) * math.comb(n - lost, gained)
+                * p**lost * q**gained * rest ** (n - lost - gained)
+                for (lost, gained), bound in bounds.items()
+                if bound >= p - q - 1e-12
+            )  # fmt: skip
+            assert covered >= level - 1e-9, (p, q)
+
+
+def test_the_paired_bound_is_ordered_and_mirrored() -> None:
+    assert paired_drop_upper_bound(3, 0, 100) < paired_drop_upper_bound(4, 0, 100)
+    assert paired_drop_upper_bound(3, 2, 100) <= paired_drop_upper_bound(3, 0, 100)
+    assert paired_drop_lower_bound(9, 2, 100) == -paired_drop_upper_bound(2, 9, 100)
+    assert paired_drop_lower_bound(9, 2, 100) < 0.07 < paired_drop_upper_bound(9, 2, 100)
+
+
+@pytest.mark.parametrize("counts", [(-1, 5), (6, 5), (0, 0)])
+def test_impossible_counts_are_refused(counts: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="is not a count"):
+        lower_bound(*counts)
+
+
+def test_impossible_pairs_and_levels_are_refused() -> None:
+    with pytest.raises(ValueError, match="11 of 10"):
+        paired_drop_upper_bound(6, 5, 10)
+    with pytest.raises(ValueError, match="confidence level"):
+        upper_bound(1, 2, 1.0)

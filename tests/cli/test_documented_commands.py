@@ -1,0 +1,109 @@
+"""Every command line that the documentation shows parses, and the main sequence works as typed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2ap_deploy.cli.main import COMMANDS, cli
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*.yaml")])
+SEQUENCE = [
+    "s2ap-deploy prune model.pt --sparsity 0.9",
+    "s2ap-deploy certify",
+    "s2ap-deploy export --onnx",
+    "s2ap-deploy gate --min-robust 0.40 --max-drop 0.05",
+]
+
+
+def shown(text: str) -> Iterator[str]:
+    """Commands in code blocks, in comments of recipes and between backticks, up to a pipe or a comment."""
+    for line in text.splitlines():
+        for found in re.findall(r"(?:^|\s|`|/)(s2ap-deploy [^`#|&>(]+)", line):
+            command = found.strip()
+            if command.split()[1].startswith("-") or command.split()[1] in COMMANDS:
+                yield command
+
+
+def documented() -> list[tuple[str, str]]:
+    found = {
+        (page.name, command): None for page in PAGES for command in shown(page.read_text(encoding="utf-8"))
+    }
+    return list(found)
+
+
+def test_the_readme_shows_the_main_sequence() -> None:
+    commands = [command for page, command in documented() if page == "README.md"]
+    assert [command for command in commands if command in SEQUENCE] == SEQUENCE
+    assert any(command.split()[1] == "demo" for command in commands)
+
+
+@pytest.mark.parametrize(("page", "command"), documented())
+def test_it_parses(page: str, command: str) -> None:
+    words = shlex.split(command)[1:]
+    if words[0] in ("--help", "--version"):
+        return
+    context = cli.make_context("s2ap-deploy", words)
+    found = cli.get_command(context, words[0])
+    assert found is not None
+    if words[1:] != ["..."] and words[1:]:
+        found.make_context(words[0], words[1:], parent=context)
+
+
+def test_the_readmes_python_runs(finished_run: Path) -> None:
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert block is not None
+    space: dict[str, Any] = {}
+    exec(block.group(1).replace("s2ap-run/export", f"{finished_run}/export"), space)
+    assert space["logits"].shape == (1, 10)
+
+
+def test_the_tree_in_the_readme_is_what_a_run_leaves(s2ap: Callable[..., Any], own_run: Path) -> None:
+    s2ap("gate", "--min-robust", 0, "--rule", "point", "--run", own_run)
+    block = re.search(r"```\ns2ap-run/\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert block is not None
+    for line in block.group(1).splitlines():
+        names = re.split(r"\s{2,}", line.strip())[0].split(", ")
+        folder = own_run / Path(names[0]).parent
+        for name in names:
+            assert (folder / Path(name).name).is_file(), name
+
+
+def run_sequence(s2ap: Callable[..., Any], folder: Path, extra: dict[str, list[str]]) -> list[int]:
+    codes = []
+    for command in SEQUENCE:
+        words = shlex.split(command)[1:]
+        done = s2ap(*words, *extra.get(words[0], []), cwd=folder)
+        assert "Traceback" not in done.err
+        codes.append(done.code)
+    return codes
+
+
+def test_the_sequence_in_short(s2ap: Callable[..., Any], digits_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(digits_model.read_bytes())
+    codes = run_sequence(
+        s2ap,
+        tmp_path,
+        {"prune": ["--preset", "quick", "--eps", "0.5", "--loss", "at"], "certify": ["--n", "20"]},
+    )
+    assert codes == [0, 0, 0, 1]  # at this radius nothing can pass, and the gate says so
+
+
+@pytest.mark.slow
+def test_the_sequence_as_typed(s2ap: Callable[..., Any], tmp_path: Path) -> None:
+    """On a network that is worth pruning; only the number of attacked images is smaller."""
+    train = ["--data", "digits", "--arch", "digits-conv", "--eps", "0.1", "--epochs", 25, "--loss", "at"]
+    trained = s2ap(
+        "pretrain", *train, "--learning-rate", 0.05, "--output", "model.pt", "--run", "dense", cwd=tmp_path
+    )
+    assert trained.code == 0, trained.err
+    codes = run_sequence(s2ap, tmp_path, {"certify": ["--n", "60"]})
+    assert codes[:3] == [0, 0, 0]
+    assert codes[3] in (0, 1, 3)
+    assert s2ap("gate", "--min-robust", 0.4, "--rule", "point", cwd=tmp_path).code == 0

@@ -1,0 +1,108 @@
+"""What the command line says of itself, and how fast it can say it."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+import pytest
+
+from s2ap_deploy.cli.main import COMMANDS, cli
+
+
+def command(name: str) -> click.Command:
+    found = cli.get_command(click.Context(cli), name)
+    assert found is not None
+    return found
+
+
+def lines(name: str) -> list[str]:
+    return inspect.cleandoc(command(name).help or "").splitlines()
+
+
+def parameters() -> Iterator[tuple[str, click.Option]]:
+    for name in COMMANDS:
+        for parameter in command(name).params:
+            if isinstance(parameter, click.Option):
+                yield name, parameter
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_line_in_the_overview_is_the_commands_own(name: str) -> None:
+    assert lines(name)[0] == COMMANDS[name]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_shows_an_example_that_parses(name: str) -> None:
+    examples = [line.split() for line in lines(name) if line.startswith("s2ap-deploy ")]
+    assert examples or name == "demo"  # demo has no argument to show
+    for example in examples:
+        words = example[2 : example.index(">")] if ">" in example else example[2:]
+        assert example[1] == name
+        command(name).make_context(name, words, parent=cli.make_context("s2ap-deploy", [name]))
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [pytest.param(*each, id=f"{each[0]}-{each[1].name}") for each in parameters()]
+)
+def test_every_option_is_explained(name: str, option: click.Option) -> None:
+    assert option.help
+    assert option.help.rstrip(")]").strip()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command(name: str, s2ap: Callable[..., Any]) -> None:
+    for flag in ("--help", "-h"):
+        done = s2ap(name, flag)
+        assert (done.code, done.err) == (0, "")
+        assert done.out.startswith(f"Usage: s2ap-deploy {name} ")
+
+
+def test_the_overview_lists_every_command_and_every_exit_code(s2ap: Callable[..., Any]) -> None:
+    done = s2ap("--help")
+    assert done.code == 0
+    for name, line in COMMANDS.items():
+        assert f"  {name}" in done.out
+        assert line in done.out
+    for code in ("0 done", "1 gate", "2 unusable", "3 inconclusive", "70 unforeseen", "130 interrupted"):
+        assert code in done.out
+
+
+def test_nothing_typed_shows_the_overview_but_is_no_success(s2ap: Callable[..., Any]) -> None:
+    done = s2ap()
+    assert (done.code, done.out) == (2, "")
+    assert "Commands:" in done.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("prnue", "prune"), ("certfy", "certify"), ("recipe", "recipes")]
+)
+def test_a_slip_of_the_finger_is_answered_with_the_nearest_command(
+    typed: str, meant: str, s2ap: Callable[..., Any]
+) -> None:
+    done = s2ap(typed)
+    assert done.code == 2
+    assert f"No such command '{typed}'. Did you mean '{meant}'?" in done.err
+
+
+def test_version(s2ap: Callable[..., Any]) -> None:
+    done = s2ap("--version")
+    assert done.code == 0
+    assert done.out.startswith("s2ap-deploy, version ")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["gate", "--help"], ["prune", "--help"], ["recipes"]])
+def test_what_answers_at_once_imports_nothing_heavy(arguments: list[str]) -> None:
+    """A time would say more about this machine; without these modules it is a fraction of a second."""
+    probe = (
+        "import sys; from s2ap_deploy.cli.main import guarded; "
+        f"code = guarded({arguments!r}); "
+        "print(code, sorted({'torch', 'torchvision', 'numpy', 'scipy', 'onnx', 'onnxruntime', 'rich'}"
+        " & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"

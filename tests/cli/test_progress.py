@@ -1,0 +1,153 @@
+"""What a terminal and a log show of long work."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from s2ap_deploy.cli import figures, progress
+from s2ap_deploy.recorder import Recorder, Silent
+
+EPOCH = {
+    "epoch": 3,
+    "epochs": 40,
+    "loss": 1.23456,
+    "clean_accuracy": 0.954,
+    "robust_accuracy": 0.831,
+    "replaced": 0.0146,
+    "flip_rate": 0.0094,
+    "seconds": 0.91,
+}
+UNIT = {"attack": "apgd-ce", "block": 1, "images": 19, "broken": 2, "standing": 17, "seconds": 0.2}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def log() -> tuple[progress.Lines, io.StringIO]:
+    stream = io.StringIO()
+    return progress.Lines(Console(file=stream, width=80, soft_wrap=True, highlight=False)), stream
+
+
+def terminal() -> tuple[progress.Live, io.StringIO]:
+    stream = io.StringIO()
+    return progress.Live(Console(file=stream, width=80, force_terminal=True, color_system=None)), stream
+
+
+def test_a_row_tells_everything_in_words() -> None:
+    assert figures.row(EPOCH) == (
+        "epoch 3/40, loss 1.235, clean 95.4 %, robust 83.1 %, mask moved 1.46 %, flips 0.94 %, 0.9 s"
+    )
+    assert figures.row(UNIT) == "apgd-ce broke 2 of 19 images of block 1 in 0.2 s; 17 stand"
+    assert figures.row({**UNIT, "images": 1}).startswith("apgd-ce broke 2 of 1 image of block 1")
+
+
+def test_a_row_beside_a_bar_fits_eighty_columns() -> None:
+    longest = {**EPOCH, "epoch": 100, "epochs": 100, "robust_accuracy": 1.0}
+    assert figures.short(longest) == "epoch 100/100  loss 1.235  robust 100.0 %"
+    assert len(figures.short(longest)) <= 80 - len("x pretrain ━━━━━━━━━━━━━━ 100 % 00:00 ")
+    assert figures.short(UNIT) == "apgd-ce  17 stand"
+
+
+@pytest.mark.parametrize(
+    ("number", "unit", "text"),
+    [(1, "step", "1 step"), (2308400, "forward pass", "2,308,400 forward passes"), (0, "image", "0 images")],
+)
+def test_units_have_a_plural(number: int, unit: str, text: str) -> None:
+    assert figures.counted(number, unit) == text
+
+
+def test_a_log_has_one_line_per_row_and_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    lines, stream = log()
+    lines.begin("search", 40, "step")
+    for _ in range(10):
+        clock[0] += 1
+        lines.advance()
+    lines.log("search", EPOCH)
+    lines.warn("look at [this] and at a very long path " + "x" * 100)
+    lines.end()
+    first, row, warning, last = stream.getvalue().splitlines()
+    assert first == "search: 40 steps"
+    assert row == f"search: {figures.row(EPOCH)}, about 30 s left"
+    assert warning.startswith("warning: look at [this]")
+    assert last == "search: done in 10.0 s"
+
+
+def test_a_log_gives_a_sign_of_life_and_does_not_count_what_was_done_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    lines, stream = log()
+    lines.begin("finetune", 100, "step")
+    lines.advance(50)  # resumed
+    for _ in range(25):
+        clock[0] += 1
+        lines.advance()
+    assert "finetune: 70 of 100 steps, about 30 s left" in stream.getvalue()
+
+
+def test_a_terminal_shows_stage_epoch_loss_robust_accuracy_and_time_left() -> None:
+    live, stream = terminal()
+    live.begin("pretrain", 100, "step")
+    live.advance(40)
+    live.log("pretrain", EPOCH)
+    assert live.progress is not None
+    live.progress.refresh()
+    shown = stream.getvalue()
+    for words in ("pretrain", "40 %", "epoch 3/40", "loss 1.235", "robust 83.1 %", ":"):
+        assert words in shown
+    live.end()
+    last = stream.getvalue().splitlines()[-1].rpartition("\x1b[2K")[2]
+    assert last.startswith("✓ pretrain")
+    assert last.endswith("loss 1.235  clean 95.4 %  robust 83.1 %  flips 0.94 %")
+    assert len(last) <= 80
+
+
+@pytest.mark.parametrize("stage", ["end", "error"])
+def test_the_cursor_comes_back(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+    def work() -> None:
+        with progress.recorder(quiet=False) as shown:
+            shown.begin("certify", 3, "forward pass")
+            if stage == "error":
+                raise KeyboardInterrupt
+            shown.end()
+
+    if stage == "error":
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    else:
+        work()
+    text = stream.getvalue()
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") >= 1
+
+
+def chosen(quiet: bool) -> Recorder:
+    with progress.recorder(quiet) as shown:
+        return shown
+
+
+def test_the_display_fits_where_stderr_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(chosen(quiet=True), Silent)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert isinstance(chosen(quiet=False), progress.Lines)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.delenv("CI", raising=False)
+    assert isinstance(chosen(quiet=False), progress.Live)
+    monkeypatch.setenv("CI", "1")
+    assert isinstance(chosen(quiet=False), progress.Lines)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert isinstance(chosen(quiet=False), progress.Lines)

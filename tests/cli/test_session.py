@@ -1,0 +1,143 @@
+"""From options to a job: where data lies, what a recipe becomes, whose word decides on the architecture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from s2ap_deploy.cli import options, session
+from s2ap_deploy.errors import UsageError
+from s2ap_deploy.recipe import catalogue
+
+SHORT = ["--search-epochs", 1, "--finetune-epochs", 1, "--loss", "at"]
+
+
+def images(folder: Path) -> None:
+    """A tiny image folder: two classes of 8x8 grey images, bright on the left or on the right."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 30), ("test", 10)):
+        for label, name in enumerate(("left", "right")):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(n):
+                pixels = rng.integers(0, 80, (8, 8))
+                pixels[:, 4 * label : 4 * label + 4] += 150
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / part / name / f"{number}.png")
+
+
+def test_changes_are_made_where_they_are_given() -> None:
+    recipe = catalogue.load("demo")
+    changed = session.changed(recipe, {"prune.sparsity": 0.5, "prune.gamma": None, "gate.min_robust": 0.1})
+    assert changed.prune is not None
+    assert changed.gate is not None
+    assert (changed.prune.sparsity, changed.prune.gamma, changed.gate.min_robust) == (0.5, 0.01, 0.1)
+    assert recipe.prune is not None
+    assert recipe.prune.sparsity == 0.9
+
+
+def test_a_section_is_made_for_a_key_that_needs_one() -> None:
+    content = {"name": "x", "model": {}, "data": {"name": "digits"}, "threat": {"eps": "0.1"}, "prune": None}
+    recipe = session.resolve(content, {"prune.sparsity": 0.9})
+    assert recipe.prune is not None
+
+
+def test_a_value_that_does_not_fit_names_its_key() -> None:
+    with pytest.raises(UsageError, match=r"^prune\.sparsity: "):
+        session.changed(catalogue.load("demo"), {"prune.sparsity": 2.0})
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.5,), None), (None, (0.5,)), ((0.5,), (0.5, 0.5))])
+def test_mean_and_std_come_together(mean: Any, std: Any) -> None:
+    with pytest.raises(UsageError, match="belong together"):
+        session.normalization(mean, std)
+
+
+def test_numbers() -> None:
+    assert options.numbers("0.49, 0.48,1e-1", "--mean") == (0.49, 0.48, 0.1)
+    assert options.numbers(None, "--mean") is None
+
+
+def test_only_an_import_path_is_an_own_network() -> None:
+    assert session.import_path(None) is None
+    assert session.import_path("digits-conv") is None
+    assert session.import_path("file.py:net") == "file.py:net"
+
+
+def test_an_image_folder_below_a_home_that_is_remembered(
+    s2ap: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, work, elsewhere = tmp_path / "home", tmp_path / "work", tmp_path / "elsewhere"
+    for folder in (home, work, elsewhere):
+        folder.mkdir()
+    images(home / "sets" / "sides")
+    monkeypatch.setenv("HOME", str(home))
+    network = [
+        "--arch",
+        "digits-conv",
+        "--eps",
+        "0.4",
+        "--data",
+        "imagefolder:sides",
+        "--data-root",
+        "~/sets",
+    ]
+    done = s2ap("pretrain", *network, "--epochs", 2, "--output", "model.pt", "--run", "pre", cwd=work)
+    assert done.code == 0, done.err
+    assert json.loads((work / "pre" / "machine.json").read_text()) == {"data_root": str(home / "sets")}
+
+    first = s2ap("prune", "model.pt", "--sparsity", 0.9, *SHORT, cwd=work)
+    assert first.code == 2
+    assert "there is no folder sides" in first.err
+    assert s2ap("prune", "model.pt", "--sparsity", 0.9, *SHORT, "--data-root", "~/sets", cwd=work).code == 0
+    # Later commands know, also from another folder.
+    done = s2ap("certify", "--n", 20, "--run", work / "s2ap-run", cwd=elsewhere)
+    assert done.code == 0, done.err
+    assert s2ap("export", "--run", work / "s2ap-run", cwd=elsewhere).code == 0
+    spec = json.loads((work / "s2ap-run" / "certify" / "pruned.json").read_text())
+    assert [row["name"] for row in spec["per_class"]] == ["left", "right"]
+
+
+def test_images_that_changed_are_not_mistaken_for_the_same(s2ap: Callable[..., Any], tmp_path: Path) -> None:
+    images(tmp_path / "sides")
+    train = [
+        "pretrain",
+        "--arch",
+        "digits-conv",
+        "--eps",
+        "0.1",
+        "--data",
+        "imagefolder:sides",
+        "--epochs",
+        1,
+    ]
+    assert s2ap(*train, cwd=tmp_path).code == 0
+    again = s2ap(*train[:-4], "--data", "imagefolder:./sides", "--epochs", 1, cwd=tmp_path)
+    assert "pretrain: already done with the same inputs, skipped" in again.err, again.err
+    path = tmp_path / "sides" / "train" / "left" / "3.png"
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+    done = s2ap(*train, cwd=tmp_path)
+    assert done.code == 2
+    assert "already holds a pretrain from other inputs (data.sha256" in done.err
+
+
+def test_a_damaged_memory_of_the_machine_is_told(s2ap: Callable[..., Any], own_run: Path) -> None:
+    (own_run / "machine.json").write_text("{")
+    done = s2ap("certify", "--run", own_run)
+    assert done.code == 2
+    assert "machine.json is damaged" in done.err
+    assert "give --data-root again" in done.err
+    assert s2ap("certify", "--run", own_run, "--data-root", own_run.parent).code == 0
+    assert s2ap("certify", "--overwrite", "--run", own_run, "--data-root", own_run.parent).code == 0
+    assert json.loads((own_run / "machine.json").read_text())["data_root"] == str(own_run.parent)
+
+
+def test_a_folder_that_no_recipe_began_is_told(s2ap: Callable[..., Any], own_run: Path) -> None:
+    (own_run / "recipe.yaml").unlink()
+    done = s2ap("certify", "--run", own_run)
+    assert done.code == 2
+    assert "holds no recipe yet" in done.err

@@ -1,0 +1,158 @@
+"""Fixtures that every room's tests may use."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import signal
+import sys
+import unittest.mock
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from s2ap_deploy.data.augmentation import Augmentation
+from s2ap_deploy.data.memory import MemorySplit
+
+# Started in the background of a shell, this process ignores Ctrl-C, and so would every process it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and foreign checkpoints that lies beside a developer's checkout."""
+    if not (SHARED / "checkpoints").is_dir():
+        pytest.skip("needs ../shared (real MNIST and a robust checkpoint), which is not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Small tensors gain nothing from threads, and sums stay in one order."""
+    torch.set_num_threads(1)
+
+
+def striped(n: int) -> MemorySplit:
+    """``n`` 8x8 images of three classes that differ in where the light falls."""
+    noise = torch.Generator().manual_seed(n)
+    labels = torch.arange(n) % 3
+    images = torch.randint(0, 100, (n, 1, 8, 8), generator=noise)
+    for row, label in enumerate(labels.tolist()):
+        images[row, 0, :, 2 * label : 2 * label + 3] += 150
+    return MemorySplit(
+        images.to(torch.uint8), labels, [f"image/{i}" for i in range(n)], Augmentation(padding=0, flip=False)
+    )
+
+
+class MemorySnapshots:
+    """Snapshots that live in memory and pull the plug after ``lives`` of them."""
+
+    def __init__(self, lives: int = -1) -> None:
+        self.lives = lives
+        self.kept: tuple[dict[str, Any], dict[str, Any]] | None = None
+
+    def load_snapshot(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        return self.kept
+
+    def save_snapshot(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        self.kept = {name: tensor.clone() for name, tensor in tensors.items()}, dict(state)
+        self.lives -= 1
+        if self.lives == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="session")
+def stripes() -> Callable[[int], MemorySplit]:
+    """A factory of small data sets that a small network learns in seconds."""
+    return striped
+
+
+@pytest.fixture(scope="session")
+def memory_snapshots() -> type[MemorySnapshots]:
+    """Snapshots for loops that are to be interrupted after a given epoch."""
+    return MemorySnapshots
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command_line(*arguments: object, cwd: Path | None = None) -> Outcome:
+    """Run the command line inside this process, in ``cwd``, as ``main`` does but for leaving it."""
+    from s2ap_deploy.cli.main import guarded
+
+    texts = [str(argument) for argument in arguments]
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd or Path.cwd()),
+        unittest.mock.patch.object(sys, "argv", ["s2ap-deploy", *texts]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        code = guarded(texts)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def s2ap() -> Callable[..., Outcome]:
+    """The command line, in this process: ``s2ap("gate", "--json", cwd=folder)``."""
+    return command_line
+
+
+@pytest.fixture(scope="session")
+def digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of this tool: a small network after three epochs on the embedded digits."""
+    folder = tmp_path_factory.mktemp("digits")
+    network = ["--data", "digits", "--arch", "digits-conv", "--eps", "0.1", "--loss", "at"]
+    short = ["--epochs", 3, "--batch-size", 64, "--learning-rate", 0.05]
+    done = command_line("pretrain", *network, *short, "--output", "model.pt", cwd=folder)
+    assert done.code == 0, done.err
+    return folder / "model.pt"
+
+
+@pytest.fixture(scope="session")
+def finished_run(digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder after prune, certify and export; copy it before changing anything in it.
+
+    At this radius every image falls to the first attack, so that certifying takes a second, not minutes.
+    """
+    run = tmp_path_factory.mktemp("finished") / "s2ap-run"
+    short = ["--search-epochs", 1, "--finetune-epochs", 1, "--loss", "at", "--eps", "0.5"]
+    for command in (
+        ["prune", digits_model, "--sparsity", 0.9, *short],
+        ["certify", "--n", 40],
+        ["export", "--onnx"],
+    ):
+        done = command_line(*command, "--run", run, "--threads", 1)
+        assert done.code == 0, done.err
+    return run
+
+
+@pytest.fixture
+def own_run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may spoil."""
+    return Path(shutil.copytree(finished_run, tmp_path / "s2ap-run"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder`` by its relative name; two equal answers mean that nothing changed."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="session")
+def files_in() -> Callable[[Path], dict[str, bytes]]:
+    """Every file below a folder with its bytes."""
+    return contents

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from s2ap_deploy.data import datasets
+from s2ap_deploy.data.imagefolder import scan
+from s2ap_deploy.data.memory import MemorySplit
+from s2ap_deploy.errors import DataError, UsageError
+
+MakeFolder = Callable[..., Path]
+
+
+def test_classes_and_ids_are_sorted_and_relative(make_folder: MakeFolder) -> None:
+    found = scan(make_folder(classes=("dog", "cat"), per_class=2))
+    assert found.classes == ("cat", "dog")
+    assert found.train.ids == ("train/cat/00.png", "train/cat/01.png", "train/dog/00.png", "train/dog/01.png")
+    assert found.train.labels.tolist() == [0, 0, 1, 1]
+    assert found.test.ids[0] == "test/cat/00.png"
+    assert found.name == "imagefolder:pets"
+    assert len(found) == 8
+
+
+def test_val_serves_as_test_when_there_is_no_test(make_folder: MakeFolder) -> None:
+    found = scan(make_folder(parts=("train", "val"), per_class=3))
+    assert found.validation is None
+    assert found.test.ids[0] == "val/cat/00.png"
+
+
+def test_a_folder_with_all_three_parts_brings_its_own_validation(make_folder: MakeFolder) -> None:
+    data = datasets.load(f"imagefolder:{make_folder(parts=('train', 'val', 'test'), per_class=4)}")
+    assert {one.split("/")[0] for one in data.validation.ids} == {"val"}
+    assert len(data.train) == len(data.validation) == len(data.test) == 8
+
+
+def test_hidden_files_and_other_files_are_passed_over(make_folder: MakeFolder) -> None:
+    folder = make_folder(per_class=2)
+    (folder / "train" / "cat" / "._00.png").write_bytes(b"mac")
+    (folder / "train" / "cat" / "notes.txt").write_text("x")
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    (folder / "train" / "README").write_text("x")
+    assert len(scan(folder).train.ids) == 4
+
+
+def test_images_below_a_class_and_symbolic_links_count(make_folder: MakeFolder, tmp_path: Path) -> None:
+    folder = make_folder(per_class=2)
+    nested = folder / "train" / "cat" / "images"
+    nested.mkdir()
+    shutil.move(folder / "train" / "cat" / "00.png", nested / "00.png")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(folder / "train" / "dog", elsewhere)
+    (folder / "train" / "dog").symlink_to(elsewhere)
+    assert scan(folder).train.ids == (
+        "train/cat/01.png",
+        "train/cat/images/00.png",
+        "train/dog/00.png",
+        "train/dog/01.png",
+    )
+
+
+def test_validation_is_stratified_disjoint_and_seeded(make_folder: MakeFolder) -> None:
+    name = f"imagefolder:{make_folder(per_class=20)}"
+    data, again, other = (datasets.load(name, seed=seed, validation_fraction=0.2) for seed in (0, 0, 1))
+    assert data.validation.labels.bincount().tolist() == [4, 4]
+    assert set(data.train.ids).isdisjoint(data.validation.ids)
+    assert len(data.train) + len(data.validation) == 40
+    assert data.validation.ids == again.validation.ids != other.validation.ids
+    assert len(data.test) == 40
+
+
+def test_size_comes_from_the_first_image(make_folder: MakeFolder) -> None:
+    folder = make_folder(shape=(8, 8))
+    preprocessing = datasets.spec(f"imagefolder:{folder}").preprocessing
+    assert preprocessing.size == (1, 8, 8)
+    assert preprocessing.channel_order == "L"
+    assert (preprocessing.resize, preprocessing.crop) == (8, 8)
+
+
+def test_images_of_other_sizes_are_resized_to_a_square(make_folder: MakeFolder) -> None:
+    folder = make_folder(per_class=5)
+    Image.new("RGB", (20, 13), (255, 0, 0)).save(folder / "test" / "cat" / "00.png")
+    data = datasets.load(f"imagefolder:{folder}")
+    images, _ = data.test.tensors()
+    assert images.shape == (10, 3, 8, 8)
+    assert images[0, 0].eq(1).all()
+
+
+def test_size_is_the_models(make_folder: MakeFolder) -> None:
+    data = datasets.load(f"imagefolder:{make_folder()}", size=(1, 16, 16))
+    assert data.spec.preprocessing.size == (1, 16, 16)
+    assert data.train.tensors()[0].shape[1:] == (1, 16, 16)
+
+
+def test_images_that_are_not_square_have_to_agree(make_folder: MakeFolder) -> None:
+    folder = make_folder(shape=(6, 9, 3), per_class=3)
+    data = datasets.load(f"imagefolder:{folder}")
+    assert data.spec.preprocessing.resize is None
+    assert data.test.tensors()[0].shape == (6, 3, 6, 9)
+    Image.new("RGB", (9, 7)).save(folder / "test" / "dog" / "01.png")
+    with pytest.raises(DataError, match=r"01\.png is 7x9 pixels, where 6x9 is expected"):
+        datasets.load(f"imagefolder:{folder}")
+
+
+def test_colour_is_mirrored_and_shifted_grey_only_shifted(make_folder: MakeFolder) -> None:
+    colour = datasets.load(f"imagefolder:{make_folder()}").train.augmentation
+    grey = datasets.load(f"imagefolder:{make_folder(shape=(32, 32), name='signs')}").train.augmentation
+    assert (colour.padding, colour.flip) == (1, True)
+    assert (grey.padding, grey.flip) == (4, False)
+
+
+def test_a_relative_folder_may_lie_in_the_data_root(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder()
+    remembered = datasets.spec(f"imagefolder:{folder}").name
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    assert datasets.load(remembered, root=tmp_path).train.ids
+    with pytest.raises(DataError, match="there is no folder pets"):
+        datasets.load(remembered)
+    monkeypatch.chdir(tmp_path)
+    assert datasets.load(remembered).spec.name == remembered == "imagefolder:pets"
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (("train",), "holds train only"),
+        (("test",), "holds test only"),
+        (("val", "test"), "holds val and test only"),
+    ],
+)
+def test_missing_parts(make_folder: MakeFolder, parts: tuple[str, ...], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        scan(make_folder(parts=parts, per_class=1))
+    assert "train/<class>/" in (caught.value.hint or "")
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no part only"):
+        scan(tmp_path)
+
+
+def test_no_folder_or_a_file_instead(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no folder"):
+        datasets.load(f"imagefolder:{tmp_path / 'nowhere'}")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="is not a folder"):
+        datasets.load(f"imagefolder:{tmp_path / 'file'}")
+    with pytest.raises(DataError, match="needs a path"):
+        datasets.load("imagefolder:")
+
+
+def test_parts_that_differ_in_classes(make_folder: MakeFolder) -> None:
+    folder = make_folder(classes=("cat", "dog", "emu"), per_class=1)
+    (folder / "test" / "emu").rename(folder / "test" / "fox")
+    with pytest.raises(DataError, match=r"differ in classes: .*test lacks emu and has in addition fox"):
+        scan(folder)
+
+
+def test_a_long_difference_is_cut(make_folder: MakeFolder) -> None:
+    folder = make_folder(classes=tuple(f"class{number}" for number in range(9)), per_class=1)
+    shutil.rmtree(folder / "test")
+    for name in ("class0", "class8"):
+        (folder / "test" / name).mkdir(parents=True)
+    with pytest.raises(DataError, match="lacks class1, class2, class3, class4, class5 and 2 more"):
+        scan(folder)
+
+
+def test_a_single_class(make_folder: MakeFolder) -> None:
+    with pytest.raises(DataError, match=r"has 1 class folder\(s\), two are needed"):
+        scan(make_folder(classes=("cat",)))
+
+
+def test_an_empty_class_is_named(make_folder: MakeFolder) -> None:
+    folder = make_folder(per_class=1)
+    (folder / "test" / "dog" / "00.png").rename(folder / "test" / "dog" / "00.gif")
+    with pytest.raises(DataError, match=r"test/dog holds no image") as caught:
+        scan(folder)
+    assert ".png" in (caught.value.hint or "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names themselves")
+def test_a_name_that_is_no_text(make_folder: MakeFolder) -> None:
+    folder = make_folder(per_class=1)
+    where = os.fsencode(folder / "train" / "dog")
+    os.rename(where + b"/00.png", where + b"/\xff.png")
+    with pytest.raises(DataError, match="not valid UTF-8"):
+        scan(folder)
+
+
+def test_an_unreadable_image_is_named(make_folder: MakeFolder) -> None:
+    folder = make_folder()
+    (folder / "train" / "dog" / "03.png").write_bytes(b"rubbish")
+    with pytest.raises(DataError, match=r"train/dog/03\.png cannot be read"):
+        datasets.load(f"imagefolder:{folder}")
+
+
+def test_a_folder_that_may_not_be_read(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    folder = make_folder(per_class=1)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"pets cannot be read: .*Permission denied") as caught:
+        scan(folder)
+    assert caught.value.hint == "check its permissions"
+
+
+def test_a_home_that_does_not_exist() -> None:
+    with pytest.raises(DataError, match="there is no folder ~nobody-of-that-name"):
+        datasets.load("imagefolder:~nobody-of-that-name/pets")
+
+
+def test_a_size_that_images_cannot_have(make_folder: MakeFolder) -> None:
+    folder = make_folder(per_class=1)
+    for size in ((2, 8, 8), (3, 0, 8)):
+        with pytest.raises(DataError, match=r"of size .* cannot be read"):
+            datasets.spec(f"imagefolder:{folder}", size=size)
+
+
+def test_negative_workers(make_folder: MakeFolder) -> None:
+    with pytest.raises(UsageError, match="-1 workers"):
+        datasets.load(f"imagefolder:{make_folder()}", workers=-1)
+
+
+@pytest.mark.slow
+def test_real_photographs(shared: Path, tmp_path: Path) -> None:
+    """The first 100 images of each CIFAR-10 class and part, out of the archive of all 60,000."""
+    import tarfile
+
+    with tarfile.open(shared / "data" / "cifar10-jpeg.tar.xz", "r|xz") as archive:
+        for member in archive:
+            if member.isfile() and int(Path(member.name).stem) < 100:
+                archive.extract(member, tmp_path / "cifar", filter="data")
+    data = datasets.load(f"imagefolder:{tmp_path / 'cifar'}")
+    assert isinstance(data.train, MemorySplit)
+    assert data.spec.class_names == datasets.spec("cifar10").class_names
+    assert data.test.labels.bincount().tolist() == [100] * 10
+    images, _ = data.train.tensors()
+    assert images.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=0.03)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2ap_deploy.data.sampling import choose, hold_out
+from s2ap_deploy.errors import UsageError
+
+LABELS = st.lists(st.integers(0, 5), min_size=1, max_size=60)
+
+
+@given(LABELS, st.integers(1, 70), st.integers(0, 3))
+@settings(deadline=None, max_examples=60)
+def test_each_class_gets_its_share_within_one(labels: list[int], n: int, seed: int) -> None:
+    chosen = choose(labels, n, seed=seed)
+
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == min(n, len(labels))
+    assert set(chosen) <= set(range(len(labels)))
+    counts, sizes = Counter(labels[position] for position in chosen), Counter(labels)
+    for label, size in sizes.items():
+        assert abs(counts[label] - len(chosen) * size / len(labels)) < 1
+
+
+@given(LABELS, st.integers(1, 70))
+@settings(deadline=None, max_examples=30)
+def test_without_a_seed_the_first_are_taken(labels: list[int], n: int) -> None:
+    assert choose(labels, n, seed=None) == list(range(min(n, len(labels))))
+
+
+def test_a_choice_is_the_same_on_every_machine() -> None:
+    assert choose([0, 1, 2] * 10, 6, seed=0) == [7, 8, 9, 16, 24, 26]
+
+
+def test_tensor_list_and_repetition_agree() -> None:
+    labels = [0, 0, 1, 1, 2, 2] * 5
+    assert choose(torch.tensor(labels), 7, seed=3) == choose(labels, 7, seed=3) == choose(labels, 7, seed=3)
+
+
+def test_seeds_differ() -> None:
+    assert len({tuple(choose(100, 10, seed=seed)) for seed in range(5)}) == 5
+
+
+def test_a_tie_does_not_always_favour_the_same_class() -> None:
+    picked = {choose([0, 1, 2, 3], 1, seed=seed)[0] for seed in range(40)}
+    assert picked == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("n", [None, 5, 6])
+def test_all_when_enough_are_asked_for(n: int | None) -> None:
+    assert choose(5, n, seed=1) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_fewer_than_one_is_an_error(n: int) -> None:
+    with pytest.raises(UsageError, match=f"cannot choose {n} samples") as caught:
+        choose(10, n, seed=0)
+    assert "at least 1" in (caught.value.hint or "")
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=50), st.floats(0.01, 0.99), st.integers(0, 3))
+@settings(deadline=None, max_examples=60)
+def test_held_out_and_kept_are_a_partition(labels: list[int], fraction: float, seed: int) -> None:
+    kept, held = hold_out(labels, fraction, seed=seed)
+    assert sorted(kept + held) == list(range(len(labels)))
+    assert kept
+    assert held
+    assert abs(len(held) - fraction * len(labels)) <= 1
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0, float("nan")])
+def test_impossible_fraction(fraction: float) -> None:
+    with pytest.raises(UsageError, match="validation fraction must lie between 0 and 1"):
+        hold_out([0, 1], fraction, seed=0)
+
+
+def test_one_sample_cannot_be_divided() -> None:
+    with pytest.raises(UsageError, match=r"out of 1 sample"):
+        hold_out([0], 0.5, seed=0)

@@ -1,0 +1,57 @@
+"""A run in one object."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2ap_deploy.certify.gate import GatePolicy
+from s2ap_deploy.errors import RunFolderError
+from s2ap_deploy.pipeline.verdict import gate
+from s2ap_deploy.reporting.summary import summarise
+from s2ap_deploy.run.folder import Run
+
+
+def forget(folder: Path, *stages: str) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for stage in stages:
+        del manifest["stages"][stage]
+        shutil.rmtree(folder / stage)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def summary(folder: Path, policy: GatePolicy | None = None) -> dict[str, Any]:
+    with Run.open(folder, create=False, command="test") as run:
+        return summarise(run, gate(run, policy) if policy is not None else None)
+
+
+def test_everything_of_a_finished_run(own_run: Path) -> None:
+    found = summary(own_run, GatePolicy(min_robust=0.4))
+    assert json.loads(json.dumps(found)) == found
+    assert found["formal_guarantee"] is False
+    assert "upper bound" in found["statement"]
+    assert found["threat"] == "Linf eps 0.5"
+    assert found["gate"]["status"] == "fail"
+    assert found["dense"]["sparsity"] == 0.0
+    assert found["pruned"]["sparsity"] == pytest.approx(0.9, abs=1e-4)
+    assert found["dense"]["n"] == found["pruned"]["n"] == 40
+    assert found["pruned"]["bytes"] == (own_run / "export" / "model.onnx").stat().st_size
+    assert found["dense"]["bytes"] > 4 * 151_072
+    assert found["search"]["kept"] == 15_107
+    assert set(found["seconds"]) >= {"pretrain", "search", "finetune", "certify", "export"}
+
+
+def test_what_was_not_run_is_absent(own_run: Path) -> None:
+    forget(own_run, "certify", "export")
+    found = summary(own_run)
+    assert found.keys() == {"run", "seconds", "search"}
+
+
+def test_a_file_that_changed_is_not_summed_up(own_run: Path) -> None:
+    (own_run / "export" / "report.json").write_text("{}")
+    with pytest.raises(RunFolderError, match=r"export/report\.json has changed since"):
+        summary(own_run)

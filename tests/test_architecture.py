@@ -1,0 +1,119 @@
+"""The house keeps its shape: imports go down only, and each foreign library has one door."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "s2ap_deploy"
+
+# A room may import from rooms of a lower floor, and from itself.
+FLOORS = {
+    "errors": 0,
+    "spec": 1,
+    "recorder": 1,
+    "files": 1,
+    "runtime": 2,
+    "recipe": 3,
+    "run": 4,
+    "models": 4,
+    "data": 4,
+    "robust": 5,
+    "pruning": 6,
+    "certify": 6,
+    "exporting": 6,
+    "pipeline": 7,
+    "reporting": 8,
+    "cli": 9,
+    "__main__": 10,
+    "__init__": 10,
+}
+# Who may import a library: rooms, or single modules.
+DOORS = {
+    "click": {"cli"},
+    "rich": {"cli"},
+    "pyautoattack": {"certify.attacks"},
+    "onnx": {"exporting"},
+    "onnxruntime": {"exporting"},
+    "onnxscript": {"exporting"},
+    "sklearn": {"data"},
+    "torchvision": {"data", "models"},
+    "PIL": {"data"},
+}
+TORCH_FREE = (
+    "s2ap_deploy.__main__",
+    "s2ap_deploy.cli.main",
+    "s2ap_deploy.cli.gate",
+    "s2ap_deploy.pipeline.verdict",
+    "s2ap_deploy.reporting.summary",
+    "s2ap_deploy.recipe.catalogue",
+    "s2ap_deploy.run.folder",
+    "s2ap_deploy.certify.gate",
+    "s2ap_deploy.certify.certificate",
+    "s2ap_deploy.exporting.artifact",
+)
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        yield name.removesuffix(".__init__"), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(name: str) -> str:
+    return name.split(".")[0]
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room(name) for name, _ in modules()} - FLOORS.keys() == set()
+
+
+def test_imports_go_down_only() -> None:
+    upward = []
+    for name, tree in modules():
+        for target in imported(tree):
+            if not target.startswith("s2ap_deploy."):
+                continue
+            other = room(target.removeprefix("s2ap_deploy."))
+            if other != room(name) and FLOORS[other] >= FLOORS[room(name)]:
+                upward.append(f"{name} imports {target}")
+    assert upward == []
+
+
+def test_each_library_is_imported_behind_its_own_door() -> None:
+    strangers = []
+    for name, tree in modules():
+        for target in imported(tree):
+            allowed = DOORS.get(target.split(".")[0])
+            if allowed is not None and not {room(name), name} & allowed:
+                strangers.append(f"{name} imports {target}")
+    assert strangers == []
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_what_must_start_at_once_pulls_no_torch(name: str) -> None:
+    probe = (
+        f"import sys, {name}; print(sorted({{'torch', 'onnx', 'onnxruntime', 'numpy'}} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_importing_a_room_costs_nothing() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        (docstring,) = ast.parse(path.read_text(encoding="utf-8")).body
+        assert isinstance(docstring, ast.Expr), path

@@ -1,0 +1,55 @@
+"""Device, threads and random streams."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2ap_deploy import runtime
+from s2ap_deploy.errors import UsageError
+
+KEYS = st.lists(st.one_of(st.integers(), st.text(max_size=8)), min_size=1, max_size=4)
+
+
+def test_a_seed_is_the_same_on_every_machine() -> None:
+    assert runtime.derive_seed(0, "search", 3, 17) == 7_054_003_316_784_227_682
+
+
+@given(KEYS)
+@settings(deadline=None, max_examples=50)
+def test_every_seed_fits_every_generator(keys: list[int | str]) -> None:
+    assert 0 <= runtime.derive_seed(*keys) < 2**63
+    runtime.generator(*keys)
+
+
+def test_streams_differ_by_any_key_and_repeat_with_the_same() -> None:
+    draws = [
+        torch.rand(4, generator=runtime.generator(*keys)).tolist()
+        for keys in ((0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1), (0, "a", 1))
+    ]
+    assert draws[0] == draws[4]
+    assert len({tuple(draw) for draw in draws}) == 4
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "cpu:cpu", ""])
+def test_a_device_that_is_not_here_is_a_usage_error(name: str) -> None:
+    with pytest.raises(UsageError, match="cannot be used here") as caught:
+        runtime.device(name)
+    assert caught.value.hint == "try --device cpu"
+
+
+def test_auto_takes_what_is_there() -> None:
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert runtime.device().type == runtime.device("auto").type == expected
+
+
+def test_versions_and_environment_name_what_a_result_depends_on_but_not_the_machine() -> None:
+    assert {"python", "torch", "onnxruntime", "pyautoattack", "numpy"} <= runtime.versions().keys()
+    facts = runtime.environment(torch.device("cpu"))
+    assert facts["threads"] == torch.get_num_threads()
+    assert {"device", "cores", "machine", "system"} <= facts.keys()
+    assert platform.node() not in map(str, facts.values())
