@@ -119,7 +119,7 @@ class PruneSection(Frozen):
     sparsity: OpenFraction
     budget: Literal["uniform", "erk"] = "erk"
     s2ap: bool = True
-    gamma: NotNegative = 0.001
+    gamma: NotNegative = 0.0005
     warmup_epochs: Whole | None = None
     search: SearchSection = SearchSection()
     finetune: FinetuneSection = FinetuneSection()
