@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,7 +48,11 @@ def main() -> None:
     whole = time.monotonic() - started
     expected = tensors_hash(args.work / "straight")
     moments = random.Random(args.seed)
-    rows = [killed(args, index, moments.uniform(0, whole), expected) for index in range(args.kills)]
+    rows: list[dict[str, Any]] = []
+    while len(rows) < args.kills:
+        # A run that was quicker than the first one may be over before its moment: that is no kill.
+        if (row := killed(args, len(rows), moments.uniform(0, whole), expected)) is not None:
+            rows.append(row)
     result.write(
         "kills",
         {
@@ -68,10 +73,13 @@ def finish(args: argparse.Namespace, folder: Path) -> int:
     return subprocess.run(command(args, folder), stdout=subprocess.DEVNULL).returncode
 
 
-def killed(args: argparse.Namespace, index: int, moment: float, expected: str) -> dict[str, Any]:
+def killed(args: argparse.Namespace, index: int, moment: float, expected: str) -> dict[str, Any] | None:
     folder = args.work / f"kill-{index}"
     process = subprocess.Popen(command(args, folder), stdout=subprocess.DEVNULL)
     time.sleep(moment)
+    if process.poll() is not None:
+        shutil.rmtree(folder)
+        return None
     process.send_signal(signal.SIGKILL)
     process.wait()
     stages = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.exists() else []

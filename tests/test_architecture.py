@@ -44,6 +44,8 @@ DOORS = {
     "sklearn": {"data"},
     "torchvision": {"data", "models"},
     "PIL": {"data"},
+    "matplotlib": {"reporting"},
+    "torch_pruning": {"models.coupling"},
 }
 TORCH_FREE = (
     "s2ap_deploy.__main__",
@@ -54,6 +56,15 @@ TORCH_FREE = (
     "s2ap_deploy.recipe.catalogue",
     "s2ap_deploy.run.folder",
     "s2ap_deploy.certify.gate",
+    "s2ap_deploy.certify.curve",
+    "s2ap_deploy.certify.limits",
+    "s2ap_deploy.certify.planning",
+    "s2ap_deploy.certify.thresholds",
+    "s2ap_deploy.reporting.github",
+    "s2ap_deploy.reporting.junit",
+    "s2ap_deploy.reporting.sarif",
+    "s2ap_deploy.certify.ap_benchmark",
+    "s2ap_deploy.reporting.curve",
     "s2ap_deploy.certify.certificate",
     "s2ap_deploy.exporting.artifact",
 )

@@ -5,6 +5,7 @@ It is a record of an evaluation, not a proof: attacks give an upper bound on rob
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -155,7 +156,7 @@ class Certificate(Frozen):
             raise ValueError(f"{', '.join(wrong)} does not follow from the samples")
         return self
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
         """Hash of the file that :meth:`save` writes."""
         return hashlib.sha256(self.text().encode()).hexdigest()

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fractions import Fraction
-from typing import Literal
+from datetime import timedelta
+from typing import Annotated, Literal
 
-from s2ap_deploy.certify import statistics
+from pydantic import Field
+
+from s2ap_deploy.certify import limits, statistics, thresholds
 from s2ap_deploy.certify.artefact import ArtefactFact, coverage
 from s2ap_deploy.certify.certificate import Certificate
 from s2ap_deploy.certify.check import Check, Status
+from s2ap_deploy.certify.limits import Shipped
+from s2ap_deploy.certify.thresholds import LEVEL
 from s2ap_deploy.errors import FAILED, INCONCLUSIVE, PASSED, UsageError
 from s2ap_deploy.spec import Frozen
 
-LEVEL = 0.95
 EXIT_CODES: dict[Status, int] = {"pass": PASSED, "fail": FAILED, "inconclusive": INCONCLUSIVE}
+AGE = r"^[0-9]{1,6}[hdw]$"
+"""The text of ``max_age``: hours, days or weeks."""
 
 DOUBTS = {
     "randomised": "the model answers the same image differently each time",
@@ -30,26 +35,50 @@ DOUBTS = {
 }
 """Flags that make an attack's result too weak to pass on. The others are for information."""
 
+_SHARES = ("min_robust", "max_drop", "min_clean", "min_proven", "max_class_drop", "min_sparsity")
+_SAMPLED_FLOORS = ("min_clean", "min_robust", "min_proven")
+_SAMPLED_CEILINGS = ("max_drop", "max_class_drop")
+
 
 class GatePolicy(Frozen):
-    """Thresholds as fractions of all samples; None means not asked for.
+    """Thresholds; None means not asked for. Shares are fractions of all samples.
 
-    With ``rule`` "lower" a threshold must be met by the one-sided 95 % bound that the samples allow,
-    with "point" by the observed share alone.
+    With ``rule`` "lower" a threshold on samples must be met by the one-sided 95 % bound that they allow,
+    with "point" by the observed share alone. Size (bytes), latency (milliseconds, and as a multiple of the
+    dense file's time) and sparsity are those of the exported file. ``max_age`` of the certificate is a text
+    such as ``30d``.
     """
 
     min_clean: float | None = None
     min_robust: float | None = None
+    min_proven: float | None = None
     max_drop: float | None = None
+    max_class_drop: float | None = None
+    min_sparsity: float | None = None
+    max_bytes: int | None = None
+    max_latency_ms: float | None = None
+    max_latency_ratio: float | None = None
+    max_age: Annotated[str, Field(pattern=AGE)] | None = None
     rule: Literal["lower", "point"] = "lower"
 
 
 class Verdict(Frozen):
-    """The answer of all checks together: any failure fails, else any doubt is inconclusive."""
+    """The answer of all checks together: any failure fails, else any doubt is inconclusive.
+
+    ``statistics`` names the method behind the bounds.
+    """
 
     status: Status
     exit_code: int
     checks: tuple[Check, ...]
+    statistics: str = ""
+
+    @classmethod
+    def of(cls, checks: Sequence[Check], statistics: str = "") -> Verdict:
+        """The answer that follows from ``checks``; none at all show nothing."""
+        found = {check.status for check in checks}
+        status: Status = "fail" if "fail" in found else "pass" if found == {"pass"} else "inconclusive"
+        return cls(status=status, exit_code=EXIT_CODES[status], checks=tuple(checks), statistics=statistics)
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -68,119 +97,92 @@ def judge(
     pruned: Certificate,
     dense: Certificate | None = None,
     artefacts: Sequence[ArtefactFact] = (),
+    shipped: Sequence[Shipped] = (),
+    recorded: Sequence[Check] = (),
+    age: timedelta | None = None,
 ) -> Verdict:
     """Compare the evidence with the policy.
 
-    A file counts with its own answers where they are worse than the certificate's. Raises UsageError
-    for a policy that asks for nothing or for what no evidence can show.
+    ``artefacts`` are files that a certificate must speak for, and ``shipped`` the facts of those that an
+    export report describes; ``recorded`` are checks of files that were made already; ``age`` is that of the
+    certificate. A file counts with its own answers where they are worse than the certificate's. Raises
+    UsageError for a policy that asks for nothing or for what no evidence can show.
     """
-    _refuse_impossible(policy)
-    checks = [coverage(fact, pruned) for fact in artefacts]
+    refuse_impossible(policy)
+    checks = [*recorded, *(coverage(fact, pruned) for fact in artefacts)]
     checks += [_flag("the model", flag) for flag in pruned.flags if flag in DOUBTS]
     answers = [
         answer for fact in artefacts for answer in fact.rejudged if answer.certificate_sha256 == pruned.sha256
     ]
     if policy.min_clean is not None:
         k = min([pruned.clean.k, *(answer.clean_correct for answer in answers)])
-        checks.append(_floor("clean accuracy", k, pruned.n, policy.min_clean, policy.rule))
+        checks.append(thresholds.floor("clean accuracy", k, pruned.n, policy.min_clean, policy.rule))
     survived = min([pruned.robust.k, *(answer.survived for answer in answers)])
     if policy.min_robust is not None:
-        checks.append(_floor(pruned.statement, survived, pruned.n, policy.min_robust, policy.rule))
+        checks.append(thresholds.floor(pruned.statement, survived, pruned.n, policy.min_robust, policy.rule))
+    if policy.min_proven is not None:
+        checks.append(thresholds.proven_floor(pruned, policy.min_proven, policy.rule))
+    more = pruned.robust.k - survived
     if policy.max_drop is not None:
-        checks += _drops(policy.max_drop, policy.rule, pruned, dense, pruned.robust.k - survived)
-    found = {check.status for check in checks}
-    status: Status = "fail" if "fail" in found else "inconclusive" if "inconclusive" in found else "pass"
-    return Verdict(status=status, exit_code=EXIT_CODES[status], checks=tuple(checks))
+        checks.append(thresholds.drop(policy.max_drop, policy.rule, pruned, dense, more))
+    if policy.max_class_drop is not None:
+        checks.append(thresholds.class_drop(policy.max_class_drop, policy.rule, pruned, dense, more))
+    if dense is not None and any(getattr(policy, name) is not None for name in _SAMPLED_CEILINGS):
+        checks += [_flag("the dense model", flag) for flag in dense.flags if flag in DOUBTS]
+    checks += _file_checks(policy, shipped)
+    if policy.max_age is not None:
+        checks.append(limits.age_limit(policy.max_age, age))
+    return Verdict.of(checks, method(policy))
 
 
-def _refuse_impossible(policy: GatePolicy) -> None:
-    asked = {
-        "--min-clean": policy.min_clean,
-        "--min-robust": policy.min_robust,
-        "--max-drop": policy.max_drop,
-    }
-    if all(value is None for value in asked.values()):
+def method(policy: GatePolicy) -> str:
+    """How bounds are made, for reports."""
+    if policy.rule == "point":
+        return "observed shares, without an allowance for the choice of samples"
+    words = f"exact one-sided {LEVEL:.0%} bounds (Clopper-Pearson)"
+    if any(getattr(policy, name) is not None for name in _SAMPLED_CEILINGS):
+        words += f"; drop: {statistics.DROP_METHOD}"
+    return words
+
+
+def refuse_impossible(policy: GatePolicy) -> None:
+    """Raise UsageError for a policy that asks for nothing, or for what no evidence can show."""
+    asked = policy.model_dump(exclude={"rule", "max_age"}, exclude_none=True)
+    if not asked:
         raise UsageError("the gate has nothing to check", hint="give --min-robust, --max-drop or --min-clean")
-    for option, value in asked.items():
-        if value is not None and not (math.isfinite(value) and 0.0 <= value <= 1.0):
+    for name, value in asked.items():
+        if name in _SHARES and not (math.isfinite(value) and 0.0 <= value <= 1.0):
             raise UsageError(
-                f"{option} {value:g} is not a fraction between 0 and 1", hint=f"40 % is {option} 0.40"
+                f"{_option(name)} {value:g} is not a fraction between 0 and 1",
+                hint=f"40 % is {_option(name)} 0.40",
             )
-    limits = [option for option in ("--min-clean", "--min-robust") if asked[option] == 1.0]
-    limits += ["--max-drop"] if policy.max_drop == 0.0 else []
-    if policy.rule == "lower" and limits:
+        if name not in _SHARES and not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{_option(name)} {value:g} is not a positive number")
+    extreme = [name for name in _SAMPLED_FLOORS if asked.get(name) == 1.0]
+    extreme += [name for name in _SAMPLED_CEILINGS if asked.get(name) == 0.0]
+    if policy.rule == "lower" and extreme:
+        given = f"{_option(extreme[0])} {asked[extreme[0]]:g}"
         raise UsageError(
-            f"{limits[0]} {asked[limits[0]]:g} cannot be shown by any number of samples (rule 'lower')",
+            f"{given} cannot be shown by any number of samples (rule 'lower')",
             hint="choose the rule 'point', or leave some room",
         )
 
 
-def _floor(name: str, k: int, n: int, threshold: float, rule: str) -> Check:
-    """A share that must be at least ``threshold``."""
-    bound = statistics.lower_bound(k, n, LEVEL) if rule == "lower" else k / n
-    shown = f"{k} of {n} = {k / n:.1%}" + (f", at least {bound:.1%} with 95 %" if rule == "lower" else "")
-    status: Status = "fail"
-    words = f"{name}: {shown}; required {threshold:.1%}"
-    if bound >= threshold:
-        status = "pass"
-    elif rule == "lower" and statistics.lower_bound(n, n, LEVEL) < threshold <= statistics.upper_bound(
-        k, n, LEVEL
-    ):
-        status = "inconclusive"
-        words = f"{name}: too few samples: even {n} of {n} would not show {threshold:.1%} ({shown})"
-    return Check(name=name, status=status, words=words, threshold=threshold, observed=k / n, bound=bound)
+def _file_checks(policy: GatePolicy, shipped: Sequence[Shipped]) -> list[Check]:
+    checks = []
+    if policy.max_bytes is not None:
+        checks += limits.size_limits(policy.max_bytes, shipped)
+    if policy.min_sparsity is not None:
+        checks += limits.sparsity_floors(policy.min_sparsity, shipped)
+    if policy.max_latency_ms is not None:
+        checks += limits.latency_limits(policy.max_latency_ms, shipped)
+    if policy.max_latency_ratio is not None:
+        checks += limits.latency_ratio_limits(policy.max_latency_ratio, shipped)
+    return checks
 
 
-def _drops(
-    threshold: float, rule: str, pruned: Certificate, dense: Certificate | None, more: int
-) -> list[Check]:
-    """The loss against the dense model on the same samples, which must be at most ``threshold``.
-
-    ``more`` is what the shipped file loses beyond the pruned model's certificate.
-    """
-    name = "drop of robust accuracy"
-    if dense is None:
-        return [Check(name=name, status="inconclusive", words=f"{name}: the dense model has no certificate")]
-    differing = _differences(pruned, dense)
-    if differing:
-        words = f"{name}: the certificates cannot be compared, they differ in {', '.join(differing)}"
-        return [Check(name=name, status="inconclusive", words=words)]
-    pairs = [
-        (before.broken_by is None, after.broken_by is None)
-        for before, after in zip(dense.samples, pruned.samples, strict=True)
-    ]
-    lost, gained, n = pairs.count((True, False)) + more, pairs.count((False, True)), len(pairs)
-    gained = min(gained, n - lost)
-    observed = (lost - gained) / n
-    bound = statistics.paired_drop_upper_bound(lost, gained, n, LEVEL) if rule == "lower" else observed
-    shown = f"{lost} lost and {gained} gained of {n} = {observed:.1%}"
-    shown += f", at most {bound:.1%} with 95 %" if rule == "lower" else ""
-    status: Status = "fail"
-    words = f"{name}: {shown}; allowed {threshold:.1%}"
-    if bound <= threshold:
-        status = "pass"
-    elif (
-        rule == "lower"
-        and statistics.paired_drop_lower_bound(lost, gained, n, LEVEL) <= threshold
-        and statistics.paired_drop_upper_bound(0, gained, n, LEVEL) > threshold
-    ):
-        status = "inconclusive"
-        words = f"{name}: too few samples: even none lost of {n} would not show {threshold:.1%} ({shown})"
-    check = Check(name=name, status=status, words=words, threshold=threshold, observed=observed, bound=bound)
-    return [check, *(_flag("the dense model", flag) for flag in dense.flags if flag in DOUBTS)]
-
-
-def _differences(one: Certificate, other: Certificate) -> list[str]:
-    """What keeps two certificates from being compared sample by sample."""
-    same = {
-        "data": (one.data, one.split) == (other.data, other.split),
-        "sample ids": one.sample_ids_sha256 == other.sample_ids_sha256,
-        "labels": [s.label for s in one.samples] == [s.label for s in other.samples],
-        "norm": one.threat.norm == other.threat.norm,
-        "eps": Fraction(one.threat.eps) == Fraction(other.threat.eps),
-        "protocol": one.protocol == other.protocol,
-    }
-    return [name for name, equal in same.items() if not equal]
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _flag(whose: str, flag: str) -> Check:

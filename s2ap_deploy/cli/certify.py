@@ -24,6 +24,7 @@ from s2ap_deploy.cli import options
 )
 @options.model_options("default: the checkpoint's")
 @options.checkpoint_options
+@options.mask_options
 @options.run_option
 @options.again_options
 @options.compute_options
@@ -45,6 +46,8 @@ def command(
     mean: str | None,
     std: str | None,
     trust_pickle: bool,
+    keep: float | None,
+    alpha: float | None,
     folder: Path,
     as_json: bool,
     **session_options: Any,
@@ -58,6 +61,7 @@ def command(
     s2ap-deploy certify
     s2ap-deploy certify --n 500 --time-budget 3600
     s2ap-deploy certify model.pt --run dense-only
+    s2ap-deploy certify hydra.pth.tar --keep 0.1 --data cifar10 --eps 8/255 --run hydra
     """
     from s2ap_deploy.cli import session
     from s2ap_deploy.errors import UsageError
@@ -85,9 +89,10 @@ def command(
             ),
             trust_pickle=trust_pickle,
         )
-        recipe = session.resolve(content, {"seed": seed})
+        recipe = session.resolve(content, {"seed": seed, "model.keep": keep, "model.alpha": alpha})
     else:
-        decided = {"--data": data, "--eps": eps, "--norm": norm, "--mean": mean, "--std": std, "--seed": seed}
+        decided: dict[str, Any] = {"--data": data, "--eps": eps, "--norm": norm, "--seed": seed}
+        decided |= {"--mean": mean, "--std": std, "--keep": keep, "--alpha": alpha}
         given = [option for option, value in decided.items() if value is not None]
         if given:
             raise UsageError(

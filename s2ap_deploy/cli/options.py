@@ -12,6 +12,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 SPARSITY = click.FloatRange(0, 1, min_open=True, max_open=True)
 COUNT = click.IntRange(min=1)
+LOSS = click.Choice(["at", "trades", "mart", "fast", "free"])
 
 
 def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -93,6 +94,16 @@ checkpoint_options = stacked(
         is_flag=True,
         help="Unpickle the checkpoint, which may run code that it brings along.",
     ),
+)
+
+
+mask_options = stacked(
+    click.option(
+        "--keep",
+        type=float,
+        help="For a file that holds pruning scores: fraction kept, HYDRA's and HARP's k, RST's prune rate.",
+    ),
+    click.option("--alpha", type=float, help="For HARP's quotas: k_min = alpha * keep; 0.1 is published."),
 )
 
 

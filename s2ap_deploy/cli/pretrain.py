@@ -15,7 +15,7 @@ from s2ap_deploy.cli import options
 @click.option("--epochs", type=options.COUNT, help="Epochs of training.  [default: 100]")
 @click.option("--learning-rate", type=float, help="Where the cosine starts.  [default: 0.1]")
 @click.option("--batch-size", type=options.COUNT, help="Images per step.  [default: 128]")
-@click.option("--loss", type=click.Choice(["at", "trades"]), help="Robust objective.  [default: at]")
+@click.option("--loss", type=options.LOSS, help="Robust objective.  [default: at]")
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Also write the network here (.pt, .safetensors)."
 )

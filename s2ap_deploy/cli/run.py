@@ -49,6 +49,7 @@ def command(
     from s2ap_deploy.cli import session, tables
     from s2ap_deploy.pipeline.whole import whole
     from s2ap_deploy.recipe import catalogue
+    from s2ap_deploy.reporting.figures import draw_search
     from s2ap_deploy.reporting.summary import summarise
 
     resolved = catalogue.load(recipe, overrides=overrides)
@@ -57,6 +58,8 @@ def command(
         folder, resolved, create=True, arch=arch, trust_pickle=trust_pickle, **session_options
     ) as job:
         verdict = whole(job, time_budget=time_budget)
+        if resolved.prune is not None:
+            draw_search(job.run)
         summary = summarise(job.run, verdict)
     if as_json:
         click.echo(json.dumps(summary, sort_keys=True))

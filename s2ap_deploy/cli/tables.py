@@ -106,6 +106,8 @@ def show_checkpoint(description: Mapping[str, Any]) -> None:
         "format",
         description["format"] + (f", under {description['wrapper']!r}" if description["wrapper"] else ""),
     )
+    if description.get("layout"):
+        table.add_row("pruned by", str(description["layout"]))
     table.add_row("architecture", description["architecture"] or "none of the registry fits")
     if description["num_classes"] is not None:
         table.add_row("classes", str(description["num_classes"]))

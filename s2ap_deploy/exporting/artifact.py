@@ -93,7 +93,8 @@ class ExportReport(Frozen):
 
     ``sparsity`` is the share of zeros among ``weights``, the entries of all tensors that a
     convolution or matrix product of the graph reads as its weight. ``latency_ratio`` is the time of
-    the file divided by the time of its dense twin, one image on one thread; None where not measured.
+    the file divided by the time of its dense twin, one image on one thread, and ``latency_ms`` its own
+    median in milliseconds; None where not measured.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -112,6 +113,7 @@ class ExportReport(Frozen):
     rejudgements: tuple[Rejudgement, ...] = ()
     source_weights_sha256: str
     latency_ratio: float | None = None
+    latency_ms: float | None = None
     statement: str = LATENCY_STATEMENT
     warnings: tuple[str, ...] = ()
     versions: dict[str, str]

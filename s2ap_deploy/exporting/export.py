@@ -67,10 +67,10 @@ def export_onnx(
         unused = _check_masks(dense, masks)
         recorder.advance()
         warnings = _warnings(running, images, rejudgements)
-        ratio = None
+        latency = None
         if any(row.encoding != "dense" for row in table):
             twin = session(dense.SerializeToString())
-            ratio = paired_latency(running, twin, images[:1])
+            latency = paired_latency(running, twin, images[:1])
         digest, size = sha256(temporary), temporary.stat().st_size
     recorder.advance()
     recorder.end()
@@ -94,7 +94,8 @@ def export_onnx(
         agreement=agreement,
         rejudgements=rejudgements,
         source_weights_sha256=source,
-        latency_ratio=ratio,
+        latency_ratio=latency.ratio if latency is not None else None,
+        latency_ms=latency.median_ms if latency is not None else None,
         warnings=warnings,
         versions=runtime.versions(),
     )

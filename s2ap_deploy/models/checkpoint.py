@@ -15,9 +15,9 @@ import torch
 
 from s2ap_deploy import files, runtime
 from s2ap_deploy.errors import CheckpointError, UsageError
-from s2ap_deploy.models import fitting, registry
+from s2ap_deploy.models import fitting, masked, registry
 from s2ap_deploy.models.architecture import Architecture
-from s2ap_deploy.models.classifier import Classifier, dry_run
+from s2ap_deploy.models.classifier import Classifier, dry_run, prunable
 from s2ap_deploy.models.description import describe
 from s2ap_deploy.models.info import CheckpointInfo
 from s2ap_deploy.models.reading import FORMAT, METADATA_KEY, RawCheckpoint, read_tensors
@@ -37,18 +37,23 @@ def load(
     threat: ThreatModel | None = None,
     class_names: Sequence[str] | None = None,
     trust_pickle: bool = False,
+    keep: float | None = None,
+    alpha: float | None = None,
 ) -> tuple[Classifier, CheckpointInfo, tuple[str, ...]]:
     """The classifier in eval mode on the CPU in float32, its facts, and notes for the user.
 
     Arguments that are not None override what a file of ours says and complete what another one does not;
     ``num_classes`` only checks.  ``threat`` and ``data`` may stay unknown.  ``source_sha256`` of the facts is
-    the hash of this file.  Raises CheckpointError (also for non-finite weights, and for another number of
-    classes), UnsafePickleError and ArchitectureError.
+    the hash of this file.  ``keep`` (fraction kept) and HARP's ``alpha`` rebuild the masks of a pruned file
+    that holds scores; its weights come out dense, and ``sparsity`` of the facts is measured on them.  Raises
+    CheckpointError (also for non-finite weights, and for another number of classes), UnsafePickleError,
+    ArchitectureError, and UsageError for a ``keep`` or ``alpha`` that is missing or has no use.
     """
     raw = read_tensors(path, trust_pickle=trust_pickle)
+    raw, unmasked = masked.opened(raw, str(path), keep=keep, alpha=alpha)
     fitted = fitting.fit(raw, str(path), arch=arch)
     stated = raw.info
-    notes = [*raw.notes, *fitted.notes]
+    notes = [*raw.notes, *unmasked.notes(fitted.unused), *fitted.notes]
     if preprocessing is None:
         preprocessing = stated.preprocessing if stated else _meant_for(fitted.architecture, path)
     normalization = normalization or fitted.normalization
@@ -75,7 +80,7 @@ def load(
         threat=threat or (stated.threat if stated else None),
         class_names=names,
         stage=stated.stage if stated else "foreign",
-        sparsity=stated.sparsity if stated else None,
+        sparsity=stated.sparsity if stated else _sparsity(classifier, preprocessing.size),
         source_sha256=raw.sha256,
         tool_version=runtime.versions().get("s2ap-deploy", "unknown"),
     )
@@ -113,6 +118,16 @@ def _meant_for(architecture: Architecture, path: Path | str) -> Preprocessing:
         )
     size = architecture.input_size
     return Preprocessing(size=size, channel_order="L" if size[0] == 1 else "RGB")
+
+
+def _sparsity(classifier: Classifier, size: tuple[int, int, int]) -> float | None:
+    """The fraction of zeros among the weights that a forward pass uses; None for a network without zeros."""
+    weights = [tensor for tensor in classifier.network.parameters() if tensor.dim() >= 2]
+    if all(bool(tensor.all()) for tensor in weights):
+        return None
+    used = [classifier.get_parameter(name) for name in prunable(classifier, size)]
+    zeros = sum(tensor.numel() - int(tensor.count_nonzero()) for tensor in used)
+    return zeros / sum(tensor.numel() for tensor in used) if zeros else None
 
 
 def _check_channels(

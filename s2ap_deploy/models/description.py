@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from s2ap_deploy.errors import ArchitectureError
-from s2ap_deploy.models import fitting, foreign, registry
+from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError
+from s2ap_deploy.models import fitting, foreign, masked, registry
 from s2ap_deploy.models.classifier import Classifier, prunable
 from s2ap_deploy.models.fitting import Fitted, nonfinite
+from s2ap_deploy.models.masked import Unmasked
 from s2ap_deploy.models.reading import RawCheckpoint, read_tensors
 from s2ap_deploy.models.skeleton import learnable_values
 
@@ -20,13 +22,21 @@ REGISTERED = "weights of all convolutions and linear layers (no input size known
 SHAPED = "tensors of two or more dimensions called weight (no architecture known)"
 
 
-def describe(path: Path | str, *, trust_pickle: bool = False, arch: str | None = None) -> dict[str, Any]:
+def describe(
+    path: Path | str,
+    *,
+    trust_pickle: bool = False,
+    arch: str | None = None,
+    keep: float | None = None,
+    alpha: float | None = None,
+) -> dict[str, Any]:
     """What ``path`` holds: format, hash, architecture or the closest ones, sparsity and a table of layers.
 
-    A checkpoint that could not be loaded (no architecture fits, values are NaN) is described all the same and
-    says why under ``warnings``; ``sparsity`` is zeros / ``prunable_weights``, of the weights that
-    ``denominator`` names.  Raises CheckpointError and UnsafePickleError for a file that cannot be read, and
-    ArchitectureError when ``arch`` is no architecture at all.
+    A checkpoint that could not be loaded (no architecture fits, values are NaN, its masks need ``keep``) is
+    described all the same and says why under ``warnings``; ``sparsity`` is zeros / ``prunable_weights``, of
+    the weights that ``denominator`` names; ``layout`` is how somebody else's pruned file keeps its masks.
+    Raises CheckpointError and UnsafePickleError for a file that cannot be read, ArchitectureError when
+    ``arch`` is no architecture at all, and UsageError for a ``keep`` or ``alpha`` that has no use.
     """
     raw = read_tensors(path, trust_pickle=trust_pickle)
     if arch is not None:
@@ -37,12 +47,13 @@ def describe(path: Path | str, *, trust_pickle: bool = False, arch: str | None =
         for name, tensor in raw.tensors.items()
         if (count := nonfinite(tensor))
     ]
+    dense, unmasked = _unmasked(raw, str(path), keep, alpha, warnings)
     try:
-        fitted = fitting.fit(raw, str(path), arch=arch)
+        fitted = fitting.fit(dense, str(path), arch=arch)
     except ArchitectureError as error:
         warnings.append(error.message)
-    tensors = raw.tensors if fitted is None else fitted.tensors
-    names, denominator = _prunable(raw, fitted)
+    tensors = dense.tensors if fitted is None else fitted.tensors
+    names, denominator = _prunable(dense, fitted)
     layers = [_layer(name, tensors[name]) for name in names if name in tensors]
     weights = sum(layer["weights"] for layer in layers)
     zeros = sum(layer["zeros"] for layer in layers)
@@ -53,7 +64,8 @@ def describe(path: Path | str, *, trust_pickle: bool = False, arch: str | None =
         "wrapper": raw.wrapper,
         "prefix": fitted.prefix if fitted else None,
         "architecture": fitted.architecture.name if fitted else None,
-        "closest": [] if fitted else _closest(raw),
+        "layout": unmasked.layout,
+        "closest": [] if fitted else _closest(dense),
         "num_classes": fitted.num_classes if fitted else None,
         "parameters": learnable_values(tensors),
         "prunable_weights": weights,
@@ -65,13 +77,42 @@ def describe(path: Path | str, *, trust_pickle: bool = False, arch: str | None =
         "devices": list(raw.locations),
         "normalization": _normalization(raw, fitted),
         "info": raw.info.model_dump(mode="json") if raw.info else None,
-        "notes": [*raw.notes, *(fitted.notes if fitted else ())],
+        "notes": [
+            *raw.notes,
+            *unmasked.notes(fitted.unused if fitted else ()),
+            *(fitted.notes if fitted else ()),
+        ],
         "warnings": warnings,
         "tensors": [
             {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
             for name, tensor in raw.tensors.items()
         ],
     }
+
+
+def _unmasked(
+    raw: RawCheckpoint, path: str, keep: float | None, alpha: float | None, warnings: list[str]
+) -> tuple[RawCheckpoint, Unmasked]:
+    """The plain weights of ``raw``; unmasked, with a warning, where the masks cannot be rebuilt.
+
+    Options that were given are not described away: they are wrong, or the file contradicts them.
+    """
+    try:
+        return masked.opened(raw, path, keep=keep, alpha=alpha)
+    except (CheckpointError, UsageError) as error:
+        if keep is not None or alpha is not None:
+            raise
+        hint = f"; {error.hint}" if error.hint else ""
+        warnings.append(f"the weights below are not masked: {error.message.removeprefix(f'{path}: ')}{hint}")
+    plain = masked.without_scores(raw.tensors)
+    return dataclasses.replace(raw, tensors=plain), Unmasked(plain, _layout(raw))
+
+
+def _layout(raw: RawCheckpoint) -> str | None:
+    try:
+        return masked.layout_of(raw.tensors)
+    except CheckpointError:  # two layouts at once, which the warning tells
+        return None
 
 
 def _prunable(raw: RawCheckpoint, fitted: Fitted | None) -> tuple[list[str], str]:
@@ -90,7 +131,7 @@ def _prunable(raw: RawCheckpoint, fitted: Fitted | None) -> tuple[list[str], str
 
 def _layer(name: str, tensor: Tensor) -> dict[str, Any]:
     weights = tensor.numel()
-    zeros = weights - int(tensor.count_nonzero())
+    zeros = int((tensor == 0).sum())
     return {
         "name": name,
         "shape": list(tensor.shape),
@@ -102,8 +143,8 @@ def _layer(name: str, tensor: Tensor) -> dict[str, Any]:
 
 def _closest(raw: RawCheckpoint) -> list[dict[str, str]]:
     """The nearest architectures and what differs, for the names with every common prefix gone."""
-    _, stripped = list(foreign.strippings(raw.tensors))[-1]
-    weights = {name: tensor for name, tensor in stripped.items() if not foreign.is_normalization(name)}
+    names = fitting.candidates(raw.tensors)[-1].tensors
+    weights = {name: tensor for name, tensor in names.items() if not foreign.is_normalization(name)}
     return [{"architecture": d.architecture.name, "differs": str(d)} for d in registry.closest(weights)]
 
 

@@ -26,6 +26,7 @@ class Fitted:
     """An architecture and the tensors for it, named as it names them, in the type and values of the file.
 
     ``num_classes`` is None when building does not depend on it: foreign code without that argument.
+    ``unused`` are the names in the file of tensors that were left aside, as no forward pass reaches them.
     """
 
     architecture: Architecture
@@ -34,6 +35,27 @@ class Fitted:
     normalization: Normalization | None
     prefix: str
     notes: tuple[str, ...]
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One reading of a file's names: without ``prefix``, and adapted as ``notes`` tell."""
+
+    prefix: str
+    tensors: dict[str, Tensor] = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+
+def candidates(tensors: Mapping[str, Tensor]) -> list[Candidate]:
+    """The readings of a foreign file, in the order of trial; the last one is the easiest to compare."""
+    stripped = [Candidate(prefix, named) for prefix, named in foreign.strippings(tensors)]
+    adapted = [
+        Candidate(candidate.prefix, named, notes)
+        for candidate in stripped
+        for named, notes in foreign.adaptations(candidate.tensors)
+    ]
+    return stripped + adapted
 
 
 def fit(raw: RawCheckpoint, path: str, *, arch: str | None = None) -> Fitted:
@@ -43,13 +65,12 @@ def fit(raw: RawCheckpoint, path: str, *, arch: str | None = None) -> Fitted:
     choose what is imported.  Raises ArchitectureError when nothing fits, with what differs, and
     CheckpointError for a head of fewer than two classes.
     """
-    candidates = list(foreign.strippings(raw.tensors))
     if raw.info is not None:
         fitted = _fit_own(raw.tensors, raw.info, path, arch=arch)
     elif arch is None:
-        fitted = _matched(candidates)
+        fitted = _matched(candidates(raw.tensors))
     else:
-        fitted = _fit_stated(candidates, path, arch=arch)
+        fitted = _fit_stated(candidates(raw.tensors), path, arch=arch)
     if fitted.num_classes is not None and fitted.num_classes < 2:
         raise CheckpointError(
             f"{path} is a network of {fitted.num_classes} class; a classifier has at least 2"
@@ -57,16 +78,16 @@ def fit(raw: RawCheckpoint, path: str, *, arch: str | None = None) -> Fitted:
     return fitted
 
 
-def _fit_stated(candidates: list[tuple[str, dict[str, Tensor]]], path: str, *, arch: str) -> Fitted:
+def _fit_stated(readings: list[Candidate], path: str, *, arch: str) -> Fitted:
     architecture = registry.resolve(arch)
     skeleton = registry.skeleton(architecture)
     compared = []
-    for prefix, tensors in candidates:
-        weights, normal = _split(tensors, skeleton.shapes)
-        compared.append((compare(architecture, weights, skeleton), prefix, weights, normal))
-    difference, prefix, weights, normal = max(compared, key=lambda entry: entry[0].agreeing)
+    for reading in readings:
+        weights, normal = _split(reading.tensors, skeleton.shapes)
+        compared.append((compare(architecture, weights, skeleton), reading, weights, normal))
+    difference, reading, weights, normal = max(compared, key=lambda entry: entry[0].agreeing)
     _require_exact(difference, path, weights)
-    return _fitted(difference, prefix, weights, normal)
+    return _fitted(difference, reading, weights, normal)
 
 
 def _fit_own(tensors: Mapping[str, Tensor], info: CheckpointInfo, path: str, *, arch: str | None) -> Fitted:
@@ -119,28 +140,28 @@ def nonfinite(tensor: Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
 
 
-def _matched(candidates: list[tuple[str, dict[str, Tensor]]]) -> Fitted:
-    for prefix, tensors in candidates:
-        weights, normal = _split(tensors, {})
+def _matched(readings: list[Candidate]) -> Fitted:
+    for reading in readings:
+        weights, normal = _split(reading.tensors, {})
         if registry.exact_fits(weights):
-            return _fitted(registry.match(weights), prefix, weights, normal, found=True)
+            return _fitted(registry.match(weights), reading, weights, normal, found=True)
     # Nothing fits: say so about the names that are easiest to compare.
-    _, tensors = candidates[-1]
-    weights, normal = _split(tensors, {})
-    return _fitted(registry.match(weights), "", weights, normal)
+    weights, normal = _split(readings[-1].tensors, {})
+    return _fitted(registry.match(weights), readings[-1], weights, normal)
 
 
 def _fitted(
     difference: Difference,
-    prefix: str,
+    reading: Candidate,
     weights: dict[str, Tensor],
     normal: dict[str, Tensor],
     *,
     found: bool = False,
 ) -> Fitted:
     notes = []
-    if prefix:
-        notes.append(f"prefix {prefix!r} stripped from every name")
+    if reading.prefix:
+        notes.append(f"prefix {reading.prefix!r} stripped from every name")
+    notes += reading.notes
     if found:
         notes.append(f"architecture {difference.architecture.name}: every name and shape agrees")
     if difference.ignored:
@@ -151,7 +172,8 @@ def _fitted(
         notes.append(f"normalisation found in the file: mean {normalization.mean}, std {normalization.std}")
     kept = {name: tensor for name, tensor in weights.items() if name not in difference.ignored}
     classes = difference.num_classes if difference.has_head else None
-    return Fitted(difference.architecture, classes, kept, normalization, prefix, tuple(notes))
+    unused = tuple(reading.prefix + name for name in difference.ignored)
+    return Fitted(difference.architecture, classes, kept, normalization, reading.prefix, tuple(notes), unused)
 
 
 def _split(
@@ -165,5 +187,5 @@ def _split(
 def _require_exact(difference: Difference, path: str, weights: Mapping[str, Tensor]) -> None:
     if not difference.exact:
         raise ArchitectureError(
-            f"{path} does not fit {difference.architecture.name}: {difference}", hint=registry.advice(weights)
+            f"{path} does not fit {difference.architecture.name}: {difference}", hint=registry.ADVICE
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import CheckpointError
@@ -103,6 +104,37 @@ def strippings(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, T
         yield removed, current
 
 
+def adaptations(tensors: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], tuple[str, ...]]]:
+    """``tensors`` of a network with RST's habits in the form that other networks have, and notes about it.
+
+    Yields nothing for a file without these habits: batch normalisation without scale and shift, which is the
+    same as scale 1 and shift 0; and a head ``fc`` that is a 1x1 convolution of averaged features
+    [K, C, 1, 1], often without bias, which is the linear layer [K, C], ``fc`` or ``linear``, with bias 0.
+    """
+    bare = [name for name in tensors if name.endswith("running_mean")]
+    bare = [name for name in bare if not {_sibling(name, "weight"), _sibling(name, "bias")} & tensors.keys()]
+    head = tensors.get("fc.weight")
+    convolution = head is not None and head.dim() == 4 and head.shape[2:] == (1, 1)
+    if not bare and not convolution:
+        return
+    adapted, notes = dict(tensors), []
+    for name in bare:
+        adapted[_sibling(name, "weight")] = torch.ones_like(tensors[name])
+        adapted[_sibling(name, "bias")] = torch.zeros_like(tensors[name])
+    if bare:
+        notes.append(f"{len(bare)} batch normalisations have no scale and shift: filled with 1 and 0")
+    if head is None or not convolution:
+        yield adapted, tuple(notes)
+        return
+    bias = tensors.get("fc.bias", torch.zeros(head.shape[0], dtype=head.dtype))
+    others = {name: tensor for name, tensor in adapted.items() if name not in ("fc.weight", "fc.bias")}
+    what = "the 1x1 convolution fc became the linear layer {}" + ("" if "fc.bias" in tensors else ", bias 0")
+    for name in ("fc", "linear"):
+        if not {f"{name}.weight", f"{name}.bias"} & others.keys():
+            linear = {f"{name}.weight": head.flatten(1), f"{name}.bias": bias}
+            yield others | linear, (*notes, what.format(name))
+
+
 def is_normalization(name: str) -> bool:
     """Whether a tensor of this name is the mean or the deviation of an input normalisation."""
     return _NORMALIZATION.fullmatch(name) is not None
@@ -133,6 +165,10 @@ def normalization(tensors: Mapping[str, Tensor]) -> Normalization | None:
             f"the normalisation inside the checkpoint has {len(mean)} means and {len(std)} deviations"
         )
     return Normalization(mean=mean, std=std)
+
+
+def _sibling(name: str, last: str) -> str:
+    return name.removesuffix("running_mean") + last
 
 
 def _is_copy(name: str, tensors: Mapping[str, Tensor]) -> bool:

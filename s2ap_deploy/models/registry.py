@@ -27,6 +27,7 @@ from s2ap_deploy.models.skeleton import (
 )
 
 ENTRY_POINTS = "s2ap_deploy.architectures"
+ADVICE = "give it as --arch NAME, --arch package.module:factory or --arch file.py:factory"
 Match = Difference
 """A difference that is ``exact``: ``.architecture``, ``.num_classes`` and what was left aside."""
 
@@ -138,7 +139,7 @@ def match(tensors: Mapping[str, Tensor]) -> Match:
     raise ArchitectureError(
         f"no registered architecture fits the {len(tensors)} tensors of this checkpoint"
         + (f"; closest:{listed}" if nearest else ""),
-        hint=advice(tensors),
+        hint=ADVICE,
     )
 
 
@@ -169,21 +170,6 @@ def closest(tensors: Mapping[str, Tensor], n: int = 3) -> tuple[Difference, ...]
     compared = [compare(entry, tensors, skeleton(entry)) for entry in candidates]
     ranked = sorted(compared, key=lambda found: -found.likeness)
     return tuple(found for found in ranked[:n] if found.agreeing)
-
-
-def advice(tensors: Mapping[str, Tensor]) -> str:
-    """What a user can do about tensors that fit no architecture."""
-    endings = {name.rpartition(".")[2] for name in tensors}
-    if endings & {"popup_scores", "scores", "k_score"}:
-        return (
-            "the file keeps pruning scores beside dense weights, and the mask is not stored in it; "
-            "use the dense checkpoint that HYDRA and HARP write next to it"
-        )
-    if endings & {"weight_orig", "weight_mask"}:
-        return (
-            "make the pruning permanent first: torch.nn.utils.prune.remove(module, 'weight') for every layer"
-        )
-    return "give it as --arch NAME, --arch package.module:factory or --arch file.py:factory"
 
 
 @functools.cache

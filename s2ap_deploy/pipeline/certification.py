@@ -14,6 +14,7 @@ from s2ap_deploy.certify import cascade, points
 from s2ap_deploy.certify.certificate import AttackRow, Certificate, Subject, ids_sha256, issue
 from s2ap_deploy.certify.cost import expected_cost
 from s2ap_deploy.certify.ledger import default_block_size
+from s2ap_deploy.certify.planning import Plan
 from s2ap_deploy.data.sampling import choose
 from s2ap_deploy.errors import OutOfTimeError
 from s2ap_deploy.models.checkpoint import CheckpointInfo
@@ -65,6 +66,10 @@ def certify(job: Job, *, time_budget: float | None = None) -> None:
     )
     if stage.state == "finished":
         return
+    policy = job.recipe.gate
+    floor = policy.min_robust if policy is not None and policy.rule == "lower" else None
+    for line in str(Plan.of(len(chosen), floor)).splitlines():
+        job.recorder.note(line)
     subset = images.test.subset(chosen)
     samples = Samples(*subset.tensors(), subset.ids)
     block_size = default_block_size(samples.images)

@@ -13,7 +13,7 @@ from s2ap_deploy.models import checkpoint, registry
 from s2ap_deploy.models.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, dry_run
 from s2ap_deploy.pipeline.job import HISTORY, MODEL, Job
-from s2ap_deploy.recipe.schema import TrainSection
+from s2ap_deploy.recipe.schema import ModelSection, TrainSection
 from s2ap_deploy.robust.evaluation import pgd_accuracy
 from s2ap_deploy.robust.schedule import validation_sample
 from s2ap_deploy.robust.training import train
@@ -79,6 +79,8 @@ def pretrain(job: Job, section: TrainSection) -> None:
         device=job.machine.device,
         snapshots=stage,
         recorder=job.recorder,
+        awp_gamma=section.awp_gamma,
+        awp_warmup_epochs=section.awp_warmup_epochs,
     )
     info = CheckpointInfo(
         arch=reference,
@@ -110,6 +112,8 @@ def adopt(job: Job, path: Path) -> None:
         preprocessing=_preprocessing(job, path),
         normalization=recipe.model.normalization,
         trust_pickle=job.machine.trust_pickle,
+        keep=recipe.model.keep,
+        alpha=recipe.model.alpha,
     )
     for note in notes:
         recorder.note(f"{path.name}: {note}")
@@ -123,6 +127,7 @@ def adopt(job: Job, path: Path) -> None:
             "data": job.data_inputs(images.validation),
             "normalization": info.normalization.model_dump() if info.normalization is not None else None,
             "threat": recipe.threat.model_dump(),
+            **_masking(recipe.model),
         },
     )
     if stage.state == "finished":
@@ -160,6 +165,12 @@ def adopt(job: Job, path: Path) -> None:
     checkpoint.save(stage.folder / MODEL, classifier, info)
     best = {"clean_accuracy": accuracy.clean_accuracy, "robust_accuracy": accuracy.robust_accuracy}
     stage.finish([stage.folder / MODEL], {"best": best, "validation_images": accuracy.n})
+
+
+def _masking(section: ModelSection) -> dict[str, float]:
+    """What rebuilds the masks of a pruned checkpoint; other networks are recorded without it, as ever."""
+    given = {"keep": section.keep, "alpha": section.alpha}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _preprocessing(job: Job, path: Path) -> Preprocessing | None:

@@ -107,6 +107,10 @@ class Job:
         from an import path that was not given again.
         """
         path = self.run.output(stage, MODEL)
+        return *self.load(path), path
+
+    def load(self, path: Path) -> tuple[Classifier, CheckpointInfo]:
+        """The classifier in a file of this tool, on the machine's device. Raises ArchitectureError."""
         recorded = checkpoint.read_tensors(path).info
         arch = self.machine.arch
         if arch is None and recorded is not None and registry.is_import_path(recorded.arch):
@@ -115,7 +119,7 @@ class Job:
                 hint=f"add --arch {recorded.arch}",
             )
         classifier, info, _ = checkpoint.load(path, arch=arch)
-        return classifier.to(self.machine.device), info, path
+        return classifier.to(self.machine.device), info
 
     def objective(self, section: ObjectiveSection) -> Objective:
         """The recipe's objective under the recipe's threat model."""
@@ -125,4 +129,5 @@ class Job:
             attack_steps=section.attack_steps,
             step_size=section.step_size,
             beta=section.beta,
+            replays=section.replays,
         )

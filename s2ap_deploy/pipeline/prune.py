@@ -2,70 +2,94 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+
 from s2ap_deploy import files
+from s2ap_deploy.data.datasets import ImageData
 from s2ap_deploy.errors import RecipeError
 from s2ap_deploy.models import checkpoint
 from s2ap_deploy.models.classifier import prunable
 from s2ap_deploy.pipeline.job import HISTORY, MODEL, Job
-from s2ap_deploy.pruning.budgets import BUDGETS
+from s2ap_deploy.pipeline.scoring import score, scores_file
+from s2ap_deploy.pruning.diagnosis import diagnosis
 from s2ap_deploy.pruning.masks import kept, sparsity
-from s2ap_deploy.pruning.search import Perturbation, search
+from s2ap_deploy.pruning.scores import ScoredNetwork
+from s2ap_deploy.pruning.search import Perturbation, SearchResult, choose_once, search
 from s2ap_deploy.pruning.tensors import load_tensors, save_tensors
+from s2ap_deploy.recipe.methods import METHODS
 from s2ap_deploy.recipe.schema import PruneSection
+from s2ap_deploy.robust.distillation import Teacher
 from s2ap_deploy.robust.training import train
+from s2ap_deploy.run.folder import Run
+from s2ap_deploy.run.stage import Stage
 
 MASKS = "masks.safetensors"
 SCORES = "scores.safetensors"
+DENOMINATOR = "weights of the convolutions and linear layers that a forward pass uses"
 
 
 def prune(job: Job) -> None:
-    """Both stages in turn. Raises RecipeError for a recipe that does not prune."""
+    """Search and fine-tuning, after those of every lower sparsity on the way there.
+
+    Raises RecipeError for a recipe that does not prune.
+    """
     section = job.recipe.prune
     if section is None:
         raise RecipeError(f"recipe {job.recipe.name!r} has no prune section")
-    search_mask(job, section)
-    finetune(job, section)
+    begin = dense = job.run.output("pretrain", MODEL)
+    for lower in section.steps:
+        begin = prune_to(job, section, lower, begin, dense)
+    search_mask(job, section, begin)
+    finetune(job, section, dense)
 
 
-def search_mask(job: Job, section: PruneSection) -> None:
-    """Leave masks, scores and the masked network in the ``search`` stage."""
-    recipe = job.recipe
-    classifier, info, path = job.classifier("pretrain")
-    names = prunable(classifier, info.preprocessing.size)
-    parameters = dict(classifier.named_parameters())
-    keep = BUDGETS[section.budget]({name: tuple(parameters[name].shape) for name in names}, section.sparsity)
-    images = job.images(info.preprocessing.size)
-    stage = job.stage(
-        "search",
-        {
-            "dense": files.sha256(path),
-            "data": job.data_inputs(images.train, images.validation),
-            "threat": recipe.threat.model_dump(),
-            "prune": section.model_dump(exclude=_unused(section)),
-            "seed": recipe.seed,
-        },
+def prune_to(job: Job, section: PruneSection, lower: float, begin: Path, dense: Path) -> Path:
+    """One step of iterative pruning, in a run folder of its own under ``steps``; returns its network."""
+    step = section.model_copy(update={"sparsity": lower, "steps": ()})
+    recipe = job.recipe.model_copy(
+        update={
+            "prune": step,
+            "model": job.recipe.model.model_copy(update={"checkpoint": str(begin)}),
+        }
     )
+    job.recorder.note(f"pruning to {lower:g} on the way to {section.sparsity:g}")
+    with Run.open(job.run.path / "steps" / f"{lower:g}", create=True, command="step") as run:
+        inner = Job(run, recipe, job.machine, job.recorder, resume=job.resume, overwrite=job.overwrite)
+        search_mask(inner, step, begin)
+        finetune(inner, step, dense)
+        return run.output("finetune", MODEL)
+
+
+def search_mask(job: Job, section: PruneSection, begin: Path) -> None:
+    """Leave masks, scores and the masked network in the ``search`` stage; ``begin`` is the network before."""
+    recipe = job.recipe
+    classifier, info = job.load(begin)
+    names = prunable(classifier, info.preprocessing.size)
+    images = job.images(info.preprocessing.size)
+    inputs = {
+        "dense": files.sha256(begin),
+        "data": job.data_inputs(images.train, images.validation),
+        "threat": recipe.threat.model_dump(),
+        "prune": section.model_dump(exclude=_unused(section))
+        | {"s2ap": section.perturbs, "budget": section.layer_budget},
+        "seed": recipe.seed,
+    }
+    if section.scores_from is not None:
+        inputs["scores_from"] = files.sha256(scores_file(section.scores_from))
+    # Before the stage begins: a budget that no mask can meet is refused without touching the folder.
+    scoring = score(classifier, names, info.preprocessing.size, section, recipe.seed)
+    stage = job.stage("search", inputs)
     if stage.state == "finished":
         return
-    result = search(
-        classifier,
-        names,
-        keep,
-        images.train,
-        images.validation,
-        objective=job.objective(section.search.objective),
-        epochs=section.search.epochs,
-        learning_rate=section.search.learning_rate,
-        momentum=section.search.momentum,
-        batch_size=section.search.batch_size,
-        perturbation=Perturbation(section.gamma, section.warmup) if section.s2ap else None,
-        seed=recipe.seed,
-        device=job.machine.device,
-        snapshots=stage,
-        recorder=job.recorder,
-    )
-    achieved = sparsity(result.masks)
-    save_tensors(stage.folder / MASKS, result.masks)
+    if scoring.dense:
+        job.recorder.note(f"{len(scoring.dense)} layers stay dense: {', '.join(scoring.dense)}")
+    result = find_mask(job, section, scoring.scored, images, stage)
+    everywhere = {name: torch.ones_like(p, dtype=torch.bool) for name, p in classifier.named_parameters()}
+    masks = {name: result.masks.get(name, everywhere[name]) for name in names}
+    achieved = sparsity(masks)
+    save_tensors(stage.folder / MASKS, masks)
     save_tensors(stage.folder / SCORES, result.scores)
     checkpoint.save(
         stage.folder / MODEL, classifier, info.model_copy(update={"stage": "search", "sparsity": achieved})
@@ -75,41 +99,104 @@ def search_mask(job: Job, section: PruneSection) -> None:
     stage.finish(
         outputs,
         {
-            "last": result.history[-1].figures(),
-            "kept": kept(result.masks),
-            "prunable": sum(mask.numel() for mask in result.masks.values()),
+            "last": result.history[-1].figures() if result.history else None,
+            "method": section.method,
+            "budget": section.layer_budget,
+            "granularity": section.granularity,
+            "kept": kept(masks),
+            "kept_requested": scoring.kept,
+            "prunable": sum(mask.numel() for mask in masks.values()),
             "sparsity": achieved,
-            "kept_per_layer": keep,
+            "denominator": DENOMINATOR,
+            "dense_layers": list(scoring.dense),
+            "layers": [
+                {"name": name, "kept": int(masks[name].sum()), "weights": masks[name].numel()}
+                for name in names
+            ],
             "perturbed_steps": result.perturbed_steps,
         },
     )
 
 
+def find_mask(
+    job: Job, section: PruneSection, scored: ScoredNetwork, images: ImageData, stage: Stage
+) -> SearchResult:
+    """Learn the scores, or take them as they are where the method does not learn any."""
+    if not METHODS[section.method].learns:
+        return choose_once(
+            scored,
+            images.train,
+            objective=job.objective(section.search.objective),
+            batch_size=section.search.batch_size,
+            seed=job.recipe.seed,
+            device=job.machine.device,
+        )
+    return search(
+        scored,
+        images.train,
+        images.validation,
+        objective=job.objective(section.search.objective),
+        epochs=section.search.epochs,
+        learning_rate=section.search.learning_rate,
+        momentum=section.search.momentum,
+        batch_size=section.search.batch_size,
+        perturbation=Perturbation(section.gamma, section.warmup) if section.perturbs else None,
+        seed=job.recipe.seed,
+        device=job.machine.device,
+        snapshots=stage,
+        recorder=job.recorder,
+        diagnose=diagnosis(
+            images.train,
+            job.objective(section.search.objective),
+            gamma=section.gamma,
+            seed=job.recipe.seed,
+            device=job.machine.device,
+            recorder=job.recorder,
+            **section.diagnostics.model_dump(),
+        ),
+    )
+
+
 def _unused(section: PruneSection) -> set[str]:
     """What of the section the search does not read: a changed value there is no other search."""
-    return {"finetune"} if section.s2ap else {"finetune", "gamma", "warmup_epochs"}
+    return {"finetune", "steps", *(() if section.perturbs else ("gamma", "warmup_epochs"))}
 
 
-def finetune(job: Job, section: PruneSection) -> None:
-    """Leave the pruned, retrained network in the ``finetune`` stage."""
+def finetune(job: Job, section: PruneSection, dense: Path) -> None:
+    """Leave the pruned, retrained network in the ``finetune`` stage; ``dense`` is whom it may distil from."""
     recipe = job.recipe
     classifier, info, path = job.classifier("search")
     images = job.images(info.preprocessing.size)
     masks_file = job.run.output("search", MASKS)
-    stage = job.stage(
-        "finetune",
-        {
-            "search": files.sha256(path),
-            "masks": files.sha256(masks_file),
-            "data": job.data_inputs(images.train, images.validation),
-            "threat": recipe.threat.model_dump(),
-            "finetune": section.finetune.model_dump(),
-            "seed": recipe.seed,
-        },
-    )
+    distillation = section.finetune.distillation
+    inputs = {
+        "search": files.sha256(path),
+        "masks": files.sha256(masks_file),
+        "data": job.data_inputs(images.train, images.validation),
+        "threat": recipe.threat.model_dump(),
+        "finetune": section.finetune.model_dump(),
+        "seed": recipe.seed,
+    }
+    if distillation.weight > 0:
+        inputs["teacher"] = files.sha256(dense)
+    stage = job.stage("finetune", inputs)
     if stage.state == "finished":
         return
     masks = {name: mask.bool() for name, mask in load_tensors(masks_file).items()}
+    parameters = dict(classifier.named_parameters())
+    outcome = {"kept": kept(masks), "sparsity": sparsity(masks)}
+    info = info.model_copy(update={"stage": "finetune", "sparsity": sparsity(masks)})
+    if not METHODS[section.method].finetunes:
+        checkpoint.save(stage.folder / MODEL, classifier, info)
+        job.recorder.note(f"{section.method} does not fine-tune: its weights stay as they were drawn")
+        nonzero = sum(int((parameters[name] != 0).sum()) for name in masks)
+        stage.finish([stage.folder / MODEL], {**outcome, "best": None, "nonzero": nonzero})
+        return
+    teacher = None
+    if distillation.weight > 0:
+        teacher = Teacher(
+            job.load(dense)[0], weight=distillation.weight, temperature=distillation.temperature
+        )
     result = train(
         classifier,
         images.train,
@@ -126,21 +213,14 @@ def finetune(job: Job, section: PruneSection) -> None:
         snapshots=stage,
         recorder=job.recorder,
         masks=masks,
+        awp_gamma=section.finetune.awp_gamma,
+        awp_warmup_epochs=section.finetune.awp_warmup_epochs,
+        teacher=teacher,
     )
-    checkpoint.save(
-        stage.folder / MODEL,
-        classifier,
-        info.model_copy(update={"stage": "finetune", "sparsity": sparsity(masks)}),
-    )
+    checkpoint.save(stage.folder / MODEL, classifier, info)
     files.write_json(stage.folder / HISTORY, [row.figures() for row in result.history])
-    parameters = dict(classifier.named_parameters())
     nonzero = sum(int((parameters[name] != 0).sum()) for name in masks)
+    best = result.history[result.best_epoch - 1].figures()
     stage.finish(
-        [stage.folder / MODEL, stage.folder / HISTORY],
-        {
-            "best": result.history[result.best_epoch - 1].figures(),
-            "kept": kept(masks),
-            "nonzero": nonzero,
-            "sparsity": sparsity(masks),
-        },
+        [stage.folder / MODEL, stage.folder / HISTORY], {**outcome, "best": best, "nonzero": nonzero}
     )

@@ -14,49 +14,58 @@ import torch
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import InputError
-from s2ap_deploy.pruning.masks import Masks, top_k
+from s2ap_deploy.pruning.allocation import Allocation
+from s2ap_deploy.pruning.granularity import Granularity
+
+Selection = Mapping[str, Tensor]
 
 
-def initial_scores(weight: Tensor) -> Tensor:
+def scaled(magnitude: Tensor) -> Tensor:
     """s = sqrt(6 / fan_in) * w / max|w|: the order of |s| is the order of |w|.
 
     Scaled initialisation of HYDRA (Sehwag et al., 2020, section 3): the search starts from the
-    magnitude mask, at the scale of a Kaiming-uniform layer.
+    magnitude mask, at the scale of a Kaiming-uniform layer. For scores of channels [C], fan_in is C.
     """
-    fan_in = weight[0].numel()
-    return math.sqrt(6 / fan_in) * weight / weight.abs().max().clamp_min(torch.finfo(weight.dtype).tiny)
+    fan_in = magnitude[0].numel() if magnitude.dim() > 1 else magnitude.numel()
+    tiny = torch.finfo(magnitude.dtype).tiny
+    return math.sqrt(6 / fan_in) * magnitude / magnitude.abs().max().clamp_min(tiny)
+
+
+def random_scores(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Kaiming-uniform with a = sqrt(5), the start of robust scratch tickets (Fu et al., 2021)."""
+    fan_in = like[0].numel() if like.dim() > 1 else like.numel()
+    noise = torch.rand(like.shape, generator=generator, device=generator.device) * 2 - 1
+    return (noise / math.sqrt(fan_in)).to(like.device)
 
 
 class ScoredNetwork:
-    """A network with frozen weights and one score per prunable weight.
+    """A network with frozen weights and one score per unit that can be pruned.
 
-    ``names`` are parameter names (see ``models.classifier.prunable``) and ``keep`` is the exact number
-    of weights each keeps. Biases and normalisation stay as they are; BatchNorm statistics move with
-    every pass in train mode. Scores are float32 whatever the network's precision.
+    ``granularity`` says what a unit is and ``allocation`` how many each layer keeps. Rows of the layers in
+    ``covered`` (the classifier's classes) keep at least one weight each. Biases and normalisation stay as
+    they are; BatchNorm statistics move with every pass in train mode. Scores are float32 whatever the
+    network's precision; by default they are the scaled weights.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        names: Sequence[str],
-        keep: Mapping[str, int],
+        granularity: Granularity,
+        allocation: Allocation,
         scores: Mapping[str, Tensor] | None = None,
+        covered: Sequence[str] = (),
     ) -> None:
         parameters = dict(network.named_parameters())
         self.network = network
-        self.keep = dict(keep)
-        self.worn = {name: parameters[name] for name in names}
+        self.granularity = granularity
+        self.allocation = allocation
+        self.covered = frozenset(covered)
+        self.worn = {name: parameters[name] for name in granularity.parameters}
         self.weights = {name: worn.detach().clone() for name, worn in self.worn.items()}
-        self.scores = {
-            name: (initial_scores(weight.float()) if scores is None else scores[name].float().clone())
-            for name, weight in self.weights.items()
-        }
-        for name, score in self.scores.items():
-            if score.shape != self.weights[name].shape:
-                shapes = f"{tuple(score.shape)} for weights of shape {tuple(self.weights[name].shape)}"
-                raise InputError(f"scores of {name} have shape {shapes}")
-            if not torch.isfinite(score).all():
-                raise InputError(f"scores of {name} are not finite")
+        units = granularity.pool(self.weights)
+        if scores is None:
+            scores = {name: scaled(magnitude) for name, magnitude in units.items()}
+        self.scores = own(scores, units)
         self.orient()
         for parameter in parameters.values():
             parameter.requires_grad_(False)
@@ -74,28 +83,76 @@ class ScoredNetwork:
         self.signs = {name: torch.where(score < 0, -1.0, 1.0) for name, score in self.scores.items()}
 
     @torch.no_grad()
-    def masks(self) -> dict[str, Tensor]:
-        """M(s): per layer the ``keep`` weights of largest importance, which is |s| at rest."""
-        return {name: top_k(self.signs[name] * score, self.keep[name]) for name, score in self.scores.items()}
+    def select(self) -> dict[str, Tensor]:
+        """The units of largest importance, which is |s| at rest: bool tensors of the scores' shapes."""
+        importance = {name: self.signs[name] * score for name, score in self.scores.items()}
+        for name in self.covered:
+            importance[name] = secure_rows(importance[name])
+        return self.granularity.select(importance, self.allocation.counts(importance))
 
     @torch.no_grad()
-    def wear(self, masks: Masks) -> None:
+    def wear(self, selection: Selection) -> None:
         """Set the network's weights to w ⊙ M."""
-        for name, worn in self.worn.items():
-            torch.mul(self.weights[name], masks[name], out=worn.data)
+        for name, mask in self.granularity.spread(selection).items():
+            torch.mul(self.weights[name], mask, out=self.worn[name].data)
+
+    def masks(self) -> dict[str, Tensor]:
+        """The finished network's bool masks, by parameter name."""
+        return self.granularity.final(self.select())
+
+    @torch.no_grad()
+    def finish(self) -> dict[str, Tensor]:
+        """Meet the budget exactly, wear the final masks, and return them."""
+        self.allocation = self.allocation.final()
+        masks = self.masks()
+        parameters = dict(self.network.named_parameters())
+        for name, mask in masks.items():
+            parameters[name].data.copy_(self.weights.get(name, parameters[name].data) * mask)
+        return masks
+
+    def parameters(self) -> list[Tensor]:
+        """What the optimiser moves: the scores, and what the allocation learns."""
+        return [*self.scores.values(), *self.allocation.parameters()]
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        """dL/ds through the straight-through estimator: sgn(s) · w ⊙ dL/d(w ⊙ M).
+        """dL/ds through the straight-through estimator: sgn(s) · w ⊙ dL/d(w ⊙ M), summed over a unit.
 
         Pruned weights get a gradient too, or none could ever return. sgn(0) is +1: torch's derivative
         of |s| at 0 is 0, and a score that starts there would stay there.
         """
         torch.autograd.backward(loss)
-        gradients = {}
+        products = {}
         with torch.no_grad():
             for name, worn in self.worn.items():
                 if worn.grad is None:
                     raise InputError(f"the loss does not depend on {name}: is the layer used?")
-                gradients[name] = self.signs[name] * (self.weights[name] * worn.grad)
+                products[name] = self.weights[name] * worn.grad
                 worn.grad = None
-        return gradients
+            gathered = self.granularity.gather(products)
+            return {name: self.signs[name] * gradient for name, gradient in gathered.items()}
+
+    def assign(self, gradients: Mapping[str, Tensor]) -> None:
+        """Hand the optimiser its gradients: those of the scores, and what follows for the allocation."""
+        for name, score in self.scores.items():
+            score.grad = gradients[name]
+        self.allocation.assign({name: self.signs[name] * value for name, value in gradients.items()})
+
+
+def secure_rows(importance: Tensor) -> Tensor:
+    """``importance`` [rows, ...] with the largest entry of every row raised above all others."""
+    flat = importance.flatten(1)
+    best = flat.argmax(dim=1, keepdim=True)
+    return flat.scatter(1, best, torch.inf).view_as(importance)
+
+
+def own(scores: Mapping[str, Tensor], units: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A float32 copy of ``scores`` that fits ``units``. Raises InputError where it does not."""
+    for name, unit in units.items():
+        if name not in scores:
+            raise InputError(f"there are no scores of {name}")
+        if scores[name].shape != unit.shape:
+            shapes = f"{tuple(scores[name].shape)} for weights of shape {tuple(unit.shape)}"
+            raise InputError(f"scores of {name} have shape {shapes}")
+        if not torch.isfinite(scores[name]).all():
+            raise InputError(f"scores of {name} are not finite")
+    return {name: scores[name].to(unit.device).float().clone() for name, unit in units.items()}

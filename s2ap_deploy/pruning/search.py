@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,14 +15,20 @@ from s2ap_deploy.errors import InputError, UsageError
 from s2ap_deploy.pruning.masks import departed, replaced
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
+from s2ap_deploy.pruning.stability import hamming
 from s2ap_deploy.recorder import Recorder, Snapshots
+from s2ap_deploy.robust.adversary import Adversary
 from s2ap_deploy.robust.batchnorm import frozen_statistics, recalibrate
 from s2ap_deploy.robust.evaluation import pgd_accuracy
 from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.robust.schedule import Epoch, cosine, validation_sample
+from s2ap_deploy.robust.training import strip
 from s2ap_deploy.runtime import derive_seed, generator
 
 RECALIBRATION_BATCHES = 100
+INERT, NOISY = 1e-4, 0.2  # flip rates below and above which gamma does nothing useful
+
+Diagnose = Callable[[ScoredNetwork, int], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,7 @@ class SearchResult:
 
 
 def search(
-    network: nn.Module,
-    names: Sequence[str],
-    keep: Mapping[str, int],
+    scored: ScoredNetwork,
     train: Split,
     validation: Split,
     *,
@@ -63,18 +67,20 @@ def search(
     device: torch.device,
     snapshots: Snapshots,
     recorder: Recorder,
-    scores: Mapping[str, Tensor] | None = None,
+    diagnose: Diagnose | None = None,
 ) -> SearchResult:
-    """Learn scores by robust training under M(s) (HYDRA), with S2AP's perturbation if asked.
+    """Learn scores by robust training under M(s), with S2AP's perturbation if asked.
 
-    ``network`` ends up wearing w ⊙ M(s), with BatchNorm measured under that mask. ``keep`` gives each
-    parameter's exact number of kept weights. ``scores`` replaces the scaled initialisation. Raises
+    The network ends up wearing the final mask, which meets its budget exactly, with BatchNorm measured
+    under it. ``diagnose`` adds figures to the row of each epoch, whose number it is told. Raises
     ``InputError`` when S2AP was asked for and never moved a score, or when the loss stops being finite.
     """
     check_perturbation(perturbation, epochs)
-    scored = ScoredNetwork(network, names, keep, scores)
-    optimizer = torch.optim.SGD(list(scored.scores.values()), lr=learning_rate, momentum=momentum)
-    history, perturbed_steps = resume(scored, optimizer, snapshots)
+    network = scored.network
+    # No weight decay: it would pull scores towards the mask's threshold, and quotas towards a half.
+    optimizer = torch.optim.SGD(scored.parameters(), lr=learning_rate, momentum=momentum)
+    adversary = Adversary(objective)
+    history, perturbed_steps = resume(scored, optimizer, adversary, snapshots)
     sample = validation_sample(validation, seed)
     steps = train_steps(len(train), batch_size)
     recorder.begin("search", epochs * steps, "step")
@@ -83,7 +89,7 @@ def search(
     for epoch in range(len(history), epochs):
         started = time.monotonic()
         ascending = perturbation is not None and epoch >= perturbation.warmup_epochs
-        previous = scored.masks()
+        previous = scored.select()
         losses: list[Tensor] = []
         flips: list[Tensor] = []
         moves: list[Tensor] = []
@@ -93,32 +99,35 @@ def search(
         ):
             cosine(optimizer, learning_rate, epoch + step / steps, epochs)
             noise = generator(seed, "search", epoch, step, device=device)
-            masks = scored.masks()
-            scored.wear(masks)
-            adversarial = objective.attack(network, images, labels, noise)
-            loss, _ = objective.robust_loss(network, images, adversarial, labels)
-            gradients = scored.gradients(loss)
-            if ascending and perturbation is not None:
-                # g above is the ascent direction at s; the descent uses the gradient at s + z, on the
-                # same adversarial images, and is applied to s.
-                ball = ScorePerturbation(scored.scores, perturbation.gamma)
-                moves.append(ball.perturb(gradients))
-                shifted = scored.masks()
-                scored.wear(shifted)
-                with frozen_statistics(network):
-                    loss_at_top, _ = objective.robust_loss(network, images, adversarial, labels)
-                    gradients = scored.gradients(loss_at_top)
-                ball.restore()
-                flips.append(departed(masks, shifted))
-            for name, score in scored.scores.items():
-                score.grad = gradients[name]
-            optimizer.step()
-            scored.orient()
-            losses.append(loss.detach())
+            for _ in range(adversary.replays):
+                selection = scored.select()
+                scored.wear(selection)
+                adversarial = adversary.attack(network, images, labels, noise)
+                loss, _ = objective.robust_loss(network, images, adversarial, labels)
+                gradients = scored.gradients(loss)
+                adversary.follow()
+                if ascending and perturbation is not None:
+                    # g above is the ascent direction at s; the descent uses the gradient at s + z, on the
+                    # same adversarial images, and is applied to s.
+                    ball = ScorePerturbation(scored.scores, perturbation.gamma)
+                    moves.append(ball.perturb(gradients))
+                    shifted = scored.select()
+                    scored.wear(shifted)
+                    same = adversarial.detach()
+                    with frozen_statistics(network):
+                        loss_at_top, _ = objective.robust_loss(network, images, same, labels)
+                        gradients = scored.gradients(loss_at_top)
+                    ball.restore()
+                    flips.append(departed(selection, shifted) / units(selection))
+                scored.assign(gradients)
+                optimizer.step()
+                scored.orient()
+                losses.append(loss.detach())
             recorder.advance()
 
-        masks = scored.masks()
-        scored.wear(masks)
+        scored.allocation.end_epoch()
+        selection = scored.select()
+        scored.wear(selection)
         accuracy = pgd_accuracy(
             network, sample, threat=objective.threat, steps=10, seed=derive_seed(seed, "val"), device=device
         )
@@ -127,15 +136,18 @@ def search(
             loss=float(torch.stack(losses).mean()),
             clean_accuracy=accuracy.clean_accuracy,
             robust_accuracy=accuracy.robust_accuracy,
-            replaced=replaced(previous, masks),
-            flip_rate=float(torch.stack(flips).float().mean()) / sum(keep.values()) if flips else None,
+            replaced=replaced(previous, selection),
+            hamming=hamming(previous, selection),
+            flip_rate=float(torch.stack(flips).mean()) if flips else None,
+            **(diagnose(scored, epoch + 1) if diagnose is not None else {}),
             seconds=time.monotonic() - started,
         )
         row.require_finite("search")
+        warn_of_gamma(row, recorder)
         history.append(row)
         perturbed_steps += int(torch.stack(moves).sum()) if moves else 0
         recorder.log("search", {**row.figures(), "epochs": epochs})
-        save(scored, optimizer, history, perturbed_steps, snapshots)
+        save(scored, optimizer, adversary, history, perturbed_steps, snapshots)
 
     recorder.end()
     if perturbation is not None and perturbed_steps == 0:
@@ -143,10 +155,43 @@ def search(
             "S2AP was asked for but perturbed no step: every score gradient was zero",
             hint="look at the loss in the history: the network may be dead at this sparsity",
         )
-    masks = scored.masks()
-    scored.wear(masks)
+    masks = scored.finish()
     recalibrate(network, calibration(network, train, objective, batch_size, seed, device))
     return SearchResult(scored.scores, masks, history, perturbed_steps)
+
+
+def choose_once(
+    scored: ScoredNetwork,
+    train: Split,
+    *,
+    objective: Objective,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> SearchResult:
+    """The mask of scores that do not learn (magnitude, random), with BatchNorm measured under it."""
+    masks = scored.finish()
+    recalibrate(scored.network, calibration(scored.network, train, objective, batch_size, seed, device))
+    return SearchResult(scored.scores, masks, [], 0)
+
+
+def units(selection: Mapping[str, Tensor]) -> Tensor:
+    """How many units are selected, as a tensor that stays on its device."""
+    return torch.stack([chosen.sum() for chosen in selection.values()]).sum()
+
+
+def warn_of_gamma(row: Epoch, recorder: Recorder) -> None:
+    """Tell when S2AP's perturbation moves no mask, or so much of it that it is noise."""
+    if row.flip_rate is None:
+        return
+    if row.flip_rate < INERT:
+        recorder.warn(
+            f"gamma is inert: in epoch {row.epoch} it moved {row.flip_rate:.4%} of the kept weights"
+        )
+    elif row.flip_rate > NOISY:
+        recorder.warn(
+            f"gamma is noise: in epoch {row.epoch} it moved {row.flip_rate:.0%} of the kept weights"
+        )
 
 
 def check_perturbation(perturbation: Perturbation | None, epochs: int) -> None:
@@ -184,21 +229,24 @@ def calibration(
 def save(
     scored: ScoredNetwork,
     optimizer: torch.optim.Optimizer,
+    adversary: Adversary,
     history: Sequence[Epoch],
     perturbed_steps: int,
     snapshots: Snapshots,
 ) -> None:
-    """Everything that the next epoch depends on: scores, their momentum, BatchNorm statistics."""
+    """Everything that the next epoch depends on: scores, quotas, momentum, adversary, BatchNorm's state."""
     tensors = {f"score/{name}": score for name, score in scored.scores.items()}
-    for name, score in scored.scores.items():
-        tensors[f"momentum/{name}"] = optimizer.state[score]["momentum_buffer"]
+    tensors |= {f"allocation/{name}": value for name, value in scored.allocation.state().items()}
+    tensors |= {f"adversary/{name}": value for name, value in adversary.state().items()}
+    for index, parameter in enumerate(scored.parameters()):
+        tensors[f"momentum/{index}"] = optimizer.state[parameter]["momentum_buffer"]
     tensors |= {f"buffer/{name}": buffer for name, buffer in scored.network.named_buffers()}
     state = {"history": [row.figures() for row in history], "perturbed_steps": perturbed_steps}
     snapshots.save_snapshot(tensors, state)
 
 
 def resume(
-    scored: ScoredNetwork, optimizer: torch.optim.Optimizer, snapshots: Snapshots
+    scored: ScoredNetwork, optimizer: torch.optim.Optimizer, adversary: Adversary, snapshots: Snapshots
 ) -> tuple[list[Epoch], int]:
     """Put a snapshot's tensors back; returns the epochs already done and their perturbed steps."""
     snapshot = snapshots.load_snapshot()
@@ -207,7 +255,10 @@ def resume(
     tensors, state = snapshot
     for name, score in scored.scores.items():
         score.copy_(tensors[f"score/{name}"])
-        optimizer.state[score]["momentum_buffer"] = tensors[f"momentum/{name}"].to(score.device)
+    scored.allocation.load(strip("allocation/", tensors))
+    adversary.load(strip("adversary/", tensors))
+    for index, parameter in enumerate(scored.parameters()):
+        optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum/{index}"].to(parameter.device)
     scored.orient()
     for name, buffer in scored.network.named_buffers():
         buffer.copy_(tensors[f"buffer/{name}"])

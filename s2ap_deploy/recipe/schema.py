@@ -8,6 +8,7 @@ HYDRA took TRADES; budgets are ERK, where HYDRA's are uniform; and gamma, which 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -16,6 +17,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.recipe.diagnosis import did_you_mean
+from s2ap_deploy.recipe.methods import METHODS, BudgetName, MethodName, n_of_m
 from s2ap_deploy.spec import Eps, Frozen, Normalization, ThreatModel
 
 DATA_SETS = ("digits", "mnist", "cifar10", "cifar100", "svhn", "imagefolder:PATH")
@@ -39,6 +41,12 @@ def _data_set(value: str) -> str:
     return value
 
 
+def _granularity(value: str) -> str:
+    if value not in ("weight", "channel") and n_of_m(value) is None:
+        raise ValueError(f"{value!r} is no granularity: weight, channel, or n:m with n below m, such as 2:4")
+    return value
+
+
 # Strict, because a coerced value (true as 1 epoch, "0.9" as a number) hides a slip of the pen.
 Count = Annotated[int, Field(strict=True, ge=1)]
 Whole = Annotated[int, Field(strict=True, ge=0)]
@@ -53,12 +61,16 @@ class ModelSection(Frozen):
     """The network to prune. ``arch`` may be left out when the checkpoint's weights show it.
 
     ``checkpoint`` is relative to the working folder; when it is given, ``pretrain`` is not run.
-    ``normalization`` is that of a checkpoint which does not carry its own.
+    ``normalization`` is that of a checkpoint which does not carry its own. ``keep`` and ``alpha`` rebuild the
+    masks of a pruned checkpoint that holds scores: the fraction kept (HYDRA's and HARP's k, RST's prune
+    rate), and HARP's k_min / keep.
     """
 
     arch: Annotated[str, AfterValidator(_registered_name)] | None = None
     checkpoint: Annotated[str, Field(min_length=1)] | None = None
     normalization: Normalization | None = None
+    keep: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
+    alpha: Fraction01 | None = None
 
 
 class DataSection(Frozen):
@@ -70,15 +82,34 @@ class DataSection(Frozen):
 
 
 class Objective(Frozen):
-    """The robust loss: PGD adversarial training (``at``; Madry et al. 2018) or TRADES (Zhang et al. 2019).
+    """The robust loss and the attack that belongs to it.
 
-    ``step_size`` of the inner attack is None for a quarter of eps; ``beta`` weighs TRADES' second term.
+    ``at``: PGD adversarial training (Madry et al. 2018). ``trades``: Zhang et al. 2019. ``mart``: Wang et al.
+    2020. ``fast``: one step from a random start (Wong et al. 2020). ``free``: ``replays`` updates per batch,
+    whose own input gradients move the perturbation (Shafahi et al. 2019): give it as many times fewer epochs.
+    ``attack_steps`` None is 10; ``fast`` and ``free`` have no such number. ``step_size`` None is a quarter of
+    eps, 1.25 eps for ``fast``, eps for ``free``. ``beta`` weighs the divergence of ``trades`` (None: 6) and
+    ``mart`` (None: 5). ``beta`` and ``replays`` mean nothing to the other losses.
     """
 
-    loss: Literal["at", "trades"] = "at"
-    attack_steps: Count = 10
+    loss: Literal["at", "trades", "mart", "fast", "free"] = "at"
+    attack_steps: Count | None = None
     step_size: Eps | None = None
-    beta: NotNegative = 6.0
+    beta: NotNegative | None = None
+    replays: Count = 4
+
+    @model_validator(mode="after")
+    def _steps_fit_loss(self) -> Objective:
+        if self.loss in ("fast", "free") and self.attack_steps is not None:
+            raise ValueError(f"loss {self.loss} has no attack_steps: leave them out, or choose loss at")
+        return self
+
+
+class Distillation(Frozen):
+    """What the dense network's answers weigh in the loss (0: nothing), softened by ``temperature``."""
+
+    weight: Fraction01 = 0.0
+    temperature: Positive = 1.0
 
 
 class SearchSection(Frozen):
@@ -92,7 +123,11 @@ class SearchSection(Frozen):
 
 
 class TrainSection(Frozen):
-    """Training of the weights: SGD with a cosine learning rate that ends at 0."""
+    """Training of the weights: SGD with a cosine learning rate that ends at 0.
+
+    ``awp_gamma`` is AWP's radius in weight space (Wu et al. 2020), relative to each layer's norm: 0 is off,
+    0.01 the published code's value for ``at``. ``awp_warmup_epochs`` pass before it is switched on.
+    """
 
     epochs: Count = 100
     learning_rate: Positive = 0.1
@@ -100,43 +135,148 @@ class TrainSection(Frozen):
     weight_decay: NotNegative = 1e-4
     batch_size: Count = 128
     objective: Objective = Objective()
+    awp_gamma: NotNegative = 0.0
+    awp_warmup_epochs: Whole = 0
+
+    @model_validator(mode="after")
+    def _awp_can_act(self) -> TrainSection:
+        if self.awp_gamma > 0 and self.awp_warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"awp_warmup_epochs {self.awp_warmup_epochs} leaves AWP none of the {self.epochs} epochs"
+            )
+        return self
 
 
 class FinetuneSection(TrainSection):
     """Training of the weights that the mask kept, from a lower learning rate."""
 
     learning_rate: Positive = 0.01
+    distillation: Distillation = Distillation()
+
+
+class DiagnosticsSection(Frozen):
+    """Sharpness of the search, measured every ``every`` epochs (0: never) on ``images`` training images.
+
+    ``iterations`` of Lanczos for the eigenvalue, ``directions`` random ones for the worst rise of the loss.
+    """
+
+    every: Whole = 1
+    images: Count = 128
+    iterations: Count = 8
+    directions: Count = 4
 
 
 class PruneSection(Frozen):
     """How the mask is found and the rest trained. ``sparsity`` is the fraction of zeros.
 
-    ``gamma`` is S2AP's radius in score space, relative to each layer's score norm; ``warmup_epochs``
-    of the search pass before it is switched on (None: a quarter of them, rounded).
+    ``method`` is the base method (see ``recipe.methods``) and ``s2ap`` the plug-in: None switches it on where
+    scores learn. ``gamma`` is S2AP's radius in score space, relative to each layer's score norm;
+    ``warmup_epochs`` of the search pass before it is switched on (None: a quarter of them, rounded).
+    ``granularity`` is ``weight``, ``channel`` or a pattern such as ``2:4``, which decides the sparsity.
+    For channels, ``keep_ratio`` can take the place of ``sparsity``: the fraction of channels kept.
+    ``budget`` None is the method's own. ``dense_ends`` leaves the first and the last layer dense.
+    ``compression_weight`` and ``quota_start`` are HARP's. ``steps`` are lower sparsities to pass through,
+    each with a search and a fine-tuning of its own; ``scores_from`` is a run folder whose scores the
+    search starts from.
     """
 
-    method: Literal["hydra"] = "hydra"
-    sparsity: OpenFraction
-    budget: Literal["uniform", "erk"] = "erk"
-    s2ap: bool = True
+    method: MethodName = "hydra"
+    sparsity: OpenFraction | None = None
+    granularity: Annotated[str, AfterValidator(_granularity)] = "weight"
+    keep_ratio: OpenFraction | None = None
+    budget: BudgetName | None = None
+    dense_ends: Annotated[bool, Field(strict=True)] = False
+    s2ap: bool | None = None
     gamma: NotNegative = 0.0005
     warmup_epochs: Whole | None = None
+    compression_weight: Positive = 0.01
+    quota_start: Literal["uniform", "erk"] = "uniform"
+    steps: tuple[OpenFraction, ...] = ()
+    scores_from: Annotated[str, Field(min_length=1)] | None = None
     search: SearchSection = SearchSection()
     finetune: FinetuneSection = FinetuneSection()
+    diagnostics: DiagnosticsSection = DiagnosticsSection()
 
     @property
     def warmup(self) -> int:
         """Search epochs before S2AP is switched on."""
         return round(self.search.epochs / 4) if self.warmup_epochs is None else self.warmup_epochs
 
+    @property
+    def perturbs(self) -> bool:
+        """Whether S2AP acts."""
+        return METHODS[self.method].learns if self.s2ap is None else self.s2ap
+
+    @property
+    def layer_budget(self) -> BudgetName:
+        """How layers share what is kept."""
+        if self.budget is not None:
+            return self.budget
+        if self.granularity == "channel" and self.method != "harp":
+            return "uniform"
+        return METHODS[self.method].budgets[0]
+
     @model_validator(mode="after")
     def _s2ap_can_act(self) -> PruneSection:
-        if self.s2ap and self.gamma == 0:
+        if not self.perturbs:
+            return self
+        if not METHODS[self.method].learns:
+            raise ValueError(
+                f"{self.method} learns no scores for S2AP to perturb: s2ap: false, or another method"
+            )
+        if self.gamma == 0:
             raise ValueError("gamma 0 leaves S2AP nothing to do; s2ap: false searches without it")
-        if self.s2ap and self.warmup >= self.search.epochs:
+        if self.warmup >= self.search.epochs:
             raise ValueError(
                 f"warmup_epochs {self.warmup} leaves S2AP none of the {self.search.epochs} search epochs"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sparsity_fits_granularity(self) -> PruneSection:
+        pattern = n_of_m(self.granularity)
+        if self.keep_ratio is not None and (self.granularity != "channel" or self.sparsity is not None):
+            raise ValueError("keep_ratio is for granularity channel, in place of sparsity")
+        if pattern is not None:
+            n, m = pattern
+            if self.sparsity is not None and abs(self.sparsity - (1 - n / m)) > 1e-9:
+                raise ValueError(f"granularity {n}:{m} is sparsity {1 - n / m:g}, not {self.sparsity:g}")
+            if self.steps:
+                raise ValueError(f"granularity {n}:{m} has one sparsity: steps cannot lead to it")
+            if self.method == "harp" or self.budget not in (None, "uniform"):
+                raise ValueError(
+                    f"granularity {n}:{m} is the same in every layer: there is no budget to share"
+                )
+        elif self.sparsity is None and self.keep_ratio is None:
+            raise ValueError("sparsity is missing")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_fits_method(self) -> PruneSection:
+        allowed = METHODS[self.method].budgets
+        if self.budget is not None and self.budget not in allowed:
+            raise ValueError(f"budget {self.budget} does not fit {self.method}: {', '.join(allowed)}")
+        if self.granularity == "channel" and self.dense_ends:
+            raise ValueError("dense_ends is for weights: the classes are never removed")
+        if self.keep_ratio is not None and self.layer_budget != "uniform":
+            raise ValueError(
+                f"keep_ratio is the same in every group: budget {self.layer_budget} does not fit"
+            )
+        if self.granularity == "channel" and self.layer_budget in ("erk", "global"):
+            raise ValueError(
+                f"budget {self.layer_budget} is for weights; channels take uniform, macs or learned"
+            )
+        if self.granularity != "channel" and self.layer_budget == "macs":
+            raise ValueError("budget macs is for granularity channel")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_rise(self) -> PruneSection:
+        if self.steps and not METHODS[self.method].finetunes:
+            raise ValueError(f"{self.method} does not fine-tune, so it cannot go in steps")
+        path = [*self.steps, *([self.sparsity] if self.sparsity is not None else [])]
+        if any(later <= earlier for earlier, later in itertools.pairwise(path)):
+            raise ValueError(f"steps must rise towards sparsity {self.sparsity}, not {list(self.steps)}")
         return self
 
 
@@ -157,17 +297,28 @@ class ExportSection(Frozen):
 
 
 class GateSection(Frozen):
-    """The policy. ``lower`` judges bounds of the 95 % intervals, ``point`` the observed figures."""
+    """The policy. ``lower`` judges bounds of the 95 % intervals, ``point`` the observed figures.
+
+    Drops are against the dense network on the same samples, ``max_class_drop`` that of the worst class.
+    Size, latency and sparsity are the exported file's; ``max_age`` is the certificate's: ``36h``, ``30d``.
+    """
 
     min_clean: Fraction01 | None = None
     min_robust: Fraction01 | None = None
+    min_proven: Fraction01 | None = None
     max_drop: Fraction01 | None = None
+    max_class_drop: Fraction01 | None = None
+    min_sparsity: Fraction01 | None = None
+    max_bytes: Count | None = None
+    max_latency_ms: Positive | None = None
+    max_latency_ratio: Positive | None = None
+    max_age: Annotated[str, Field(pattern=r"^[0-9]{1,6}[hdw]$")] | None = None
     rule: Literal["lower", "point"] = "lower"
 
     @model_validator(mode="after")
     def _asks_something(self) -> GateSection:
-        if self.min_clean is None and self.min_robust is None and self.max_drop is None:
-            raise ValueError("a gate needs min_robust, max_drop or min_clean")
+        if not self.model_dump(exclude={"rule", "max_age"}, exclude_none=True):
+            raise ValueError("a gate needs min_robust, max_drop, min_clean or another threshold")
         return self
 
 

@@ -44,8 +44,26 @@ def project(moved: Tensor, centre: Tensor, threat: ThreatModel) -> Tensor:
     radius = threat.radius
     if threat.norm == "Linf":
         return moved.clamp(centre - radius, centre + radius).clamp_(0.0, 1.0)
-    difference = moved - centre
-    return (centre + difference * (radius / lengths(difference)).clamp_max(1.0)).clamp_(0.0, 1.0)
+    return (centre + confine(moved - centre, threat)).clamp_(0.0, 1.0)
+
+
+def confine(perturbation: Tensor, threat: ThreatModel) -> Tensor:
+    """The point of the ball around 0 that ``perturbation`` [B, C, H, W] falls to, whatever the image."""
+    if threat.norm == "Linf":
+        return perturbation.clamp(-threat.radius, threat.radius)
+    return perturbation * (threat.radius / lengths(perturbation)).clamp_max(1.0)
+
+
+def ascend(point: Tensor, gradient: Tensor, step_size: float, threat: ThreatModel) -> Tensor:
+    """``point`` after a step of steepest ascent: along the gradient's sign for L∞, its direction for L2."""
+    direction = gradient.sign() if threat.norm == "Linf" else gradient / lengths(gradient)
+    return point + step_size * direction
+
+
+def require_trainable(threat: ThreatModel) -> None:
+    """Raise UsageError for a norm that the inner maximisation has no step for."""
+    if threat.norm == "L1":
+        raise UsageError("training under an L1 threat model is not supported", hint="use Linf or L2")
 
 
 def lengths(images: Tensor) -> Tensor:
@@ -79,15 +97,12 @@ def pgd(
     a *sum* over the batch, so that each image's gradient does not depend on its neighbours.
     ``step_size`` is in units of the input. Returns a detached [B, C, H, W].
     """
-    if threat.norm == "L1":
-        raise UsageError("training under an L1 threat model is not supported", hint="use Linf or L2")
+    require_trainable(threat)
     adversarial = start.detach().clone()
     with attacked(network):
         for _ in range(steps):
             adversarial.requires_grad_(True)
             (gradient,) = torch.autograd.grad(loss(network(adversarial)), adversarial)
             with torch.no_grad():
-                linf = threat.norm == "Linf"
-                direction = gradient.sign() if linf else gradient / lengths(gradient)
-                adversarial = project(adversarial + step_size * direction, images, threat)
+                adversarial = project(ascend(adversarial, gradient, step_size, threat), images, threat)
     return adversarial.detach()

@@ -1,4 +1,4 @@
-"""The robust losses that are minimised, each with the attack that belongs to it."""
+"""The robust objectives that are minimised, each with the attack that belongs to it."""
 
 from __future__ import annotations
 
@@ -11,38 +11,90 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2ap_deploy.errors import UsageError
 from s2ap_deploy.robust.attack import attacked, pgd, random_start
+from s2ap_deploy.robust.losses import divergence, mart, trades
 from s2ap_deploy.spec import ThreatModel
+
+LossName = Literal["at", "trades", "mart", "fast", "free"]
+
+PGD_STEPS = 10
+BETA = {"trades": 6.0, "mart": 5.0}
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Adversarial training (``at``) or TRADES (``trades``) under one threat model.
+    """A robust loss under one threat model.
 
-    ``step_size`` is the exact text of the attack's step, or None for a quarter of eps (2/255 at 8/255,
-    the setting of HYDRA and HARP). ``beta`` weighs TRADES' robust term and is unused by ``at``.
+    ``at``: PGD adversarial training (Madry et al., 2018). ``trades``: Zhang et al. (2019). ``mart``:
+    Wang et al. (2020), on the examples of ``at``. ``fast``: one step from a uniform start (Wong et al.,
+    2020). ``free``: the perturbation follows the gradient of training itself (Shafahi et al., 2019), which
+    takes an ``Adversary`` and ``replays`` updates per batch; other losses ignore ``replays``.
+
+    ``attack_steps`` is None for 10; ``fast`` and ``free`` have no such number and refuse one.
+    ``step_size`` is the exact text of the attack's step in units of the input, or None for the loss's own:
+    a quarter of eps (2/255 at 8/255, the setting of HYDRA and HARP), 1.25 eps for ``fast``, eps for ``free``.
+    ``beta`` weighs the divergence of ``trades`` (None: 6) and ``mart`` (None: 5); the others ignore it.
     """
 
     threat: ThreatModel
-    loss: Literal["at", "trades"] = "at"
-    attack_steps: int = 10
+    loss: LossName = "at"
+    attack_steps: int | None = None
     step_size: str | None = None
-    beta: float = 6.0
+    beta: float | None = None
+    replays: int = 4
+
+    def __post_init__(self) -> None:
+        if self.loss in ("fast", "free") and self.attack_steps is not None:
+            raise UsageError(
+                f"loss {self.loss} has no attack_steps, yet they are {self.attack_steps}",
+                hint="leave attack_steps out, or choose loss at",
+            )
+        if self.replays < 1:
+            raise UsageError(f"replays must be at least 1, not {self.replays}")
 
     @property
     def step(self) -> float:
-        return float(Fraction(self.step_size)) if self.step_size is not None else self.threat.radius / 4
+        """Length of one step of the attack, in units of the input."""
+        if self.step_size is not None:
+            return float(Fraction(self.step_size))
+        if self.loss == "fast":
+            return 1.25 * self.threat.radius
+        return self.threat.radius if self.loss == "free" else self.threat.radius / 4
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps of :meth:`attack`."""
+        if self.loss == "fast":
+            return 1
+        if self.loss == "free":
+            return self.replays
+        return PGD_STEPS if self.attack_steps is None else self.attack_steps
+
+    @property
+    def compares(self) -> bool:
+        """Whether the loss looks at the clean images beside the adversarial ones."""
+        return self.loss in ("trades", "mart")
+
+    @property
+    def trade_off(self) -> float:
+        """The weight of the divergence: ``beta``, or the published one of this loss."""
+        return BETA.get(self.loss, 0.0) if self.beta is None else self.beta
 
     def attack(
         self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Adversarial images for one batch [B, C, H, W], made with ``network`` in eval mode.
 
-        For TRADES the clean prediction does not move during the attack, so it is computed once.
+        For TRADES the clean prediction does not move during the attack, so it is computed once. ``free``
+        has no attack that stands by itself: outside a loop (BatchNorm is measured on what this returns)
+        it is what its perturbation does to one batch while the network rests, without a random start.
         """
-        if self.loss == "at":
+        loss = partial(F.cross_entropy, target=labels, reduction="sum")
+        if self.loss == "free":
+            start = images
+        elif self.loss != "trades":
             start = random_start(images, self.threat, generator)
-            loss = partial(F.cross_entropy, target=labels, reduction="sum")
         else:
             # TRADES starts a hair away from the image: at the image itself its loss has gradient 0.
             noise = torch.randn(images.shape, generator=generator, device=images.device)
@@ -55,7 +107,7 @@ class Objective:
             images,
             loss,
             threat=self.threat,
-            steps=self.attack_steps,
+            steps=self.steps,
             step_size=self.step,
             start=start,
         )
@@ -65,20 +117,20 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """The batch mean of the loss, and the logits [B, K] on the adversarial images.
 
-        ``at``: cross-entropy on the adversarial images (Madry et al., 2018, eq. 2.1). ``trades``:
-        cross-entropy on the clean images plus ``beta`` times KL(p(x) ‖ p(x')), neither side detached
-        (Zhang et al., 2019, eq. 5); clean and adversarial images are two forward passes, as in the
-        published code, because BatchNorm would mix their statistics in one.
+        Clean and adversarial images are two forward passes, as in the published code of TRADES, because
+        BatchNorm would mix their statistics in one.
         """
-        if self.loss == "at":
-            logits = network(adversarial)
-            return F.cross_entropy(logits, labels), logits
-        clean = network(images)
+        clean = network(images) if self.compares else None
         logits = network(adversarial)
-        robust = divergence(clean.softmax(dim=1), logits, reduction="batchmean")
-        return F.cross_entropy(clean, labels) + self.beta * robust, logits
+        return self.value(clean, logits, labels), logits
 
+    def value(self, clean: Tensor | None, adversarial: Tensor, labels: Tensor) -> Tensor:
+        """The batch mean of the loss for logits [B, K]; ``clean`` may be None where nothing is compared.
 
-def divergence(target: Tensor, logits: Tensor, reduction: str) -> Tensor:
-    """KL(target ‖ softmax(logits)) for probabilities and logits [B, K]."""
-    return F.kl_div(F.log_softmax(logits, dim=1), target, reduction=reduction)
+        ``at``, ``fast``, ``free``: cross-entropy on the adversarial images (Madry et al., 2018, eq. 2.1).
+        """
+        if not self.compares:
+            return F.cross_entropy(adversarial, labels)
+        assert clean is not None
+        compared = trades if self.loss == "trades" else mart
+        return compared(clean, adversarial, labels, self.trade_off)

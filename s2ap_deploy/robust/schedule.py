@@ -21,8 +21,11 @@ VALIDATION_IMAGES = 1000
 class Epoch:
     """Figures of one epoch; accuracies are on validation images, ``robust_accuracy`` under PGD-10.
 
-    ``replaced`` is the share of kept weights that left the mask since the epoch before, ``flip_rate``
-    the share that leaves it under S2AP's perturbation (None where it was off).
+    Of a search: ``replaced`` is the share of kept weights that left the mask since the epoch before and
+    ``hamming`` the share of mask bits that changed, ``flip_rate`` the share of kept weights that leaves
+    under S2AP's perturbation (None where it was off). ``sharpness`` is a lower bound on the worst rise
+    of the loss within the ball of scores, ``eigenvalue`` the largest of the surrogate's Hessian, with the
+    residual of its computation.
     """
 
     epoch: int
@@ -31,7 +34,11 @@ class Epoch:
     robust_accuracy: float
     seconds: float
     replaced: float | None = None
+    hamming: float | None = None
     flip_rate: float | None = None
+    sharpness: float | None = None
+    eigenvalue: float | None = None
+    eigenvalue_residual: float | None = None
 
     @classmethod
     def of(cls, figures: Mapping[str, Any]) -> Epoch:

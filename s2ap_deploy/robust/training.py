@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from s2ap_deploy.data.splits import Split, train_steps
 from s2ap_deploy.recorder import Recorder, Snapshots
+from s2ap_deploy.robust.adversary import Adversary
+from s2ap_deploy.robust.awp import WeightPerturbation, check_weight_perturbation
+from s2ap_deploy.robust.batchnorm import frozen_statistics
+from s2ap_deploy.robust.distillation import Teacher
 from s2ap_deploy.robust.evaluation import pgd_accuracy
 from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.robust.schedule import Epoch, cosine, validation_sample
@@ -42,22 +46,32 @@ def train(
     snapshots: Snapshots,
     recorder: Recorder,
     masks: Mapping[str, Tensor] | None = None,
+    awp_gamma: float = 0.0,
+    awp_warmup_epochs: int = 0,
+    teacher: Teacher | None = None,
 ) -> TrainingResult:
     """Minimise the robust loss over the weights; with ``masks`` no pruned weight ever moves off zero.
 
     ``masks`` are bool tensors by parameter name. The network ends up with the weights of the epoch that
     was most robust on the validation images, the later one where two are equal. ``stage`` names the
-    random streams and the progress. Raises ``InputError`` when the loss stops being finite.
+    random streams and the progress. After ``awp_warmup_epochs`` weights are perturbed adversarially within
+    ``awp_gamma`` of their norm (0: never); ``teacher`` is the network to distil from. An epoch of free
+    adversarial training is ``replays`` updates per batch. Raises ``InputError`` when the loss stops being
+    finite, ``UsageError`` when AWP was asked for and would never act.
     """
+    check_weight_perturbation(awp_gamma, awp_warmup_epochs, epochs)
     for parameter in network.parameters():
         parameter.requires_grad_(True)
     parameters = dict(network.named_parameters())
-    pruned = [(parameters[name], mask.to(device)) for name, mask in (masks or {}).items()]
+    masks = {name: mask.to(device) for name, mask in (masks or {}).items()}
+    pruned = [(parameters[name], mask) for name, mask in masks.items()]
+    adversary = Adversary(objective)
+    ball = WeightPerturbation(network, awp_gamma, masks)
     optimizer = torch.optim.SGD(
         network.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay
     )
     enforce(pruned)
-    history, best = resume(network, optimizer, snapshots)
+    history, best = resume(network, optimizer, adversary, snapshots)
     sample = validation_sample(validation, seed)
     steps = train_steps(len(train), batch_size)
     recorder.begin(stage, epochs * steps, "step")
@@ -65,6 +79,7 @@ def train(
 
     for epoch in range(len(history), epochs):
         started = time.monotonic()
+        ascending = awp_gamma > 0 and epoch >= awp_warmup_epochs
         losses: list[Tensor] = []
         network.train()
         for step, (images, labels) in enumerate(
@@ -72,13 +87,25 @@ def train(
         ):
             cosine(optimizer, learning_rate, epoch + step / steps, epochs)
             noise = generator(seed, stage, epoch, step, device=device)
-            adversarial = objective.attack(network, images, labels, noise)
-            loss, _ = objective.robust_loss(network, images, adversarial, labels)
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
-            enforce(pruned)
-            losses.append(loss.detach())
+            for _ in range(adversary.replays):
+                adversarial = adversary.attack(network, images, labels, noise)
+                loss = training_loss(objective, teacher, network, images, adversarial, labels)
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                adversary.follow()
+                if ascending:
+                    # The gradient above is the ascent direction at w; the descent uses the gradient at
+                    # w + v, on the same adversarial images, and is applied to w.
+                    ball.perturb()
+                    same = adversarial.detach()
+                    with frozen_statistics(network):
+                        loss_at_top = training_loss(objective, teacher, network, images, same, labels)
+                    optimizer.zero_grad()
+                    torch.autograd.backward(loss_at_top)
+                    ball.restore()
+                optimizer.step()
+                enforce(pruned)
+                losses.append(loss.detach())
             recorder.advance()
 
         accuracy = pgd_accuracy(
@@ -96,11 +123,25 @@ def train(
         if row.robust_accuracy >= max(earlier.robust_accuracy for earlier in history):
             best = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         recorder.log(stage, {**row.figures(), "epochs": epochs})
-        save(network, optimizer, best, history, snapshots)
+        save(network, optimizer, adversary, best, history, snapshots)
 
     recorder.end()
     network.load_state_dict(best)
     return TrainingResult(history, max(history, key=lambda row: (row.robust_accuracy, row.epoch)).epoch)
+
+
+def training_loss(
+    objective: Objective,
+    teacher: Teacher | None,
+    network: nn.Module,
+    images: Tensor,
+    adversarial: Tensor,
+    labels: Tensor,
+) -> Tensor:
+    """The robust loss, mixed with the teacher's where there is one that has a say; a batch mean."""
+    if teacher is None or teacher.weight == 0:
+        return objective.robust_loss(network, images, adversarial, labels)[0]
+    return teacher.loss(objective, network, images, adversarial, labels)
 
 
 @torch.no_grad()
@@ -113,13 +154,15 @@ def enforce(pruned: list[tuple[nn.Parameter, Tensor]]) -> None:
 def save(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
+    adversary: Adversary,
     best: Mapping[str, Tensor],
     history: list[Epoch],
     snapshots: Snapshots,
 ) -> None:
-    """Everything that the next epoch depends on: weights, buffers, momentum, the best epoch so far."""
+    """Everything that the next epoch depends on: weights, buffers, momentum, adversary, the best so far."""
     tensors = {f"now/{name}": tensor for name, tensor in network.state_dict().items()}
     tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
+    tensors |= {f"adversary/{name}": tensor for name, tensor in adversary.state().items()}
     for name, parameter in network.named_parameters():
         if "momentum_buffer" in optimizer.state[parameter]:
             tensors[f"momentum/{name}"] = optimizer.state[parameter]["momentum_buffer"]
@@ -127,7 +170,7 @@ def save(
 
 
 def resume(
-    network: nn.Module, optimizer: torch.optim.Optimizer, snapshots: Snapshots
+    network: nn.Module, optimizer: torch.optim.Optimizer, adversary: Adversary, snapshots: Snapshots
 ) -> tuple[list[Epoch], dict[str, Tensor]]:
     """Put a snapshot's tensors back; returns the epochs already done and the best weights among them."""
     snapshot = snapshots.load_snapshot()
@@ -138,6 +181,7 @@ def resume(
     for name, parameter in network.named_parameters():
         if (buffer := tensors.get(f"momentum/{name}")) is not None:
             optimizer.state[parameter]["momentum_buffer"] = buffer.to(parameter.device)
+    adversary.load(strip("adversary/", tensors))
     return [Epoch.of(row) for row in state["history"]], strip("best/", tensors)
 
 

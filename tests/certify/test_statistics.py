@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from s2ap_deploy.certify.statistics import (
     clopper_pearson,
+    detectable_drop,
+    least_survivors,
     lower_bound,
     paired_drop_lower_bound,
     paired_drop_upper_bound,
@@ -93,3 +95,74 @@ def test_impossible_pairs_and_levels_are_refused() -> None:
         paired_drop_upper_bound(6, 5, 10)
     with pytest.raises(ValueError, match="confidence level"):
         upper_bound(1, 2, 1.0)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from([1, 2, 3, 10, 200, 1000, 10_000, 1_000_000]),
+    st.floats(0, 1),
+    st.sampled_from([0.5, 0.8, 0.95, 0.975, 0.999999]),
+)
+def test_quantiles_agree_with_scipys(n: int, share: float, level: float) -> None:
+    special = pytest.importorskip("scipy.special")
+    k = round(share * n)
+    if k > 0:
+        expected = float(special.betaincinv(k, n - k + 1, 1 - level))
+        assert lower_bound(k, n, level) == pytest.approx(expected, rel=1e-8)
+    if k < n:
+        expected = float(special.betaincinv(k + 1, n - k, level))
+        assert upper_bound(k, n, level) == pytest.approx(expected, rel=1e-8, abs=1e-15)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 300), st.floats(0, 1), st.sampled_from([0.8, 0.95]))
+def test_the_least_number_of_survivors_is_the_least(n: int, threshold: float, level: float) -> None:
+    least = least_survivors(n, threshold, level)
+    if least is None:
+        assert lower_bound(n, n, level) < threshold
+    else:
+        assert lower_bound(least, n, level) >= threshold
+        assert least == 0 or lower_bound(least - 1, n, level) < threshold
+
+
+def trinomial(lost: int, gained: int, n: int, share: float) -> float:
+    ways = math.comb(n, lost) * math.comb(n - lost, gained)
+    return ways * share ** (lost + gained) * (1 - 2 * share) ** (n - lost - gained)
+
+
+@pytest.mark.parametrize("n", [1, 8, 30])
+@pytest.mark.parametrize("discordance", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("power", [0.5, 0.8, 0.99])
+def test_the_detectable_drop_is_met_with_the_stated_power_and_nothing_smaller_is(
+    n: int, discordance: float, power: float
+) -> None:
+    margin = detectable_drop(n, discordance, power=power)
+    met = below = 0.0
+    for lost in range(n + 1):
+        for gained in range(n + 1 - lost):
+            probability = trinomial(lost, gained, n, discordance / 2)
+            bound = paired_drop_upper_bound(lost, gained, n)
+            met += probability * (bound <= margin + 1e-12)
+            below += probability * (bound < margin - 1e-12)
+    assert met >= power - 1e-6
+    assert below < power + 1e-6
+
+
+def test_more_samples_tell_smaller_drops_and_more_discordance_hides_them() -> None:
+    assert detectable_drop(2000, 0.05) < detectable_drop(500, 0.05) < detectable_drop(100, 0.05)
+    assert detectable_drop(500, 0.02) < detectable_drop(500, 0.05) < detectable_drop(500, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("n", "discordance", "power"), [(0, 0.1, 0.8), (9, 1.1, 0.8), (9, -0.1, 0.8), (9, 0.1, 1)]
+)
+def test_impossible_plans_are_refused(n: int, discordance: float, power: float) -> None:
+    with pytest.raises(ValueError, match=r"is not a count|no probabilities"):
+        detectable_drop(n, discordance, power=power)
+
+
+def test_counts_below_zero_do_not_make_up_for_others() -> None:
+    with pytest.raises(ValueError, match="is not a count"):
+        paired_drop_upper_bound(-1, 3, 10)
+    with pytest.raises(ValueError, match="is not a count"):
+        paired_drop_upper_bound(3, -1, 10)

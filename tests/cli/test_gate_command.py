@@ -90,8 +90,9 @@ def test_a_doctored_certificate_is_no_evidence(s2ap: Callable[..., Any], own_run
     certificate = own_run / "certify" / "pruned.json"
     certificate.write_text(certificate.read_text().replace('"broken_by": "apgd-ce"', '"broken_by": null'))
     done = s2ap("gate", *EASY, "--run", own_run)
-    assert done.code == 2
-    assert "certify/pruned.json has changed since" in done.err
+    assert done.code == 1
+    assert "✗ file certify/pruned.json is not the one that was recorded: its SHA-256 has changed" in done.out
+    assert "robust accuracy" not in done.out
 
 
 def test_an_unfinished_export_covers_nothing(s2ap: Callable[..., Any], own_run: Path) -> None:

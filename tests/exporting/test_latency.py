@@ -43,13 +43,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_the_ratio_is_first_over_second(clock: Clock) -> None:
     first, second = FakeSession(clock, [0.003]), FakeSession(clock, [0.002])
-    assert latency.paired_latency(first, second, IMAGE, repeats=6) == pytest.approx(1.5)
+    assert latency.paired_latency(first, second, IMAGE, repeats=6) == latency.PairedLatency(
+        pytest.approx(1.5), pytest.approx(3.0)
+    )
     assert (first.runs, second.runs) == (7, 7)
 
 
 def test_one_disturbed_pair_does_not_move_the_median(clock: Clock) -> None:
     first = FakeSession(clock, [0.01, 0.01, 0.9, 0.01, 0.01, 0.01])
-    assert latency.paired_latency(first, FakeSession(clock, [0.01]), IMAGE, repeats=5) == pytest.approx(1.0)
+    found = latency.paired_latency(first, FakeSession(clock, [0.01]), IMAGE, repeats=5)
+    assert found.ratio == pytest.approx(1.0)
+    assert found.median_ms == pytest.approx(10.0)
 
 
 def test_time_is_bounded_but_five_pairs_are_run(clock: Clock) -> None:

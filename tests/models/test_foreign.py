@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import CheckpointError
-from s2ap_deploy.models.foreign import PREFIXES, WRAPPERS, is_normalization, normalization, strippings, unwrap
+from s2ap_deploy.models.foreign import (
+    PREFIXES,
+    WRAPPERS,
+    adaptations,
+    is_normalization,
+    normalization,
+    strippings,
+    unwrap,
+)
 
 WEIGHTS = {"conv.weight": torch.rand(2), "linear.bias": torch.rand(3)}
 
@@ -121,6 +129,47 @@ def test_a_normalisation_need_not_share_the_prefix() -> None:
 def test_two_names_that_would_become_one_stop_the_stripping() -> None:
     tensors = {"module.mean": torch.zeros(1), "mean": torch.zeros(1), "module.w": torch.zeros(1)}
     assert len(list(strippings(tensors))) == 1
+
+
+BARE = {"bn.running_mean": torch.rand(4), "bn.running_var": torch.rand(4), "running_mean": torch.rand(2)}
+
+
+def test_normalisation_without_scale_and_shift_gets_one_and_zero() -> None:
+    ((adapted, notes),) = adaptations(WEIGHTS | BARE)
+    assert adapted.keys() - WEIGHTS.keys() - BARE.keys() == {"bn.weight", "bn.bias", "weight", "bias"}
+    assert adapted["bn.weight"].tolist() == [1.0] * 4
+    assert adapted["bn.bias"].tolist() == [0.0] * 4
+    assert notes == ("2 batch normalisations have no scale and shift: filled with 1 and 0",)
+
+
+@pytest.mark.parametrize("bias", [None, torch.rand(3)])
+def test_a_convolution_as_head_becomes_a_linear_layer_of_either_name(bias: Tensor | None) -> None:
+    head = {"fc.weight": torch.rand(3, 5, 1, 1)} | ({} if bias is None else {"fc.bias": bias})
+    found = list(adaptations({"conv.weight": torch.rand(2)} | head))
+    assert [set(tensors) - {"conv.weight"} for tensors, _ in found] == [
+        {"fc.weight", "fc.bias"},
+        {"linear.weight", "linear.bias"},
+    ]
+    for tensors, _ in found:
+        name = "fc" if "fc.weight" in tensors else "linear"
+        assert torch.equal(tensors[f"{name}.weight"], head["fc.weight"][:, :, 0, 0])
+        assert torch.equal(tensors[f"{name}.bias"], torch.zeros(3) if bias is None else bias)
+    assert all(("bias 0" in notes[0]) is (bias is None) for _, notes in found)
+    taken = list(adaptations(WEIGHTS | head))
+    assert [set(tensors) - WEIGHTS.keys() for tensors, _ in taken] == [{"fc.weight", "fc.bias"}]
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        WEIGHTS,
+        {"fc.weight": torch.rand(3, 5)},
+        {"fc.weight": torch.rand(3, 5, 3, 3)},
+        {"bn.running_mean": torch.rand(4), "bn.weight": torch.rand(4)},
+    ],
+)
+def test_networks_of_the_usual_kind_are_not_adapted(tensors: dict[str, Tensor]) -> None:
+    assert list(adaptations(tensors)) == []
 
 
 @pytest.mark.parametrize(

@@ -134,16 +134,6 @@ def test_two_fit_lists_both(monkeypatch: pytest.MonkeyPatch) -> None:
         registry.match(shells("digits-conv", 10))
 
 
-@pytest.mark.parametrize(
-    ("ending", "advice"),
-    [("popup_scores", "dense checkpoint"), ("weight_mask", "prune.remove"), ("other", "--arch")],
-)
-def test_advice_names_the_habit(ending: str, advice: str) -> None:
-    with pytest.raises(ArchitectureError) as caught:
-        registry.match({"a.weight": torch.empty(3, 3), f"a.{ending}": torch.empty(3, 3)})
-    assert advice in str(caught.value.hint)
-
-
 def test_nothing_alike_lists_nothing() -> None:
     with pytest.raises(ArchitectureError, match="no registered architecture fits the 1 tensors") as caught:
         registry.match({"nothing.like.it": torch.empty(3)})

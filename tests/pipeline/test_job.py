@@ -13,7 +13,9 @@ from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.pipeline.job import Job
 from s2ap_deploy.pipeline.machine import Machine, remembered_data_root
 from s2ap_deploy.recipe import catalogue
+from s2ap_deploy.recipe.schema import Objective as ObjectiveSection
 from s2ap_deploy.recorder import Silent
+from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.run.folder import Run
 
 CPU = torch.device("cpu")
@@ -65,6 +67,14 @@ def test_images_are_read_once_and_described_by_their_content(job: Job) -> None:
     assert inputs["name"] == "digits"
     assert inputs["sha256"] == [images.train.fingerprint(), images.test.fingerprint()]
     assert len(images.train) + len(images.validation) == 1297
+
+
+def test_the_objective_is_the_sections_under_the_recipes_threat_model(job: Job) -> None:
+    section = ObjectiveSection(loss="free", step_size="2/255", beta=3.0, replays=6)
+    expected = Objective(job.recipe.threat, "free", step_size="2/255", beta=3.0, replays=6)
+    assert job.objective(section) == expected
+    assert job.objective(ObjectiveSection()) == Objective(job.recipe.threat)
+    assert job.objective(ObjectiveSection(loss="mart", attack_steps=7)).steps == 7
 
 
 def test_a_network_that_is_not_there_yet(job: Job) -> None:

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from s2ap_deploy.errors import UsageError
-from s2ap_deploy.pruning.budgets import BUDGETS, erk, total_kept, uniform
+from s2ap_deploy.pruning.budgets import erk, floors, total_kept, uniform
 
 shapes = st.dictionaries(
     st.text("abcdef", min_size=1, max_size=3),
@@ -26,13 +26,13 @@ shapes = st.dictionaries(
 @given(
     layers=shapes,
     sparsity=st.sampled_from([0.1, 0.5, 0.9, 0.95, 0.99, 0.999]),
-    budget=st.sampled_from(sorted(BUDGETS)),
+    budget=st.sampled_from([uniform, erk]),
 )
 def test_totals_are_exact_and_layers_stay_within_bounds(layers, sparsity: float, budget) -> None:
     sizes = {name: math.prod(shape) for name, shape in layers.items()}
     total = total_kept(sum(sizes.values()), sparsity)
     assume(total >= len(sizes))
-    keep = BUDGETS[budget](layers, sparsity)
+    keep = budget(layers, sparsity)
     assert sum(keep.values()) == total
     assert all(1 <= keep[name] <= sizes[name] for name in sizes)
 
@@ -67,5 +67,27 @@ def test_impossible_sparsities_are_refused(sparsity: float) -> None:
 
 
 def test_a_budget_below_one_weight_a_layer_is_refused() -> None:
-    with pytest.raises(UsageError, match="fewer than one for each of the 2 layers"):
+    with pytest.raises(UsageError, match="the 2 layers need at least 2"):
         uniform({"a": (10, 10), "b": (10, 10)}, 0.999)
+
+
+@settings(deadline=None, max_examples=100)
+@given(layers=shapes, sparsity=st.sampled_from([0.1, 0.5, 0.9, 0.99]), budget=st.sampled_from([uniform, erk]))
+def test_floors_are_paid_from_inside_the_budget(layers, sparsity: float, budget) -> None:
+    names = list(layers)
+    least = floors(layers, classifier=names[-1], dense=names[:1] if len(names) > 2 else ())
+    sizes = {name: math.prod(shape) for name, shape in layers.items()}
+    total = total_kept(sum(sizes.values()), sparsity)
+    assume(total >= sum(least.values()))
+    keep = budget(layers, sparsity, least)
+    assert sum(keep.values()) == total
+    assert all(least[name] <= keep[name] <= sizes[name] for name in names)
+
+
+def test_a_budget_that_cannot_pay_for_the_floors_says_what_it_can() -> None:
+    layers = {"body": (100, 100), "head": (10, 100)}
+    least = floors(layers, classifier="head")
+    with pytest.raises(UsageError, match="need at least 11") as caught:
+        uniform(layers, 0.9995, least)
+    highest = float(str(caught.value.hint).rsplit(" ", 1)[1])
+    assert sum(uniform(layers, highest, least).values()) >= 11

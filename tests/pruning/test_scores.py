@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from s2ap_deploy.errors import InputError
-from s2ap_deploy.pruning.scores import ScoredNetwork, initial_scores
+from s2ap_deploy.pruning.allocation import Fixed
+from s2ap_deploy.pruning.granularity import Weights
+from s2ap_deploy.pruning.scores import ScoredNetwork, random_scores, scaled
 
 
 def tiny() -> nn.Sequential:
@@ -21,20 +23,20 @@ KEEP = {"0.weight": 9, "4.weight": 40}
 
 def test_initial_scores_order_weights_by_magnitude() -> None:
     weight = torch.tensor([[0.5, -2.0, 1.0]])
-    scores = initial_scores(weight)
+    scores = scaled(weight)
     assert scores.abs().max() == pytest.approx((6 / 3) ** 0.5)
     assert torch.equal(scores.abs().argsort(), weight.abs().argsort())
     assert torch.equal(scores.sign(), weight.sign())
 
 
 def test_initial_scores_of_an_all_zero_layer_are_finite() -> None:
-    assert torch.equal(initial_scores(torch.zeros(2, 3)), torch.zeros(2, 3))
+    assert torch.equal(scaled(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
 def test_worn_weights_are_the_masked_originals() -> None:
     network = tiny()
     original = network[4].weight.detach().clone()
-    scored = ScoredNetwork(network, NAMES, KEEP)
+    scored = ScoredNetwork(network, Weights(NAMES), Fixed(KEEP))
     masks = scored.masks()
     scored.wear(masks)
     assert {name: int(mask.sum()) for name, mask in masks.items()} == KEEP
@@ -45,7 +47,7 @@ def test_worn_weights_are_the_masked_originals() -> None:
 def test_gradients_match_autograd_through_an_explicit_mask() -> None:
     """d L(w ⊙ m) / d|s| with dm/d|s| = 1 is the gradient with respect to a free multiplier m."""
     network = tiny()
-    scored = ScoredNetwork(network, NAMES, KEEP)
+    scored = ScoredNetwork(network, Weights(NAMES), Fixed(KEEP))
     scored.scores["4.weight"][0, 0] = 0.0
     scored.orient()
     masks = scored.masks()
@@ -70,7 +72,7 @@ def test_gradients_match_autograd_through_an_explicit_mask() -> None:
 def test_a_score_that_is_pushed_across_zero_loses_its_importance(sign: float) -> None:
     """With |s + z| it would stay in the mask, and its gradient would point the wrong way."""
     network = tiny()
-    scored = ScoredNetwork(network, NAMES, KEEP)
+    scored = ScoredNetwork(network, Weights(NAMES), Fixed(KEEP))
     scores = scored.scores["4.weight"]
     top = int(scores.abs().argmax())
     scores.view(-1)[top] = sign * 100.0
@@ -93,27 +95,52 @@ def test_a_score_that_is_pushed_across_zero_loses_its_importance(sign: float) ->
 
 def test_only_scored_weights_learn() -> None:
     network = tiny()
-    ScoredNetwork(network, NAMES, KEEP)
+    ScoredNetwork(network, Weights(NAMES), Fixed(KEEP))
     assert [n for n, p in network.named_parameters() if p.requires_grad] == list(NAMES)
 
 
 def test_scores_of_the_wrong_shape_are_refused() -> None:
     with pytest.raises(InputError, match=r"scores of 0.weight have shape \(2,\)"):
-        ScoredNetwork(tiny(), NAMES, KEEP, {"0.weight": torch.ones(2), "4.weight": torch.ones(3, 144)})
+        ScoredNetwork(
+            tiny(), Weights(NAMES), Fixed(KEEP), {"0.weight": torch.ones(2), "4.weight": torch.ones(3, 144)}
+        )
 
 
 def test_scores_that_are_not_finite_are_refused() -> None:
     network = tiny()
     bad = {name: torch.full_like(dict(network.named_parameters())[name], torch.nan) for name in NAMES}
     with pytest.raises(InputError, match=r"scores of 0.weight are not finite"):
-        ScoredNetwork(network, NAMES, KEEP, bad)
+        ScoredNetwork(network, Weights(NAMES), Fixed(KEEP), bad)
 
 
 def test_an_unused_layer_is_named() -> None:
     network = tiny()
     network.add_module("spare", nn.Linear(2, 2))
     network.forward = lambda x: network[4](network[3](network[2](network[1](network[0](x)))))  # type: ignore
-    scored = ScoredNetwork(network, (*NAMES, "spare.weight"), {**KEEP, "spare.weight": 1})
-    scored.wear(scored.masks())
+    scored = ScoredNetwork(network, Weights((*NAMES, "spare.weight")), Fixed({**KEEP, "spare.weight": 1}))
+    scored.wear(scored.select())
     with pytest.raises(InputError, match=r"does not depend on spare\.weight"):
         scored.gradients(network(torch.rand(2, 1, 8, 8)).sum())
+
+
+def test_every_class_keeps_a_weight() -> None:
+    """Rows of the classifier that lose all their weights could never be predicted."""
+    network = tiny()
+    with torch.no_grad():
+        network[4].weight[2] *= 1e-3
+    plain = ScoredNetwork(network, Weights(NAMES), Fixed(KEEP)).select()["4.weight"]
+    assert plain[2].sum() == 0, "or the test shows nothing"
+    covered = ScoredNetwork(network, Weights(NAMES), Fixed(KEEP), covered=["4.weight"]).select()["4.weight"]
+    assert covered.sum() == KEEP["4.weight"]
+    assert covered.any(dim=1).all()
+
+
+def test_random_scores_are_kaiming_uniform() -> None:
+    scores = random_scores(torch.empty(200, 50), torch.Generator().manual_seed(0))
+    assert float(scores.abs().max()) <= 50**-0.5
+    assert float(scores.std()) == pytest.approx((1 / 150) ** 0.5, rel=0.02)
+
+
+def test_missing_scores_are_named() -> None:
+    with pytest.raises(InputError, match=r"no scores of 4\.weight"):
+        ScoredNetwork(tiny(), Weights(NAMES), Fixed(KEEP), {"0.weight": torch.ones(4, 1, 3, 3)})

@@ -12,7 +12,12 @@ from torch import nn
 
 from s2ap_deploy.data.memory import MemorySplit
 from s2ap_deploy.errors import InputError, UsageError
-from s2ap_deploy.pruning.search import Perturbation, SearchResult, search
+from s2ap_deploy.pruning.allocation import Fixed, Global, Quotas
+from s2ap_deploy.pruning.budgets import floors, total_kept
+from s2ap_deploy.pruning.granularity import NOfM, Weights
+from s2ap_deploy.pruning.masks import top_k
+from s2ap_deploy.pruning.scores import ScoredNetwork
+from s2ap_deploy.pruning.search import Perturbation, SearchResult, choose_once, search
 from s2ap_deploy.recorder import NoSnapshots, Silent
 from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.spec import ThreatModel
@@ -41,9 +46,8 @@ def run_search(
         "snapshots": NoSnapshots(),
         "recorder": Silent(),
     }
-    return search(
-        model, NAMES, KEEP, stripes(66), stripes(30), perturbation=perturbation, **{**settings, **changes}
-    )
+    scored = ScoredNetwork(model, Weights(NAMES), Fixed(KEEP))
+    return search(scored, stripes(66), stripes(30), perturbation=perturbation, **{**settings, **changes})
 
 
 Run = Callable[..., SearchResult]
@@ -146,3 +150,130 @@ def test_a_loss_that_leaves_the_real_numbers_is_an_error(run: Run) -> None:
     broken[4].bias.data[0] = torch.inf
     with pytest.raises(InputError, match="loss of search became"):
         run(broken, None)
+
+
+SHAPES = {"0.weight": (6, 1, 3, 3), "4.weight": (3, 216)}
+
+
+def searched(stripes: Callable[[int], MemorySplit], scored: ScoredNetwork, **changes: Any) -> SearchResult:
+    settings: dict[str, Any] = {
+        "objective": Objective(ThreatModel(eps="0.1"), attack_steps=2),
+        "epochs": 3, "learning_rate": 0.5, "momentum": 0.9, "batch_size": 16, "seed": 0,
+        "device": torch.device("cpu"), "snapshots": NoSnapshots(), "recorder": Silent(),
+        "perturbation": Perturbation(0.05, 1),
+    }  # fmt: skip
+    return search(scored, stripes(66), stripes(30), **{**settings, **changes})
+
+
+def harp(sparsity: float) -> ScoredNetwork:
+    least = floors(SHAPES, classifier="4.weight")
+    quotas = Quotas(SHAPES, sparsity, least, compression_weight=0.5)
+    return ScoredNetwork(network(), Weights(NAMES), quotas, covered=["4.weight"])
+
+
+@pytest.mark.parametrize("perturbation", [None, Perturbation(0.05, 1)])
+def test_harp_learns_quotas_and_ends_at_the_exact_budget(stripes: Any, perturbation: Any) -> None:
+    scored = harp(0.93)
+    (quotas,) = scored.allocation.parameters()
+    begin = quotas.clone()
+    result = searched(stripes, scored, perturbation=perturbation)
+    assert not torch.allclose(begin, quotas), "quotas must learn"
+    assert sum(int(mask.sum()) for mask in result.masks.values()) == total_kept(54 + 648, 0.93)
+
+
+@pytest.mark.parametrize("lives", [1, 2])
+def test_an_interrupted_harp_search_resumes_to_the_same_bits(
+    stripes: Any, memory_snapshots: Any, lives: int
+) -> None:
+    whole = searched(stripes, harp(0.93))
+    snapshots = memory_snapshots(lives)
+    with pytest.raises(KeyboardInterrupt):
+        searched(stripes, harp(0.93), snapshots=snapshots)
+    again = searched(stripes, harp(0.93), snapshots=snapshots)
+    assert equal(whole.scores, again.scores)
+    assert equal(whole.masks, again.masks)
+
+
+def test_a_global_budget_moves_weights_between_layers(stripes: Any) -> None:
+    least = floors(SHAPES, classifier="4.weight")
+    pooled = Global({"0.weight": 54, "4.weight": 648}, 0.9, least)
+    scored = ScoredNetwork(network(), Weights(NAMES), pooled, covered=["4.weight"])
+    before = {name: int(mask.sum()) for name, mask in scored.select().items()}
+    result = searched(stripes, scored)
+    after = {name: int(mask.sum()) for name, mask in result.masks.items()}
+    assert sum(before.values()) == sum(after.values()) == total_kept(702, 0.9)
+    assert before != after
+
+
+def test_n_of_m_holds_through_the_search(stripes: Any) -> None:
+    groups = NOfM(["4.weight"], 2, 4)
+    result = searched(stripes, ScoredNetwork(network(), groups, Fixed({"4.weight": 324})))
+    mask = result.masks["4.weight"].view(3, 54, 4)
+    assert (mask.sum(2) == 2).all()
+    assert result.perturbed_steps > 0
+
+
+def test_a_mask_without_a_search_is_the_magnitude_mask(stripes: Any) -> None:
+    made = network()
+    weights = {name: dict(made.named_parameters())[name].detach().clone() for name in NAMES}
+    scored = ScoredNetwork(made, Weights(NAMES), Fixed(KEEP), weights)
+    result = choose_once(
+        scored,
+        stripes(66),
+        objective=Objective(ThreatModel(eps="0.1"), attack_steps=1),
+        batch_size=16,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    for name in NAMES:
+        assert torch.equal(result.masks[name], top_k(weights[name].abs(), KEEP[name]))
+        assert torch.equal(dict(made.named_parameters())[name], weights[name] * result.masks[name])
+    assert result.history == []
+
+
+class Warned(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.said.append(message)
+
+
+@pytest.mark.parametrize(("gamma", "word"), [(1e-9, "inert"), (5.0, "noise")])
+def test_a_gamma_that_does_nothing_useful_is_told(run: Run, gamma: float, word: str) -> None:
+    recorder = Warned()
+    run(network(), Perturbation(gamma, 2), recorder=recorder)
+    assert len(recorder.said) == 1
+    assert word in recorder.said[0]
+    assert "epoch 3" in recorder.said[0]
+
+
+def test_hamming_and_replaced_agree(run: Run) -> None:
+    for row in run(network(), None).history:
+        assert row.hamming == pytest.approx(2 * (row.replaced or 0) * 80 / 702)
+
+
+FREE = Objective(ThreatModel(eps="0.1"), loss="free", replays=3)
+
+
+@pytest.mark.parametrize("perturbation", [None, Perturbation(0.05, 1)])
+def test_free_training_replays_every_batch(stripes: Any, perturbation: Perturbation | None) -> None:
+    scored = ScoredNetwork(network(), Weights(NAMES), Fixed(KEEP))
+    result = searched(stripes, scored, objective=FREE, perturbation=perturbation)
+    assert result.perturbed_steps == (2 * 5 * 3 if perturbation else 0)
+    assert {name: int(mask.sum()) for name, mask in result.masks.items()} == KEEP
+
+
+@pytest.mark.parametrize("lives", [1, 2])
+def test_an_interrupted_free_search_resumes_to_the_same_bits(
+    stripes: Any, memory_snapshots: Any, lives: int
+) -> None:
+    def fresh() -> ScoredNetwork:
+        return ScoredNetwork(network(), Weights(NAMES), Fixed(KEEP))
+
+    whole = searched(stripes, fresh(), objective=FREE)
+    snapshots = memory_snapshots(lives)
+    with pytest.raises(KeyboardInterrupt):
+        searched(stripes, fresh(), objective=FREE, snapshots=snapshots)
+    again = searched(stripes, fresh(), objective=FREE, snapshots=snapshots)
+    assert equal(whole.scores, again.scores)

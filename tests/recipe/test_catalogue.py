@@ -107,8 +107,9 @@ def test_defaults_are_the_published_schedule_with_adversarial_training(file: Pat
         0.01,
         128,
     )
-    assert (prune.search.objective.loss, prune.search.objective.beta) == ("at", 6.0)
-    assert prune.search.objective.attack_steps == 10
+    assert prune.search.objective == schema.Objective(
+        loss="at", attack_steps=None, step_size=None, beta=None, replays=4
+    )
     assert not hasattr(prune.search, "weight_decay")
 
 
@@ -116,6 +117,14 @@ def test_a_section_that_sets_one_key_keeps_the_other_defaults(file: Path) -> Non
     assert (
         catalogue.load(str(file), overrides=["prune.finetune.epochs=7"]).prune.finetune.learning_rate == 0.01
     )
+
+
+def test_nothing_is_added_to_training_unless_asked_for(file: Path) -> None:
+    tune = catalogue.load(str(file)).prune.finetune
+    assert (tune.awp_gamma, tune.awp_warmup_epochs, tune.distillation.weight) == (0, 0, 0)
+    asked = ["prune.finetune.awp_gamma=0.01", "prune.finetune.distillation={weight: 0.5, temperature: 4}"]
+    tune = catalogue.load(str(file), overrides=asked).prune.finetune
+    assert (tune.awp_gamma, tune.distillation.weight, tune.distillation.temperature) == (0.01, 0.5, 4)
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(20, 5), (5, 1), (1, 0), (8, 2)])
@@ -190,7 +199,7 @@ def test_a_document_that_is_no_mapping(tmp_path: Path, text: str) -> None:
         ("name: mine", "name: mine\nepochs: 9", "line 2: unknown key epochs; did you mean pretrain.epochs"),
         ("eps: 8/255", "eps: 8/255\n  xyz: 1", "line 9: unknown key threat.xyz; threat has norm, eps"),
         ("name: mine", "name: mine\nxyz: 1", "line 2: unknown key xyz; a recipe has name, description, seed"),
-        ("  sparsity: 0.9", "  s2ap: true", "line 9: prune.sparsity is missing"),
+        ("  sparsity: 0.9", "  s2ap: true", "prune: sparsity is missing"),
         ("name: mine\n", "", "mine.yaml: name is missing"),
         ("sparsity: 0.9", "sparsity: 1.0", "line 10: prune.sparsity: must be less than 1 (here: 1.0)"),
         ("sparsity: 0.9", "sparsity: -0.1", "prune.sparsity: must be greater than 0 (here: -0.1)"),
@@ -201,7 +210,7 @@ def test_a_document_that_is_no_mapping(tmp_path: Path, text: str) -> None:
         ("eps: 8/255", "eps: 0", "line 8: threat.eps: must be positive, not 0"),
         ("eps: 8/255", "eps: 8/0", "line 8: threat.eps: not a number or a fraction"),
         ("eps: 8/255", "norm: Linff\n  eps: 1", "threat.norm: must be Linf or L2 or L1; did you mean Linf?"),
-        ("sparsity: 0.9", "sparsity: 0.9\n  method: hidra", "prune.method: must be hydra (here: 'hidra')"),
+        ("sparsity: 0.9", "sparsity: 0.9\n  method: hidra", "or random; did you mean hydra? (here: 'hidra')"),
         ("name: digits", "name: digit", "data.name: must be one of digits, mnist, cifar10, cifar100, svhn, "),
         ("name: digits", "name: 'imagefolder:'", "data.name: must be one of"),
         ("name: digits", "name: digits\n  size: [1, 8]", "data.size.2 is missing"),
@@ -291,6 +300,14 @@ def test_overrides_apply_in_order_and_reach_optional_sections(file: Path) -> Non
         ("prune..x=1", "--set prune..x=1: write it as key.path=value"),
         ("seed=[1", "--set seed=[1, line 1: expected"),
         ("seed=*x", "the alias *x is not allowed"),
+        ("prune.search.objective={loss: fast, attack_steps: 10}", "loss fast has no attack_steps: leave"),
+        ("pretrain.objective={loss: free, attack_steps: 7}", "loss free has no attack_steps: leave"),
+        ("prune.search.objective.replays=0", "objective.replays: must be greater than or equal to 1"),
+        ("prune.finetune={epochs: 5, awp_gamma: 0.01, awp_warmup_epochs: 5}", "AWP none of the 5 epochs"),
+        ("prune.finetune.awp_gamma=-1", "prune.finetune.awp_gamma: must be greater than or equal to 0"),
+        ("prune.finetune.distillation.weight=1.5", "distillation.weight: must be less than or equal to 1"),
+        ("prune.finetune.distillation.temperature=0", "distillation.temperature: must be greater than 0"),
+        ("pretrain.distillation.weight=0.5", "unknown key pretrain.distillation"),
     ],
 )  # fmt: skip
 def test_a_slip_in_an_override_names_the_override(file: Path, override: str, message: str) -> None:

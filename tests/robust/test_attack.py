@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from s2ap_deploy.errors import UsageError
-from s2ap_deploy.robust.attack import attacked, pgd, project, random_start
+from s2ap_deploy.robust.attack import attacked, confine, pgd, project, random_start
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
 
@@ -44,6 +44,21 @@ def test_projection_lands_inside_and_leaves_inner_points(
     assert float(inside.min()) >= 0
     assert float(inside.max()) <= 1
     torch.testing.assert_close(project(inside, centre, threat), inside, rtol=0, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**16), st.sampled_from([LINF, L2]), st.sampled_from([0.001, 1.0, 50.0]))
+def test_a_confined_perturbation_is_in_the_ball_of_every_image(
+    seed: int, threat: ThreatModel, scale: float
+) -> None:
+    noise = torch.Generator().manual_seed(seed)
+    images = torch.rand(3, 2, 4, 4, generator=noise)
+    moved = scale * torch.randn(images.shape, generator=noise)
+    confined = confine(moved, threat)
+    assert float(distance(confined, torch.zeros(()), threat).max()) <= threat.radius + 1e-6
+    shown = (images + confined).clamp(0, 1)
+    torch.testing.assert_close(project(shown, images, threat), shown, rtol=0, atol=1e-6)
+    assert torch.equal(confine(torch.zeros_like(moved), threat), torch.zeros_like(moved))
 
 
 @pytest.mark.parametrize("threat", [LINF, L2], ids=str)

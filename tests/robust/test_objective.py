@@ -7,11 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from s2ap_deploy.errors import UsageError
+from s2ap_deploy.robust.attack import random_start
+from s2ap_deploy.robust.losses import mart
 from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
 
 THREAT = ThreatModel(eps="8/255")
+L2 = ThreatModel(norm="L2", eps="0.5")
+LOSSES = ["at", "trades", "mart", "fast", "free"]
+
+
+def distance(moved: torch.Tensor, centre: torch.Tensor, threat: ThreatModel) -> float:
+    order = torch.inf if threat.norm == "Linf" else 2
+    return float((moved - centre).flatten(1).norm(order, dim=1).max())
 
 
 def network() -> nn.Sequential:
@@ -57,7 +67,80 @@ def test_at_is_cross_entropy_on_the_adversarial_images() -> None:
     assert float(loss) == pytest.approx(float(F.cross_entropy(model(moved), labels)))
 
 
-@pytest.mark.parametrize("loss", ["at", "trades"])
+@pytest.mark.parametrize("loss", ["fast", "free"])
+def test_fast_and_free_minimise_what_at_does(loss) -> None:
+    model, (images, labels) = network(), batch()
+    moved = (images + 0.02).clamp(0, 1)
+    ours = Objective(THREAT, loss).robust_loss(model, images, moved, labels)[0]
+    assert torch.equal(ours, Objective(THREAT).robust_loss(model, images, moved, labels)[0])
+
+
+def test_mart_is_handed_both_passes_of_the_network() -> None:
+    model, (images, labels) = network(), batch()
+    moved = (images + 0.02).clamp(0, 1)
+    loss, logits = Objective(THREAT, "mart").robust_loss(model, images, moved, labels)
+    assert torch.equal(loss, mart(model(images), model(moved), labels, 5.0))
+    assert torch.equal(logits, model(moved))
+
+
+def test_beta_is_the_published_one_unless_given() -> None:
+    assert Objective(THREAT, "trades").trade_off == 6.0
+    assert Objective(THREAT, "mart").trade_off == 5.0
+    assert Objective(THREAT, "mart", beta=0.0).trade_off == 0.0, "0 is a value, not a missing one"
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_fast_is_one_step_of_ascent_from_a_uniform_start(norm) -> None:
+    """Wong et al. (2020): start uniformly, go 1.25 eps, come back into the ball and into [0, 1]."""
+    threat = THREAT if norm == "Linf" else L2
+    model, (images, labels) = network(), batch()
+    ours = Objective(threat, "fast").attack(model, images, labels, generator(3))
+    start = random_start(images, threat, generator(3)).requires_grad_()
+    gradient = torch.autograd.grad(F.cross_entropy(model(start), labels, reduction="sum"), start)[0]
+    eps = threat.radius
+    if norm == "Linf":
+        delta = (start.detach() - images + 1.25 * eps * gradient.sign()).clamp(-eps, eps)
+    else:
+        unit = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        delta = start.detach() - images + 1.25 * eps * unit
+        delta *= (eps / delta.flatten(1).norm(dim=1)).clamp(max=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(ours, (images + delta).clamp(0, 1), rtol=0, atol=1e-6)
+
+
+def test_mart_attacks_as_at_does() -> None:
+    model, (images, labels) = network(), batch()
+    ours = Objective(THREAT, "mart").attack(model, images, labels, generator(3))
+    assert torch.equal(ours, Objective(THREAT).attack(model, images, labels, generator(3)))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("threat", [THREAT, L2], ids=str)
+def test_every_attack_stays_inside_and_leaves_the_network_alone(loss, threat: ThreatModel) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images, labels = batch()
+    moved = Objective(threat, loss).attack(model, images, labels, generator(0))
+    assert not moved.requires_grad
+    assert 0 < distance(moved, images, threat) <= threat.radius + 1e-6
+    assert float(moved.min()) >= 0
+    assert float(moved.max()) <= 1
+    assert model.training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("loss", ["fast", "free"])
+def test_steps_are_refused_where_they_mean_nothing(loss) -> None:
+    with pytest.raises(UsageError, match="has no attack_steps"):
+        Objective(THREAT, loss, attack_steps=10)
+
+
+def test_no_replay_at_all_is_refused() -> None:
+    with pytest.raises(UsageError, match="replays"):
+        Objective(THREAT, "free", replays=0)
+
+
+@pytest.mark.parametrize("loss", ["at", "trades", "mart"])
 def test_the_attack_raises_its_own_loss_and_repeats_with_its_generator(loss) -> None:
     model, (images, labels) = network(), batch()
     objective = Objective(THREAT, loss)
@@ -75,3 +158,6 @@ def test_the_attack_raises_its_own_loss_and_repeats_with_its_generator(loss) -> 
 def test_the_step_keeps_an_exact_text() -> None:
     assert Objective(THREAT).step == THREAT.radius / 4
     assert Objective(THREAT, step_size="2/255").step == 2 / 255
+    assert Objective(THREAT, "fast").step == 1.25 * THREAT.radius
+    assert Objective(THREAT, "free").step == THREAT.radius
+    assert Objective(THREAT, "free", step_size="2/255").step == 2 / 255

@@ -1,0 +1,98 @@
+"""A verdict as SARIF 2.1.0 (OASIS), which GitHub code scanning and other viewers read. No torch.
+
+Only checks that did not pass become results: viewers show every result as an alert, and close it when it is
+gone. Failures are errors, inconclusive checks warnings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+from s2ap_deploy import files
+from s2ap_deploy.certify.check import Check
+from s2ap_deploy.certify.gate import Verdict
+from s2ap_deploy.certify.wording import plain
+from s2ap_deploy.errors import UNUSABLE
+from s2ap_deploy.reporting.rules import GATE, RULES, Rule, file_of, rule_of
+from s2ap_deploy.run.manifest import tool_version
+
+SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+LEVELS = {"fail": "error", "inconclusive": "warning"}
+
+
+def sarif(verdict: Verdict, folder: Path) -> str:
+    """The log as canonical JSON. ``folder`` is the run folder, whose files results point at.
+
+    Paths are relative to the working folder where the run folder lies inside it, else to the run folder.
+    """
+    rules = {rule.id: rule for rule in (*RULES, GATE)}
+    order = list(rules)
+    results = [
+        _result(check, order.index(rule_of(check).id), _prefix(folder))
+        for check in verdict.checks
+        if check.status != "pass"
+    ]
+    driver = {
+        "name": "s2ap-deploy",
+        "version": tool_version(),
+        "rules": [_descriptor(rule) for rule in rules.values()],
+    }
+    run = {
+        "tool": {"driver": driver},
+        "automationDetails": {"id": "s2ap-deploy/gate/"},
+        "invocations": [
+            {"executionSuccessful": verdict.exit_code != UNUSABLE, "exitCode": verdict.exit_code}
+        ],
+        "columnKind": "unicodeCodePoints",
+        "results": results,
+        "properties": {"status": verdict.status, "statistics": verdict.statistics},
+    }
+    return files.canonical_json({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]})
+
+
+def _descriptor(rule: Rule) -> dict[str, Any]:
+    return {
+        "id": rule.id,
+        "shortDescription": {"text": rule.title},
+        "fullDescription": {"text": rule.title},
+        "help": {"text": "See docs/gates.md: what each check asks, and what its answers mean."},
+        "defaultConfiguration": {"level": "error"},
+    }
+
+
+def _result(check: Check, index: int, prefix: PurePosixPath) -> dict[str, Any]:
+    path = prefix / plain(file_of(check) or "gate/verdict.json")
+    numbers = {
+        "threshold": check.threshold,
+        "observed": check.observed,
+        "bound": check.bound,
+    }
+    return {
+        "ruleId": rule_of(check).id,
+        "ruleIndex": index,
+        "level": LEVELS[check.status],
+        "message": {"text": plain(check.words)},
+        "locations": [
+            {
+                "physicalLocation": {
+                    "artifactLocation": {"uri": quote(str(path), safe="/")},
+                    "region": {"startLine": 1},
+                }
+            }
+        ],
+        "partialFingerprints": {
+            "check/v1": hashlib.sha256(check.name.encode("utf-8", "replace")).hexdigest()
+        },
+        "properties": {name: value for name, value in numbers.items() if value is not None},
+    }
+
+
+def _prefix(folder: Path) -> PurePosixPath:
+    """The run folder as seen from the working folder; nothing of a path that leads elsewhere."""
+    try:
+        return PurePosixPath(plain(folder.resolve().relative_to(Path.cwd().resolve()).as_posix()))
+    except ValueError:
+        return PurePosixPath()

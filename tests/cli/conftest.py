@@ -1,0 +1,143 @@
+"""Run folders made of records alone: what the gate reads, without a network that somebody trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2ap_deploy import files
+from s2ap_deploy.certify.certificate import AttackRow, Certificate, PointsFile, Subject, issue
+from s2ap_deploy.exporting.artifact import Agreement, ExportReport, Rejudgement
+from s2ap_deploy.run.folder import Run
+from s2ap_deploy.spec import ThreatModel
+
+
+@pytest.fixture(autouse=True)
+def _no_ci_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests say themselves when they run on GitHub; the real one shall not get their summaries."""
+    for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def certificate_of(survived: int, n: int, checkpoint: Path, beside: Path, /, **changes: Any) -> Certificate:
+    """The first ``survived`` of ``n`` samples stand, the rest fall to APGD-CE; labels alternate."""
+    broken_by: list[str | None] = [None] * survived + ["apgd-ce"] * (n - survived)
+    labels = [index % 2 for index in range(n)]
+    facts: dict[str, Any] = {
+        "subject": Subject(
+            arch="digits-conv",
+            num_classes=2,
+            weights_sha256="a" * 64,
+            checkpoint_sha256=files.sha256(checkpoint),
+        ),
+        "threat": ThreatModel(eps="8/255"),
+        "data": "digits",
+        "split": "test",
+        "sample_ids": [f"test/{index}" for index in range(n)],
+        "labels": labels,
+        "class_names": ("zero", "one"),
+        "clean_prediction": labels,
+        "adversarial_prediction": [
+            y if by is None else 1 - y for y, by in zip(labels, broken_by, strict=True)
+        ],
+        "broken_by": broken_by,
+        "attacks": [AttackRow(name="apgd-ce", n_in=n, n_broken=n - survived, seconds=1.0)],
+        "protocol": "standard",
+        "flags": (),
+        "attack_seed": 0,
+        "sample_seed": None,
+        "block_size": 100,
+        "points": PointsFile(name=beside.name, sha256=files.sha256(beside)),
+        "versions": {},
+        "environment": {},
+        "seconds": 1.0,
+    }
+    return issue(**{**facts, **changes})
+
+
+def report_of(onnx: Path, certificate: Certificate, **changes: Any) -> ExportReport:
+    """A file of 1,000 weights, 100 of them not zero, that answers as the certificate says."""
+    facts: dict[str, Any] = {
+        "file": onnx.name,
+        "sha256": files.sha256(onnx),
+        "bytes": onnx.stat().st_size,
+        "dense_bytes": 4000,
+        "opset": 20,
+        "encoding": "auto",
+        "tensors": (),
+        "weights": 1000,
+        "nonzeros": 100,
+        "sparsity": 0.9,
+        "agreement": Agreement(
+            n=1, max_logit_difference=0.0, largest_logit=1.0, tolerance=1.0, argmax_agree=1, ties=0
+        ),
+        "rejudgements": (
+            Rejudgement(
+                certificate_sha256=certificate.sha256,
+                n=certificate.n,
+                clean_correct=certificate.clean.k,
+                survived=certificate.robust.k,
+                clean_disagreements=0,
+                adversarial_disagreements=0,
+            ),
+        ),
+        "source_weights_sha256": "a" * 64,
+        "latency_ratio": 1.04,
+        "versions": {},
+    }
+    return ExportReport(**{**facts, **changes})
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """``make_run(dense=900, pruned=890, n=1000)``: a run folder after certify and export."""
+
+    def make(
+        dense: int = 900,
+        pruned: int = 890,
+        n: int = 1000,
+        *,
+        name: str = "s2ap-run",
+        changes: dict[str, Any] | None = None,
+        dense_changes: dict[str, Any] | None = None,
+        report_changes: dict[str, Any] | None = None,
+    ) -> Path:
+        folder = tmp_path / name
+        with Run.open(folder, create=True, command="test") as run:
+            networks = {
+                stage: _stage(run, stage, {"model.safetensors": stage.encode()})[0]
+                for stage in ("pretrain", "finetune")
+            }
+            stage = run.stage("certify", inputs={}, resume=False, overwrite=True)
+            outputs, certificates = [], {}
+            for role, survived, network, more in (
+                ("dense", dense, networks["pretrain"], dense_changes),
+                ("pruned", pruned, networks["finetune"], changes),
+            ):
+                points, path = stage.folder / f"{role}-points.safetensors", stage.folder / f"{role}.json"
+                points.write_bytes(role.encode())
+                certificates[role] = certificate_of(survived, n, network, points, **(more or {}))
+                certificates[role].save(path)
+                outputs += [points, path]
+            stage.finish(outputs, {})
+            stage = run.stage("export", inputs={}, resume=False, overwrite=True)
+            onnx, report = stage.folder / "model.onnx", stage.folder / "report.json"
+            onnx.write_bytes(b"x" * 1000)
+            report_of(onnx, certificates["pruned"], **(report_changes or {})).save(report)
+            stage.finish([onnx, report], {})
+        return folder
+
+    return make
+
+
+def _stage(run: Run, name: Any, contents: dict[str, bytes]) -> Sequence[Path]:
+    stage = run.stage(name, inputs={}, resume=False, overwrite=True)
+    paths = []
+    for file_name, data in contents.items():
+        paths.append(stage.folder / file_name)
+        paths[-1].write_bytes(data)
+    stage.finish(paths, {})
+    return paths

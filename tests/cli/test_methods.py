@@ -1,0 +1,172 @@
+"""Every base method and granularity through the command, on the embedded digits."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+SHORT = [
+    "--preset",
+    "quick",
+    "--search-epochs",
+    2,
+    "--finetune-epochs",
+    1,
+    "--batch-size",
+    512,
+    "--threads",
+    1,
+]
+WEIGHTS = 151_072
+
+
+def pruned(s2ap: Callable[..., Any], model: Path, folder: Path, *options: Any) -> dict[str, Any]:
+    done = s2ap("prune", model, *options, *SHORT, "--json", cwd=folder)
+    assert done.code == 0, done.err
+    outcome: dict[str, Any] = json.loads(done.out)
+    masks = load_file(folder / "s2ap-run" / "search" / "masks.safetensors")
+    network = load_file(folder / "s2ap-run" / "finetune" / "model.safetensors")
+    assert sum(mask.numel() for mask in masks.values()) == WEIGHTS
+    assert sum(int(mask.sum()) for mask in masks.values()) == outcome["search"]["kept"]
+    for name, mask in masks.items():
+        assert not network[name][~mask.bool()].any()
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "perturbs"),
+    [
+        ("hydra", ["--budget", "uniform"], True),
+        ("hydra", ["--budget", "global", "--no-s2ap"], False),
+        ("harp", ["--gamma", 0.01], True),
+        ("rst", ["--dense-ends"], True),
+        ("magnitude", [], False),
+        ("magnitude", ["--budget", "global"], False),
+        ("random", ["--budget", "uniform"], False),
+    ],
+)
+def test_every_method_meets_the_budget_exactly(
+    s2ap: Callable[..., Any],
+    digits_model: Path,
+    tmp_path: Path,
+    method: str,
+    options: list[Any],
+    perturbs: bool,
+) -> None:
+    outcome = pruned(s2ap, digits_model, tmp_path, "--sparsity", 0.8, "--method", method, *options)
+    assert outcome["search"]["kept"] == outcome["search"]["kept_requested"] == 30_214
+    assert (outcome["search"]["perturbed_steps"] > 0) == perturbs
+    assert (outcome["finetune"]["best"] is None) == (method == "rst")
+    if "--dense-ends" in options:
+        assert len(outcome["search"]["dense_layers"]) == 2
+
+
+def test_two_of_four_along_the_input_channels(
+    s2ap: Callable[..., Any], digits_model: Path, tmp_path: Path
+) -> None:
+    outcome = pruned(s2ap, digits_model, tmp_path, "--granularity", "2:4")
+    dense = outcome["search"]["dense_layers"]
+    masks = load_file(tmp_path / "s2ap-run" / "search" / "masks.safetensors")
+    assert dense == [name for name, mask in masks.items() if mask.shape[1] % 4]
+    assert len(dense) == 1, "the first layer reads one channel"
+    for name, mask in masks.items():
+        if name not in dense:
+            groups = mask.reshape(mask.shape[0], mask.shape[1] // 4, 4, -1)
+            assert (groups.sum(dim=2) == 2).all()
+    assert outcome["search"]["perturbed_steps"] > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--sparsity", 0.7],
+        ["--sparsity", 0.7, "--budget", "macs"],
+        ["--keep-ratio", 0.5],
+        ["--sparsity", 0.7, "--method", "harp"],
+        ["--sparsity", 0.7, "--method", "magnitude"],
+    ],
+)
+def test_channels_go_whole(
+    s2ap: Callable[..., Any], digits_model: Path, tmp_path: Path, options: list[Any]
+) -> None:
+    outcome = pruned(s2ap, digits_model, tmp_path, "--granularity", "channel", *options)
+    masks = load_file(tmp_path / "s2ap-run" / "search" / "masks.safetensors")
+    first, second = (mask.bool() for mask in list(masks.values())[:2])
+    rows = first.flatten(1).any(dim=1)
+    assert torch_equal(rows, second.transpose(0, 1).flatten(1).any(dim=1)), "written and read alike"
+    assert torch_equal(first, rows.view(-1, 1, 1, 1).expand_as(first))
+    if "macs" not in options and "--sparsity" in options:
+        assert 0.7 <= outcome["search"]["sparsity"] < 0.74
+    if "--keep-ratio" in options:
+        assert int(rows.sum()) * 2 == len(rows)
+
+
+def torch_equal(one: Any, other: Any) -> bool:
+    return bool((one == other).all())
+
+
+def test_in_steps_and_from_earlier_scores(
+    s2ap: Callable[..., Any], digits_model: Path, tmp_path: Path
+) -> None:
+    outcome = pruned(s2ap, digits_model, tmp_path, "--steps", "0.5,0.8,0.9")
+    assert outcome["search"]["kept"] == 15_107
+    masks = [
+        load_file(tmp_path / "s2ap-run" / folder / "search" / "masks.safetensors")
+        for folder in ("steps/0.5", "steps/0.8", ".")
+    ]
+    for earlier, later in itertools.pairwise(masks):
+        assert all(bool((later[name] <= earlier[name]).all()) for name in later), "what is gone stays gone"
+    again = s2ap(
+        "prune",
+        digits_model,
+        "--sparsity",
+        0.95,
+        "--scores-from",
+        "s2ap-run",
+        "--run",
+        "further",
+        *SHORT,
+        cwd=tmp_path,
+    )
+    assert again.code == 0, again.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--sparsity", 0.9, "--method", "magnitude", "--s2ap"],
+            "magnitude learns no scores for S2AP to perturb",
+        ),
+        (["--sparsity", 0.9, "--method", "random", "--s2ap"], "random learns no scores"),
+        (["--sparsity", 0.9, "--budget", "learned"], "budget learned does not fit hydra"),
+        (["--sparsity", 0.9, "--method", "harp", "--budget", "erk"], "budget erk does not fit harp"),
+        (["--sparsity", 0.9, "--granularity", "2:4"], "granularity 2:4 is sparsity 0.5, not 0.9"),
+        (["--granularity", "4:2", "--sparsity", 0.5], "'4:2' is no granularity"),
+        (["--granularity", "3:7"], "3:7 would prune nothing"),
+        (["--sparsity", 0.9, "--granularity", "channel", "--budget", "erk"], "budget erk is for weights"),
+        (["--sparsity", 0.9, "--budget", "macs"], "budget macs is for granularity channel"),
+        (["--keep-ratio", 0.5], "keep_ratio is for granularity channel"),
+        (["--granularity", "channel", "--keep-ratio", 0.001], "would leave none of the"),
+        (["--granularity", "channel", "--sparsity", 0.99999], "it would empty a stream"),
+        (["--sparsity", 0.9, "--gamma", -1], "gamma"),
+        (["--sparsity", 0.9, "--gamma", "nan"], "gamma"),
+        (["--steps", "0.9,0.5", "--sparsity", 0.95], "steps must rise"),
+        (["--sparsity", 0.9, "--scores-from", "nowhere"], "nowhere"),
+        (["--sparsity", 0.9, "--method", "rst", "--steps", "0.5"], "rst does not fine-tune"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(
+    s2ap: Callable[..., Any], digits_model: Path, tmp_path: Path, options: list[Any], message: str
+) -> None:
+    done = s2ap("prune", digits_model, *options, *SHORT, cwd=tmp_path)
+    assert done.code == 2
+    assert done.err.count("error: ") == 1
+    assert message in done.err
+    assert "Traceback" not in done.err

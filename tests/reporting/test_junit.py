@@ -1,0 +1,63 @@
+"""JUnit XML: valid for Jenkins, and nothing that a name can break out of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2ap_deploy.certify.check import Check, Status
+from s2ap_deploy.certify.gate import Verdict
+from s2ap_deploy.reporting.junit import junit
+
+xmlschema = pytest.importorskip("xmlschema")
+XSD = Path(__file__).parent / "schemas" / "junit-10.xsd"
+
+
+@pytest.fixture(scope="module")
+def schema() -> object:
+    return xmlschema.XMLSchema(str(XSD))
+
+
+def test_a_verdict_is_valid_and_complete(schema: xmlschema.XMLSchema, verdict: Verdict) -> None:
+    text = junit(verdict)
+    schema.validate(text)
+    (suite,) = ET.fromstring(text.encode())
+    assert [suite.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["4", "1", "2", "0"]
+    cases = suite.findall("testcase")
+    assert [[child.tag for child in case] for case in cases] == [
+        ["system-out"], ["failure"], ["error"], ["error"]
+    ]  # fmt: skip
+    assert cases[0].get("classname") == "gate.file"
+    assert cases[3].get("classname") == "gate.class-drop"
+    failure = cases[1].find("failure")
+    assert failure is not None
+    assert failure.get("message") == failure.text == verdict.checks[1].words
+    values = {each.get("name"): each.get("value") for each in suite.iter("property")}
+    assert values == {"status": "fail", "exit_code": "1", "statistics": "exact bounds"}
+
+
+def test_the_schema_can_refuse(schema: xmlschema.XMLSchema, verdict: Verdict) -> None:
+    with pytest.raises(xmlschema.XMLSchemaValidationError):
+        schema.validate(junit(verdict).replace("<failure ", "<faliure ").replace("</failure>", "</faliure>"))
+
+
+def test_equal_verdicts_have_equal_bytes(verdict: Verdict) -> None:
+    assert junit(verdict) == junit(verdict.model_copy())
+
+
+def test_a_verdict_without_checks(schema: xmlschema.XMLSchema) -> None:
+    schema.validate(junit(Verdict.of([])))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.text(st.characters(exclude_categories=()), max_size=40),
+    st.sampled_from(["pass", "fail", "inconclusive"]),
+)
+def test_whatever_stands_in_a_name_the_document_has_one_case(text: str, status: Status) -> None:
+    root = ET.fromstring(junit(Verdict.of([Check(name=text, status=status, words=text)])).encode())
+    assert len(root.findall("./testsuite/testcase")) == len(list(root.iter("testcase"))) == 1
