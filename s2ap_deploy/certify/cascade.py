@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def attack(
     record: Path | None = None,
     header: Mapping[str, Any] | None = None,
     deadline: float | None = None,
+    proven: Collection[int] = (),
     recorder: Recorder | None = None,
 ) -> AttackOutcome:
     """Run AutoAttack (standard) on ``images`` [n, C, H, W] in [0, 1] with ``labels`` [n].
@@ -59,7 +60,8 @@ def attack(
     finished unit is kept and from which an interrupted attack continues; it is bound to the weights,
     the samples, every argument that can change the outcome, and ``header`` (JSON values of the caller).
     ``deadline`` (of ``time.monotonic``) stops the start of further units: the outcome is then not
-    ``complete``, overrun by at most one unit per worker.
+    ``complete``, overrun by at most one unit per worker. ``proven`` are indices of samples that no attack
+    can break (see ``relaxation``): they stand without being attacked.
 
     Raises DataError for images or labels that do not fit, CheckpointError for non-finite logits,
     RunFolderError for a foreign or damaged record, UsageError for impossible numbers.
@@ -75,15 +77,18 @@ def attack(
         first = judge.logits(images, block_size)
         second = judge.logits(images, block_size)
     num_classes = first.shape[1]
+    if any(not 0 <= index < len(labels) for index in proven):
+        raise UsageError("a sample that is said to be proven does not exist")
     if int(labels.max()) >= num_classes:
         raise DataError(f"label {int(labels.max())} does not exist for a classifier of {num_classes} classes")
 
-    ledger = Ledger(images, labels, first.argmax(dim=1), num_classes, block_size, seed)
+    ledger = Ledger(images, labels, first.argmax(dim=1), num_classes, block_size, seed, proven)
     journal = None
     if record is not None:
-        journal = Record(
-            record, {**_binding(judge, images, labels, threat, seed, block_size, device), **(header or {})}
-        )
+        binding = _binding(judge, images, labels, threat, seed, block_size, device)
+        if proven:
+            binding["proven"] = sorted(proven)
+        journal = Record(record, {**binding, **(header or {})})
         for result in journal.results:
             if not ledger.expects(result.unit):
                 raise RunFolderError(

@@ -93,6 +93,37 @@ class Sample(Frozen):
     broken_by: str | None
 
 
+class Proven(Frozen):
+    """Samples whose robustness is proven: a lower bound on robust accuracy, and the only guarantee here.
+
+    ``indices`` are positions among the certificate's samples; ``tolerance`` is the most that rounding took
+    off any bound, already subtracted.
+    """
+
+    count: int = Field(ge=0)
+    n: int = Field(ge=1)
+    interval: tuple[float, float]
+    indices: tuple[int, ...]
+    method: str
+    tolerance: float
+    statement: Literal["provably robust accuracy (lower bound)"] = "provably robust accuracy (lower bound)"
+
+    @classmethod
+    def of(cls, indices: Sequence[int], n: int, *, method: str, tolerance: float) -> Proven:
+        return cls(
+            count=len(indices),
+            n=n,
+            interval=clopper_pearson(len(indices), n, 0.95),
+            indices=tuple(indices),
+            method=method,
+            tolerance=tolerance,
+        )
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.count / self.n:.1%} [{low:.1%}, {high:.1%}]"
+
+
 class PointsFile(Frozen):
     """The file that holds the attacked points, beside the certificate."""
 
@@ -130,6 +161,7 @@ class Certificate(Frozen):
     versions: dict[str, str]
     environment: dict[str, str | int | bool]
     seconds: float
+    proven: Proven | None = None
 
     @model_validator(mode="after")
     def _follows_from_samples(self) -> Self:
@@ -147,6 +179,7 @@ class Certificate(Frozen):
                 and (sample.broken_by is None) == (sample.adversarial_prediction == sample.label)
                 for sample in self.samples
             ),
+            "proven": self.proven is None or _agrees(self.proven, self.samples),
             "clean": self.clean.k == clean,
             "robust": self.robust.k == robust,
             "per_class": classes == counted,
@@ -163,7 +196,10 @@ class Certificate(Frozen):
 
     def text(self) -> str:
         """Canonical JSON: equal certificates have equal bytes."""
-        return files.canonical_json(self.model_dump(mode="json"))
+        # Certificates without proofs keep the text, and so the hash, that they had before there were any.
+        return files.canonical_json(
+            self.model_dump(mode="json", exclude={"proven"} if self.proven is None else None)
+        )
 
     def save(self, path: Path) -> None:
         """Write canonical JSON atomically. Raises StorageError."""
@@ -218,6 +254,7 @@ def issue(
     versions: dict[str, str],
     environment: dict[str, str | int | bool],
     seconds: float,
+    proven: Proven | None = None,
 ) -> Certificate:
     """A certificate from what a complete attack found for each sample; sequences are in sample order."""
     rows = zip(sample_ids, labels, clean_prediction, adversarial_prediction, broken_by, strict=True)
@@ -249,6 +286,7 @@ def issue(
             "versions": versions,
             "environment": environment,
             "seconds": seconds,
+            "proven": proven,
         }
     )
 
@@ -264,6 +302,17 @@ def _correct(samples: Sequence[Sample]) -> int:
 
 def _standing(samples: Sequence[Sample]) -> int:
     return sum(sample.broken_by is None for sample in samples)
+
+
+def _agrees(proven: Proven, samples: Sequence[Sample]) -> bool:
+    """Whether the proofs are of samples that are there, each once, and that nothing broke."""
+    known = set(proven.indices)
+    return (
+        proven.n == len(samples)
+        and proven.count == len(proven.indices) == len(known)
+        and all(0 <= index < len(samples) and samples[index].broken_by is None for index in known)
+        and proven.interval == clopper_pearson(proven.count, proven.n, 0.95)
+    )
 
 
 def _per_class(samples: Sequence[Sample], names: dict[int, str]) -> tuple[ClassRow, ...]:

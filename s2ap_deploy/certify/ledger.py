@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -30,8 +30,16 @@ class Ledger:
     """The state of every sample, and which unit each block needs next."""
 
     def __init__(
-        self, images: Tensor, labels: Tensor, clean: Tensor, num_classes: int, block_size: int, seed: int
+        self,
+        images: Tensor,
+        labels: Tensor,
+        clean: Tensor,
+        num_classes: int,
+        block_size: int,
+        seed: int,
+        proven: Collection[int] = (),
     ) -> None:
+        """``clean`` are predictions [n]; samples ``proven`` robust stand without being attacked."""
         self.names = attacks.names(num_classes)
         self._num_classes = num_classes
         self._seed = seed
@@ -39,6 +47,7 @@ class Ledger:
         self._broken_by: list[str | None] = [
             None if right else "clean" for right in (clean == labels).tolist()
         ]
+        self._proven = frozenset(proven)
         self._adversarial = images.clone()
         self._predictions = list(self._clean)
         self._results: list[UnitResult] = []
@@ -106,7 +115,12 @@ class Ledger:
         )
 
     def _survivors(self, block: int) -> tuple[int, ...]:
-        return tuple(index for index in self._blocks[block] if self._broken_by[index] is None)
+        """Samples of the block that are still to be attacked."""
+        return tuple(
+            index
+            for index in self._blocks[block]
+            if self._broken_by[index] is None and index not in self._proven
+        )
 
     def _unit(self, step: int, block: int) -> Unit:
         name = self.names[step]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from s2ap_deploy.certify import statistics
 from s2ap_deploy.certify.certificate import Certificate
@@ -40,18 +39,9 @@ def floor(name: str, k: int, n: int, threshold: float, rule: Rule) -> Check:
 
 def proven_floor(certificate: Certificate, threshold: float, rule: Rule) -> Check:
     """The share of samples on which a proof, not an attack, excludes every adversarial example."""
-    found: Any = getattr(certificate, "proven", None)
-    if found is None:
+    if certificate.proven is None:
         return _unknown(PROVEN, "the certificate holds no proofs", threshold)
-    count, n = (
-        found.get(key) if isinstance(found, Mapping) else getattr(found, key, None) for key in ("count", "n")
-    )
-    if type(count) is not int or type(n) is not int or n < 1 or not 0 <= count <= n:
-        return _unknown(PROVEN, "the certificate's count of proofs cannot be read", threshold)
-    # One of the two must be wrong then, and a gate cannot tell which.
-    if count > certificate.robust.k + max(0, n - certificate.n):
-        return _unknown(PROVEN, "the certificate proves more samples than survived the attack", threshold)
-    return floor(PROVEN, count, n, threshold, rule)
+    return floor(PROVEN, certificate.proven.count, certificate.proven.n, threshold, rule)
 
 
 def drop(

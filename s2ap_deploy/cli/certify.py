@@ -22,6 +22,12 @@ from s2ap_deploy.cli import options
     type=click.FloatRange(min=0),
     help="Seconds before stopping with exit code 3.  [default: none]",
 )
+@click.option(
+    "--provable", is_flag=True, default=None, help="Prove what can be proven, attack only the rest."
+)
+@click.option(
+    "--curve", is_flag=True, default=None, help="Add accuracy over eps, from a minimum-norm attack."
+)
 @options.model_options("default: the checkpoint's")
 @options.checkpoint_options
 @options.mask_options
@@ -38,6 +44,8 @@ def command(
     sample_seed: int | None,
     attack_seed: int | None,
     time_budget: float | None,
+    provable: bool | None,
+    curve: bool | None,
     arch: str | None,
     data: str | None,
     eps: str | None,
@@ -60,6 +68,7 @@ def command(
     \b
     s2ap-deploy certify
     s2ap-deploy certify --n 500 --time-budget 3600
+    s2ap-deploy certify --provable --curve
     s2ap-deploy certify model.pt --run dense-only
     s2ap-deploy certify hydra.pth.tar --keep 0.1 --data cifar10 --eps 8/255 --run hydra
     """
@@ -67,6 +76,7 @@ def command(
     from s2ap_deploy.errors import UsageError
     from s2ap_deploy.pipeline.certification import certify
     from s2ap_deploy.pipeline.dense import dense
+    from s2ap_deploy.reporting.curve import draw_curves
 
     if first and sample_seed is not None:
         raise UsageError("--first and --sample-seed exclude each other")
@@ -74,6 +84,8 @@ def command(
         "certify.n": n,
         "certify.sample_seed": sample_seed,
         "certify.attack_seed": attack_seed,
+        "certify.provable": provable,
+        "certify.curve": curve,
     }
     recipe = None
     if checkpoint is not None:
@@ -121,6 +133,8 @@ def command(
             dense(job)
         certify(job, time_budget=time_budget)
         results = job.run.manifest.stages["certify"].results
+        if job.recipe.certify.curve:
+            job.recorder.note(f"security curve: {draw_curves(job.run)}")
         job.recorder.note(f"certificates: {folder / 'certify'}")
     if as_json:
         click.echo(

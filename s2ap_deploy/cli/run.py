@@ -49,6 +49,7 @@ def command(
     from s2ap_deploy.cli import session, tables
     from s2ap_deploy.pipeline.whole import whole
     from s2ap_deploy.recipe import catalogue
+    from s2ap_deploy.reporting.curve import draw_curves
     from s2ap_deploy.reporting.figures import draw_search
     from s2ap_deploy.reporting.summary import summarise
 
@@ -60,6 +61,8 @@ def command(
         verdict = whole(job, time_budget=time_budget)
         if resolved.prune is not None:
             draw_search(job.run)
+        if resolved.certify.curve:
+            draw_curves(job.run)
         summary = summarise(job.run, verdict)
     if as_json:
         click.echo(json.dumps(summary, sort_keys=True))

@@ -19,6 +19,7 @@ from s2ap_deploy.data.sampling import choose
 from s2ap_deploy.errors import OutOfTimeError
 from s2ap_deploy.models.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, weights_hash
+from s2ap_deploy.pipeline.evidence import check_curve, prove, trace_curve
 from s2ap_deploy.pipeline.job import Job
 
 DENSE, PRUNED = "dense", "pruned"
@@ -50,6 +51,8 @@ def certify(job: Job, *, time_budget: float | None = None) -> None:
     was attacked until then is kept, and ``--resume`` continues.
     """
     section = job.recipe.certify
+    if section.curve:
+        check_curve(job.recipe.threat)
     candidates = [Candidate(DENSE, *job.classifier("pretrain"))]
     if job.result == "finetune":
         candidates.append(Candidate(PRUNED, *job.classifier("finetune")))
@@ -91,6 +94,8 @@ def certify(job: Job, *, time_budget: float | None = None) -> None:
             _certificate_file(stage.folder, candidate.role),
             _points_file(stage.folder, candidate.role),
         ]
+        if section.curve:
+            outputs.append(_curve_file(stage.folder, candidate.role))
     stage.finish(
         outputs,
         {
@@ -98,6 +103,7 @@ def certify(job: Job, *, time_budget: float | None = None) -> None:
                 "clean": certificate.clean.model_dump(mode="json"),
                 "robust": certificate.robust.model_dump(mode="json"),
                 "flags": list(certificate.flags),
+                "proven": certificate.proven.count if certificate.proven is not None else None,
             }
             for role, certificate in certificates.items()
         },
@@ -113,18 +119,25 @@ def _attack(
     section, recorder = job.recipe.certify, job.recorder
     recorder.note(f"attacking the {candidate.role} network on {len(samples.ids)} test images")
     started = time.monotonic()
+    threat, device = job.recipe.threat, job.machine.device
+    images, labels = samples.images, samples.labels
+    proven = None
+    if section.provable:
+        proven = prove(candidate.classifier, images, labels, threat=threat, device=device, recorder=recorder)
+        recorder.note(f"{candidate.role} network: {proven.statement} {proven}; the rest is attacked")
     outcome = cascade.attack(
         candidate.classifier,
-        samples.images,
-        samples.labels,
-        threat=job.recipe.threat,
+        images,
+        labels,
+        threat=threat,
         seed=section.attack_seed,
-        device=job.machine.device,
+        device=device,
         workers=job.machine.workers,
         block_size=block_size,
         record=_record(folder, candidate.role),
         header={"sample_ids_sha256": ids_sha256(samples.ids), "version": section.version},
         deadline=deadline,
+        proven=proven.indices if proven is not None else (),
         recorder=recorder,
     )
     if not outcome.complete:
@@ -134,6 +147,18 @@ def _attack(
             f"the time budget ran out while attacking the {candidate.role} network: "
             f"of {len(samples.ids)} images {settled} survived, {len(outcome.pending)} are undecided",
             hint="run the same command with --resume and more --time-budget",
+        )
+    if section.curve:
+        trace_curve(
+            candidate.classifier,
+            images,
+            labels,
+            outcome.broken_by,
+            _curve_file(folder, candidate.role),
+            threat=threat,
+            seed=section.attack_seed,
+            device=device,
+            recorder=recorder,
         )
     points_file = points.save(_points_file(folder, candidate.role), samples.images, outcome.adversarial)
     certificate = issue(
@@ -166,6 +191,7 @@ def _attack(
         versions=runtime.versions(),
         environment=runtime.environment(job.machine.device),
         seconds=time.monotonic() - started,
+        proven=proven,
     )
     certificate.save(_certificate_file(folder, candidate.role))
     for flag in certificate.flags:
@@ -183,6 +209,10 @@ def _certificate_file(folder: Path, role: str) -> Path:
 
 def _points_file(folder: Path, role: str) -> Path:
     return folder / f"{role}-points.safetensors"
+
+
+def _curve_file(folder: Path, role: str) -> Path:
+    return folder / f"{role}-curve.json"
 
 
 def _record(folder: Path, role: str) -> Path:

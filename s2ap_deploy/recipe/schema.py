@@ -281,9 +281,14 @@ class PruneSection(Frozen):
 
 
 class CertifySection(Frozen):
-    """Attacks on ``n`` held-out images (None: all). ``sample_seed`` None takes the first ``n``."""
+    """Attacks on ``n`` held-out images (None: all). ``sample_seed`` None takes the first ``n``.
+
+    ``provable`` proves what it can first, and attacks only the rest; ``curve`` adds accuracy over eps.
+    """
 
     version: Literal["standard"] = "standard"
+    provable: Annotated[bool, Field(strict=True)] = False
+    curve: Annotated[bool, Field(strict=True)] = False
     n: Count | None = 1000
     attack_seed: Whole = 0
     sample_seed: Whole | None = 0

@@ -8,11 +8,30 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from s2ap_deploy import files
+from s2ap_deploy.certify.certificate import Certificate
 from s2ap_deploy.certify.curve import SecurityCurve
 from s2ap_deploy.errors import UsageError
+from s2ap_deploy.run.folder import Run
 
 _STYLES = (("#1f4e79", "-"), ("#c1440e", "--"), ("#3b7d3b", "-."), ("#6b4c8a", ":"))
 _WORDS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
+
+
+def draw_curves(run: Run) -> Path:
+    """Draw what ``certify --curve`` left, beside AutoAttack's figures, into ``certify/curve.png``."""
+    folder = run.folder("certify")
+    roles = [role for role in ("dense", "pruned") if (folder / f"{role}-curve.json").exists()]
+    curves = {role: SecurityCurve.load(run.output("certify", f"{role}-curve.json")) for role in roles}
+    certificates = {role: Certificate.load(run.output("certify", f"{role}.json")) for role in roles}
+    threat = next(iter(certificates.values())).threat
+    path = folder / "curve.png"
+    save_png(
+        path,
+        curves,
+        mark=(threat.radius, str(threat.eps)),
+        autoattack={role: certificate.robust.value for role, certificate in certificates.items()},
+    )
+    return path
 
 
 def save_png(

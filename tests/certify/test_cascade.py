@@ -264,3 +264,17 @@ def test_impossible_numbers(make_network, images: Tensor, change: dict[str, int]
 def test_the_block_size_follows_from_the_size_of_an_image() -> None:
     sizes = [default_block_size(torch.empty(1, *size)) for size in ((1, 28, 28), (3, 32, 32), (3, 224, 224))]
     assert sizes == [100, 50, 16]
+
+
+def test_what_is_proven_stands_without_being_attacked(make_network, images: Tensor, tmp_path: Path) -> None:
+    network = make_network()
+    everyone = run(network, images, threat=ThreatModel(eps="0.3"))
+    assert everyone.broken_by[2] is not None, "or the test shows nothing"
+    told = run(network, images, threat=ThreatModel(eps="0.3"), proven=[2, 5], record=tmp_path)
+    assert (told.broken_by[2], told.broken_by[5]) == (None, None)
+    assert told.complete
+    assert told.counts[0].n_in == everyone.counts[0].n_in - 2
+    with pytest.raises(RunFolderError, match="records another attack: proven"):
+        run(network, images, threat=ThreatModel(eps="0.3"), record=tmp_path)
+    with pytest.raises(UsageError, match="does not exist"):
+        run(network, images, proven=[17])

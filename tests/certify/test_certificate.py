@@ -14,7 +14,7 @@ import torch
 
 from s2ap_deploy import files
 from s2ap_deploy.certify import points
-from s2ap_deploy.certify.certificate import Certificate, ids_sha256
+from s2ap_deploy.certify.certificate import Certificate, Proven, ids_sha256
 from s2ap_deploy.certify.statistics import clopper_pearson
 from s2ap_deploy.errors import InputError, StorageError
 
@@ -131,3 +131,40 @@ def test_the_points_file_holds_what_was_given(tmp_path: Path) -> None:
     loaded = safetensors.torch.load_file(tmp_path / found.name)
     assert torch.equal(loaded["clean"], clean)
     assert torch.equal(loaded["attacked"], attacked)
+
+
+PROVEN = Proven.of([0, 4], 6, method="test", tolerance=1e-6)
+
+
+def test_proofs_are_a_lower_bound_beside_the_upper_one(
+    make_certificate: MakeCertificate, certificate: Certificate, tmp_path: Path
+) -> None:
+    proven = make_certificate(BROKEN_BY, proven=PROVEN)
+    assert proven.proven is not None
+    assert proven.proven.count <= proven.robust.k
+    assert "lower bound" in proven.proven.statement
+    proven.save(tmp_path / "certificate.json")
+    assert Certificate.load(tmp_path / "certificate.json") == proven
+    assert "proven" not in json.loads(certificate.text()), "older certificates keep their text"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"proven.indices": [0, 3]},  # 3 was broken
+        {"proven.indices": [0, 0]},
+        {"proven.indices": [0, 6]},
+        {"proven.count": 3},
+        {"proven.n": 5},
+        {"proven.interval": [0.0, 1.0]},
+    ],
+)
+def test_proofs_that_contradict_the_attacks_are_refused(
+    make_certificate: MakeCertificate, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    content = json.loads(make_certificate(BROKEN_BY, proven=PROVEN).text())
+    for dotted, value in change.items():
+        content["proven"][dotted.split(".")[1]] = value
+    files.write_json(tmp_path / "certificate.json", content)
+    with pytest.raises(InputError, match="proven does not follow"):
+        Certificate.load(tmp_path / "certificate.json")

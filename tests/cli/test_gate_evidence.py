@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from s2ap_deploy.certify.certificate import Certificate, PointsFile
+from s2ap_deploy.certify.certificate import PointsFile, Proven
 from s2ap_deploy.spec import ThreatModel
 
 Make = Callable[..., Path]
@@ -295,24 +295,14 @@ class TestBaseline:
         assert s2ap("gate", *EASY, "--baseline", tmp_path / "dense.json", "--run", folder).code == 2
 
 
+@pytest.mark.parametrize(("count", "code"), [(800, 0), (705, 1), (600, 1)])
 def test_proofs_are_read_where_a_certificate_has_them(
-    s2ap: Callable[..., Any], make_run: Make, monkeypatch: pytest.MonkeyPatch
+    count: int, code: int, s2ap: Callable[..., Any], make_run: Make
 ) -> None:
-    folder = make_run()
-    for proven, code in (
-        ({"count": 800, "n": 1000}, 0),
-        ({"count": 705, "n": 1000}, 1),
-        ({"count": 70, "n": 100}, 1),
-        ({"count": 2, "n": 2}, 3),
-        ({"count": 891, "n": 1000}, 3),  # more than survived the attack
-        ({"count": True, "n": 1000}, 3),
-        ({"count": 9, "n": 0}, 3),
-        ({"count": 9}, 3),
-        ("all", 3),
-    ):
-        monkeypatch.setattr(Certificate, "proven", proven, raising=False)
-        done = s2ap("gate", "--min-proven", 0.7, "--run", folder)
-        assert done.code == code, (proven, done.out)
+    proven = Proven.of(range(count), 1000, method="test", tolerance=0.0)
+    done = s2ap("gate", "--min-proven", 0.7, "--run", make_run(changes={"proven": proven}))
+    assert done.code == code, done.out
+    assert f"provably robust accuracy (lower bound): {count} of 1000" in done.out
 
 
 def test_a_plan_says_before_the_work_what_samples_can_show(s2ap: Callable[..., Any], tmp_path: Path) -> None:
