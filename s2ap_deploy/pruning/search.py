@@ -155,7 +155,9 @@ def search(
             "S2AP was asked for but perturbed no step: every score gradient was zero",
             hint="look at the loss in the history: the network may be dead at this sparsity",
         )
+    learned = int(units(scored.select()))
     masks = scored.finish()
+    warn_of_quotas(learned, int(units(scored.select())), recorder)
     recalibrate(network, calibration(network, train, objective, batch_size, seed, device))
     return SearchResult(scored.scores, masks, history, perturbed_steps)
 
@@ -191,6 +193,15 @@ def warn_of_gamma(row: Epoch, recorder: Recorder) -> None:
     elif row.flip_rate > NOISY:
         recorder.warn(
             f"gamma is noise: in epoch {row.epoch} it moved {row.flip_rate:.0%} of the kept weights"
+        )
+
+
+def warn_of_quotas(learned: int, allowed: int, recorder: Recorder) -> None:
+    """Tell when learned quotas were far from the budget, so that the last step took much at once."""
+    if learned > 1.2 * allowed:
+        recorder.warn(
+            f"the learned quotas still kept {learned:,} units where the budget is {allowed:,}: the mask was cut "
+            "to it at the end; more search epochs or a larger compression_weight would let them get there"
         )
 
 

@@ -277,3 +277,14 @@ def test_an_interrupted_free_search_resumes_to_the_same_bits(
         searched(stripes, fresh(), objective=FREE, snapshots=snapshots)
     again = searched(stripes, fresh(), objective=FREE, snapshots=snapshots)
     assert equal(whole.scores, again.scores)
+
+
+@pytest.mark.parametrize(("weight", "told"), [(1e-9, 1), (50.0, 0)])
+def test_quotas_that_missed_the_budget_are_told(stripes: Any, weight: float, told: int) -> None:
+    least = floors(SHAPES, classifier="4.weight")
+    quotas = Quotas(SHAPES, 0.97, least, compression_weight=weight)
+    recorder = Warned()
+    scored = ScoredNetwork(network(), Weights(NAMES), quotas, covered=["4.weight"])
+    searched(stripes, scored, perturbation=None, recorder=recorder)
+    assert len(recorder.said) == told
+    assert all("learned quotas" in words for words in recorder.said)
