@@ -200,8 +200,8 @@ def warn_of_quotas(learned: int, allowed: int, recorder: Recorder) -> None:
     """Tell when learned quotas were far from the budget, so that the last step took much at once."""
     if learned > 1.2 * allowed:
         recorder.warn(
-            f"the learned quotas still kept {learned:,} units where the budget is {allowed:,}: the mask was cut "
-            "to it at the end; more search epochs or a larger compression_weight would let them get there"
+            f"the learned quotas still kept {learned:,} units where the budget is {allowed:,}: the mask was "
+            "cut to it at the end; more search epochs or a larger compression_weight would let them get there"
         )
 
 
