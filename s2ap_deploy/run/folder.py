@@ -20,18 +20,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import JsonValue
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import RunFolderError, StorageError
-from s2ap_deploy.recipe import catalogue
-from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.run import lock, manifest, snapshot
 from s2ap_deploy.run.lock import FolderLock
 from s2ap_deploy.run.manifest import STAGES, Manifest, Output, Session, StageName, StageRecord, now
 from s2ap_deploy.run.stage import Stage
+
+if TYPE_CHECKING:
+    from s2ap_deploy.recipe.schema import Recipe
 
 RECIPE_FILE = "recipe.yaml"
 _OVERWRITE = "add --overwrite to start again, or choose another folder with --run"
@@ -174,10 +175,14 @@ class Run:
 
     def save_recipe(self, resolved: Recipe) -> None:
         """Keep the resolved recipe beside the manifest."""
+        from s2ap_deploy.recipe import catalogue  # late: the gate starts without recipes and YAML
+
         files.write_text(self.path / RECIPE_FILE, catalogue.dump(resolved))
 
     def load_recipe(self) -> Recipe | None:
         """The recipe that started this run, or None when single commands did. Raises RecipeError."""
+        from s2ap_deploy.recipe import catalogue
+
         path = self.path / RECIPE_FILE
         return catalogue.load(str(path)) if path.exists() else None
 
