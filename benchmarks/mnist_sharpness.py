@@ -16,6 +16,8 @@ import torch
 
 from s2ap_deploy.data import datasets
 from s2ap_deploy.models import checkpoint
+from s2ap_deploy.pruning.allocation import Fixed
+from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.pruning.masks import departed
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--s2ap", type=Path, required=True)
     parser.add_argument("--gammas", type=float, nargs="+", default=[0.0005, 0.002, 0.005])
+    parser.add_argument("--result", default="mnist-sharpness")
     args = parser.parse_args()
     torch.set_num_threads(1)
     validation = datasets.load("mnist", root=args.shared / "data").validation
@@ -43,7 +46,7 @@ def main() -> None:
         for method, run in (("base", args.base), ("s2ap", args.s2ap))
         for gamma in args.gammas
     ]
-    result.write("mnist-sharpness", {"batches": BATCHES, "batch_size": 128, "rows": rows})
+    result.write(args.result, {"batches": BATCHES, "batch_size": 128, "rows": rows})
 
 
 def sharpness(shared: Path, run: Path, gamma: float, validation: datasets.Split) -> dict[str, float]:
@@ -52,12 +55,12 @@ def sharpness(shared: Path, run: Path, gamma: float, validation: datasets.Split)
     masks = load_tensors(run / "search/masks.safetensors")
     scores = load_tensors(run / "search/scores.safetensors")
     keep = {name: int(mask.sum()) for name, mask in masks.items()}
-    scored = ScoredNetwork(classifier, tuple(masks), keep, scores)
+    scored = ScoredNetwork(classifier, Weights(tuple(masks)), Fixed(keep), scores)
     objective = Objective(ThreatModel(eps="0.1"))
     batches = validation.train_batches(128, seed=0, epoch=0, augment=False, device="cpu")
     rest, top, sideways, flips = [], [], [], []
     for step, (images, labels) in enumerate(itertools.islice(batches, BATCHES)):
-        before = scored.masks()
+        before = scored.select()
         scored.wear(before)
         adversarial = objective.attack(classifier, images, labels, generator("sharpness", step))
         loss, _ = objective.robust_loss(classifier, images, adversarial, labels)
@@ -70,7 +73,7 @@ def sharpness(shared: Path, run: Path, gamma: float, validation: datasets.Split)
         for direction, losses in ((gradients, top), (noise, sideways)):
             ball = ScorePerturbation(scored.scores, gamma)
             ball.perturb(direction)
-            after = scored.masks()
+            after = scored.select()
             scored.wear(after)
             with torch.no_grad():
                 losses.append(float(objective.robust_loss(classifier, images, adversarial, labels)[0]))

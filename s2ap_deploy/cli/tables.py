@@ -42,6 +42,10 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         table.add_row("sparsity", *(f"{row['sparsity']:.2%}" for row in rows))
         table.add_row("clean accuracy", *(_share(row["clean"]) for row in rows))
         table.add_row("robust accuracy ¹", *(_share(row["robust"]) for row in rows))
+        if any("proven" in row for row in rows):
+            table.add_row(
+                "provably robust ²", *(_share(row["proven"]) if "proven" in row else "" for row in rows)
+            )
         table.add_row("test images", *(f"{row['n']:,}" for row in rows))
         if all("bytes" in row for row in rows):
             table.add_row("ONNX bytes", *(f"{row['bytes']:,}" for row in rows))
@@ -51,6 +55,12 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         console.print(
             Text(f"¹ {summary['statement']}; intervals are exact (95 %, Clopper-Pearson)", style="dim")
         )
+        if any("proven" in row for row in rows):
+            console.print(
+                Text(
+                    "² provably robust accuracy (lower bound): a guarantee, by linear relaxation", style="dim"
+                )
+            )
     if "export" in summary:
         ratio = summary["export"]["latency_ratio"]
         measured = f" (measured: {ratio:.2f} of the dense file's time)" if ratio is not None else ""

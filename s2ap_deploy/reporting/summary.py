@@ -64,6 +64,9 @@ def _row(certificate: Certificate, report: ExportReport | None, role: str) -> di
         "robust": certificate.robust.model_dump(mode="json"),
         "flags": list(certificate.flags),
     }
+    if certificate.proven is not None:
+        proven = certificate.proven
+        row["proven"] = {"value": proven.count / proven.n, "interval": list(proven.interval)}
     if report is not None:
         row["bytes"] = report.dense_bytes if role == "dense" else report.bytes
     return row

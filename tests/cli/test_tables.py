@@ -59,6 +59,17 @@ def test_the_end_of_a_run_is_one_table_and_the_verdict(capsys: pytest.CaptureFix
     assert "flags" not in out
 
 
+def test_both_sides_are_shown_where_one_is_proven(capsys: pytest.CaptureFixture[str]) -> None:
+    proven = summary()
+    proven["dense"]["proven"] = {"value": 0.5, "interval": [0.428, 0.572]}
+    tables.show_summary(proven)
+    out = capsys.readouterr().out
+    assert "50.0% [42.8%, 57.2%]" in out
+    assert "provably robust accuracy (lower bound)" in out
+    tables.show_summary(summary())
+    assert "provably" not in capsys.readouterr().out
+
+
 def test_flags_are_shown_when_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
     flagged = summary()
     flagged["pruned"]["flags"] = ["zero_gradient"]
