@@ -42,6 +42,8 @@ def test_every_stage_records_inputs_outputs_seeds_threads_and_versions(finished_
         "attack_seed": 0,
         "sample_seed": 0,
         "version": "standard",
+        "provable": False,
+        "curve": False,
     }
 
 
