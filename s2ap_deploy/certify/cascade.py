@@ -9,7 +9,6 @@ any order, and after any kill.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from s2ap_deploy.certify import attacks
 from s2ap_deploy.certify.attacker import Attacker, UnitResult
 from s2ap_deploy.certify.executors import Executor, InProcess
-from s2ap_deploy.certify.judge import Judge, exact_arithmetic, output_flags
+from s2ap_deploy.certify.judge import Judge, checked, exact_arithmetic, output_flags
 from s2ap_deploy.certify.ledger import Ledger, default_block_size
 from s2ap_deploy.certify.messages import CannotShip
 from s2ap_deploy.certify.outcome import AttackOutcome
@@ -67,7 +66,7 @@ def attack(
     RunFolderError for a foreign or damaged record, UsageError for impossible numbers.
     """
     recorder = recorder or Silent()
-    images, labels = _checked(images, labels)
+    images, labels = checked(images, labels)
     block_size = default_block_size(images) if block_size is None else block_size
     if block_size < 1 or (workers is not None and workers < 1):
         raise UsageError("block size and number of workers must be at least 1")
@@ -130,26 +129,6 @@ def _run(
         recorder.log("certify", _row(result, ledger.standing))
         before, left = left, ledger.remaining(costs)
         recorder.advance(before - left)
-
-
-def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Contiguous float32 images and int64 labels on the CPU, or DataError."""
-    images = images.detach().to("cpu", torch.float32).contiguous()
-    labels = labels.detach().to("cpu", torch.int64)
-    if images.dim() != 4 or labels.shape != images.shape[:1] or len(labels) == 0:
-        raise DataError(
-            f"an attack needs images [n, C, H, W] and labels [n] with n >= 1, "
-            f"not {list(images.shape)} and {list(labels.shape)}"
-        )
-    low, high = float(images.min()), float(images.max())
-    if not (math.isfinite(low) and math.isfinite(high) and low >= 0.0 and high <= 1.0):
-        raise DataError(
-            f"images must lie in [0, 1], these reach from {low:g} to {high:g}",
-            hint="normalisation belongs into the classifier, not into the data",
-        )
-    if int(labels.min()) < 0:
-        raise DataError(f"label {int(labels.min())} is negative")
-    return images, labels
 
 
 def _binding(

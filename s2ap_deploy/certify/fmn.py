@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ap_deploy.certify.descent import Descent, FmnLoss, FmnNorm, others
-from s2ap_deploy.certify.judge import Judge, distances, exact_arithmetic, output_flags
+from s2ap_deploy.certify.judge import Judge, checked, distances, exact_arithmetic, output_flags
 from s2ap_deploy.certify.ledger import default_block_size
 from s2ap_deploy.errors import DataError, UsageError
 from s2ap_deploy.recorder import Recorder, Silent
@@ -118,7 +118,7 @@ def attack(
     UsageError for impossible numbers and for images that ``tuning`` has seen.
     """
     recorder = recorder or Silent()
-    images, labels = _checked(images, labels)
+    images, labels = checked(images, labels)
     if tuning is not None:
         _check_unseen(images, threat_norm, tuning)
         loss, step = tuning.loss, tuning.step
@@ -188,7 +188,7 @@ def tune(
         loss=loss,
         step=step,
         trials=tuple((name, each, value) for value, each, name in trials),
-        images=frozenset(_names(_checked(images, labels)[0])),
+        images=frozenset(_names(checked(images, labels)[0])),
     )
 
 
@@ -206,26 +206,6 @@ def _blocks(correct: Tensor, size: int) -> Iterator[Tensor]:
         rows = correct[start : start + size].nonzero().flatten() + start
         if len(rows):
             yield rows
-
-
-def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Contiguous float32 images and int64 labels on the CPU, or DataError."""
-    images = images.detach().to("cpu", torch.float32).contiguous()
-    labels = labels.detach().to("cpu", torch.int64)
-    if images.dim() != 4 or labels.shape != images.shape[:1] or images.numel() == 0:
-        raise DataError(
-            f"an attack needs images [n, C, H, W] and labels [n] with n >= 1, "
-            f"not {list(images.shape)} and {list(labels.shape)}"
-        )
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0.0 and high <= 1.0):  # false for NaN as well
-        raise DataError(
-            f"images must lie in [0, 1], these reach from {low:g} to {high:g}",
-            hint="normalisation belongs into the classifier, not into the data",
-        )
-    if int(labels.min()) < 0:
-        raise DataError(f"label {int(labels.min())} is negative")
-    return images, labels
 
 
 def _check_numbers(norm: str, steps: int, targets: int, loss: str, step: float, size: int) -> None:

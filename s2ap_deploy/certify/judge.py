@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from s2ap_deploy.errors import CheckpointError
+from s2ap_deploy.errors import CheckpointError, DataError
 from s2ap_deploy.spec import ThreatModel
 
 TOLERANCE = 1e-6
@@ -124,3 +124,23 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
 def _per_image(values: Tensor, images: Tensor) -> Tensor:
     """[B] to a shape that broadcasts over [B, C, H, W]."""
     return values.reshape(-1, *[1] * (images.dim() - 1))
+
+
+def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous float32 images and int64 labels on the CPU, or DataError."""
+    images = images.detach().to("cpu", torch.float32).contiguous()
+    labels = labels.detach().to("cpu", torch.int64)
+    if images.dim() != 4 or labels.shape != images.shape[:1] or images.numel() == 0:
+        raise DataError(
+            f"an attack needs images [n, C, H, W] and labels [n] with n >= 1, "
+            f"not {list(images.shape)} and {list(labels.shape)}"
+        )
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0.0 and high <= 1.0):  # false for NaN as well
+        raise DataError(
+            f"images must lie in [0, 1], these reach from {low:g} to {high:g}",
+            hint="normalisation belongs into the classifier, not into the data",
+        )
+    if int(labels.min()) < 0:
+        raise DataError(f"label {int(labels.min())} is negative")
+    return images, labels

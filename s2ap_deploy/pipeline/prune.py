@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from s2ap_deploy import files
 from s2ap_deploy.data.datasets import ImageData
@@ -183,14 +185,12 @@ def finetune(job: Job, section: PruneSection, dense: Path) -> None:
     if stage.state == "finished":
         return
     masks = {name: mask.bool() for name, mask in load_tensors(masks_file).items()}
-    parameters = dict(classifier.named_parameters())
     outcome = {"kept": kept(masks), "sparsity": sparsity(masks)}
     info = info.model_copy(update={"stage": "finetune", "sparsity": sparsity(masks)})
     if not METHODS[section.method].finetunes:
         checkpoint.save(stage.folder / MODEL, classifier, info)
         job.recorder.note(f"{section.method} does not fine-tune: its weights stay as they were drawn")
-        nonzero = sum(int((parameters[name] != 0).sum()) for name in masks)
-        stage.finish([stage.folder / MODEL], {**outcome, "best": None, "nonzero": nonzero})
+        stage.finish([stage.folder / MODEL], {**outcome, "best": None, "nonzero": nonzero(classifier, masks)})
         return
     teacher = None
     if distillation.weight > 0:
@@ -219,8 +219,13 @@ def finetune(job: Job, section: PruneSection, dense: Path) -> None:
     )
     checkpoint.save(stage.folder / MODEL, classifier, info)
     files.write_json(stage.folder / HISTORY, [row.figures() for row in result.history])
-    nonzero = sum(int((parameters[name] != 0).sum()) for name in masks)
     best = result.history[result.best_epoch - 1].figures()
     stage.finish(
-        [stage.folder / MODEL, stage.folder / HISTORY], {**outcome, "best": best, "nonzero": nonzero}
+        [stage.folder / MODEL, stage.folder / HISTORY],
+        {**outcome, "best": best, "nonzero": nonzero(classifier, masks)},
     )
+
+
+def nonzero(network: nn.Module, masks: Mapping[str, Tensor]) -> int:
+    """Masked weights that are not zero: at most as many as the masks keep."""
+    return sum(int((network.get_parameter(name) != 0).sum()) for name in masks)
