@@ -1,4 +1,4 @@
-"""Small convolutional networks for hand-written digits."""
+"""Small convolutional networks, for which two cores are enough."""
 
 from __future__ import annotations
 
@@ -35,7 +35,22 @@ def digits_conv(num_classes: int) -> nn.Module:
     )
 
 
+def cifar_conv(num_classes: int) -> nn.Module:
+    """``mnist_conv``'s plan for [B, 3, 32, 32], twice as wide: 560,106 values, far fewer than a ResNet takes."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, kernel_size=4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, kernel_size=4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * 8 * 8, 128),
+        nn.ReLU(),
+        nn.Linear(128, num_classes),
+    )
+
+
 ARCHITECTURES = (
     Architecture("mnist-conv", mnist_conv, input_size=(1, 28, 28), num_classes=10),
+    Architecture("cifar-conv", cifar_conv, input_size=(3, 32, 32), num_classes=10),
     Architecture("digits-conv", digits_conv, input_size=(1, 8, 8), num_classes=10),
 )
