@@ -17,7 +17,7 @@ from s2ap_deploy.cli import options
 @click.option(
     "--method",
     type=click.Choice(["hydra", "harp", "rst", "magnitude", "random"]),
-    help="The base method.  [default: hydra]",
+    help="The base method.  [default: harp for weights, else hydra]",
 )
 @click.option(
     "--granularity", metavar="weight|channel|N:M", help="What is removed; N:M as in 2:4.  [default: weight]"
@@ -139,7 +139,7 @@ def command(
             hint="for example --sparsity 0.9; --granularity 2:4 and --keep-ratio go without",
         )
     content["prune"] = {
-        "method": method or "hydra",
+        **({"method": method} if method is not None else {}),
         "sparsity": sparsity,
         "steps": passed,
         "granularity": granularity or "weight",

@@ -36,7 +36,7 @@ def digits_conv(num_classes: int) -> nn.Module:
 
 
 def cifar_conv(num_classes: int) -> nn.Module:
-    """``mnist_conv``'s plan for [B, 3, 32, 32], twice as wide: 560,106 values, far fewer than a ResNet takes."""
+    """``mnist_conv`` for [B, 3, 32, 32], twice as wide: 560,106 values, a fraction of a ResNet's work."""
     return nn.Sequential(
         nn.Conv2d(3, 32, kernel_size=4, stride=2, padding=1),
         nn.ReLU(),

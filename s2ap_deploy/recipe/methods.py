@@ -58,3 +58,12 @@ def n_of_m(granularity: str) -> tuple[int, int] | None:
     if matched is None or int(matched[1]) >= int(matched[2]):
         return None
     return int(matched[1]), int(matched[2])
+
+
+def default_method(granularity: object, budget: object) -> MethodName:
+    """The base method where none is named: HARP where its learned quotas apply, else HYDRA.
+
+    Learned quotas won at every sparsity that was measured, most of all at 99 % (docs/results.md), and need
+    weights that are free to move between layers. Both arguments are what a recipe says, not yet checked.
+    """
+    return "harp" if granularity in (None, "weight") and budget in (None, "learned") else "hydra"

@@ -1,9 +1,9 @@
 """The recipe: a whole pipeline as data, from the network to the verdict. No torch.
 
-The defaults are the published schedule of HYDRA (Sehwag et al. 2020) with S2AP switched on: 20 epochs
-of search, 100 of fine-tuning, SGD with momentum 0.9 and a cosine learning rate, batches of 128. Three
-values are our own (docs/results.md says why): the loss is adversarial training, HARP's default, where
-HYDRA took TRADES; budgets are ERK, where HYDRA's are uniform; and gamma, which nobody published.
+The defaults are the published schedule of HYDRA (Sehwag et al. 2020) and HARP with S2AP switched on: 20
+epochs of search, 100 of fine-tuning, SGD with momentum 0.9 and a cosine learning rate, batches of 128. The
+rest was measured (docs/results.md): HARP's learned quotas for weights, ERK where layers share by a rule
+(HYDRA's are uniform), adversarial training (HYDRA took TRADES), and gamma, which nobody published.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.recipe.diagnosis import did_you_mean
-from s2ap_deploy.recipe.methods import METHODS, BudgetName, MethodName, n_of_m
+from s2ap_deploy.recipe.methods import METHODS, BudgetName, MethodName, default_method, n_of_m
 from s2ap_deploy.spec import Eps, Frozen, Normalization, ThreatModel
 
 DATA_SETS = ("digits", "mnist", "cifar10", "cifar100", "svhn", "imagefolder:PATH")
@@ -169,9 +169,10 @@ class DiagnosticsSection(Frozen):
 class PruneSection(Frozen):
     """How the mask is found and the rest trained. ``sparsity`` is the fraction of zeros.
 
-    ``method`` is the base method (see ``recipe.methods``) and ``s2ap`` the plug-in: None switches it on where
-    scores learn. ``gamma`` is S2AP's radius in score space, relative to each layer's score norm;
-    ``warmup_epochs`` of the search pass before it is switched on (None: a quarter of them, rounded).
+    ``method`` is the base method (see ``recipe.methods``): left out, the one that measured best for the
+    granularity and budget. ``s2ap`` is the plug-in: None switches it on where scores learn. ``gamma`` is
+    S2AP's radius in score space, relative to each layer's score norm; ``warmup_epochs`` of the search pass
+    before it is switched on (None: a quarter of them, rounded).
     ``granularity`` is ``weight``, ``channel`` or a pattern such as ``2:4``, which decides the sparsity.
     For channels, ``keep_ratio`` can take the place of ``sparsity``: the fraction of channels kept.
     ``budget`` None is the method's own. ``dense_ends`` leaves the first and the last layer dense.
@@ -180,7 +181,7 @@ class PruneSection(Frozen):
     search starts from.
     """
 
-    method: MethodName = "hydra"
+    method: MethodName = "harp"
     sparsity: OpenFraction | None = None
     granularity: Annotated[str, AfterValidator(_granularity)] = "weight"
     keep_ratio: OpenFraction | None = None
@@ -196,6 +197,15 @@ class PruneSection(Frozen):
     search: SearchSection = SearchSection()
     finetune: FinetuneSection = FinetuneSection()
     diagnostics: DiagnosticsSection = DiagnosticsSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_by_evidence(cls, content: Any) -> Any:
+        """Write the default down, so that a run folder's recipe says what ran whatever a later default is."""
+        if isinstance(content, Mapping) and content.get("method") is None:
+            granularity, budget = content.get("granularity", "weight"), content.get("budget")
+            return {**content, "method": default_method(granularity, budget)}
+        return content
 
     @property
     def warmup(self) -> int:

@@ -145,7 +145,10 @@ def test_in_steps_and_from_earlier_scores(
             "magnitude learns no scores for S2AP to perturb",
         ),
         (["--sparsity", 0.9, "--method", "random", "--s2ap"], "random learns no scores"),
-        (["--sparsity", 0.9, "--budget", "learned"], "budget learned does not fit hydra"),
+        (
+            ["--sparsity", 0.9, "--method", "hydra", "--budget", "learned"],
+            "budget learned does not fit hydra",
+        ),
         (["--sparsity", 0.9, "--method", "harp", "--budget", "erk"], "budget erk does not fit harp"),
         (["--sparsity", 0.9, "--granularity", "2:4"], "granularity 2:4 is sparsity 0.5, not 0.9"),
         (["--granularity", "4:2", "--sparsity", 0.5], "'4:2' is no granularity"),
