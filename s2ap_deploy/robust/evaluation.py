@@ -58,9 +58,11 @@ def pgd_accuracy(
             with torch.no_grad():
                 right = network(images).argmax(dim=1) == labels
             start = random_start(images, threat, generator(seed, "evaluate", batch, device=device))
-            loss = partial(F.cross_entropy, target=labels, reduction="sum")
+            # What is wrong already needs no attack; what is right is attacked from the same start as ever.
+            images, start, wanted = images[right], start[right], labels[right]
+            loss = partial(F.cross_entropy, target=wanted, reduction="sum")
             moved = pgd(network, images, loss, threat=threat, steps=steps, step_size=step, start=start)
             with torch.no_grad():
-                holds = right & (network(moved).argmax(dim=1) == labels)
+                holds = network(moved).argmax(dim=1) == wanted
             n, clean, robust = n + len(labels), clean + int(right.sum()), robust + int(holds.sum())
     return Accuracy(n=n, clean=clean, robust=robust)
