@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from s2ap_deploy.errors import RunFolderError
+from s2ap_deploy.exporting.compaction.report import Compaction
 from s2ap_deploy.files import read_bytes, write_json
 from s2ap_deploy.spec import Frozen
 
@@ -20,6 +21,8 @@ LATENCY_STATEMENT = (
     "Unstructured sparsity shrinks the file, not CPU latency: the runtime decodes the weights once at load "
     "and then computes at dense speed with dense memory."
 )
+
+INT8_STATEMENT = f"{LATENCY_STATEMENT} What gains speed in an int8 file is its arithmetic, at any sparsity."
 
 
 class EncodedTensor(Frozen):
@@ -45,21 +48,25 @@ class Agreement(Frozen):
     """How closely the exported file follows the classifier on ``n`` inputs.
 
     A tie is an input on which the two choose differently although the classes they choose lie closer
-    together than the tolerance allows to tell apart.
+    together than the tolerance allows to tell apart. ``tolerance`` None puts no limit on the logits;
+    ``required`` is the least share of equal classes, ties included.
     """
 
     n: int
     max_logit_difference: float
     largest_logit: float
-    tolerance: float
+    tolerance: float | None
     argmax_agree: int
     ties: int
+    required: float = 1.0
 
     @property
     def passed(self) -> bool:
         # Written so that NaN fails, and infinite logits, which would make the tolerance infinite.
-        close = self.max_logit_difference <= self.tolerance < math.inf
-        return close and self.argmax_agree + self.ties == self.n
+        close = self.max_logit_difference < math.inf
+        if self.tolerance is not None:
+            close = self.max_logit_difference <= self.tolerance < math.inf
+        return close and self.argmax_agree + self.ties >= self.required * self.n
 
 
 class Rejudgement(Frozen):
@@ -88,13 +95,22 @@ class Rejudgement(Frozen):
         return self.disagreements == 0
 
 
+class Quantisation(Frozen):
+    """How a file became int8; ``float_bytes`` is the size of the same file in float32, equally encoded."""
+
+    scheme: str
+    calibration_images: int
+    float_bytes: int
+
+
 class ExportReport(Frozen):
     """One exported file: its hash, its sizes, where its weights came from and every check it passed.
 
     ``sparsity`` is the share of zeros among ``weights``, the entries of all tensors that a
     convolution or matrix product of the graph reads as its weight. ``latency_ratio`` is the time of
     the file divided by the time of its dense twin, one image on one thread, and ``latency_ms`` its own
-    median in milliseconds; None where not measured.
+    median in milliseconds; None where not measured. The dense twin is float32, also of an int8 file, and has
+    all its channels: ``compaction`` says which the file lacks. Their weights count as zeros.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -114,6 +130,8 @@ class ExportReport(Frozen):
     source_weights_sha256: str
     latency_ratio: float | None = None
     latency_ms: float | None = None
+    quantisation: Quantisation | None = None
+    compaction: Compaction | None = None
     statement: str = LATENCY_STATEMENT
     warnings: tuple[str, ...] = ()
     versions: dict[str, str]

@@ -45,17 +45,17 @@ class DecoderBuilder:
         self._names = 0
         self._constants: dict[tuple[str, tuple[int, ...], bytes], tuple[str, TensorProto]] = {}
 
-    def zeros(self, output: str, shape: Iterable[int]) -> Fragment:
-        """A float32 tensor of ``shape`` that holds nothing but zeros."""
+    def zeros(self, output: str, shape: Iterable[int], dtype: np.dtype[np.generic]) -> Fragment:
+        """A tensor of ``shape`` and ``dtype`` that holds nothing but zeros."""
         fragment = Fragment()
-        zero = numpy_helper.from_array(np.zeros(1, np.float32), "")
+        zero = numpy_helper.from_array(np.zeros(1, dtype), "")
         self._add(fragment, "ConstantOfShape", [self._integers(shape)], output, value=zero)
         return fragment
 
     def elias_fano(
-        self, output: str, shape: Iterable[int], code: EliasFano, values: NDArray[np.float32]
+        self, output: str, shape: Iterable[int], code: EliasFano, values: NDArray[np.generic]
     ) -> Fragment:
-        """A float32 tensor of ``shape`` with ``values`` at the positions of ``code`` (at least one)."""
+        """A tensor of ``shape`` with ``values`` at the positions of ``code`` (at least one)."""
         fragment = Fragment()
         index = self._high_parts(fragment, code)
         if code.low_bits:
@@ -63,7 +63,7 @@ class DecoderBuilder:
             scale = self._constant(np.array(1 << code.low_bits, np.int32))
             scaled = self._add(fragment, "Mul", [index, scale])
             index = self._add(fragment, "Add", [scaled, low])
-        blank = self._blank(fragment, code.universe, np.float32)
+        blank = self._blank(fragment, code.universe, values.dtype)
         stored = self._store(fragment, values)
         flat = self._add(fragment, "ScatterElements", [blank, index, stored])
         self._add(fragment, "Reshape", [flat, self._integers(shape)], output)
@@ -86,7 +86,7 @@ class DecoderBuilder:
         slots = self._add(fragment, "Mul", [ranks, bits])
         unset = self._add(fragment, "Sub", [self._constant(np.array(1, np.int32)), bits])
         zeros_before = self._add(fragment, "CumSum", [unset, axis])
-        blank = self._blank(fragment, code.count + 1, np.int32)
+        blank = self._blank(fragment, code.count + 1, np.dtype(np.int32))
         table = self._add(fragment, "ScatterElements", [blank, slots, zeros_before])
         return self._slice(fragment, table, 1, code.count + 1)
 
@@ -108,7 +108,7 @@ class DecoderBuilder:
         numbers = self._add(fragment, "Cast", [logical], to=dtype)
         return self._add(fragment, "Reshape", [numbers, self._integers([-1])])
 
-    def _blank(self, fragment: Fragment, length: int, dtype: type[np.generic]) -> str:
+    def _blank(self, fragment: Fragment, length: int, dtype: np.dtype[np.generic]) -> str:
         zero = numpy_helper.from_array(np.zeros(1, dtype), "")
         return self._add(fragment, "ConstantOfShape", [self._integers([length])], value=zero)
 

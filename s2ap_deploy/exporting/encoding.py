@@ -25,7 +25,9 @@ MIN_OPSET = 18  # BitwiseAnd
 
 
 def encode(model: ModelProto, *, encoding: Encoding = "auto") -> tuple[ModelProto, list[EncodedTensor]]:
-    """A copy of ``model`` with its float32 initializers stored sparsely, and how each one is stored.
+    """A copy of ``model`` with its weights stored sparsely, and how each one is stored.
+
+    Weights are the float32 initializers, and the int8 ones that DequantizeLinear reads.
 
     ``auto`` takes the smallest form of each tensor, ``ef`` Elias-Fano for all but the nearly dense
     ones, ``dense`` none. Tensors of fewer than 256 entries are left alone and not listed. Values keep
@@ -38,8 +40,12 @@ def encode(model: ModelProto, *, encoding: Encoding = "auto") -> tuple[ModelProt
     fragments: dict[str, Fragment] = {}
     table = []
     bound = {value.name for value in (*plain.graph.input, *plain.graph.output)}
+    quantised = {node.input[0] for node in plain.graph.node if node.op_type == "DequantizeLinear"}
     for tensor in plain.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or tensor.name in bound:
+        weight = tensor.data_type == TensorProto.FLOAT or (
+            tensor.data_type == TensorProto.INT8 and tensor.name in quantised
+        )
+        if not weight or tensor.name in bound:
             continue
         if math.prod(tensor.dims) < MIN_ENTRIES:
             continue
@@ -80,17 +86,30 @@ def default_opset(model: ModelProto) -> int:
     return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
 
 
-def _decoded(model: ModelProto) -> dict[str, NDArray[np.float32]]:
+def _decoded(model: ModelProto) -> dict[str, NDArray[np.generic]]:
     """Run the decode nodes alone and return the dense tensors they produce."""
     nodes = [node for node in model.graph.node if decodes(node)]
     names = [name for node in nodes for name in node.output if not name.startswith(PREFIX)]
     if not names:
         return {}
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
     stored = [tensor for tensor in model.graph.initializer if tensor.name.startswith(PREFIX)]
+    types = _types(nodes, stored)
+    outputs = [helper.make_tensor_value_info(name, types[name], None) for name in names]
     graph = helper.make_graph(nodes, "decode", [], outputs, stored)
     decoder = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     return dict(zip(names, evaluate(decoder, names), strict=True))
+
+
+def _types(nodes: Iterable[NodeProto], stored: Iterable[TensorProto]) -> dict[str, int]:
+    """The element type of every value that is a tensor of stored values, or a blank one, in another shape."""
+    types = {tensor.name: tensor.data_type for tensor in stored}
+    for node in nodes:
+        if node.op_type == "ConstantOfShape":
+            values = [attribute.t.data_type for attribute in node.attribute if attribute.name == "value"]
+            types[node.output[0]] = values[0] if values else TensorProto.FLOAT
+        elif node.op_type in ("ScatterElements", "Reshape"):
+            types[node.output[0]] = types.get(node.input[0], TensorProto.FLOAT)
+    return {name: types.get(name, TensorProto.FLOAT) for node in nodes for name in node.output}
 
 
 def _encode_tensor(
@@ -114,13 +133,13 @@ def _encode_tensor(
     if encoding == "dense" or nonzeros > MAX_DENSITY * entries:
         return None, row
     if nonzeros == 0:
-        fragment = builder.zeros(tensor.name, array.shape)
+        fragment = builder.zeros(tensor.name, array.shape, array.dtype)
         return fragment, row.model_copy(update={"encoding": "zeros", "bytes": fragment.bytes})
     code = elias_fano.encode(positions, entries)
     fragment = builder.elias_fano(tensor.name, array.shape, code, flat[positions])
     if encoding == "auto" and fragment.bytes >= dense_bytes:
         return None, row
-    index_bits = 8 * (fragment.bytes - 4 * nonzeros) / nonzeros
+    index_bits = 8 * (fragment.bytes - array.itemsize * nonzeros) / nonzeros
     return fragment, row.model_copy(
         update={"encoding": "ef", "bytes": fragment.bytes, "index_bits": index_bits}
     )

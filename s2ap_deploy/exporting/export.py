@@ -14,11 +14,31 @@ from torch import Tensor, nn
 from s2ap_deploy import runtime
 from s2ap_deploy.errors import UsageError, VerificationError
 from s2ap_deploy.exporting import encoding as codec
-from s2ap_deploy.exporting.artifact import Agreement, ExportReport, Rejudgement
+from s2ap_deploy.exporting.artifact import (
+    INT8_STATEMENT,
+    LATENCY_STATEMENT,
+    Agreement,
+    ExportReport,
+    Quantisation,
+    Rejudgement,
+)
+from s2ap_deploy.exporting.compaction import compact as compaction
+from s2ap_deploy.exporting.compaction import parity
+from s2ap_deploy.exporting.compaction.report import Compaction
 from s2ap_deploy.exporting.encoding import Encoding
 from s2ap_deploy.exporting.graph import check, to_onnx
 from s2ap_deploy.exporting.latency import paired_latency
-from s2ap_deploy.exporting.verify import CertifiedPoints, compare, folded, logits, rejudge, session
+from s2ap_deploy.exporting.quantisation import SCHEME, quantise, quantised_weights
+from s2ap_deploy.exporting.verify import (
+    QUANTISED_FLOOR,
+    CertifiedPoints,
+    compare,
+    compare_quantised,
+    folded,
+    logits,
+    rejudge,
+    session,
+)
 from s2ap_deploy.exporting.weights import kept_but_zero, weights
 from s2ap_deploy.files import atomic, sha256
 from s2ap_deploy.models.classifier import weights_hash
@@ -36,54 +56,73 @@ def export_onnx(
     metadata: Mapping[str, str] | None = None,
     masks: Mapping[str, Tensor] | None = None,
     certified: Sequence[CertifiedPoints] = (),
+    calibration: NDArray[np.float32] | None = None,
+    compact: bool = True,
     overwrite: bool = False,
     recorder: Recorder,
 ) -> ExportReport:
     """Write ``classifier`` to ``output`` as one sparse ONNX file and return the record of its checks.
 
     ``images``: real inputs, float32 [n, C, H, W] in [0, 1], n >= 1. ``masks``: parameter name -> bool,
-    True where the weight is kept. ``certified``: points that the file is to judge anew.
+    True where the weight is kept. ``certified``: points that the file is to judge anew. ``calibration``:
+    images [n, C, H, W] that make it an int8 file, whose dense twin is then the int8 model as quantised.
+    ``compact``: leave out channels that cannot matter; the dense twin then lacks them too, and is compared
+    with the whole graph.
 
     The file on disk must pass ONNX's own check, decode bit for bit to the dense twin, leave no decode
     step in ONNX Runtime's graph, agree with the classifier on ``images`` and on the certified points,
-    and keep to its masks. Otherwise VerificationError, and ``output`` is as it was before.
+    and keep to its masks. An int8 file must give its dense twin's logits bit for bit, and the classifier's
+    class on nine of ten ``images``. Otherwise VerificationError, and ``output`` is as it was before.
     Raises UsageError when ``output`` exists and ``overwrite`` is not set, StorageError when the disk
     refuses, and what :func:`~s2ap_deploy.exporting.graph.to_onnx` raises.
     """
     _check_output(output, overwrite)
     source = weights_hash(classifier)
+    int8 = calibration is not None
     recorder.begin("export", total=4, unit="step")
     dense = to_onnx(
         classifier, input_size, opset=opset, metadata={**(metadata or {}), "s2ap.weights_sha256": source}
     )
+    plain, removal = dense, None
+    if compact:
+        dense, removal = _compacted(plain, images)
+    small = dense
+    if calibration is not None:
+        dense = quantise(small, calibration)
     recorder.advance()
     model, table = codec.encode(dense, encoding=encoding)
     recorder.advance()
     with atomic(output) as temporary:
         _check_model(_write(temporary, model), dense)
         running = session(temporary)
-        agreement = _agreement(classifier, running, images, "the given images")
-        rejudgements = tuple(_rejudge(classifier, running, points) for points in certified)
-        unused = _check_masks(dense, masks)
+        if int8:
+            agreement = _quantised_agreement(classifier, running, dense, images)
+            rejudgements = tuple(rejudge(running, points) for points in certified)
+        else:
+            agreement = _agreement(classifier, running, images, "the given images")
+            rejudgements = tuple(_rejudge(classifier, running, points) for points in certified)
+        unused = _check_masks(plain, masks)
         recorder.advance()
         warnings = _warnings(running, images, rejudgements)
         latency = None
-        if any(row.encoding != "dense" for row in table):
-            twin = session(dense.SerializeToString())
+        if dense is not plain or any(row.encoding != "dense" for row in table):
+            twin = session(plain.SerializeToString())
             latency = paired_latency(running, twin, images[:1])
         digest, size = sha256(temporary), temporary.stat().st_size
     recorder.advance()
     recorder.end()
     for warning in warnings:
         recorder.warn(warning)
-    tensors = weights(dense).values()
-    entries = sum(tensor.size for tensor in tensors)
+    tensors = {**weights(dense), **quantised_weights(dense)}.values()
+    removed = sum(tensor.size for tensor in weights(plain).values())
+    removed -= sum(tensor.size for tensor in weights(small).values())
+    entries = sum(tensor.size for tensor in tensors) + removed
     nonzeros = sum(int(np.count_nonzero(tensor)) for tensor in tensors)
     return ExportReport(
         file=output.name,
         sha256=digest,
         bytes=size,
-        dense_bytes=dense.ByteSize(),
+        dense_bytes=plain.ByteSize(),
         opset=codec.default_opset(model),
         encoding=encoding,
         tensors=tuple(table),
@@ -96,9 +135,24 @@ def export_onnx(
         source_weights_sha256=source,
         latency_ratio=latency.ratio if latency is not None else None,
         latency_ms=latency.median_ms if latency is not None else None,
+        quantisation=_quantisation(plain, calibration, encoding) if calibration is not None else None,
+        compaction=removal,
+        statement=_statement(INT8_STATEMENT if int8 else LATENCY_STATEMENT, removal),
         warnings=warnings,
         versions=runtime.versions(),
     )
+
+
+def _compacted(plain: ModelProto, images: NDArray[np.float32]) -> tuple[ModelProto, Compaction]:
+    smaller, removal = compaction.compact(plain)
+    if smaller is plain:
+        return plain, removal
+    check(smaller)
+    return smaller, parity.verify(plain, smaller, images, removal)
+
+
+def _statement(words: str, removal: Compaction | None) -> str:
+    return f"{words} {removal.statement}" if removal is not None and removal.removed else words
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -154,6 +208,31 @@ def _agreement(
             f"the class on {agreement.n - agreement.argmax_agree} of {agreement.n}"
         )
     return agreement
+
+
+def _quantised_agreement(
+    classifier: nn.Module, running: ort.InferenceSession, dense: ModelProto, images: NDArray[np.float32]
+) -> Agreement:
+    """The file against its own int8 twin, bit for bit, and against the float classifier, class by class."""
+    twin = session(dense.SerializeToString())
+    if not np.array_equal(logits(running, images), logits(twin, images)):
+        raise VerificationError("the int8 file does not give the logits of its model without encoding")
+    agreement = compare_quantised(classifier, running, images)
+    if not agreement.passed:
+        raise VerificationError(
+            f"as int8 the network keeps its class on {agreement.argmax_agree} of {agreement.n} images, "
+            f"less than {QUANTISED_FLOOR:.0%}",
+            hint="calibrate on more images, or export float32",
+        )
+    return agreement
+
+
+def _quantisation(plain: ModelProto, calibration: NDArray[np.float32], encoding: Encoding) -> Quantisation:
+    return Quantisation(
+        scheme=SCHEME,
+        calibration_images=len(calibration),
+        float_bytes=codec.encode(plain, encoding=encoding)[0].ByteSize(),
+    )
 
 
 def _rejudge(classifier: nn.Module, running: ort.InferenceSession, points: CertifiedPoints) -> Rejudgement:

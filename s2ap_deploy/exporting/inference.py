@@ -13,7 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as states
 from s2ap_deploy.errors import VerificationError
 
 # The binding raises these side by side, without a common parent of their own.
-_RUNTIME_ERRORS: tuple[type[Exception], ...] = (
+RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     states.EPFail,
     states.EngineError,
     states.Fail,
@@ -44,7 +44,7 @@ def session(model: bytes | Path, threads: int = 1, *, optimized: Path | None = N
     source = model if isinstance(model, bytes) else str(model)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except _RUNTIME_ERRORS as error:
+    except RUNTIME_ERRORS as error:
         raise VerificationError(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
 
 
@@ -53,16 +53,52 @@ def logits(
 ) -> NDArray[np.float32]:
     """Logits [n, K] of ``images`` [n, C, H, W], float32 in [0, 1].
 
+    A model of a fixed batch size is run in batches of that size, the last one filled up with copies.
     Raises VerificationError when the model cannot run on them.
     """
-    name = running.get_inputs()[0].name
-    parts = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    return np.concatenate([_run(running, None, {name: np.ascontiguousarray(part)})[0] for part in parts])
+    entry = running.get_inputs()[0]
+    fixed = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else None
+    size = fixed or batch_size
+    parts = [images[start : start + size] for start in range(0, len(images), size)]
+    found = []
+    for part in parts:
+        missing = size - len(part) if fixed else 0
+        filled = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
+        found.append(_run(running, None, {entry.name: np.ascontiguousarray(filled)})[0][: len(part)])
+    return np.concatenate(found)
 
 
-def evaluate(model: ModelProto, outputs: list[str]) -> list[NDArray[np.float32]]:
+class FileAnswers:
+    """An ONNX file as a function: float32 [n, C, H, W] in [0, 1] to logits [n, K], on one thread of the CPU.
+
+    It travels between processes as the bytes of the file; each opens a session of its own.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        """Raises VerificationError, when first asked, for what ONNX Runtime refuses."""
+        self._content = content
+        self._running: ort.InferenceSession | None = None
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        return logits(self.running, images)
+
+    @property
+    def running(self) -> ort.InferenceSession:
+        """The open session."""
+        if self._running is None:
+            self._running = session(self._content)
+        return self._running
+
+    def __getstate__(self) -> bytes:
+        return self._content
+
+    def __setstate__(self, content: bytes) -> None:
+        self.__init__(content)  # type: ignore[misc]
+
+
+def evaluate(model: ModelProto, outputs: list[str]) -> list[NDArray[np.generic]]:
     """The named outputs of a model that has no inputs. Raises VerificationError when it cannot run."""
-    return _run(session(model.SerializeToString()), outputs, {})
+    return list(_run(session(model.SerializeToString()), outputs, {}))
 
 
 def _run(
@@ -70,7 +106,7 @@ def _run(
 ) -> list[NDArray[np.float32]]:
     try:
         return list(running.run(outputs, feed))
-    except _RUNTIME_ERRORS as error:
+    except RUNTIME_ERRORS as error:
         raise VerificationError(f"the exported model does not run: {_first_line(error)}") from error
 
 

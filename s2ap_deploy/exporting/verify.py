@@ -21,9 +21,19 @@ from s2ap_deploy.exporting.artifact import Agreement, Rejudgement
 from s2ap_deploy.exporting.decoder import decodes
 from s2ap_deploy.exporting.inference import logits, session
 
-__all__ = ["CertifiedPoints", "compare", "folded", "logits", "rejudge", "session"]
+__all__ = [
+    "CertifiedPoints",
+    "compare",
+    "compare_quantised",
+    "compare_twin",
+    "folded",
+    "logits",
+    "rejudge",
+    "session",
+]
 
 RELATIVE_TOLERANCE = 1e-5
+QUANTISED_FLOOR = 0.9
 DECODE_OPERATORS = ("BitwiseAnd", "CumSum", "ScatterElements")
 
 
@@ -83,16 +93,56 @@ def compare(
     for size in sizes[:-1]:
         part = images[: 2 * size]
         differences.append(_largest(logits(running, part, size) - reference[: len(part)]))
-    largest = _largest(reference)
-    tolerance = _tolerance(largest)
-    differs, ties = _against(reference, found.argmax(1), tolerance)
+    agreed = _agreement(reference, found, tolerance=_tolerance(_largest(reference)))
+    # np.max, unlike max(), keeps a NaN.
+    return agreed.model_copy(update={"max_logit_difference": float(np.max(differences))})
+
+
+def compare_quantised(
+    classifier: nn.Module, running: ort.InferenceSession, images: NDArray[np.float32]
+) -> Agreement:
+    """Logits of an int8 session against those of its float classifier on ``images`` [n, C, H, W].
+
+    Rounding to 8 bits is meant to move logits: only the share of equal classes is held against a floor.
+    """
+    reference = _reference(classifier, images, 64)
+    return _agreement(reference, logits(running, images), tolerance=None, required=QUANTISED_FLOOR)
+
+
+def compare_twin(
+    twin_logits: NDArray[np.float32], file_logits: NDArray[np.float32], *, quantised: bool
+) -> Agreement:
+    """Whether a differentiable twin speaks for its file: logits [n, K] of both on the same inputs.
+
+    In float32 they may differ by 1e-3 x max(1, largest |logit|), and classes only where that leaves a tie.
+    A quantised file rounds in another order of operations, and one rounding that falls the other way moves
+    what follows by steps: logits may differ by four steps of an 8-bit scale over the largest of them, and
+    99 % of the classes must be equal, classes within one step of each other apart.
+    """
+    largest = _largest(file_logits)
+    if not quantised:
+        return _agreement(file_logits, twin_logits, tolerance=1e-3 * max(1.0, largest))
+    step = largest / 127
+    tied = _agreement(file_logits, twin_logits, tolerance=step / 2, required=0.99)
+    return tied.model_copy(update={"tolerance": 4 * step})
+
+
+def _agreement(
+    reference: NDArray[np.float32],
+    found: NDArray[np.float32],
+    *,
+    tolerance: float | None,
+    required: float = 1.0,
+) -> Agreement:
+    differs, ties = _against(reference, found.argmax(1), tolerance or 0.0)
     return Agreement(
-        n=len(images),
-        max_logit_difference=float(np.max(differences)),  # unlike max(), keeps a NaN
-        largest_logit=largest,
+        n=len(reference),
+        max_logit_difference=_largest(found - reference),
+        largest_logit=_largest(reference),
         tolerance=tolerance,
-        argmax_agree=len(images) - differs,
+        argmax_agree=len(reference) - differs,
         ties=ties,
+        required=required,
     )
 
 

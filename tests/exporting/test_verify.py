@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from s2ap_deploy.errors import VerificationError
 from s2ap_deploy.exporting import encoding, verify
 from s2ap_deploy.exporting.graph import to_onnx
+from s2ap_deploy.exporting.verify import compare_quantised, compare_twin, session
 from s2ap_deploy.models.classifier import Classifier
 
 
@@ -182,3 +183,35 @@ def test_a_file_that_the_runtime_refuses_is_reported() -> None:
 def test_inputs_of_another_size_are_reported() -> None:
     with pytest.raises(VerificationError, match="does not run"):
         verify.logits(verify.session(identity_model(3)), np.zeros((1, 4, 1, 1), np.float32))
+
+
+def test_twin_in_float_may_round_but_not_differ() -> None:
+    file = np.array([[0.0, 2.0], [3.0, 1.0]], np.float32)
+    assert compare_twin(file + np.float32(9e-4), file, quantised=False).passed
+    assert not compare_twin(file + np.float32(4e-3), file, quantised=False).passed
+    tied = np.array([[1.0, 1.0005], [3.0, 1.0]], np.float32)
+    assert compare_twin(tied[:, ::-1], tied, quantised=False).ties == 1
+    assert not compare_twin(np.full_like(file, np.nan), file, quantised=False).passed
+
+
+def test_twin_of_int8_may_differ_by_steps_and_rarely_in_class() -> None:
+    file = np.zeros((300, 2), np.float32)
+    file[:, 1] = 127.0  # one step is 1
+    assert compare_twin(file + 3, file, quantised=True).passed
+    assert not compare_twin(file + 5, file, quantised=True).passed
+    near = np.tile(np.array([[125.0, 127.0]], np.float32), (300, 1))
+    flipped = near.copy()
+    flipped[:3] = flipped[:3, ::-1]
+    assert compare_twin(flipped, near, quantised=True).passed
+    flipped[:4] = near[:4, ::-1]
+    assert not compare_twin(flipped, near, quantised=True).passed
+
+
+def test_quantised_file_is_held_against_a_floor_of_classes(
+    classifier: Classifier, dense_model: ModelProto, images: NDArray[np.float32]
+) -> None:
+    agreement = compare_quantised(classifier, session(dense_model.SerializeToString()), images)
+    assert (agreement.tolerance, agreement.required, agreement.passed) == (None, 0.9, True)
+    poor = agreement.model_copy(update={"argmax_agree": int(0.89 * agreement.n), "ties": 0})
+    assert not poor.passed
+    assert not agreement.model_copy(update={"max_logit_difference": float("nan")}).passed

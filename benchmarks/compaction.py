@@ -1,0 +1,145 @@
+"""How much dead structure a sparse CIFAR ResNet-18 holds, and that removing it changes nothing.
+
+    python benchmarks/compaction.py
+
+The network is random: He-initialised weights whose output channels are scaled by log-normal factors (sigma
+0.5 and 1.0; trained networks have such spreads), BatchNorm statistics measured on noise, ERK budgets, and
+inside each layer the largest weights kept. Work and size are real, accuracy means nothing here.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import onnx
+import result
+import torch
+from numpy.typing import NDArray
+from onnx import ModelProto, numpy_helper
+from torch import nn
+from torch.nn import functional as F
+
+from s2ap_deploy.exporting.compaction.compact import compact
+from s2ap_deploy.exporting.compaction.parity import probes
+from s2ap_deploy.exporting.graph import check, to_onnx
+from s2ap_deploy.exporting.inference import logits, session
+from s2ap_deploy.models import registry
+from s2ap_deploy.pruning import budgets
+from s2ap_deploy.pruning.masks import top_k
+
+SIZE = (3, 32, 32)
+SPARSITIES = (0.9, 0.95, 0.99)
+SPREADS = (0.0, 0.5, 1.0)
+
+
+def pruned(sparsity: float, spread: float, seed: int = 0) -> nn.Module:
+    """A network with calibrated statistics and masked weights."""
+    torch.manual_seed(seed)
+    network = registry.resolve("cifar-resnet18").build(10)
+    weights = {name: each for name, each in network.named_parameters() if each.ndim > 1}
+    with torch.no_grad():
+        for weight in weights.values():
+            nn.init.kaiming_normal_(weight)
+            if weight.ndim == 4:
+                weight *= torch.exp(spread * torch.randn(len(weight), 1, 1, 1))
+        keep = budgets.erk({name: tuple(each.shape) for name, each in weights.items()}, sparsity)
+        for name, weight in weights.items():
+            weight *= top_k(weight.abs(), keep[name])
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.2)
+        for _ in range(4):
+            network.train()(torch.rand(64, *SIZE))
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.1
+    return network.eval()
+
+
+def in_double(model: ModelProto, images: torch.Tensor) -> torch.Tensor:
+    """Logits in float64 of the operators that this network's graph has."""
+    values: dict[str, Any] = {
+        each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in model.graph.initializer
+    }
+    values = {name: each.double() if each.is_floating_point() else each for name, each in values.items()}
+    values[model.graph.input[0].name] = images.double()
+    for node in model.graph.node:
+        given = [values[name] for name in node.input]
+        settings = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        if node.op_type == "Conv":
+            bias = given[2] if len(given) > 2 else None
+            found = F.conv2d(given[0], given[1], bias, settings["strides"], settings["pads"][:2])
+        elif node.op_type == "Relu":
+            found = given[0].relu()
+        elif node.op_type == "Add":
+            found = given[0] + given[1]
+        elif node.op_type == "ReduceMean":
+            found = given[0].mean((2, 3), keepdim=True)
+        elif node.op_type == "Reshape":
+            found = given[0].reshape(given[1].tolist())
+        elif node.op_type == "Gemm":
+            found = F.linear(given[0], given[1], given[2])
+        else:
+            raise NotImplementedError(node.op_type)
+        values[node.output[0]] = found
+    answer: torch.Tensor = values[model.graph.output[0].name]
+    return answer
+
+
+def doubled(model: ModelProto) -> ModelProto:
+    """The graph with float64 weights, input and output."""
+    exact = ModelProto()
+    exact.CopyFrom(model)
+    for value in (*exact.graph.input, *exact.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    for tensor in exact.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.dtype == np.float32:
+            tensor.CopyFrom(numpy_helper.from_array(array.astype(np.float64), tensor.name))
+    return exact
+
+
+def measure(sparsity: float, spread: float, images: NDArray[np.float32]) -> dict[str, Any]:
+    model = to_onnx(pruned(sparsity, spread), SIZE)
+    start = time.perf_counter()
+    smaller, removal = compact(model)
+    seconds = time.perf_counter() - start
+    check(smaller)
+    before = logits(session(model.SerializeToString()), images)
+    after = logits(session(smaller.SerializeToString()), images)
+    exact = doubled(model)
+    with torch.no_grad():
+        reference = in_double(exact, torch.from_numpy(images))
+        found = in_double(compact(exact)[0], torch.from_numpy(images))
+    return {
+        "sparsity": sparsity,
+        "channel_scale_sigma": spread,
+        "mac_ratio": removal.macs_before / removal.macs_after,
+        "parameter_ratio": removal.parameters_before / removal.parameters_after,
+        "channels_before": removal.channels_before,
+        "channels_removed": removal.removed,
+        "channels_merged": removal.merged,
+        "float32_difference": float(np.abs(after - before).max()),
+        "float64_difference": float((found - reference).abs().max()),
+        "largest_logit": float(np.abs(before).max()),
+        "spread_over_inputs": float(np.ptp(before, axis=0).max()),
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    images = np.concatenate([probes(SIZE), np.random.default_rng(1).random((16, *SIZE), np.float32)])
+    rows = []
+    for spread in SPREADS:
+        for sparsity in SPARSITIES:
+            rows.append(measure(sparsity, spread, images))
+            print({name: round(value, 12) for name, value in rows[-1].items()}, flush=True)
+    result.write("compaction", {"network": "cifar-resnet18", "budget": "erk", "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

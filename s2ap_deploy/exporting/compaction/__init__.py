@@ -1,0 +1,1 @@
+"""Exact removal of dead structure: smaller shapes, the same function."""

@@ -1,0 +1,114 @@
+"""What an ONNX graph says about its tensors: shapes, channel counts and fixed contents. No torch.
+
+A *channel* is an index along axis 1. Every activation of rank 2 or more whose axis 1 has a known length
+has channels, whatever that axis means to the network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+LARGE = 1024  # entries; no tensor that says a shape is as long
+Shape = tuple[int | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Shapes (None for an open dimension) and the arrays of initializers and ``Constant`` nodes, by name."""
+
+    opset: int
+    shapes: Mapping[str, Shape]
+    arrays: Mapping[str, NDArray[np.generic]]
+
+    def channels(self, name: str) -> int | None:
+        """The number of channels of an activation; None where it has no such axis or an open one."""
+        if name in self.arrays:
+            return None
+        shape = self.shapes.get(name, ())
+        return shape[1] if len(shape) >= 2 and shape[1] else None
+
+    def rank(self, name: str) -> int:
+        return len(self.shapes[name])
+
+    def spatial(self, name: str) -> int | None:
+        """The number of points of one channel, None when open."""
+        rest = self.shapes[name][2:]
+        sizes = [size for size in rest if size is not None]
+        return math.prod(sizes) if len(sizes) == len(rest) else None
+
+
+def layout(model: ModelProto) -> Layout:
+    """Read the layout of ``model``; the model itself is not touched."""
+    graph = onnx.shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph
+    shapes = {
+        value.name: tuple(
+            dimension.dim_value if dimension.HasField("dim_value") else None
+            for dimension in value.type.tensor_type.shape.dim
+        )
+        for value in (*graph.input, *graph.value_info, *graph.output)
+        if value.type.tensor_type.HasField("shape")
+    }
+    bound = {value.name for value in model.graph.input}  # its initializer is but a default
+    arrays = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if tensor.name not in bound
+    }
+    for node in model.graph.node:
+        value = attributes(node).get("value") if node.op_type == "Constant" else None
+        if isinstance(value, TensorProto):
+            arrays[node.output[0]] = numpy_helper.to_array(value)
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    return Layout(opset, shapes, arrays)
+
+
+def _without_weights(model: ModelProto) -> ModelProto:
+    """A model of the same shapes whose large tensors are inputs: inference copies it several times."""
+    light = ModelProto(ir_version=model.ir_version)
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    light.graph.name = model.graph.name
+    light.graph.node.extend(model.graph.node)
+    light.graph.input.extend(model.graph.input)
+    light.graph.output.extend(model.graph.output)
+    bound = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) <= LARGE:
+            light.graph.initializer.add().CopyFrom(tensor)
+        elif tensor.name not in bound:
+            light.graph.input.append(
+                helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
+    return light
+
+
+def attributes(node: NodeProto) -> dict[str, Any]:
+    """The attributes of a node as Python values; bytes become text."""
+    found = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+    return {name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()}
+
+
+def captured(model: ModelProto) -> set[str]:
+    """Names that nested graphs (``If``, ``Loop``) may read from outside: every name they mention."""
+    names: set[str] = set()
+    stack = [
+        attribute.g
+        for node in model.graph.node
+        for attribute in node.attribute
+        if attribute.type == AttributeProto.GRAPH
+    ]
+    while stack:
+        graph = stack.pop()
+        names.update(output.name for output in graph.output)
+        for node in graph.node:
+            names.update(node.input)
+            stack += [each.g for each in node.attribute if each.type == AttributeProto.GRAPH]
+    return names

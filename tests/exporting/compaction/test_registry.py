@@ -1,0 +1,99 @@
+"""Every registered family exports, compacts and still computes the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from s2ap_deploy.exporting.compaction import parity
+from s2ap_deploy.exporting.compaction.compact import compact
+from s2ap_deploy.exporting.graph import check, to_onnx
+from s2ap_deploy.models import imagenet, registry
+from s2ap_deploy.models.classifier import Classifier
+from s2ap_deploy.spec import Normalization
+
+OWN = [
+    "mnist-conv", "digits-conv", "cifar-resnet18", "cifar-resnet20", "cifar-resnet50",
+    "cifar-preact-resnet18", "cifar-preact-resnet18-final-bn", "cifar-vgg16-bn", "cifar-wrn-28-4",
+]  # fmt: skip
+# One of each family; the value is what compaction must name as left alone.
+TORCHVISION = {
+    "alexnet": set(),
+    "convnext_tiny": {"LayerNormalization"},
+    "densenet121": set(),
+    "efficientnet_b0": set(),
+    "googlenet": set(),
+    "inception_v3": set(),
+    "maxvit_t": {"Softmax"},
+    "mnasnet0_5": set(),
+    "mobilenet_v2": set(),
+    "mobilenet_v3_small": set(),
+    "regnet_y_400mf": set(),
+    "resnet18": set(),
+    "resnext50_32x4d": set(),
+    "shufflenet_v2_x0_5": {"Transpose"},
+    "squeezenet1_1": set(),
+    "swin_t": {"Softmax"},
+    "vit_b_16": {"Softmax"},
+    "wide_resnet50_2": set(),
+}
+
+
+def damaged(network: nn.Module) -> nn.Module:
+    """A fifth of all output channels is dead, some of them constants; half of the other weights are zero."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and len(module.weight) > 10:
+                module.weight *= torch.rand_like(module.weight) > 0.5
+                module.weight[torch.rand(len(module.weight)) < 0.2] = 0
+                if module.bias is not None:
+                    module.bias.uniform_(-0.5, 0.5)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.bias.uniform_(-0.5, 0.5)
+                module.weight.uniform_(1.0, 2.0)
+                module.running_var.fill_(0.1)
+    return network.eval()
+
+
+def compacted(name: str) -> tuple[int, set[str]]:
+    """The number of removed channels and the operators that were left alone, with everything checked."""
+    architecture = registry.resolve(name)
+    network = damaged(architecture.build(architecture.num_classes))
+    channels = architecture.input_size[0]
+    normalization = Normalization(mean=(0.4,) * channels, std=(0.25,) * channels)
+    model = to_onnx(Classifier(network, normalization), architecture.input_size)
+    smaller, removal = compact(model)
+    check(smaller)
+    images = np.random.default_rng(0).random((2, *architecture.input_size), np.float32)
+    parity.verify(model, smaller, images, removal)
+    assert (removal.macs_after < removal.macs_before) == (removal.removed > 0)
+    assert (removal.parameters_after < removal.parameters_before) == (removal.removed > 0)
+    return removal.removed, {each.operator for each in removal.skipped}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OWN)
+def test_our_own_families(name: str) -> None:
+    removed, skipped = compacted(name)
+    assert removed > 0
+    assert skipped == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_families(name: str) -> None:
+    removed, skipped = compacted(imagenet.PREFIX + name)
+    if TORCHVISION[name]:
+        assert skipped >= TORCHVISION[name]
+    else:
+        assert skipped == set()
+        assert removed > 0
+
+
+def test_no_family_is_forgotten() -> None:
+    listed = {name.split("-")[1] for name in OWN} | {"resnet34"}
+    ours = {name.split("-")[1] for name in registry._OWN}
+    assert ours <= listed

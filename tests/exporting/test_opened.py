@@ -1,0 +1,99 @@
+"""Files that somebody gives us: what is taken, and what is refused with a reason."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from s2ap_deploy.errors import CheckpointError, StorageError
+from s2ap_deploy.exporting.encoding import encode
+from s2ap_deploy.exporting.inference import FileAnswers, logits, session
+from s2ap_deploy.exporting.opened import read
+from s2ap_deploy.files import sha256
+
+
+def written(path: Path, model: ModelProto) -> Path:
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_what_a_file_says(tmp_path: Path, dense_model: ModelProto, images: NDArray[np.float32]) -> None:
+    model = ModelProto.FromString(encode(dense_model)[0].SerializeToString())
+    onnx.helper.set_model_props(model, {"s2ap.sparsity": "0.9", "s2ap.class_names": '["a", "b"]'})
+    opened = read(written(tmp_path / "m.onnx", model))
+    assert (opened.input_size, opened.quantised) == ((3, 8, 8), False)
+    assert opened.sha256 == sha256(tmp_path / "m.onnx")
+    assert (opened.class_names, opened.sparsity) == (("a", "b"), 0.9)
+    expected = logits(session(model.SerializeToString()), images)
+    assert np.array_equal(opened.answers(images), expected)
+
+
+@pytest.mark.parametrize("text", ["nonsense", "{}", "nan", "7"])
+def test_damaged_metadata_is_no_fact(tmp_path: Path, dense_model: ModelProto, text: str) -> None:
+    model = ModelProto.FromString(dense_model.SerializeToString())
+    onnx.helper.set_model_props(model, {"s2ap.sparsity": text, "s2ap.class_names": text})
+    opened = read(written(tmp_path / "m.onnx", model))
+    assert (opened.class_names, opened.sparsity) == ((), None)
+
+
+def test_answers_travel_as_bytes(dense_model: ModelProto, images: NDArray[np.float32]) -> None:
+    answers = FileAnswers(dense_model.SerializeToString())
+    expected = answers(images)
+    for other in (pickle.loads(pickle.dumps(answers)), copy.deepcopy(answers)):
+        assert np.array_equal(other(images), expected)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(StorageError):
+        read(tmp_path / "none.onnx")
+
+
+@pytest.mark.parametrize("content", [b"", b"not ONNX at all", bytes(100)])
+def test_garbage(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="ONNX"):
+        read(path)
+
+
+def test_a_torn_file(tmp_path: Path, dense_model: ModelProto) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(dense_model.SerializeToString()[:-5000])
+    with pytest.raises(CheckpointError):
+        read(path)
+
+
+def relu(shape: list[int | str], kind: int = TensorProto.FLOAT) -> ModelProto:
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["image"], ["out"])],
+        "g",
+        [helper.make_tensor_value_info("image", kind, shape)],
+        [helper.make_tensor_value_info("out", kind, shape)],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize(
+    "model", [relu(["b", 3]), relu(["b", 3, "h", "w"]), relu(["b", 3, 8, 8], TensorProto.DOUBLE)]
+)
+def test_other_inputs_are_refused(tmp_path: Path, model: ModelProto) -> None:
+    with pytest.raises(CheckpointError, match=r"one float32 tensor \[batch, C, H, W\]"):
+        read(written(tmp_path / "m.onnx", model))
+
+
+def test_weights_elsewhere_are_refused(tmp_path: Path) -> None:
+    model = relu(["b", 3, 8, 8])
+    tensor = numpy_helper.from_array(np.ones(3, np.float32), "w")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="w.bin")
+    tensor.ClearField("raw_data")
+    model.graph.initializer.append(tensor)
+    with pytest.raises(CheckpointError, match="another file"):
+        read(written(tmp_path / "m.onnx", model))
