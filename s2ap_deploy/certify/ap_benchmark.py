@@ -129,6 +129,8 @@ def _deviations(clean: Share, autoattack: Share, eps: str, curve: SecurityCurve)
         found.append(f"AutoAttack on {autoattack.n:,} images instead of {_AUTOATTACK_N:,}")
     if clean.n != _AUTOATTACK_N:
         found.append(f"clean accuracy on {clean.n:,} images instead of {_AUTOATTACK_N:,}")
+    if "autoattack_eps" in curve.facts:
+        found.append("distance at most AutoAttack's eps where AutoAttack broke the image")
     if curve.n != _CURVE_N:
         found.append(f"FMN on {curve.n:,} images instead of {_CURVE_N}")
     return found

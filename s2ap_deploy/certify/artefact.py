@@ -27,12 +27,16 @@ class Rejudged(Frozen):
 
 
 class ArtefactFact(Frozen):
-    """A file that is to be shipped: its hash now (None: missing) and when it was recorded (None: never)."""
+    """A file that is to be shipped: its hash now (None: missing) and when it was recorded (None: never).
+
+    A ``quantised`` one is another network than the one it was made from.
+    """
 
     path: str
     sha256: str | None
     recorded_sha256: str | None
     rejudged: tuple[Rejudged, ...] = ()
+    quantised: bool = False
 
     @classmethod
     def read(cls, path: Path, recorded_sha256: str | None, rejudged: Sequence[Rejudged] = ()) -> ArtefactFact:
@@ -45,8 +49,13 @@ class ArtefactFact(Frozen):
         )
 
 
-def coverage(fact: ArtefactFact, certificate: Certificate) -> Check:
-    """Whether the certificate speaks for the file as it lies there now."""
+def coverage(fact: ArtefactFact, certificate: Certificate, *others: Certificate) -> Check:
+    """Whether the certificate, or one of the others, speaks for the file as it lies there now."""
+    checks = [_coverage(fact, each) for each in (certificate, *others)]
+    return next((check for check in checks if check.status == "pass"), checks[0])
+
+
+def _coverage(fact: ArtefactFact, certificate: Certificate) -> Check:
     name = f"file {fact.path}"
     if fact.sha256 is None:
         return Check(name=name, status="inconclusive", words=f"{name} is missing")
@@ -55,6 +64,15 @@ def coverage(fact: ArtefactFact, certificate: Certificate) -> Check:
         return Check(name=name, status="fail", words=words)
     if fact.sha256 == certificate.subject.checkpoint_sha256:
         return Check(name=name, status="pass", words=f"{name} is the attacked checkpoint")
+    attacked = certificate.subject.artefact
+    if attacked is not None and fact.sha256 == attacked.sha256:
+        return Check(name=name, status="pass", words=f"{name} is the attacked file")
+    if fact.quantised:
+        words = (
+            f"{name} holds int8 values, and points that were made for another network overstate it: "
+            f"certify the file itself with s2ap-deploy certify --run RUN --artifact {fact.path}"
+        )
+        return Check(name=name, status="inconclusive", words=words)
     covering = [answer for answer in fact.rejudged if answer.certificate_sha256 == certificate.sha256]
     if fact.recorded_sha256 is None or not covering or covering[-1].n != certificate.n:
         words = f"{name}: no certificate and no re-judged points cover it"

@@ -1,9 +1,8 @@
-"""The attacks of AutoAttack's ``standard`` version, with its parameters. The only user of pyautoattack.
+"""The attacks of AutoAttack with the parameters of a protocol. The only user of pyautoattack.
 
-Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-parameter-free attacks", ICML 2020 (arXiv 2003.01690); for L1 Croce and Hein, ICML 2021 (2103.01208).
 Only the attack classes are used: the package's own driver assumes ten classes, resumes wrongly and
-writes its warnings to a log.
+writes its warnings to a log. Their inner loops are ours where that saves work at the same verdict per point
+(``apgd``, ``fab``, ``square``); parameters, random draws and all around the loops are the classes' own.
 """
 
 from __future__ import annotations
@@ -11,22 +10,19 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted, L1_projection
+from pyautoattack.fab_projections import projection_l1
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
+from s2ap_deploy.certify import protocols
+from s2ap_deploy.certify.apgd import LeavingAPGD
+from s2ap_deploy.certify.fab import LeavingFAB
+from s2ap_deploy.certify.square import WalkingSquare
 from s2ap_deploy.errors import DataError
 from s2ap_deploy.spec import ThreatModel
 
-STANDARD = "standard"
-ADAPTED = "aa-adapted"
-ITERATIONS = {"apgd-ce": 100, "apgd-t": 100, "apgd-margin": 100, "fab-t": 100, "square": 5000}
-
-_MAX_TARGETS = 9
-_MAX_TARGETS_L1 = 5  # APGD-T against L1 only; FAB-T keeps nine
-_RESTARTS_L1 = 5  # APGD-CE against L1 only
-_DLR_LOGITS = 4  # the targeted DLR loss reads the four largest logits
 _SQUARE_SIDE = 5  # Square divides the side by five in L1 and L2
 
 
@@ -46,7 +42,19 @@ class WarningCount:
         self.count += 1
 
 
-class MarginAPGD(APGDAttack_targeted):  # type: ignore[misc]
+class APGD(LeavingAPGD, APGDAttack):  # type: ignore[misc]
+    """APGD on the cross-entropy or the DLR loss."""
+
+    l1_projection = staticmethod(L1_projection)
+
+
+class TargetedAPGD(LeavingAPGD, APGDAttack_targeted):  # type: ignore[misc]
+    """APGD-T: the targeted DLR loss, towards one class after another."""
+
+    l1_projection = staticmethod(L1_projection)
+
+
+class MarginAPGD(TargetedAPGD):
     """APGD-T on the plain margin ``z_target - z_y``, for networks with too few classes for targeted DLR.
 
     Leaving out DLR's denominator changes no step: each is normalised, and losses are only compared
@@ -58,39 +66,26 @@ class MarginAPGD(APGDAttack_targeted):  # type: ignore[misc]
         return x[rows, self.y_target] - x[rows, y]
 
 
-def protocol(num_classes: int) -> str:
-    """``standard``, or ``aa-adapted`` for 2 and 3 classes, where standard AutoAttack is not defined."""
-    return STANDARD if num_classes >= _DLR_LOGITS else ADAPTED
+class RandomisedMarginAPGD(APGDAttack_targeted):  # type: ignore[misc]
+    """:class:`MarginAPGD` in the reference's own loop, for randomised networks."""
+
+    dlr_loss_targeted = MarginAPGD.dlr_loss_targeted
 
 
-def names(num_classes: int) -> tuple[str, ...]:
-    """The attacks in their order; each sees only what the ones before it left standing."""
-    targeted = "apgd-t" if num_classes >= _DLR_LOGITS else "apgd-margin"
-    return ("apgd-ce", targeted, "fab-t", "square")
+class FAB(LeavingFAB, FABAttack_PT):  # type: ignore[misc]
+    """FAB, targeted or not."""
+
+    l1_projection = staticmethod(projection_l1)
 
 
-def targets(name: str, norm: str, num_classes: int) -> int:
-    """How many other classes a targeted attack tries for each image (1 for an untargeted attack)."""
-    if name in ("apgd-ce", "square"):
-        return 1
-    most = _MAX_TARGETS_L1 if norm == "L1" and name != "fab-t" else _MAX_TARGETS
-    return min(most, num_classes - 1)
+class Square(WalkingSquare, SquareAttack):  # type: ignore[misc]
+    """Square; in L1 and L2 the reference's own loop."""
 
 
-def restarts(name: str, norm: str) -> int:
-    """How often an attack starts again from another random point."""
-    return _RESTARTS_L1 if norm == "L1" and name == "apgd-ce" else 1
-
-
-def forward_equivalents(name: str, norm: str, num_classes: int) -> int:
-    """Cost for one image that the attack does not break, in forward passes (a backward pass counts as 2)."""
-    per_iteration = {"square": 1, "fab-t": 4}.get(name, 3)
-    return ITERATIONS[name] * per_iteration * targets(name, norm, num_classes) * restarts(name, norm)
-
-
-def check_size(size: tuple[int, ...], norm: str) -> None:
+def check_size(size: tuple[int, ...], norm: str, version: protocols.Version = "standard") -> None:
     """Raise DataError for images on which an attack is not defined. ``size`` is (C, H, W)."""
-    if norm != "Linf" and min(size[1:]) < _SQUARE_SIDE:
+    has_square = "square" in protocols.names(version, num_classes=10)
+    if norm != "Linf" and has_square and min(size[1:]) < _SQUARE_SIDE:
         raise DataError(
             f"Square in {norm} needs images of at least {_SQUARE_SIDE} x {_SQUARE_SIDE} pixels, "
             f"these have {size[1]} x {size[2]}",
@@ -107,33 +102,52 @@ def build(
     seed: int,
     device: torch.device,
     warnings: WarningCount,
+    version: protocols.Version = "standard",
     iterations: int | None = None,
 ) -> Attack:
-    """The attack ``name`` (one of :func:`names`) with AutoAttack's standard parameters.
+    """The attack ``name`` (one of ``protocols.names``) with its parameters in ``version``.
 
     ``iterations`` replaces the published number per start and target, to measure what one costs; the
     result is then not AutoAttack. ``warnings`` counts batches that hold a zero input gradient.
     """
-    steps = iterations or ITERATIONS[name]
+    step = protocols.step(name, version, threat.norm, num_classes)
+    count = iterations or step.iterations
     shared: dict[str, Any] = {
         "norm": threat.norm,
         "eps": threat.radius,
         "seed": seed,
         "device": device,
         "verbose": False,
-        "n_restarts": restarts(name, threat.norm),
+        "n_restarts": step.restarts,
     }
-    apgd = {"n_iter": steps, "use_largereps": threat.norm == "L1", "logger": warnings}
-    count = targets(name, threat.norm, num_classes)
     attack: Attack
-    if name == "apgd-ce":
-        attack = APGDAttack(model, loss="ce", **apgd, **shared)
-    elif name == "apgd-t":
-        attack = APGDAttack_targeted(model, n_target_classes=count, **apgd, **shared)
-    elif name == "apgd-margin":
-        attack = MarginAPGD(model, n_target_classes=count, **apgd, **shared)
-    elif name == "fab-t":
-        attack = FABAttack_PT(model, targeted=True, n_iter=steps, n_target_classes=count, **shared)
+    if name == "square":
+        attack = Square(model, p_init=0.8, n_queries=count, resc_schedule=False, **shared)
+    elif name in ("fab", "fab-t"):
+        attack = FAB(model, targeted=name == "fab-t", n_iter=count, n_target_classes=step.targets, **shared)
     else:
-        attack = SquareAttack(model, p_init=0.8, n_queries=steps, resc_schedule=False, **shared)
+        attack = _apgd(step, model, n_iter=count, logger=warnings, **shared)
+    return attack
+
+
+def _apgd(step: protocols.Step, model: nn.Module, **parameters: Any) -> Attack:
+    """APGD with the loss that its name says.
+
+    A network that answers differently each time is wrong at a point only sometimes: there a point must stay
+    until its loss is high, and the reference's own loop keeps it.
+    """
+    parameters |= {"use_largereps": step.wide_start, "eot_iter": step.eot}
+    leaving = step.eot == 1
+    attack: Attack
+    if step.name in ("apgd-t", "apgd-margin"):
+        kinds = {
+            ("apgd-t", True): TargetedAPGD,
+            ("apgd-t", False): APGDAttack_targeted,
+            ("apgd-margin", True): MarginAPGD,
+            ("apgd-margin", False): RandomisedMarginAPGD,
+        }
+        attack = kinds[step.name, leaving](model, n_target_classes=step.targets, **parameters)
+    else:
+        kind = APGD if leaving else APGDAttack
+        attack = kind(model, loss=step.name.removeprefix("apgd-"), **parameters)
     return attack

@@ -8,9 +8,9 @@ any order, and after any kill.
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,116 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ap_deploy.certify import attacks
-from s2ap_deploy.certify.attacker import Attacker, UnitResult
-from s2ap_deploy.certify.executors import Executor, InProcess
-from s2ap_deploy.certify.judge import Judge, checked, exact_arithmetic, output_flags
+from s2ap_deploy.certify import attacks, protocols
+from s2ap_deploy.certify.attacker import Attacker, Unit, UnitResult
+from s2ap_deploy.certify.decision import Progress
+from s2ap_deploy.certify.executors import Attackers, Executor
+from s2ap_deploy.certify.folding import folded
+from s2ap_deploy.certify.judge import Answers, ArtefactJudge, Judge, checked, exact_arithmetic
 from s2ap_deploy.certify.ledger import Ledger, default_block_size
-from s2ap_deploy.certify.messages import CannotShip
 from s2ap_deploy.certify.outcome import AttackOutcome
-from s2ap_deploy.certify.record import Record
-from s2ap_deploy.certify.workers import Workers, count
+from s2ap_deploy.certify.record import Record, binding
+from s2ap_deploy.certify.reliability import reliability_flags
+from s2ap_deploy.certify.workers import executor_for
 from s2ap_deploy.errors import DataError, RunFolderError, UsageError
-from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.recorder import Recorder, Silent
-from s2ap_deploy.runtime import versions
+from s2ap_deploy.runtime import derive_seed
 from s2ap_deploy.spec import ThreatModel
+
+_BREADTH = 1  # attacks that go over all blocks first where a decision is sought: APGD-CE alone
+
+
+class Cascade:
+    """The attack on one network: what is known of every sample, and what is still to be done."""
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        threat: ThreatModel,
+        seed: int,
+        device: torch.device,
+        block_size: int | None = None,
+        record: Path | None = None,
+        header: Mapping[str, Any] | None = None,
+        proven: Collection[int] = (),
+        version: protocols.Version = "standard",
+        answers: Answers | None = None,
+    ) -> None:
+        """The clean pass, and what ``record`` remembers; arguments and errors are those of :func:`attack`."""
+        images, labels = checked(images, labels)
+        block_size = default_block_size(images) if block_size is None else block_size
+        if block_size < 1:
+            raise UsageError("the block size must be at least 1")
+        attacks.check_size(tuple(images.shape[1:]), threat.norm, version)
+        judge = Judge(classifier, device) if answers is None else ArtefactJudge(classifier, answers, device)
+        with exact_arithmetic(device):
+            torch.manual_seed(derive_seed(seed, "clean"))  # what a randomised network draws from
+            first = judge.logits(images, block_size)
+            second = judge.logits(images, block_size)
+            network = folded(judge.network, images.to(device))
+            quicker = None if network is None else Judge(network, device)
+            self._flags = reliability_flags(judge.examined, images, first, second, device)
+        if version == "rand" and "randomised" not in self._flags:
+            raise UsageError(
+                "the protocol 'rand' is for randomised networks, and this one answers the same each time",
+                hint="use the protocol 'standard', which attacks a deterministic network harder",
+            )
+        num_classes = first.shape[1]
+        if any(not 0 <= index < len(labels) for index in proven):
+            raise UsageError("a sample that is said to be proven does not exist")
+        if int(labels.max()) >= num_classes:
+            raise DataError(
+                f"label {int(labels.max())} does not exist for a classifier of {num_classes} classes"
+            )
+        clean = first.argmax(dim=1)
+        self._clean = int((clean == labels).sum())
+        self.ledger = Ledger(images, labels, clean, num_classes, block_size, seed, proven, version)
+        self.journal: Record | None = None
+        if record is not None:
+            bound = binding(judge.network, images, labels, seed=seed, block_size=block_size, device=device)
+            bound |= {"norm": threat.norm, "eps": threat.eps}
+            if proven:
+                bound["proven"] = sorted(proven)
+            if version != "standard":
+                bound["version"] = version
+            self.journal = Record(record, {**bound, **(header or {})})
+            for result in self.journal.results:
+                if not self.ledger.expects(result.unit):
+                    raise RunFolderError(
+                        f"{record} is damaged: {result.unit.attack} on block {result.unit.block} does not "
+                        "follow from what was recorded before it",
+                        hint="start this stage again with --overwrite",
+                    )
+                self.ledger.apply(result)
+        self.attacker = Attacker(judge, images, labels, threat, num_classes, device, version, quicker)
+        self._costs = {
+            step.name: step.forward_equivalents(num_classes)
+            for step in protocols.steps(version, threat.norm, num_classes)
+        }
+
+    @property
+    def progress(self) -> Progress:
+        """What an early decision asks about."""
+        return Progress(self.ledger.progress, self._clean)
+
+    @property
+    def remaining(self) -> int:
+        """Forward passes still to do if nothing more breaks."""
+        return self.ledger.remaining(self._costs)
+
+    @property
+    def outcome(self) -> AttackOutcome:
+        """What is known now."""
+        return self.ledger.outcome(self._flags)
+
+    def take(self, result: UnitResult) -> None:
+        """Keep what a unit found, on the disk first."""
+        if self.journal is not None:
+            self.journal.append(result)
+        self.ledger.apply(result)
 
 
 def attack(
@@ -48,9 +144,12 @@ def attack(
     header: Mapping[str, Any] | None = None,
     deadline: float | None = None,
     proven: Collection[int] = (),
+    version: protocols.Version = "standard",
+    decided: Callable[[Progress], bool] | None = None,
+    answers: Answers | None = None,
     recorder: Recorder | None = None,
 ) -> AttackOutcome:
-    """Run AutoAttack (standard) on ``images`` [n, C, H, W] in [0, 1] with ``labels`` [n].
+    """Run a protocol (``version``, see ``protocols``) on ``images`` [n, C, H, W] in [0, 1], ``labels`` [n].
 
     ``classifier`` maps images to logits and is left untouched. ``workers`` is the number of processes
     on a CPU (None: one per core); on CUDA everything runs here. ``block_size`` (None: by the size of an
@@ -60,115 +159,106 @@ def attack(
     the samples, every argument that can change the outcome, and ``header`` (JSON values of the caller).
     ``deadline`` (of ``time.monotonic``) stops the start of further units: the outcome is then not
     ``complete``, overrun by at most one unit per worker. ``proven`` are indices of samples that no attack
-    can break (see ``relaxation``): they stand without being attacked.
+    can break (see ``relaxation``): they stand without being attacked. ``decided`` is asked after the clean
+    pass and after every unit, and ends the attack when it says yes; see :func:`run`.
+    With ``answers`` (a file that ships, as a function that travels between processes) ``classifier`` is its
+    differentiable twin: gradients are the twin's, every answer is the file's, and Square asks the file.
 
     Raises DataError for images or labels that do not fit, CheckpointError for non-finite logits,
-    RunFolderError for a foreign or damaged record, UsageError for impossible numbers.
+    RunFolderError for a foreign or damaged record, UsageError for impossible numbers and for "rand" on a
+    network that is not randomised.
     """
+    cascade = Cascade(
+        classifier,
+        images,
+        labels,
+        threat=threat,
+        seed=seed,
+        device=device,
+        block_size=block_size,
+        record=record,
+        header=header,
+        proven=proven,
+        version=version,
+        answers=answers,
+    )
+    run(
+        [cascade],
+        workers=workers,
+        deadline=deadline,
+        decided=None if decided is None else lambda: decided(cascade.progress),
+        recorder=recorder,
+    )
+    return cascade.outcome
+
+
+def run(
+    cascades: Sequence[Cascade],
+    *,
+    workers: int | None = None,
+    deadline: float | None = None,
+    decided: Callable[[], bool] | None = None,
+    recorder: Recorder | None = None,
+) -> None:
+    """Attack until nothing is left, ``deadline`` has passed or ``decided`` says so.
+
+    Several networks share the workers, the first one first. Where a decision is sought, the cheap attack goes
+    over all blocks of all networks, since it shows what is hopeless; then one block is finished after the
+    other, since only finished samples can show a pass. What each unit finds does not depend on the order.
+    Units in flight when it is decided are dropped. Raises UsageError for no workers.
+    """
+    if workers is not None and workers < 1:
+        raise UsageError("the number of workers must be at least 1")
     recorder = recorder or Silent()
-    images, labels = checked(images, labels)
-    block_size = default_block_size(images) if block_size is None else block_size
-    if block_size < 1 or (workers is not None and workers < 1):
-        raise UsageError("block size and number of workers must be at least 1")
-    attacks.check_size(tuple(images.shape[1:]), threat.norm)
-    judge = Judge(classifier, device)
-    with exact_arithmetic(device):
-        first = judge.logits(images, block_size)
-        second = judge.logits(images, block_size)
-    num_classes = first.shape[1]
-    if any(not 0 <= index < len(labels) for index in proven):
-        raise UsageError("a sample that is said to be proven does not exist")
-    if int(labels.max()) >= num_classes:
-        raise DataError(f"label {int(labels.max())} does not exist for a classifier of {num_classes} classes")
-
-    ledger = Ledger(images, labels, first.argmax(dim=1), num_classes, block_size, seed, proven)
-    journal = None
-    if record is not None:
-        binding = _binding(judge, images, labels, threat, seed, block_size, device)
-        if proven:
-            binding["proven"] = sorted(proven)
-        journal = Record(record, {**binding, **(header or {})})
-        for result in journal.results:
-            if not ledger.expects(result.unit):
-                raise RunFolderError(
-                    f"{record} is damaged: {result.unit.attack} on block {result.unit.block} does not follow "
-                    "from what was recorded before it",
-                    hint="start this stage again with --overwrite",
-                )
-            ledger.apply(result)
-    attacker = Attacker(judge, images, labels, threat, num_classes, device)
-    costs = {name: attacks.forward_equivalents(name, threat.norm, num_classes) for name in ledger.names}
-    recorder.begin("certify", ledger.remaining(costs), "forward pass")
-    if ledger.ready:
+    waiting = sum(len(cascade.ledger.ready) for cascade in cascades)
+    recorder.begin("certify", sum(cascade.remaining for cascade in cascades), "forward pass")
+    if waiting and not (decided is not None and decided()):
+        crew = Attackers([cascade.attacker for cascade in cascades])
         with ExitStack() as stack:
-            executor = _executor(attacker, workers, len(ledger.ready), recorder, stack)
-            _run(ledger, executor, journal, deadline, costs, recorder)
+            executor = executor_for(crew, workers, waiting, recorder, stack)
+            _work(cascades, executor, deadline, decided, recorder)
     recorder.end()
-    return ledger.outcome(output_flags(first, second))
 
 
-def _run(
-    ledger: Ledger,
+def _work(
+    cascades: Sequence[Cascade],
     executor: Executor,
-    journal: Record | None,
     deadline: float | None,
-    costs: Mapping[str, int],
+    decided: Callable[[], bool] | None,
     recorder: Recorder,
 ) -> None:
-    """Keep every worker busy until nothing is left or the deadline has passed."""
-    left = ledger.remaining(costs)
+    """Keep every worker busy."""
+    breadth = None if decided is None else _BREADTH
+    left = sum(cascade.remaining for cascade in cascades)
     while True:
-        while ledger.ready and executor.idle and (deadline is None or time.monotonic() < deadline):
-            executor.submit(ledger.next_unit())
+        while executor.idle and (deadline is None or time.monotonic() < deadline):
+            unit = _next_unit(cascades, breadth)
+            if unit is None:
+                break
+            executor.submit(unit)
         if not executor.busy:
             return
         result = executor.next()
-        if journal is not None:
-            journal.append(result)
-        ledger.apply(result)
-        recorder.log("certify", _row(result, ledger.standing))
-        before, left = left, ledger.remaining(costs)
+        cascade = cascades[result.unit.network]
+        cascade.take(result)
+        recorder.log("certify", _row(result, cascade.ledger.standing))
+        before, left = left, sum(each.remaining for each in cascades)
         recorder.advance(before - left)
+        if decided is not None and decided():
+            return
 
 
-def _binding(
-    judge: Judge,
-    images: Tensor,
-    labels: Tensor,
-    threat: ThreatModel,
-    seed: int,
-    block_size: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Everything that the outcome depends on, as JSON values."""
-    pixels = hashlib.sha256(images.numpy().tobytes())
-    pixels.update(labels.numpy().tobytes())
-    found = versions()
-    return {
-        "weights_sha256": weights_hash(judge.network),
-        "samples_sha256": pixels.hexdigest(),
-        "shape": list(images.shape),
-        "norm": threat.norm,
-        "eps": threat.eps,
-        "seed": seed,
-        "block_size": block_size,
-        "device": device.type,
-        "torch": found["torch"],
-        "pyautoattack": found["pyautoattack"],
-    }
-
-
-def _executor(
-    attacker: Attacker, workers: int | None, blocks: int, recorder: Recorder, stack: ExitStack
-) -> Executor:
-    """Processes where they help: on a CPU with more than one core and more than one block left."""
-    processes = count(workers, blocks) if attacker.device.type == "cpu" else 1
-    if processes > 1:
-        try:
-            return stack.enter_context(Workers(attacker, processes))
-        except CannotShip as reason:
-            recorder.warn(f"{reason}; attacking in one process instead")
-    return stack.enter_context(InProcess(attacker))
+def _next_unit(cascades: Sequence[Cascade], breadth: int | None) -> Unit | None:
+    """The unit whose turn it is; in the depth, all networks finish a block before the next one."""
+    turns = []
+    for number, cascade in enumerate(cascades):
+        if cascade.ledger.ready:
+            phase, major, minor = cascade.ledger.next_turn(breadth)
+            turns.append((phase, major, number, minor))
+    if not turns:
+        return None
+    number = min(turns)[2]
+    return dataclasses.replace(cascades[number].ledger.next_unit(breadth), network=number)
 
 
 def _row(result: UnitResult, standing: int) -> dict[str, float | int | str]:

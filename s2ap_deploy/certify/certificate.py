@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from s2ap_deploy import files
+from s2ap_deploy.certify.attacked_file import AttackedFile
+from s2ap_deploy.certify.interval import UNDECIDED, ClassInterval, EarlyDecision, Interval
 from s2ap_deploy.certify.statistics import clopper_pearson
 from s2ap_deploy.errors import InputError
 from s2ap_deploy.spec import Frozen, ThreatModel
@@ -24,8 +26,33 @@ KIND: Final = "s2ap-deploy attack certificate"
 WORDS = {
     "standard": "robust accuracy under AutoAttack (upper bound)",
     "aa-adapted": "robust accuracy under AutoAttack adapted to few classes (upper bound)",
+    "plus": "robust accuracy under AutoAttack plus (upper bound)",
+    "plus-adapted": "robust accuracy under AutoAttack plus adapted to few classes (upper bound)",
+    "rand": "robust accuracy of a randomised model under AutoAttack rand (estimate, one draw per answer)",
+    "rand-adapted": (
+        "robust accuracy of a randomised model under AutoAttack rand adapted to few classes "
+        "(estimate, one draw per answer)"
+    ),
+    "quick": "robust accuracy under a quick sweep of attacks (upper bound)",
+    "quick-adapted": "robust accuracy under a quick sweep of attacks adapted to few classes (upper bound)",
 }
-Flag = Literal["randomised", "not_logits", "zero_gradient", "square_improves", "adapted_protocol"]
+"""What the share of standing samples is, for each protocol. A randomised model may lose a sample by chance
+alone, so that nothing bounds its accuracy from above."""
+_NEWER: Final = ("proven", "decision", "mask_sha256", "recipe_sha256")
+"""Fields that came later: a certificate without them is written as it always was."""
+
+Flag = Literal[
+    "randomised",
+    "not_logits",
+    "batch_dependent",
+    "dynamic_control_flow",
+    "loss_of_precision",
+    "zero_gradient",
+    "square_improves",
+    "adapted_protocol",
+    "quick",
+    "twin_mismatch",
+]
 
 
 class Share(Frozen):
@@ -55,13 +82,25 @@ class Share(Frozen):
 
 
 class Subject(Frozen):
-    """The model that was attacked. ``sparsity`` is the share of zeros among its prunable weights."""
+    """The model that was attacked. ``sparsity`` is the share of zeros among its prunable weights.
+
+    With an ``artefact`` that file gave every answer; ``weights_sha256`` is then its twin's.
+    """
 
     arch: str
     num_classes: int = Field(ge=2)
     weights_sha256: str
     checkpoint_sha256: str | None = None
     sparsity: float | None = None
+    artefact: AttackedFile | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A subject without a file is written as it always was."""
+        content: dict[str, Any] = write(self)
+        if self.artefact is None:
+            content.pop("artefact", None)
+        return content
 
 
 class AttackRow(Frozen):
@@ -84,7 +123,10 @@ class ClassRow(Frozen):
 
 
 class Sample(Frozen):
-    """One sample; ``broken_by`` is None, "clean" or the name of the attack that broke it."""
+    """One sample; ``broken_by`` is None, "clean" or the name of the attack that broke it.
+
+    "undecided" instead of None: nothing broke it so far, but not every attack has seen it.
+    """
 
     id: str
     label: int
@@ -134,14 +176,27 @@ class PointsFile(Frozen):
 class Certificate(Frozen):
     """Everything needed to judge the result, to repeat it, and to compare it with another model's.
 
-    Loading checks that every count and hash that follows from the samples does follow from them.
+    With a ``decision`` the attack was stopped early: ``robust`` and ``per_class`` are then intervals, and
+    some samples are undecided. ``mask_sha256`` is the hash of the file of masks under which the network was
+    pruned, ``recipe_sha256`` that of the recipe as it stood then (``certify/recipe.yaml`` in a run folder).
+    Loading checks that every count and hash that follows from the samples does
+    follow from them.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     kind: Literal["s2ap-deploy attack certificate"] = KIND
     formal_guarantee: Literal[False] = False
     statement: str
-    protocol: Literal["standard", "aa-adapted"]
+    protocol: Literal[
+        "standard",
+        "aa-adapted",
+        "plus",
+        "plus-adapted",
+        "rand",
+        "rand-adapted",
+        "quick",
+        "quick-adapted",
+    ]
     threat: ThreatModel
     data: str
     split: str
@@ -153,8 +208,8 @@ class Certificate(Frozen):
     block_size: int
     subject: Subject
     clean: Share
-    robust: Share
-    per_class: tuple[ClassRow, ...]
+    robust: Share | Interval
+    per_class: tuple[ClassRow, ...] | tuple[ClassInterval, ...]
     attacks: tuple[AttackRow, ...]
     flags: tuple[Flag, ...]
     points: PointsFile | None
@@ -162,13 +217,19 @@ class Certificate(Frozen):
     environment: dict[str, str | int | bool]
     seconds: float
     proven: Proven | None = None
+    decision: EarlyDecision | None = None
+    mask_sha256: str | None = None
+    recipe_sha256: str | None = None
 
     @model_validator(mode="after")
     def _follows_from_samples(self) -> Self:
-        clean, robust = _correct(self.samples), _standing(self.samples)
-        classes = {row.label: (row.n, row.clean, row.robust) for row in self.per_class}
-        counted = {row.label: (row.n, row.clean, row.robust) for row in _per_class(self.samples, {})}
-        named = {"clean", *(row.name for row in self.attacks), None}
+        early = self.decision is not None
+        classes = {row.label: row.model_dump(exclude={"name"}) for row in self.per_class}
+        rows = _per_class(self.samples, {}, early=early)
+        counted = {row.label: row.model_dump(exclude={"name"}) for row in rows}
+        robust = _robust(self.samples, early=early)
+        undecided = tuple(i for i, sample in enumerate(self.samples) if sample.broken_by == UNDECIDED)
+        named = {"clean", *(row.name for row in self.attacks), None, UNDECIDED}
         facts = {
             "n": self.n == len(self.samples) == self.clean.n == self.robust.n,
             "sample_ids_sha256": self.sample_ids_sha256 == ids_sha256([sample.id for sample in self.samples]),
@@ -176,18 +237,29 @@ class Certificate(Frozen):
             "samples (broken_by)": all(
                 sample.broken_by in named
                 and (sample.broken_by == "clean") == (sample.clean_prediction != sample.label)
-                and (sample.broken_by is None) == (sample.adversarial_prediction == sample.label)
+                and (sample.broken_by in (None, UNDECIDED)) == (sample.adversarial_prediction == sample.label)
                 for sample in self.samples
             ),
             "proven": self.proven is None or _agrees(self.proven, self.samples),
-            "clean": self.clean.k == clean,
-            "robust": self.robust.k == robust,
+            "decision": undecided == (self.decision.undecided if self.decision is not None else ()),
+            "clean": self.clean.k == _correct(self.samples),
+            "robust": type(self.robust) is type(robust) and self.survivors == _survivors(robust),
             "per_class": classes == counted,
         }
         wrong = [name for name, holds in facts.items() if not holds]
         if wrong:
             raise ValueError(f"{', '.join(wrong)} does not follow from the samples")
         return self
+
+    @property
+    def survivors(self) -> tuple[int, int]:
+        """How many samples withstood every attack, and how many may have: equal in a full certificate."""
+        return _survivors(self.robust)
+
+    @property
+    def standing(self) -> tuple[bool | None, ...]:
+        """For each sample whether it withstood every attack; None where that is undecided."""
+        return tuple(None if each.broken_by == UNDECIDED else each.broken_by is None for each in self.samples)
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -196,10 +268,9 @@ class Certificate(Frozen):
 
     def text(self) -> str:
         """Canonical JSON: equal certificates have equal bytes."""
-        # Certificates without proofs keep the text, and so the hash, that they had before there were any.
-        return files.canonical_json(
-            self.model_dump(mode="json", exclude={"proven"} if self.proven is None else None)
-        )
+        # Certificates without newer facts keep the text, and so the hash, that they had before.
+        absent = {name for name in _NEWER if getattr(self, name) is None}
+        return files.canonical_json(self.model_dump(mode="json", exclude=absent))
 
     def save(self, path: Path) -> None:
         """Write canonical JSON atomically. Raises StorageError."""
@@ -255,8 +326,16 @@ def issue(
     environment: dict[str, str | int | bool],
     seconds: float,
     proven: Proven | None = None,
+    decision: EarlyDecision | None = None,
+    mask_sha256: str | None = None,
+    recipe_sha256: str | None = None,
 ) -> Certificate:
-    """A certificate from what a complete attack found for each sample; sequences are in sample order."""
+    """A certificate from what an attack found for each sample; sequences are in sample order.
+
+    The attack was complete, or ``decision`` says why it was not and which samples it leaves undecided.
+    """
+    left = set(decision.undecided) if decision is not None else set()
+    broken_by = [UNDECIDED if index in left else by for index, by in enumerate(broken_by)]
     rows = zip(sample_ids, labels, clean_prediction, adversarial_prediction, broken_by, strict=True)
     samples = tuple(
         Sample(id=name, label=label, clean_prediction=clean, adversarial_prediction=attacked, broken_by=by)
@@ -278,8 +357,8 @@ def issue(
             "block_size": block_size,
             "subject": subject,
             "clean": Share.of(_correct(samples), n),
-            "robust": Share.of(_standing(samples), n),
-            "per_class": _per_class(samples, dict(enumerate(class_names))),
+            "robust": _robust(samples, early=decision is not None),
+            "per_class": _per_class(samples, dict(enumerate(class_names)), early=decision is not None),
             "attacks": tuple(attacks),
             "flags": tuple(flags),
             "points": points,
@@ -287,6 +366,9 @@ def issue(
             "environment": environment,
             "seconds": seconds,
             "proven": proven,
+            "decision": decision,
+            "mask_sha256": mask_sha256,
+            "recipe_sha256": recipe_sha256,
         }
     )
 
@@ -304,6 +386,22 @@ def _standing(samples: Sequence[Sample]) -> int:
     return sum(sample.broken_by is None for sample in samples)
 
 
+def _possible(samples: Sequence[Sample]) -> int:
+    return sum(sample.broken_by in (None, UNDECIDED) for sample in samples)
+
+
+def _robust(samples: Sequence[Sample], *, early: bool) -> Share | Interval:
+    if early:
+        return Interval.of(_standing(samples), _possible(samples), len(samples))
+    return Share.of(_standing(samples), len(samples))
+
+
+def _survivors(robust: Share | Interval) -> tuple[int, int]:
+    if isinstance(robust, Interval):
+        return robust.settled, robust.possible
+    return robust.k, robust.k
+
+
 def _agrees(proven: Proven, samples: Sequence[Sample]) -> bool:
     """Whether the proofs are of samples that are there, each once, and that nothing broke."""
     known = set(proven.indices)
@@ -315,14 +413,29 @@ def _agrees(proven: Proven, samples: Sequence[Sample]) -> bool:
     )
 
 
-def _per_class(samples: Sequence[Sample], names: dict[int, str]) -> tuple[ClassRow, ...]:
+def _per_class(
+    samples: Sequence[Sample], names: dict[int, str], *, early: bool
+) -> tuple[ClassRow, ...] | tuple[ClassInterval, ...]:
     """Counts for every class that has a sample, in order of the labels."""
     classes: dict[int, list[Sample]] = {}
     for sample in samples:
         classes.setdefault(sample.label, []).append(sample)
+    ordered = sorted(classes.items())
+    if early:
+        return tuple(
+            ClassInterval(
+                label=label,
+                name=names.get(label),
+                n=len(mine),
+                clean=_correct(mine),
+                settled=_standing(mine),
+                possible=_possible(mine),
+            )
+            for label, mine in ordered
+        )
     return tuple(
         ClassRow(
             label=label, name=names.get(label), n=len(mine), clean=_correct(mine), robust=_standing(mine)
         )
-        for label, mine in sorted(classes.items())
+        for label, mine in ordered
     )

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from s2ap_deploy.certify import attacks
+from s2ap_deploy.certify import attacks, protocols
 from s2ap_deploy.certify.judge import Judge, exact_arithmetic
 from s2ap_deploy.certify.ledger import default_block_size
+from s2ap_deploy.certify.protocols import Step, Version
 from s2ap_deploy.certify.workers import count
 from s2ap_deploy.spec import ThreatModel
 
-_STEPS = {"apgd-ce": 3, "apgd-t": 3, "apgd-margin": 3, "fab-t": 3, "square": 20}
+_ITERATIONS = 3  # of each attack, to be timed
+_QUERIES = 20  # of Square
 _SLOW_SECONDS = 0.05  # above this per forward pass of a block, fewer images tell as much
 _FEW = 4
 
@@ -30,14 +32,18 @@ class ExpectedCost:
     survivors: int
     per_survivor: float
     workers: int
+    version: Version = "standard"
 
     @property
     def seconds(self) -> float:
         return self.survivors * self.per_survivor / self.workers
 
     def __str__(self) -> str:
+        attack = {"standard": "AutoAttack", "quick": "the quick sweep"}.get(
+            self.version, f"AutoAttack ({self.version})"
+        )
         return (
-            f"AutoAttack on {self.survivors} images takes at most about {_span(self.seconds)} "
+            f"{attack} on {self.survivors} images takes at most about {_span(self.seconds)} "
             f"({_span(self.per_survivor)} per image that survives, {self.workers} at a time)"
         )
 
@@ -50,6 +56,7 @@ def expected_cost(
     device: torch.device,
     block_size: int | None = None,
     workers: int | None = None,
+    version: Version = "standard",
 ) -> ExpectedCost:
     """Time a few steps of each attack on one block of ``images`` [n, C, H, W] and scale them up.
 
@@ -69,31 +76,40 @@ def expected_cost(
         labels = logits.argmax(dim=1).to(device)
         num_classes = logits.shape[1]
         seconds = sum(
-            _attack_seconds(name, judge, tiny, block, labels, num_classes)
-            for name in attacks.names(num_classes)
+            _attack_seconds(step, judge, tiny, block, labels, num_classes, version)
+            for step in protocols.steps(version, threat.norm, num_classes)
         )
     processes = count(workers, -(-len(images) // block_size)) if device.type == "cpu" else 1
-    return ExpectedCost(survivors=len(images), per_survivor=seconds / len(block), workers=processes)
+    return ExpectedCost(
+        survivors=len(images), per_survivor=seconds / len(block), workers=processes, version=version
+    )
 
 
 def _attack_seconds(
-    name: str, judge: Judge, threat: ThreatModel, block: Tensor, labels: Tensor, num_classes: int
+    step: Step,
+    judge: Judge,
+    threat: ThreatModel,
+    block: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    version: Version,
 ) -> float:
-    """Seconds of the whole attack on ``block``, from a few of its steps."""
-    steps = _STEPS[name]
+    """Seconds of the whole attack on ``block``, from a few of its iterations."""
+    iterations = _QUERIES if step.name == "square" else _ITERATIONS
     attack = attacks.build(
-        name,
+        step.name,
         judge,
         threat,
         num_classes=num_classes,
         seed=0,
         device=block.device,
         warnings=attacks.WarningCount(),
-        iterations=steps,
+        version=version,
+        iterations=iterations,
     )
     started = time.monotonic()
     attack.perturb(block.clone(), labels.clone())
-    return (time.monotonic() - started) * attacks.ITERATIONS[name] / steps
+    return (time.monotonic() - started) * step.iterations / iterations
 
 
 def _span(seconds: float) -> str:

@@ -160,7 +160,7 @@ def security_curve(
 ) -> SecurityCurve:
     """accuracy(eps) = mean(distance > eps) at each of ``radii`` (None: :func:`even_radii` for the distances).
 
-    ``distances`` are those of ``fmn.minimum_norms``, as a tensor or numbers. Raises InputError for
+    ``distances`` are those of ``fmn.attack``, as a tensor or numbers. Raises InputError for
     negative or NaN distances and for radii that do not ascend.
     """
     found = tuple(float(distance) for distance in distances)

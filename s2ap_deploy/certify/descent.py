@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from s2ap_deploy.certify.judge import Judge
-from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.robust.attack import lengths
 
 FmnNorm = Literal["Linf", "L2"]
@@ -50,7 +49,7 @@ class Descent:
         self.radius = torch.zeros_like(self.best)
         self.vanished = False
 
-    def run(self, steps: int, noise: torch.Generator, recorder: Recorder) -> None:
+    def run(self, steps: int, noise: torch.Generator) -> None:
         """Leave in ``nearest`` the nearest adversarial point that was met (the clean image without one)."""
         for index in range(steps):
             cosine = (1 + math.cos(math.pi * index / steps)) / 2
@@ -67,7 +66,6 @@ class Descent:
                 boundary = self.farthest  # the linear estimate has led nowhere
             self._resize(adversarial, gamma, boundary)
             self._move(direction * self.step * (_LAST_STEP + (1 - _LAST_STEP) * cosine))
-            recorder.advance(len(self.clean))
         with torch.no_grad():
             self._keep(self.judge(self.point), _size(self.point - self.clean, self.norm))
             self._bisect()

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol, Self
 
+import torch
+from torch import nn
+
 from s2ap_deploy.certify.attacker import Attacker, Unit, UnitResult
 from s2ap_deploy.certify.judge import exact_arithmetic
+
+
+class Crew(Protocol):
+    """Who runs units: an attacker, or several of them as one (:class:`Attackers`)."""
+
+    @property
+    def judge(self) -> nn.Module:
+        """All networks, for their modules."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def run(self, unit: Unit) -> UnitResult: ...
+
+
+class Attackers:
+    """Attackers of several networks as one: a unit says by its ``network`` whose it is."""
+
+    def __init__(self, attackers: Sequence[Attacker]) -> None:
+        self._attackers = tuple(attackers)
+        self.judge = nn.ModuleList([attacker.judge for attacker in attackers])
+        self.device = attackers[0].device
+
+    def run(self, unit: Unit) -> UnitResult:
+        return self._attackers[unit.network].run(unit)
 
 
 class Executor(Protocol):
@@ -36,7 +65,7 @@ class Executor(Protocol):
 class InProcess(AbstractContextManager["InProcess"]):
     """Runs one unit at a time here: on a GPU, and where processes would cost more than they bring."""
 
-    def __init__(self, attacker: Attacker) -> None:
+    def __init__(self, attacker: Crew) -> None:
         self._attacker = attacker
         self._unit: Unit | None = None
 

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from s2ap_deploy.certify.attacker import Attacker, Unit, UnitResult
 from s2ap_deploy.certify.descent import Descent, FmnLoss, FmnNorm, others
-from s2ap_deploy.certify.judge import Judge, checked, distances, exact_arithmetic, output_flags
+from s2ap_deploy.certify.judge import Judge, checked, distances, exact_arithmetic
 from s2ap_deploy.certify.ledger import default_block_size
-from s2ap_deploy.errors import DataError, UsageError
+from s2ap_deploy.certify.record import Record, binding
+from s2ap_deploy.certify.reliability import reliability_flags
+from s2ap_deploy.certify.workers import executor_for
+from s2ap_deploy.errors import DataError, OutOfTimeError, UsageError
 from s2ap_deploy.recorder import Recorder, Silent
-from s2ap_deploy.runtime import generator
+from s2ap_deploy.runtime import derive_seed
 from s2ap_deploy.spec import ThreatModel
 
 NORMS: tuple[FmnNorm, ...] = ("Linf", "L2")
@@ -37,8 +45,8 @@ class MinimumNorms:
 
     ``distances`` [n] float64: 0 for an image that is misclassified as it is, infinity where nothing was
     found, else the distance of ``points`` [n, C, H, W], which elsewhere are the clean images.
-    ``predictions`` [n] is the network's answer there. ``flags`` are reasons for caution: randomised,
-    not_logits, zero_gradient (no gradient at some clean image, so that infinity says little).
+    ``predictions`` [n] is the network's answer there. ``flags`` are reasons for caution: those of
+    ``reliability``, and zero_gradient (no gradient at some clean image, so that infinity says little).
     """
 
     distances: Tensor
@@ -61,34 +69,6 @@ class Tuning:
     images: frozenset[str]
 
 
-def minimum_norms(
-    network: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    threat_norm: FmnNorm,
-    seed: int,
-    device: torch.device,
-    steps: int = 200,
-    targets: int = TARGETS,
-    tuning: Tuning | None = None,
-    recorder: Recorder | None = None,
-) -> Tensor:
-    """The ``distances`` of :func:`attack`: float64 [n], each a distance, 0 (clean error) or infinity."""
-    return attack(
-        network,
-        images,
-        labels,
-        threat_norm=threat_norm,
-        seed=seed,
-        device=device,
-        steps=steps,
-        targets=targets,
-        tuning=tuning,
-        recorder=recorder,
-    ).distances
-
-
 def attack(
     network: nn.Module,
     images: Tensor,
@@ -103,6 +83,9 @@ def attack(
     step: float = STEP,
     tuning: Tuning | None = None,
     block_size: int | None = None,
+    workers: int | None = 1,
+    record: Path | None = None,
+    deadline: float | None = None,
     recorder: Recorder | None = None,
 ) -> MinimumNorms:
     """Look for the smallest perturbation of ``images`` [n, C, H, W] in [0, 1] that defeats ``labels`` [n].
@@ -114,8 +97,13 @@ def attack(
     Blocks of ``block_size`` are fixed and have their own random streams, which only images without an
     input gradient use. Every point is judged again as ``certify`` judges its own.
 
+    ``workers`` is the number of processes on a CPU (None: one per core); the result is the same for all.
+    ``record`` is a folder that keeps each finished run on a block, and from which an interrupted attack
+    continues. ``deadline`` (of ``time.monotonic``) stops the start of further ones.
+
     Raises DataError for images or labels that do not fit, CheckpointError for non-finite logits,
-    UsageError for impossible numbers and for images that ``tuning`` has seen.
+    UsageError for impossible numbers and for images that ``tuning`` has seen, RunFolderError for a foreign or
+    damaged record, OutOfTimeError when ``deadline`` has passed before the end.
     """
     recorder = recorder or Silent()
     images, labels = checked(images, labels)
@@ -124,39 +112,115 @@ def attack(
         loss, step = tuning.loss, tuning.step
     size = default_block_size(images) if block_size is None else block_size
     _check_numbers(threat_norm, steps, targets, loss, step, size)
+    if workers is not None and workers < 1:
+        raise UsageError("the number of workers must be at least 1")
     judge = Judge(network, device)
-    found = torch.full((len(labels),), math.inf, dtype=torch.float64)
-    points = images.clone()
-    vanished = False
     with exact_arithmetic(device):
         first, second = judge.logits(images, size), judge.logits(images, size)
-        num_classes = first.shape[1]
-        if int(labels.max()) >= num_classes:
-            raise DataError(
-                f"label {int(labels.max())} does not exist for a classifier of {num_classes} classes"
-            )
-        predictions = first.argmax(dim=1)
-        found[predictions != labels] = 0.0
-        # Towards the only other class, a targeted run repeats the untargeted one.
-        chosen = min(targets, num_classes - 1) if num_classes > 2 else 0
-        blocks = list(_blocks(predictions == labels, size))
-        recorder.begin("curve", sum(map(len, blocks)) * (1 + chosen) * steps, "gradient")
-        for block, rows in enumerate(blocks):
-            clean, truth = images[rows].to(device), labels[rows].to(device)
-            ranked = others(first[rows], labels[rows]).argsort(dim=1, descending=True).to(device)
-            for run, target in enumerate([None, *ranked[:, :chosen].unbind(dim=1)]):
-                descent = Descent(judge, clean, truth, target, threat_norm, loss, step)
-                descent.run(steps, generator(seed, "fmn", threat_norm, block, run), recorder)
-                broken, confirmed, answers = _confirm(judge, clean, descent.nearest, truth, threat_norm)
-                norms = distances(clean, confirmed, threat_norm)
-                better = (broken & (norms < found[rows].to(device))).cpu()
-                found[rows[better]] = norms.cpu()[better]
-                points[rows[better]] = confirmed.cpu()[better]
-                predictions[rows[better]] = answers.cpu()[better]
-                vanished = vanished or descent.vanished
-        recorder.end()
-    flags = output_flags(first, second) + (("zero_gradient",) if vanished else ())
-    return MinimumNorms(found, points, predictions, flags)
+        flags = reliability_flags(judge.network, images, first, second, device)
+    num_classes = first.shape[1]
+    if int(labels.max()) >= num_classes:
+        raise DataError(f"label {int(labels.max())} does not exist for a classifier of {num_classes} classes")
+    # Towards the only other class, a targeted run repeats the untargeted one.
+    chosen = min(targets, num_classes - 1) if num_classes > 2 else 0
+    order = others(first, labels).argsort(dim=1, descending=True)[:, :chosen]
+    seeker = Seeker(
+        judge, images, labels, _whole_box(images, threat_norm), num_classes, device,
+        order=order, steps=steps, loss=loss, step=step,
+    )  # fmt: skip
+    predictions = first.argmax(dim=1)
+    units = [
+        Unit(block, f"fmn-{run}", derive_seed(seed, "fmn", threat_norm, block, run), rows)
+        for block, rows in enumerate(_blocks(predictions == labels, size))
+        for run in range(1 + chosen)
+    ]
+    journal = None
+    if record is not None:
+        bound = binding(judge.network, images, labels, seed=seed, block_size=size, device=device)
+        bound |= {"attack": "fmn", "norm": threat_norm, "steps": steps, "targets": chosen}
+        journal = Record(record, {**bound, "loss": loss, "step": step})
+    results = _run(units, seeker, journal, workers, deadline, recorder)
+
+    found = torch.full((len(labels),), math.inf, dtype=torch.float64)
+    found[predictions != labels] = 0.0
+    points = images.clone()
+    for result in results:
+        if not result.broken:
+            continue
+        rows, nearest = torch.tensor(result.broken), torch.from_numpy(result.points)
+        norms = distances(images[rows], nearest, threat_norm)
+        better = norms < found[rows]
+        found[rows[better]], points[rows[better]] = norms[better], nearest[better]
+        predictions[rows[better]] = torch.tensor(result.predictions)[better]
+    vanished = any(result.zero_gradient for result in results)
+    return MinimumNorms(found, points, predictions, flags + (("zero_gradient",) if vanished else ()))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Seeker(Attacker):
+    """All that a run on a block needs; ``threat`` holds the whole box, as any distance will do.
+
+    A unit's attack is ``fmn-0`` for the untargeted run, ``fmn-i`` for the one towards ``order[:, i - 1]``
+    ([n, targets], classes from the highest logit down, without the label).
+    """
+
+    order: Tensor
+    steps: int
+    loss: FmnLoss
+    step: float
+
+    def run(self, unit: Unit) -> UnitResult:
+        """One run from the unit's clean images. Raises CheckpointError for non-finite logits."""
+        started = time.monotonic()
+        rows = torch.tensor(unit.indices)
+        clean, truth = self.images[rows].to(self.device), self.labels[rows].to(self.device)
+        number = int(unit.attack.removeprefix("fmn-"))
+        target = self.order[rows, number - 1].to(self.device) if number else None
+        descent = Descent(self.judge, clean, truth, target, self.threat.norm, self.loss, self.step)
+        descent.run(self.steps, torch.Generator().manual_seed(unit.seed))
+        broken, points, answers = self.judge.confirm(clean, descent.nearest, truth, self.threat)
+        return UnitResult(
+            unit=unit,
+            broken=tuple(rows[broken.cpu()].tolist()),
+            predictions=tuple(answers[broken].tolist()),
+            points=points[broken].cpu().numpy(),
+            seconds=time.monotonic() - started,
+            zero_gradient=descent.vanished,
+        )
+
+
+def _run(
+    units: Sequence[Unit],
+    seeker: Seeker,
+    journal: Record | None,
+    workers: int | None,
+    deadline: float | None,
+    recorder: Recorder,
+) -> list[UnitResult]:
+    """The results of all units, in their order, from the record or from work."""
+    done = {result.unit: result for result in journal.results} if journal is not None else {}
+    waiting = deque(unit for unit in units if unit not in done)
+    recorder.begin("curve", sum(len(unit.indices) for unit in waiting) * seeker.steps, "gradient")
+    with ExitStack() as stack:
+        executor = executor_for(seeker, workers, len(waiting), recorder, stack) if waiting else None
+        while executor is not None:
+            while waiting and executor.idle and (deadline is None or time.monotonic() < deadline):
+                executor.submit(waiting.popleft())
+            if not executor.busy:
+                break
+            result = executor.next()
+            if journal is not None:
+                journal.append(result)
+            done[result.unit] = result
+            recorder.advance(len(result.unit.indices) * seeker.steps)
+    recorder.end()
+    if waiting:
+        raise OutOfTimeError(
+            f"the time budget ran out while tracing the security curve: {len(waiting)} of {len(units)} parts "
+            "are left",
+            hint="run the same command with --resume and more --time-budget",
+        )
+    return [done[unit] for unit in units]
 
 
 def tune(
@@ -192,20 +256,17 @@ def tune(
     )
 
 
-def _confirm(
-    judge: Judge, clean: Tensor, points: Tensor, labels: Tensor, norm: FmnNorm
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The judge's word on points at any distance: its radius holds the whole box."""
-    diameter = 1 if norm == "Linf" else math.isqrt(clean[0].numel()) + 1
-    return judge.confirm(clean, points, labels, ThreatModel(norm=norm, eps=str(diameter)))
+def _whole_box(images: Tensor, norm: FmnNorm) -> ThreatModel:
+    """A threat model that no point of [0, 1] leaves."""
+    return ThreatModel(norm=norm, eps=str(1 if norm == "Linf" else math.isqrt(images[0].numel()) + 1))
 
 
-def _blocks(correct: Tensor, size: int) -> Iterator[Tensor]:
+def _blocks(correct: Tensor, size: int) -> Iterator[tuple[int, ...]]:
     """Positions of the correctly classified samples, by fixed blocks of all samples."""
     for start in range(0, len(correct), size):
         rows = correct[start : start + size].nonzero().flatten() + start
         if len(rows):
-            yield rows
+            yield tuple(rows.tolist())
 
 
 def _check_numbers(norm: str, steps: int, targets: int, loss: str, step: float, size: int) -> None:

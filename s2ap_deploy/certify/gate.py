@@ -19,7 +19,7 @@ from s2ap_deploy.certify.artefact import ArtefactFact, coverage
 from s2ap_deploy.certify.certificate import Certificate
 from s2ap_deploy.certify.check import Check, Status
 from s2ap_deploy.certify.limits import Shipped
-from s2ap_deploy.certify.thresholds import LEVEL
+from s2ap_deploy.certify.pairs import LEVEL
 from s2ap_deploy.errors import FAILED, INCONCLUSIVE, PASSED, UsageError
 from s2ap_deploy.spec import Frozen
 
@@ -30,8 +30,13 @@ AGE = r"^[0-9]{1,6}[hdw]$"
 DOUBTS = {
     "randomised": "the model answers the same image differently each time",
     "not_logits": "the model returns probabilities, which hide the gradient from attacks",
+    "batch_dependent": "the model's answer to an image depends on the other images in its batch",
+    "dynamic_control_flow": "the model takes another way for another image, where gradients do not lead",
+    "loss_of_precision": "float32 is too coarse for the model's logits or their loss, so that gradients err",
     "zero_gradient": "some input gradients are exactly zero, so that gradient attacks had nothing to follow",
     "square_improves": "a black-box attack broke what white-box attacks could not: gradients may be masked",
+    "twin_mismatch": "the file answers otherwise than the twin that white-box attacks followed",
+    "quick": "only a quick sweep attacked it, which can show a failure and never a pass",
 }
 """Flags that make an attack's result too weak to pass on. The others are for information."""
 
@@ -96,6 +101,7 @@ def judge(
     *,
     pruned: Certificate,
     dense: Certificate | None = None,
+    others: Sequence[Certificate] = (),
     artefacts: Sequence[ArtefactFact] = (),
     shipped: Sequence[Shipped] = (),
     recorded: Sequence[Check] = (),
@@ -103,32 +109,37 @@ def judge(
 ) -> Verdict:
     """Compare the evidence with the policy.
 
-    ``artefacts`` are files that a certificate must speak for, and ``shipped`` the facts of those that an
-    export report describes; ``recorded`` are checks of files that were made already; ``age`` is that of the
-    certificate. A file counts with its own answers where they are worse than the certificate's. Raises
-    UsageError for a policy that asks for nothing or for what no evidence can show.
+    ``artefacts`` are files that a certificate must speak for, ``pruned`` or one of the ``others``, and
+    ``shipped`` the facts of those that an export report describes; ``recorded`` are checks of files that were
+    made already; ``age`` is that of the certificate. A file counts with its own answers where they are worse
+    than the certificate's. Raises UsageError for a policy that asks for nothing or for what no evidence can
+    show.
     """
     refuse_impossible(policy)
-    checks = [*recorded, *(coverage(fact, pruned) for fact in artefacts)]
-    checks += [_flag("the model", flag) for flag in pruned.flags if flag in DOUBTS]
+    checks = [*recorded, *(coverage(fact, pruned, *others) for fact in artefacts)]
+    checks += [_flag("the model", flag) for flag in _doubts(pruned)]
     answers = [
         answer for fact in artefacts for answer in fact.rejudged if answer.certificate_sha256 == pruned.sha256
     ]
     if policy.min_clean is not None:
         k = min([pruned.clean.k, *(answer.clean_correct for answer in answers)])
         checks.append(thresholds.floor("clean accuracy", k, pruned.n, policy.min_clean, policy.rule))
-    survived = min([pruned.robust.k, *(answer.survived for answer in answers)])
+    settled, possible = pruned.survivors
+    # An undecided sample lies among the points as its clean image, so that a file "survives" it too.
+    more = possible - min([possible, *(answer.survived for answer in answers)])
     if policy.min_robust is not None:
-        checks.append(thresholds.floor(pruned.statement, survived, pruned.n, policy.min_robust, policy.rule))
+        low, high = max(0, settled - more), possible - more
+        checks.append(
+            thresholds.floor_between(pruned.statement, low, high, pruned.n, policy.min_robust, policy.rule)
+        )
     if policy.min_proven is not None:
         checks.append(thresholds.proven_floor(pruned, policy.min_proven, policy.rule))
-    more = pruned.robust.k - survived
     if policy.max_drop is not None:
         checks.append(thresholds.drop(policy.max_drop, policy.rule, pruned, dense, more))
     if policy.max_class_drop is not None:
         checks.append(thresholds.class_drop(policy.max_class_drop, policy.rule, pruned, dense, more))
     if dense is not None and any(getattr(policy, name) is not None for name in _SAMPLED_CEILINGS):
-        checks += [_flag("the dense model", flag) for flag in dense.flags if flag in DOUBTS]
+        checks += [_flag("the dense model", flag) for flag in _doubts(dense)]
     checks += _file_checks(policy, shipped)
     if policy.max_age is not None:
         checks.append(limits.age_limit(policy.max_age, age))
@@ -183,6 +194,12 @@ def _file_checks(policy: GatePolicy, shipped: Sequence[Shipped]) -> list[Check]:
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def _doubts(certificate: Certificate) -> list[str]:
+    """Flags against a pass. The protocol ``rand`` is made for randomised models."""
+    made_for = {"randomised"} if certificate.protocol.startswith("rand") else set()
+    return [flag for flag in certificate.flags if flag in DOUBTS and flag not in made_for]
 
 
 def _flag(whose: str, flag: str) -> Check:

@@ -6,8 +6,11 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import CheckpointError, DataError
@@ -16,7 +19,11 @@ from s2ap_deploy.spec import ThreatModel
 TOLERANCE = 1e-6
 """How far beyond eps a point may lie through rounding, times max(1, eps)."""
 
-_RANDOM_LOGITS = 1e-4  # two passes that differ by more, relative to the largest logit, are random
+
+class Answers(Protocol):
+    """What is certified, as a function: float32 images [n, C, H, W] in [0, 1] to logits [n, K]."""
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]: ...
 
 
 class Judge(nn.Module):
@@ -34,25 +41,28 @@ class Judge(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Float32 [B, C, H, W] in [0, 1] to logits [B, K]."""
-        logits: Tensor = self.network(images)
-        if logits.dim() != 2 or logits.shape[0] != images.shape[0] or logits.shape[1] < 2:
-            raise CheckpointError(
-                f"the classifier maps {list(images.shape)} to {list(logits.shape)}; "
-                "an attack needs logits of shape [images, classes] with at least 2 classes"
-            )
-        # A sum is non-finite when any of its terms is, and costs far less than a mask of all of them.
-        if not math.isfinite(logits.detach().sum(dtype=torch.float64).item()):
-            raise CheckpointError(
-                "the classifier returns logits that are not finite",
-                hint="look for NaN or infinite weights with: s2ap-deploy inspect CHECKPOINT",
-            )
+        return _usable(self.network(images), images)
+
+    def answer(self, images: Tensor) -> Tensor:
+        """The logits [B, K] that count: here those that attacks follow."""
+        logits: Tensor = self(images)
         return logits
+
+    @property
+    def queried(self) -> nn.Module:
+        """What an attack without gradients asks."""
+        return self
+
+    @property
+    def examined(self) -> nn.Module:
+        """The network whose arithmetic shows whether gradients can be trusted."""
+        return self.network
 
     @torch.no_grad()
     def logits(self, images: Tensor, batch_size: int) -> Tensor:
         """Logits [n, K] on the CPU."""
         device = next(self.network.parameters(), images).device
-        return torch.cat([self(batch.to(device)).cpu() for batch in torch.split(images, batch_size)])
+        return torch.cat([self.answer(batch.to(device)).cpu() for batch in torch.split(images, batch_size)])
 
     @torch.no_grad()
     def confirm(
@@ -73,9 +83,63 @@ class Judge(nn.Module):
         shrink = torch.where(outside, threat.radius / distance, torch.ones_like(distance)).to(points.dtype)
         inside = clean + (points - clean) * _per_image(shrink, points)
         points = torch.where(_per_image(outside, points), inside, points)
-        predictions = self(points).argmax(dim=1)
+        predictions = self.answer(points).argmax(dim=1)
         valid = usable & (distances(clean, points, threat.norm) <= limit)
         return valid & (predictions != labels), points, predictions
+
+
+class ArtefactJudge(Judge):
+    """Attacks follow the gradients of a twin; the file that ships gives every answer that counts.
+
+    ``twin`` computes what the file does, in torch; an attack without gradients asks the file itself.
+    """
+
+    def __init__(self, twin: nn.Module, answers: Answers, device: torch.device) -> None:
+        super().__init__(twin, device)
+        self._answers = answers
+
+    @torch.no_grad()
+    def answer(self, images: Tensor) -> Tensor:
+        pixels = np.ascontiguousarray(images.detach().cpu().numpy(), dtype=np.float32)
+        return _usable(torch.from_numpy(self._answers(pixels)).to(images.device), images)
+
+    @property
+    def queried(self) -> nn.Module:
+        return _Queried(self)
+
+    @property
+    def examined(self) -> nn.Module:
+        """A twin that rounds would answer otherwise for any change of arithmetic, so it is asked not to."""
+        unrounded = getattr(self.network, "unrounded", None)
+        network: nn.Module = self.network if unrounded is None else unrounded()
+        return network
+
+
+class _Queried(nn.Module):
+    """The file in the form of a network."""
+
+    def __init__(self, judge: ArtefactJudge) -> None:
+        super().__init__()
+        self._judge = judge
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._judge.answer(images)
+
+
+def _usable(logits: Tensor, images: Tensor) -> Tensor:
+    """``logits`` as they are. Raises CheckpointError where an attack cannot work with them."""
+    if logits.dim() != 2 or logits.shape[0] != images.shape[0] or logits.shape[1] < 2:
+        raise CheckpointError(
+            f"the classifier maps {list(images.shape)} to {list(logits.shape)}; "
+            "an attack needs logits of shape [images, classes] with at least 2 classes"
+        )
+    # A sum is non-finite when any of its terms is, and costs far less than a mask of all of them.
+    if not math.isfinite(logits.detach().sum(dtype=torch.float64).item()):
+        raise CheckpointError(
+            "the classifier returns logits that are not finite",
+            hint="look for NaN or infinite weights with: s2ap-deploy inspect CHECKPOINT",
+        )
+    return logits
 
 
 def distances(clean: Tensor, points: Tensor, norm: str) -> Tensor:
@@ -84,16 +148,6 @@ def distances(clean: Tensor, points: Tensor, norm: str) -> Tensor:
     order = {"Linf": math.inf, "L2": 2.0, "L1": 1.0}[norm]
     distance: Tensor = torch.linalg.vector_norm(difference, ord=order, dim=1)
     return distance
-
-
-def output_flags(first: Tensor, second: Tensor) -> tuple[str, ...]:
-    """What two passes over the same clean images [n, K] say about how far an attack can be trusted."""
-    flags = []
-    if (first - second).abs().max() > _RANDOM_LOGITS * max(1.0, float(first.abs().max())):
-        flags.append("randomised")
-    if first.min() >= 0 and ((first.sum(dim=1) - 1.0).abs() < 1e-5).all():
-        flags.append("not_logits")
-    return tuple(flags)
 
 
 @contextmanager

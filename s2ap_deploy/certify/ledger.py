@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
-from s2ap_deploy.certify import attacks
+from s2ap_deploy.certify import protocols
 from s2ap_deploy.certify.attacker import Unit, UnitResult
 from s2ap_deploy.certify.outcome import AttackCount, AttackOutcome
 from s2ap_deploy.runtime import derive_seed
@@ -26,6 +25,11 @@ def default_block_size(images: Tensor) -> int:
     return 100 if values <= 1024 else 50 if values <= 16384 else 16
 
 
+def turn(step: int, block: int, breadth: int | None) -> tuple[int, int, int]:
+    """When attack ``step`` on ``block`` is due: those before ``breadth`` (None: all) on every block first."""
+    return (0, step, block) if breadth is None or step < breadth else (1, block, step)
+
+
 class Ledger:
     """The state of every sample, and which unit each block needs next."""
 
@@ -38,9 +42,11 @@ class Ledger:
         block_size: int,
         seed: int,
         proven: Collection[int] = (),
+        version: protocols.Version = "standard",
     ) -> None:
         """``clean`` are predictions [n]; samples ``proven`` robust stand without being attacked."""
-        self.names = attacks.names(num_classes)
+        self.names = protocols.names(version, num_classes)
+        self._version = version
         self._num_classes = num_classes
         self._seed = seed
         self._clean = clean.tolist()
@@ -63,10 +69,24 @@ class Ledger:
         """Samples that nothing has broken so far."""
         return self._broken_by.count(None)
 
-    def next_unit(self) -> Unit:
-        """The cheapest attack that any block still needs: early attacks first, then early blocks."""
-        step, block = heapq.heappop(self.ready)
+    @property
+    def progress(self) -> tuple[bool | None, ...]:
+        """For each sample whether it withstood every attack; None while some are still to come."""
+        pending = set(self._pending())
+        return tuple(None if index in pending else by is None for index, by in enumerate(self._broken_by))
+
+    def next_unit(self, breadth: int | None = None) -> Unit:
+        """The cheapest attack that any block still needs: early attacks first, then early blocks.
+
+        From the attack ``breadth`` on, one block is finished before the next.
+        """
+        step, block = min(self.ready, key=lambda each: turn(each[0], each[1], breadth))
+        self.ready.remove((step, block))
         return self._unit(step, block)
+
+    def next_turn(self, breadth: int | None = None) -> tuple[int, int, int]:
+        """When :meth:`next_unit`'s unit is due, to compare with the turn of another network's."""
+        return min(turn(step, block, breadth) for step, block in self.ready)
 
     def expects(self, unit: Unit) -> bool:
         """Whether ``unit`` is what its block needs next."""
@@ -78,7 +98,6 @@ class Ledger:
         waiting = (self._done[block], block)
         if waiting in self.ready:  # replayed from the record, not taken by next_unit
             self.ready.remove(waiting)
-            heapq.heapify(self.ready)
         for index, prediction, point in zip(result.broken, result.predictions, result.points, strict=True):
             self._broken_by[index] = result.unit.attack
             self._predictions[index] = prediction
@@ -96,14 +115,8 @@ class Ledger:
 
     def outcome(self, flags: tuple[str, ...]) -> AttackOutcome:
         """The state as it stands."""
-        pending = [
-            index
-            for block, done in enumerate(self._done)
-            if done < len(self.names)
-            for index in self._survivors(block)
-        ]
         return AttackOutcome(
-            protocol=attacks.protocol(self._num_classes),
+            protocol=protocols.label(self._version, self._num_classes),
             num_classes=self._num_classes,
             clean_prediction=tuple(self._clean),
             broken_by=tuple(self._broken_by),
@@ -111,8 +124,17 @@ class Ledger:
             adversarial_prediction=tuple(self._predictions),
             counts=tuple(self._count(name) for name in self.names),
             flags=flags + self._attack_flags(),
-            pending=tuple(pending),
+            pending=tuple(self._pending()),
         )
+
+    def _pending(self) -> list[int]:
+        """Samples whose attacks did not all run."""
+        return [
+            index
+            for block, done in enumerate(self._done)
+            if done < len(self.names)
+            for index in self._survivors(block)
+        ]
 
     def _survivors(self, block: int) -> tuple[int, ...]:
         """Samples of the block that are still to be attacked."""
@@ -128,7 +150,7 @@ class Ledger:
 
     def _schedule(self, block: int) -> None:
         if self._done[block] < len(self.names) and self._survivors(block):
-            heapq.heappush(self.ready, (self._done[block], block))
+            self.ready.append((self._done[block], block))
 
     def _count(self, name: str) -> AttackCount:
         mine = [result for result in self._results if result.unit.attack == name]
@@ -146,6 +168,8 @@ class Ledger:
         # One sample proves nothing about gradients, even where it is more than 0.2 points.
         if self._count("square").n_broken > max(1.0, _SQUARE_SHARE * len(self._clean)):
             flags.append("square_improves")
-        if attacks.protocol(self._num_classes) == attacks.ADAPTED:
+        if protocols.is_adapted(protocols.label(self._version, self._num_classes)):
             flags.append("adapted_protocol")
+        if self._version == "quick":
+            flags.append("quick")
         return tuple(flags)

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 from s2ap_deploy.errors import DeployError
 
 if TYPE_CHECKING:
-    from s2ap_deploy.certify.attacker import Attacker
+    from s2ap_deploy.certify.executors import Crew
 
 _LENGTH = struct.Struct(">Q")
 
@@ -35,7 +35,7 @@ class Shipment:
         self.sources = sources
 
     @classmethod
-    def pack(cls, attacker: Attacker) -> Shipment:
+    def pack(cls, attacker: Crew) -> Shipment:
         """Raises CannotShip when the classifier cannot be pickled."""
         import torch
 
@@ -48,14 +48,14 @@ class Shipment:
         files = {name: getattr(sys.modules.get(name), "__file__", None) for name in modules}
         return cls(buffer.getvalue(), {name: file for name, file in files.items() if file})
 
-    def unpack(self) -> Attacker:
+    def unpack(self) -> Crew:
         """Raises CannotShip when a class cannot be imported here."""
         import torch
 
         try:
             for name, file in self.sources.items():
                 _import(name, file)
-            attacker: Attacker = torch.load(io.BytesIO(self.content), weights_only=False)
+            attacker: Crew = torch.load(io.BytesIO(self.content), weights_only=False)
         except Exception as error:  # whatever a stranger's module raises while it is being rebuilt
             raise CannotShip(
                 f"the classifier cannot be rebuilt in another process: {type(error).__name__}: {error}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from s2ap_deploy.certify import statistics
-from s2ap_deploy.certify.thresholds import LEVEL
+from s2ap_deploy.certify.pairs import LEVEL
 from s2ap_deploy.spec import Frozen
 
 POWER = 0.8

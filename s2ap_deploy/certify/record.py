@@ -17,10 +17,14 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+import torch
+from torch import Tensor, nn
 
 from s2ap_deploy import files
 from s2ap_deploy.certify.attacker import Unit, UnitResult
 from s2ap_deploy.errors import RunFolderError, StorageError
+from s2ap_deploy.models.classifier import weights_hash
+from s2ap_deploy.runtime import versions
 
 SCHEMA_VERSION = 1
 _FILE = "attack.jsonl"
@@ -121,6 +125,25 @@ class Record:
         return RunFolderError(
             f"{self._path} is damaged: {reason}", hint="start this stage again with --overwrite"
         )
+
+
+def binding(
+    network: nn.Module, images: Tensor, labels: Tensor, *, seed: int, block_size: int, device: torch.device
+) -> dict[str, Any]:
+    """What every attack's outcome depends on, as JSON values for a header."""
+    samples = hashlib.sha256(images.numpy().tobytes())
+    samples.update(labels.numpy().tobytes())
+    found = versions()
+    return {
+        "weights_sha256": weights_hash(network),
+        "samples_sha256": samples.hexdigest(),
+        "shape": list(images.shape),
+        "seed": seed,
+        "block_size": block_size,
+        "device": device.type,
+        "torch": found["torch"],
+        "pyautoattack": found["pyautoattack"],
+    }
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

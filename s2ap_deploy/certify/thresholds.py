@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal, NamedTuple
 
 from s2ap_deploy.certify import statistics
 from s2ap_deploy.certify.certificate import Certificate
 from s2ap_deploy.certify.check import Check, Status
+from s2ap_deploy.certify.pairs import LEVEL, PairRange, Pairs, Rule, Standing
 from s2ap_deploy.certify.wording import percent, plain
 
-LEVEL = 0.95
 DROP = "drop of robust accuracy"
 CLASS_DROP = "drop of robust accuracy in the worst class"
 PROVEN = "provably robust accuracy (lower bound)"
 _LEVEL = f"{100 * LEVEL:.0f} %"
+_EARLY = "decided early"
 _SEVERITY: tuple[Status, ...] = ("pass", "inconclusive", "fail")
 
-Rule = Literal["lower", "point"]
 
-
-def floor(name: str, k: int, n: int, threshold: float, rule: Rule) -> Check:
-    """A share that must be at least ``threshold``."""
+def floor(name: str, k: int, n: int, threshold: float, rule: Rule, side: str = "") -> Check:
+    """A share that must be at least ``threshold``; ``side`` is what words put before the count."""
     bound = statistics.lower_bound(k, n, LEVEL) if rule == "lower" else k / n
-    shown = f"{k} of {n} = {percent(k / n)}"
+    shown = f"{side}{k} of {n} = {percent(k / n)}"
     shown += f", at least {percent(bound)} with {_LEVEL}" if rule == "lower" else ""
     status: Status = "fail"
     words = f"{name}: {shown}; required {percent(threshold)}"
@@ -35,6 +34,23 @@ def floor(name: str, k: int, n: int, threshold: float, rule: Rule) -> Check:
         status = "inconclusive"
         words = f"{name}: too few samples: even {n} of {n} would not show {percent(threshold)} ({shown})"
     return Check(name=name, status=status, words=words, threshold=threshold, observed=k / n, bound=bound)
+
+
+def floor_between(name: str, low: int, high: int, n: int, threshold: float, rule: Rule) -> Check:
+    """:func:`floor` for a count that is only known to lie from ``low`` to ``high``.
+
+    With more survivors the answer never gets worse, so the two ends speak for all between them.
+    """
+    if low == high:
+        return floor(name, low, n, threshold, rule)
+    worst = floor(name, low, n, threshold, rule, "at least ")
+    best = floor(name, high, n, threshold, rule, "at most ")
+    if worst.status == "pass" or best.status == "fail":
+        found = worst if worst.status == "pass" else best
+        return found.model_copy(update={"words": f"{found.words}; {_EARLY}", "observed": None})
+    if best.status == "inconclusive":
+        return best.model_copy(update={"observed": None, "bound": None})
+    return _inside(name, threshold, f"{low} to {high} of {n} = {percent(low / n)} to {percent(high / n)}")
 
 
 def proven_floor(certificate: Certificate, threshold: float, rule: Rule) -> Check:
@@ -53,8 +69,11 @@ def drop(
     """
     if dense is None or _differences(pruned, dense):
         return _incomparable(DROP, pruned, dense, threshold)
-    pairs = _Pairs.of(dense, pruned, None).losing(more)
-    status, bound = _judged(pairs, threshold, rule)
+    found = PairRange.of(*_standings(dense, pruned))
+    if not found.exact:
+        return _drop_between(DROP, found, threshold, rule, more)
+    pairs = found.worst.losing(more)
+    status, bound = pairs.judged(threshold, rule), pairs.bound(rule)
     shown = _shown(pairs, bound, rule)
     words = f"{DROP}: {shown}; allowed {percent(threshold)}"
     if status == "inconclusive":
@@ -76,11 +95,17 @@ def class_drop(
     """
     if dense is None or _differences(pruned, dense):
         return _incomparable(CLASS_DROP, pruned, dense, threshold)
+    labels = [sample.label for sample in pruned.samples]
+    classes = PairRange.by_class(*_standings(dense, pruned), labels)
+    names = {row.label: plain(row.name or str(row.label), 60) for row in pruned.per_class}
+    ranges = [(found, names[label]) for label, found in classes.items()]
+    if not all(found.exact for found, _ in ranges):
+        return _class_drop_between(ranges, threshold, rule, more)
     judged = []
-    for row in pruned.per_class:
-        pairs = _Pairs.of(dense, pruned, row.label).losing(more)
-        status, bound = _judged(pairs, threshold, rule)
-        judged.append((_SEVERITY.index(status), bound, pairs, plain(row.name or str(row.label), 60)))
+    for found, name in ranges:
+        pairs = found.worst.losing(more)
+        status, bound = pairs.judged(threshold, rule), pairs.bound(rule)
+        judged.append((_SEVERITY.index(status), bound, pairs, name))
     severity, bound, pairs, name = max(judged, key=lambda each: (each[0], each[1], each[2].observed))
     missing = sum(each[0] > 0 for each in judged)
     shown = f"class {name!r}: {_shown(pairs, bound, rule)}"
@@ -101,45 +126,55 @@ def class_drop(
     )
 
 
-class _Pairs(NamedTuple):
-    """Samples that stand with the dense model only, and with the pruned one only, of ``n``."""
-
-    lost: int
-    gained: int
-    n: int
-
-    @classmethod
-    def of(cls, dense: Certificate, pruned: Certificate, label: int | None) -> _Pairs:
-        """The pairs of one class, or of all."""
-        pairs = [
-            (before.broken_by is None, after.broken_by is None)
-            for before, after in zip(dense.samples, pruned.samples, strict=True)
-            if label is None or after.label == label
-        ]
-        return cls(pairs.count((True, False)), pairs.count((False, True)), len(pairs))
-
-    def losing(self, more: int) -> _Pairs:
-        lost = min(self.n, self.lost + more)
-        return _Pairs(lost, min(self.gained, self.n - lost), self.n)
-
-    @property
-    def observed(self) -> float:
-        return (self.lost - self.gained) / self.n
+def _standings(dense: Certificate, pruned: Certificate) -> tuple[Sequence[Standing], Sequence[Standing]]:
+    """Both in the order of samples; the same object twice for a network that is compared with itself."""
+    after = pruned.standing
+    return (after if dense.sha256 == pruned.sha256 else dense.standing), after
 
 
-def _judged(pairs: _Pairs, threshold: float, rule: Rule) -> tuple[Status, float]:
-    """The answer for one set of pairs, and what was compared with the threshold."""
-    if rule == "point":
-        return ("pass" if pairs.observed <= threshold else "fail"), pairs.observed
-    bound = statistics.paired_drop_upper_bound(*pairs, LEVEL)
-    if bound <= threshold:
-        return "pass", bound
-    shown_miss = statistics.paired_drop_lower_bound(*pairs, LEVEL) > threshold
-    hopeless = statistics.paired_drop_upper_bound(0, pairs.gained, pairs.n, LEVEL) > threshold
-    return ("inconclusive" if hopeless and not shown_miss else "fail"), bound
+def _drop_between(name: str, pairs: PairRange, threshold: float, rule: Rule, more: int) -> Check:
+    """A drop of which undecided samples leave only the limits known; ``name`` begins the words."""
+    status = pairs.certain(threshold, rule, more)
+    worst, best = pairs.worst.losing(more), pairs.best
+    if status is None:
+        if rule == "lower" and best.hopeless(threshold):
+            words = (
+                f"{name}: too few samples: even none lost of {pairs.n} would not show {percent(threshold)}"
+            )
+            return Check(name=name, status="inconclusive", words=words, threshold=threshold)
+        shown = f"{percent(best.observed)} to {percent(worst.observed)} of {pairs.n}"
+        return _inside(name, threshold, shown)
+    limit, side = (worst, "at worst") if status == "pass" else (best, "at best")
+    bound = limit.bound(rule)
+    words = f"{name}: {side} {_shown(limit, bound, rule)}; allowed {percent(threshold)}; {_EARLY}"
+    return Check(name=name, status=status, words=words, threshold=threshold, bound=bound)
 
 
-def _shown(pairs: _Pairs, bound: float, rule: Rule) -> str:
+def _class_drop_between(
+    ranges: Sequence[tuple[PairRange, str]], threshold: float, rule: Rule, more: int
+) -> Check:
+    """The answer of the class that is worst off: one that fails, else one that is open, else the worst."""
+    order = ("pass", None, "fail")
+
+    def severity(each: tuple[PairRange, str]) -> tuple[int, float]:
+        pairs, _ = each
+        return order.index(pairs.certain(threshold, rule, more)), pairs.worst.losing(more).bound(rule)
+
+    pairs, name = max(ranges, key=severity)
+    check = _drop_between(f"{CLASS_DROP}: class {name!r}", pairs, threshold, rule, more)
+    return check.model_copy(update={"name": CLASS_DROP})
+
+
+def _inside(name: str, threshold: float, shown: str) -> Check:
+    """What an attack that stopped early leaves open."""
+    words = (
+        f"{name}: {percent(threshold)} lies inside the certificate's interval ({shown}), because the attack "
+        "stopped when another policy was decided: run s2ap-deploy certify --full --resume"
+    )
+    return Check(name=name, status="inconclusive", words=words, threshold=threshold)
+
+
+def _shown(pairs: Pairs, bound: float, rule: Rule) -> str:
     shown = f"{pairs.lost} lost and {pairs.gained} gained of {pairs.n} = {percent(pairs.observed)}"
     return shown + (f", at most {percent(bound)} with {_LEVEL}" if rule == "lower" else "")
 

@@ -12,20 +12,39 @@ import selectors
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from s2ap_deploy.certify.messages import Failure, Shipment, read, write
+from s2ap_deploy.certify.executors import Crew, Executor, InProcess
+from s2ap_deploy.certify.messages import CannotShip, Failure, Shipment, read, write
 from s2ap_deploy.errors import DeployError
+from s2ap_deploy.recorder import Recorder
 
 if TYPE_CHECKING:
-    from s2ap_deploy.certify.attacker import Attacker, Unit, UnitResult
+    from s2ap_deploy.certify.attacker import Unit, UnitResult
 
 
 def count(requested: int | None, units: int) -> int:
     """How many processes serve on a CPU: as requested (None: one per core), and no more than have work."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(requested or cores, units))
+
+
+def executor_for(
+    attacker: Crew, workers: int | None, units: int, recorder: Recorder, stack: ExitStack
+) -> Executor:
+    """Processes where they help: on a CPU with more than one core and more than one unit to begin with.
+
+    A network that cannot be sent is attacked in this process, and ``recorder`` is told why.
+    """
+    processes = count(workers, units) if attacker.device.type == "cpu" else 1
+    if processes > 1:
+        try:
+            return stack.enter_context(Workers(attacker, processes))
+        except CannotShip as reason:
+            recorder.warn(f"{reason}; attacking in one process instead")
+    return stack.enter_context(InProcess(attacker))
 
 
 class Workers:
@@ -35,7 +54,7 @@ class Workers:
     comes back as itself when it is one of ours, otherwise as DeployError with the traceback as note.
     """
 
-    def __init__(self, attacker: Attacker, count: int) -> None:
+    def __init__(self, attacker: Crew, count: int) -> None:
         self._shipment = Shipment.pack(attacker)
         self._count = count
         self._processes: list[subprocess.Popen[bytes]] = []

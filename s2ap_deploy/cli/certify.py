@@ -9,10 +9,21 @@ from typing import Any
 import click
 
 from s2ap_deploy.cli import options
+from s2ap_deploy.cli.benchmark_entry import entry_options, submission
 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--artifact",
+    type=click.Path(path_type=Path),
+    help="Attack this ONNX file itself: its own answers count.",
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(["standard", "plus", "rand", "quick"]),
+    help="AutoAttack's version, or a quick sweep that can only show failures.  [default: standard]",
+)
 @click.option("--n", type=options.COUNT, help="Test images to attack.  [default: the recipe's, else 1000]")
 @click.option("--first", is_flag=True, help="The first n test images instead of a stratified random choice.")
 @click.option("--sample-seed", type=click.IntRange(min=0), help="Seed of the choice.  [default: 0]")
@@ -28,6 +39,18 @@ from s2ap_deploy.cli import options
 @click.option(
     "--curve", is_flag=True, default=None, help="Add accuracy over eps, from a minimum-norm attack."
 )
+@click.option(
+    "--min-robust", type=float, help="Stop as soon as this gate is decided.  [default: the recipe's gate]"
+)
+@click.option("--max-drop", type=float, help="The same for robust accuracy lost against the dense network.")
+@click.option(
+    "--gate",
+    "rule",
+    type=click.Choice(["lower", "point"]),
+    help="Its rule: the one-sided 95 % bound, or the observed figure alone.  [default: lower]",
+)
+@click.option("--full", is_flag=True, default=None, help="Attack to the end, whatever the gate is.")
+@entry_options
 @options.model_options("default: the checkpoint's")
 @options.checkpoint_options
 @options.mask_options
@@ -39,6 +62,8 @@ from s2ap_deploy.cli import options
 @options.output_options
 def command(
     checkpoint: Path | None,
+    artifact: Path | None,
+    protocol: str | None,
     n: int | None,
     first: bool,
     sample_seed: int | None,
@@ -46,6 +71,14 @@ def command(
     time_budget: float | None,
     provable: bool | None,
     curve: bool | None,
+    min_robust: float | None,
+    max_drop: float | None,
+    rule: str | None,
+    full: bool | None,
+    entry: Path | None,
+    ap_method: str | None,
+    ap_paper: str | None,
+    ap_pretraining: str | None,
     arch: str | None,
     data: str | None,
     eps: str | None,
@@ -63,31 +96,64 @@ def command(
     """Attack the dense and the pruned network with AutoAttack.
 
     The result is an upper bound on robust accuracy, with the exact interval that the samples allow. With a
-    CHECKPOINT, that network alone is attacked, in a run folder of its own.
+    CHECKPOINT, that network alone is attacked, in a run folder of its own. With --artifact, an exported file
+    is: white-box attacks follow a differentiable twin, and ONNX Runtime gives every answer. The run folder
+    is the one that exported the file, or a new one for a file from elsewhere.
+
+    Where a gate is given here or in the recipe, attacks stop as soon as no image could change its verdict any
+    more. The certificate then holds an interval and no figure; --full --resume completes it.
 
     \b
     s2ap-deploy certify
     s2ap-deploy certify --n 500 --time-budget 3600
     s2ap-deploy certify --provable --curve
+    s2ap-deploy certify --protocol quick --n 100
+    s2ap-deploy certify --min-robust 0.40 --max-drop 0.05
     s2ap-deploy certify model.pt --run dense-only
+    s2ap-deploy certify --artifact s2ap-run/export/model.onnx
+    s2ap-deploy certify --artifact robust.onnx --data cifar10 --eps 8/255 --run robust
     s2ap-deploy certify hydra.pth.tar --keep 0.1 --data cifar10 --eps 8/255 --run hydra
     """
     from s2ap_deploy.cli import session
     from s2ap_deploy.errors import UsageError
+    from s2ap_deploy.pipeline import early
+    from s2ap_deploy.pipeline.artefact import certify_file
+    from s2ap_deploy.pipeline.benchmark_entry import check_entry, write_entry
     from s2ap_deploy.pipeline.certification import certify
     from s2ap_deploy.pipeline.dense import dense
     from s2ap_deploy.reporting.curve import draw_curves
 
     if first and sample_seed is not None:
         raise UsageError("--first and --sample-seed exclude each other")
+    submitted = submission(
+        entry, ap_method, ap_paper, ap_pretraining, alone=checkpoint is not None or artifact is not None
+    )
     changes: dict[str, Any] = {
+        "certify.version": protocol,
         "certify.n": n,
         "certify.sample_seed": sample_seed,
         "certify.attack_seed": attack_seed,
         "certify.provable": provable,
-        "certify.curve": curve,
+        "certify.curve": curve if submitted is None else True,
+        "certify.full": full,
     }
-    recipe = None
+    policy = {"min_robust": min_robust, "max_drop": max_drop, "rule": rule}
+    if full and any(value is not None for value in policy.values()):
+        raise UsageError("--full attacks to the end, so --min-robust, --max-drop and --gate mean nothing")
+    recipe = opened = None
+    if artifact is not None:
+        from s2ap_deploy.cli.artifact import foreign_recipe, open_artifact
+
+        unfit: dict[str, object] = {
+            "CHECKPOINT": checkpoint,
+            "--provable": provable,
+            "--curve": curve,
+            "--arch": arch,
+        }
+        unfit |= {"--min-robust": min_robust, "--max-drop": max_drop, "--gate": rule}
+        unfit |= {"--mean": mean, "--std": std, "--keep": keep, "--alpha": alpha}
+        opened = open_artifact(artifact, folder, unfit=unfit)
+        recipe = foreign_recipe(opened, folder, data=data, eps=eps, norm=norm, seed=seed)
     if checkpoint is not None:
         content = session.from_checkpoint(
             checkpoint,
@@ -102,7 +168,7 @@ def command(
             trust_pickle=trust_pickle,
         )
         recipe = session.resolve(content, {"seed": seed, "model.keep": keep, "model.alpha": alpha})
-    else:
+    elif recipe is None:
         decided: dict[str, Any] = {"--data": data, "--eps": eps, "--norm": norm, "--seed": seed}
         decided |= {"--mean": mean, "--std": std, "--keep": keep, "--alpha": alpha}
         given = [option for option, value in decided.items() if value is not None]
@@ -115,7 +181,7 @@ def command(
     with session.open_job(
         folder,
         recipe,
-        create=checkpoint is not None,
+        create=recipe is not None,
         arch=arch,
         trust_pickle=trust_pickle,
         changes=changes,
@@ -131,11 +197,21 @@ def command(
                     hint="leave CHECKPOINT out to certify both, or name a folder of its own with --run",
                 )
             dense(job)
-        certify(job, time_budget=time_budget)
-        results = job.run.manifest.stages["certify"].results
-        if job.recipe.certify.curve:
+        if submitted is not None:
+            check_entry(job, submitted)
+        asked = early.asked_policy(job.recipe, policy)
+        if opened is not None:
+            certify_file(job, opened, time_budget=time_budget)
+        else:
+            certify(job, time_budget=time_budget, policy=asked)
+        stage = job.run.manifest.stages["certify" if opened is None else "artefact"]
+        results = stage.results
+        if opened is None and job.recipe.certify.curve:
             job.recorder.note(f"security curve: {draw_curves(job.run)}")
-        job.recorder.note(f"certificates: {folder / 'certify'}")
+        if submitted is not None and entry is not None:
+            write_entry(job, submitted, entry)
+            job.recorder.note(f"entry for the Adversarial Pruning Benchmark: {entry}")
+        job.recorder.note(f"certificates: {folder / ('certify' if opened is None else 'artefact')}")
     if as_json:
         click.echo(
             json.dumps({"run": str(folder), "formal_guarantee": False, "certify": results}, sort_keys=True)

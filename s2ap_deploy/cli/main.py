@@ -29,6 +29,7 @@ COMMANDS = {
     "certify": "Attack the dense and the pruned network with AutoAttack.",
     "export": "Write a sparse ONNX file and check it against the certificate.",
     "gate": "Judge the run against thresholds; the exit code is the verdict.",
+    "verify": "Hold a certificate against its files and against new attacks.",
     "compare": "Say how much the masks of two or more runs differ.",
     "run": "Run a recipe from its first stage to its verdict.",
     "recipes": "List the shipped recipes, or show one.",

@@ -85,6 +85,13 @@ def show_export(report: ExportReport) -> None:
     table.add_row(
         "weights", f"{report.nonzeros:,} of {report.weights:,} are not zero ({report.sparsity:.2%} sparse)"
     )
+    if report.compaction is not None and report.compaction.removed:
+        removal = report.compaction
+        table.add_row(
+            "channels",
+            f"{removal.removed:,} of {removal.channels_before:,} cannot matter and are left out: "
+            f"{removal.macs_before / max(removal.macs_after, 1):.2f} times fewer multiply-accumulates",
+        )
     agreement = report.agreement
     table.add_row(
         "logits",
@@ -168,5 +175,7 @@ def _verdict(console: Console, verdict: Mapping[str, Any]) -> None:
 
 
 def _share(share: Mapping[str, Any]) -> str:
+    if "value" not in share:  # the attack stopped when the verdict was decided
+        return f"{share['low']:.1%} to {share['high']:.1%}, undecided"
     low, high = share["interval"]
     return f"{share['value']:.1%} [{low:.1%}, {high:.1%}]"

@@ -66,11 +66,15 @@ def trace_curve(
     threat: ThreatModel,
     seed: int,
     device: torch.device,
+    workers: int | None,
+    record: Path,
+    deadline: float | None,
     recorder: Recorder,
 ) -> SecurityCurve:
     """Write the curve of a minimum-norm attack to ``path``.
 
-    What AutoAttack broke (``broken_by``) counts as broken at eps: there the curve is the worst of both.
+    What AutoAttack broke (``broken_by``) counts as broken at eps: there the curve is the worst of both. A
+    killed attack continues from ``record``. Raises OutOfTimeError when ``deadline`` has passed.
     """
     found = fmn.attack(
         network,
@@ -79,6 +83,9 @@ def trace_curve(
         threat_norm="L2" if threat.norm == "L2" else "Linf",
         seed=seed,
         device=device,
+        workers=workers,
+        record=record,
+        deadline=deadline,
         recorder=recorder,
     )
     distances = capped(found.distances.tolist(), [by is not None for by in broken_by], threat.radius)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from s2ap_deploy import files
 from s2ap_deploy.certify import points
 from s2ap_deploy.certify.certificate import Certificate
 from s2ap_deploy.data.sampling import choose
+from s2ap_deploy.data.splits import Split
 from s2ap_deploy.errors import RunFolderError, VerificationError
 from s2ap_deploy.exporting.artifact import ExportReport
 from s2ap_deploy.exporting.export import export_onnx
@@ -21,8 +23,10 @@ from s2ap_deploy.pipeline.certification import DENSE, PRUNED
 from s2ap_deploy.pipeline.job import Job
 from s2ap_deploy.pipeline.prune import MASKS
 from s2ap_deploy.pruning.tensors import load_tensors
+from s2ap_deploy.recipe.schema import ExportSection
 
 ONNX = "model.onnx"
+INT8_ONNX = "model-int8.onnx"
 REPORT = "report.json"
 COMPARED_IMAGES = 512
 
@@ -31,8 +35,9 @@ def export(job: Job, *, output: Path | None = None) -> ExportReport:
     """Leave ``model.onnx`` and its report in the ``export`` stage; returns the report.
 
     The pruned network is exported, or the dense one when nothing was pruned. ``output`` gets a copy, also
-    over a file that is there. Raises VerificationError when the file does not match its network or the
-    certificate's points, and then leaves nothing behind.
+    over a file that is there. An int8 file is another network than the one that was certified: the report
+    says so, with the command that certifies it. Raises VerificationError when the file does not match its
+    network or the certificate's points, and then leaves nothing behind.
     """
     section = job.recipe.export
     pruned = job.result == "finetune"
@@ -43,10 +48,12 @@ def export(job: Job, *, output: Path | None = None) -> ExportReport:
         {
             "checkpoint": files.sha256(path),
             "certificate": files.sha256(certificate_file) if certificate_file is not None else None,
-            "export": section.model_dump(),
+            "export": section.model_dump(exclude=_defaults(section)),
+            **({"data": job.data_inputs(_training(job, info))} if section.int8 else {}),
         },
     )
-    report_file, onnx_file = stage.folder / REPORT, stage.folder / ONNX
+    report_file = stage.folder / REPORT
+    onnx_file = stage.folder / (INT8_ONNX if section.int8 else ONNX)
     if stage.state != "finished":
         masks = None
         if pruned:
@@ -54,7 +61,7 @@ def export(job: Job, *, output: Path | None = None) -> ExportReport:
                 name: mask.bool() for name, mask in load_tensors(job.run.output("search", MASKS)).items()
             }
         certified = [] if certificate_file is None else [_points(job, certificate_file)]
-        if certificate_file is None:
+        if certificate_file is None and not section.int8:
             job.recorder.warn("nothing is certified yet: the gate will not pass a file that no attack covers")
         report = export_onnx(
             classifier,
@@ -63,12 +70,18 @@ def export(job: Job, *, output: Path | None = None) -> ExportReport:
             images=certified[0].clean if certified else _real_inputs(job, info),
             opset=section.opset,
             encoding=section.encoding,
-            metadata=_metadata(info, certificate_file),
+            metadata=_metadata(info, certificate_file if not section.int8 else None),
             masks=masks,
             certified=certified,
+            calibration=_calibration(job, info) if section.int8 else None,
+            compact=section.compact,
             overwrite=True,  # a kill may have left the file of an unfinished attempt
             recorder=job.recorder,
         )
+        if section.int8:
+            words = _not_covered(onnx_file, job.run.path)
+            job.recorder.warn(words)
+            report = report.model_copy(update={"warnings": (*report.warnings, words)})
         report.save(report_file)
         stage.finish([onnx_file, report_file], {"bytes": report.bytes, "dense_bytes": report.dense_bytes})
     report = ExportReport.load(report_file)
@@ -76,6 +89,11 @@ def export(job: Job, *, output: Path | None = None) -> ExportReport:
         with files.atomic(output) as temporary:
             shutil.copyfile(onnx_file, temporary)
     return report
+
+
+def _defaults(section: ExportSection) -> set[str]:
+    """Settings that came later and are as they always were: a run folder of before keeps its hashes."""
+    return (set() if section.int8 else {"int8", "calibration"}) | ({"compact"} if section.compact else set())
 
 
 def _certificate(job: Job, role: str) -> Path | None:
@@ -99,6 +117,11 @@ def _points(job: Job, certificate_file: Path) -> CertifiedPoints:
             f"{certificate_file} speaks of {certificate.n} points, but {len(clean)} are there"
         )
     samples = certificate.samples
+    if certificate.decision is not None:
+        job.recorder.warn(
+            f"the certificate was decided early: {len(certificate.decision.undecided)} of its points are "
+            "clean images whose attacks never ended, and what the file answers there shows no robustness"
+        )
     return CertifiedPoints(
         certificate_sha256=files.sha256(certificate_file),
         clean=clean.numpy(),
@@ -117,6 +140,26 @@ def _real_inputs(job: Job, info: CheckpointInfo) -> NDArray[np.float32]:
     return pixels
 
 
+def _training(job: Job, info: CheckpointInfo) -> Split:
+    return job.images(info.preprocessing.size).train
+
+
+def _calibration(job: Job, info: CheckpointInfo) -> NDArray[np.float32]:
+    """Training images, stratified by class; the same ones each time."""
+    train = _training(job, info)
+    chosen = choose(train.labels, job.recipe.export.calibration, seed=0)
+    pixels: NDArray[np.float32] = train.subset(chosen).tensors()[0].numpy()
+    return pixels
+
+
+def _not_covered(onnx_file: Path, run: Path) -> str:
+    command = ["s2ap-deploy", "certify", "--artifact", str(onnx_file), "--run", str(run)]
+    return (
+        "a certificate of the float32 network does not carry over to int8 values; "
+        f"certify the file itself: {shlex.join(command)}"
+    )
+
+
 def _metadata(info: CheckpointInfo, certificate_file: Path | None) -> dict[str, str]:
     """Facts that travel inside the file, for whoever finds it on a device."""
     facts = {
@@ -124,6 +167,8 @@ def _metadata(info: CheckpointInfo, certificate_file: Path | None) -> dict[str, 
         "s2ap.preprocessing": info.preprocessing.model_dump_json(),
         "s2ap.class_names": files.canonical_json(list(info.class_names)).strip(),
     }
+    if info.data is not None and ":" not in info.data:  # a path means nothing elsewhere
+        facts["s2ap.data"] = info.data
     if info.threat is not None:
         facts["s2ap.threat_model"] = str(info.threat)
     if info.sparsity is not None:

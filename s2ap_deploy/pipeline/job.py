@@ -81,15 +81,7 @@ class Job:
         A size in the recipe comes first: it is how an image folder learns it from a user.
         """
         if self._images is None:
-            self._images = datasets.load(
-                self.recipe.data.name,
-                root=self.machine.data_root,
-                download=self.machine.download,
-                size=self.recipe.data.size or size,
-                validation_fraction=self.recipe.data.validation_fraction,
-                seed=self.recipe.seed,
-                recorder=self.recorder,
-            )
+            self._images = read_images(self.recipe, self.machine, size, self.recorder)
         return self._images
 
     def data_inputs(self, *splits: Split) -> dict[str, Any]:
@@ -111,15 +103,7 @@ class Job:
 
     def load(self, path: Path) -> tuple[Classifier, CheckpointInfo]:
         """The classifier in a file of this tool, on the machine's device. Raises ArchitectureError."""
-        recorded = checkpoint.read_tensors(path).info
-        arch = self.machine.arch
-        if arch is None and recorded is not None and registry.is_import_path(recorded.arch):
-            raise ArchitectureError(
-                f"the network in {path} was built by {recorded.arch}, which is never imported unasked",
-                hint=f"add --arch {recorded.arch}",
-            )
-        classifier, info, _ = checkpoint.load(path, arch=arch)
-        return classifier.to(self.machine.device), info
+        return read_classifier(path, self.machine)
 
     def objective(self, section: ObjectiveSection) -> Objective:
         """The recipe's objective under the recipe's threat model."""
@@ -131,3 +115,34 @@ class Job:
             beta=section.beta,
             replays=section.replays,
         )
+
+
+def read_images(
+    recipe: Recipe, machine: Machine, size: tuple[int, int, int] | None, recorder: Recorder
+) -> ImageData:
+    """The recipe's data where ``machine`` has them; see :meth:`Job.images`. Raises DataError."""
+    return datasets.load(
+        recipe.data.name,
+        root=machine.data_root,
+        download=machine.download,
+        size=recipe.data.size or size,
+        validation_fraction=recipe.data.validation_fraction,
+        seed=recipe.seed,
+        recorder=recorder,
+    )
+
+
+def read_classifier(path: Path, machine: Machine) -> tuple[Classifier, CheckpointInfo]:
+    """The classifier in a file of this tool, on the machine's device.
+
+    Raises CheckpointError, and ArchitectureError when the network comes from an import path that the machine
+    was not given.
+    """
+    recorded = checkpoint.read_tensors(path).info
+    if machine.arch is None and recorded is not None and registry.is_import_path(recorded.arch):
+        raise ArchitectureError(
+            f"the network in {path} was built by {recorded.arch}, which is never imported unasked",
+            hint=f"add --arch {recorded.arch}",
+        )
+    classifier, info, _ = checkpoint.load(path, arch=machine.arch)
+    return classifier.to(machine.device), info

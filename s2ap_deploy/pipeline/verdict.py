@@ -21,14 +21,19 @@ from s2ap_deploy.run.manifest import Output, StageName, StageRecord
 
 VERDICT = "verdict.json"
 REPORT = "export/report.json"
+FILE_CERTIFICATE = "artefact/certificate.json"
 ARTEFACT_SUFFIXES = {".onnx", ".ort", ".pt2", ".pte", ".tflite", ".engine", ".mlmodel", ".mlpackage"}
 
 
 class _Evidence(NamedTuple):
-    """What was found: ``pruned`` is None where its certificate is gone or another one lies in its place."""
+    """What was found: ``pruned`` is None where its certificate is gone or another one lies in its place.
+
+    ``file`` is the certificate of the exported file itself, and counts where there is one.
+    """
 
     pruned: Certificate | None
     dense: Certificate | None
+    file: Certificate | None
     report: ExportReport | None
     recorded: list[Check]
 
@@ -41,27 +46,30 @@ def gate(
     Every artefact in the folder counts, also one that somebody put there, and every file that a certificate
     or a report names is hashed again: another file in its place fails, a missing one is inconclusive.
     ``baseline`` is the certificate to measure the drop against, None for the run's own dense one; ``at`` is
-    the time from which the certificate's age is counted, None for now. Raises InconclusiveError before
+    the time from which the certificate's age is counted, None for now. Where the exported file was attacked
+    itself, its certificate is the one that counts. Raises InconclusiveError before
     ``certify`` has finished, UsageError for a policy that nothing can meet, InputError for a certificate
     that cannot be used.
     """
     refuse_impossible(policy)
-    record = run.manifest.stages.get("certify")
-    if record is None or record.status != "finished":
+    record = _finished(run, "artefact") or _finished(run, "certify")
+    if record is None:
         raise InconclusiveError(
             f"{run.path} holds no certificate, so there is nothing to judge",
             hint=f"run s2ap-deploy certify --run {run.path} first",
         )
-    written = {output.path: output for output in record.outputs}
+    written = {output.path: output for output in (*_outputs(run, "certify"), *_outputs(run, "artefact"))}
     subject = "pruned" if "certify/pruned.json" in written else "dense"
     evidence = _gather(run, written, subject, baseline)
-    if evidence.pruned is None:
+    counts = evidence.file if FILE_CERTIFICATE in written else evidence.pruned
+    if counts is None:
         verdict = Verdict.of(evidence.recorded)
     else:
         verdict = judge(
             policy,
-            pruned=evidence.pruned,
+            pruned=counts,
             dense=evidence.dense,
+            others=() if evidence.pruned is None else (evidence.pruned,),
             artefacts=_artefacts(run, subject, evidence.report),
             shipped=_shipped(run, evidence.report),
             recorded=evidence.recorded,
@@ -86,6 +94,7 @@ def _gather(run: Run, written: Mapping[str, Output], subject: str, baseline: Pat
     """Certificates and report, each only if it is the recorded one, with a check of every file they name."""
     checks: list[Check] = []
     pruned = _certificate(run, written.get(f"certify/{subject}.json"), checks)
+    file = _certificate(run, written.get(FILE_CERTIFICATE), checks)
     dense = pruned
     if baseline is not None:
         dense = Certificate.load(baseline)
@@ -103,7 +112,7 @@ def _gather(run: Run, written: Mapping[str, Output], subject: str, baseline: Pat
         checks.append(_intact(_fact(run, REPORT, recorded[REPORT].sha256)))
         if checks[-1].status == "pass":
             report = ExportReport.load(files.within(run.path, REPORT))
-    return _Evidence(pruned, dense, report, _summed_up(checks))
+    return _Evidence(pruned, dense, file, report, _summed_up(checks))
 
 
 def _certificate(run: Run, output: Output | None, checks: list[Check]) -> Certificate | None:
@@ -115,8 +124,9 @@ def _certificate(run: Run, output: Output | None, checks: list[Check]) -> Certif
         return None
     certificate = Certificate.load(files.within(run.path, output.path))
     if certificate.points is not None:
-        files.within(run.folder("certify"), certificate.points.name)
-        checks.append(_intact(_fact(run, f"certify/{certificate.points.name}", certificate.points.sha256)))
+        stage: StageName = "artefact" if output.path == FILE_CERTIFICATE else "certify"
+        files.within(run.folder(stage), certificate.points.name)
+        checks.append(_intact(_fact(run, f"{stage}/{certificate.points.name}", certificate.points.sha256)))
     return certificate
 
 
@@ -158,17 +168,21 @@ def _summed_up(checks: Sequence[Check]) -> list[Check]:
 def _artefacts(run: Run, subject: str, report: ExportReport | None) -> list[ArtefactFact]:
     """The attacked checkpoint, the exported file, and anything else here that a device could run."""
     stage: StageName = "finetune" if subject == "pruned" else "pretrain"
-    facts = [_fact(run, output.path, output.sha256) for output in _networks(run, stage)]
+    attacked = _networks(run, stage) if _finished(run, "certify") is not None else []
+    facts = [_fact(run, output.path, output.sha256) for output in attacked]
     recorded = {
         output.path: output.sha256
-        for output in _outputs(run, "export")
+        for output in (*_outputs(run, "export"), *_outputs(run, "artefact"))
         if Path(output.path).suffix in ARTEFACT_SUFFIXES
     }
     if report is not None:
         files.within(run.folder("export"), report.file)
         recorded[f"export/{report.file}"] = report.sha256
     rejudged = _rejudged(report)
-    facts += [_fact(run, path, sha256, rejudged) for path, sha256 in recorded.items()]
+    quantised = report is not None and report.quantisation is not None
+    for name, sha256 in recorded.items():
+        fact = _fact(run, name, sha256, rejudged)
+        facts.append(fact.model_copy(update={"quantised": quantised}))
     for path in sorted(run.path.rglob("*")):
         name = path.relative_to(run.path).as_posix()
         if (
@@ -187,6 +201,11 @@ def _networks(run: Run, stage: StageName) -> list[Output]:
 def _outputs(run: Run, stage: StageName) -> tuple[Output, ...]:
     record = run.manifest.stages.get(stage)
     return record.outputs if record is not None else ()
+
+
+def _finished(run: Run, stage: StageName) -> StageRecord | None:
+    record = run.manifest.stages.get(stage)
+    return record if record is not None and record.status == "finished" else None
 
 
 def _fact(run: Run, path: str, sha256: str, rejudged: tuple[Rejudged, ...] = ()) -> ArtefactFact:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from s2ap_deploy.certify.gate import GatePolicy, Verdict
+from s2ap_deploy.exporting.opened import read
+from s2ap_deploy.pipeline.artefact import certify_file
 from s2ap_deploy.pipeline.certification import certify
 from s2ap_deploy.pipeline.dense import dense
 from s2ap_deploy.pipeline.export import export
@@ -12,7 +14,7 @@ from s2ap_deploy.pipeline.verdict import gate
 
 
 def whole(job: Job, *, time_budget: float | None = None) -> Verdict | None:
-    """Dense network, pruned network, certificates, exported file, verdict.
+    """Dense network, pruned network, certificates, exported file and, for int8, its own one; verdict.
 
     Returns None for a recipe without a gate. Raises what the stages raise.
     """
@@ -20,7 +22,9 @@ def whole(job: Job, *, time_budget: float | None = None) -> Verdict | None:
     if job.recipe.prune is not None:
         prune(job)
     certify(job, time_budget=time_budget)
-    export(job)
+    report = export(job)
+    if job.recipe.export.int8:  # another network than the one that was certified
+        certify_file(job, read(job.run.output("export", report.file)), time_budget=time_budget)
     job.remember()
     if job.recipe.gate is None:
         return None

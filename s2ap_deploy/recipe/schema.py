@@ -293,22 +293,31 @@ class PruneSection(Frozen):
 class CertifySection(Frozen):
     """Attacks on ``n`` held-out images (None: all). ``sample_seed`` None takes the first ``n``.
 
-    ``provable`` proves what it can first, and attacks only the rest; ``curve`` adds accuracy over eps.
+    ``provable`` proves what it can first, and attacks only the rest; ``curve`` adds accuracy over eps. Where
+    the recipe has a gate, attacks stop as soon as its verdict is decided, unless ``full``.
     """
 
-    version: Literal["standard"] = "standard"
+    version: Literal["standard", "plus", "rand", "quick"] = "standard"
     provable: Annotated[bool, Field(strict=True)] = False
     curve: Annotated[bool, Field(strict=True)] = False
+    full: Annotated[bool, Field(strict=True)] = False
     n: Count | None = 1000
     attack_seed: Whole = 0
     sample_seed: Whole | None = 0
 
 
 class ExportSection(Frozen):
-    """The ONNX file. ``auto`` chooses the smallest encoding for each tensor."""
+    """The ONNX file. ``auto`` chooses the smallest encoding for each tensor.
+
+    ``int8`` quantises weights and activations, with ranges from ``calibration`` training images.
+    ``compact`` leaves out channels that cannot matter, without changing the outputs.
+    """
 
     opset: Annotated[int, Field(strict=True, ge=18, le=25)] = 20
     encoding: Literal["auto", "ef", "dense"] = "auto"
+    int8: Annotated[bool, Field(strict=True)] = False
+    calibration: Count = 256
+    compact: Annotated[bool, Field(strict=True)] = True
 
 
 class GateSection(Frozen):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from s2ap_deploy import files
-from s2ap_deploy.certify.certificate import Certificate
+from s2ap_deploy.certify.certificate import Certificate, Share
 from s2ap_deploy.certify.curve import SecurityCurve
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.run.folder import Run
@@ -29,7 +29,11 @@ def draw_curves(run: Run) -> Path:
         path,
         curves,
         mark=(threat.radius, str(threat.eps)),
-        autoattack={role: certificate.robust.value for role, certificate in certificates.items()},
+        autoattack={
+            role: certificate.robust.value
+            for role, certificate in certificates.items()
+            if isinstance(certificate.robust, Share)  # an attack that was stopped early has no point to draw
+        },
     )
     return path
 

@@ -64,6 +64,8 @@ def _row(certificate: Certificate, report: ExportReport | None, role: str) -> di
         "robust": certificate.robust.model_dump(mode="json"),
         "flags": list(certificate.flags),
     }
+    if certificate.decision is not None:
+        row["decision"] = certificate.decision.model_dump(mode="json", exclude={"undecided"})
     if certificate.proven is not None:
         proven = certificate.proven
         row["proven"] = {"value": proven.count / proven.n, "interval": list(proven.interval)}

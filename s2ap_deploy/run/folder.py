@@ -42,6 +42,7 @@ _COMMANDS: dict[StageName, str] = {
     "finetune": "prune",
     "certify": "certify",
     "export": "export",
+    "artefact": "certify --artifact",
     "gate": "gate",
 }
 _RESUME = "add --resume to continue, or --overwrite to start again"
@@ -143,6 +144,33 @@ class Run:
             if not resume:
                 raise RunFolderError(f"{name} in {self.path} finished, but {damage}", hint=_RESUME)
         return self._start(name, wanted, session, note=damage and f"{name} runs again: {damage}")
+
+    def reopen(self, name: StageName, *, inputs: Mapping[str, Any]) -> None:
+        """Take up a stage again with other ``inputs`` but with the files it left, to be resumed.
+
+        For stages that know which of their files stay true under the new inputs. Discards the later stages.
+        Raises StorageError.
+        """
+        wanted = manifest.as_json(inputs)
+        opened = self.manifest.stages[name].model_copy(
+            update={
+                "status": "started",
+                "inputs": wanted,
+                "inputs_sha256": manifest.digest(wanted),
+                "outputs": (),
+                "results": None,
+                "finished": None,
+            }
+        )
+        later = _later(name)
+        folders = [self.folder(each) for each in later]
+        self.save(self.manifest.without(later).with_stage(name, opened))
+        try:
+            for folder in folders:
+                if folder.exists():
+                    shutil.rmtree(folder)
+        except OSError as error:
+            raise StorageError(f"cannot clear {self.path}: {error}") from error
 
     def folder(self, name: StageName) -> Path:
         """The folder of a stage, which may not exist. Raises RunFolderError if it is a link."""

@@ -19,7 +19,7 @@ from s2ap_deploy.spec import Frozen
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
 
-StageName = Literal["pretrain", "search", "finetune", "certify", "export", "gate"]
+StageName = Literal["pretrain", "search", "finetune", "certify", "export", "artefact", "gate"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

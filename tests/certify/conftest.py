@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from s2ap_deploy.certify import attacks
+from s2ap_deploy.certify import protocols
 from s2ap_deploy.certify.certificate import AttackRow, Certificate, Subject, issue
 from s2ap_deploy.spec import ThreatModel
 
@@ -72,8 +72,8 @@ def robust_network(digits: tuple[Tensor, Tensor]) -> nn.Sequential:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fraction of the published iterations, for tests of the orchestration and not of the attacks."""
-    few = {name: 60 if name == "square" else 5 for name in attacks.ITERATIONS}
-    monkeypatch.setattr(attacks, "ITERATIONS", few)
+    few = {name: 60 if name == "square" else 5 for name in protocols.ITERATIONS}
+    monkeypatch.setattr(protocols, "ITERATIONS", few)
 
 
 @pytest.fixture(scope="session")

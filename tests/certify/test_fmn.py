@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from s2ap_deploy.certify import cascade, fmn
 from s2ap_deploy.certify.descent import margin
 from s2ap_deploy.certify.judge import Judge, distances
-from s2ap_deploy.errors import CheckpointError, DataError, UsageError
+from s2ap_deploy.errors import CheckpointError, DataError, OutOfTimeError, RunFolderError, UsageError
 from s2ap_deploy.models.classifier import weights_hash
+from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import ThreatModel
 
 CPU = torch.device("cpu")
@@ -191,13 +193,11 @@ def test_the_same_seed_gives_the_same_bits_and_blocks_are_fixed(
     assert torch.equal(alone.distances, first.distances[:5])
 
 
-def test_targeted_runs_never_lose_and_the_short_form_gives_the_distances(
-    digits: tuple[Tensor, Tensor], robust_network: nn.Sequential
-) -> None:
+def test_targeted_runs_never_lose(digits: tuple[Tensor, Tensor], robust_network: nn.Sequential) -> None:
     images, labels = digits[0][1200:1220], digits[1][1200:1220]
     options: dict[str, Any] = {"threat_norm": "L2", "seed": 3, "device": CPU, "steps": 20}
-    alone = fmn.minimum_norms(robust_network, images, labels, targets=0, **options)
-    joined = fmn.minimum_norms(robust_network, images, labels, targets=50, **options)
+    alone = fmn.attack(robust_network, images, labels, targets=0, **options).distances
+    joined = fmn.attack(robust_network, images, labels, targets=50, **options).distances
     assert (joined <= alone).all()
     assert (joined < alone).any()
     assert alone.dtype == torch.float64
@@ -207,9 +207,7 @@ def test_the_curve_agrees_with_autoattack_at_its_radius(
     digits: tuple[Tensor, Tensor], robust_network: nn.Sequential, short: None
 ) -> None:
     images, labels = digits[0][1200:1224], digits[1][1200:1224]
-    norms = fmn.minimum_norms(
-        robust_network, images, labels, threat_norm="Linf", seed=0, device=CPU, steps=60
-    )
+    norms = found(robust_network, images, labels, steps=60).distances
     threat = ThreatModel(eps="0.15")
     outcome = cascade.attack(robust_network, images, labels, threat=threat, seed=0, device=CPU, workers=1)
     stands = (norms > threat.radius).tolist()
@@ -225,10 +223,64 @@ def test_full_autoattack_leaves_no_more_standing_than_the_curve(
 ) -> None:
     images, labels = digits[0][1200:1300], digits[1][1200:1300]
     threat = ThreatModel(norm=norm, eps=eps)
-    norms = fmn.minimum_norms(robust_network, images, labels, threat_norm=threat.norm, seed=0, device=CPU)
+    norms = found(robust_network, images, labels, threat_norm=threat.norm).distances
     outcome = cascade.attack(robust_network, images, labels, threat=threat, seed=0, device=CPU, workers=1)
     autoattack, curve = outcome.broken_by.count(None), int((norms > threat.radius).sum())
     assert autoattack - 1 <= curve <= autoattack + 4
+
+
+def test_a_killed_attack_continues_from_its_record_to_the_same_bits(
+    digits: tuple[Tensor, Tensor], robust_network: nn.Sequential, tmp_path: Path
+) -> None:
+    class StopsAfter(Silent):
+        done = 0
+
+        def advance(self, steps: int = 1) -> None:
+            self.done += 1
+            if self.done == 2:
+                raise KeyboardInterrupt
+
+    images, labels = digits[0][1200:1209], digits[1][1200:1209]
+    options: dict[str, Any] = {"steps": 8, "block_size": 5, "targets": 1}
+    expected = found(robust_network, images, labels, **options)
+    interruptions = 0
+    while True:
+        try:
+            resumed = found(robust_network, images, labels, record=tmp_path, recorder=StopsAfter(), **options)
+        except KeyboardInterrupt:
+            interruptions += 1
+        else:
+            break
+    assert interruptions == 2
+    assert torch.equal(resumed.distances, expected.distances)
+    assert torch.equal(resumed.points, expected.points)
+    assert torch.equal(resumed.predictions, expected.predictions)
+    again = found(robust_network, images, labels, record=tmp_path, deadline=0.0, **options)
+    assert torch.equal(again.distances, expected.distances), "nothing is left to do after the deadline"
+    for change, named in (({"steps": 9}, "steps"), ({"seed": 1}, "seed"), ({"threat_norm": "L2"}, "norm")):
+        with pytest.raises(RunFolderError, match=f"records another attack: {named} was"):
+            found(robust_network, images, labels, record=tmp_path, **{**options, **change})
+
+
+def test_out_of_time_is_told_and_what_was_found_is_kept(
+    make_network: Callable[..., nn.Sequential], tmp_path: Path
+) -> None:
+    images = torch.rand(4, 1, 8, 8)
+    labels = make_network()(images).argmax(1)
+    with pytest.raises(OutOfTimeError, match="4 of 4 parts are left"):
+        found(make_network(), images, labels, record=tmp_path, deadline=0.0, steps=2)
+    assert found(make_network(), images, labels, record=tmp_path, steps=2).distances.shape == (4,)
+
+
+def test_workers_find_the_same_bits(make_network: Callable[..., nn.Sequential]) -> None:
+    images = torch.rand(6, 1, 8, 8)
+    labels = make_network()(images).argmax(1)
+    one, two = (
+        found(make_network(), images, labels, steps=4, targets=1, block_size=3, workers=workers)
+        for workers in (1, 2)
+    )
+    assert torch.equal(one.distances, two.distances)
+    assert torch.equal(one.points, two.points)
 
 
 def test_the_network_is_left_as_it_was(make_network: Callable[..., nn.Sequential]) -> None:
@@ -288,6 +340,7 @@ def test_images_and_labels_that_do_not_fit(
         {"step": math.nan},
         {"loss": "hinge"},
         {"threat_norm": "L1"},
+        {"workers": 0},
     ],
 )
 def test_impossible_numbers(make_network: Callable[..., nn.Sequential], options: dict[str, Any]) -> None:

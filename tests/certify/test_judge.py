@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from s2ap_deploy.certify.judge import Judge, distances, exact_arithmetic, output_flags
+from s2ap_deploy.certify.judge import Judge, distances, exact_arithmetic
 from s2ap_deploy.errors import CheckpointError
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.spec import ThreatModel
@@ -111,14 +111,6 @@ def test_distances_in_each_norm() -> None:
     clean, points = torch.zeros(1, 1, 1, 2), torch.tensor([0.3, -0.4]).reshape(1, 1, 1, 2)
     found = [float(distances(clean, points, norm)) for norm in ("Linf", "L2", "L1")]
     assert found == pytest.approx([0.4, 0.5, 0.7])
-
-
-def test_flags_of_outputs() -> None:
-    logits = torch.tensor([[2.0, -1.0], [0.5, 0.6]])
-    assert output_flags(logits, logits.clone()) == ()
-    assert output_flags(logits, logits + 1e-6) == ()
-    assert output_flags(logits, logits + 0.01) == ("randomised",)
-    assert output_flags(logits.softmax(1), logits.softmax(1)) == ("not_logits",)
 
 
 def test_the_process_is_left_as_it_was() -> None:

@@ -1,0 +1,164 @@
+"""Our cascade against pyautoattack's own run_standard_evaluation: wall time and the same survivors.
+
+    python benchmarks/certify_speed.py --shared ../shared --demo s2ap-run [--n 200] [--resnet18 2]
+
+``--demo`` is a run folder of the demo; its dense network and the shared MNIST checkpoint are attacked at
+Linf 0.1 on the first n test images. Ours runs with ``--workers`` processes of one thread and no provable
+bound. The package gets the network in eval mode, as its users pass it (``--frozen``: without gradients of
+parameters, which ours never has). It first runs with 1 and 2 threads and several batch sizes; its fastest
+setting then alternates with ours for ``--rounds`` rounds. Its noise is the points that two of its seeds
+disagree on. ``--resnet18 N`` adds a CIFAR ResNet-18 with random weights on N random images, at a radius so
+small that nothing breaks: the full cost of an image that survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import result
+import torch
+from pyautoattack import AutoAttack
+from torch import Tensor, nn
+
+from s2ap_deploy.certify import cascade
+from s2ap_deploy.data import datasets
+from s2ap_deploy.models import checkpoint, registry
+from s2ap_deploy.spec import ThreatModel
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One network, the images that it faces, and the radius (Linf)."""
+
+    name: str
+    network: nn.Module
+    images: Tensor
+    labels: Tensor
+    eps: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shared", type=Path)
+    parser.add_argument("--demo", type=Path, help="a run folder of the demo")
+    parser.add_argument("--n", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs=2, default=[0, 1])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--batches", type=int, nargs="+", default=[100, 250])
+    parser.add_argument("--frozen", action="store_true", help="freeze the package's network too")
+    parser.add_argument("--resnet18", type=int, default=0, metavar="N")
+    parser.add_argument("--name", default="certify-speed")
+    args = parser.parse_args()
+    result.write(
+        args.name,
+        {
+            "n": args.n,
+            "workers": args.workers,
+            "rounds": args.rounds,
+            "package_network_frozen": args.frozen,
+            "networks": {task.name: measure(task, args) for task in tasks(args)},
+        },
+    )
+
+
+def tasks(args: argparse.Namespace) -> list[Task]:
+    found = []
+    if args.demo is not None:
+        network, _, _ = checkpoint.load(args.demo / "pretrain/model.safetensors")
+        images, labels = datasets.load("digits").test.tensors()
+        found.append(Task("demo digits", network, images[: args.n], labels[: args.n], "0.1"))
+    if args.shared is not None:
+        network, _, _ = checkpoint.load(args.shared / "checkpoints/mnist_convex_eps0.1.pth")
+        images, labels = datasets.load("mnist", root=args.shared / "data").test.tensors()
+        found.append(Task("shared MNIST", network, images[: args.n], labels[: args.n], "0.1"))
+    if args.resnet18:
+        torch.manual_seed(0)
+        network = registry.build("cifar-resnet18", 10).eval()
+        images = torch.rand(args.resnet18, 3, 32, 32)
+        with torch.no_grad():
+            labels = network(images).argmax(1)
+        found.append(Task("ResNet-18, nothing breaks", network, images, labels, "1e-6"))
+    return found
+
+
+def measure(task: Task, args: argparse.Namespace) -> dict[str, Any]:
+    """Wall times of both, and whom they leave standing."""
+    n = len(task.labels)
+    sizes = sorted({min(size, n) for size in (n, *args.batches)})
+    trials = []
+    for threads, batch in itertools.product(args.threads, sizes):
+        seconds, _ = theirs(task, threads, batch, args.seeds[0], args.frozen)
+        trials.append({"threads": threads, "batch_size": batch, "seconds": seconds})
+        print(f"{task.name}: package, {threads} threads, batches of {batch}: {seconds:.1f} s", flush=True)
+    best = min(trials, key=lambda each: each["seconds"])
+    pairs = []
+    for _ in range(args.rounds):
+        seconds, ours_left, protocol = ours(task, args.workers, args.seeds[0])
+        reference, survivors = theirs(task, best["threads"], best["batch_size"], args.seeds[0], args.frozen)
+        pairs.append({"ours": seconds, "package": reference, "ratio": reference / seconds})
+        print(f"{task.name}: ours {seconds:.1f} s, package {reference:.1f} s", flush=True)
+    _, other_seed = theirs(task, best["threads"], best["batch_size"], args.seeds[1], args.frozen)
+    return {
+        "n": n,
+        "norm": "Linf",
+        "eps": task.eps,
+        "protocol": protocol,
+        "package_trials": trials,
+        "package_best": best,
+        "pairs": pairs,
+        "ratio_median": statistics.median(pair["ratio"] for pair in pairs),
+        "survivors_ours": len(ours_left),
+        "survivors_package": len(survivors),
+        "differing_points": sorted(ours_left ^ survivors),
+        "package_seed_noise_points": sorted(survivors ^ other_seed),
+    }
+
+
+def ours(task: Task, workers: int, seed: int) -> tuple[float, set[int], str]:
+    """Seconds, the indices of survivors, and the protocol."""
+    started = time.perf_counter()
+    outcome = cascade.attack(
+        task.network,
+        task.images,
+        task.labels,
+        threat=ThreatModel(eps=task.eps),
+        seed=seed,
+        device=CPU,
+        workers=workers,
+    )
+    seconds = time.perf_counter() - started
+    return seconds, {index for index, by in enumerate(outcome.broken_by) if by is None}, outcome.protocol
+
+
+def theirs(task: Task, threads: int, batch_size: int, seed: int, frozen: bool) -> tuple[float, set[int]]:
+    """The same for the package's own driver."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    network = copy.deepcopy(task.network).eval().requires_grad_(not frozen)
+    started = time.perf_counter()
+    driver = AutoAttack(network, norm="Linf", eps=float(task.eps), seed=seed, version="standard")
+    attacked, _ = driver.run_standard_evaluation(task.images, task.labels, batch_size=batch_size)
+    seconds = time.perf_counter() - started
+    torch.set_num_threads(before)
+    with torch.no_grad():
+        right = network(task.images).argmax(1) == task.labels
+        left = right & (network(attacked).argmax(1) == task.labels)
+    return seconds, set(left.nonzero().flatten().tolist())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""A certificate as an in-toto Statement, for whoever signs it. No torch.
+
+The layout is that of the in-toto Attestation Framework (github.com/in-toto/attestation, file
+spec/v1/statement.md): ``predicate`` holds what is attested, ``subject`` the digests of the files it is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from s2ap_deploy.certify.certificate import Certificate
+from s2ap_deploy.errors import UsageError
+
+STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE: Final = "urn:x-s2ap-deploy:attack-certificate:v1"
+_LEFT_OUT = {"samples", "points", "seconds"}
+
+
+def statement(
+    certificate: Certificate,
+    *,
+    subjects: Sequence[tuple[str, str]],
+    verification: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The Statement as JSON values, unsigned.
+
+    ``subjects`` are names and SHA-256 hashes of files that the certificate speaks for. The predicate holds
+    the certificate without its samples, the hash of its file, which binds them, and ``verification`` (JSON
+    values): what ``s2ap-deploy verify`` did before. Raises UsageError where there is nothing to speak of.
+    """
+    if not subjects:
+        raise UsageError(
+            "the certificate names no file that a statement could speak of", hint="certify again"
+        )
+    predicate: dict[str, Any] = {
+        "certificate": {"sha256": certificate.sha256},
+        "formalGuarantee": False,
+        "result": certificate.model_dump(mode="json", exclude=_LEFT_OUT, exclude_none=True),
+    }
+    if verification is not None:
+        predicate["verification"] = dict(verification)
+    return {
+        "_type": STATEMENT_TYPE,
+        "subject": [{"name": name, "digest": {"sha256": sha256}} for name, sha256 in subjects],
+        "predicateType": PREDICATE_TYPE,
+        "predicate": predicate,
+    }

@@ -1,0 +1,75 @@
+"""Networks that an attack says little about: each is told by name, and none passes a gate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+NETWORK = """
+import torch
+from torch import nn
+
+
+class Odd(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.layer = nn.Linear(64, classes)
+
+    def forward(self, x):
+        logits = self.layer(x.flatten(1))
+        {body}
+
+
+def make(classes=10):
+    return Odd(classes)
+
+
+make.input_size = (1, 8, 8)
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "flag", "words"),
+    [
+        ("return logits.softmax(dim=1)", "not_logits", "returns probabilities"),
+        ("return logits + torch.randn_like(logits)", "randomised", "answers the same image differently"),
+        ("return logits - logits.mean(dim=0)", "batch_dependent", "depends on the other images"),
+        (
+            "return logits if float(x.detach().max()) > 0.01 else -logits",
+            "dynamic_control_flow",
+            "takes another way for another image",
+        ),
+        ("return 1000 * logits", "loss_of_precision", "float32 is too coarse"),
+    ],
+)
+def test_a_doubtful_network_makes_the_gate_inconclusive(
+    body: str, flag: str, words: str, s2ap: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "net.py").write_text(NETWORK.format(body=body))
+    torch.manual_seed(0)
+    torch.save({"layer.weight": torch.randn(10, 64), "layer.bias": torch.zeros(10)}, tmp_path / "model.pt")
+    certify = ["certify", "model.pt", "--arch", "net.py:make", "--data", "digits", "--eps", "0.9", "--n", 10]
+    done = s2ap(*certify, "--threads", 1, "--workers", 1, "--json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert flag in json.loads(done.out)["certify"]["dense"]["flags"]
+    assert f"reliability flag {flag}" in done.err
+    gate = s2ap("gate", "--min-clean", 0, "--rule", "point", cwd=tmp_path)
+    assert gate.code == 3, gate.out
+    assert words in gate.out
+
+
+def test_logits_that_are_not_finite_are_an_error_and_no_accuracy(
+    s2ap: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "net.py").write_text(NETWORK.format(body="return logits / (x.max() < 0)"))
+    torch.save({"layer.weight": torch.ones(10, 64), "layer.bias": torch.zeros(10)}, tmp_path / "model.pt")
+    certify = ["certify", "model.pt", "--arch", "net.py:make", "--data", "digits", "--eps", "0.9", "--n", 10]
+    done = s2ap(*certify, "--threads", 1, "--workers", 1, cwd=tmp_path)
+    assert done.code == 2
+    assert "the classifier returns logits that are not finite" in done.err
+    assert not (tmp_path / "s2ap-run" / "certify" / "dense.json").exists()

@@ -1,0 +1,125 @@
+"""An exported file certified itself, from the command line: int8, and one from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2ap_deploy.certify.certificate import Certificate
+from s2ap_deploy.exporting.artifact import ExportReport
+
+Command = Callable[..., Any]
+QUICK = ["--n", 80, "--protocol", "quick", "--threads", 1, "--workers", 1]
+
+
+@pytest.fixture(scope="module")
+def int8_run(digits_model: Path, tmp_path_factory: pytest.TempPathFactory, s2ap: Command) -> Path:
+    """A network attacked in float32 at twice the radius it was trained for, then exported as int8."""
+    run = tmp_path_factory.mktemp("int8") / "run"
+    done = s2ap("certify", digits_model, "--eps", "0.2", *QUICK, "--run", run)
+    assert done.code == 0, done.err
+    done = s2ap("export", "--int8", "--calibration", 32, "--run", run, "--threads", 1)
+    assert done.code == 0, done.err
+    assert f"certify --artifact {run}/export/model-int8.onnx --run {run}" in done.err
+    return run
+
+
+@pytest.fixture(scope="module")
+def certified(int8_run: Path, tmp_path_factory: pytest.TempPathFactory, s2ap: Command) -> Path:
+    run = Path(shutil.copytree(int8_run, tmp_path_factory.mktemp("certified") / "run"))
+    done = s2ap(
+        "certify", "--artifact", "export/model-int8.onnx", "--run", run, "--threads", 1, "--workers", 1
+    )
+    assert done.code == 0, done.err
+    return run
+
+
+def test_the_report_says_what_int8_is(int8_run: Path) -> None:
+    report = ExportReport.load(int8_run / "export" / "report.json")
+    assert report.quantisation is not None
+    assert report.quantisation.calibration_images == 32
+    assert report.bytes < report.quantisation.float_bytes
+    assert (report.agreement.tolerance, report.agreement.passed) == (None, True)
+    assert any("does not carry over" in warning for warning in report.warnings)
+
+
+def test_a_float_certificate_does_not_pass_an_int8_file(
+    int8_run: Path, tmp_path: Path, s2ap: Command
+) -> None:
+    run = shutil.copytree(int8_run, tmp_path / "run")
+    done = s2ap("gate", "--min-clean", "0.5", "--rule", "point", "--run", run)
+    assert done.code == 3
+    assert "certify the file itself with s2ap-deploy certify --run RUN --artifact" in done.out
+
+
+def test_transferred_accuracy_of_int8_is_higher_than_attacked_and_caught(certified: Path) -> None:
+    certificate = Certificate.load(certified / "artefact" / "certificate.json")
+    file = certificate.subject.artefact
+    assert file is not None
+    assert file.quantised
+    assert file.twin.matches
+    assert file.transfer is not None
+    float_certificate = Certificate.load(certified / "certify" / "dense.json")
+    # What a judge of stored points would report, against what the certificate reports.
+    assert file.transfer.survived > certificate.survivors[1]
+    assert file.transfer.n == certificate.n == float_certificate.n
+    assert {sample.broken_by for sample in certificate.samples} >= {"transfer", "apgd-ce"}
+
+
+def test_the_file_is_covered_by_its_own_certificate(certified: Path, tmp_path: Path, s2ap: Command) -> None:
+    run = shutil.copytree(certified, tmp_path / "run")
+    done = s2ap("gate", "--min-clean", "0.5", "--rule", "point", "--run", run)
+    assert "file export/model-int8.onnx is the attacked file" in done.out
+    with (run / "export" / "model-int8.onnx").open("ab") as stream:
+        stream.write(b"\0")
+    assert s2ap("gate", "--min-clean", "0.5", "--rule", "point", "--run", run).code == 1
+
+
+def test_a_second_time_is_skipped(certified: Path, tmp_path: Path, s2ap: Command) -> None:
+    run = shutil.copytree(certified, tmp_path / "run")
+    before = (run / "artefact" / "certificate.json").read_bytes()
+    done = s2ap("certify", "--artifact", "export/model-int8.onnx", "--run", run, "--json")
+    assert "already done" in done.err
+    assert json.loads(done.out)["certify"]["file"]["quantised"] is True
+    assert (run / "artefact" / "certificate.json").read_bytes() == before
+
+
+def test_a_file_from_elsewhere(int8_run: Path, certified: Path, tmp_path: Path, s2ap: Command) -> None:
+    file = Path(shutil.copy(int8_run / "export" / "model-int8.onnx", tmp_path / "robust.onnx"))
+    run = tmp_path / "run"
+    done = s2ap("certify", "--artifact", file, "--eps", "0.2", *QUICK, "--run", run)
+    assert done.code == 0, done.err
+    alone = Certificate.load(run / "artefact" / "certificate.json")
+    at_home = Certificate.load(certified / "artefact" / "certificate.json")
+    assert alone.subject.artefact is not None
+    assert alone.subject.artefact.transfer is None
+    assert (alone.clean, alone.data) == (at_home.clean, "digits")
+    assert alone.subject.weights_sha256 == at_home.subject.weights_sha256
+    done = s2ap("gate", "--min-clean", "0.5", "--rule", "point", "--run", run)
+    assert "file artefact/model.onnx is the attacked file" in done.out
+
+
+def test_what_does_not_go_together(int8_run: Path, digits_model: Path, tmp_path: Path, s2ap: Command) -> None:
+    file = int8_run / "export" / "model-int8.onnx"
+    for wrong in (["--provable"], [digits_model], ["--curve"]):
+        done = s2ap("certify", *wrong, "--artifact", file, "--run", tmp_path / "run")
+        assert done.code == 2
+        assert "not together with --artifact" in done.err
+    done = s2ap("certify", "--artifact", tmp_path / "none.onnx", "--run", tmp_path / "run")
+    assert done.code == 2
+    (tmp_path / "bad.onnx").write_bytes(b"nonsense")
+    done = s2ap("certify", "--artifact", tmp_path / "bad.onnx", "--run", tmp_path / "run")
+    assert done.code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_another_run(finished_run: Path, int8_run: Path, s2ap: Command) -> None:
+    file = int8_run / "export" / "model-int8.onnx"
+    done = s2ap("certify", "--artifact", file, "--run", finished_run)
+    assert done.code == 2
+    assert "is not the file that the run in" in done.err

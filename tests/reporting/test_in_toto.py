@@ -1,0 +1,100 @@
+"""The in-toto statement: its layout is the framework's, and it says no more than the certificate does."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+
+from s2ap_deploy.certify.certificate import AttackRow, Certificate, Subject, issue
+from s2ap_deploy.errors import UsageError
+from s2ap_deploy.reporting.in_toto import STATEMENT_TYPE, statement
+from s2ap_deploy.spec import ThreatModel
+
+# What spec/v1/statement.md of the in-toto Attestation Framework says, written down as a schema.
+STATEMENT_V1 = {
+    "type": "object",
+    "required": ["_type", "subject", "predicateType"],
+    "properties": {
+        "_type": {"const": "https://in-toto.io/Statement/v1"},
+        "subject": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["digest"],
+                "properties": {
+                    "name": {"type": "string", "minLength": 1},
+                    "digest": {
+                        "type": "object",
+                        "minProperties": 1,
+                        "properties": {"sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"}},
+                        "additionalProperties": {"type": "string"},
+                    },
+                },
+            },
+        },
+        "predicateType": {"type": "string", "pattern": "^[A-Za-z][A-Za-z0-9+.-]*:.+$"},
+        "predicate": {"type": "object"},
+    },
+}
+FILES = [("finetune/model.safetensors", "a" * 64), ("export/model.onnx", "b" * 64)]
+
+
+@pytest.fixture
+def certificate() -> Certificate:
+    """Of four samples, two stand."""
+    return issue(
+        subject=Subject(arch="net", num_classes=2, weights_sha256="a" * 64, checkpoint_sha256="c" * 64),
+        threat=ThreatModel(eps="8/255"),
+        data="digits",
+        split="test",
+        sample_ids=[f"test/{index}" for index in range(4)],
+        labels=[0, 0, 0, 0],
+        class_names=("zero", "one"),
+        clean_prediction=[0, 0, 0, 1],
+        adversarial_prediction=[0, 0, 1, 1],
+        broken_by=[None, None, "apgd-ce", "clean"],
+        attacks=[AttackRow(name="apgd-ce", n_in=3, n_broken=1, seconds=1.0)],
+        protocol="standard",
+        flags=(),
+        attack_seed=0,
+        sample_seed=None,
+        block_size=100,
+        points=None,
+        versions={},
+        environment={},
+        seconds=1.0,
+        recipe_sha256="d" * 64,
+    )
+
+
+def test_the_layout_is_the_frameworks(certificate: Certificate) -> None:
+    found = json.loads(json.dumps(statement(certificate, subjects=FILES, verification={"seed": 1})))
+    jsonschema.validate(found, STATEMENT_V1)
+    assert found["_type"] == STATEMENT_TYPE
+    assert [(each["name"], each["digest"]["sha256"]) for each in found["subject"]] == FILES
+    names = [each["name"] for each in found["subject"]]
+    assert len(set(names)) == len(names), "names are unique within subject"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**found, "subject": [{"name": "x"}]}, STATEMENT_V1)
+
+
+def test_it_carries_the_result_and_what_binds_it(certificate: Certificate) -> None:
+    predicate: dict[str, Any] = statement(certificate, subjects=FILES)["predicate"]
+    assert predicate["certificate"]["sha256"] == certificate.sha256
+    assert predicate["formalGuarantee"] is False
+    assert predicate["result"]["statement"] == "robust accuracy under AutoAttack (upper bound)"
+    assert predicate["result"]["robust"]["k"] == 2
+    assert predicate["result"]["threat"] == {"norm": "Linf", "eps": "8/255"}
+    assert predicate["result"]["sample_ids_sha256"] == certificate.sample_ids_sha256
+    assert predicate["result"]["recipe_sha256"] == "d" * 64
+    assert "samples" not in predicate["result"]
+    assert "verification" not in predicate
+
+
+def test_nothing_to_speak_of_is_refused(certificate: Certificate) -> None:
+    with pytest.raises(UsageError, match="names no file"):
+        statement(certificate, subjects=[])
