@@ -2,7 +2,7 @@
 
     python benchmarks/mnist_autoattack.py --shared ../shared --work work
 
-``--work`` is the folder of the table. What linear relaxation proves is not attacked: no verdict changes by it.
+``--work`` is the folder of the table. What linear relaxation proves is not attacked, as nothing can break it.
 """
 
 from __future__ import annotations

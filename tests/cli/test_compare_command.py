@@ -42,7 +42,7 @@ def test_a_finished_run_beside_itself(s2ap: Callable[..., Any], finished_run: Pa
     assert found["pairs"][0]["hamming"] == 0
     assert found["pairs"][0]["by_chance"] > 0
     run = found["runs"][0]
-    assert (run["method"], run["s2ap"], run["kept"]) == ("hydra", True, 15_107)
+    assert (run["method"], run["s2ap"], run["kept"]) == ("harp", True, 15_107)
     assert 0 <= run["search"]["robust_accuracy"] <= run["search"]["clean_accuracy"] <= 1
     assert 0 <= run["finetune"]["robust_accuracy"] <= 1
     assert found["note"] in s2ap("compare", finished_run, finished_run).out

@@ -52,5 +52,5 @@ def test_same_class_on_every_mnist_test_image(
     assert report.agreement.argmax_agree == report.agreement.n == 10_000
     assert report.agreement.max_logit_difference <= 1e-5 * max(1.0, report.agreement.largest_logit)
     if sparsity:
-        assert report.sparsity == pytest.approx(sparsity, abs=0.001)
+        assert report.sparsity >= sparsity - 0.001  # dead structure takes kept weights along
         assert report.bytes * 7 < report.dense_bytes

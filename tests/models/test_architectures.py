@@ -14,6 +14,7 @@ OWN = [name for name in registry.names() if "/" not in name]
 PARAMETERS = {
     "mnist-conv": 166_406,
     "digits-conv": 151_306,
+    "cifar-conv": 560_106,
     "cifar-resnet18": 11_173_962,
     "cifar-resnet20": 269_722,
     "cifar-resnet34": 21_282_122,

@@ -564,7 +564,7 @@ def test_inspect_certify_and_export(tmp_path: Path, s2ap: Callable[..., Any], la
     sparsity = zeros / 151_072
     certificate = json.loads((run / "certify" / "dense.json").read_text())
     assert certificate["subject"]["sparsity"] == sparsity
-    done = s2ap("export", "--onnx", "--run", run, "--json")
+    done = s2ap("export", "--onnx", "--no-compact", "--run", run, "--json")
     assert done.code == 0, done.err
     report = json.loads(done.out)
     assert report["sparsity"] == pytest.approx(sparsity)
@@ -630,5 +630,5 @@ def test_a_resnet18_through_the_commands(tmp_path: Path, s2ap: Callable[..., Any
     exported = s2ap("export", "--onnx", "--run", run, "--json")
     assert exported.code == 0, exported.err
     report = json.loads(exported.out)
-    assert report["sparsity"] == pytest.approx(0.95, abs=1e-3)
+    assert report["sparsity"] >= 0.949
     assert report["bytes"] < 0.2 * report["dense_bytes"]

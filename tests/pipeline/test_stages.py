@@ -251,6 +251,7 @@ def test_certify_leaves_no_record_of_its_progress(finished_run: Path) -> None:
         "dense.json",
         "pruned-points.safetensors",
         "pruned.json",
+        "recipe.yaml",
     ]
 
 
