@@ -12,16 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.grad import conv2d_input
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from s2ap_deploy.robust.image_layer import ImageConv2d, hooked, reads_image
 
 _OFF = 1e-4
 """How far logits may be off, relative to the largest. Folding reorders sums; it stays near 1e-6."""
 
 _AT_ONCE = 50  # images that are compared in one pass
-_IMAGE_CHANNELS = 4  # up to so many, a product of matrices and a fold beat the general backward pass
-_LARGEST_COLUMNS = 2**24  # values; beyond, the columns would cost more memory than they save time
 
 
 @torch.no_grad()
@@ -42,54 +40,11 @@ def folded(network: nn.Module, images: Tensor) -> nn.Module | None:
         first.weight, first.bias = fused.weight, fused.bias
     _replace(private, {norm: nn.Identity() for _, norm in pairs})
     convolutions = [module for module in private.modules() if isinstance(module, nn.Conv2d)]
-    readers = {module: ImageConv2d.like(module) for module in convolutions if _reads_image(module)}
+    readers = {module: ImageConv2d.like(module) for module in convolutions if reads_image(module)}
     _replace(private, readers)
     if not pairs and not readers:
         return None
     return private if all(_agree(network, private, part) for part in torch.split(images, _AT_ONCE)) else None
-
-
-class ImageConv2d(nn.Conv2d):
-    """A convolution whose gradient with respect to its input is one product of matrices and one fold.
-
-    The general backward pass is made for many input channels; for an image's one to four it takes several
-    times as long. The weights are taken as constant: no gradient reaches them.
-    """
-
-    @classmethod
-    def like(cls, layer: nn.Conv2d) -> ImageConv2d:
-        """The same convolution; it shares ``layer``'s tensors."""
-        twin = cls.__new__(cls)
-        twin.__dict__.update(layer.__dict__)
-        return twin
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and input.requires_grad):
-            return super().forward(input)
-        values: Tensor = _ImageConvolution.apply(input, self.weight, self.bias, self.stride, self.padding)
-        return values
-
-
-class _ImageConvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        context: Any, image: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any
-    ) -> Tensor:
-        context.save_for_backward(weight)
-        context.size, context.stride, context.padding = image.shape, stride, padding
-        return F.conv2d(image, weight, bias, stride, padding)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = context.saved_tensors
-        (gradient,) = gradients
-        size, stride, padding = context.size, context.stride, context.padding
-        if gradient[:, 0].numel() * weight[0].numel() > _LARGEST_COLUMNS:
-            image = conv2d_input(size, weight, gradient, stride, padding)  # type: ignore[no-untyped-call]
-        else:
-            columns = torch.matmul(weight.flatten(1).t(), gradient.flatten(2))
-            image = F.fold(columns, size[2:], weight.shape[2:], padding=padding, stride=stride)
-        return image, None, None, None, None
 
 
 def _agree(network: nn.Module, other: nn.Module, images: Tensor) -> bool:
@@ -98,19 +53,6 @@ def _agree(network: nn.Module, other: nn.Module, images: Tensor) -> bool:
     same = (found.argmax(dim=1) == expected.argmax(dim=1)).all()
     near = (found - expected).abs().amax() <= _OFF * expected.abs().amax().clamp(min=1.0)
     return bool(same and near)
-
-
-def _reads_image(module: nn.Conv2d) -> bool:
-    return (
-        type(module) is nn.Conv2d
-        and module.in_channels <= _IMAGE_CHANNELS
-        and module.groups == 1
-        and module.dilation == (1, 1)
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-        and module.weight.device.type == "cpu"
-        and not _hooked(module)
-    )
 
 
 def _pairs(network: nn.Module, image: Tensor) -> list[tuple[nn.Module, nn.Module]]:
@@ -130,7 +72,7 @@ def _pairs(network: nn.Module, image: Tensor) -> list[tuple[nn.Module, nn.Module
     watched = [
         module
         for module in network.modules()
-        if type(module) in (*kinds, *kinds.values()) and not _hooked(module)
+        if type(module) in (*kinds, *kinds.values()) and not hooked(module)
     ]
     handles = [module.register_forward_hook(watch) for module in watched]
     try:
@@ -152,10 +94,6 @@ def _owns_its_weight(network: nn.Module, layer: nn.Module) -> bool:
     """Whether no other layer shares the weight, and nothing computes it anew at every pass."""
     holders = [m for m in network.modules() if getattr(m, "weight", None) is layer.weight]
     return holders == [layer] and "weight" in layer._parameters
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _replace(network: nn.Module, substitutes: Mapping[Any, nn.Module]) -> None:

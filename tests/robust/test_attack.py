@@ -13,6 +13,7 @@ from torch import nn
 
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.robust.attack import attacked, confine, pgd, project, random_start
+from s2ap_deploy.robust.image_layer import ImageConv2d
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
 
@@ -119,3 +120,28 @@ def test_the_attackers_view_is_undone_after_an_error() -> None:
         raise RuntimeError("boom")
     assert all(module.training for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("channels", "stride", "padding"), [(1, 2, 1), (3, 1, 0), (4, 3, 2)])
+def test_the_layer_that_reads_the_image_has_the_same_gradient(
+    channels: int, stride: int, padding: int
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(channels, 5, 4, stride=stride, padding=padding).double()
+    images = torch.rand(3, channels, 11, 9, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(images).sin().sum(), images)
+    with attacked(layer):
+        assert type(layer) is ImageConv2d
+        with attacked(layer):  # attacks nest
+            (found,) = torch.autograd.grad(layer(images).sin().sum(), images)
+        assert type(layer) is ImageConv2d
+    assert type(layer) is nn.Conv2d
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_that_somebody_watches_or_that_are_not_plain_are_left_alone() -> None:
+    watched = nn.Conv2d(3, 4, 3)
+    watched.register_forward_hook(lambda *_: None)
+    for layer in (watched, nn.Conv2d(8, 4, 3), nn.Conv2d(2, 4, 3, groups=2), nn.Conv2d(3, 4, 3, dilation=2)):
+        with attacked(layer):
+            assert type(layer) is nn.Conv2d
