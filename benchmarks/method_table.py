@@ -52,6 +52,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "hydra-uniform": {"method": "hydra", "budget": "uniform"},
     "harp": {"method": "harp", "budget": "learned"},
     "harp-from-erk": {"method": "harp", "budget": "learned", "quota_start": "erk"},
+    "harp-tight": {"method": "harp", "budget": "learned", "compression_weight": 0.1},
+    "harp-tighter": {"method": "harp", "budget": "learned", "compression_weight": 1.0},
 }
 
 

@@ -19,6 +19,7 @@ RELATIVE = 1e-4
 Rounding in another order of summation stays near 1e-6."""
 
 _PRECISION = 1e-3  # of float32 against float64, relative to the spread of the logits
+_CERTAIN = 0.95  # share of answers without any loss left
 _PROBES = 8  # images for the passes below; a doubt needs one
 _UNBOUND = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -101,11 +102,12 @@ def loss_of_precision(network: nn.Module, probes: Tensor) -> bool:
 
 
 def saturated(logits: Tensor) -> bool:
-    """Whether float32 calls most answers [n, K] certain: their cross entropy is exactly 0.
+    """Whether float32 calls nearly all answers [n, K] certain: their cross entropy is exactly 0.
 
-    Its gradient has then lost the label's own part, and APGD-CE can tell neither progress nor direction.
+    Its gradient has then lost the label's own part, and APGD-CE can tell neither progress nor direction. A
+    well trained network on easy images is certain of most of them; DLR's losses have no such limit.
     """
-    return bool((logits.softmax(dim=1).amax(dim=1) == 1).double().mean() > 0.5)
+    return bool((logits.softmax(dim=1).amax(dim=1) == 1).double().mean() > _CERTAIN)
 
 
 class _Way(TorchDispatchMode):  # type: ignore[no-untyped-call]

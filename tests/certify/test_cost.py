@@ -32,7 +32,9 @@ def test_the_estimate_is_near_what_a_survivor_costs(make_network) -> None:
         for name in ("apgd-ce", "apgd-margin", "fab-t", "square"):
             attacker.run(Unit(0, name, 0, tuple(range(20))))
     real = time.monotonic() - started
-    assert real / 4 < expected.seconds < real * 4  # a shared machine is not a clock
+    # "At most": on so small an image Square skips most of its queries as refused before. A shared machine is
+    # not a clock, so both bounds are wide.
+    assert real / 4 < expected.seconds < real * 40
 
 
 def test_workers_divide_the_time_and_blocks_limit_them(make_network, monkeypatch: pytest.MonkeyPatch) -> None:
