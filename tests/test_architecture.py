@@ -44,6 +44,8 @@ DOORS = {
     "sklearn": {"data"},
     "torchvision": {"data", "models"},
     "PIL": {"data"},
+    "jinja2": {"reporting"},
+    "markupsafe": {"reporting"},
     "matplotlib": {"reporting"},
     "torch_pruning": {"models.coupling"},
 }

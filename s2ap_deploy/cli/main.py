@@ -31,6 +31,7 @@ COMMANDS = {
     "gate": "Judge the run against thresholds; the exit code is the verdict.",
     "verify": "Hold a certificate against its files and against new attacks.",
     "compare": "Say how much the masks of two or more runs differ.",
+    "report": "Write what a run shows as an HTML page and a model card.",
     "run": "Run a recipe from its first stage to its verdict.",
     "recipes": "List the shipped recipes, or show one.",
 }

@@ -22,12 +22,12 @@ def summary(verdict: Verdict, run: str) -> str:
     """Markdown: the answer, then every check, what did not pass first. ``run`` is the run folder's name."""
     heading = HEADINGS.get(verdict.exit_code, "⚠️ could not judge")
     checks = sorted(verdict.checks, key=lambda check: _ORDER.index(check.status))
-    rows = [f"| {SIGNS[check.status]} | {_cell(check.words)} |" for check in checks[:MOST_ROWS]]
+    rows = [f"| {SIGNS[check.status]} | {cell(check.words)} |" for check in checks[:MOST_ROWS]]
     if len(checks) > MOST_ROWS:
         rows.append(f"| | and {len(checks) - MOST_ROWS} more |")
-    about = f"Run folder: {_cell(run)}. Exit code: {verdict.exit_code}."
+    about = f"Run folder: {cell(run)}. Exit code: {verdict.exit_code}."
     if verdict.statistics:
-        about += f" Bounds: {_cell(verdict.statistics)}."
+        about += f" Bounds: {cell(verdict.statistics)}."
     return "\n".join(
         [
             f"### s2ap-deploy gate: {heading}",
@@ -55,7 +55,7 @@ def workflow_commands(verdict: Verdict) -> list[str]:
     return lines
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """``text`` as one table cell that shows it as it is: no markup, no link, no mention, no emoji."""
     escaped = re.sub(r"([\\`*_{}\[\]<>#|~$@:&!])", r"\\\1", plain(text))
     return re.sub(r"(?i)\bwww\.", lambda found: found[0][:-1] + r"\.", escaped)

@@ -1,0 +1,204 @@
+"""The tables of a run as rows of text, the same for the page and for the card. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from s2ap_deploy.certify.certificate import Certificate, ClassRow
+from s2ap_deploy.certify.interval import ClassInterval
+from s2ap_deploy.exporting.artifact import ExportReport
+from s2ap_deploy.pipeline.report import DENSE, PRUNED, Facts
+from s2ap_deploy.pipeline.sizes import sizes, stored_tensors
+from s2ap_deploy.reporting.report import charts, words
+from s2ap_deploy.run.manifest import STAGES
+
+MOST_CLASSES = 50
+RADII = ((0.0, "0"), (0.5, "ε/2"), (1.0, "ε"), (1.5, "1.5 ε"), (2.0, "2 ε"))
+NOT_WRITTEN = "not written"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, cells under it, and a sentence about what is not in it."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str | Markup, ...], ...]
+    note: str = ""
+
+
+def comparison(facts: Facts) -> Table:
+    """A row per figure, a column per network."""
+    networks = {**facts.networks, **{r: c for r, c in facts.certificates.items() if r == "file"}}
+    columns = list(networks.values())
+    rows = [
+        ("Clean accuracy", *(words.share(each.clean) for each in columns)),
+        (words.robust_label(facts), *(words.share(each.robust) for each in columns)),
+    ]
+    if any(each.proven is not None for each in columns):
+        rows.append(("Provably robust (lower bound)", *(words.share(each.proven) for each in columns)))
+    rows += [
+        ("Test images", *(f"{each.n:,}" for each in columns)),
+        ("Sparsity", *(words.spaced(each.subject.sparsity or 0.0) for each in columns)),
+        ("Reliability flags", *(", ".join(each.flags) or "none" for each in columns)),
+    ]
+    return Table(("", *(words.ROLES[role] for role in networks)), tuple(rows))
+
+
+def attacks(facts: Facts) -> Table:
+    """What each attack broke of what it was given."""
+    names = dict.fromkeys(row.name for each in facts.networks.values() for row in each.attacks)
+    rows = []
+    for name in names:
+        cells = []
+        for each in facts.networks.values():
+            found = next((row for row in each.attacks if row.name == name), None)
+            cells.append("not run" if found is None else f"{found.n_broken:,} of {found.n_in:,}")
+        rows.append((name, *cells))
+    return Table(("Attack: broke", *(words.ROLES[role] for role in facts.networks)), tuple(rows))
+
+
+def curve(facts: Facts) -> Table:
+    """Accuracy at a few radii around eps, with intervals."""
+    if not facts.curves:
+        return Table((), ())
+    threat = next(iter(facts.networks.values())).threat
+    rows = [
+        (name, *(words.share(each.share(factor * threat.radius)) for each in facts.curves.values()))
+        for factor, name in RADII
+    ]
+    return Table((f"Radius (ε = {threat.eps})", *(words.ROLES[role] for role in facts.curves)), tuple(rows))
+
+
+def classes(facts: Facts) -> Table:
+    """A row per class, clean and robust counts of each network; of very many the least robust ones."""
+    speaks = words.subject(facts)
+    if speaks is None:
+        return Table((), ())
+    by_role = {role: {row.label: row for row in rows_of(each)} for role, each in facts.networks.items()}
+    every = rows_of(speaks)
+    least = sorted(every, key=lambda row: standing(row)[0] / max(row.n, 1))[:MOST_CLASSES]
+    rows = []
+    for row in sorted(least, key=lambda row: row.label):
+        mine = {role: found[row.label] for role, found in by_role.items() if row.label in found}
+        cells = (counted(mine[role]) if role in mine else "no sample" for role in by_role)
+        drawn = charts.class_strip(mine)
+        rows.append((row.name or f"class {row.label}", f"{row.n:,}", *cells, drawn))
+    left = len(every) - len(least)
+    note = (
+        f"These are the {len(least)} least robust classes; {left} more are in the certificate."
+        if left
+        else ""
+    )
+    head = ("Class", "Images", *(f"{role}: clean → robust" for role in by_role), "Robust, 95 % interval")
+    return Table(head, tuple(rows), note)
+
+
+def rows_of(certificate: Certificate) -> list[ClassRow | ClassInterval]:
+    """The certificate's classes, of a full attack or of one that stopped early."""
+    return [*certificate.per_class]
+
+
+def standing(row: ClassRow | ClassInterval) -> tuple[int, int]:
+    """How many samples of the class stand, and how many may."""
+    return (row.settled, row.possible) if isinstance(row, ClassInterval) else (row.robust, row.robust)
+
+
+def counted(row: ClassRow | ClassInterval) -> str:
+    """``6 → 4``, or ``6 → 2 to 5`` where the attack stopped early."""
+    low, high = standing(row)
+    return f"{row.clean} → {low}" if low == high else f"{row.clean} → {low} to {high}"
+
+
+def by_encoding(report: ExportReport) -> Table:
+    """All listed weights under every encoding, predicted beside measured."""
+    rows = [
+        (
+            each.encoding,
+            words.size(each.predicted),
+            words.size(each.measured) if each.measured is not None else NOT_WRITTEN,
+            each.note,
+        )
+        for each in sizes(report)
+    ]
+    return Table(("Encoding", "Predicted", "Measured", ""), tuple(rows))
+
+
+def by_tensor(report: ExportReport) -> Table:
+    """Every weight of the file: what it takes, by the formula of its encoding and in truth."""
+    rows = [
+        (
+            each.name,
+            each.encoding,
+            f"{each.nonzeros:,} of {each.entries:,}",
+            words.size(each.predicted),
+            words.size(each.measured),
+        )
+        for each in stored_tensors(report)
+    ]
+    return Table(("Tensor", "Stored as", "Not zero", "Predicted", "Measured"), tuple(rows))
+
+
+def hashes(facts: Facts) -> list[tuple[str, str]]:
+    """The SHA-256 of everything that the certificates and the export name."""
+    rows = [(f"certificate, {words.ROLES[role]}", value) for role, value in facts.hashes.items()]
+    for role, each in facts.networks.items():
+        rows += _of_network(role, each)
+    pruned = facts.networks.get(PRUNED)
+    if pruned is not None and pruned.mask_sha256:
+        rows.append(("masks", pruned.mask_sha256))
+    if facts.export is not None:
+        rows.append((f"exported file {facts.export.file}", facts.export.sha256))
+    return rows
+
+
+def _of_network(role: str, certificate: Certificate) -> list[tuple[str, str]]:
+    rows = [(f"weights, {role}", certificate.subject.weights_sha256)]
+    if certificate.subject.checkpoint_sha256:
+        rows.append((f"checkpoint, {role}", certificate.subject.checkpoint_sha256))
+    if certificate.points is not None:
+        rows.append((f"adversarial points, {role}", certificate.points.sha256))
+    if role == DENSE:
+        rows.append(("sample ids", certificate.sample_ids_sha256))
+    return rows
+
+
+def seeds(facts: Facts) -> list[tuple[str, str]]:
+    """Every seed that the run recorded."""
+    rows: list[tuple[str, str]] = [
+        (stage, str(facts.inputs(stage)["seed"])) for stage in STAGES if "seed" in facts.inputs(stage)
+    ]
+    speaks = words.subject(facts)
+    if speaks is not None:
+        rows += [("attacks", str(speaks.attack_seed)), ("choice of test images", str(speaks.sample_seed))]
+    return rows
+
+
+def versions(facts: Facts) -> list[tuple[str, str]]:
+    """Versions and machine of the certificate, or else of the latest stage that says them."""
+    speaks = words.subject(facts)
+    if speaks is not None:
+        found: dict[str, object] = {**speaks.versions, **speaks.environment}
+    else:
+        sessions = [each.environment for record in facts.manifest.stages.values() for each in record.sessions]
+        last = next((each for each in reversed(sessions) if each), {})
+        nested = last.get("versions")
+        found = {**(nested if isinstance(nested, dict) else {}), **last}
+        found.pop("versions", None)
+    return [(str(key), str(value)) for key, value in sorted(found.items())]
+
+
+def stages(facts: Facts) -> Table:
+    """What was done, when, and how long it took."""
+    rows = [
+        (
+            name,
+            record.status,
+            f"{record.seconds:,.0f} s" if record.seconds is not None else "",
+            (record.finished or "").replace("T", " ")[:16],
+        )
+        for name in STAGES
+        if (record := facts.manifest.stages.get(name)) is not None
+    ]
+    return Table(("Stage", "State", "Time", "Finished (UTC)"), tuple(rows))

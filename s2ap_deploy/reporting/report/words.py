@@ -1,0 +1,161 @@
+"""Figures and answers as people read them, for the page and for the card. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from s2ap_deploy.certify.certificate import Certificate, Proven, Share
+from s2ap_deploy.certify.interval import Interval
+from s2ap_deploy.certify.pairs import LEVEL, PairRange
+from s2ap_deploy.certify.wording import percent
+from s2ap_deploy.exporting.artifact import ExportReport
+from s2ap_deploy.pipeline.report import DENSE, PRUNED, Facts
+
+VERDICTS = {
+    "pass": "Passed",
+    "fail": "Failed",
+    "inconclusive": "Inconclusive",
+    None: "Not judged yet",
+}
+ROLES = {"dense": "dense", "pruned": "pruned", "file": "exported file"}
+PROMISE = (
+    "Robust accuracy under attack is an upper bound: a stronger attack may break more. It is not a formal "
+    "guarantee. Only provably robust accuracy is a guarantee, and it is a lower bound."
+)
+CHOICE = (
+    "Intervals are exact (Clopper-Pearson, 95 %) and cover the choice of test images. They do not cover "
+    "attacks that were not tried."
+)
+_NO_GAIN = "no latency gain"
+_AS_FAST = 0.95
+
+
+def share(value: Share | Interval | Proven | None) -> str:
+    """``91.7 % [81.6 %, 97.2 %]``, with every part rounded so that it does not hide a difference."""
+    if value is None:
+        return "not measured"
+    if isinstance(value, Interval):
+        return f"between {spaced(value.low)} and {spaced(value.high)}, stopped early"
+    low, high = value.interval
+    middle = value.count / value.n if isinstance(value, Proven) else value.value
+    return f"{spaced(middle)} [{spaced(low)}, {spaced(high)}]"
+
+
+def spaced(value: float) -> str:
+    """A share as a percentage, ``91.7 %``."""
+    return percent(value).replace("%", "\N{NO-BREAK SPACE}%")
+
+
+def size(number: float) -> str:
+    """``81,896 B``."""
+    return f"{number:,.0f}\N{NO-BREAK SPACE}B"
+
+
+def times(large: float, small: float) -> str:
+    """``8.1 times smaller``, or what it is where nothing shrank."""
+    if small <= 0 or large <= 0:
+        return "size unknown"
+    if large >= small:
+        return f"{large / small:.1f} times smaller"
+    return f"{small / large:.1f} times larger"
+
+
+def drop(pairs: PairRange) -> str:
+    """Lost and gained samples, and the upper bound on the drop in the worst case that is still open."""
+    worst = pairs.worst
+    lost = f"{worst.lost}" if pairs.exact else f"{pairs.lost} to {worst.lost}"
+    gained = f"{pairs.gained}" if pairs.exact else f"{pairs.gained} to {pairs.best.gained}"
+    return (
+        f"{lost} of {pairs.n} images lost, {gained} gained: observed drop {signed(worst.observed)}, "
+        f"at most {signed(worst.bound('lower'))} (one-sided {LEVEL:.0%} bound on the same images)"
+    )
+
+
+def signed(value: float) -> str:
+    """A difference of shares in percentage points."""
+    return f"{100 * value:+.1f} points".replace("-", "\N{MINUS SIGN}").replace("+0.0", "0.0")
+
+
+def latency(report: ExportReport) -> str:
+    """The paired ratio with its reading; a ratio near 1 is called what it is."""
+    if report.latency_ratio is None:
+        return "not measured"
+    said = f"{report.latency_ratio:.2f} of the dense file's time"
+    if report.latency_ratio >= _AS_FAST:
+        said += f": {_NO_GAIN}"
+    return said + (f" ({report.latency_ms:.3g} ms an image)" if report.latency_ms is not None else "")
+
+
+def ratio(report: ExportReport) -> str:
+    """The paired ratio alone, for a heading."""
+    if report.latency_ratio is None:
+        return "not measured"
+    return f"{report.latency_ratio:.2f}" + (f", {_NO_GAIN}" if report.latency_ratio >= _AS_FAST else "")
+
+
+def robust_label(facts: Facts) -> str:
+    """Robust accuracy with what it is: nothing bounds that of a randomised model from above."""
+    speaks = subject(facts)
+    estimate = speaks is not None and speaks.protocol.startswith("rand")
+    return f"Robust accuracy ({'estimate' if estimate else 'upper bound'})"
+
+
+def asked(facts: Facts) -> list[tuple[str, str]]:
+    """What the run was asked for, as label and value, from the inputs of its stages."""
+    first = next(iter(facts.certificates.values()), None)
+    prune, certify = _table(facts.inputs("search"), "prune"), _table(facts.inputs("certify"), "certify")
+    stages = [facts.inputs(name) for name in ("certify", "finetune", "search", "pretrain")]
+    threat = next((found for inputs in stages if (found := _table(inputs, "threat"))), {})
+    data = next((found for inputs in stages if (found := _table(inputs, "data"))), {})
+    seed = next((inputs["seed"] for inputs in stages[1:] if "seed" in inputs), None)
+    rows = {
+        "Architecture": first.subject.arch if first else facts.inputs("pretrain").get("arch"),
+        "Data": data.get("name"),
+        "Threat model": f"{threat.get('norm')}, eps {threat.get('eps')}" if threat else None,
+        "Method": _method(prune),
+        "Sparsity": _sparsity(prune),
+        "Seed": seed,
+        "Attack protocol": first.protocol if first else certify.get("version"),
+        "Test images": f"{first.n:,}" if first else certify.get("n"),
+    }
+    return [(label, str(value)) for label, value in rows.items() if value is not None]
+
+
+def thresholds(facts: Facts) -> list[tuple[str, str]]:
+    """What the gate was asked to check, as options and values."""
+    policy = _table(facts.inputs("gate"), "policy")
+    return [(f"--{key.replace('_', '-')}", str(value)) for key, value in policy.items() if value is not None]
+
+
+def _table(inputs: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = inputs.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _method(prune: Mapping[str, Any]) -> str | None:
+    if not prune:
+        return None
+    s2ap = f" + S2AP (gamma {prune.get('gamma')})" if prune.get("s2ap") else ""
+    parts = [f"{prune.get('method', 'unknown method')}{s2ap}"]
+    parts += [f"{name} {prune[name]}" for name in ("budget", "granularity") if prune.get(name) is not None]
+    return ", ".join(parts)
+
+
+def _sparsity(prune: Mapping[str, Any]) -> str | None:
+    if prune.get("keep_ratio") is not None:
+        return f"{prune['keep_ratio']} of the channels kept"
+    value = prune.get("sparsity")
+    return f"{spaced(value)} of the prunable weights" if isinstance(value, int | float) else None
+
+
+def sparsity(facts: Facts) -> str:
+    """The share of zeros that was reached, or what is known of it."""
+    certificate = facts.certificates.get(PRUNED)
+    value = certificate.subject.sparsity if certificate else facts.results("search").get("sparsity")
+    return spaced(value) if isinstance(value, int | float) and 0 <= value <= 1 else "not pruned"
+
+
+def subject(facts: Facts) -> Certificate | None:
+    """The certificate that speaks for the run: the pruned network's, or else the dense one's."""
+    return facts.certificates.get(PRUNED) or facts.certificates.get(DENSE)

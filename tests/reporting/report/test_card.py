@@ -1,0 +1,49 @@
+"""The model card: every figure of the run, and no markup out of a stranger's name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from s2ap_deploy.pipeline.report import collect
+from s2ap_deploy.reporting.report import card
+
+ALL = ("pretrain", "search", "finetune", "certify", "export", "gate")
+
+
+def test_a_finished_run(make_folder: Callable[..., Path]) -> None:
+    facts = collect(make_folder(*ALL))
+    text = card.render(facts)
+    assert text == card.render(facts)
+    assert yaml.safe_load(text.split("---")[1])["library_name"] == "s2ap-deploy"
+    for words in ("**Verdict: Failed.**", "upper bound", "not a formal guarantee", "no latency gain"):
+        assert words in text
+    assert f"`{facts.hashes['pruned']}`" in text
+    assert "66.7\N{NO-BREAK SPACE}%" in text  # 8 of 12 stand in the dense network
+
+
+@pytest.mark.parametrize("stages", [(), ("certify",), ALL])
+def test_tables_have_the_same_number_of_cells_in_every_row(
+    stages: tuple[str, ...], make_folder: Callable[..., Path]
+) -> None:
+    text = card.render(collect(make_folder(*stages)))
+    for block in text.split("\n\n"):
+        rows = [re.sub(r"\\.", "", line).count("|") for line in block.splitlines() if line.startswith("|")]
+        assert len(set(rows)) <= 1, block
+
+
+def test_names_of_strangers_stay_text(make_folder: Callable[..., Path]) -> None:
+    text = re.sub(r"\\.", "", card.render(collect(make_folder(*ALL))))
+    assert "<" not in text
+    assert "](" not in text
+    assert "![" not in text
+
+
+def test_what_is_missing_is_said(make_folder: Callable[..., Path]) -> None:
+    text = card.render(collect(make_folder()))
+    for words in ("Not judged yet", "Nothing has attacked", "Nothing is exported yet"):
+        assert words in text

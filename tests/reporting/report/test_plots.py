@@ -1,0 +1,80 @@
+"""Charts: well-formed, nothing outside the drawing, round ticks."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2ap_deploy.reporting.report.plots import HEIGHT, WIDTH, Line, Mark, chart, intervals, strip, ticks
+
+FINITE = st.floats(-1e12, 1e12)
+SHARE = st.floats(0, 1)
+POINTS = st.lists(st.tuples(FINITE, st.none() | FINITE), max_size=8)
+
+
+def inside(drawing: str) -> ET.Element:
+    """Parse the drawing and check every coordinate in it."""
+    root = ET.fromstring(drawing)
+    width, height = map(float, root.attrib["viewBox"].split()[2:])
+    for element in root.iter():
+        for name, value in element.attrib.items():
+            if name in ("x", "x1", "x2", "cx"):
+                assert -1 <= float(value) <= width + 1
+            if name in ("y", "y1", "y2", "cy"):
+                assert -1 <= float(value) <= height + 1
+        for x, y in re.findall(r"[ML]([-\d.e]+) ([-\d.e]+)", element.attrib.get("d", "")):
+            assert 0 <= float(x) <= width
+            assert 0 <= float(y) <= height
+    return root
+
+
+@settings(max_examples=60, deadline=None)
+@given(POINTS, st.text(max_size=10), st.booleans(), st.booleans())
+def test_any_line_is_drawn_inside(
+    points: list[tuple[float, float | None]], words: str, percent: bool, steps: bool
+) -> None:
+    line = Line("line", points, 1, steps=steps, spread=() if steps else [1.0] * len(points))
+    words = "".join(character for character in words if character.isprintable())
+    drawing = chart(words, [line], x_label=words, y_label=words, percent=percent)
+    if not any(y is not None for _, y in points):
+        assert drawing == ""
+        return
+    root = inside(drawing)
+    assert root.attrib["viewBox"] == f"0 0 {WIDTH:.0f} {HEIGHT:.0f}"
+    assert root.attrib["aria-label"] == words
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(SHARE, SHARE), max_size=5))
+def test_intervals_of_any_shares(shares: list[tuple[float, float]]) -> None:
+    marks = [Mark(0.0, min(pair), max(pair), None if i % 2 else pair[0], 1) for i, pair in enumerate(shares)]
+    inside(intervals("title", [("<name>", marks), ("other", marks)]))
+    root = inside(strip("title", marks))
+    assert sum(element.tag == "circle" for element in root.iter()) == (len(marks) + 1) // 2
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e9))
+def test_ticks_are_few_round_and_inside(low: float, width: float) -> None:
+    high = low + width
+    if high <= low or width < 1e-9 * abs(low):
+        return
+    found = ticks(low, high)
+    slack = 1e-6 * (high - low)
+    assert 1 <= len(found) <= 7
+    assert all(low - slack <= tick <= high + slack for tick in found)
+    assert found == sorted(found)
+
+
+def test_a_gap_breaks_the_line_and_nothing_is_no_chart() -> None:
+    line = Line("a", [(1, 0.5), (2, None), (3, 0.7)], 1)
+    assert str(chart("t", [line], x_label="x", y_label="y")).count("M") == 2
+    assert chart("t", [], x_label="x", y_label="y") == ""
+
+
+def test_zero_throughout_has_a_scale() -> None:
+    drawing = chart("t", [Line("a", [(1, 0.0), (2, 0.0)], 1)], x_label="x", y_label="y", percent=True)
+    labels = re.findall(r">([^<>]*) %<", drawing)
+    assert [float(label) for label in labels] == [0, 20, 40, 60, 80, 100]
