@@ -2,7 +2,7 @@
 
     python benchmarks/certify_kills.py --run RUN --work work --kills 20
 
-``--run`` is a run folder with a pruned network (the demo's will do); it is copied for every kill. The verdict of
+``--run`` is a run folder with a pruned network (the demo's will do), copied for every kill. The verdict of
 every sample must be that of an uninterrupted run, and no process may be left behind.
 """
 
