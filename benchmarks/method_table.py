@@ -112,7 +112,7 @@ def write_table(args: argparse.Namespace, base: Base, name: str, **facts: Any) -
         {
             **facts,
             "attack": f"PGD-50, {base.threat}, step {base.step_size:g}, random start, "
-            f"first {args.tested} test images",
+            f"{'a stratified' if base.by_class else 'the first'} {args.tested} test images",
             "training": {name: getattr(args, name) for name in TRAINING},
             "runs": rows,
             "means": means(rows),
