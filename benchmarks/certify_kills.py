@@ -2,7 +2,7 @@
 
     python benchmarks/certify_kills.py --run RUN --work work --kills 20
 
-``--run`` is a run folder with a pruned network (the demo's will do), copied for every kill. The verdict of
+``--run`` is a run folder that ``prune`` left, without certificates; it is copied for every kill. The verdict of
 every sample must be that of an uninterrupted run, and no process may be left behind.
 """
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--n", type=int, default=60)
+    parser.add_argument("--n", type=int, default=120, help="more than one block, or there are no workers")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
