@@ -2,8 +2,8 @@
 
     python benchmarks/certify_kills.py --run RUN --work work --kills 20
 
-``--run`` is a run folder that ``prune`` left, without certificates; it is copied for every kill. The verdict of
-every sample must be that of an uninterrupted run, and no process may be left behind.
+``--run`` is a run folder that ``prune`` left, without certificates; it is copied for every kill. The
+verdict of every sample must be that of an uninterrupted run, and no process may be left behind.
 """
 
 from __future__ import annotations
