@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 from torch import nn
-from torch.nn import functional as F
 
 from s2ap_deploy.exporting.compaction.compact import compact
 from s2ap_deploy.exporting.compaction.parity import probes
 from s2ap_deploy.exporting.graph import check, to_onnx
 from s2ap_deploy.exporting.inference import logits, session
+from s2ap_deploy.exporting.twin import OnnxTwin
 from s2ap_deploy.models import registry
 from s2ap_deploy.pruning import budgets
 from s2ap_deploy.pruning.masks import top_k
@@ -60,36 +60,6 @@ def pruned(sparsity: float, spread: float, seed: int = 0) -> nn.Module:
     return network.eval()
 
 
-def in_double(model: ModelProto, images: torch.Tensor) -> torch.Tensor:
-    """Logits in float64 of the operators that this network's graph has."""
-    values: dict[str, Any] = {
-        each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in model.graph.initializer
-    }
-    values = {name: each.double() if each.is_floating_point() else each for name, each in values.items()}
-    values[model.graph.input[0].name] = images.double()
-    for node in model.graph.node:
-        given = [values[name] for name in node.input]
-        settings = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
-        if node.op_type == "Conv":
-            bias = given[2] if len(given) > 2 else None
-            found = F.conv2d(given[0], given[1], bias, settings["strides"], settings["pads"][:2])
-        elif node.op_type == "Relu":
-            found = given[0].relu()
-        elif node.op_type == "Add":
-            found = given[0] + given[1]
-        elif node.op_type == "ReduceMean":
-            found = given[0].mean((2, 3), keepdim=True)
-        elif node.op_type == "Reshape":
-            found = given[0].reshape(given[1].tolist())
-        elif node.op_type == "Gemm":
-            found = F.linear(given[0], given[1], given[2])
-        else:
-            raise NotImplementedError(node.op_type)
-        values[node.output[0]] = found
-    answer: torch.Tensor = values[model.graph.output[0].name]
-    return answer
-
-
 def doubled(model: ModelProto) -> ModelProto:
     """The graph with float64 weights, input and output."""
     exact = ModelProto()
@@ -113,8 +83,9 @@ def measure(sparsity: float, spread: float, images: NDArray[np.float32]) -> dict
     after = logits(session(smaller.SerializeToString()), images)
     exact = doubled(model)
     with torch.no_grad():
-        reference = in_double(exact, torch.from_numpy(images))
-        found = in_double(compact(exact)[0], torch.from_numpy(images))
+        reference, found = (
+            OnnxTwin(each).double()(torch.from_numpy(images).double()) for each in (exact, compact(exact)[0])
+        )
     return {
         "sparsity": sparsity,
         "channel_scale_sigma": spread,

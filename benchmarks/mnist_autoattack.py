@@ -21,6 +21,7 @@ from s2ap_deploy.certify.relaxation import provably_robust
 from s2ap_deploy.certify.statistics import clopper_pearson
 from s2ap_deploy.data import datasets
 from s2ap_deploy.models import checkpoint
+from s2ap_deploy.robust.evaluation import pgd_accuracy
 from s2ap_deploy.spec import ThreatModel
 
 THREAT = ThreatModel(norm="Linf", eps="0.1")
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def attacked(network: Path, test: datasets.Split, work: Path, workers: int | None) -> dict[str, Any]:
-    """Counts and the exact interval of one network, and PGD-50's verdict is in the row beside it."""
+    """Counts and the exact interval of one network, and PGD-50 of the table on the same images."""
     started = time.monotonic()
     classifier, _, _ = checkpoint.load(network)
     images, labels = test.tensors()
@@ -69,9 +70,11 @@ def attacked(network: Path, test: datasets.Split, work: Path, workers: int | Non
         proven=proven.nonzero().flatten().tolist(),
     )
     robust = outcome.broken_by.count(None)
+    pgd = pgd_accuracy(classifier, test, threat=THREAT, steps=50, step_size=0.01, seed=0, device=CPU)
     return {
         "clean": sum(by != "clean" for by in outcome.broken_by),
         "robust": robust,
+        "pgd_robust": pgd.robust,
         "interval": clopper_pearson(robust, len(labels), 0.95),
         "proven": int(proven.sum()),
         "broken_by": {row.name: row.n_broken for row in outcome.counts},

@@ -17,7 +17,6 @@ from s2ap_deploy.models import checkpoint
 from s2ap_deploy.spec import ThreatModel
 
 N = 60 if os.environ.get("S2AP_SLOW") == "reduced" else 200
-SHARED = Path(__file__).parents[3] / "shared"
 
 
 def reference_survivors(
@@ -36,11 +35,9 @@ def test_the_same_samples_survive(robust_network: nn.Sequential, digits: tuple[T
 
 
 @pytest.mark.slow
-def test_the_same_samples_of_mnist_survive() -> None:
-    if not (SHARED / "checkpoints").is_dir():
-        pytest.skip(f"no checkpoint in {SHARED}")
-    network, _, _ = checkpoint.load(SHARED / "checkpoints/mnist_convex_eps0.1.pth")
-    images, labels = datasets.load("mnist", root=SHARED / "data").test.tensors()
+def test_the_same_samples_of_mnist_survive(shared: Path) -> None:
+    network, _, _ = checkpoint.load(shared / "checkpoints/mnist_convex_eps0.1.pth")
+    images, labels = datasets.load("mnist", root=shared / "data").test.tensors()
     compare(network.eval(), images[:N], labels[:N])
 
 

@@ -75,6 +75,21 @@ def test_the_tree_in_the_readme_is_what_a_run_leaves(s2ap: Callable[..., Any], o
             assert (folder / Path(name).name).is_file(), name
 
 
+@pytest.mark.parametrize(
+    ("page", "beginning"), [("README.md", "certify --min-robust"), ("docs/gates.md", "export --int8")]
+)
+def test_a_block_works_as_typed_after_the_sequence(
+    s2ap: Callable[..., Any], own_run: Path, page: str, beginning: str
+) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    (block,) = [each for each in blocks if each.startswith(f"s2ap-deploy {beginning}") and "--int8" in each]
+    for command in block.splitlines():
+        done = s2ap(*shlex.split(command)[1:], cwd=own_run.parent)
+        allowed = (0, 1, 3) if command.split()[1] == "gate" else (0,)
+        assert done.code in allowed, f"{command}: {done.err}"
+
+
 def run_sequence(s2ap: Callable[..., Any], folder: Path, extra: dict[str, list[str]]) -> list[int]:
     codes = []
     for command in SEQUENCE:
