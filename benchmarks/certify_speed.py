@@ -28,7 +28,7 @@ import torch
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
-from s2ap_deploy.certify import cascade
+from s2ap_deploy.certify.attacks import cascade
 from s2ap_deploy.data import datasets
 from s2ap_deploy.models import checkpoint, registry
 from s2ap_deploy.spec import ThreatModel

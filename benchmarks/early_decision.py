@@ -24,8 +24,8 @@ import result
 import torch
 from torch import Tensor, nn
 
-from s2ap_deploy.certify.cascade import Cascade, run
-from s2ap_deploy.certify.decision import EarlyPolicy, Progress, decide
+from s2ap_deploy.certify.attacks.cascade import Cascade, run
+from s2ap_deploy.certify.gate.decision import EarlyPolicy, Progress, decide
 from s2ap_deploy.data import datasets
 from s2ap_deploy.data.sampling import choose
 from s2ap_deploy.models import checkpoint

@@ -16,8 +16,8 @@ from typing import Any
 import result
 import torch
 
-from s2ap_deploy.certify import cascade
-from s2ap_deploy.certify.relaxation import provably_robust
+from s2ap_deploy.certify.attacks import cascade
+from s2ap_deploy.certify.bounds.relaxation import provably_robust
 from s2ap_deploy.certify.statistics import clopper_pearson
 from s2ap_deploy.data import datasets
 from s2ap_deploy.models import checkpoint

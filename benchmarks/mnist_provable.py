@@ -17,7 +17,7 @@ import result
 import torch
 
 from s2ap_deploy import runtime
-from s2ap_deploy.certify.relaxation import provably_robust
+from s2ap_deploy.certify.bounds.relaxation import provably_robust
 from s2ap_deploy.data import datasets
 from s2ap_deploy.models import checkpoint
 from s2ap_deploy.spec import ThreatModel

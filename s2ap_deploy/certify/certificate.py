@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -17,7 +16,19 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 from s2ap_deploy import files
 from s2ap_deploy.certify.attacked_file import AttackedFile
 from s2ap_deploy.certify.interval import UNDECIDED, ClassInterval, EarlyDecision, Interval
-from s2ap_deploy.certify.statistics import clopper_pearson
+from s2ap_deploy.certify.samples import (
+    AttackRow,
+    ClassRow,
+    Proven,
+    Sample,
+    Share,
+    consistent,
+    correct,
+    ids_sha256,
+    per_class,
+    robust_share,
+    survivors,
+)
 from s2ap_deploy.errors import InputError
 from s2ap_deploy.spec import Frozen, ThreatModel
 
@@ -55,32 +66,6 @@ Flag = Literal[
 ]
 
 
-class Share(Frozen):
-    """``k`` of ``n`` samples, with the exact two-sided interval for the share they were drawn from."""
-
-    k: int = Field(ge=0)
-    n: int = Field(ge=1)
-    value: float
-    interval: tuple[float, float]
-    level: float = 0.95
-    method: Literal["Clopper-Pearson"] = "Clopper-Pearson"
-
-    @classmethod
-    def of(cls, k: int, n: int, level: float = 0.95) -> Share:
-        return cls(k=k, n=n, value=k / n, interval=clopper_pearson(k, n, level), level=level)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        low, high = self.interval
-        if not (self.value == self.k / self.n and 0.0 <= low <= self.value <= high <= 1.0):
-            raise ValueError(f"value and interval do not follow from {self.k} of {self.n}")
-        return self
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.value:.1%} [{low:.1%}, {high:.1%}]"
-
-
 class Subject(Frozen):
     """The model that was attacked. ``sparsity`` is the share of zeros among its prunable weights.
 
@@ -101,69 +86,6 @@ class Subject(Frozen):
         if self.artefact is None:
             content.pop("artefact", None)
         return content
-
-
-class AttackRow(Frozen):
-    """One attack over all samples; ``seconds`` are summed over worker processes."""
-
-    name: str
-    n_in: int
-    n_broken: int
-    seconds: float
-
-
-class ClassRow(Frozen):
-    """One class: samples, those classified correctly, and those that no attack broke."""
-
-    label: int
-    name: str | None
-    n: int
-    clean: int
-    robust: int
-
-
-class Sample(Frozen):
-    """One sample; ``broken_by`` is None, "clean" or the name of the attack that broke it.
-
-    "undecided" instead of None: nothing broke it so far, but not every attack has seen it.
-    """
-
-    id: str
-    label: int
-    clean_prediction: int
-    adversarial_prediction: int
-    broken_by: str | None
-
-
-class Proven(Frozen):
-    """Samples whose robustness is proven: a lower bound on robust accuracy, and the only guarantee here.
-
-    ``indices`` are positions among the certificate's samples; ``tolerance`` is the most that rounding took
-    off any bound, already subtracted.
-    """
-
-    count: int = Field(ge=0)
-    n: int = Field(ge=1)
-    interval: tuple[float, float]
-    indices: tuple[int, ...]
-    method: str
-    tolerance: float
-    statement: Literal["provably robust accuracy (lower bound)"] = "provably robust accuracy (lower bound)"
-
-    @classmethod
-    def of(cls, indices: Sequence[int], n: int, *, method: str, tolerance: float) -> Proven:
-        return cls(
-            count=len(indices),
-            n=n,
-            interval=clopper_pearson(len(indices), n, 0.95),
-            indices=tuple(indices),
-            method=method,
-            tolerance=tolerance,
-        )
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.count / self.n:.1%} [{low:.1%}, {high:.1%}]"
 
 
 class PointsFile(Frozen):
@@ -225,9 +147,9 @@ class Certificate(Frozen):
     def _follows_from_samples(self) -> Self:
         early = self.decision is not None
         classes = {row.label: row.model_dump(exclude={"name"}) for row in self.per_class}
-        rows = _per_class(self.samples, {}, early=early)
+        rows = per_class(self.samples, {}, early=early)
         counted = {row.label: row.model_dump(exclude={"name"}) for row in rows}
-        robust = _robust(self.samples, early=early)
+        robust = robust_share(self.samples, early=early)
         undecided = tuple(i for i, sample in enumerate(self.samples) if sample.broken_by == UNDECIDED)
         named = {"clean", *(row.name for row in self.attacks), None, UNDECIDED}
         facts = {
@@ -240,10 +162,10 @@ class Certificate(Frozen):
                 and (sample.broken_by in (None, UNDECIDED)) == (sample.adversarial_prediction == sample.label)
                 for sample in self.samples
             ),
-            "proven": self.proven is None or _agrees(self.proven, self.samples),
+            "proven": self.proven is None or consistent(self.proven, self.samples),
             "decision": undecided == (self.decision.undecided if self.decision is not None else ()),
-            "clean": self.clean.k == _correct(self.samples),
-            "robust": type(self.robust) is type(robust) and self.survivors == _survivors(robust),
+            "clean": self.clean.k == correct(self.samples),
+            "robust": type(self.robust) is type(robust) and self.survivors == survivors(robust),
             "per_class": classes == counted,
         }
         wrong = [name for name, holds in facts.items() if not holds]
@@ -254,7 +176,7 @@ class Certificate(Frozen):
     @property
     def survivors(self) -> tuple[int, int]:
         """How many samples withstood every attack, and how many may have: equal in a full certificate."""
-        return _survivors(self.robust)
+        return survivors(self.robust)
 
     @property
     def standing(self) -> tuple[bool | None, ...]:
@@ -301,141 +223,3 @@ class Certificate(Frozen):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the certificate"
             raise InputError(f"{path}: {where}: {first['msg']}", hint="certify again") from None
-
-
-def issue(
-    *,
-    subject: Subject,
-    threat: ThreatModel,
-    data: str,
-    split: str,
-    sample_ids: Sequence[str],
-    labels: Sequence[int],
-    class_names: Sequence[str],
-    clean_prediction: Sequence[int],
-    adversarial_prediction: Sequence[int],
-    broken_by: Sequence[str | None],
-    attacks: Sequence[AttackRow],
-    protocol: str,
-    flags: Sequence[str],
-    attack_seed: int,
-    sample_seed: int | None,
-    block_size: int,
-    points: PointsFile | None,
-    versions: dict[str, str],
-    environment: dict[str, str | int | bool],
-    seconds: float,
-    proven: Proven | None = None,
-    decision: EarlyDecision | None = None,
-    mask_sha256: str | None = None,
-    recipe_sha256: str | None = None,
-) -> Certificate:
-    """A certificate from what an attack found for each sample; sequences are in sample order.
-
-    The attack was complete, or ``decision`` says why it was not and which samples it leaves undecided.
-    """
-    left = set(decision.undecided) if decision is not None else set()
-    broken_by = [UNDECIDED if index in left else by for index, by in enumerate(broken_by)]
-    rows = zip(sample_ids, labels, clean_prediction, adversarial_prediction, broken_by, strict=True)
-    samples = tuple(
-        Sample(id=name, label=label, clean_prediction=clean, adversarial_prediction=attacked, broken_by=by)
-        for name, label, clean, attacked, by in rows
-    )
-    n = len(samples)
-    return Certificate.model_validate(
-        {
-            "statement": WORDS[protocol],
-            "protocol": protocol,
-            "threat": threat,
-            "data": data,
-            "split": split,
-            "n": n,
-            "sample_ids_sha256": ids_sha256(sample_ids),
-            "samples": samples,
-            "attack_seed": attack_seed,
-            "sample_seed": sample_seed,
-            "block_size": block_size,
-            "subject": subject,
-            "clean": Share.of(_correct(samples), n),
-            "robust": _robust(samples, early=decision is not None),
-            "per_class": _per_class(samples, dict(enumerate(class_names)), early=decision is not None),
-            "attacks": tuple(attacks),
-            "flags": tuple(flags),
-            "points": points,
-            "versions": versions,
-            "environment": environment,
-            "seconds": seconds,
-            "proven": proven,
-            "decision": decision,
-            "mask_sha256": mask_sha256,
-            "recipe_sha256": recipe_sha256,
-        }
-    )
-
-
-def ids_sha256(sample_ids: Sequence[str]) -> str:
-    """Hash of the sample ids in their order."""
-    return hashlib.sha256(json.dumps(list(sample_ids), ensure_ascii=False).encode()).hexdigest()
-
-
-def _correct(samples: Sequence[Sample]) -> int:
-    return sum(sample.clean_prediction == sample.label for sample in samples)
-
-
-def _standing(samples: Sequence[Sample]) -> int:
-    return sum(sample.broken_by is None for sample in samples)
-
-
-def _possible(samples: Sequence[Sample]) -> int:
-    return sum(sample.broken_by in (None, UNDECIDED) for sample in samples)
-
-
-def _robust(samples: Sequence[Sample], *, early: bool) -> Share | Interval:
-    if early:
-        return Interval.of(_standing(samples), _possible(samples), len(samples))
-    return Share.of(_standing(samples), len(samples))
-
-
-def _survivors(robust: Share | Interval) -> tuple[int, int]:
-    if isinstance(robust, Interval):
-        return robust.settled, robust.possible
-    return robust.k, robust.k
-
-
-def _agrees(proven: Proven, samples: Sequence[Sample]) -> bool:
-    """Whether the proofs are of samples that are there, each once, and that nothing broke."""
-    known = set(proven.indices)
-    return (
-        proven.n == len(samples)
-        and proven.count == len(proven.indices) == len(known)
-        and all(0 <= index < len(samples) and samples[index].broken_by is None for index in known)
-        and proven.interval == clopper_pearson(proven.count, proven.n, 0.95)
-    )
-
-
-def _per_class(
-    samples: Sequence[Sample], names: dict[int, str], *, early: bool
-) -> tuple[ClassRow, ...] | tuple[ClassInterval, ...]:
-    """Counts for every class that has a sample, in order of the labels."""
-    classes: dict[int, list[Sample]] = {}
-    for sample in samples:
-        classes.setdefault(sample.label, []).append(sample)
-    ordered = sorted(classes.items())
-    if early:
-        return tuple(
-            ClassInterval(
-                label=label,
-                name=names.get(label),
-                n=len(mine),
-                clean=_correct(mine),
-                settled=_standing(mine),
-                possible=_possible(mine),
-            )
-            for label, mine in ordered
-        )
-    return tuple(
-        ClassRow(
-            label=label, name=names.get(label), n=len(mine), clean=_correct(mine), robust=_standing(mine)
-        )
-        for label, mine in ordered
-    )

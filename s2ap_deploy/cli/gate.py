@@ -16,8 +16,8 @@ from s2ap_deploy.cli import options
 from s2ap_deploy.errors import DeployError, UsageError
 
 if TYPE_CHECKING:
-    from s2ap_deploy.certify.gate import GatePolicy, Verdict
-    from s2ap_deploy.certify.planning import Plan
+    from s2ap_deploy.certify.gate.gate import GatePolicy, Verdict
+    from s2ap_deploy.certify.gate.planning import Plan
 
 SIGNS = {"pass": ("✓", "green"), "fail": ("✗", "red"), "inconclusive": ("?", "yellow")}
 WORDS = {"pass": "PASSED", "fail": "FAILED", "inconclusive": "INCONCLUSIVE"}
@@ -120,7 +120,7 @@ def _verdict(folder: Path, baseline: Path | None, given: dict[str, Any]) -> Verd
 
 
 def _policy(values: dict[str, Any]) -> GatePolicy:
-    from s2ap_deploy.certify.gate import AGE, GatePolicy
+    from s2ap_deploy.certify.gate.gate import AGE, GatePolicy
 
     age = values.get("max_age")
     if age is not None and not re.fullmatch(AGE, age):
@@ -130,8 +130,8 @@ def _policy(values: dict[str, Any]) -> GatePolicy:
 
 def _unjudged(error: DeployError) -> Verdict:
     """An error in the form of a verdict, so that CI sees more than an exit code."""
-    from s2ap_deploy.certify.check import Check
-    from s2ap_deploy.certify.gate import Verdict
+    from s2ap_deploy.certify.gate.check import Check
+    from s2ap_deploy.certify.gate.gate import Verdict
 
     words = error.message + (f" ({error.hint})" if error.hint else "")
     check = Check(name="gate", status="inconclusive", words=words)
@@ -223,7 +223,7 @@ def _say_json(value: Verdict | Plan) -> None:
 
 
 def _plan(n: int, threshold: float | None, *, as_json: bool, quiet: bool) -> int:
-    from s2ap_deploy.certify.planning import Plan
+    from s2ap_deploy.certify.gate.planning import Plan
 
     if threshold is not None and not 0.0 <= threshold <= 1.0:
         raise UsageError(f"--min-robust {threshold:g} is not a fraction between 0 and 1")

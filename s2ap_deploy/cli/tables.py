@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from s2ap_deploy.certify.gate import Verdict
+    from s2ap_deploy.certify.gate.gate import Verdict
     from s2ap_deploy.exporting.artifact import ExportReport
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}

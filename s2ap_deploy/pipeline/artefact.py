@@ -14,14 +14,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from s2ap_deploy import files, runtime
-from s2ap_deploy.certify import cascade, points
+from s2ap_deploy import files
+from s2ap_deploy.certify import points
 from s2ap_deploy.certify.attacked_file import TRANSFER, AttackedFile, Transfer, TwinAgreement
-from s2ap_deploy.certify.certificate import AttackRow, Certificate, Subject, ids_sha256, issue
-from s2ap_deploy.certify.cost import expected_cost
-from s2ap_deploy.certify.judge import ArtefactJudge, exact_arithmetic
-from s2ap_deploy.certify.ledger import default_block_size
-from s2ap_deploy.certify.outcome import AttackCount, AttackOutcome
+from s2ap_deploy.certify.attacks import cascade
+from s2ap_deploy.certify.attacks.cost import expected_cost
+from s2ap_deploy.certify.attacks.judge import ArtefactJudge, exact_arithmetic
+from s2ap_deploy.certify.attacks.ledger import default_block_size
+from s2ap_deploy.certify.attacks.outcome import AttackCount, AttackOutcome
+from s2ap_deploy.certify.certificate import Certificate, Subject
+from s2ap_deploy.certify.samples import ids_sha256
 from s2ap_deploy.data.sampling import choose
 from s2ap_deploy.errors import OutOfTimeError, RunFolderError
 from s2ap_deploy.exporting.encoding import decode
@@ -31,7 +33,8 @@ from s2ap_deploy.exporting.twin import OnnxTwin
 from s2ap_deploy.exporting.verify import compare_twin
 from s2ap_deploy.exporting.weights import weights
 from s2ap_deploy.models.classifier import weights_hash
-from s2ap_deploy.pipeline.certification import DENSE, PRUNED, Samples
+from s2ap_deploy.pipeline.certification import DENSE, PRUNED
+from s2ap_deploy.pipeline.issuing import Samples, certificate_of
 from s2ap_deploy.pipeline.job import Job
 from s2ap_deploy.robust.attack import pgd
 from s2ap_deploy.run.folder import Run
@@ -102,7 +105,10 @@ def certify_file(job: Job, opened: OnnxFile, *, time_budget: float | None = None
     with exact_arithmetic(job.machine.device):
         agreement = _agreement(job, judge, outcome, samples, quantised=opened.quantised)
     names = opened.class_names or images.spec.class_names
-    certificate = issue(
+    certificate = certificate_of(
+        job,
+        samples,
+        outcome,
         subject=Subject(
             arch=opened.metadata.get("s2ap.arch", "onnx"),
             num_classes=outcome.num_classes,
@@ -116,28 +122,10 @@ def certify_file(job: Job, opened: OnnxFile, *, time_budget: float | None = None
                 transfer=None if moved is None else moved.transfer,
             ),
         ),
-        threat=job.recipe.threat,
-        data=images.spec.name,
-        split="test",
-        sample_ids=samples.ids,
-        labels=samples.labels.tolist(),
         class_names=names if len(names) == outcome.num_classes else (),
-        clean_prediction=outcome.clean_prediction,
-        adversarial_prediction=outcome.adversarial_prediction,
-        broken_by=outcome.broken_by,
-        attacks=[
-            AttackRow(name=row.name, n_in=row.n_in, n_broken=row.n_broken, seconds=row.seconds)
-            for row in outcome.counts
-        ],
-        protocol=outcome.protocol,
-        flags=outcome.flags if agreement.matches else (*outcome.flags, "twin_mismatch"),
-        attack_seed=section.attack_seed,
-        sample_seed=section.sample_seed,
-        block_size=default_block_size(samples.images),
         points=points.save(stage.folder / POINTS, samples.images, outcome.adversarial),
-        versions=runtime.versions(),
-        environment=runtime.environment(job.machine.device),
         seconds=time.monotonic() - started,
+        flags=() if agreement.matches else ("twin_mismatch",),
     )
     certificate.save(stage.folder / CERTIFICATE)
     outputs = [stage.folder / CERTIFICATE, stage.folder / POINTS]

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from s2ap_deploy import files
-from s2ap_deploy.certify.ap_benchmark import ap_benchmark_entry, model_key
-from s2ap_deploy.certify.certificate import Certificate, Share
-from s2ap_deploy.certify.curve import SecurityCurve
+from s2ap_deploy.certify.certificate import Certificate
+from s2ap_deploy.certify.curve.ap_benchmark import ap_benchmark_entry, model_key
+from s2ap_deploy.certify.curve.curve import SecurityCurve
+from s2ap_deploy.certify.samples import Share
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.checkpoint import CheckpointInfo
 from s2ap_deploy.pipeline.job import MODEL, Job, read_classifier

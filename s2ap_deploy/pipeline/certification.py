@@ -10,22 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from s2ap_deploy import files, runtime
-from s2ap_deploy.certify import cascade, points
-from s2ap_deploy.certify.cascade import Cascade
-from s2ap_deploy.certify.certificate import AttackRow, Certificate, Proven, Subject, ids_sha256, issue
-from s2ap_deploy.certify.cost import expected_cost
-from s2ap_deploy.certify.decision import EarlyPolicy
-from s2ap_deploy.certify.ledger import default_block_size
-from s2ap_deploy.certify.planning import Plan
+from s2ap_deploy import files
+from s2ap_deploy.certify import points
+from s2ap_deploy.certify.attacks import cascade
+from s2ap_deploy.certify.attacks.cascade import Cascade
+from s2ap_deploy.certify.attacks.cost import expected_cost
+from s2ap_deploy.certify.attacks.ledger import default_block_size
+from s2ap_deploy.certify.certificate import Certificate, Subject
+from s2ap_deploy.certify.gate.decision import EarlyPolicy
+from s2ap_deploy.certify.gate.planning import Plan
+from s2ap_deploy.certify.samples import Proven, ids_sha256
 from s2ap_deploy.data.sampling import choose
 from s2ap_deploy.errors import OutOfTimeError
 from s2ap_deploy.models.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, weights_hash
 from s2ap_deploy.pipeline import early
 from s2ap_deploy.pipeline.evidence import check_curve, prove, trace_curve
+from s2ap_deploy.pipeline.issuing import Samples, certificate_of
 from s2ap_deploy.pipeline.job import Job
 from s2ap_deploy.pipeline.prune import MASKS
 from s2ap_deploy.recipe import catalogue
@@ -42,15 +43,6 @@ class Candidate:
     classifier: Classifier
     info: CheckpointInfo
     path: Path
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """The test images that every candidate faces: [n, C, H, W] in [0, 1], labels [n], ids."""
-
-    images: Tensor
-    labels: Tensor
-    ids: tuple[str, ...]
 
 
 @dataclass(eq=False)
@@ -264,8 +256,10 @@ def _conclude(
             deadline=deadline,
             recorder=recorder,
         )
-    points_file = points.save(_points_file(folder, candidate.role), samples.images, outcome.adversarial)
-    certificate = issue(
+    certificate = certificate_of(
+        job,
+        samples,
+        outcome,
         subject=Subject(
             arch=candidate.info.arch,
             num_classes=outcome.num_classes,
@@ -273,27 +267,8 @@ def _conclude(
             checkpoint_sha256=files.sha256(candidate.path),
             sparsity=candidate.info.sparsity,
         ),
-        threat=job.recipe.threat,
-        data=job.images(None).spec.name,
-        split="test",
-        sample_ids=samples.ids,
-        labels=samples.labels.tolist(),
         class_names=candidate.info.class_names,
-        clean_prediction=outcome.clean_prediction,
-        adversarial_prediction=outcome.adversarial_prediction,
-        broken_by=outcome.broken_by,
-        attacks=[
-            AttackRow(name=row.name, n_in=row.n_in, n_broken=row.n_broken, seconds=row.seconds)
-            for row in outcome.counts
-        ],
-        protocol=outcome.protocol,
-        flags=outcome.flags,
-        attack_seed=section.attack_seed,
-        sample_seed=section.sample_seed,
-        block_size=block_size,
-        points=points_file,
-        versions=runtime.versions(),
-        environment=runtime.environment(job.machine.device),
+        points=points.save(_points_file(folder, candidate.role), samples.images, outcome.adversarial),
         seconds=time.monotonic() - attempt.started,
         proven=attempt.proven,
         decision=decision,

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from s2ap_deploy.certify.cascade import Cascade
-from s2ap_deploy.certify.certificate import Proven
-from s2ap_deploy.certify.decision import EarlyPolicy, answers, verdict_of
+from s2ap_deploy.certify.attacks.cascade import Cascade
+from s2ap_deploy.certify.attacks.outcome import AttackOutcome
+from s2ap_deploy.certify.gate.decision import EarlyPolicy, answers, verdict_of
 from s2ap_deploy.certify.interval import EarlyDecision
-from s2ap_deploy.certify.outcome import AttackOutcome
+from s2ap_deploy.certify.samples import Proven
 from s2ap_deploy.errors import RunFolderError, UsageError
 from s2ap_deploy.pipeline.job import Job
 from s2ap_deploy.recipe.schema import Recipe

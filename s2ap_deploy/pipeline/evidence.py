@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from s2ap_deploy.certify import fmn
-from s2ap_deploy.certify.certificate import Proven
-from s2ap_deploy.certify.curve import SecurityCurve, capped, security_curve
-from s2ap_deploy.certify.relaxation import provably_robust
+from s2ap_deploy.certify.bounds.relaxation import provably_robust
+from s2ap_deploy.certify.curve import fmn
+from s2ap_deploy.certify.curve.curve import SecurityCurve, capped, security_curve
+from s2ap_deploy.certify.samples import Proven
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.spec import ThreatModel

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from s2ap_deploy.certify.certificate import Certificate, Sample
+from s2ap_deploy.certify.certificate import Certificate
 from s2ap_deploy.certify.interval import UNDECIDED
+from s2ap_deploy.certify.samples import Sample
 from s2ap_deploy.errors import RunFolderError
 
 Fate = Literal["lost", "gained", "broken", "held", "undecided", "wrong"]

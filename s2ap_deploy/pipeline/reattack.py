@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from s2ap_deploy.certify import cascade, protocols
+from s2ap_deploy.certify.attacks import cascade, protocols
+from s2ap_deploy.certify.attacks.judge import TOLERANCE, Judge, distances, exact_arithmetic
+from s2ap_deploy.certify.attacks.ledger import default_block_size
 from s2ap_deploy.certify.certificate import Certificate
-from s2ap_deploy.certify.check import Check, Status
-from s2ap_deploy.certify.gate import DOUBTS
-from s2ap_deploy.certify.judge import TOLERANCE, Judge, distances, exact_arithmetic
-from s2ap_deploy.certify.ledger import default_block_size
+from s2ap_deploy.certify.gate.check import Check, Status
+from s2ap_deploy.certify.gate.gate import DOUBTS
 from s2ap_deploy.certify.wording import plain
 from s2ap_deploy.data.sampling import choose
 from s2ap_deploy.pipeline.evidence import prove

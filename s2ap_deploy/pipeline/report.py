@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from s2ap_deploy import files
 from s2ap_deploy.certify.certificate import Certificate
-from s2ap_deploy.certify.curve import SecurityCurve
-from s2ap_deploy.certify.gate import Verdict
-from s2ap_deploy.certify.pairs import PairRange
+from s2ap_deploy.certify.curve.curve import SecurityCurve
+from s2ap_deploy.certify.gate.gate import Verdict
+from s2ap_deploy.certify.gate.pairs import PairRange
 from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.exporting.artifact import ExportReport
 from s2ap_deploy.pipeline.gallery import Shown, gallery

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from s2ap_deploy import files
-from s2ap_deploy.certify.artefact import ArtefactFact, Rejudged
 from s2ap_deploy.certify.certificate import Certificate
-from s2ap_deploy.certify.check import Check
-from s2ap_deploy.certify.gate import GatePolicy, Verdict, judge, refuse_impossible
-from s2ap_deploy.certify.limits import Shipped
+from s2ap_deploy.certify.gate.artefact import ArtefactFact, Rejudged
+from s2ap_deploy.certify.gate.check import Check
+from s2ap_deploy.certify.gate.gate import GatePolicy, Verdict, judge, refuse_impossible
+from s2ap_deploy.certify.gate.limits import Shipped
 from s2ap_deploy.certify.wording import LONGEST_PATH, plain
 from s2ap_deploy.errors import InconclusiveError
 from s2ap_deploy.exporting.artifact import ExportReport

@@ -14,8 +14,8 @@ from torch import Tensor
 from s2ap_deploy import files
 from s2ap_deploy.certify import points
 from s2ap_deploy.certify.certificate import Certificate
-from s2ap_deploy.certify.check import Check, Status
-from s2ap_deploy.certify.gate import EXIT_CODES, Verdict
+from s2ap_deploy.certify.gate.check import Check, Status
+from s2ap_deploy.certify.gate.gate import EXIT_CODES, Verdict
 from s2ap_deploy.certify.wording import plain
 from s2ap_deploy.data.sampling import choose
 from s2ap_deploy.errors import DataError, DeployError, UsageError

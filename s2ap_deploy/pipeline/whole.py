@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from s2ap_deploy.certify.gate import GatePolicy, Verdict
+from s2ap_deploy.certify.gate.gate import GatePolicy, Verdict
 from s2ap_deploy.exporting.opened import read
 from s2ap_deploy.pipeline.artefact import certify_file
 from s2ap_deploy.pipeline.certification import certify

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from s2ap_deploy import files
-from s2ap_deploy.certify.certificate import Certificate, Share
-from s2ap_deploy.certify.curve import SecurityCurve
+from s2ap_deploy.certify.certificate import Certificate
+from s2ap_deploy.certify.curve.curve import SecurityCurve
+from s2ap_deploy.certify.samples import Share
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.run.folder import Run
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from s2ap_deploy.certify.gate import Verdict
+from s2ap_deploy.certify.gate.gate import Verdict
 from s2ap_deploy.certify.wording import plain
 from s2ap_deploy.errors import FAILED, INCONCLUSIVE, PASSED
 

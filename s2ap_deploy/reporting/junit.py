@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
-from s2ap_deploy.certify.check import Check
-from s2ap_deploy.certify.gate import Verdict
+from s2ap_deploy.certify.gate.check import Check
+from s2ap_deploy.certify.gate.gate import Verdict
 from s2ap_deploy.certify.wording import plain
 from s2ap_deploy.reporting.rules import rule_of
 

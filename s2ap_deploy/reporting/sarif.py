@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import quote
 
 from s2ap_deploy import files
-from s2ap_deploy.certify.check import Check
-from s2ap_deploy.certify.gate import Verdict
+from s2ap_deploy.certify.gate.check import Check
+from s2ap_deploy.certify.gate.gate import Verdict
 from s2ap_deploy.certify.wording import plain
 from s2ap_deploy.errors import UNUSABLE
 from s2ap_deploy.reporting.rules import GATE, RULES, Rule, file_of, rule_of

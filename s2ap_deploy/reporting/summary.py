@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from s2ap_deploy.certify.certificate import Certificate
-from s2ap_deploy.certify.gate import Verdict
+from s2ap_deploy.certify.gate.gate import Verdict
 from s2ap_deploy.exporting.artifact import ExportReport
 from s2ap_deploy.run.folder import Run
 

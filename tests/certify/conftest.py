@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from s2ap_deploy.certify import protocols
-from s2ap_deploy.certify.certificate import AttackRow, Certificate, Subject, issue
+from s2ap_deploy.certify.attacks import protocols
+from s2ap_deploy.certify.certificate import Certificate, Subject
+from s2ap_deploy.certify.issuing import issue
+from s2ap_deploy.certify.samples import AttackRow
 from s2ap_deploy.spec import ThreatModel
 
 MakeNetwork = Callable[..., nn.Sequential]

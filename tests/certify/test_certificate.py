@@ -14,7 +14,8 @@ import torch
 
 from s2ap_deploy import files
 from s2ap_deploy.certify import points
-from s2ap_deploy.certify.certificate import Certificate, Proven, ids_sha256
+from s2ap_deploy.certify.certificate import Certificate
+from s2ap_deploy.certify.samples import Proven, ids_sha256
 from s2ap_deploy.certify.statistics import clopper_pearson
 from s2ap_deploy.errors import InputError, StorageError
 

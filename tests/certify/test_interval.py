@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from s2ap_deploy.certify.certificate import Certificate, ClassRow, Share
+from s2ap_deploy.certify.certificate import Certificate
 from s2ap_deploy.certify.interval import ClassInterval, EarlyDecision, Interval
+from s2ap_deploy.certify.samples import ClassRow, Share
 from s2ap_deploy.errors import InputError
 
 Make = Callable[..., Certificate]

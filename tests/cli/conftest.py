@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from s2ap_deploy import files
-from s2ap_deploy.certify.certificate import AttackRow, Certificate, PointsFile, Subject, issue
+from s2ap_deploy.certify.certificate import Certificate, PointsFile, Subject
+from s2ap_deploy.certify.issuing import issue
+from s2ap_deploy.certify.samples import AttackRow
 from s2ap_deploy.exporting.artifact import Agreement, ExportReport, Rejudgement
 from s2ap_deploy.run.folder import Run
 from s2ap_deploy.spec import ThreatModel

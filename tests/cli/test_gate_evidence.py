@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from s2ap_deploy.certify.certificate import PointsFile, Proven
+from s2ap_deploy.certify.certificate import PointsFile
+from s2ap_deploy.certify.samples import Proven
 from s2ap_deploy.spec import ThreatModel
 
 Make = Callable[..., Path]

@@ -12,7 +12,7 @@ import pytest
 
 from s2ap_deploy import files
 from s2ap_deploy.certify.certificate import Certificate
-from s2ap_deploy.certify.curve import security_curve
+from s2ap_deploy.certify.curve.curve import security_curve
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.pipeline import benchmark_entry
 from s2ap_deploy.pipeline.benchmark_entry import Submission, check_entry, write_entry

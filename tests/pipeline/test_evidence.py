@@ -12,7 +12,7 @@ import torch
 
 from s2ap_deploy import files
 from s2ap_deploy.certify.certificate import Certificate
-from s2ap_deploy.certify.curve import SecurityCurve
+from s2ap_deploy.certify.curve.curve import SecurityCurve
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.pipeline.evidence import check_curve
 from s2ap_deploy.spec import ThreatModel

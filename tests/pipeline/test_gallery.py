@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2ap_deploy.certify.certificate import Sample
+from s2ap_deploy.certify.samples import Sample
 from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.pipeline.gallery import LONGEST_SIDE, ORDER, choose, fate, picture
 

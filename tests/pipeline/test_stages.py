@@ -256,7 +256,7 @@ def test_certify_leaves_no_record_of_its_progress(finished_run: Path) -> None:
 
 
 def test_there_is_no_verdict_without_a_certificate(digits_model: Path, tmp_path: Path) -> None:
-    from s2ap_deploy.certify.gate import GatePolicy
+    from s2ap_deploy.certify.gate.gate import GatePolicy
 
     with opened(tmp_path / "run", with_checkpoint(digits_model)) as job:
         dense.dense(job)

@@ -12,8 +12,10 @@ import safetensors.torch
 import torch
 
 from s2ap_deploy import files
-from s2ap_deploy.certify import points, protocols
-from s2ap_deploy.certify.certificate import Certificate, PointsFile, issue
+from s2ap_deploy.certify import points
+from s2ap_deploy.certify.attacks import protocols
+from s2ap_deploy.certify.certificate import Certificate, PointsFile
+from s2ap_deploy.certify.issuing import issue
 from s2ap_deploy.pipeline.machine import Machine
 from s2ap_deploy.pipeline.verification import Verification, verify
 from s2ap_deploy.recorder import Silent

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from s2ap_deploy.certify.curve import security_curve
+from s2ap_deploy.certify.curve.curve import security_curve
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.reporting.curve import save_png
 
@@ -89,7 +89,7 @@ def test_without_matplotlib_the_error_says_what_to_install(
     assert caught.value.hint == "pip install matplotlib"
 
 
-@pytest.mark.parametrize("name", ["reporting.curve", "certify.curve", "certify.ap_benchmark"])
+@pytest.mark.parametrize("name", ["reporting.curve", "certify.curve.curve", "certify.curve.ap_benchmark"])
 def test_neither_torch_nor_matplotlib_is_imported_before_it_is_needed(name: str) -> None:
     heavy = {"torch", "numpy", "matplotlib"}
     probe = f"import sys, s2ap_deploy.{name}; print(sorted({heavy} & set(sys.modules)))"

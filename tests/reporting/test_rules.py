@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from s2ap_deploy.certify import limits, thresholds
 from s2ap_deploy.certify.certificate import WORDS
-from s2ap_deploy.certify.check import Check
+from s2ap_deploy.certify.gate import limits, thresholds
+from s2ap_deploy.certify.gate.check import Check
 from s2ap_deploy.reporting.rules import file_of, rule_of
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from s2ap_deploy.certify.gate import GatePolicy
+from s2ap_deploy.certify.gate.gate import GatePolicy
 from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.pipeline.verdict import gate
 from s2ap_deploy.reporting.summary import summarise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from s2ap_deploy.certify.check import Check
+from s2ap_deploy.certify.gate.check import Check
 from s2ap_deploy.pipeline.report import Facts
 from s2ap_deploy.reporting.github import cell
 from s2ap_deploy.reporting.report import tables, words

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from s2ap_deploy.certify.certificate import Certificate, ClassRow
+from s2ap_deploy.certify.certificate import Certificate
 from s2ap_deploy.certify.interval import ClassInterval
+from s2ap_deploy.certify.samples import ClassRow
 from s2ap_deploy.exporting.artifact import ExportReport
 from s2ap_deploy.pipeline.report import DENSE, PRUNED, Facts
 from s2ap_deploy.pipeline.sizes import sizes, stored_tensors

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from s2ap_deploy.certify.certificate import Certificate, Proven, Share
+from s2ap_deploy.certify.certificate import Certificate
+from s2ap_deploy.certify.gate.pairs import LEVEL, PairRange
 from s2ap_deploy.certify.interval import Interval
-from s2ap_deploy.certify.pairs import LEVEL, PairRange
+from s2ap_deploy.certify.samples import Proven, Share
 from s2ap_deploy.certify.wording import percent
 from s2ap_deploy.exporting.artifact import ExportReport
 from s2ap_deploy.pipeline.report import DENSE, PRUNED, Facts

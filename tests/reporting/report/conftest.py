@@ -12,10 +12,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from s2ap_deploy import files
-from s2ap_deploy.certify.certificate import AttackRow, PointsFile, Subject, issue
-from s2ap_deploy.certify.check import Check
-from s2ap_deploy.certify.curve import security_curve
-from s2ap_deploy.certify.gate import Verdict
+from s2ap_deploy.certify.certificate import PointsFile, Subject
+from s2ap_deploy.certify.curve.curve import security_curve
+from s2ap_deploy.certify.gate.check import Check
+from s2ap_deploy.certify.gate.gate import Verdict
+from s2ap_deploy.certify.issuing import issue
+from s2ap_deploy.certify.samples import AttackRow
 from s2ap_deploy.exporting.artifact import Agreement, EncodedTensor, ExportReport
 from s2ap_deploy.run.folder import RECIPE_FILE, Run
 from s2ap_deploy.spec import ThreatModel

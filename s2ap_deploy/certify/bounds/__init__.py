@@ -1,0 +1,1 @@
+"""The provable side: sound bounds on what a network can answer to a perturbed input."""

@@ -1,0 +1,111 @@
+"""What a process and its workers say to each other: length-prefixed pickles over two pipes.
+
+Both ends of the pipes are ours, so unpickling runs nobody else's code. Importing this module is
+cheap: a worker must arrange its own end before it spends seconds on importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import pickle
+import struct
+import sys
+import traceback
+from collections.abc import Mapping
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+from s2ap_deploy.errors import DeployError
+
+if TYPE_CHECKING:
+    from s2ap_deploy.certify.crew.executors import Crew
+
+_LENGTH = struct.Struct(">Q")
+
+
+class CannotShip(Exception):
+    """The classifier cannot be rebuilt in another process (its class lives in ``__main__``, say)."""
+
+
+class Shipment:
+    """An attacker as bytes, with the files of the modules that a plain import may not find."""
+
+    def __init__(self, content: bytes, sources: Mapping[str, str]) -> None:
+        self.content = content
+        self.sources = sources
+
+    @classmethod
+    def pack(cls, attacker: Crew) -> Shipment:
+        """Raises CannotShip when the classifier cannot be pickled."""
+        import torch
+
+        buffer = io.BytesIO()
+        try:
+            torch.save(attacker, buffer)
+        except Exception as error:  # whatever a stranger's module raises while it is being pickled
+            raise CannotShip(f"the classifier cannot be sent to another process: {error}") from error
+        modules = {type(module).__module__ for module in attacker.judge.modules()}
+        files = {name: getattr(sys.modules.get(name), "__file__", None) for name in modules}
+        return cls(buffer.getvalue(), {name: file for name, file in files.items() if file})
+
+    def unpack(self) -> Crew:
+        """Raises CannotShip when a class cannot be imported here."""
+        import torch
+
+        try:
+            for name, file in self.sources.items():
+                _import(name, file)
+            attacker: Crew = torch.load(io.BytesIO(self.content), weights_only=False)
+        except Exception as error:  # whatever a stranger's module raises while it is being rebuilt
+            raise CannotShip(
+                f"the classifier cannot be rebuilt in another process: {type(error).__name__}: {error}"
+            ) from error
+        return attacker
+
+
+class Failure:
+    """An exception on its way to the parent."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error if isinstance(error, DeployError | CannotShip) else None
+        self.summary = f"{type(error).__name__}: {error}"
+        self.trace = traceback.format_exc()
+
+    def raise_again(self) -> NoReturn:
+        """Raise our own errors as they were, any other as DeployError with the traceback as its note."""
+        error = self.error or DeployError(f"an attack worker failed with {self.summary}")
+        error.add_note(self.trace)
+        raise error
+
+
+def write(stream: IO[bytes], message: object) -> None:
+    """One message. Raises BrokenPipeError when the other side is gone."""
+    content = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    stream.write(_LENGTH.pack(len(content)))
+    stream.write(content)
+    stream.flush()
+
+
+def read(stream: IO[bytes]) -> Any:
+    """One message. Raises EOFError when the other side is gone, also in the middle of a message."""
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        raise EOFError
+    (length,) = _LENGTH.unpack(head)
+    content = stream.read(length)
+    if len(content) < length:
+        raise EOFError
+    return pickle.loads(content)
+
+
+def _import(name: str, file: str) -> None:
+    """Make ``import name`` work for a module that is on no path, as of an architecture given as a file."""
+    try:
+        found = name in sys.modules or importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        found = False
+    spec = None if found else importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        return
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])

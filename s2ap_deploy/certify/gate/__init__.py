@@ -1,0 +1,1 @@
+"""The verdict: thresholds and files against certificates, also before an attack has ended. No torch."""

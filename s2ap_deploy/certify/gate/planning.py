@@ -1,0 +1,54 @@
+"""Before the work: what a number of samples can show, so that nobody attacks for hours in vain. No torch."""
+
+from __future__ import annotations
+
+from s2ap_deploy.certify import statistics
+from s2ap_deploy.certify.gate.pairs import LEVEL
+from s2ap_deploy.spec import Frozen
+
+POWER = 0.8
+
+
+class DetectableDrop(Frozen):
+    """``drop`` is the least drop that is told from none with 80 % power where ``discordance`` of all samples
+    stand with one of the two networks only.
+    """
+
+    discordance: float
+    drop: float
+
+
+class Plan(Frozen):
+    """What ``n`` samples can show under the rule ``lower``.
+
+    ``needed`` of them must survive for a floor of ``threshold``; None when even all would not show it.
+    """
+
+    n: int
+    threshold: float | None
+    needed: int | None
+    drops: tuple[DetectableDrop, ...]
+
+    @classmethod
+    def of(cls, n: int, threshold: float | None = None) -> Plan:
+        """The plan for ``n`` samples and a floor, if there is one. Raises ValueError for n < 1."""
+        return cls(
+            n=n,
+            threshold=threshold,
+            needed=None if threshold is None else statistics.least_survivors(n, threshold, LEVEL),
+            drops=tuple(
+                DetectableDrop(discordance=rate, drop=statistics.detectable_drop(n, rate, LEVEL, POWER))
+                for rate in statistics.DISCORDANCE_RATES
+            ),
+        )
+
+    def __str__(self) -> str:
+        """Sentences for a person, one per line."""
+        rates = ", ".join(f"{each.drop:.2%} if {each.discordance:.0%} differ" for each in self.drops)
+        lines = [f"{self.n} samples tell a drop from none with {POWER:.0%} power from here on: {rates}"]
+        if self.threshold is not None and self.needed is None:
+            lines.append(f"{self.n} samples cannot show a floor of {self.threshold:.1%}, even if all survive")
+        elif self.threshold is not None:
+            share = f"{self.needed} of {self.n} ({(self.needed or 0) / self.n:.1%})"
+            lines.append(f"a floor of {self.threshold:.1%} needs {share} to survive")
+        return "\n".join(lines)
