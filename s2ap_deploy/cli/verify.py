@@ -71,6 +71,7 @@ def command(
     \b
     s2ap-deploy verify s2ap-run/certify/pruned.json
     s2ap-deploy verify s2ap-run/certify/pruned.json --k 50 --in-toto statement.json
+    s2ap-deploy verify s2ap-run/artefact/certificate.json
     """
     import secrets
 

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from s2ap_deploy.certify.attacks import cascade, protocols
-from s2ap_deploy.certify.attacks.judge import TOLERANCE, Judge, distances, exact_arithmetic
+from s2ap_deploy.certify.attacks.judge import (
+    TOLERANCE,
+    Judge,
+    distances,
+    exact_arithmetic,
+)
 from s2ap_deploy.certify.attacks.ledger import default_block_size
 from s2ap_deploy.certify.certificate import Certificate
 from s2ap_deploy.certify.gate.check import Check, Status
@@ -17,6 +22,7 @@ from s2ap_deploy.certify.wording import plain
 from s2ap_deploy.data.sampling import choose
 from s2ap_deploy.pipeline.evidence import prove
 from s2ap_deploy.pipeline.machine import Machine
+from s2ap_deploy.pipeline.suspect import Suspect
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.runtime import derive_seed
 
@@ -27,9 +33,9 @@ _NAMED = 5  # ids in a sentence
 
 
 def stored_points(
-    classifier: nn.Module, machine: Machine, certificate: Certificate, clean: Tensor, attacked: Tensor
+    judge: Judge, machine: Machine, certificate: Certificate, clean: Tensor, attacked: Tensor
 ) -> list[Check]:
-    """Stored points are within the threat model, and the network answers to them as it is said to."""
+    """Stored points are within the threat model, and ``judge`` answers to them as it is said to."""
     threat, samples = certificate.threat, certificate.samples
     limit = threat.radius + TOLERANCE * max(1.0, threat.radius)
     broken = torch.tensor(
@@ -48,7 +54,7 @@ def stored_points(
         return [check("distances", "fail", f"points: {len(outside)} {words}: {listed(outside)}")]
     checks = [check("distances", "pass", f"points: all {len(samples)} lie within {threat} and [0, 1]")]
 
-    judge, size = Judge(classifier, machine.device), default_block_size(clean)
+    size = default_block_size(clean)
     with exact_arithmetic(machine.device):
         logits = {"clean": judge.logits(clean, size), "attacked": judge.logits(attacked, size)}
     said = {
@@ -92,7 +98,7 @@ def _behind(logits: Tensor, classes: Tensor, tie: float) -> Tensor:
 
 
 def fresh_attacks(
-    classifier: nn.Module,
+    suspect: Suspect,
     machine: Machine,
     certificate: Certificate,
     clean: Tensor,
@@ -105,7 +111,7 @@ def fresh_attacks(
         return []
     labels = torch.tensor([certificate.samples[index].label for index in chosen])
     outcome = cascade.attack(
-        classifier,
+        suspect.network,
         clean[chosen],
         labels,
         threat=certificate.threat,
@@ -113,6 +119,7 @@ def fresh_attacks(
         device=machine.device,
         workers=machine.workers,
         version=_version(certificate),
+        answers=suspect.answers,
         recorder=recorder,
     )
     fell = [certificate.samples[index].id for index, by in zip(chosen, outcome.broken_by, strict=True) if by]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2ap_deploy import files
 from s2ap_deploy.certify import points
@@ -20,20 +20,22 @@ from s2ap_deploy.certify.wording import plain
 from s2ap_deploy.data.sampling import choose
 from s2ap_deploy.errors import DataError, DeployError, UsageError
 from s2ap_deploy.exporting.artifact import ExportReport
-from s2ap_deploy.models.classifier import Classifier, weights_hash
-from s2ap_deploy.pipeline.job import MODEL, read_classifier, read_images
+from s2ap_deploy.pipeline.artefact import CERTIFICATE, COPY
+from s2ap_deploy.pipeline.job import MODEL, read_images
 from s2ap_deploy.pipeline.machine import Machine
 from s2ap_deploy.pipeline.prune import MASKS
 from s2ap_deploy.pipeline.reattack import check, fresh_attacks, fresh_proofs, listed, stored_points
+from s2ap_deploy.pipeline.suspect import Suspect, suspect_file, suspect_network
 from s2ap_deploy.pruning.tensors import load_tensors
 from s2ap_deploy.recipe import catalogue
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.run import manifest
 from s2ap_deploy.run.folder import RECIPE_FILE
 from s2ap_deploy.run.manifest import Manifest
-from s2ap_deploy.spec import Frozen, Preprocessing
+from s2ap_deploy.spec import Frozen
 
 _STAGES = {"dense": "pretrain", "pruned": "finetune"}
+_FILE = "file"
 
 
 class SubjectFile(Frozen):
@@ -57,11 +59,31 @@ class Verification(Frozen):
 
 
 class _Place(NamedTuple):
-    """Where the certificate's files lie: the run folder, its manifest, and the attacked network's role."""
+    """Where the certificate's files lie: the run folder, its manifest, and what was attacked there.
+
+    ``role`` is that of a network, or ``file`` for an exported file.
+    """
 
     folder: Path
     contents: Manifest
     role: str
+
+    @property
+    def stage(self) -> str:
+        """The folder of the certificate and of its points."""
+        return "artefact" if self.role == _FILE else "certify"
+
+    @property
+    def certificate(self) -> str:
+        return f"artefact/{CERTIFICATE}" if self.role == _FILE else f"certify/{self.role}.json"
+
+    def attacked(self, certificate: Certificate) -> str:
+        """The path of what was attacked; for a file, wherever the run has recorded its hash."""
+        if certificate.subject.artefact is None:
+            return f"{_STAGES[self.role]}/{MODEL}"
+        sha256 = certificate.subject.artefact.sha256
+        named = (name for name, found in _recorded(self.contents).items() if found == sha256)
+        return next(named, f"artefact/{COPY}")
 
 
 class _Evidence(NamedTuple):
@@ -83,26 +105,22 @@ def verify(
     no run folder is found, CheckpointError and ArchitectureError for a network that cannot be read.
     """
     certificate = Certificate.load(path)
-    if certificate.subject.artefact is not None:
-        raise UsageError(
-            f"{path} speaks of an exported file; verify reads certificates of networks",
-            hint="attack the file again: s2ap-deploy certify --artifact FILE --overwrite",
-        )
     place = _place(path, run_folder(path, folder), certificate)
     digest = files.sha256(path)
     checks = [_own_hash(place, certificate, digest), *_file_checks(place, certificate)]
     attacked = 0
-    network = _network(place, machine, certificate, checks)
-    evidence = _evidence(place, machine, network, certificate, checks, recorder)
-    if network is not None and evidence is not None:
-        classifier, _ = network
+    suspect = _suspect(place, machine, certificate, checks)
+    evidence = _evidence(place, machine, suspect, certificate, checks, recorder)
+    if suspect is not None and evidence is not None:
         if evidence.attacked is not None:
-            checks += stored_points(classifier, machine, certificate, evidence.clean, evidence.attacked)
+            checks += stored_points(
+                suspect.judge(machine), machine, certificate, evidence.clean, evidence.attacked
+            )
         standing = [index for index, stands in enumerate(certificate.standing) if stands]
         chosen = [standing[position] for position in choose(len(standing), k, seed=seed)] if k else []
         attacked = len(chosen)
-        checks += fresh_attacks(classifier, machine, certificate, evidence.clean, chosen, seed, recorder)
-        checks += fresh_proofs(classifier, machine, certificate, evidence.clean, k, seed, recorder)
+        checks += fresh_attacks(suspect, machine, certificate, evidence.clean, chosen, seed, recorder)
+        checks += fresh_proofs(suspect.network, machine, certificate, evidence.clean, k, seed, recorder)
     verdict = Verdict.of(checks)
     return Verification(
         certificate=str(path),
@@ -119,7 +137,9 @@ def verify(
 def run_folder(path: Path, folder: Path | None = None) -> Path:
     """``folder``, or the run folder around the certificate at ``path``. Raises UsageError if it is none."""
     if not path.is_file():
-        raise UsageError(f"there is no certificate at {path}", hint="certificates lie in RUN/certify")
+        raise UsageError(
+            f"there is no certificate at {path}", hint="certificates lie in RUN/certify and RUN/artefact"
+        )
     place = path.resolve().parent.parent if folder is None else folder
     if not (place / manifest.FILE_NAME).is_file():
         raise UsageError(
@@ -131,6 +151,8 @@ def run_folder(path: Path, folder: Path | None = None) -> Path:
 
 def _place(path: Path, around: Path, certificate: Certificate) -> _Place:
     contents = Manifest.load(around)
+    if certificate.subject.artefact is not None:
+        return _Place(around, contents, _FILE)
     named = _recorded(contents)
     by_network = {
         role
@@ -152,9 +174,10 @@ def _own_hash(place: _Place, certificate: Certificate, digest: str) -> Check:
     name = "certificate"
     if digest != certificate.sha256:
         return check(name, "fail", f"{name}: its bytes are not the canonical text of what it says")
-    recorded = _recorded(place.contents).get(f"certify/{place.role}.json")
+    recorded = _recorded(place.contents).get(place.certificate)
     if recorded is None:
-        return check(name, "inconclusive", f"{name}: the run has recorded none of its {place.role} network")
+        of = "an exported file" if place.role == _FILE else f"its {place.role} network"
+        return check(name, "inconclusive", f"{name}: the run has recorded none of {of}")
     if recorded != digest:
         return check(name, "fail", f"{name}: not the one that the run recorded (SHA-256 {digest})")
     return check(name, "pass", f"{name}: contradicts itself nowhere, as recorded (SHA-256 {digest})")
@@ -162,10 +185,9 @@ def _own_hash(place: _Place, certificate: Certificate, digest: str) -> Check:
 
 def _file_checks(place: _Place, certificate: Certificate) -> list[Check]:
     """Every file whose hash the certificate holds."""
-    stage = _STAGES[place.role]
-    named = {f"{stage}/{MODEL}": certificate.subject.checkpoint_sha256}
+    named = {place.attacked(certificate): _subject_sha256(certificate)}
     if certificate.points is not None:
-        named[f"certify/{certificate.points.name}"] = certificate.points.sha256
+        named[f"{place.stage}/{certificate.points.name}"] = certificate.points.sha256
     named |= {f"search/{MASKS}": certificate.mask_sha256, f"certify/{RECIPE_FILE}": certificate.recipe_sha256}
     return [_hashed(place.folder, name, sha256) for name, sha256 in named.items() if sha256 is not None]
 
@@ -180,16 +202,22 @@ def _hashed(folder: Path, name: str, sha256: str) -> Check:
     return check(label, "pass", f"{label} has the SHA-256 that the certificate names")
 
 
-def _network(
+def _subject_sha256(certificate: Certificate) -> str | None:
+    """The hash of the file that was attacked."""
+    artefact = certificate.subject.artefact
+    return certificate.subject.checkpoint_sha256 if artefact is None else artefact.sha256
+
+
+def _suspect(
     place: _Place, machine: Machine, certificate: Certificate, checks: list[Check]
-) -> tuple[Classifier, Preprocessing] | None:
-    """The attacked network if its weights are the certified ones, and whether it obeys its masks."""
-    path = files.within(place.folder, f"{_STAGES[place.role]}/{MODEL}")
-    named = certificate.subject.checkpoint_sha256
+) -> Suspect | None:
+    """What was attacked if it has the certified weights, and whether it obeys its masks."""
+    path = files.within(place.folder, place.attacked(certificate))
+    named = _subject_sha256(certificate)
     if not path.is_file() or named not in (None, files.sha256(path)):
         return None
-    classifier, info = read_classifier(path, machine)
-    if weights_hash(classifier) != certificate.subject.weights_sha256:
+    suspect = suspect_file(path) if place.role == _FILE else suspect_network(path, machine)
+    if suspect.weights_sha256 != certificate.subject.weights_sha256:
         checks.append(check("weights", "fail", "weights: not the ones that were attacked"))
         return None
     checks.append(
@@ -197,11 +225,11 @@ def _network(
     )
     masks = files.within(place.folder, f"search/{MASKS}")
     if masks.is_file() and files.sha256(masks) == certificate.mask_sha256:
-        checks.append(_masked(classifier, masks))
-    return classifier, info.preprocessing
+        checks.append(_masked(suspect.network, masks))
+    return suspect
 
 
-def _masked(classifier: Classifier, masks: Path) -> Check:
+def _masked(classifier: nn.Module, masks: Path) -> Check:
     """Whether every weight that the masks take away is zero."""
     parameters = dict(classifier.named_parameters())
     loose = 0
@@ -218,7 +246,7 @@ def _masked(classifier: Classifier, masks: Path) -> Check:
 def _evidence(
     place: _Place,
     machine: Machine,
-    network: tuple[Classifier, Preprocessing] | None,
+    suspect: Suspect | None,
     certificate: Certificate,
     checks: list[Check],
     recorder: Recorder,
@@ -226,14 +254,14 @@ def _evidence(
     """The clean and the attacked points, held against the data set where that can be read."""
     stored = None
     if certificate.points is not None:
-        path = files.within(place.folder / "certify", certificate.points.name)
+        path = files.within(place.folder / place.stage, certificate.points.name)
         if path.is_file() and files.sha256(path) == certificate.points.sha256:
             stored = points.load(path, certificate.points)
     if stored is not None and len(stored[0]) != certificate.n:
         words = f"points: {len(stored[0])} in the file, {certificate.n} in the certificate"
         checks.append(check("points", "fail", words))
         return None
-    clean = _from_data(place, machine, network, certificate, checks, recorder)
+    clean = _from_data(place, machine, suspect, certificate, checks, recorder)
     if clean is not None and stored is not None:
         if not torch.equal(clean, stored[0]):
             checks.append(check("images", "fail", "images: the stored ones are not those of the data set"))
@@ -247,7 +275,7 @@ def _evidence(
 def _from_data(
     place: _Place,
     machine: Machine,
-    network: tuple[Classifier, Preprocessing] | None,
+    suspect: Suspect | None,
     certificate: Certificate,
     checks: list[Check],
     recorder: Recorder,
@@ -260,7 +288,7 @@ def _from_data(
         return None
     recipe = catalogue.load(str(recipe_file))
     try:
-        test = read_images(recipe, machine, network[1].size if network is not None else None, recorder).test
+        test = read_images(recipe, machine, suspect.size if suspect is not None else None, recorder).test
     except DataError as error:
         words = f"samples: the data cannot be read here: {error.message}"
         checks.append(check("samples", "inconclusive", words))
@@ -288,9 +316,11 @@ def _from_data(
 def _subjects(place: _Place, certificate: Certificate, digest: str) -> tuple[SubjectFile, ...]:
     """The attacked network, and the exported file if it gave the certificate's answers on every point."""
     found = []
-    network = f"{_STAGES[place.role]}/{MODEL}"
-    if certificate.subject.checkpoint_sha256 is not None:
-        found.append(SubjectFile(name=network, sha256=certificate.subject.checkpoint_sha256))
+    attacked = _subject_sha256(certificate)
+    if attacked is not None:
+        found.append(SubjectFile(name=place.attacked(certificate), sha256=attacked))
+    if place.role == _FILE:
+        return tuple(found)
     record, report_file = place.contents.stages.get("export"), place.folder / "export" / "report.json"
     if record is None or record.status != "finished" or not report_file.is_file():
         return tuple(found)

@@ -123,3 +123,43 @@ def test_a_file_of_another_run(finished_run: Path, int8_run: Path, s2ap: Command
     done = s2ap("certify", "--artifact", file, "--run", finished_run)
     assert done.code == 2
     assert "is not the file that the run in" in done.err
+
+
+def verified(run: Path, s2ap: Command, *options: object) -> Any:
+    done = s2ap(
+        "verify", run / "artefact" / "certificate.json", "--k", 2, "--seed", 3, "--threads", 1, "--workers", 1,
+        "--json", *options,
+    )  # fmt: skip
+    return done.code, json.loads(done.out) if done.out else done.err
+
+
+def test_a_certificate_of_a_file_is_verified_on_the_file(
+    certified: Path, files_in: Callable[[Path], dict[str, bytes]], s2ap: Command
+) -> None:
+    before = files_in(certified)
+    code, found = verified(certified, s2ap)
+    assert code == 0, [check for check in found["checks"] if check["status"] != "pass"]
+    assert found["attacked"] == 2
+    assert files_in(certified) == before
+    certificate = Certificate.load(certified / "artefact" / "certificate.json")
+    assert certificate.subject.artefact is not None
+    (subject,) = found["subjects"]
+    assert subject == {"name": "export/model-int8.onnx", "sha256": certificate.subject.artefact.sha256}
+    words = [check["words"] for check in found["checks"]]
+    assert f"answers: {certificate.n} of {certificate.n} attacked images as recorded" in words
+    assert any("new attacks: 2 of 2 images withstand again" in line for line in words)
+
+
+def test_a_file_that_was_changed_or_is_gone_is_not_verified(
+    certified: Path, tmp_path: Path, s2ap: Command
+) -> None:
+    run = Path(shutil.copytree(certified, tmp_path / "run"))
+    with (run / "export" / "model-int8.onnx").open("ab") as stream:
+        stream.write(b"\0")
+    code, found = verified(run, s2ap)
+    assert code == 1
+    assert any("export/model-int8.onnx is not the one" in check["words"] for check in found["checks"])
+    (run / "export" / "model-int8.onnx").unlink()
+    code, found = verified(run, s2ap)
+    assert code == 3
+    assert any("export/model-int8.onnx is missing" in check["words"] for check in found["checks"])
