@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from s2ap_deploy.certify.crew.executors import Crew, Executor, InProcess
 from s2ap_deploy.certify.crew.messages import CannotShip, Failure, Shipment, read, write
-from s2ap_deploy.errors import DeployError
+from s2ap_deploy.errors import InconclusiveError
 from s2ap_deploy.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -148,10 +148,10 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-def _died(process: subprocess.Popen[bytes]) -> DeployError:
+def _died(process: subprocess.Popen[bytes]) -> InconclusiveError:
     code = process.wait()
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return DeployError(
+    return InconclusiveError(
         f"an attack worker ended with {how}",
         hint="if memory ran out, use fewer --workers; finished blocks are kept, --resume continues",
     )

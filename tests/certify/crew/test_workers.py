@@ -24,7 +24,7 @@ from s2ap_deploy.certify.attacks.judge import Judge
 from s2ap_deploy.certify.crew.executors import InProcess
 from s2ap_deploy.certify.crew.messages import CannotShip, Shipment
 from s2ap_deploy.certify.crew.workers import Workers, count
-from s2ap_deploy.errors import CheckpointError, DeployError
+from s2ap_deploy.errors import CheckpointError, DeployError, InconclusiveError
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import ThreatModel
 
@@ -102,7 +102,7 @@ def test_a_worker_that_is_killed_is_an_error_that_says_so(make_network) -> None:
         (pid,) = children(os.getpid()) - before
         workers.submit(Unit(0, "square", 1, tuple(range(8))))
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(DeployError, match="ended with SIGKILL") as error:
+        with pytest.raises(InconclusiveError, match="ended with SIGKILL") as error:
             workers.next()
         assert "fewer --workers" in (error.value.hint or "")
 
