@@ -10,6 +10,15 @@ import click
 from s2ap_deploy.cli import options
 
 
+def batch_size(text: str) -> int | str:
+    """``dynamic``, or a number of images."""
+    if text == "dynamic":
+        return text
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= 1024):
+        raise click.BadParameter(f"{text!r} is neither dynamic nor a number from 1 to 1024")
+    return int(text)
+
+
 @click.command()
 @click.option(
     "--onnx", is_flag=True, default=True, help="Write ONNX: the default, and so far the only format."
@@ -18,8 +27,21 @@ from s2ap_deploy.cli import options
 @click.option("--opset", type=int, help="ONNX operator set, 18 to 25.  [default: 20]")
 @click.option(
     "--encoding",
-    type=click.Choice(["auto", "ef", "dense"]),
-    help="auto takes the smallest per tensor, ef is Elias-Fano.  [default: auto]",
+    type=click.Choice(["auto", "ef", "gaps", "mask", "dense", "coo"]),
+    help="auto takes the smallest per tensor of ef (Elias-Fano), gaps (a byte per weight), mask (a bit per "
+    "entry) and dense; coo is for ONNX Runtime only.  [default: auto]",
+)
+@click.option(
+    "--values",
+    type=click.Choice(["f32", "f16", "int8"]),
+    help="How weights are stored; computing stays in float32. f16 and int8 round: such a file needs a "
+    "certificate anew.  [default: f32]",
+)
+@click.option(
+    "--batch",
+    type=batch_size,
+    metavar="dynamic|N",
+    help="Images per inference: dynamic, or the one number taken.  [default: dynamic]",
 )
 @click.option(
     "--int8", is_flag=True, default=None, help="Quantise weights and activations; needs a certificate anew."
@@ -34,20 +56,51 @@ from s2ap_deploy.cli import options
     default=None,
     help="Leave out channels that cannot matter; the logits stay.  [default: --compact]",
 )
+@click.option(
+    "--keep-ratio",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Of a run on channels, keep this fraction, by its scores: another network, to be certified anew.",
+)
+@click.option(
+    "--align", type=options.COUNT, help="Widths of a run on channels become multiples of this.  [default: 1]"
+)
+@click.option(
+    "--torch/--no-torch",
+    "torch",
+    default=None,
+    help="Of a run on channels, also write compact.safetensors and compact.json for PyTorch.",
+)
+@click.option(
+    "--bench",
+    is_flag=True,
+    help="Also measure latency, load time and memory beside the dense file: half a minute.",
+)
+@options.target_options
 @click.option("--arch", help="The import path again, for a network that was built by one.")
 @options.run_option
 @options.again_options
 @options.compute_options
 @options.data_options
+@options.verbose_option
 @options.output_options
 def command(
     onnx: bool,
     output: Path | None,
     opset: int | None,
     encoding: str | None,
+    values: str | None,
+    batch: int | str | None,
     int8: bool | None,
     calibration: int | None,
     compact: bool | None,
+    keep_ratio: float | None,
+    align: int | None,
+    torch: bool | None,
+    bench: bool,
+    target: str | None,
+    max_bytes: int | None,
+    max_macs: int | None,
+    max_latency_ms: float | None,
     arch: str | None,
     folder: Path,
     as_json: bool,
@@ -57,35 +110,53 @@ def command(
 
     The file decodes bit for bit to the pruned weights, gives PyTorch's logits in ONNX Runtime, and judges
     every clean and adversarial point of the certificate again. Whatever fails one of these is not written.
-    Channels that cannot matter are left out first.
-    With --int8 the file is another network: the certificate does not carry over, and the command that
-    certifies the file is printed.
+    Channels that cannot matter are left out first; a run on channels gets physically smaller layers.
+    With --int8, or --values f16 or int8, the file is another network: the certificate does not carry over,
+    and the command that certifies the file is printed.
+    With --encoding coo the file holds ONNX's own sparse tensors: ONNX's full check refuses them, ONNX Runtime
+    loads them, OpenVINO does not. s2ap-deploy decode makes a dense file of any other.
+    With --target, what no option says comes from a profile of the device; a budget that is missed leaves no
+    file and exit code 1.
+    With --keep-ratio, channels go that the run kept: nothing was trained since, and no certificate holds.
 
     \b
     s2ap-deploy export --onnx
     s2ap-deploy export --onnx --output robust.onnx
     s2ap-deploy export --int8
+    s2ap-deploy export --bench
+    s2ap-deploy export --align 8 --torch
+    s2ap-deploy export --keep-ratio 0.25 --align 8
+    s2ap-deploy export --target microcontroller --max-bytes 262144
     """
     from s2ap_deploy.cli import session, tables
     from s2ap_deploy.pipeline.export import export
 
     session.check_output(output, (".onnx",), overwrite=session_options["overwrite"])
     session.only_import_path(arch, "the run folder")
+    section = {
+        "opset": opset,
+        "encoding": encoding,
+        "values": values,
+        "batch": batch,
+        "int8": int8,
+        "calibration": calibration,
+        "compact": compact,
+        "keep_ratio": keep_ratio,
+        "align": align,
+        "torch": torch,
+        "max_bytes": max_bytes,
+        "max_macs": max_macs,
+        "max_latency_ms": max_latency_ms,
+    }
     with session.open_job(
         folder,
         None,
         create=False,
         arch=arch,
-        changes={
-            "export.opset": opset,
-            "export.encoding": encoding,
-            "export.int8": int8,
-            "export.calibration": calibration,
-            "export.compact": compact,
-        },
+        changes=lambda recipe: session.export_changes(section, target, recipe),
         **session_options,
     ) as job:
-        report = export(job, output=output)
+        report = export(job, output=output, bench=bench)
         job.recorder.note(f"ONNX file: {output or folder / 'export' / report.file}")
     if as_json:
         click.echo(report.model_dump_json())

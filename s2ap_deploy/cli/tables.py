@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from s2ap_deploy.cli.bench_table import int8_words, performance_table
+
 if TYPE_CHECKING:
     from s2ap_deploy.certify.gate.gate import Verdict
     from s2ap_deploy.exporting.artifact import ExportReport
+    from s2ap_deploy.exporting.decoding import Decoded
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
@@ -92,6 +96,23 @@ def show_export(report: ExportReport) -> None:
             f"{removal.removed:,} of {removal.channels_before:,} cannot matter and are left out: "
             f"{removal.macs_before / max(removal.macs_after, 1):.2f} times fewer multiply-accumulates",
         )
+    if report.narrowed is not None:
+        table.add_row("layers", report.narrowed.summary)
+        for weight in report.narrowed.skipped:
+            table.add_row("not narrowed", Text(f"{weight.name}: {weight.reason}"))
+        for file in report.narrowed.files:
+            table.add_row("for PyTorch", f"{file.name}, SHA-256 {file.sha256}")
+    table.add_row("stored as", _storage(report))
+    if report.batch is not None:
+        table.add_row("batch", f"fixed: the file takes {report.batch} images at a time")
+    if report.rounding is not None:
+        rounding = report.rounding
+        table.add_row(
+            "rounded",
+            f"{rounding.tensors} weights to {rounding.kind}, by at most "
+            f"{rounding.max_weight_difference:.1e}; {rounding.flushed:,} values became zero; the class stays "
+            f"on {report.agreement.argmax_agree} of {report.agreement.n} images",
+        )
     agreement = report.agreement
     table.add_row(
         "logits",
@@ -103,14 +124,47 @@ def show_export(report: ExportReport) -> None:
             f"the file itself judged {points.n} points: {points.clean_correct} right clean, "
             f"{points.survived} right under attack",
         )
+    if report.predicted is not None:
+        expected = report.predicted.bytes
+        dead = report.compaction is not None and report.compaction.removed and report.narrowed is None
+        words = "; channels that turn out dead are not foreseen" if dead else ""
+        share = expected / report.bytes
+        table.add_row("predicted", f"{expected:,} bytes by shapes alone: {share:.1%} of the file{words}")
+    if report.target is not None:
+        table.add_row("target", Text(report.target.name))
+    for check in report.budgets:
+        table.add_row("budget", f"{check.what}: at most {check.asked:,}, found {check.found:,.10g}")
+    if report.quantisation is not None:
+        table.add_row("int8", f"{report.quantisation.scheme}; {int8_words(report.quantisation.instructions)}")
     table.add_row("SHA-256", report.sha256)
     console.print(table)
+    if report.performance is not None:
+        console.print(performance_table(report.performance))
+        console.print(Text(report.performance.statement, style="dim"))
     for warning in report.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))
     ratio = (
         f" (measured: {report.latency_ratio:.2f} of the dense file's time)" if report.latency_ratio else ""
     )
     console.print(Text(f"{report.statement}{ratio}", style="dim"))
+
+
+def show_decoded(decoded: Decoded) -> None:
+    """What ``decode`` wrote and how it was checked."""
+    console = _console()
+    table = _facts()
+    table.add_row("file", f"{decoded.bytes:,} bytes, made from {decoded.source_bytes:,}")
+    if decoded.tensors:
+        table.add_row(
+            "weights",
+            f"{decoded.tensors} were coded ({decoded.nonzeros:,} of {decoded.entries:,} not zero); "
+            "ONNX Runtime and ONNX's reference evaluator decode them to the same bits",
+        )
+    else:
+        table.add_row("weights", "none was coded: the file is as it was")
+    table.add_row("logits", f"differ from the sparse file's by at most {decoded.max_logit_difference:.1e}")
+    table.add_row("SHA-256", decoded.sha256)
+    console.print(table)
 
 
 def show_checkpoint(description: Mapping[str, Any]) -> None:
@@ -156,6 +210,14 @@ def show_checkpoint(description: Mapping[str, Any]) -> None:
         console.print(Text(f"note: {note}"))
     for warning in description["warnings"]:
         console.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def _storage(report: ExportReport) -> str:
+    """How many weights have which form, and which of them have too few zeros for any."""
+    counts = Counter(row.encoding for row in report.tensors if len(row.shape) > 1)
+    words = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "no weight to code"
+    left = report.left_dense
+    return f"{words}; {len(left)} have too few zeros to gain anything and stay dense" if left else words
 
 
 def _facts() -> Table:

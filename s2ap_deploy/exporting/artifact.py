@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError
 
 from s2ap_deploy.errors import RunFolderError
+from s2ap_deploy.exporting.channels import Narrowed
 from s2ap_deploy.exporting.compaction.report import Compaction
+from s2ap_deploy.exporting.performance import Performance
 from s2ap_deploy.files import read_bytes, write_json
 from s2ap_deploy.spec import Frozen
 
 SCHEMA_VERSION: Literal[1] = 1
-TensorEncoding = Literal["dense", "ef", "zeros"]
+TensorEncoding = Literal["dense", "ef", "zeros", "gaps", "mask", "coo"]
 
 LATENCY_STATEMENT = (
     "Unstructured sparsity shrinks the file, not CPU latency: the runtime decodes the weights once at load "
     "and then computes at dense speed with dense memory."
 )
 
+ROUNDED_STATEMENT = (
+    "Its weights are rounded to {kind}: it is another network than the float32 one, "
+    "and a certificate of that one does not carry over."
+)
+
+COO_STATEMENT = (
+    "Its weights are ONNX sparse initializers, which no standard operator takes: ONNX's full check refuses "
+    "the file, so it was checked without; ONNX Runtime runs it, OpenVINO does not load it."
+)
+
 INT8_STATEMENT = f"{LATENCY_STATEMENT} What gains speed in an int8 file is its arithmetic, at any sparsity."
+
+
+# Came later: a report without them keeps the text that it always had.
+_UNSAID = ("narrowed", "target", "budgets", "predicted", "performance")
 
 
 class EncodedTensor(Frozen):
@@ -42,6 +59,13 @@ class EncodedTensor(Frozen):
     dense_bytes: int
     index_bits: float | None = None
     entropy_bits: float | None = None
+
+
+def left_dense(encoding: str, tensors: Iterable[EncodedTensor]) -> tuple[str, ...]:
+    """Names of the weights that stayed dense although ``encoding`` is a sparse one; biases are not meant."""
+    if encoding == "dense":
+        return ()
+    return tuple(row.name for row in tensors if row.encoding == "dense" and len(row.shape) > 1)
 
 
 class Agreement(Frozen):
@@ -96,11 +120,59 @@ class Rejudgement(Frozen):
 
 
 class Quantisation(Frozen):
-    """How a file became int8; ``float_bytes`` is the size of the same file in float32, equally encoded."""
+    """How a file became int8; ``float_bytes`` is the size of the same file in float32, equally encoded.
+
+    ``instructions``: what the processor that timed it has for int8, such as VNNI; None where it does not say.
+    """
 
     scheme: str
     calibration_images: int
     float_bytes: int
+    instructions: tuple[str, ...] | None = None
+
+
+class Rounding(Frozen):
+    """What storing weights in fewer bits did to them.
+
+    ``tensors`` counts the rounded ones, ``flushed`` the values that became zero, ``max_weight_difference``
+    is the largest change of any. What it did to the logits stands in the report's ``agreement``.
+    """
+
+    values: Literal["f16", "int8"]
+    tensors: int
+    flushed: int
+    max_weight_difference: float
+
+    @property
+    def kind(self) -> str:
+        return "float16" if self.values == "f16" else "int8 with a scale per output channel"
+
+
+class ExportTarget(Frozen):
+    """What the file is for; ``sha256`` is the hash of the target's profile."""
+
+    name: str
+    sha256: str
+
+
+class BudgetCheck(Frozen):
+    """A limit and what was found: bytes, macs (multiply-accumulates per image), ms per inference."""
+
+    what: Literal["bytes", "macs", "latency_ms"]
+    asked: int | float
+    found: int | float | None
+
+    @property
+    def holds(self) -> bool | None:
+        """None where nothing was found yet."""
+        return None if self.found is None else self.found <= self.asked
+
+
+class Predicted(Frozen):
+    """What shapes and the recipe alone gave reason to expect: bytes of the file, and macs per image."""
+
+    bytes: int
+    macs: int
 
 
 class ExportReport(Frozen):
@@ -110,7 +182,8 @@ class ExportReport(Frozen):
     convolution or matrix product of the graph reads as its weight. ``latency_ratio`` is the time of
     the file divided by the time of its dense twin, one image on one thread, and ``latency_ms`` its own
     median in milliseconds; None where not measured. The dense twin is float32, also of an int8 file, and has
-    all its channels: ``compaction`` says which the file lacks. Their weights count as zeros.
+    all its channels: ``compaction`` says which the file lacks. Their weights count as zeros. ``narrowed`` is
+    there for a run on channels: what each group of them kept. ``performance`` is what --bench measured.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -132,13 +205,31 @@ class ExportReport(Frozen):
     latency_ms: float | None = None
     quantisation: Quantisation | None = None
     compaction: Compaction | None = None
+    narrowed: Narrowed | None = None
+    rounding: Rounding | None = None
+    batch: int | None = Field(default=None, description="the only batch size that the file takes")
+    target: ExportTarget | None = None
+    budgets: tuple[BudgetCheck, ...] = ()
+    predicted: Predicted | None = None
+    performance: Performance | None = None
     statement: str = LATENCY_STATEMENT
     warnings: tuple[str, ...] = ()
     versions: dict[str, str]
 
+    @property
+    def values(self) -> str:
+        """How the values of the weights are stored: ``f32``, ``f16`` or ``int8``."""
+        return "f32" if self.rounding is None else self.rounding.values
+
+    @property
+    def left_dense(self) -> tuple[str, ...]:
+        """Weights that a sparse encoding was asked for and that have too few zeros for one."""
+        return left_dense(self.encoding, self.tensors)
+
     def save(self, path: Path) -> None:
         """Write canonical JSON, atomically. Raises StorageError."""
-        write_json(path, self.model_dump(mode="json"))
+        unsaid = {name for name in _UNSAID if not getattr(self, name)}
+        write_json(path, self.model_dump(mode="json", exclude=unsaid))
 
     @classmethod
     def load(cls, path: Path) -> ExportReport:

@@ -12,13 +12,33 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
+from s2ap_deploy.exporting import bitmask, coo
 from s2ap_deploy.exporting.elias_fano import EliasFano
+from s2ap_deploy.exporting.gaps import Gaps
+from s2ap_deploy.exporting.values import Stored
 
 # Every value that exists only to decode is named PREFIX + number; nothing else may be.
 # Kept short: a name is stored at each of its uses.
 PREFIX = "s2ap_"
+# What fragments are made of.
+OPERATORS = frozenset(
+    {
+        "Add",
+        "BitwiseAnd",
+        "Cast",
+        "ConstantOfShape",
+        "CumSum",
+        "Gather",
+        "MatMul",
+        "Mul",
+        "Reshape",
+        "ScatterElements",
+        "Slice",
+        "Sub",
+    }
+)
 
 
 def decodes(node: NodeProto) -> bool:
@@ -32,10 +52,11 @@ class Fragment:
 
     nodes: list[NodeProto] = field(default_factory=list)
     initializers: list[TensorProto] = field(default_factory=list)
+    sparse: list[SparseTensorProto] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
-        return sum(part.ByteSize() for part in (*self.nodes, *self.initializers))
+        return sum(part.ByteSize() for part in (*self.nodes, *self.initializers, *self.sparse))
 
 
 class DecoderBuilder:
@@ -45,6 +66,12 @@ class DecoderBuilder:
         self._names = 0
         self._constants: dict[tuple[str, tuple[int, ...], bytes], tuple[str, TensorProto]] = {}
 
+    def copy(self) -> DecoderBuilder:
+        """Another builder that goes on from here, for a fragment that may not be wanted."""
+        other = DecoderBuilder()
+        other._names, other._constants = self._names, dict(self._constants)
+        return other
+
     def zeros(self, output: str, shape: Iterable[int], dtype: np.dtype[np.generic]) -> Fragment:
         """A tensor of ``shape`` and ``dtype`` that holds nothing but zeros."""
         fragment = Fragment()
@@ -52,10 +79,14 @@ class DecoderBuilder:
         self._add(fragment, "ConstantOfShape", [self._integers(shape)], output, value=zero)
         return fragment
 
-    def elias_fano(
-        self, output: str, shape: Iterable[int], code: EliasFano, values: NDArray[np.generic]
-    ) -> Fragment:
-        """A tensor of ``shape`` with ``values`` at the positions of ``code`` (at least one)."""
+    def dense(self, output: str, stored: Stored) -> Fragment:
+        """Every entry as it is stored, for values that are to be cast."""
+        fragment = Fragment()
+        self._finish(fragment, self._store(fragment, stored.data), stored, output)
+        return fragment
+
+    def elias_fano(self, output: str, stored: Stored, code: EliasFano) -> Fragment:
+        """A tensor whose non-zero entries are at the positions of ``code`` (at least one)."""
         fragment = Fragment()
         index = self._high_parts(fragment, code)
         if code.low_bits:
@@ -63,10 +94,41 @@ class DecoderBuilder:
             scale = self._constant(np.array(1 << code.low_bits, np.int32))
             scaled = self._add(fragment, "Mul", [index, scale])
             index = self._add(fragment, "Add", [scaled, low])
-        blank = self._blank(fragment, code.universe, values.dtype)
-        stored = self._store(fragment, values)
-        flat = self._add(fragment, "ScatterElements", [blank, index, stored])
-        self._add(fragment, "Reshape", [flat, self._integers(shape)], output)
+        values = self._values(fragment, _nonzeros(stored), stored)
+        self._scatter(fragment, index, values, stored, output)
+        return fragment
+
+    def gaps(self, output: str, stored: Stored, code: Gaps) -> Fragment:
+        """A tensor whose non-zero entries are at the positions of ``code`` (at least one)."""
+        fragment = Fragment()
+        steps = self._add(fragment, "Cast", [self._store(fragment, code.steps)], to=TensorProto.INT32)
+        index = self._add(fragment, "CumSum", [steps, self._axis()])
+        values = self._values(fragment, code.interleaved(_nonzeros(stored)), stored)
+        self._scatter(fragment, index, values, stored, output)
+        return fragment
+
+    def mask(self, output: str, stored: Stored) -> Fragment:
+        """A tensor with a bit for each entry. The rank of a set bit, from 1, is the place of its value."""
+        fragment = Fragment()
+        flat = stored.data.reshape(-1)
+        bits = self._bits(fragment, bitmask.encode(np.flatnonzero(flat), flat.size), TensorProto.INT32)
+        if flat.size % 8:
+            bits = self._slice(fragment, bits, 0, flat.size)
+        ranks = self._add(fragment, "CumSum", [bits, self._axis()])
+        places = self._add(fragment, "Mul", [ranks, bits])
+        behind_zero = np.concatenate([np.zeros(1, flat.dtype), _nonzeros(stored)])
+        values = self._values(fragment, behind_zero, stored)
+        found = self._add(fragment, "Gather", [values, places])
+        self._reshape(fragment, found, stored, output)
+        return fragment
+
+    def coo(self, output: str, stored: Stored) -> Fragment:
+        """A sparse initializer, which the runtime makes dense; no standard operator takes one."""
+        fragment = Fragment()
+        name = self._name() if stored.cast else output
+        fragment.sparse.append(coo.sparse_tensor(name, stored.data))
+        if stored.cast:
+            self._finish(fragment, name, stored, output)
         return fragment
 
     def constants(self, fragments: Iterable[Fragment]) -> list[TensorProto]:
@@ -81,11 +143,10 @@ class DecoderBuilder:
         which is cut off afterwards.
         """
         bits = self._bits(fragment, code.high, TensorProto.INT32)
-        axis = self._constant(np.array(0, np.int32))
-        ranks = self._add(fragment, "CumSum", [bits, axis])
+        ranks = self._add(fragment, "CumSum", [bits, self._axis()])
         slots = self._add(fragment, "Mul", [ranks, bits])
         unset = self._add(fragment, "Sub", [self._constant(np.array(1, np.int32)), bits])
-        zeros_before = self._add(fragment, "CumSum", [unset, axis])
+        zeros_before = self._add(fragment, "CumSum", [unset, self._axis()])
         blank = self._blank(fragment, code.count + 1, np.dtype(np.int32))
         table = self._add(fragment, "ScatterElements", [blank, slots, zeros_before])
         return self._slice(fragment, table, 1, code.count + 1)
@@ -107,6 +168,35 @@ class DecoderBuilder:
         logical = self._add(fragment, "Cast", [masked], to=TensorProto.BOOL)
         numbers = self._add(fragment, "Cast", [logical], to=dtype)
         return self._add(fragment, "Reshape", [numbers, self._integers([-1])])
+
+    def _values(self, fragment: Fragment, data: NDArray[np.generic], stored: Stored) -> str:
+        """The values of ``data`` in the type of the weight, not yet scaled."""
+        name = self._store(fragment, data)
+        return self._add(fragment, "Cast", [name], to=TensorProto.FLOAT) if stored.cast else name
+
+    def _scatter(self, fragment: Fragment, index: str, values: str, stored: Stored, output: str) -> None:
+        blank = self._blank(fragment, stored.data.size, stored.dtype)
+        flat = self._add(fragment, "ScatterElements", [blank, index, values])
+        self._reshape(fragment, flat, stored, output)
+
+    def _reshape(self, fragment: Fragment, flat: str, stored: Stored, output: str) -> None:
+        shape = self._integers(stored.data.shape)
+        if stored.scale is None:
+            self._add(fragment, "Reshape", [flat, shape], output)
+            return
+        shaped = self._add(fragment, "Reshape", [flat, shape])
+        self._add(fragment, "Mul", [shaped, self._store(fragment, stored.scale)], output)
+
+    def _finish(self, fragment: Fragment, shaped: str, stored: Stored, output: str) -> None:
+        """Cast and scale what has its shape already."""
+        if stored.scale is None:
+            self._add(fragment, "Cast", [shaped], output, to=TensorProto.FLOAT)
+            return
+        plain = self._add(fragment, "Cast", [shaped], to=TensorProto.FLOAT)
+        self._add(fragment, "Mul", [plain, self._store(fragment, stored.scale)], output)
+
+    def _axis(self) -> str:
+        return self._constant(np.array(0, np.int32))
 
     def _blank(self, fragment: Fragment, length: int, dtype: np.dtype[np.generic]) -> str:
         zero = numpy_helper.from_array(np.zeros(1, dtype), "")
@@ -140,3 +230,9 @@ class DecoderBuilder:
     def _name(self) -> str:
         self._names += 1
         return f"{PREFIX}{self._names}"
+
+
+def _nonzeros(stored: Stored) -> NDArray[np.generic]:
+    flat = stored.data.reshape(-1)
+    kept: NDArray[np.generic] = flat[flat != 0]
+    return kept

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from s2ap_deploy.errors import UsageError
-from s2ap_deploy.exporting import elias_fano
-from s2ap_deploy.exporting.artifact import EncodedTensor
+from s2ap_deploy.exporting import elias_fano, gaps
+from s2ap_deploy.exporting.artifact import EncodedTensor, TensorEncoding
+from s2ap_deploy.exporting.coo import dense_tensor
 from s2ap_deploy.exporting.decoder import PREFIX, DecoderBuilder, Fragment, decodes
 from s2ap_deploy.exporting.inference import evaluate
+from s2ap_deploy.exporting.values import Stored
 
-Encoding = Literal["auto", "ef", "dense"]
+Encoding = Literal["auto", "ef", "gaps", "mask", "dense", "coo"]
+AUTO: tuple[TensorEncoding, ...] = ("ef", "gaps", "mask", "dense")  # on equal size, the first one
 
 # Below this the decode nodes outweigh what they save; above this density, so do the indices.
 MIN_ENTRIES = 256
@@ -24,14 +27,19 @@ MAX_DENSITY = 0.75
 MIN_OPSET = 18  # BitwiseAnd
 
 
-def encode(model: ModelProto, *, encoding: Encoding = "auto") -> tuple[ModelProto, list[EncodedTensor]]:
+def encode(
+    model: ModelProto, *, encoding: Encoding = "auto", rounded: Mapping[str, Stored] | None = None
+) -> tuple[ModelProto, list[EncodedTensor]]:
     """A copy of ``model`` with its weights stored sparsely, and how each one is stored.
 
     Weights are the float32 initializers, and the int8 ones that DequantizeLinear reads.
 
-    ``auto`` takes the smallest form of each tensor, ``ef`` Elias-Fano for all but the nearly dense
-    ones, ``dense`` none. Tensors of fewer than 256 entries are left alone and not listed. Values keep
-    every bit, except that -0.0 becomes +0.0 in a tensor that is stored sparsely.
+    ``auto`` takes the smallest form of each tensor. ``ef`` is Elias-Fano, ``gaps`` a byte for each step
+    between two positions, ``mask`` a bit for each entry, ``coo`` ONNX's own sparse initializer; tensors with
+    more than 75 % of their entries not zero stay dense under each of these. ``dense`` codes none. Tensors
+    of fewer than 256 entries are left alone and not listed. Values keep every bit, except that -0.0 becomes
+    +0.0 in a tensor that is stored sparsely. ``rounded``: the weights whose values are stored in another
+    type, by name; ``model`` holds what they stand for.
 
     Raises UsageError for a model of an opset below 18 when a tensor is to be coded.
     """
@@ -49,7 +57,8 @@ def encode(model: ModelProto, *, encoding: Encoding = "auto") -> tuple[ModelProt
             continue
         if math.prod(tensor.dims) < MIN_ENTRIES:
             continue
-        fragment, row = _encode_tensor(tensor, builder, encoding)
+        stored = (rounded or {}).get(tensor.name) or Stored(numpy_helper.to_array(tensor))
+        builder, fragment, row = _encode_tensor(tensor, stored, builder, encoding)
         table.append(row)
         if fragment is not None:
             fragments[tensor.name] = fragment
@@ -65,20 +74,39 @@ def encode(model: ModelProto, *, encoding: Encoding = "auto") -> tuple[ModelProt
     tensors = [tensor for tensor in plain.graph.initializer if tensor.name not in fragments]
     tensors += builder.constants(fragments.values())
     tensors += [tensor for fragment in fragments.values() for tensor in fragment.initializers]
-    return _rebuilt(plain, [*nodes, *plain.graph.node], tensors), table
+    sparse = [tensor for fragment in fragments.values() for tensor in fragment.sparse]
+    return _rebuilt(plain, [*nodes, *plain.graph.node], tensors, sparse), table
 
 
 def decode(model: ModelProto) -> ModelProto:
     """A copy of ``model`` in which every coded tensor is an ordinary initializer again.
 
     The decode nodes themselves are run, in ONNX Runtime: the result is what a device computes from
-    the file. Raises VerificationError when they cannot be run.
+    the file. Sparse initializers, whoever wrote them, become dense ones. Raises VerificationError when
+    the nodes cannot be run, and for sparse initializers that contradict themselves.
     """
     graph = model.graph
     nodes = [node for node in graph.node if not decodes(node)]
-    tensors = [tensor for tensor in graph.initializer if not tensor.name.startswith(PREFIX)]
-    dense = [numpy_helper.from_array(array, name) for name, array in _decoded(model).items()]
+    stored = [*graph.initializer, *(dense_tensor(sparse) for sparse in graph.sparse_initializer)]
+    tensors = [tensor for tensor in stored if not tensor.name.startswith(PREFIX)]
+    decoded = run_decoder(decoder(model), evaluate)
+    dense = [numpy_helper.from_array(array, name) for name, array in decoded.items()]
     return _rebuilt(model, nodes, [*tensors, *dense])
+
+
+def is_internal(name: str) -> bool:
+    """Whether a value exists only to decode a weight."""
+    return name.startswith(PREFIX)
+
+
+def arrays(stored: Iterable[TensorProto]) -> dict[str, NDArray[np.generic]]:
+    """The tensors as arrays, by name."""
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in stored}
+
+
+def tensors(model: ModelProto) -> dict[str, NDArray[np.generic]]:
+    """Every dense initializer of the main graph, by name."""
+    return arrays(model.graph.initializer)
 
 
 def default_opset(model: ModelProto) -> int:
@@ -86,43 +114,53 @@ def default_opset(model: ModelProto) -> int:
     return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
 
 
-def _decoded(model: ModelProto) -> dict[str, NDArray[np.generic]]:
-    """Run the decode nodes alone and return the dense tensors they produce."""
-    nodes = [node for node in model.graph.node if decodes(node)]
-    names = [name for node in nodes for name in node.output if not name.startswith(PREFIX)]
-    if not names:
-        return {}
-    stored = [tensor for tensor in model.graph.initializer if tensor.name.startswith(PREFIX)]
+def decoder(model: ModelProto) -> ModelProto:
+    """The decoding part of ``model`` alone: no inputs, and every decoded tensor as an output."""
+    graph = model.graph
+    nodes = [node for node in graph.node if decodes(node)]
+    stored = [tensor for tensor in graph.initializer if tensor.name.startswith(PREFIX)]
+    stored += [
+        dense_tensor(sparse) for sparse in graph.sparse_initializer if sparse.values.name.startswith(PREFIX)
+    ]
     types = _types(nodes, stored)
+    names = [name for node in nodes for name in node.output if not name.startswith(PREFIX)]
     outputs = [helper.make_tensor_value_info(name, types[name], None) for name in names]
-    graph = helper.make_graph(nodes, "decode", [], outputs, stored)
-    decoder = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    return dict(zip(names, evaluate(decoder, names), strict=True))
+    part = helper.make_graph(nodes, "decode", [], outputs, stored)
+    return helper.make_model(part, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def run_decoder(
+    part: ModelProto, evaluate: Callable[[ModelProto, list[str]], list[NDArray[np.generic]]]
+) -> dict[str, NDArray[np.generic]]:
+    """The dense tensors that a :func:`decoder` produces, by name; ``evaluate`` runs such a model."""
+    names = [value.name for value in part.graph.output]
+    return dict(zip(names, evaluate(part, names), strict=True)) if names else {}
 
 
 def _types(nodes: Iterable[NodeProto], stored: Iterable[TensorProto]) -> dict[str, int]:
-    """The element type of every value that is a tensor of stored values, or a blank one, in another shape."""
+    """The element type of every value: Cast and ConstantOfShape state theirs, others keep their input's."""
     types = {tensor.name: tensor.data_type for tensor in stored}
     for node in nodes:
+        attributes = {attribute.name: attribute for attribute in node.attribute}
         if node.op_type == "ConstantOfShape":
-            values = [attribute.t.data_type for attribute in node.attribute if attribute.name == "value"]
-            types[node.output[0]] = values[0] if values else TensorProto.FLOAT
-        elif node.op_type in ("ScatterElements", "Reshape"):
-            types[node.output[0]] = types.get(node.input[0], TensorProto.FLOAT)
-    return {name: types.get(name, TensorProto.FLOAT) for node in nodes for name in node.output}
+            kind = attributes["value"].t.data_type if "value" in attributes else TensorProto.FLOAT
+        elif node.op_type == "Cast" and "to" in attributes:
+            kind = attributes["to"].i
+        else:
+            kind = types.get(node.input[0], TensorProto.FLOAT)
+        types.update(dict.fromkeys(node.output, kind))
+    return types
 
 
 def _encode_tensor(
-    tensor: TensorProto, builder: DecoderBuilder, encoding: Encoding
-) -> tuple[Fragment | None, EncodedTensor]:
-    array = numpy_helper.to_array(tensor)
-    flat = array.reshape(-1)
-    positions = np.flatnonzero(flat)
-    entries, nonzeros = flat.size, positions.size
+    tensor: TensorProto, stored: Stored, builder: DecoderBuilder, encoding: Encoding
+) -> tuple[DecoderBuilder, Fragment | None, EncodedTensor]:
+    """How one tensor is stored, and the builder that wrote it; no fragment where it stays as it is."""
+    entries, nonzeros = stored.data.size, int(np.count_nonzero(stored.data))
     dense_bytes = tensor.ByteSize()
     row = EncodedTensor(
         name=tensor.name,
-        shape=array.shape,
+        shape=stored.data.shape,
         encoding="dense",
         entries=entries,
         nonzeros=nonzeros,
@@ -130,29 +168,63 @@ def _encode_tensor(
         dense_bytes=dense_bytes,
         entropy_bits=elias_fano.entropy_bits(nonzeros, entries) if nonzeros else None,
     )
-    if encoding == "dense" or nonzeros > MAX_DENSITY * entries:
-        return None, row
-    if nonzeros == 0:
-        fragment = builder.zeros(tensor.name, array.shape, array.dtype)
-        return fragment, row.model_copy(update={"encoding": "zeros", "bytes": fragment.bytes})
-    code = elias_fano.encode(positions, entries)
-    fragment = builder.elias_fano(tensor.name, array.shape, code, flat[positions])
-    if encoding == "auto" and fragment.bytes >= dense_bytes:
-        return None, row
-    index_bits = 8 * (fragment.bytes - array.itemsize * nonzeros) / nonzeros
-    return fragment, row.model_copy(
-        update={"encoding": "ef", "bytes": fragment.bytes, "index_bits": index_bits}
+    if encoding == "dense":
+        forms: tuple[TensorEncoding, ...] = ("dense",)
+    elif nonzeros == 0:
+        forms = ("zeros",)
+    elif nonzeros > MAX_DENSITY * entries:
+        forms = ("mask", "dense") if encoding == "auto" else ("dense",)
+    else:
+        forms = AUTO if encoding == "auto" else (encoding,)
+    best: tuple[int, TensorEncoding, DecoderBuilder, Fragment | None] | None = None
+    for form in forms:
+        attempt = builder.copy()
+        fragment = _fragment(form, tensor.name, stored, attempt)
+        size = dense_bytes if fragment is None else fragment.bytes
+        if best is None or size < best[0]:
+            best = size, form, attempt, fragment
+    assert best is not None
+    size, form, builder, fragment = best
+    index_bits = None
+    if form not in ("dense", "zeros"):
+        scales = 0 if stored.scale is None else stored.scale.nbytes
+        index_bits = 8 * (size - stored.data.itemsize * nonzeros - scales) / nonzeros
+    return (
+        builder,
+        fragment,
+        row.model_copy(update={"encoding": form, "bytes": size, "index_bits": index_bits}),
     )
 
 
+def _fragment(form: TensorEncoding, name: str, stored: Stored, builder: DecoderBuilder) -> Fragment | None:
+    """The tensor in one form; None for one that stays an ordinary initializer."""
+    if form == "dense":
+        return builder.dense(name, stored) if stored.cast else None
+    if form == "zeros":
+        return builder.zeros(name, stored.data.shape, stored.dtype)
+    if form == "coo":
+        return builder.coo(name, stored)
+    if form == "mask":
+        return builder.mask(name, stored)
+    positions = np.flatnonzero(stored.data)
+    if form == "gaps":
+        return builder.gaps(name, stored, gaps.encode(positions, stored.data.size))
+    return builder.elias_fano(name, stored, elias_fano.encode(positions, stored.data.size))
+
+
 def _rebuilt(
-    model: ModelProto, nodes: Iterable[NodeProto], initializers: Iterable[TensorProto]
+    model: ModelProto,
+    nodes: Iterable[NodeProto],
+    initializers: Iterable[TensorProto],
+    sparse: Iterable[SparseTensorProto] = (),
 ) -> ModelProto:
     """A copy of ``model`` with these nodes and initializers in place of its own."""
     result = ModelProto()
     result.CopyFrom(model)
     del result.graph.node[:]
     del result.graph.initializer[:]
+    del result.graph.sparse_initializer[:]
+    result.graph.sparse_initializer.extend(sparse)
     result.graph.node.extend(nodes)
     result.graph.initializer.extend(initializers)
     return result

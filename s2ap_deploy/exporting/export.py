@@ -14,13 +14,19 @@ from torch import Tensor, nn
 from s2ap_deploy import runtime
 from s2ap_deploy.errors import UsageError, VerificationError
 from s2ap_deploy.exporting import encoding as codec
+from s2ap_deploy.exporting import processor
 from s2ap_deploy.exporting.artifact import (
+    COO_STATEMENT,
     INT8_STATEMENT,
     LATENCY_STATEMENT,
+    ROUNDED_STATEMENT,
     Agreement,
+    EncodedTensor,
     ExportReport,
     Quantisation,
     Rejudgement,
+    Rounding,
+    left_dense,
 )
 from s2ap_deploy.exporting.compaction import compact as compaction
 from s2ap_deploy.exporting.compaction import parity
@@ -28,12 +34,15 @@ from s2ap_deploy.exporting.compaction.report import Compaction
 from s2ap_deploy.exporting.encoding import Encoding
 from s2ap_deploy.exporting.graph import check, to_onnx
 from s2ap_deploy.exporting.latency import paired_latency
+from s2ap_deploy.exporting.narrowed import narrowed_graph
 from s2ap_deploy.exporting.quantisation import SCHEME, quantise, quantised_weights
+from s2ap_deploy.exporting.values import Values, round_weights
 from s2ap_deploy.exporting.verify import (
     QUANTISED_FLOOR,
     CertifiedPoints,
     compare,
     compare_quantised,
+    compare_twin,
     folded,
     logits,
     rejudge,
@@ -53,11 +62,14 @@ def export_onnx(
     images: NDArray[np.float32],
     opset: int = 20,
     encoding: Encoding = "auto",
+    values: Values = "f32",
+    batch: int | None = None,
     metadata: Mapping[str, str] | None = None,
     masks: Mapping[str, Tensor] | None = None,
     certified: Sequence[CertifiedPoints] = (),
     calibration: NDArray[np.float32] | None = None,
     compact: bool = True,
+    narrowed: nn.Module | None = None,
     overwrite: bool = False,
     recorder: Recorder,
 ) -> ExportReport:
@@ -66,37 +78,52 @@ def export_onnx(
     ``images``: real inputs, float32 [n, C, H, W] in [0, 1], n >= 1. ``masks``: parameter name -> bool,
     True where the weight is kept. ``certified``: points that the file is to judge anew. ``calibration``:
     images [n, C, H, W] that make it an int8 file, whose dense twin is then the int8 model as quantised.
+    ``values``: how the file stores its weights; unless ``f32``, the dense twin has the rounded weights.
+    ``batch``: the only batch size that the file is to take; None for any.
     ``compact``: leave out channels that cannot matter; the dense twin then lacks them too, and is compared
-    with the whole graph.
+    with the whole graph. ``narrowed``: the classifier with smaller layers, to be traced in its place; it must
+    compute the same.
 
     The file on disk must pass ONNX's own check, decode bit for bit to the dense twin, leave no decode
     step in ONNX Runtime's graph, agree with the classifier on ``images`` and on the certified points,
     and keep to its masks. An int8 file must give its dense twin's logits bit for bit, and the classifier's
-    class on nine of ten ``images``. Otherwise VerificationError, and ``output`` is as it was before.
-    Raises UsageError when ``output`` exists and ``overwrite`` is not set, StorageError when the disk
-    refuses, and what :func:`~s2ap_deploy.exporting.graph.to_onnx` raises.
+    class on nine of ten ``images``; one of rounded weights the logits of its twin, and the same share of
+    classes. Otherwise VerificationError, and ``output`` is as it was before. Raises UsageError when
+    ``output`` exists and ``overwrite`` is not set, and for ``values`` beside ``calibration``, StorageError
+    when the disk refuses, and what :func:`~s2ap_deploy.exporting.graph.to_onnx` raises.
     """
     _check_output(output, overwrite)
-    source = weights_hash(classifier)
     int8 = calibration is not None
+    if int8 and values != "f32":
+        raise UsageError(
+            f"values {values} and int8 arithmetic do not go together: an int8 file has int8 weights already",
+            hint="leave out --values or --int8",
+        )
+    source = weights_hash(classifier)
     recorder.begin("export", total=4, unit="step")
-    dense = to_onnx(
-        classifier, input_size, opset=opset, metadata={**(metadata or {}), "s2ap.weights_sha256": source}
-    )
+    facts = {**(metadata or {}), "s2ap.weights_sha256": source, **_storage_facts(values, batch)}
+    dense = to_onnx(classifier, input_size, opset=opset, batch=batch, metadata=facts)
     plain, removal = dense, None
-    if compact:
+    if narrowed is not None:
+        small = to_onnx(narrowed, input_size, opset=opset, batch=batch, metadata=facts)
+        dense, removal = narrowed_graph(plain, small, images, further=compact)
+    elif compact:
         dense, removal = _compacted(plain, images)
     small = dense
     if calibration is not None:
         dense = quantise(small, calibration)
+    dense, stored, rounding = round_weights(dense, values)
     recorder.advance()
-    model, table = codec.encode(dense, encoding=encoding)
+    model, table = codec.encode(dense, encoding=encoding, rounded=stored)
     recorder.advance()
     with atomic(output) as temporary:
         _check_model(_write(temporary, model), dense)
         running = session(temporary)
         if int8:
             agreement = _quantised_agreement(classifier, running, dense, images)
+            rejudgements = tuple(rejudge(running, points) for points in certified)
+        elif rounding is not None:
+            agreement = _rounded_agreement(classifier, running, dense, images, rounding)
             rejudgements = tuple(rejudge(running, points) for points in certified)
         else:
             agreement = _agreement(classifier, running, images, "the given images")
@@ -107,10 +134,11 @@ def export_onnx(
         latency = None
         if dense is not plain or any(row.encoding != "dense" for row in table):
             twin = session(plain.SerializeToString())
-            latency = paired_latency(running, twin, images[:1])
+            latency = paired_latency(running, twin, np.repeat(images[:1], batch or 1, axis=0))
         digest, size = sha256(temporary), temporary.stat().st_size
     recorder.advance()
     recorder.end()
+    _tell_dense(recorder, encoding, table)
     for warning in warnings:
         recorder.warn(warning)
     tensors = {**weights(dense), **quantised_weights(dense)}.values()
@@ -137,7 +165,9 @@ def export_onnx(
         latency_ms=latency.median_ms if latency is not None else None,
         quantisation=_quantisation(plain, calibration, encoding) if calibration is not None else None,
         compaction=removal,
-        statement=_statement(INT8_STATEMENT if int8 else LATENCY_STATEMENT, removal),
+        rounding=rounding,
+        batch=batch,
+        statement=_statement(INT8_STATEMENT if int8 else LATENCY_STATEMENT, removal, rounding, table),
         warnings=warnings,
         versions=runtime.versions(),
     )
@@ -151,8 +181,30 @@ def _compacted(plain: ModelProto, images: NDArray[np.float32]) -> tuple[ModelPro
     return smaller, parity.verify(plain, smaller, images, removal)
 
 
-def _statement(words: str, removal: Compaction | None) -> str:
-    return f"{words} {removal.statement}" if removal is not None and removal.removed else words
+def _statement(
+    words: str, removal: Compaction | None, rounding: Rounding | None, table: Sequence[EncodedTensor]
+) -> str:
+    sentences = [words]
+    if removal is not None and removal.removed:
+        sentences.append(removal.statement)
+    if rounding is not None:
+        sentences.append(ROUNDED_STATEMENT.format(kind=rounding.kind))
+    if any(row.encoding == "coo" for row in table):
+        sentences.append(COO_STATEMENT)
+    return " ".join(sentences)
+
+
+def _storage_facts(values: Values, batch: int | None) -> dict[str, str]:
+    """What the file says of itself where it differs from the usual one."""
+    facts: dict[str, str] = {} if values == "f32" else {"s2ap.values": values}
+    return facts if batch is None else {**facts, "s2ap.batch": str(batch)}
+
+
+def _tell_dense(recorder: Recorder, encoding: Encoding, table: Sequence[EncodedTensor]) -> None:
+    names = left_dense(encoding, table)
+    if names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        recorder.note(f"too few zeros to gain anything, left dense: {len(names)} weights ({shown})")
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -227,11 +279,35 @@ def _quantised_agreement(
     return agreement
 
 
+def _rounded_agreement(
+    classifier: nn.Module,
+    running: ort.InferenceSession,
+    dense: ModelProto,
+    images: NDArray[np.float32],
+    rounding: Rounding,
+) -> Agreement:
+    """The file against its own dense twin, and against the float32 classifier, class by class."""
+    twin = compare_twin(
+        logits(session(dense.SerializeToString()), images), logits(running, images), quantised=False
+    )
+    if not twin.passed:
+        raise VerificationError("the file does not give the logits of its model without encoding")
+    agreement = compare_quantised(classifier, running, images)
+    if not agreement.passed:
+        raise VerificationError(
+            f"with weights as {rounding.kind} the network keeps its class on {agreement.argmax_agree} of "
+            f"{agreement.n} images, less than {QUANTISED_FLOOR:.0%}",
+            hint="export with --values f32",
+        )
+    return agreement
+
+
 def _quantisation(plain: ModelProto, calibration: NDArray[np.float32], encoding: Encoding) -> Quantisation:
     return Quantisation(
         scheme=SCHEME,
         calibration_images=len(calibration),
         float_bytes=codec.encode(plain, encoding=encoding)[0].ByteSize(),
+        instructions=processor.int8_instructions(),
     )
 
 

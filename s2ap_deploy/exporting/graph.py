@@ -15,11 +15,13 @@ from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, numpy_help
 from torch import nn
 
 from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError, VerificationError
+from s2ap_deploy.exporting.coo import has_sparse
 from s2ap_deploy.exporting.encoding import default_opset
 
 INPUT = "image"
 OUTPUT = "logits"
 MIN_OPSET, MAX_OPSET = 18, 25
+MAX_BATCH = 1024
 MAX_BYTES = 2**31 - 2**20  # a protobuf file holds less than 2 GiB; some of it is the graph
 
 
@@ -28,28 +30,32 @@ def to_onnx(
     input_size: tuple[int, int, int],
     *,
     opset: int = 20,
+    batch: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> ModelProto:
     """The classifier in evaluation mode as one float32 ONNX model.
 
-    Input ``image`` [batch, C, H, W] in [0, 1], output ``logits`` [batch, K], any batch size;
-    normalisation is part of the graph and BatchNorm is folded where a convolution precedes it.
+    Input ``image`` [batch, C, H, W] in [0, 1], output ``logits`` [batch, K], any batch size, or only
+    ``batch`` where it is given; normalisation is part of the graph and BatchNorm is folded where a
+    convolution precedes it.
     ``metadata`` becomes the model's ``metadata_props``. The classifier itself is not touched. Zeros
     stay zeros, all of them +0.0. Names of source files and stack traces are removed.
 
     Raises UsageError for an opset outside 18..25 or one that the installed exporter does not write,
-    and for weights over 2 GiB; CheckpointError for weights that are not finite; ArchitectureError
-    when the network cannot be traced or does not return one [batch, K] tensor.
+    for a batch outside 1..1024, and for weights over 2 GiB; CheckpointError for weights that are not
+    finite; ArchitectureError when the network cannot be traced or does not return one [batch, K] tensor.
     """
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise UsageError(
             f"opset {opset} cannot be exported, only {MIN_OPSET} to {MAX_OPSET}",
             hint=f"try --opset {max(MIN_OPSET, min(opset, MAX_OPSET))}",
         )
+    if batch is not None and not 1 <= batch <= MAX_BATCH:
+        raise UsageError(f"a batch of {batch} cannot be exported, only dynamic or 1 to {MAX_BATCH}")
     network = _frozen_copy(classifier)
-    example = torch.full((2, *input_size), 0.5)
+    example = torch.full((batch or 2, *input_size), 0.5)
     _check_output(network, example)
-    model = _trace(network, example, opset)
+    model = _trace(network, example, opset, dynamic=batch is None)
     written = default_opset(model)
     if written != opset:
         raise UsageError(
@@ -68,9 +74,12 @@ def to_onnx(
 
 
 def check(model: ModelProto) -> None:
-    """ONNX's own full check, shapes included. Raises VerificationError."""
+    """ONNX's own full check, shapes included. Raises VerificationError.
+
+    A model with sparse initializers is checked without its shapes: no operator accepts their type there.
+    """
     try:
-        onnx.checker.check_model(model, full_check=True)
+        onnx.checker.check_model(model, full_check=not has_sparse(model))
     except UnicodeDecodeError as error:  # the checker quotes a damaged name
         raise VerificationError("ONNX refuses the model: a name in it is not text") from error
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -101,7 +110,7 @@ def _check_output(network: nn.Module, example: torch.Tensor) -> None:
         raise ArchitectureError(f"a classifier returns logits of shape [batch, classes], this one {found}")
 
 
-def _trace(network: nn.Module, example: torch.Tensor, opset: int) -> ModelProto:
+def _trace(network: nn.Module, example: torch.Tensor, opset: int, *, dynamic: bool) -> ModelProto:
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -110,7 +119,7 @@ def _trace(network: nn.Module, example: torch.Tensor, opset: int) -> ModelProto:
                 dynamo=True,
                 opset_version=opset,
                 external_data=False,
-                dynamic_shapes=({0: "batch"},),
+                dynamic_shapes=({0: "batch"},) if dynamic else None,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 verbose=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +25,23 @@ RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     states.NoSuchFile,
     states.NotImplemented,
     states.RuntimeException,
+    UnicodeDecodeError,  # a message that quotes a name of a damaged file
 )
 
 _ONLY_ERRORS = 3
 
 
-def session(model: bytes | Path, threads: int = 1, *, optimized: Path | None = None) -> ort.InferenceSession:
+def session(
+    model: bytes | Path,
+    threads: int = 1,
+    *,
+    optimized: Path | None = None,
+    entries: Mapping[str, str] | None = None,
+) -> ort.InferenceSession:
     """A CPU session with the runtime's default optimisations.
 
-    ``optimized``: where the runtime writes the graph that it will really run.
+    ``optimized``: where the runtime writes the graph that it will really run. ``entries``: further settings
+    by the runtime's own keys.
     Raises VerificationError when the runtime refuses the model.
     """
     options = ort.SessionOptions()
@@ -41,9 +50,12 @@ def session(model: bytes | Path, threads: int = 1, *, optimized: Path | None = N
     options.log_severity_level = _ONLY_ERRORS
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
     source = model if isinstance(model, bytes) else str(model)
     try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        # The fallback would try again, and say so on stdout.
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except RUNTIME_ERRORS as error:
         raise VerificationError(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
 

@@ -13,6 +13,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import CheckpointError, VerificationError
+from s2ap_deploy.exporting.footprint import check_footprint, stored_elsewhere
 from s2ap_deploy.exporting.inference import FileAnswers
 from s2ap_deploy.exporting.quantisation import is_quantised
 
@@ -69,12 +70,16 @@ def read(path: Path) -> OnnxFile:
         raise _refused(path, "is not an ONNX file") from None
     if not model.graph.node:
         raise _refused(path, "is not an ONNX file")
-    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
+    if stored_elsewhere(model):
         raise _refused(path, "keeps its weights in another file, which its hash does not cover")
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
         raise _refused(path, f"is not a valid ONNX model: {str(error).splitlines()[0]}") from None
+    try:
+        check_footprint(model)
+    except VerificationError as error:
+        raise _refused(path, f"is refused: {error.message}") from None
     opened = OnnxFile(
         path=path,
         content=content,

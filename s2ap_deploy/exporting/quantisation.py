@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, TensorProto, ValueInfoProto, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from s2ap_deploy.errors import DataError, UsageError, VerificationError
@@ -59,7 +59,7 @@ def quantise(model: ModelProto, images: NDArray[np.float32]) -> ModelProto:
             quantize_static(
                 _shaped(model),
                 path,
-                _Images(model.graph.input[0].name, images),
+                _Images(model.graph.input[0], images),
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
@@ -107,11 +107,16 @@ def quantised_weights(model: ModelProto) -> dict[str, NDArray[np.generic]]:
 
 
 class _Images(CalibrationDataReader):  # type: ignore[misc]
-    """Hands the calibration images out in batches."""
+    """Hands the calibration images out in batches; a model of a fixed batch gets the last one filled up."""
 
-    def __init__(self, name: str, images: NDArray[np.float32]) -> None:
-        starts = range(0, len(images), CALIBRATION_BATCH)
-        self._batches = iter([{name: images[start : start + CALIBRATION_BATCH]} for start in starts])
+    def __init__(self, entry: ValueInfoProto, images: NDArray[np.float32]) -> None:
+        first = entry.type.tensor_type.shape.dim[:1]
+        fixed = first[0].dim_value if first else 0
+        size = fixed or CALIBRATION_BATCH
+        if fixed:
+            images = np.concatenate([images, np.repeat(images[-1:], -len(images) % fixed, axis=0)])
+        starts = range(0, len(images), size)
+        self._batches = iter([{entry.name: images[start : start + size]} for start in starts])
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
         return next(self._batches, None)

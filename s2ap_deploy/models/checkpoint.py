@@ -6,6 +6,7 @@ arguments.  Loading ends strictly: every tensor has its place or is named in an 
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,10 @@ from s2ap_deploy.models import fitting, masked, registry
 from s2ap_deploy.models.architecture import Architecture
 from s2ap_deploy.models.classifier import Classifier, dry_run, prunable
 from s2ap_deploy.models.description import describe
+from s2ap_deploy.models.fitting import Fitted
 from s2ap_deploy.models.info import CheckpointInfo
+from s2ap_deploy.models.narrowing import narrow
+from s2ap_deploy.models.plan import Plan
 from s2ap_deploy.models.reading import FORMAT, METADATA_KEY, RawCheckpoint, read_tensors
 from s2ap_deploy.spec import Normalization, Preprocessing, ThreatModel
 
@@ -45,7 +49,8 @@ def load(
     Arguments that are not None override what a file of ours says and complete what another one does not;
     ``num_classes`` only checks.  ``threat`` and ``data`` may stay unknown.  ``source_sha256`` of the facts is
     the hash of this file.  ``keep`` (fraction kept) and HARP's ``alpha`` rebuild the masks of a pruned file
-    that holds scores; its weights come out dense, and ``sparsity`` of the facts is measured on them.  Raises
+    that holds scores; its weights come out dense, and ``sparsity`` of the facts is measured on them.  A
+    compacted network of ours gets its smaller layers, and the plan beside it, if any, is checked.  Raises
     CheckpointError (also for non-finite weights, and for another number of classes), UnsafePickleError,
     ArchitectureError, and UsageError for a ``keep`` or ``alpha`` that is missing or has no use.
     """
@@ -84,6 +89,8 @@ def load(
         source_sha256=raw.sha256,
         tool_version=runtime.versions().get("s2ap-deploy", "unknown"),
     )
+    if fitted.compacted and stated is not None:
+        _check_compacted(classifier, fitted, stated, raw.sha256, Path(path))
     return classifier, info, tuple(notes)
 
 
@@ -107,6 +114,23 @@ def save(path: Path | str, classifier: Classifier, info: CheckpointInfo) -> None
         files.write_bytes(path, stream.getvalue())
     else:
         raise UsageError(f"cannot tell the format of {path}", hint="end its name in .safetensors or .pt")
+
+
+def _check_compacted(
+    classifier: Classifier, fitted: Fitted, stated: CheckpointInfo, sha256: str, path: Path
+) -> None:
+    """Shapes that a file chose must at least run together; a plan must be that of this file."""
+    dry_run(classifier, stated.preprocessing.size)
+    plan = path.with_suffix(".json")
+    if not plan.is_file():
+        return
+    full = Classifier(fitting.build(fitted, full=True), stated.normalization).eval()
+    shapes = {name: tuple(tensor.shape) for name, tensor in classifier.state_dict().items()}
+    changed = narrow(copy.deepcopy(full), shapes)
+    as_stored = Classifier(
+        classifier.network, stated.normalization
+    )  # the user may have another normalisation
+    Plan.load(plan).check(full, as_stored, changed, stated, sha256)
 
 
 def _meant_for(architecture: Architecture, path: Path | str) -> Preprocessing:

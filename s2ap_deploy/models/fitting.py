@@ -12,8 +12,9 @@ from s2ap_deploy.errors import ArchitectureError, CheckpointError
 from s2ap_deploy.models import foreign, registry
 from s2ap_deploy.models.architecture import Architecture
 from s2ap_deploy.models.info import CheckpointInfo
+from s2ap_deploy.models.narrowing import narrow
 from s2ap_deploy.models.reading import RawCheckpoint
-from s2ap_deploy.models.skeleton import COUNTER, Difference, compare
+from s2ap_deploy.models.skeleton import COUNTER, Difference, Skeleton, compare
 from s2ap_deploy.spec import Normalization
 
 # Where models.classifier.Classifier keeps its two parts.
@@ -27,6 +28,7 @@ class Fitted:
 
     ``num_classes`` is None when building does not depend on it: foreign code without that argument.
     ``unused`` are the names in the file of tensors that were left aside, as no forward pass reaches them.
+    ``compacted`` says that the tensors are of a network of ours with fewer channels than the architecture.
     """
 
     architecture: Architecture
@@ -36,6 +38,7 @@ class Fitted:
     prefix: str
     notes: tuple[str, ...]
     unused: tuple[str, ...] = ()
+    compacted: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,15 +102,51 @@ def _fit_own(tensors: Mapping[str, Tensor], info: CheckpointInfo, path: str, *, 
     architecture = registry.resolve(arch or info.arch)
     # The normalisation is rebuilt from the facts, which hold the same numbers.
     weights = {n.removeprefix(NETWORK): t for n, t in tensors.items() if not n.startswith(NORMALIZE)}
-    difference = compare(architecture, weights, registry.skeleton(architecture))
-    _require_exact(difference, path, weights)
+    skeleton = registry.skeleton(architecture)
+    difference = compare(architecture, weights, skeleton)
+    compacted = not difference.exact and _smaller(difference, weights, skeleton)
+    if not compacted:
+        _require_exact(difference, path, weights)
     classes = difference.num_classes if difference.has_head else None
-    return Fitted(architecture, classes, weights, info.normalization, "", ())
+    notes: tuple[str, ...] = ()
+    if compacted:
+        smaller = f"{len(difference.reshaped)} of its {len(weights)} tensors"
+        notes = (f"a compacted network: {smaller} are smaller than those of {architecture.name}",)
+    return Fitted(architecture, classes, weights, info.normalization, "", notes, compacted=compacted)
 
 
-def build(fitted: Fitted) -> nn.Module:
-    """The network of ``fitted``, freshly initialised."""
-    return fitted.architecture.build(fitted.num_classes or fitted.architecture.num_classes)
+def _smaller(difference: Difference, tensors: Mapping[str, Tensor], skeleton: Skeleton) -> bool:
+    """Whether all that differs is that some tensors have fewer rows or columns than the architecture's."""
+    if difference.missing or difference.unexpected:
+        return False
+    for name, shape in skeleton.shapes.items():
+        full = list(shape)
+        if name in skeleton.heads:
+            full[skeleton.heads[name]] = difference.num_classes
+        found = list(tensors[name].shape) if name in tensors else full
+        if len(found) != len(full) or found[2:] != full[2:]:
+            return False
+        if not all(1 <= few <= many for few, many in zip(found, full, strict=True)):
+            return False
+    return True
+
+
+def build(fitted: Fitted, *, full: bool = False) -> nn.Module:
+    """The network of ``fitted``, freshly initialised; ``full``: at the architecture's own width.
+
+    Raises CheckpointError for a compacted network whose shapes its layers cannot have.
+    """
+    network = fitted.architecture.build(fitted.num_classes or fitted.architecture.num_classes)
+    if fitted.compacted and not full:
+        shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        shapes |= {name: tuple(tensor.shape) for name, tensor in fitted.tensors.items()}
+        try:
+            narrow(network, shapes)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the compacted layers do not fit {fitted.architecture.name}: {error.message}"
+            ) from None
+    return network
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: str) -> tuple[str, ...]:

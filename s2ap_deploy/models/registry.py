@@ -14,7 +14,7 @@ from importlib import metadata
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import ArchitectureError
-from s2ap_deploy.models import imagenet, imported, preact_resnet, resnet, small, vgg, wide_resnet
+from s2ap_deploy.models import given, imagenet, imported, preact_resnet, resnet, small, vgg, wide_resnet
 from s2ap_deploy.models.architecture import Architecture
 from s2ap_deploy.models.skeleton import (
     Difference,
@@ -46,6 +46,8 @@ class _Registry(Mapping[str, Architecture]):
             return _OWN[name]
         if name.startswith(imagenet.PREFIX):
             return imagenet.architectures()[name]
+        if name.startswith(given.PREFIX):
+            return given.architectures()[name]
         return _installed()[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -81,6 +83,11 @@ def resolve(reference: str) -> Architecture:
         return ARCHITECTURES[reference]
     except KeyError:
         pass
+    if reference.startswith(given.PREFIX):
+        raise ArchitectureError(
+            f"{reference} was a network of the Python program that made this, and is not known here",
+            hint="give the network again from Python (model=network), or --arch package.module:factory",
+        )
     known = names()
     # "resnet50" is nearer to "torchvision/resnet50" than spelling alone tells.
     near = [name for name in known if name.endswith(("/" + reference, "-" + reference))]

@@ -1,15 +1,34 @@
-"""Sizes by encoding: what each way to store the weights should take, beside what was written. No torch."""
+"""Sizes by encoding: what each way to store the weights should take, beside what was written. No torch.
+
+The formulas are those of a plan (``exporting.prediction``), here with the counts that the file really has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from s2ap_deploy.exporting.artifact import EncodedTensor, ExportReport
-from s2ap_deploy.exporting.elias_fano import bits_bound, entropy_bits
+from s2ap_deploy.exporting.elias_fano import entropy_bits
+from s2ap_deploy.exporting.prediction import (
+    VALUE_BYTES,
+    Encoding,
+    Stored,
+    Values,
+    WeightTensor,
+    choose,
+    tensor_bytes,
+)
 
-FLOAT_BYTES, INT8_BYTES = 4, 1
-COO_INDEX_BYTES = 8  # ONNX's sparse_initializer: one int64 linear index per value
+ROWS: tuple[tuple[Encoding, str, str], ...] = (
+    ("dense", "dense", "every entry"),
+    ("coo", "COO", "ONNX sparse_initializer"),
+    ("mask", "mask", "one bit per weight"),
+    ("gaps", "gaps", "one byte per step"),
+    ("ef", "Elias-Fano", "for every tensor"),
+)
+WHOLE_FILE = "whole file"
 
 
 @dataclass(frozen=True)
@@ -23,7 +42,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor as the file holds it: ``predicted`` bytes by its encoding's formula, and real ones."""
 
     name: str
@@ -36,91 +55,84 @@ class Stored:
 
 
 def sizes(report: ExportReport) -> tuple[Size, ...]:
-    """The listed weights under every encoding, in bytes; ``values`` are float32, or int8 when quantised.
+    """The listed weights under every encoding, in bytes, and the whole file as a plan foresaw it.
 
-    Dense: N values. COO: k values and k int64 positions. Bitmap: k values and N bits. Elias-Fano: k values
-    and at most ``l k + k + (N >> l) + 1`` bits (Elias 1974). Entropy: k values and N H(k/N) bits, which no
-    code of independent positions beats on average.
+    Nearly dense tensors stay dense under each of them. Entropy: the values, and N H(k/N) bits of positions,
+    which no code of independent positions beats on average; it has no names and no nodes.
     """
-    tensors, value = report.tensors, value_bytes(report)
-    stored = stored_tensors(report)
-    same = all(tensor.encoding == "ef" for tensor in tensors)
-    return (
-        Size(
-            "dense", sum(dense(t, value) for t in tensors), _total(t.dense_bytes for t in tensors), "N values"
-        ),
-        Size(
-            "COO", sum((COO_INDEX_BYTES + value) * count(t) for t in tensors), None, "ONNX sparse_initializer"
-        ),
-        Size("bitmap", sum(value * count(t) + t.entries / 8 for t in tensors), None, "one bit per weight"),
-        Size(
-            "Elias-Fano",
-            sum(elias_fano(t, value) for t in tensors),
-            _total(t.bytes for t in tensors) if same else None,
-            "for every tensor",
-        ),
-        Size("entropy", sum(entropy(t, value) for t in tensors), None, "a limit, not a format"),
-        Size(
-            "as written",
-            sum(each.predicted for each in stored),
-            _total(t.bytes for t in tensors),
-            "the smallest form of each tensor",
-        ),
+    tensors = report.tensors
+    written = sum(tensor.bytes for tensor in tensors)
+    rows = [Size(words, *_under(report, encoding, written), note) for encoding, words, note in ROWS]
+    rows.append(
+        Size("entropy", sum(_entropy(t, values(report, t)) for t in tensors), None, "a limit, not a format")
     )
+    predicted = sum(each.predicted for each in stored_tensors(report))
+    rows.append(Size("as written", predicted, written, "the form that each tensor has"))
+    if report.predicted is not None:
+        note = "predicted from shapes alone, before the export"
+        rows.append(Size(WHOLE_FILE, report.predicted.bytes, report.bytes, note))
+    return tuple(rows)
 
 
-def stored_tensors(report: ExportReport) -> tuple[Stored, ...]:
+def stored_tensors(report: ExportReport) -> tuple[StoredTensor, ...]:
     """Every listed tensor, in the file's order."""
-    value = value_bytes(report)
-    formulas: dict[str, Callable[[EncodedTensor, int], float]] = {
-        "dense": dense,
-        "ef": elias_fano,
-        "zeros": nothing,
-    }
     return tuple(
-        Stored(
+        StoredTensor(
             name=tensor.name,
             encoding=tensor.encoding,
             entries=tensor.entries,
             nonzeros=tensor.nonzeros,
-            predicted=formulas[tensor.encoding](tensor, value),
+            predicted=_bytes(report, tensor, tensor.encoding, index),
             measured=tensor.bytes,
             dense=tensor.dense_bytes,
         )
-        for tensor in report.tensors
+        for index, tensor in enumerate(report.tensors)
     )
 
 
-def value_bytes(report: ExportReport) -> int:
-    """Bytes of one stored weight."""
-    return FLOAT_BYTES if report.quantisation is None else INT8_BYTES
+def values(report: ExportReport, tensor: EncodedTensor) -> Values:
+    """The type in which a tensor's values are stored; only what has rows and columns is rounded."""
+    if report.quantisation is not None:
+        return "int8"
+    if report.rounding is None or len(tensor.shape) < 2:
+        return "float32"
+    return "float16" if report.rounding.values == "f16" else "int8"
 
 
-def dense(tensor: EncodedTensor, value: int) -> float:
-    """Bytes of all entries."""
-    return value * max(tensor.entries, 0)
+def _under(report: ExportReport, encoding: Encoding, written: int) -> tuple[float, int | None]:
+    """Bytes under one encoding, and those that were written if that is how every tensor is stored."""
+    chosen = [
+        choose(_weight(tensor), encoding, values(report, tensor), index)
+        for index, tensor in enumerate(report.tensors)
+    ]
+    same = _same(chosen, report.tensors)
+    predicted = sum(
+        _bytes(report, tensor, stored, index)
+        for index, (tensor, stored) in enumerate(zip(report.tensors, chosen, strict=True))
+    )
+    if encoding == "dense" and not same:
+        return predicted, sum(tensor.dense_bytes for tensor in report.tensors)
+    return predicted, written if same else None
 
 
-def nothing(tensor: EncodedTensor, value: int) -> float:
-    """A tensor of zeros stores neither values nor positions."""
-    return 0.0
+def _same(chosen: Sequence[Stored], tensors: Sequence[EncodedTensor]) -> bool:
+    return all(stored == tensor.encoding for stored, tensor in zip(chosen, tensors, strict=True))
 
 
-def elias_fano(tensor: EncodedTensor, value: int) -> float:
-    """Bytes of the values that are not zero and of their positions."""
-    return value * count(tensor) + bits_bound(count(tensor), tensor.entries) / 8
+def _bytes(report: ExportReport, tensor: EncodedTensor, stored: Stored, index: int) -> float:
+    scaled = report.quantisation is None
+    return tensor_bytes(_weight(tensor), stored, values(report, tensor), index, scaled=scaled)
 
 
-def entropy(tensor: EncodedTensor, value: int) -> float:
-    """Bytes of the values, and of the positions at N H(k/N) bits."""
-    kept = count(tensor)
-    return value * kept + (kept * entropy_bits(kept, tensor.entries) / 8 if kept else 0.0)
+def _entropy(tensor: EncodedTensor, kind: Values) -> float:
+    weight = _weight(tensor)
+    kept = weight.nonzeros
+    return VALUE_BYTES[kind] * kept + (kept * entropy_bits(kept, weight.entries) / 8 if kept else 0.0)
 
 
-def count(tensor: EncodedTensor) -> int:
-    """Entries that are not zero; a damaged report may name more than there are entries."""
-    return max(0, min(tensor.nonzeros, tensor.entries))
-
-
-def _total(numbers: Iterable[int]) -> int:
-    return sum(numbers)
+def _weight(tensor: EncodedTensor) -> WeightTensor:
+    """The tensor by its counts; a damaged report may name a shape that they do not fit."""
+    entries = max(0, tensor.entries)
+    fits = bool(tensor.shape) and min(tensor.shape) > 0 and math.prod(tensor.shape) == entries
+    shape = tensor.shape if fits else (entries,)
+    return WeightTensor(tensor.name, shape, max(0, min(tensor.nonzeros, entries)))

@@ -214,7 +214,7 @@ def test_an_unusable_image_is_one_line_and_exit_two(
         (np.full((3, 8, 8), np.nan, np.float32), "not finite"),
         (np.zeros((3, 4, 4), np.float32), "the model takes [3, 8, 8]"),
         (np.zeros((8, 8, 2), np.uint8), "2 channels, the model takes 3"),
-        (np.array([{}], object), "damaged"),
+        (np.array([{}], object), "must be uint8 or float32"),
     ],
 )
 def test_an_unusable_array_is_refused(
@@ -232,6 +232,43 @@ def test_an_unusable_array_is_refused(
 def test_scaling_is_left_to_the_user_and_said(image: NDArray[np.uint8]) -> None:
     with pytest.raises(classify.Unusable, match="scale its shorter side to 9 pixels first"):
         classify.prepare(image, (3, 8, 8), {"resize": 9, "crop": 8})
+
+
+def test_its_syntax_is_that_of_python_3_9() -> None:
+    ast.parse(RUNNER.read_text(), feature_version=(3, 9))
+
+
+def test_the_input_is_dumped_as_the_model_got_it(
+    model_file: Path, image: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    (tmp_path / "image.png").write_bytes(saved(image))
+    dumped = tmp_path / "input"  # the name stays as it was given
+    assert classify.main([str(model_file), str(tmp_path / "image.png"), "--dump-input", str(dumped)]) == 0
+    tensor = image.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    assert np.load(dumped).tobytes() == tensor.tobytes()
+
+
+def test_a_fixed_batch_is_filled_up(
+    model_file: Path, image: NDArray[np.uint8], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "image.png").write_bytes(saved(image))
+    answers = []
+    for batch in (None, 3):
+        if batch:
+            model = ModelProto.FromString(model_file.read_bytes())
+            model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
+            model_file.write_bytes(model.SerializeToString())
+        assert classify.main([str(model_file), str(tmp_path / "image.png"), "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0]["logits"] == pytest.approx(answers[1]["logits"], abs=1e-5)
+
+
+@pytest.mark.parametrize("threads", ["-1", "1025"])
+def test_an_odd_number_of_threads_is_refused(
+    threads: str, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert classify.main([str(model_file), str(tmp_path / "none.png"), f"--threads={threads}"]) == 2
+    assert capsys.readouterr().err == "classify: --threads is a number from 0 to 1024\n"
 
 
 def test_a_missing_or_damaged_model_is_exit_two(

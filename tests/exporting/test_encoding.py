@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -13,6 +15,7 @@ from s2ap_deploy.errors import UsageError, VerificationError
 from s2ap_deploy.exporting import elias_fano, encoding
 from s2ap_deploy.exporting.decoder import PREFIX
 from s2ap_deploy.exporting.inference import logits, session
+from s2ap_deploy.exporting.values import round_weights
 from s2ap_deploy.exporting.verify import folded
 
 
@@ -52,11 +55,14 @@ def weight_tensors(draw: st.DrawFn) -> np.ndarray:
     return weight
 
 
-@given(weight_tensors(), st.sampled_from(["auto", "ef", "dense"]))
-@settings(deadline=None, max_examples=60)
+CHOICES = ("auto", "ef", "gaps", "mask", "dense", "coo")
+
+
+@given(weight_tensors(), st.sampled_from(CHOICES))
+@settings(deadline=None, max_examples=90)
 def test_every_weight_decodes_bit_for_bit(weight: np.ndarray, choice: encoding.Encoding) -> None:
     model, table = encoding.encode(linear_model(weight), encoding=choice)
-    onnx.checker.check_model(model, full_check=True)
+    onnx.checker.check_model(model, full_check=choice != "coo")
     decoded = initializers(encoding.decode(model))
     assert decoded.keys() == {"weight", "column"}
     assert same_but_for_negative_zero(decoded["weight"] + np.float32(0), weight)
@@ -64,10 +70,10 @@ def test_every_weight_decodes_bit_for_bit(weight: np.ndarray, choice: encoding.E
     assert folded(model)
 
 
-@given(weight_tensors())
-@settings(deadline=None, max_examples=15)
-def test_onnx_reference_evaluator_decodes_alike(weight: np.ndarray) -> None:
-    model, _ = encoding.encode(linear_model(weight), encoding="ef")
+@given(weight_tensors(), st.sampled_from(["ef", "gaps", "mask"]))
+@settings(deadline=None, max_examples=30)
+def test_onnx_reference_evaluator_decodes_alike(weight: np.ndarray, choice: encoding.Encoding) -> None:
+    model, _ = encoding.encode(linear_model(weight), encoding=choice)
     image = np.eye(weight.size, dtype=np.float32)[:50]
     (found,) = ReferenceEvaluator(model).run(None, {"image": image})
     assert np.array_equal(found[:, 0], weight.reshape(-1)[:50])
@@ -82,10 +88,12 @@ def test_the_graph_decodes_as_numpy_does() -> None:
     assert np.flatnonzero(decoded).tolist() == elias_fano.decode(code).tolist()
 
 
-def test_decoding_does_not_depend_on_graph_optimisation() -> None:
+@pytest.mark.parametrize("choice", ["ef", "gaps", "mask", "coo"])
+def test_decoding_does_not_depend_on_graph_optimisation(choice: encoding.Encoding) -> None:
     weight = np.random.default_rng(0).standard_normal((64, 9)).astype(np.float32)
     weight[np.abs(weight) < 1.6] = 0
-    model, _ = encoding.encode(linear_model(weight))
+    model, (row,) = encoding.encode(linear_model(weight), encoding=choice)
+    assert row.encoding == choice
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     plain = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -116,10 +124,49 @@ def test_an_empty_layer_is_stored_as_its_shape() -> None:
     assert logits(running, np.ones((2, 1024), np.float32)).tolist() == [[0.0], [0.0]]
 
 
-@pytest.mark.parametrize("choice", ["auto", "ef"])
+@given(weight_tensors())
+@settings(deadline=None, max_examples=40)
+def test_auto_takes_the_smallest(weight: np.ndarray) -> None:
+    sizes = {
+        choice: encoding.encode(linear_model(weight), encoding=choice)[1][0].bytes
+        for choice in ("auto", "ef", "gaps", "mask", "dense")
+    }
+    assert sizes["auto"] == min(sizes.values())
+
+
+def coded(entries: int, density: float) -> str:
+    weight = np.random.default_rng(0).standard_normal(entries).astype(np.float32)
+    weight[np.random.default_rng(1).random(weight.size) >= density] = 0
+    return encoding.encode(linear_model(weight))[1][0].encoding
+
+
+def test_auto_chooses_by_density_and_size() -> None:
+    assert [coded(200_000, density) for density in (0.99, 0.9, 0.5, 0.1)] == [
+        "dense",
+        "mask",
+        "mask",
+        "ef",
+    ]
+    assert coded(4096, 0.1) == "gaps"  # fewer nodes, where these are what counts
+
+
+def test_ten_bits_per_entry_and_value() -> None:
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal(100_000).astype(np.float32)
+    weight[generator.random(weight.size) < 0.9] = 0
+    rows = {
+        choice: encoding.encode(linear_model(weight), encoding=choice)[1][0]
+        for choice in ("gaps", "mask", "coo")
+    }
+    assert rows["gaps"].index_bits == pytest.approx(8, abs=0.5)
+    assert rows["mask"].index_bits == pytest.approx(10, abs=0.5)
+    assert rows["coo"].index_bits == pytest.approx(22.7, abs=0.5)  # 17-bit positions, 7 bits a byte
+
+
+@pytest.mark.parametrize("choice", ["auto", "ef", "gaps", "mask", "coo"])
 def test_nearly_dense_and_small_tensors_stay_dense(choice: encoding.Encoding) -> None:
     weight = np.ones((32, 32), np.float32)
-    weight[0, :200] = 0
+    weight[0, :20] = 0
     model, (row,) = encoding.encode(linear_model(weight), encoding=choice)
     assert row.encoding == "dense"
     assert model.SerializeToString() == linear_model(weight).SerializeToString()
@@ -129,15 +176,16 @@ def test_nearly_dense_and_small_tensors_stay_dense(choice: encoding.Encoding) ->
 
 def test_auto_refuses_a_coding_that_is_larger_than_the_tensor() -> None:
     weight = np.zeros(300, np.float32)
-    weight[:150] = 1
+    weight[:220] = 1
     assert encoding.encode(linear_model(weight), encoding="auto")[1][0].encoding == "dense"
     assert encoding.encode(linear_model(weight), encoding="ef")[1][0].encoding == "ef"
 
 
-def test_encoding_twice_changes_nothing_more() -> None:
+@pytest.mark.parametrize("choice", CHOICES)
+def test_encoding_twice_changes_nothing_more(choice: encoding.Encoding) -> None:
     weight = np.eye(40, dtype=np.float32)
-    once, table = encoding.encode(linear_model(weight))
-    twice, again = encoding.encode(once)
+    once, table = encoding.encode(linear_model(weight), encoding=choice)
+    twice, again = encoding.encode(once, encoding=choice)
     assert (twice.SerializeToString(), again) == (once.SerializeToString(), table)
 
 
@@ -150,8 +198,13 @@ def test_encode_and_decode_leave_their_argument_alone() -> None:
     assert (dense.SerializeToString(), sparse.SerializeToString()) == (before, encoded)
 
 
-def test_no_operator_of_unknown_output_size_is_used() -> None:
-    model, _ = encoding.encode(linear_model(np.eye(40, dtype=np.float32)))
+@pytest.mark.parametrize("choice", ["ef", "gaps", "mask"])
+@pytest.mark.parametrize("values", ["f32", "f16", "int8"])
+def test_no_operator_of_unknown_output_size_is_used(
+    choice: encoding.Encoding, values: Literal["f32", "f16", "int8"]
+) -> None:
+    plain, rounded, _ = round_weights(linear_model(np.eye(41, dtype=np.float32)), values)
+    model, _ = encoding.encode(plain, encoding=choice, rounded=rounded)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     sizes = {value.name: value.type.tensor_type.shape.dim for value in inferred.graph.value_info}
     decoding = [name for node in model.graph.node for name in node.output if name.startswith(PREFIX)]
@@ -168,7 +221,7 @@ def test_an_old_opset_cannot_hold_coded_weights() -> None:
 
 
 def test_indices_out_of_range_are_reported_not_decoded() -> None:
-    model, _ = encoding.encode(linear_model(np.eye(40, dtype=np.float32)))
+    model, _ = encoding.encode(linear_model(np.eye(40, dtype=np.float32)), encoding="ef")
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.UINT8 and len(tensor.dims) == 2:
             tensor.raw_data = b"\xff" * len(tensor.raw_data)

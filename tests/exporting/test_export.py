@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from s2ap_deploy.errors import StorageError, UsageError, VerificationError
 from s2ap_deploy.exporting import encoding, export, graph
-from s2ap_deploy.exporting.artifact import ExportReport
+from s2ap_deploy.exporting.artifact import Agreement, ExportReport
+from s2ap_deploy.exporting.opened import read
+from s2ap_deploy.exporting.twin import OnnxTwin
 from s2ap_deploy.exporting.verify import CertifiedPoints
 from s2ap_deploy.models.classifier import Classifier, weights_hash
 from s2ap_deploy.recorder import Silent
@@ -133,6 +135,124 @@ def test_the_traced_network_is_exported(tmp_path: Path) -> None:
         recorder=Silent(),
     )
     assert report.opset == 21
+
+
+@pytest.mark.parametrize("choice", ["ef", "gaps", "mask", "coo", "dense"])
+@pytest.mark.parametrize("values", ["f16", "int8"])
+def test_rounded_weights_are_told_and_verified(
+    classifier: Classifier, points: CertifiedPoints, settings: dict[str, Any], choice: str, values: str
+) -> None:
+    report = export.export_onnx(classifier, **settings, certified=[points], encoding=choice, values=values)
+    assert report.rounding is not None
+    assert (report.values, report.rounding.tensors) == (values, 2)
+    assert 0 < report.rounding.max_weight_difference < 0.1
+    assert report.agreement.tolerance is None
+    assert 0 < report.agreement.max_logit_difference < 0.1 * report.agreement.largest_logit
+    assert report.agreement.argmax_agree >= 63
+    assert "another network than the float32 one" in report.statement
+    assert ("OpenVINO does not load it" in report.statement) == (choice == "coo")
+    assert len(report.rejudgements) == 1
+    props = {prop.key: prop.value for prop in onnx.load(settings["output"]).metadata_props}
+    assert props["s2ap.values"] == values
+    assert ExportReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_float32_says_nothing_of_rounding(classifier: Classifier, settings: dict[str, Any]) -> None:
+    report = export.export_onnx(classifier, **settings)
+    assert (report.values, report.rounding, report.batch) == ("f32", None, None)
+    assert "rounded" not in report.statement
+
+
+def test_a_value_that_float16_cannot_hold_leaves_nothing(
+    classifier: Classifier, dense_model: ModelProto, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vast(*_args: object, **_options: object) -> ModelProto:
+        model = ModelProto()
+        model.CopyFrom(dense_model)
+        for tensor in model.graph.initializer:
+            if len(tensor.dims) == 4 and tensor.dims[1] == 32:
+                array = numpy_helper.to_array(tensor).copy()
+                array.reshape(-1)[np.flatnonzero(array)[0]] = 1e5
+                tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+        return model
+
+    monkeypatch.setattr(export, "to_onnx", vast)
+    with pytest.raises(VerificationError, match="exceed 65504") as caught:
+        export.export_onnx(classifier, **settings, values="f16")
+    assert caught.value.exit_code == 1
+    assert leftovers(settings) == []
+
+
+def test_rounding_that_changes_too_many_classes_leaves_nothing(
+    classifier: Classifier, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "QUANTISED_FLOOR", 0.9)
+    monkeypatch.setattr(
+        export,
+        "compare_quantised",
+        lambda *args: Agreement(
+            n=70,
+            max_logit_difference=1,
+            largest_logit=1,
+            tolerance=None,
+            argmax_agree=50,
+            ties=0,
+            required=0.9,
+        ),
+    )
+    with pytest.raises(VerificationError, match="keeps its class on 50 of 70 images") as caught:
+        export.export_onnx(classifier, **settings, values="int8")
+    assert "--values f32" in caught.value.hint
+    assert leftovers(settings) == []
+
+
+def test_values_and_int8_arithmetic_do_not_mix(
+    classifier: Classifier, images: NDArray[np.float32], settings: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match="do not go together"):
+        export.export_onnx(classifier, **settings, values="f16", calibration=images)
+
+
+@pytest.mark.parametrize(("batch", "int8"), [(1, False), (3, False), (3, True)])
+def test_a_fixed_batch_is_told_and_verified(
+    classifier: Classifier,
+    points: CertifiedPoints,
+    images: NDArray[np.float32],
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int,
+    int8: bool,
+) -> None:
+    monkeypatch.setattr(export, "to_onnx", graph.to_onnx)
+    calibration = images[:5] if int8 else None
+    report = export.export_onnx(
+        classifier, **settings, certified=[points], batch=batch, calibration=calibration
+    )
+    assert report.batch == batch
+    assert report.agreement.n == 70
+    assert report.latency_ratio > 0
+    model = onnx.load(settings["output"])
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == batch
+    assert {prop.key: prop.value for prop in model.metadata_props}["s2ap.batch"] == str(batch)
+    opened = read(settings["output"])
+    found = OnnxTwin(opened.model)(torch.from_numpy(images)).numpy()
+    assert np.allclose(found, opened.answers(images), atol=1e-5 if not int8 else 0.1)
+
+
+def test_weights_with_too_few_zeros_stay_dense_and_that_is_said(
+    images: NDArray[np.float32], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 5))
+    network[1].weight.data *= torch.rand(16, 192) < 0.8
+    monkeypatch.setattr(export, "to_onnx", graph.to_onnx)
+    notes: list[str] = []
+    settings["recorder"].note = notes.append
+    report = export.export_onnx(network, **settings, encoding="ef")
+    assert report.left_dense == ("1.weight",)
+    assert report.latency_ratio is None
+    assert notes == ["too few zeros to gain anything, left dense: 1 weights (1.weight)"]
+    assert export.export_onnx(network, **settings, encoding="dense", overwrite=True).left_dense == ()
 
 
 def corrupt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError
 from s2ap_deploy.exporting import graph
 from s2ap_deploy.exporting.encoding import default_opset
+from s2ap_deploy.exporting.inference import logits, session
 from s2ap_deploy.models.classifier import Classifier, weights_hash
 
 
@@ -131,6 +133,49 @@ def test_folding_that_overflows_is_refused() -> None:
     network[1].weight.data.fill_(1e30)
     with pytest.raises(CheckpointError, match="folding BatchNorm gives values that are not finite"):
         graph.to_onnx(network, (1, 3, 3))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_fixed_batch_is_in_the_shape(batch: int) -> None:
+    model = graph.to_onnx(tiny(), (1, 6, 6), batch=batch)
+    for value in (model.graph.input[0], model.graph.output[0]):
+        assert value.type.tensor_type.shape.dim[0].dim_value == batch
+    images = np.random.default_rng(0).random((7, 1, 6, 6), np.float32)
+    found = logits(session(model.SerializeToString()), images)
+    with torch.no_grad():
+        assert np.allclose(found, tiny()(torch.from_numpy(images)).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 1025])
+def test_other_batches_are_refused(batch: int) -> None:
+    with pytest.raises(UsageError, match=f"a batch of {batch} cannot be exported, only dynamic or 1 to 1024"):
+        graph.to_onnx(tiny(), (1, 6, 6), batch=batch)
+
+
+def test_a_network_for_one_batch_size_is_exported_at_that_size() -> None:
+    class OfTwo(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = x.flatten(1)
+            return torch.stack([first, second])
+
+    assert (
+        graph.to_onnx(OfTwo(), (1, 2, 2), batch=2).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
+    )
+    with pytest.raises(ArchitectureError):
+        graph.to_onnx(OfTwo(), (1, 2, 2), batch=3)
+
+
+def test_weights_over_2_gib_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Vast(nn.Module):
+        """What it says of its size is all that is asked: no such memory is taken."""
+
+        def named_parameters(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Parameter]]:
+            vast = nn.Parameter(torch.empty(2**29 + 1, dtype=torch.int8, device="meta"), requires_grad=False)
+            return iter([("weight", vast)])
+
+    monkeypatch.setattr(graph, "_trace", lambda *args, **options: pytest.fail("work was begun"))
+    with pytest.raises(UsageError, match=r"the weights take 2\.0 GiB; one ONNX file holds less than 2 GiB"):
+        graph.to_onnx(Vast(), (1, 6, 6))
 
 
 def test_weights_beyond_one_file_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

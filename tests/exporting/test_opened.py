@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from s2ap_deploy.errors import CheckpointError, StorageError
-from s2ap_deploy.exporting.encoding import encode
+from s2ap_deploy.exporting.encoding import Encoding, encode
 from s2ap_deploy.exporting.inference import FileAnswers, logits, session
 from s2ap_deploy.exporting.opened import read
+from s2ap_deploy.exporting.twin import OnnxTwin
+from s2ap_deploy.exporting.values import Values, round_weights
+from s2ap_deploy.exporting.verify import compare_twin
 from s2ap_deploy.files import sha256
 
 
@@ -97,3 +101,36 @@ def test_weights_elsewhere_are_refused(tmp_path: Path) -> None:
     model.graph.initializer.append(tensor)
     with pytest.raises(CheckpointError, match="another file"):
         read(written(tmp_path / "m.onnx", model))
+
+
+def test_weights_elsewhere_are_refused_in_constants_too(tmp_path: Path) -> None:
+    model = relu(["b", 3, 8, 8])
+    tensor = numpy_helper.from_array(np.ones(3, np.float32), "w")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="w.bin")
+    tensor.ClearField("raw_data")
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["c"], value=tensor))
+    with pytest.raises(CheckpointError, match="another file"):
+        read(written(tmp_path / "m.onnx", model))
+
+
+def test_a_few_bytes_that_decode_to_many_are_refused_before_they_run(tmp_path: Path) -> None:
+    model = relu(["b", 3, 8, 8])
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2**40]), "s2ap_1"))
+    model.graph.node.insert(0, helper.make_node("ConstantOfShape", ["s2ap_1"], ["w"]))
+    with pytest.raises(CheckpointError, match="is refused: w would take"):
+        read(written(tmp_path / "m.onnx", model))
+
+
+@pytest.mark.parametrize("choice", ["ef", "gaps", "mask", "coo"])
+@pytest.mark.parametrize("values", ["f32", "f16", "int8"])
+def test_a_file_of_any_encoding_is_read_and_has_a_twin(
+    tmp_path: Path, dense_model: ModelProto, images: NDArray[np.float32], choice: Encoding, values: Values
+) -> None:
+    rounded, stored, _ = round_weights(dense_model, values)
+    opened = read(written(tmp_path / "m.onnx", encode(rounded, encoding=choice, rounded=stored)[0]))
+    assert not opened.quantised
+    found = OnnxTwin(opened.model)(torch.from_numpy(images)).numpy()
+    agreement = compare_twin(found, opened.answers(images), quantised=False)
+    assert agreement.passed
+    assert agreement.max_logit_difference < 1e-5

@@ -58,7 +58,7 @@ def test_encoded_file_answers_bit_for_bit(int8: ModelProto, images: NDArray[np.f
     coded, table = encode(int8)
     kinds = {row.name: row.encoding for row in table}
     (large,) = [name for name, values in quantised_weights(int8).items() if values.size == 32 * 32 * 9]
-    assert kinds[large] == "ef"
+    assert kinds[large] in ("ef", "gaps", "mask")
     assert coded.ByteSize() < int8.ByteSize()
     check(coded)
     assert folded(coded)

@@ -1,18 +1,28 @@
-"""Every registered family exports, compacts and still computes the same."""
+"""Every registered family exports, compacts, is coded, and still computes the same in both runtimes."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from onnx import ModelProto
 from torch import nn
 
 from s2ap_deploy.exporting.compaction import parity
 from s2ap_deploy.exporting.compaction.compact import compact
+from s2ap_deploy.exporting.encoding import decode, encode, tensors
 from s2ap_deploy.exporting.graph import check, to_onnx
+from s2ap_deploy.exporting.inference import logits, session
+from s2ap_deploy.exporting.verify import folded
 from s2ap_deploy.models import imagenet, registry
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.spec import Normalization
+
+try:
+    import openvino
+except ImportError:
+    openvino = None
 
 OWN = [
     "mnist-conv", "digits-conv", "cifar-resnet18", "cifar-resnet20", "cifar-resnet50",
@@ -69,9 +79,30 @@ def compacted(name: str) -> tuple[int, set[str]]:
     check(smaller)
     images = np.random.default_rng(0).random((2, *architecture.input_size), np.float32)
     parity.verify(model, smaller, images, removal)
+    coded_alike(smaller, images)
     assert (removal.macs_after < removal.macs_before) == (removal.removed > 0)
     assert (removal.parameters_after < removal.parameters_before) == (removal.removed > 0)
     return removal.removed, {each.operator for each in removal.skipped}
+
+
+def coded_alike(dense: ModelProto, images: NDArray[np.float32]) -> None:
+    """The sparsely stored file has the same bits, is decoded at load, and loads in OpenVINO where that is."""
+    coded, table = encode(dense)
+    check(coded)
+    assert {row.encoding for row in table} & {"ef", "gaps", "mask"}
+    assert coded.ByteSize() < dense.ByteSize()
+    assert folded(coded)
+    expected, found = tensors(dense), tensors(decode(coded))
+    assert expected.keys() == found.keys()
+    assert all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
+    answers = logits(session(coded.SerializeToString()), images)
+    tolerance = 1e-3 * max(1.0, float(np.abs(answers).max()))
+    assert np.abs(answers - logits(session(dense.SerializeToString()), images)).max() <= tolerance / 100
+    if openvino is not None:
+        core = openvino.Core()
+        network = core.read_model(coded.SerializeToString())
+        compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        assert np.abs(compiled(images)[0] - answers).max() <= tolerance
 
 
 @pytest.mark.slow

@@ -1,0 +1,119 @@
+"""How much faster a CIFAR ResNet-18 is with half, a quarter, a tenth of its channels, in multiples of 8.
+
+    python benchmarks/channel_latency.py
+
+ONNX Runtime, one thread, one image. Each smaller file runs beside the dense one, turn and turn about, so that
+a busy neighbour slows both alike; a round goes over all ratios, and the figure is the median over the rounds
+of the median of the paired ratios. The network is random, with BatchNorm statistics measured on noise, and
+its channels are chosen by the L1 norm of what reads them: shapes and time are real, accuracy means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import result
+import torch
+from torch import nn
+
+from s2ap_deploy.exporting.graph import to_onnx
+from s2ap_deploy.exporting.inference import session
+from s2ap_deploy.exporting.latency import paired_latency
+from s2ap_deploy.models import registry
+from s2ap_deploy.models.channels import macs, unread
+from s2ap_deploy.models.coupling import channel_groups
+from s2ap_deploy.models.narrowing import check_equal, compacted
+from s2ap_deploy.pruning.alignment import Limit, aligned, chosen
+from s2ap_deploy.pruning.channels import Channels, Cost, by_ratio
+
+SIZE = (3, 32, 32)
+RATIOS = (0.5, 0.25, 0.1)
+ALIGN = 8
+
+
+def calibrated(seed: int = 0) -> nn.Module:
+    """A network whose normalisation does something."""
+    torch.manual_seed(seed)
+    network = registry.build("cifar-resnet18")
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.2)
+        for _ in range(2):
+            network.train()(torch.rand(64, *SIZE))
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.1  # without one the exporter meets a data-dependent branch
+    return network.eval()
+
+
+def smaller(network: nn.Module, ratio: float) -> tuple[nn.Module, dict[str, Any]]:
+    """``network`` with that share of its channels in multiples of 8, and what that came to."""
+    coupling = channel_groups(network, SIZE)
+    shapes = {name: tuple(network.get_parameter(name).shape) for name in coupling.weights}
+    granularity = Channels(coupling, shapes)
+    channels = {name: group.channels for name, group in granularity.groups.items()}
+    wanted = by_ratio(channels, ratio)
+    costs = {measure: Cost.of(coupling, shapes, measure) for measure in ("weights", "macs")}
+    limits = tuple(Limit(measure, cost, cost(wanted)) for measure, cost in costs.items())
+    counts = aligned(wanted, channels, ALIGN, limits)
+    scores = granularity.pool({name: network.get_parameter(name).detach() for name in coupling.weights})
+    everything = {name: torch.ones(count, dtype=torch.bool) for name, count in channels.items()}
+    kept = chosen(scores, everything, counts)
+    masked = copy.deepcopy(network)
+    masked.load_state_dict(unread(network.state_dict(), coupling.groups, kept))
+    small, _ = compacted(network, coupling.groups, kept)
+    difference = check_equal(masked, small, torch.rand(16, *SIZE))
+    assert macs(small, SIZE) == costs["macs"](counts)
+    return small, {
+        "keep_ratio": ratio,
+        "widths": list(counts.values()),
+        "max_logit_difference": difference,
+        "mac_ratio": costs["macs"](channels) / costs["macs"](counts),
+        "weight_ratio": costs["weights"](channels) / costs["weights"](counts),
+        "macs_of_request": costs["macs"](counts) / costs["macs"](wanted),
+        "skipped": [name for name, _ in coupling.skipped],
+    }
+
+
+def running(network: nn.Module) -> ort.InferenceSession:
+    return session(to_onnx(network, SIZE).SerializeToString())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=10.0, help="per ratio and round")
+    options = parser.parse_args()
+    image = np.random.default_rng(0).random((1, *SIZE), dtype=np.float32)
+    network = calibrated()
+    dense = running(network)
+    rows, files = [], []
+    for ratio in RATIOS:
+        small, row = smaller(network, ratio)
+        rows.append(row)
+        files.append(running(small))
+    measured: list[list[tuple[float, float]]] = [[] for _ in RATIOS]
+    for _ in range(options.rounds):
+        for found, file in zip(measured, files, strict=True):
+            pair = paired_latency(file, dense, image, repeats=10_000, seconds=options.seconds)
+            found.append((1 / pair.ratio, pair.median_ms))
+    for row, found in zip(rows, measured, strict=True):
+        speedups = [speedup for speedup, _ in found]
+        row["speedup"] = statistics.median(speedups)
+        row["speedup_of_rounds"] = sorted(speedups)
+        row["latency_ms"] = statistics.median(ms for _, ms in found)
+        print(f"keep {row['keep_ratio']}: {row['speedup']:.1f} times faster, {row['latency_ms']:.3f} ms")
+    figures = {"network": "cifar-resnet18", "align": ALIGN, "threads": 1, "batch": 1, "rows": rows}
+    result.write("channel-latency", {**figures, "rounds": options.rounds, "seconds": options.seconds})
+
+
+if __name__ == "__main__":
+    main()

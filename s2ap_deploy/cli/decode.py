@@ -1,0 +1,38 @@
+"""``s2ap-deploy decode``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from s2ap_deploy.cli import options
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--output", type=click.Path(path_type=Path), required=True, help="The dense ONNX file to write."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+@options.json_option
+def command(file: Path, output: Path, overwrite: bool, as_json: bool) -> None:
+    """Make a dense ONNX file of a sparse one.
+
+    For a runtime or a tool that cannot decode weights at load. Every encoding of `export` is read, and
+    ONNX's own sparse initializers. ONNX Runtime and ONNX's reference evaluator must decode to the same bits;
+    the dense file passes ONNX's full check, answers like the sparse one and keeps its metadata.
+
+    \b
+    s2ap-deploy decode s2ap-run/export/model.onnx --output dense.onnx
+    """
+    from s2ap_deploy.cli import session, tables
+    from s2ap_deploy.exporting.decoding import decode_file
+    from s2ap_deploy.exporting.opened import read
+
+    session.check_output(output, (".onnx",), overwrite=overwrite)
+    decoded = decode_file(read(file), output)
+    if as_json:
+        click.echo(decoded.model_dump_json())
+    else:
+        tables.show_decoded(decoded)

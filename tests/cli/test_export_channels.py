@@ -1,0 +1,264 @@
+"""Runs on channels, exported with smaller layers: through the command, and into plain PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from s2ap_deploy.data import datasets
+from s2ap_deploy.exporting.encoding import decode
+from s2ap_deploy.models import checkpoint, registry
+from s2ap_deploy.models.narrowing import check_equal
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["--preset", "quick", "--search-epochs", 1, "--finetune-epochs", 1, "--batch-size", 512]
+
+
+@pytest.fixture(scope="session")
+def channel_run(
+    s2ap: Callable[..., Any], digits_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run that kept half of its channels, exported with the pair for PyTorch."""
+    folder = tmp_path_factory.mktemp("channels")
+    prune = ["--granularity", "channel", "--keep-ratio", 0.5, "--eps", "0.5", *SHORT]
+    for command in (["prune", digits_model, *prune], ["certify", "--n", 20], ["export", "--torch"]):
+        done = s2ap(*command, "--threads", 1, cwd=folder)
+        assert done.code == 0, done.err
+    return folder / "s2ap-run"
+
+
+@pytest.fixture
+def own(channel_run: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(channel_run, tmp_path / "s2ap-run"))
+
+
+def report(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "export" / "report.json").read_text())
+    return content
+
+
+def conv_widths(path: Path) -> list[int]:
+    model = decode(onnx.load(path))
+    weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    return [weights[node.input[1]][0] for node in model.graph.node if node.op_type == "Conv"]
+
+
+def real_images(n: int = 64) -> np.ndarray[Any, np.dtype[np.float32]]:
+    test = datasets.load("digits", root=None, download=False, size=None, validation_fraction=0.1, seed=0).test
+    pixels: np.ndarray[Any, np.dtype[np.float32]] = test.tensors()[0].numpy()[:n]
+    return pixels
+
+
+def test_the_certificates_network_is_exported_with_half_the_layers(channel_run: Path) -> None:
+    told = report(channel_run)
+    assert conv_widths(channel_run / "export" / "model.onnx") == [16, 32]
+    assert told["rejudgements"][0]["clean_disagreements"] == 0
+    narrowed = told["narrowed"]
+    assert [group["kept"] for group in narrowed["groups"]] == [16, 32, 64]
+    assert narrowed["keep_ratio"] is None
+    assert narrowed["classifier"] == ["network.7.weight"]
+    assert narrowed["macs"]["achieved"] == narrowed["macs"]["wanted"] == told["compaction"]["macs_after"]
+    assert {file["name"] for file in narrowed["files"]} == {"compact.safetensors", "compact.json"}
+    assert [tensor["channels_after"] for tensor in told["compaction"]["tensors"]] == [16, 32, 64]
+
+
+def test_the_pair_is_the_masked_network_on_real_and_random_images(channel_run: Path) -> None:
+    masked, _, _ = checkpoint.load(channel_run / "finetune" / "model.safetensors")
+    small, info, _ = checkpoint.load(channel_run / "export" / "compact.safetensors")
+    assert info.stage == "finetune"
+    for images in (torch.from_numpy(real_images()), torch.rand(16, 1, 8, 8)):
+        check_equal(masked, small, images)
+        check_equal(masked.double(), small.double(), images.double())
+        masked.float(), small.float()
+    assert sum(p.numel() for p in small.parameters()) * 3 < sum(p.numel() for p in masked.parameters())
+
+
+def test_the_pages_ten_lines_of_pytorch(channel_run: Path) -> None:
+    text = (ROOT / "docs" / "compact.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    lines = [line for line in block.splitlines() if line and not line.startswith(("import", "from"))]
+    assert len(lines) <= 10
+    space: dict[str, Any] = {"make_network": lambda: registry.build("digits-conv")}
+    with contextlib.chdir(channel_run / "export"):
+        exec(block, space)
+    normal = space["plan"]["normalization"]
+    images = real_images()
+    with torch.no_grad():
+        found = space["network"]((torch.from_numpy(images) - normal["mean"][0]) / normal["std"][0])
+    session = ort.InferenceSession(channel_run / "export" / "model.onnx")
+    np.testing.assert_allclose(found.numpy(), session.run(None, {"image": images})[0], atol=1e-4)
+
+
+def test_inspect_and_certify_read_the_pair(s2ap: Callable[..., Any], own: Path, tmp_path: Path) -> None:
+    pair = own / "export" / "compact.safetensors"
+    seen = s2ap("inspect", pair, "--json")
+    assert seen.code == 0, seen.err
+    assert [layer["shape"][0] for layer in json.loads(seen.out)["layers"]] == [16, 32, 64, 10]
+    certify = ["--eps", "0.5", "--n", 10, "--run", tmp_path / "alone", "--threads", 1, "--json"]
+    done = s2ap("certify", pair, *certify)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["certify"]
+
+
+def test_a_finished_export_is_not_done_again(s2ap: Callable[..., Any], own: Path) -> None:
+    before = (own / "export" / "report.json").read_bytes()
+    done = s2ap("export", cwd=own.parent)
+    assert done.code == 0
+    assert "export: already done with the same inputs, skipped" in done.err
+    assert (own / "export" / "report.json").read_bytes() == before
+
+
+def test_alignment_fills_up_and_keeps_the_function(s2ap: Callable[..., Any], own: Path) -> None:
+    done = s2ap("export", "--align", 24, "--overwrite", "--json", cwd=own.parent)
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert [group["kept"] for group in told["narrowed"]["groups"]] == [24, 48, 72]
+    assert conv_widths(own / "export" / "model.onnx") == [24, 48]
+    assert told["rejudgements"][0]["adversarial_disagreements"] == 0
+    assert "in multiples of 24 (without alignment" in done.err
+    weights = checkpoint.load(own / "export" / "compact.safetensors")[0].get_parameter("network.2.weight")
+    assert weights.shape == (48, 24, 3, 3)
+
+
+def test_fewer_channels_are_another_network(s2ap: Callable[..., Any], own: Path) -> None:
+    done = s2ap("export", "--keep-ratio", 0.25, "--align", 8, "--overwrite", "--json", cwd=own.parent)
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told["file"] == "model-compact.onnx"
+    assert not (own / "export" / "model.onnx").exists()
+    assert conv_widths(own / "export" / "model-compact.onnx") == [8, 16]
+    assert told["rejudgements"] == []
+    assert "those of no certificate" in done.err
+    assert "s2ap-deploy certify --artifact" in done.err
+    narrowed = told["narrowed"]
+    assert narrowed["macs"]["achieved"] <= narrowed["macs"]["wanted"]
+    facts = {entry.key: entry.value for entry in onnx.load(own / "export" / told["file"]).metadata_props}
+    assert "s2ap.certificate_sha256" not in facts
+    assert float(facts["s2ap.sparsity"]) == pytest.approx(told["sparsity"], abs=1e-4)
+    small, _, _ = checkpoint.load(own / "export" / "compact.safetensors")
+    session = ort.InferenceSession(own / "export" / "model-compact.onnx")
+    with torch.no_grad():
+        expected = small(torch.from_numpy(real_images())).numpy()
+    np.testing.assert_allclose(session.run(None, {"image": real_images()})[0], expected, atol=1e-4)
+    # The run's own scores decide, and only among channels that it kept.
+    kept = small.get_parameter("network.0.weight")
+    whole, _, _ = checkpoint.load(own / "finetune" / "model.safetensors")
+    rows = [bool((whole.get_parameter("network.0.weight") == row).flatten(1).all(1).any()) for row in kept]
+    assert all(rows)
+    assert kept.flatten(1).any(1).all()
+
+
+def test_the_gate_does_not_pass_what_no_certificate_covers(s2ap: Callable[..., Any], own: Path) -> None:
+    policy = ["gate", "--min-robust", 0, "--rule", "point"]
+    assert s2ap(*policy, cwd=own.parent).code == 0
+    done = s2ap("export", "--keep-ratio", 0.25, "--overwrite", cwd=own.parent)
+    assert done.code == 0, done.err
+    assert s2ap(*policy, cwd=own.parent).code == 3
+    file = own / "export" / "model-compact.onnx"
+    certified = s2ap("certify", "--artifact", file, "--run", own, "--threads", 1)
+    assert certified.code == 0, certified.err
+    assert s2ap(*policy, cwd=own.parent).code == 0
+
+
+def test_a_ratio_of_one_takes_a_remembered_one_back(s2ap: Callable[..., Any], own: Path) -> None:
+    assert s2ap("export", "--keep-ratio", 0.25, "--overwrite", cwd=own.parent).code == 0
+    again = s2ap("export", cwd=own.parent)
+    assert "already done with the same inputs" in again.err
+    done = s2ap("export", "--keep-ratio", 1, "--overwrite", "--json", cwd=own.parent)
+    assert json.loads(done.out)["file"] == "model.onnx"
+    assert json.loads(done.out)["rejudgements"] != []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep-ratio", "0"], "0.0 is not in the range 0<x<=1"),
+        (["--keep-ratio", "-1"], "is not in the range 0<x<=1"),
+        (["--keep-ratio", "1.5"], "1.5 is not in the range 0<x<=1"),
+        (["--keep-ratio", "nan"], "export.keep_ratio"),
+        (["--keep-ratio", "half"], "'half' is not a valid float"),
+        (["--keep-ratio", "0.001"], "would leave none of the"),
+        (["--keep-ratio", "0.6"], "leaves nothing to choose: the run keeps 50.0% of its channels"),
+        (["--keep-ratio", "0.25", "--align", "64"], "in multiples of 64 the network has at least"),
+        (["--keep-ratio", "0.25", "--no-compact"], "which compact: false forbids"),
+        (["--align", "0"], "0 is not in the range x>=1"),
+        (["--align", "2000"], "export.align"),
+        (["--align", "8", "--no-compact"], "which compact: false forbids"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_and_nothing_changes(
+    s2ap: Callable[..., Any],
+    own: Path,
+    files_in: Callable[[Path], dict[str, bytes]],
+    options: list[str],
+    message: str,
+) -> None:
+    before = files_in(own)
+    done = s2ap("export", *options, "--overwrite", cwd=own.parent)
+    assert done.code == 2, done.err
+    assert done.err.count("error: ") == 1
+    assert message in done.err
+    assert "Traceback" not in done.err
+    after = files_in(own)
+    assert {name for name in before if before[name] != after.get(name)} <= {"manifest.json", ".lock"}
+
+
+@pytest.mark.parametrize("options", [["--keep-ratio", "0.5"], ["--align", "8"], ["--torch"]])
+def test_a_run_on_weights_has_no_use_for_them(
+    s2ap: Callable[..., Any], own_run: Path, options: list[str]
+) -> None:
+    done = s2ap("export", *options, "--overwrite", cwd=own_run.parent)
+    assert done.code == 2
+    assert f"{options[0]}: the run was pruned by weight" in done.err
+    assert "--granularity channel" in done.err
+    assert (own_run / "export" / "model.onnx").is_file()
+
+
+def test_a_file_in_place_of_the_folder(s2ap: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "s2ap-run").write_text("no folder")
+    done = s2ap("export", "--torch", cwd=tmp_path)
+    assert done.code == 2
+    assert "is a file, not a run folder" in done.err
+
+
+def test_scores_of_another_network_are_refused(
+    s2ap: Callable[..., Any], own: Path, finished_run: Path
+) -> None:
+    from s2ap_deploy import files
+
+    scores = own / "search" / "scores.safetensors"
+    shutil.copy(finished_run / "search" / "scores.safetensors", scores)
+    manifest = json.loads((own / "manifest.json").read_text())
+    for output in manifest["stages"]["search"]["outputs"]:
+        if output["path"] == "search/scores.safetensors":
+            output |= {"sha256": files.sha256(scores), "bytes": scores.stat().st_size}
+    (own / "manifest.json").write_text(json.dumps(manifest))
+    done = s2ap("export", "--keep-ratio", 0.25, "--overwrite", cwd=own.parent)
+    assert done.code == 2
+    assert "are not those of this network's groups of channels" in done.err
+
+
+def test_a_pair_that_cannot_be_read_again_leaves_nothing(
+    s2ap: Callable[..., Any], own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from s2ap_deploy.pipeline import channels
+
+    monkeypatch.setattr(channels, "weights_hash", lambda network: str(id(network)).zfill(64)[-64:])
+    done = s2ap("export", "--align", 8, "--overwrite", cwd=own.parent)
+    assert done.code == 1, done.err
+    assert "does not give back the network that was written" in done.err
+    assert {path.name for path in (own / "export").glob("*") if not path.name.startswith(".")} <= {
+        "recipe.yaml"
+    }

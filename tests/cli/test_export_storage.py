@@ -1,0 +1,111 @@
+"""``export`` with other ways to store weights, and with a fixed batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+Command = Callable[..., Any]
+
+
+def exported(s2ap: Command, run: Path, *options: object) -> dict[str, Any]:
+    done = s2ap("export", *options, "--run", run, "--overwrite", "--threads", 1, "--json")
+    assert done.code == 0, done.err
+    report: dict[str, Any] = json.loads(done.out)
+    return report
+
+
+def metadata(path: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+@pytest.mark.parametrize("encoding", ["gaps", "mask", "coo"])
+def test_every_encoding_from_the_command_line(s2ap: Command, own_run: Path, encoding: str) -> None:
+    report = exported(s2ap, own_run, "--encoding", encoding)
+    assert report["encoding"] == encoding
+    assert {row["encoding"] for row in report["tensors"] if len(row["shape"]) > 1} == {encoding}
+    assert "s2ap.certificate_sha256" in metadata(own_run / "export" / "model.onnx")
+    assert ("ONNX's full check refuses" in report["statement"]) == (encoding == "coo")
+    assert s2ap("gate", "--min-clean", 0, "--rule", "point", "--run", own_run).code == 0
+    assert s2ap("report", own_run, "--output", own_run.parent / "page.html").code == 0
+
+
+def test_float16_values_are_another_network(s2ap: Command, own_run: Path) -> None:
+    done = s2ap("export", "--values", "f16", "--run", own_run, "--overwrite", "--threads", 1)
+    assert done.code == 0, done.err
+    file = own_run / "export" / "model-f16.onnx"
+    assert "does not carry over to weights in float16" in done.err
+    assert f"certify --artifact {file} --run {own_run}" in done.err
+    assert "rounded" in done.out
+    facts = metadata(file)
+    assert facts["s2ap.values"] == "f16"
+    assert "s2ap.certificate_sha256" not in facts
+    report = json.loads((own_run / "export" / "report.json").read_text())
+    assert report["rounding"]["values"] == "f16"
+    assert report["agreement"]["argmax_agree"] <= report["agreement"]["n"] == 40
+    assert any("does not carry over" in warning for warning in report["warnings"])
+    gate = s2ap("gate", "--min-clean", 0, "--rule", "point", "--run", own_run)
+    assert gate.code == 3
+    assert "certify the file itself" in gate.out
+    certified = s2ap("certify", "--artifact", file, "--run", own_run, "--threads", 1, "--workers", 1)
+    assert certified.code == 0, certified.err
+    gate = s2ap("gate", "--min-clean", 0, "--rule", "point", "--run", own_run)
+    assert gate.code == 0, gate.out
+    assert "file export/model-f16.onnx is the attacked file" in gate.out
+
+
+def test_int8_values_keep_a_name_of_their_own(s2ap: Command, own_run: Path) -> None:
+    report = exported(s2ap, own_run, "--values", "int8")
+    assert report["file"] == "model-int8-weights.onnx"
+    assert report["rounding"]["flushed"] >= 0
+    assert report["quantisation"] is None
+
+
+def test_a_fixed_batch(s2ap: Command, own_run: Path) -> None:
+    report = exported(s2ap, own_run, "--batch", 4)
+    file = own_run / "export" / "model.onnx"
+    assert (report["batch"], metadata(file)["s2ap.batch"]) == (4, "4")
+    running = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    assert running.get_inputs()[0].shape == [4, 1, 8, 8]
+    assert running.run(None, {"image": np.zeros((4, 1, 8, 8), np.float32)})[0].shape == (4, 10)
+    done = s2ap("certify", "--artifact", file, "--run", own_run, "--threads", 1, "--workers", 1)
+    assert done.code == 0, done.err
+    decoded = s2ap("decode", file, "--output", own_run.parent / "dense.onnx", "--json")
+    assert json.loads(decoded.out)["max_logit_difference"] == 0
+
+
+def test_the_usual_settings_leave_a_finished_export_alone(s2ap: Command, own_run: Path) -> None:
+    before = (own_run / "manifest.json").read_text()
+    assert "values" not in json.loads(before)["stages"]["export"]["inputs"]["export"]
+    done = s2ap("export", "--values", "f32", "--batch", "dynamic", "--run", own_run)
+    assert done.code == 0, done.err
+    stages = json.loads((own_run / "manifest.json").read_text())["stages"]
+    assert stages["export"] == json.loads(before)["stages"]["export"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", "0"], "neither dynamic nor a number from 1 to 1024"),
+        (["--batch", "1025"], "neither dynamic nor a number"),
+        (["--batch", "-1"], "neither dynamic nor a number"),
+        (["--batch", "²"], "neither dynamic nor a number"),
+        (["--batch", "many"], "neither dynamic nor a number"),
+        (["--values", "f8"], "'f8' is not one of"),
+        (["--encoding", "huffman"], "'huffman' is not one of"),
+        (["--values", "f16", "--int8", "--overwrite"], "do not go together"),
+        (["--opset", "11", "--encoding", "gaps"], "export.opset"),
+        (["--values", "f16"], "already holds a export from other inputs"),
+    ],
+)
+def test_refusals(s2ap: Command, own_run: Path, options: list[str], message: str) -> None:
+    done = s2ap("export", *options, "--run", own_run, "--threads", 1)
+    assert done.code == 2
+    assert message in done.err
