@@ -63,16 +63,19 @@ def main() -> None:
     parser.add_argument("--resnet18", type=int, default=0, metavar="N")
     parser.add_argument("--name", default="certify-speed")
     args = parser.parse_args()
-    result.write(
-        args.name,
-        {
-            "n": args.n,
-            "workers": args.workers,
-            "rounds": args.rounds,
-            "package_network_frozen": args.frozen,
-            "networks": {task.name: measure(task, args) for task in tasks(args)},
-        },
-    )
+    networks: dict[str, Any] = {}
+    for task in tasks(args):
+        networks[task.name] = measure(task, args)
+        result.write(
+            args.name,
+            {
+                "n": args.n,
+                "workers": args.workers,
+                "rounds": args.rounds,
+                "package_network_frozen": args.frozen,
+                "networks": networks,
+            },
+        )
 
 
 def tasks(args: argparse.Namespace) -> list[Task]:

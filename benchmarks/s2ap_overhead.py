@@ -96,7 +96,7 @@ def keeping_parameter_gradients() -> Iterator[None]:
         return (adversarial.grad,)
 
     @contextmanager
-    def unfrozen(network: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    def unfrozen(network: torch.nn.Module, images: Tensor | None = None) -> Iterator[torch.nn.Module]:
         training = network.training
         network.eval()
         yield network

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from s2ap_deploy.data.augmentation import Augmentation
-from s2ap_deploy.data.splits import CHUNK, Split
+from s2ap_deploy.data.splits import CHUNK, Split, placed
 
 
 class MemorySplit(Split):
@@ -38,5 +38,5 @@ class MemorySplit(Split):
     def pixels(self, batches: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
         # Moved once and kept: later epochs then copy nothing but positions to the device.
         images = self.images = self.images.to(device)
-        for positions in batches:
-            yield images[positions.to(device)]
+        for positions in placed(batches, device):
+            yield images[positions]

@@ -59,24 +59,40 @@ class Split(ABC):
         return digest.hexdigest()
 
     def train_batches(
-        self, batch_size: int, *, seed: int, epoch: int, augment: bool, device: torch.device | str
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        augment: bool,
+        device: torch.device | str,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
         """One epoch in random order.
 
         Order and augmentation depend on ``seed`` and ``epoch`` only, a sample's augmentation not even on
         the batch size: an epoch that is run again after a kill sees the same images. A last batch of
         one sample is left out, because BatchNorm has no variance there.
+
+        With ``share`` (r, of) only the rows r, r + of, ... of each batch are read; where a batch has none
+        for r, its first sample stands in.
         """
         order = torch.randperm(len(self), generator=generator(seed, "order", epoch))
         batches = _cut(order, batch_size)
         if batch_size > 1 and len(order) % batch_size == 1:
             batches.pop()
         moves = self.augmentation.draw(len(self), generator(seed, "augmentation", epoch)) if augment else None
-        return self._labelled(batches, torch.device(device), moves)
+        rank, of = share
+        own = [batch[rank::of] if rank < len(batch) else batch[:1] for batch in batches]
+        return self._labelled(own, torch.device(device), moves)
 
-    def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
-        """All samples in fixed order, as they are."""
-        return self._labelled(_cut(torch.arange(len(self)), batch_size), torch.device(device), None)
+    def batches(
+        self, batch_size: int, device: torch.device | str, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[Batch]:
+        """All samples in fixed order, as they are; of each batch the rows of ``share``, if it has any."""
+        rank, of = share
+        cut = [batch[rank::of] for batch in _cut(torch.arange(len(self)), batch_size) if rank < len(batch)]
+        return self._labelled(cut, torch.device(device), None)
 
     def tensors(self) -> Batch:
         """All images and labels at once on the CPU; meant for subsets (float32 takes 4 bytes a value)."""
@@ -84,10 +100,13 @@ class Split(ABC):
         return torch.cat(images), self.labels
 
     def _labelled(self, batches: list[Tensor], device: torch.device, moves: Tensor | None) -> Iterator[Batch]:
-        for positions, images in zip(batches, self.pixels(batches, device), strict=True):
+        labels = self.labels.to(device)
+        if moves is not None:
+            moves = moves.to(device)
+        for positions, images in zip(placed(batches, device), self.pixels(batches, device), strict=True):
             if moves is not None:
-                images = self.augmentation.apply(images, moves[positions].to(device))
-            yield images.to(torch.float32).div_(255), self.labels[positions].to(device)
+                images = self.augmentation.apply(images, moves[positions])
+            yield images.to(torch.float32).div_(255), labels[positions]
 
 
 def train_steps(samples: int, batch_size: int) -> int:
@@ -95,6 +114,16 @@ def train_steps(samples: int, batch_size: int) -> int:
     _check(batch_size)
     whole, rest = divmod(samples, batch_size)
     return whole + (rest > 1)
+
+
+def placed(batches: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Positions of each batch on ``device``, all moved there at once.
+
+    A copy per batch would wait for whatever the device still has to do for the batch before.
+    """
+    if device.type == "cpu" or not batches:
+        return batches
+    return torch.split(torch.cat([*batches]).to(device), [len(batch) for batch in batches])
 
 
 def _cut(order: Tensor, batch_size: int) -> list[Tensor]:

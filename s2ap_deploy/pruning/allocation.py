@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from s2ap_deploy.pruning.budgets import Shapes, affordable, apportion
 from s2ap_deploy.pruning.masks import top_k
 
 Importance = Mapping[str, Tensor]
+Counts = Mapping[str, int | Tensor]
 COMPRESSION_WEIGHT = 0.01
 _NEAR_ONE = 0.99
 
@@ -20,8 +21,8 @@ _NEAR_ONE = 0.99
 class Allocation(Protocol):
     """Decides the integer count per layer; some have parameters that learn along with the scores."""
 
-    def counts(self, importance: Importance) -> dict[str, int]:
-        """Units that each layer keeps, given their importance."""
+    def counts(self, importance: Importance) -> Counts:
+        """Units that each layer keeps, given their importance; tensors where a device decides on them."""
         ...
 
     def parameters(self) -> list[Tensor]:
@@ -47,13 +48,18 @@ class Allocation(Protocol):
         ...
 
 
+def numbers(counts: Tensor) -> Sequence[int | Tensor]:
+    """Integers [layers] one by one; as tensors where reading them would wait for the device."""
+    return counts.tolist() if counts.device.type == "cpu" else counts.unbind()
+
+
 class Fixed:
     """The same integer counts throughout."""
 
     def __init__(self, keep: Mapping[str, int]) -> None:
         self.keep = dict(keep)
 
-    def counts(self, importance: Importance) -> dict[str, int]:
+    def counts(self, importance: Importance) -> Counts:
         return self.keep
 
     def parameters(self) -> list[Tensor]:
@@ -87,15 +93,15 @@ class Global(Fixed):
         self.total = affordable(sizes, sparsity, least)
         self.least = dict(least)
 
-    def counts(self, importance: Importance) -> dict[str, int]:
+    def counts(self, importance: Importance) -> Counts:
         secured = []
         for name, values in importance.items():
             flat = values.flatten()
             secured.append(flat.masked_fill(top_k(flat, self.least[name]), torch.inf))
         chosen = top_k(torch.cat(secured), self.total)
         parts = torch.split(chosen, [values.numel() for values in secured])
-        sums = torch.stack([part.sum() for part in parts]).tolist()
-        return dict(zip(importance, map(int, sums), strict=True))
+        sums = torch.stack([part.sum() for part in parts])
+        return dict(zip(importance, numbers(sums), strict=True))
 
 
 class Quotas(Fixed):
@@ -135,20 +141,21 @@ class Quotas(Fixed):
         share = (torch.tensor(begin, device=device) - self.smallest) / (1 - self.smallest)
         # Clipped above 0, where the published code clips at -0.99 and gets NaN.
         self.r = share.clamp(1 - _NEAR_ONE, _NEAR_ONE).logit()
+        # On the device from the start: a copy at every step would wait for it.
+        self.most = torch.tensor(list(self.sizes.values()), device=device)
+        self.fewest = torch.tensor([least[name] for name in self.sizes], device=device)
 
     def fractions(self) -> Tensor:
         """k_l, one per layer: a tensor [layers] that depends on r."""
         return self.smallest + (1 - self.smallest) * self.r.sigmoid()
 
-    def counts(self, importance: Importance) -> dict[str, int]:
-        return {
-            name: min(max(round(fraction * size), self.least[name]), size)
-            for (name, size), fraction in zip(self.sizes.items(), self.fractions().tolist(), strict=True)
-        }
+    def counts(self, importance: Importance) -> Counts:
+        ideal = (self.fractions().double() * self.most).round().long()
+        return dict(zip(self.sizes, numbers(ideal.maximum(self.fewest).minimum(self.most)), strict=True))
 
     def excess(self, fractions: Tensor) -> Tensor:
         """max(0, rate / a_t - 1), HARP's compression loss for weights."""
-        sizes = torch.tensor(list(self.sizes.values()), dtype=fractions.dtype, device=fractions.device)
+        sizes = self.most.to(fractions.dtype)
         return ((sizes @ fractions) / sizes.sum() / self.target - 1).relu()
 
     def parameters(self) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.coupling import Coupling, Slice
-from s2ap_deploy.pruning.allocation import Allocation, Fixed, Quotas
+from s2ap_deploy.pruning.allocation import Allocation, Counts, Fixed, Quotas
 from s2ap_deploy.pruning.budgets import Shapes, total_kept
 from s2ap_deploy.pruning.masks import top_k
 
@@ -45,12 +45,21 @@ class Channels:
             for touched in group.readers:
                 self.readers.setdefault(touched.parameter, []).append((group.name, touched))
         self.parameters = tuple(self.readers)
+        self.placed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def index(self, touched: Slice, device: torch.device) -> Tensor:
+        """``touched.index`` on ``device``, moved there once: a copy at every step would wait for it."""
+        found = self.placed.get(id(touched.index))
+        # An identity may have been another tensor's before this object was copied to another process.
+        if found is None or found[0] is not touched.index or found[1].device != device:
+            found = self.placed[id(touched.index)] = (touched.index, touched.index.to(device))
+        return found[1]
 
     def pool(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """L1 norm of the columns that read each channel."""
         return self.gather({name: weight.abs().float() for name, weight in weights.items()})
 
-    def select(self, importance: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    def select(self, importance: Mapping[str, Tensor], counts: Counts) -> dict[str, Tensor]:
         return {name: top_k(values, counts[name]) for name, values in importance.items()}
 
     def spread(self, selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -61,7 +70,7 @@ class Channels:
         for name, slices in self.readers.items():
             columns = products[name].transpose(0, 1).flatten(1).sum(1)
             for group, touched in slices:
-                part = columns[touched.index.to(columns.device)].sum(1)
+                part = columns[self.index(touched, columns.device)].sum(1)
                 sums[group] = sums[group] + part if group in sums else part
         return {name: sums[name] for name in self.groups}
 
@@ -87,7 +96,7 @@ class Channels:
         device = next(iter(selection.values())).device
         stays = torch.ones(shape[dim], dtype=torch.bool, device=device)
         for group, touched in slices:
-            index = touched.index.to(device)
+            index = self.index(touched, device)
             stays[index] = selection[group].unsqueeze(1).expand_as(index)
         return stays.view([-1 if axis == dim else 1 for axis in range(len(shape))])
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from s2ap_deploy.errors import UsageError
+from s2ap_deploy.pruning.allocation import Counts
 from s2ap_deploy.pruning.budgets import Shapes
 from s2ap_deploy.pruning.masks import top_k
 
@@ -28,7 +29,7 @@ class Granularity(Protocol):
         """Signed magnitude of every unit: the start of scores."""
         ...
 
-    def select(self, importance: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    def select(self, importance: Mapping[str, Tensor], counts: Counts) -> dict[str, Tensor]:
         """Bool tensors of the shape of ``importance``: the units that stay."""
         ...
 
@@ -54,7 +55,7 @@ class Weights:
     def pool(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: weights[name].float() for name in self.parameters}
 
-    def select(self, importance: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    def select(self, importance: Mapping[str, Tensor], counts: Counts) -> dict[str, Tensor]:
         return {name: top_k(values, counts[name]) for name, values in importance.items()}
 
     def spread(self, selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -78,7 +79,7 @@ class NOfM(Weights):
         super().__init__(names)
         self.n, self.m = n, m
 
-    def select(self, importance: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    def select(self, importance: Mapping[str, Tensor], counts: Counts) -> dict[str, Tensor]:
         return {name: self.best(values) for name, values in importance.items()}
 
     def best(self, values: Tensor) -> Tensor:

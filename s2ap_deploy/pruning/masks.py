@@ -10,19 +10,25 @@ from torch import Tensor
 Masks = Mapping[str, Tensor]
 
 
-def top_k(importance: Tensor, k: int) -> Tensor:
+def top_k(importance: Tensor, k: int | Tensor) -> Tensor:
     """A bool mask of the shape of ``importance`` with exactly ``k`` ones, on its largest values.
 
     Equal to a stable descending sort cut after ``k`` (ties go to the lower flat index, so the mask does
-    not depend on the device), but found by selection, which costs a fraction of the sort.
+    not depend on the device). On a CPU it is found by selection, which costs a fraction of the sort; another
+    device sorts fast and must not be waited for, so there ``k`` may be an integer tensor on it, in 0..n.
     """
     flat = importance.detach().flatten()
     n = flat.numel()
-    if not 0 <= k <= n:
+    if isinstance(k, Tensor):
+        threshold = flat.sort(descending=True).values.gather(0, (k - 1).clamp(min=0).view(1))
+    elif not 0 <= k <= n:
         raise ValueError(f"k must lie in 0..{n}, not {k}")
-    if k == 0 or k == n:
+    elif k == 0 or k == n:
         return torch.full_like(importance, k == n, dtype=torch.bool)
-    threshold = flat.kthvalue(n - k + 1).values
+    elif flat.device.type == "cpu":
+        threshold = flat.kthvalue(n - k + 1).values
+    else:
+        threshold = flat.sort(descending=True).values[k - 1]
     above = flat > threshold
     tied = flat == threshold
     room = k - above.sum()

@@ -16,12 +16,15 @@ from s2ap_deploy.pruning.masks import departed, replaced
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
 from s2ap_deploy.pruning.stability import hamming
+from s2ap_deploy.ranks.group import ALONE, Ranks
 from s2ap_deploy.recorder import Recorder, Snapshots
 from s2ap_deploy.robust.adversary import Adversary
-from s2ap_deploy.robust.batchnorm import frozen_statistics, recalibrate
+from s2ap_deploy.robust.batchnorm import frozen_statistics, recalibrate, shared_statistics
 from s2ap_deploy.robust.evaluation import pgd_accuracy
 from s2ap_deploy.robust.objective import Objective
+from s2ap_deploy.robust.precision import FLOAT32, Precision
 from s2ap_deploy.robust.schedule import Epoch, cosine, validation_sample
+from s2ap_deploy.robust.sharing import Part, Share, Total, mean_loss, shares
 from s2ap_deploy.robust.training import strip
 from s2ap_deploy.runtime import derive_seed, generator
 
@@ -68,18 +71,24 @@ def search(
     snapshots: Snapshots,
     recorder: Recorder,
     diagnose: Diagnose | None = None,
+    precision: Precision = FLOAT32,
+    accumulate: int = 1,
+    ranks: Ranks = ALONE,
 ) -> SearchResult:
     """Learn scores by robust training under M(s), with S2AP's perturbation if asked.
 
     The network ends up wearing the final mask, which meets its budget exactly, with BatchNorm measured
-    under it. ``diagnose`` adds figures to the row of each epoch, whose number it is told. Raises
+    under it. ``diagnose`` adds figures to the row of each epoch, whose number it is told; it and the last
+    measurement of BatchNorm compute in plain float32 whatever the ``precision`` of the steps. ``batch_size``
+    is that of all ``ranks`` together; each works through its rows of it in ``accumulate`` pieces. Raises
     ``InputError`` when S2AP was asked for and never moved a score, or when the loss stops being finite.
     """
     check_perturbation(perturbation, epochs)
     network = scored.network
     # No weight decay: it would pull scores towards the mask's threshold, and quotas towards a half.
     optimizer = torch.optim.SGD(scored.parameters(), lr=learning_rate, momentum=momentum)
-    adversary = Adversary(objective)
+    adversary = Adversary(objective, ranks)
+    computing = precision.apply(network, recorder.warn)
     history, perturbed_steps = resume(scored, optimizer, adversary, snapshots)
     sample = validation_sample(validation, seed)
     steps = train_steps(len(train), batch_size)
@@ -94,46 +103,47 @@ def search(
         flips: list[Tensor] = []
         moves: list[Tensor] = []
         network.train()
-        for step, (images, labels) in enumerate(
-            train.train_batches(batch_size, seed=seed, epoch=epoch, augment=True, device=device)
-        ):
+        batches = shares(
+            train, batch_size, ranks=ranks, seed=seed, epoch=epoch, device=device, accumulate=accumulate
+        )
+        for step, (images, labels, share) in enumerate(batches):
             cosine(optimizer, learning_rate, epoch + step / steps, epochs)
             noise = generator(seed, "search", epoch, step, device=device)
             for _ in range(adversary.replays):
-                selection = scored.select()
-                scored.wear(selection)
-                adversarial = adversary.attack(network, images, labels, noise)
-                loss, _ = objective.robust_loss(network, images, adversarial, labels)
-                gradients = scored.gradients(loss)
-                adversary.follow()
-                if ascending and perturbation is not None:
-                    # g above is the ascent direction at s; the descent uses the gradient at s + z, on the
-                    # same adversarial images, and is applied to s.
-                    ball = ScorePerturbation(scored.scores, perturbation.gamma)
-                    moves.append(ball.perturb(gradients))
-                    shifted = scored.select()
-                    scored.wear(shifted)
-                    same = adversarial.detach()
-                    with frozen_statistics(network):
-                        loss_at_top, _ = objective.robust_loss(network, images, same, labels)
-                        gradients = scored.gradients(loss_at_top)
-                    ball.restore()
-                    flips.append(departed(selection, shifted) / units(selection))
-                scored.assign(gradients)
-                optimizer.step()
-                scored.orient()
-                losses.append(loss.detach())
+                ball = ScorePerturbation(scored.scores, perturbation.gamma) if perturbation else None
+                with computing:
+                    moved = update(
+                        scored,
+                        optimizer,
+                        adversary,
+                        images,
+                        labels,
+                        noise,
+                        ball if ascending else None,
+                        share,
+                    )
+                losses.append(moved.loss)
+                if moved.flip_rate is not None and moved.perturbed is not None:
+                    flips.append(moved.flip_rate)
+                    moves.append(moved.perturbed)
             recorder.advance()
 
         scored.allocation.end_epoch()
         selection = scored.select()
         scored.wear(selection)
-        accuracy = pgd_accuracy(
-            network, sample, threat=objective.threat, steps=10, seed=derive_seed(seed, "val"), device=device
-        )
+        with computing:
+            accuracy = pgd_accuracy(
+                network,
+                sample,
+                threat=objective.threat,
+                steps=10,
+                seed=derive_seed(seed, "val"),
+                device=device,
+                ranks=ranks,
+            )
         row = Epoch(
             epoch=epoch + 1,
-            loss=float(torch.stack(losses).mean()),
+            loss=mean_loss(losses, ranks),
             clean_accuracy=accuracy.clean_accuracy,
             robust_accuracy=accuracy.robust_accuracy,
             replaced=replaced(previous, selection),
@@ -158,8 +168,75 @@ def search(
     learned = int(units(scored.select()))
     masks = scored.finish()
     warn_of_quotas(learned, int(units(scored.select())), recorder)
-    recalibrate(network, calibration(network, train, objective, batch_size, seed, device))
+    with shared_statistics(network, ranks):
+        recalibrate(network, calibration(network, train, objective, batch_size, seed, device, ranks))
     return SearchResult(scored.scores, masks, history, perturbed_steps)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step did, in tensors of no dimension that stay on their device: reading one waits for it.
+
+    ``flip_rate`` is the share of kept units that leaves under S2AP, ``perturbed`` whether a score moved; both
+    are None where S2AP is off.
+    """
+
+    loss: Tensor
+    flip_rate: Tensor | None = None
+    perturbed: Tensor | None = None
+
+
+def update(
+    scored: ScoredNetwork,
+    optimizer: torch.optim.Optimizer,
+    adversary: Adversary,
+    images: Tensor,
+    labels: Tensor,
+    noise: torch.Generator,
+    ball: ScorePerturbation | None,
+    share: Share | None = None,
+) -> Update:
+    """One step on a batch [B, C, H, W]; with ``ball``, one of S2AP. Nothing in it waits for the device.
+
+    ``share`` says of which batch these are this rank's rows, and in how many pieces they are worked through
+    (None: the whole batch at once). Scores move by the gradient of the whole batch's mean.
+    """
+    network, ranks = scored.network, adversary.ranks
+    selection = scored.select()
+    scored.wear(selection)
+    resting, attacked = Total(ranks), []
+    for part in (share or Share(len(images))).parts(images, labels):
+        adversarial = adversary.attack(network, part.images, part.labels, part.stream(noise), part)
+        with shared_statistics(network, ranks):
+            loss = contribution(adversary.objective, network, part, adversarial)
+            resting.add(loss, scored.gradients(loss))
+        adversary.follow()
+        attacked.append((part, adversarial.detach()))
+    gradients = resting.summed()
+    flip_rate = perturbed = None
+    if ball is not None:
+        # g above, of all ranks, is the ascent direction at s; the descent uses the gradient at s + z, on
+        # the same adversarial images, and is applied to s.
+        perturbed = ball.perturb(gradients)
+        shifted = scored.select()
+        scored.wear(shifted)
+        top = Total(ranks)
+        with frozen_statistics(network), shared_statistics(network, ranks):
+            for part, same in attacked:
+                loss_at_top = contribution(adversary.objective, network, part, same)
+                top.add(loss_at_top, scored.gradients(loss_at_top))
+        gradients = top.summed()
+        ball.restore()
+        flip_rate = departed(selection, shifted) / units(selection)
+    scored.assign(gradients)
+    optimizer.step()
+    scored.orient()
+    return Update(resting.loss, flip_rate, perturbed)
+
+
+def contribution(objective: Objective, network: nn.Module, part: Part, adversarial: Tensor) -> Tensor:
+    """What a part adds to the robust loss of its batch."""
+    return part.scaled(objective.robust_loss(network, part.images, adversarial, part.labels)[0])
 
 
 def choose_once(
@@ -222,19 +299,27 @@ def check_perturbation(perturbation: Perturbation | None, epochs: int) -> None:
 
 
 def calibration(
-    network: nn.Module, train: Split, objective: Objective, batch_size: int, seed: int, device: torch.device
+    network: nn.Module,
+    train: Split,
+    objective: Objective,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Tensor]:
     """Batches as training saw them: the clean image and its adversarial twin, in turn.
 
     The attack runs on a copy, which keeps the statistics that are being measured anew.
     """
     target = copy.deepcopy(network)
-    batches = train.train_batches(batch_size, seed=seed, epoch=-1, augment=True, device=device)
-    for step, (images, labels) in enumerate(batches):
+    batches = shares(train, batch_size, ranks=ranks, seed=seed, epoch=-1, device=device)
+    for step, (images, labels, share) in enumerate(batches):
         if step == RECALIBRATION_BATCHES // 2:
             return
+        (part,) = share.parts(images, labels)
         yield images
-        yield objective.attack(target, images, labels, generator(seed, "calibrate", step, device=device))
+        noise = generator(seed, "calibrate", step, device=device)
+        yield objective.attack(target, images, labels, part.stream(noise))
 
 
 def save(

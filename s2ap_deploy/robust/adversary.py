@@ -12,31 +12,42 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from s2ap_deploy.ranks.group import ALONE, Ranks
 from s2ap_deploy.robust.attack import ascend, confine, require_trainable
 from s2ap_deploy.robust.objective import Objective
+from s2ap_deploy.robust.sharing import Part
 
 
 class Adversary:
     """Used ``replays`` times per batch: :meth:`attack`, the caller's backward pass, :meth:`follow`.
 
     ``perturbation`` of free training is [B, C, H, W] in the threat model's ball around 0, None before the
-    first batch. It depends on every batch before it, so it belongs into the stage's snapshot.
-    Raises UsageError for an L1 threat model.
+    first batch. It depends on every batch before it, so it belongs into the stage's snapshot. Each of
+    ``ranks`` holds its own rows. Raises UsageError for an L1 threat model.
     """
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, ranks: Ranks = ALONE) -> None:
         require_trainable(objective.threat)
         self.objective = objective
+        self.ranks = ranks
         self.perturbation: Tensor | None = None
-        self.awaited: Tensor | None = None
+        self.awaited: tuple[Part, Tensor] | None = None
 
     @property
     def replays(self) -> int:
         """How often each batch is trained on; more than once under ``free`` only."""
         return self.objective.replays if self.objective.loss == "free" else 1
 
-    def attack(self, network: nn.Module, images: Tensor, labels: Tensor, noise: torch.Generator) -> Tensor:
-        """Adversarial images for a batch [B, C, H, W]. Those of ``free`` carry requires_grad.
+    def attack(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        noise: torch.Generator,
+        part: Part | None = None,
+    ) -> Tensor:
+        """Adversarial images for a batch [B, C, H, W], or for ``part`` of one. Those of ``free`` carry
+        requires_grad.
 
         A second pass over the same images, such as S2AP's, detaches them: the perturbation follows the
         gradient at the weights or scores at rest.
@@ -45,10 +56,19 @@ class Adversary:
             return self.objective.attack(network, images, labels, noise)
         if self.awaited is not None:
             raise RuntimeError("follow() must come between two batches of free adversarial training")
-        self.perturbation = fitted(self.perturbation, images)
-        moved = (images + self.perturbation[: len(images)]).clamp_(0.0, 1.0)
-        self.awaited = moved.requires_grad_(True)
+        part = part or Part(images, labels, len(images))
+        moved = images.clone() if part.stands_in else images + self.rows(part)
+        moved.clamp_(0.0, 1.0).requires_grad_(True)
+        self.awaited = part, moved
         return moved
+
+    def rows(self, part: Part) -> Tensor:
+        """The perturbation of the part's rows, as a view; rows that are new start at 0."""
+        stride = part.of // self.ranks.size
+        first = part.index // self.ranks.size
+        needed = first + stride * (len(part.images) - 1) + 1
+        self.perturbation = fitted(self.perturbation, part.images, needed)
+        return self.perturbation[first:needed:stride]
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -58,28 +78,39 @@ class Adversary:
         """
         if self.awaited is None:
             return
-        gradient, self.awaited = self.awaited.grad, None
-        if gradient is None or self.perturbation is None:
+        (part, images), self.awaited = self.awaited, None
+        if images.grad is None:
             raise RuntimeError("no backward pass reached the images of free adversarial training")
-        moving = self.perturbation[: len(gradient)]
+        if part.stands_in:
+            return
+        moving = self.rows(part)
         # The loss is a mean over the batch; as a sum, no image's gradient depends on the batch's size.
-        ahead = ascend(moving, gradient * len(gradient), self.objective.step, self.objective.threat)
+        ahead = ascend(moving, images.grad * part.n, self.objective.step, self.objective.threat)
         moving.copy_(confine(ahead, self.objective.threat))
 
     def state(self) -> dict[str, Tensor]:
-        """What the next batch depends on, for a snapshot between batches."""
-        return {} if self.perturbation is None else {"perturbation": self.perturbation}
+        """What the next batch depends on, for a snapshot between batches; the same on every rank."""
+        if self.perturbation is None:
+            return {}
+        if self.ranks.size == 1:
+            return {"perturbation": self.perturbation}
+        # Ranks differ by a row at most. Row r of rank k is row r * size + k of the batch.
+        longest = int(self.ranks.gather(torch.tensor(len(self.perturbation))).max())
+        own = fitted(self.perturbation, self.perturbation[:1], longest)
+        return {"perturbation": self.ranks.gather(own).transpose(0, 1).flatten(0, 1)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put :meth:`state` back."""
         kept = state.get("perturbation")
-        self.perturbation = None if kept is None else kept.clone()
+        self.perturbation = None if kept is None else kept[self.ranks.rank :: self.ranks.size].clone()
 
 
-def fitted(perturbation: Tensor | None, images: Tensor) -> Tensor:
-    """``perturbation`` with a row for every image at least; rows that are new start at 0."""
+def fitted(perturbation: Tensor | None, like: Tensor, rows: int) -> Tensor:
+    """``perturbation`` with ``rows`` rows at least, on the device of ``like``; new ones are 0."""
     if perturbation is None:
-        return torch.zeros_like(images)
-    missing = len(images) - len(perturbation)
-    perturbation = perturbation.to(images)
-    return torch.cat([perturbation, torch.zeros_like(images[:missing])]) if missing > 0 else perturbation
+        return like.new_zeros((rows, *like.shape[1:]))
+    perturbation = perturbation.to(like)
+    missing = rows - len(perturbation)
+    return (
+        torch.cat([perturbation, like.new_zeros((missing, *like.shape[1:]))]) if missing > 0 else perturbation
+    )

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import UsageError
+from s2ap_deploy.robust.compilation import compiled
+from s2ap_deploy.robust.folding import folded
 from s2ap_deploy.robust.image_layer import ImageConv2d, reads_image
+from s2ap_deploy.robust.sharing import rand
 from s2ap_deploy.spec import ThreatModel
 
 InputLoss = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def attacked(network: nn.Module) -> Iterator[nn.Module]:
+def attacked(network: nn.Module, images: Tensor | None = None) -> Iterator[nn.Module]:
     """The network as an attacker sees it: eval mode, and no gradient for any parameter.
 
     Freezing the parameters keeps their gradients out of every backward pass of the attack, and eval
     mode keeps the attack's forward passes out of the BatchNorm statistics. On a CPU the layers that read
-    the image compute their input's gradient in a cheaper way. All is put back.
+    the image compute their input's gradient in a cheaper way. With ``images`` [B, C, H, W], of which the
+    network may see the first, BatchNorm is folded away: the same function up to rounding. All is put back.
     """
     modes = [(module, module.training) for module in network.modules()]
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -33,8 +37,10 @@ def attacked(network: nn.Module) -> Iterator[nn.Module]:
         parameter.requires_grad_(False)
     for layer in readers:
         layer.__class__ = ImageConv2d
+    cheaper = folded(network, images) if images is not None and not compiled(network) else nullcontext()
     try:
-        yield network
+        with cheaper:
+            yield network
     finally:
         for layer in readers:
             layer.__class__ = nn.Conv2d
@@ -83,10 +89,10 @@ def lengths(images: Tensor) -> Tensor:
 
 def random_start(images: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
     """A uniform point of the L∞ ball, or a uniform direction and radius for L2, cut to [0, 1]."""
-    noise = torch.rand(images.shape, generator=generator, device=images.device) * 2 - 1
+    noise = rand(images.shape, generator, images.device) * 2 - 1
     if threat.norm == "Linf":
         return (images + noise * threat.radius).clamp_(0.0, 1.0)
-    share = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
+    share = rand((len(images), 1, 1, 1), generator, images.device)
     return (images + noise / lengths(noise) * share * threat.radius).clamp_(0.0, 1.0)
 
 
@@ -108,7 +114,7 @@ def pgd(
     """
     require_trainable(threat)
     adversarial = start.detach().clone()
-    with attacked(network):
+    with attacked(network, images):
         for _ in range(steps):
             adversarial.requires_grad_(True)
             (gradient,) = torch.autograd.grad(loss(network(adversarial)), adversarial)

@@ -1,13 +1,23 @@
-"""BatchNorm statistics: kept still through extra passes, measured anew under a final mask."""
+"""BatchNorm statistics: of the whole batch over all ranks, kept still through extra passes, measured anew.
+
+torch's SyncBatchNorm refuses the CPU, and takes its counts on trust; :func:`shared_statistics` works
+wherever the ranks can talk.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+from s2ap_deploy.ranks.group import Ranks
+
+_SHAREABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def layers(network: nn.Module) -> list[BatchNorm]:
@@ -56,3 +66,122 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> int:
         for module, was in training:
             module.training = was
     return count
+
+
+@contextmanager
+def shared_statistics(network: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Training passes inside normalise by the batch over all ranks, and its statistics are what is kept.
+
+    Every rank makes the same passes in the same order. Layers of torch's three BatchNorm classes take part;
+    a layer of any other class goes on normalising by the rows of its own rank.
+    """
+    taking_part = [m for m in network.modules() if type(m) in _SHAREABLE] if ranks.size > 1 else []
+    originals: list[type[nn.Module]] = [type(layer) for layer in taking_part]
+    for layer in taking_part:
+        layer.__class__ = _sharing(type(layer), ranks)
+    try:
+        yield
+    finally:
+        for layer, original in zip(taking_part, originals, strict=True):
+            layer.__class__ = original
+
+
+def _sharing(kind: type[nn.Module], ranks: Ranks) -> type[nn.Module]:
+    """``kind`` with statistics over ``ranks``. A class of its own: a copied layer keeps it, and no state."""
+    return type(f"Shared{kind.__name__}", (_Shared, kind), {"ranks": ranks})
+
+
+class _Shared(BatchNorm):
+    """What a BatchNorm layer does differently in company: its training pass."""
+
+    ranks: Ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        mean, variance, count = batch_statistics(x, self.ranks)
+        if count < 2:
+            raise ValueError(f"BatchNorm has no variance in a batch of shape {list(x.shape)}")
+        if self.track_running_stats and self.running_mean is not None:
+            self._keep(mean, variance * (count / (count - 1)))
+        out: Tensor = _Normalise.apply(x, mean, variance, self.weight, self.bias, self.eps, count, self.ranks)
+        return out
+
+    @torch.no_grad()
+    def _keep(self, mean: Tensor, unbiased: Tensor) -> None:
+        """Move the running statistics, as torch's own layer does."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+@torch.no_grad()
+def batch_statistics(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, int]:
+    """Mean and biased variance [C] of ``x`` [b, C, ...] over the rows of all ranks, and the count of values.
+
+    The ranks' own means and variances are merged (Chan, Golub and LeVeque, 1979), rather than sums of
+    squares, which cancel. Rows of a rank that is not ``present`` do not count. Never below float32.
+    """
+    values = x if x.dtype == torch.float64 else x.float()
+    others = [dim for dim in range(x.dim()) if dim != 1]
+    variance, mean = torch.var_mean(values, dim=others, correction=0)
+    here = x.numel() // x.shape[1] if ranks.present else 0
+    found = ranks.gather(torch.cat([mean, variance, mean.new_tensor([here])]))
+    means, variances = found[:, : len(mean)], found[:, len(mean) : -1]
+    weights = found[:, -1:]
+    count = weights.sum()
+    if count == 0:
+        return mean, variance, 0
+    merged = (weights * means).sum(dim=0) / count
+    spread = (weights * (variances + (means - merged) ** 2)).sum(dim=0) / count
+    return merged, spread, int(count)
+
+
+class _Normalise(torch.autograd.Function):
+    """y = (x - mean) / sqrt(variance + eps) * weight + bias, where mean and variance depend on all ranks' x.
+
+    Backward (Ioffe and Szegedy, 2015, section 3, gathered): with x̂ the normalised x and N the count,
+    dx = weight / sqrt(variance + eps) (dy - sum(dy) / N - x̂ sum(dy x̂) / N), both sums over all ranks.
+    The gradients of weight and bias are of the rank's own rows: the loop sums those over ranks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        count: int,
+        ranks: Ranks,
+    ) -> Tensor:
+        scale = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(x, mean, scale, weight)
+        ctx.count, ctx.ranks, ctx.counts = count, ranks, ranks.present
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, scale, weight = ctx.saved_tensors
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        others = [dim for dim in range(x.dim()) if dim != 1]
+        dy = gradients[0].to(mean.dtype)
+        normalised = (x.to(mean.dtype) - mean.view(shape)) * scale.view(shape)
+        of_bias = dy.sum(dim=others)
+        of_weight = (dy * normalised).sum(dim=others)
+        both = torch.stack([of_bias, of_weight])
+        ctx.ranks.sum_([both])
+        centre, slope = (both / ctx.count).view(2, *shape)
+        if not ctx.counts:  # rows that stand in have moved no statistics
+            centre, slope = torch.zeros_like(centre), torch.zeros_like(slope)
+        factor = scale if weight is None else scale * weight.to(mean.dtype)
+        dx = (dy - centre - normalised * slope) * factor.view(shape)
+        learned = (None, None) if weight is None else (of_weight.to(weight.dtype), of_bias.to(weight.dtype))
+        return (dx.to(x.dtype), None, None, *learned, None, None, None)

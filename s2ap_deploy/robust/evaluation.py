@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from s2ap_deploy.data.splits import Split
+from s2ap_deploy.ranks.group import ALONE, Ranks
 from s2ap_deploy.robust.attack import attacked, pgd, random_start
+from s2ap_deploy.robust.sharing import part_stream
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
 
@@ -48,18 +50,24 @@ def pgd_accuracy(
     seed: int,
     device: torch.device,
     batch_size: int = 500,
+    ranks: Ranks = ALONE,
 ) -> Accuracy:
     """Accuracy of ``network`` on ``split``, clean and under PGD with ``steps`` steps from a random start.
 
-    ``step_size`` is in units of the input and defaults to a quarter of eps.
+    ``step_size`` is in units of the input and defaults to a quarter of eps. Each of ``ranks`` takes its rows
+    of every batch, and all return the same counts.
     """
     step = threat.radius / 4 if step_size is None else step_size
     n = clean = robust = 0
     with attacked(network):
-        for batch, (images, labels) in enumerate(split.batches(batch_size, device)):
+        shared = split.batches(batch_size, device, (ranks.rank, ranks.size))
+        for batch, (images, labels) in enumerate(shared):
+            whole = min(batch_size, len(split) - batch * batch_size)
+            noise = generator(seed, "evaluate", batch, device=device)
+            noise = part_stream(noise, n=whole, index=ranks.rank, of=ranks.size)
             with torch.no_grad():
                 right = network(images).argmax(dim=1) == labels
-            start = random_start(images, threat, generator(seed, "evaluate", batch, device=device))
+            start = random_start(images, threat, noise)
             # What is wrong already needs no attack; what is right is attacked from the same start as ever.
             images, start, wanted = images[right], start[right], labels[right]
             n, clean = n + len(labels), clean + int(right.sum())
@@ -71,4 +79,8 @@ def pgd_accuracy(
                 )
                 with torch.no_grad():
                     robust += int((network(moved).argmax(dim=1) == wanted[part]).sum())
-    return Accuracy(n=n, clean=clean, robust=robust)
+    if ranks.size == 1:
+        return Accuracy(n=n, clean=clean, robust=robust)
+    counts = torch.tensor([n, clean, robust], device=device)
+    ranks.sum_([counts])
+    return Accuracy(*counts.tolist())

@@ -28,7 +28,8 @@ class ImageConv2d(nn.Conv2d):
         return twin
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and input.requires_grad):
+        plain = not (torch.is_grad_enabled() and input.requires_grad)
+        if plain or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         values: Tensor = _ImageConvolution.apply(input, self.weight, self.bias, self.stride, self.padding)
         return values

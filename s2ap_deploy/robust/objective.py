@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
-from typing import Literal
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import UsageError
+from s2ap_deploy.recipe.methods import OWN_LOSSES
+from s2ap_deploy.robust import installed
 from s2ap_deploy.robust.attack import attacked, pgd, random_start
 from s2ap_deploy.robust.losses import divergence, mart, trades
+from s2ap_deploy.robust.sharing import randn
 from s2ap_deploy.spec import ThreatModel
-
-LossName = Literal["at", "trades", "mart", "fast", "free"]
 
 PGD_STEPS = 10
 BETA = {"trades": 6.0, "mart": 5.0}
@@ -29,7 +30,8 @@ class Objective:
     ``at``: PGD adversarial training (Madry et al., 2018). ``trades``: Zhang et al. (2019). ``mart``:
     Wang et al. (2020), on the examples of ``at``. ``fast``: one step from a uniform start (Wong et al.,
     2020). ``free``: the perturbation follows the gradient of training itself (Shafahi et al., 2019), which
-    takes an ``Adversary`` and ``replays`` updates per batch; other losses ignore ``replays``.
+    takes an ``Adversary`` and ``replays`` updates per batch; other losses ignore ``replays``. Any other name
+    is that of a plug-in (see ``robust.installed``), on the examples of ``at``.
 
     ``attack_steps`` is None for 10; ``fast`` and ``free`` have no such number and refuse one.
     ``step_size`` is the exact text of the attack's step in units of the input, or None for the loss's own:
@@ -38,7 +40,7 @@ class Objective:
     """
 
     threat: ThreatModel
-    loss: LossName = "at"
+    loss: str = "at"
     attack_steps: int | None = None
     step_size: str | None = None
     beta: float | None = None
@@ -52,6 +54,12 @@ class Objective:
             )
         if self.replays < 1:
             raise UsageError(f"replays must be at least 1, not {self.replays}")
+        _ = self.plugin  # a name that nobody has is told here, not in the first step
+
+    @cached_property
+    def plugin(self) -> installed.Installed | None:
+        """The loss of a plug-in, or None for one of ours. Raises UsageError when there is none."""
+        return None if self.loss in OWN_LOSSES else installed.find(self.loss)
 
     @property
     def step(self) -> float:
@@ -74,12 +82,16 @@ class Objective:
     @property
     def compares(self) -> bool:
         """Whether the loss looks at the clean images beside the adversarial ones."""
+        if self.plugin is not None:
+            return self.plugin.loss.compares
         return self.loss in ("trades", "mart")
 
     @property
     def trade_off(self) -> float:
         """The weight of the divergence: ``beta``, or the published one of this loss."""
-        return BETA.get(self.loss, 0.0) if self.beta is None else self.beta
+        if self.beta is not None:
+            return self.beta
+        return BETA.get(self.loss, 0.0) if self.plugin is None else self.plugin.loss.beta
 
     def attack(
         self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
@@ -90,16 +102,18 @@ class Objective:
         has no attack that stands by itself: outside a loop (BatchNorm is measured on what this returns)
         it is what its perturbation does to one batch while the network rests, without a random start.
         """
-        loss = partial(F.cross_entropy, target=labels, reduction="sum")
+        loss: Callable[[Tensor], Tensor] = partial(F.cross_entropy, target=labels, reduction="sum")
+        if self.plugin is not None:
+            loss = self.plugin.ascent(labels)
         if self.loss == "free":
             start = images
         elif self.loss != "trades":
             start = random_start(images, self.threat, generator)
         else:
             # TRADES starts a hair away from the image: at the image itself its loss has gradient 0.
-            noise = torch.randn(images.shape, generator=generator, device=images.device)
+            noise = randn(images.shape, generator, images.device)
             start = (images + 0.001 * noise).clamp_(0.0, 1.0)
-            with torch.no_grad(), attacked(network):
+            with torch.no_grad(), attacked(network, images):
                 clean = network(images).softmax(dim=1)
             loss = partial(divergence, clean, reduction="sum")
         return pgd(
@@ -128,7 +142,10 @@ class Objective:
         """The batch mean of the loss for logits [B, K]; ``clean`` may be None where nothing is compared.
 
         ``at``, ``fast``, ``free``: cross-entropy on the adversarial images (Madry et al., 2018, eq. 2.1).
+        Raises PluginError where a plug-in's loss fails.
         """
+        if self.plugin is not None:
+            return self.plugin.value(clean, adversarial, labels, self.trade_off)
         if not self.compares:
             return F.cross_entropy(adversarial, labels)
         assert clean is not None

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from s2ap_deploy.data.splits import Split, train_steps
+from s2ap_deploy.ranks.group import ALONE, Ranks
 from s2ap_deploy.recorder import Recorder, Snapshots
 from s2ap_deploy.robust.adversary import Adversary
 from s2ap_deploy.robust.awp import WeightPerturbation, check_weight_perturbation
-from s2ap_deploy.robust.batchnorm import frozen_statistics
+from s2ap_deploy.robust.batchnorm import frozen_statistics, shared_statistics
 from s2ap_deploy.robust.distillation import Teacher
 from s2ap_deploy.robust.evaluation import pgd_accuracy
 from s2ap_deploy.robust.objective import Objective
+from s2ap_deploy.robust.precision import FLOAT32, Precision
 from s2ap_deploy.robust.schedule import Epoch, cosine, validation_sample
+from s2ap_deploy.robust.sharing import Part, Total, mean_loss, shares
 from s2ap_deploy.runtime import derive_seed, generator
 
 
@@ -49,6 +52,9 @@ def train(
     awp_gamma: float = 0.0,
     awp_warmup_epochs: int = 0,
     teacher: Teacher | None = None,
+    precision: Precision = FLOAT32,
+    accumulate: int = 1,
+    ranks: Ranks = ALONE,
 ) -> TrainingResult:
     """Minimise the robust loss over the weights; with ``masks`` no pruned weight ever moves off zero.
 
@@ -56,17 +62,20 @@ def train(
     was most robust on the validation images, the later one where two are equal. ``stage`` names the
     random streams and the progress. After ``awp_warmup_epochs`` weights are perturbed adversarially within
     ``awp_gamma`` of their norm (0: never); ``teacher`` is the network to distil from. An epoch of free
-    adversarial training is ``replays`` updates per batch. Raises ``InputError`` when the loss stops being
-    finite, ``UsageError`` when AWP was asked for and would never act.
+    adversarial training is ``replays`` updates per batch. ``precision`` is that of the steps. ``batch_size``
+    is that of all ``ranks`` together, of which each works through its rows in ``accumulate`` pieces. Raises
+    ``InputError`` when the loss stops being finite, ``UsageError`` when AWP was asked for and would never
+    act.
     """
     check_weight_perturbation(awp_gamma, awp_warmup_epochs, epochs)
-    for parameter in network.parameters():
+    for parameter in precision.arrange(network).parameters():
         parameter.requires_grad_(True)
     parameters = dict(network.named_parameters())
     masks = {name: mask.to(device) for name, mask in (masks or {}).items()}
     pruned = [(parameters[name], mask) for name, mask in masks.items()]
-    adversary = Adversary(objective)
+    adversary = Adversary(objective, ranks)
     ball = WeightPerturbation(network, awp_gamma, masks)
+    computing = precision.apply(network, recorder.warn)
     optimizer = torch.optim.SGD(
         network.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay
     )
@@ -82,38 +91,57 @@ def train(
         ascending = awp_gamma > 0 and epoch >= awp_warmup_epochs
         losses: list[Tensor] = []
         network.train()
-        for step, (images, labels) in enumerate(
-            train.train_batches(batch_size, seed=seed, epoch=epoch, augment=True, device=device)
-        ):
+        batches = shares(
+            train, batch_size, ranks=ranks, seed=seed, epoch=epoch, device=device, accumulate=accumulate
+        )
+        for step, (images, labels, share) in enumerate(batches):
             cosine(optimizer, learning_rate, epoch + step / steps, epochs)
             noise = generator(seed, stage, epoch, step, device=device)
             for _ in range(adversary.replays):
-                adversarial = adversary.attack(network, images, labels, noise)
-                loss = training_loss(objective, teacher, network, images, adversarial, labels)
-                optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                adversary.follow()
-                if ascending:
-                    # The gradient above is the ascent direction at w; the descent uses the gradient at
-                    # w + v, on the same adversarial images, and is applied to w.
-                    ball.perturb()
-                    same = adversarial.detach()
-                    with frozen_statistics(network):
-                        loss_at_top = training_loss(objective, teacher, network, images, same, labels)
+                with computing:
                     optimizer.zero_grad()
-                    torch.autograd.backward(loss_at_top)
-                    ball.restore()
-                optimizer.step()
-                enforce(pruned)
-                losses.append(loss.detach())
+                    resting, attacked = Total(ranks), []
+                    for part in share.parts(images, labels):
+                        adversarial = adversary.attack(
+                            network, part.images, part.labels, part.stream(noise), part
+                        )
+                        with shared_statistics(network, ranks):
+                            loss = training_loss(objective, teacher, network, part, adversarial)
+                            torch.autograd.backward(loss)
+                        resting.add(loss)
+                        adversary.follow()
+                        attacked.append((part, adversarial.detach()))
+                    sum_gradients(network, ranks)
+                    if ascending:
+                        # The gradient above, of all ranks, is the ascent direction at w; the descent uses the
+                        # gradient at w + v, on the same adversarial images, and is applied to w.
+                        ball.perturb()
+                        optimizer.zero_grad()
+                        with frozen_statistics(network), shared_statistics(network, ranks):
+                            for part, same in attacked:
+                                torch.autograd.backward(
+                                    training_loss(objective, teacher, network, part, same)
+                                )
+                        sum_gradients(network, ranks)
+                        ball.restore()
+                    optimizer.step()
+                    enforce(pruned)
+                losses.append(resting.loss)
             recorder.advance()
 
-        accuracy = pgd_accuracy(
-            network, sample, threat=objective.threat, steps=10, seed=derive_seed(seed, "val"), device=device
-        )
+        with computing:
+            accuracy = pgd_accuracy(
+                network,
+                sample,
+                threat=objective.threat,
+                steps=10,
+                seed=derive_seed(seed, "val"),
+                device=device,
+                ranks=ranks,
+            )
         row = Epoch(
             epoch=epoch + 1,
-            loss=float(torch.stack(losses).mean()),
+            loss=mean_loss(losses, ranks),
             clean_accuracy=accuracy.clean_accuracy,
             robust_accuracy=accuracy.robust_accuracy,
             seconds=time.monotonic() - started,
@@ -134,14 +162,19 @@ def training_loss(
     objective: Objective,
     teacher: Teacher | None,
     network: nn.Module,
-    images: Tensor,
+    part: Part,
     adversarial: Tensor,
-    labels: Tensor,
 ) -> Tensor:
-    """The robust loss, mixed with the teacher's where there is one that has a say; a batch mean."""
+    """What a part adds to the robust loss of its batch, mixed with the teacher's if that has a say."""
+    images, labels = part.images, part.labels
     if teacher is None or teacher.weight == 0:
-        return objective.robust_loss(network, images, adversarial, labels)[0]
-    return teacher.loss(objective, network, images, adversarial, labels)
+        return part.scaled(objective.robust_loss(network, images, adversarial, labels)[0])
+    return part.scaled(teacher.loss(objective, network, images, adversarial, labels))
+
+
+def sum_gradients(network: nn.Module, ranks: Ranks) -> None:
+    """The gradients of the whole batch, on every rank."""
+    ranks.sum_([parameter.grad for parameter in network.parameters() if parameter.grad is not None])
 
 
 @torch.no_grad()

@@ -151,3 +151,16 @@ def test_order_follows_the_documented_stream() -> None:
     order = torch.randperm(len(split), generator=stream)
     batches = split.train_batches(len(split), seed=9, epoch=4, augment=False, device="cpu")
     assert torch.equal(next(batches)[1], split.labels[order])
+
+
+def test_shares_of_the_ranks_are_the_batches() -> None:
+    split = numbered(23)
+    whole = list(split.batches(5, "cpu"))
+    for of in (2, 4):
+        for rank in range(of):
+            mine = list(split.batches(5, "cpu", (rank, of)))
+            expected = [batch for batch in whole if len(batch[1]) > rank]
+            assert len(mine) == len(expected)
+            for (images, labels), (all_images, all_labels) in zip(mine, expected, strict=True):
+                assert torch.equal(labels, all_labels[rank::of])
+                assert torch.equal(images, all_images[rank::of])

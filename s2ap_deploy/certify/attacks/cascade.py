@@ -27,7 +27,7 @@ from s2ap_deploy.certify.attacks.outcome import AttackOutcome
 from s2ap_deploy.certify.attacks.reliability import reliability_flags
 from s2ap_deploy.certify.crew.executors import Attackers, Executor
 from s2ap_deploy.certify.crew.record import Record, binding
-from s2ap_deploy.certify.crew.workers import executor_for
+from s2ap_deploy.certify.crew.workers import Workforce, executor_for
 from s2ap_deploy.certify.gate.decision import Progress
 from s2ap_deploy.errors import DataError, RunFolderError, UsageError
 from s2ap_deploy.recorder import Recorder, Silent
@@ -138,7 +138,7 @@ def attack(
     threat: ThreatModel,
     seed: int,
     device: torch.device,
-    workers: int | None = None,
+    workers: Workforce = None,
     block_size: int | None = None,
     record: Path | None = None,
     header: Mapping[str, Any] | None = None,
@@ -195,7 +195,7 @@ def attack(
 def run(
     cascades: Sequence[Cascade],
     *,
-    workers: int | None = None,
+    workers: Workforce = None,
     deadline: float | None = None,
     decided: Callable[[], bool] | None = None,
     recorder: Recorder | None = None,
@@ -207,7 +207,7 @@ def run(
     other, since only finished samples can show a pass. What each unit finds does not depend on the order.
     Units in flight when it is decided are dropped. Raises UsageError for no workers.
     """
-    if workers is not None and workers < 1:
+    if isinstance(workers, int) and workers < 1:
         raise UsageError("the number of workers must be at least 1")
     recorder = recorder or Silent()
     waiting = sum(len(cascade.ledger.ready) for cascade in cascades)

@@ -12,7 +12,7 @@ from s2ap_deploy.certify.attacks import attacks, protocols
 from s2ap_deploy.certify.attacks.judge import Judge, exact_arithmetic
 from s2ap_deploy.certify.attacks.ledger import default_block_size
 from s2ap_deploy.certify.attacks.protocols import Step, Version
-from s2ap_deploy.certify.crew.workers import count
+from s2ap_deploy.certify.crew.workers import Workforce, count
 from s2ap_deploy.spec import ThreatModel
 
 _ITERATIONS = 3  # of each attack, to be timed
@@ -55,7 +55,7 @@ def expected_cost(
     threat: ThreatModel,
     device: torch.device,
     block_size: int | None = None,
-    workers: int | None = None,
+    workers: Workforce = None,
     version: Version = "standard",
 ) -> ExpectedCost:
     """Time a few steps of each attack on one block of ``images`` [n, C, H, W] and scale them up.

@@ -16,28 +16,39 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
+from s2ap_deploy.certify.crew.across import AcrossRanks
 from s2ap_deploy.certify.crew.executors import Crew, Executor, InProcess
 from s2ap_deploy.certify.crew.messages import CannotShip, Failure, Shipment, read, write
 from s2ap_deploy.errors import InconclusiveError
+from s2ap_deploy.ranks.company import Company
 from s2ap_deploy.recorder import Recorder
 
 if TYPE_CHECKING:
     from s2ap_deploy.certify.attacks.attacker import Unit, UnitResult
 
 
-def count(requested: int | None, units: int) -> int:
+Workforce = int | Company | None
+"""Processes of this machine (None: one per core), or the ranks of a company."""
+
+
+def count(requested: Workforce, units: int) -> int:
     """How many processes serve on a CPU: as requested (None: one per core), and no more than have work."""
+    if isinstance(requested, Company):
+        requested = requested.size
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(requested or cores, units))
 
 
 def executor_for(
-    attacker: Crew, workers: int | None, units: int, recorder: Recorder, stack: ExitStack
+    attacker: Crew, workers: Workforce, units: int, recorder: Recorder, stack: ExitStack
 ) -> Executor:
-    """Processes where they help: on a CPU with more than one core and more than one unit to begin with.
+    """All ranks of a company. Else processes where they help: on a CPU with more than one core and more than
+    one unit to begin with.
 
     A network that cannot be sent is attacked in this process, and ``recorder`` is told why.
     """
+    if isinstance(workers, Company):
+        return stack.enter_context(AcrossRanks(attacker, workers))
     processes = count(workers, units) if attacker.device.type == "cpu" else 1
     if processes > 1:
         try:

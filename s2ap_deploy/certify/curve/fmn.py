@@ -23,7 +23,7 @@ from s2ap_deploy.certify.attacks.judge import Judge, checked, distances, exact_a
 from s2ap_deploy.certify.attacks.ledger import default_block_size
 from s2ap_deploy.certify.attacks.reliability import reliability_flags
 from s2ap_deploy.certify.crew.record import Record, binding
-from s2ap_deploy.certify.crew.workers import executor_for
+from s2ap_deploy.certify.crew.workers import Workforce, executor_for
 from s2ap_deploy.certify.curve.descent import Descent, FmnLoss, FmnNorm, others
 from s2ap_deploy.errors import DataError, OutOfTimeError, UsageError
 from s2ap_deploy.recorder import Recorder, Silent
@@ -83,7 +83,7 @@ def attack(
     step: float = STEP,
     tuning: Tuning | None = None,
     block_size: int | None = None,
-    workers: int | None = 1,
+    workers: Workforce = 1,
     record: Path | None = None,
     deadline: float | None = None,
     recorder: Recorder | None = None,
@@ -112,7 +112,7 @@ def attack(
         loss, step = tuning.loss, tuning.step
     size = default_block_size(images) if block_size is None else block_size
     _check_numbers(threat_norm, steps, targets, loss, step, size)
-    if workers is not None and workers < 1:
+    if isinstance(workers, int) and workers < 1:
         raise UsageError("the number of workers must be at least 1")
     judge = Judge(network, device)
     with exact_arithmetic(device):
@@ -193,7 +193,7 @@ def _run(
     units: Sequence[Unit],
     seeker: Seeker,
     journal: Record | None,
-    workers: int | None,
+    workers: Workforce,
     deadline: float | None,
     recorder: Recorder,
 ) -> list[UnitResult]:

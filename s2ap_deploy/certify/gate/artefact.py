@@ -69,7 +69,7 @@ def _coverage(fact: ArtefactFact, certificate: Certificate) -> Check:
         return Check(name=name, status="pass", words=f"{name} is the attacked file")
     if fact.quantised:
         words = (
-            f"{name} holds int8 values, and points that were made for another network overstate it: "
+            f"{name} holds rounded values, and points that were made for another network overstate it: "
             f"certify the file itself with s2ap-deploy certify --run RUN --artifact {fact.path}"
         )
         return Check(name=name, status="inconclusive", words=words)

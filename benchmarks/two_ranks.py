@@ -1,0 +1,175 @@
+"""Two gloo ranks against one process at the same global batch: one step, whole runs, and their time.
+
+    python benchmarks/two_ranks.py --work work
+
+One step of S2AP on given adversarial images, on the demo's network and on one with BatchNorm: the scores'
+relative distance per layer. Whole runs of ``prune`` on digits: masks and accuracies of two ranks against
+one process, beside what another seed gives. Times are of two processes that share this machine's cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import result
+import torch
+from torch import Tensor, nn
+
+from s2ap_deploy.models.classifier import prunable
+from s2ap_deploy.models.small import digits_conv
+from s2ap_deploy.pruning.allocation import Fixed
+from s2ap_deploy.pruning.budgets import erk
+from s2ap_deploy.pruning.granularity import Weights
+from s2ap_deploy.pruning.scores import ScoredNetwork
+from s2ap_deploy.pruning.search import update
+from s2ap_deploy.pruning.sharpness import ScorePerturbation
+from s2ap_deploy.pruning.tensors import load_tensors
+from s2ap_deploy.ranks import company
+from s2ap_deploy.ranks.group import Ranks
+from s2ap_deploy.robust.adversary import Adversary
+from s2ap_deploy.robust.objective import Objective
+from s2ap_deploy.robust.sharing import Share
+from s2ap_deploy.spec import ThreatModel
+
+BATCH = 64
+SIZE = (1, 8, 8)
+
+
+def normalised(num_classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32 * 16, num_classes),
+    )  # fmt: skip
+
+
+NETWORKS = {"digits-conv": digits_conv, "with BatchNorm": normalised}
+
+
+class Given(Adversary):
+    """An adversary that has its images already, and cuts them to the part."""
+
+    images: Tensor
+
+    def attack(self, network: Any, images: Any, labels: Any, noise: Any, part: Any = None) -> Tensor:
+        return self.images[part.index :: part.of]
+
+
+def one_step(ranks: Ranks, build: Any) -> dict[str, Tensor]:
+    """The scores after one step of S2AP under TRADES on fixed images."""
+    torch.manual_seed(0)
+    network = build(10).train()
+    images, labels = torch.rand(BATCH, *SIZE), torch.randint(0, 10, (BATCH,))
+    names = prunable(network, SIZE)
+    shapes = {name: tuple(network.get_parameter(name).shape) for name in names}
+    scored = ScoredNetwork(network, Weights(names), Fixed(erk(shapes, 0.9)))
+    adversary = Given(Objective(ThreatModel(eps="0.1"), "trades"), ranks)
+    adversary.images = (images + 0.1 * torch.randn(images.shape).sign()).clamp(0, 1)
+    mine = slice(ranks.rank, None, ranks.size)
+    update(
+        scored,
+        torch.optim.SGD(scored.parameters(), lr=0.1, momentum=0.9),
+        adversary,
+        images[mine],
+        labels[mine],
+        torch.Generator().manual_seed(0),
+        ScorePerturbation(scored.scores, 0.01),
+        Share(BATCH, ranks.rank, ranks.size),
+    )
+    return scored.scores
+
+
+def child() -> None:
+    """One of two ranks: rank 0 prints each layer's distance from one process."""
+    ranks = company.join()
+    found: dict[str, dict[str, float]] = {}
+    for name, build in NETWORKS.items():
+        together, alone = one_step(ranks, build), one_step(Ranks(), build)
+        found[name] = {
+            layer: float((together[layer] - alone[layer]).norm() / alone[layer].norm()) for layer in alone
+        }
+    if ranks.first:
+        print(json.dumps(found), flush=True)
+    ranks.leave()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path)
+    parser.add_argument(
+        "--epochs", type=int, default=5, help="of dense training, search and fine-tuning each"
+    )
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--name", default="two-ranks")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.child:
+        child()
+        return
+    if args.work is None:
+        parser.error("--work is missing")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    done = subprocess.run([*torchrun, __file__, "--child"], stdout=subprocess.PIPE, text=True, check=True)
+    step = json.loads(done.stdout.splitlines()[-1])
+    result.write(args.name, {"one_step": {"batch": BATCH, "relative_distance": step}, **whole_runs(args)})
+
+
+def whole_runs(args: argparse.Namespace) -> dict[str, Any]:
+    """``prune`` of one dense network: by one process, by two ranks, by one process with another seed."""
+    dense = ["pretrain", "--data", "digits", "--arch", "digits-conv", "--eps", "0.1", "--loss", "at"]
+    command(args, "dense", [*dense, "--epochs", args.epochs, "--batch-size", 64])
+    model = args.work / "dense" / "pretrain" / "model.safetensors"
+    prune = ["prune", model, "--sparsity", 0.9, "--loss", "at", "--batch-size", 64, "--warmup-epochs", 1]
+    prune += ["--search-epochs", args.epochs, "--finetune-epochs", args.epochs]
+    seconds = {
+        "one": command(args, "one", [*prune, "--seed", 0]),
+        "two": command(args, "two", [*prune, "--seed", 0, "--devices", 2]),
+        "seed": command(args, "seed", [*prune, "--seed", 1]),
+    }
+    masks = {run: load_tensors(args.work / run / "search" / "masks.safetensors") for run in seconds}
+    best = {run: manifest(args.work / run)["finetune"]["results"]["best"] for run in seconds}
+    return {
+        "whole_run": {
+            "epochs": args.epochs,
+            "mask_overlap_two_ranks": overlap(masks["one"], masks["two"]),
+            "mask_overlap_two_seeds": overlap(masks["one"], masks["seed"]),
+            "clean_accuracy": {run: row["clean_accuracy"] for run, row in best.items()},
+            "robust_accuracy": {run: row["robust_accuracy"] for run, row in best.items()},
+            "seconds": {run: round(value, 1) for run, value in seconds.items()},
+        }
+    }
+
+
+def command(args: argparse.Namespace, run: str, arguments: list[Any]) -> float:
+    options = ["--run", args.work / run, "--threads", 1, "--quiet", "--resume"]
+    started = time.monotonic()
+    subprocess.run(
+        [sys.executable, "-m", "s2ap_deploy", *map(str, [*arguments, *options])],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return time.monotonic() - started
+
+
+def manifest(run: Path) -> dict[str, Any]:
+    stages: dict[str, Any] = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["stages"]
+    return stages
+
+
+def overlap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The share of kept weights that both keep: |A and B| / |A or B| over all layers."""
+    both = sum(int((one[name].bool() & other[name].bool()).sum()) for name in one)
+    either = sum(int((one[name].bool() | other[name].bool()).sum()) for name in one)
+    return round(both / either, 5)
+
+
+if __name__ == "__main__":
+    main()
