@@ -3,39 +3,120 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import click
 
 from s2ap_deploy.cli import options
 
 
-@click.command()
-@click.argument("name", required=False)
+class Recipes(click.Group):
+    """A group that also takes a recipe's name in the place of ``show NAME``."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["show", *args]
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Recipes, invoke_without_command=True)
 @options.json_option
-def command(name: str | None, as_json: bool) -> None:
+@click.pass_context
+def command(context: click.Context, /, as_json: bool) -> None:
     """List the shipped recipes, or show one.
 
-    NAME may also be a file, which is then checked.
+    A name in the place of a command shows that recipe; it may also be a file, which is then checked.
 
     \b
     s2ap-deploy recipes
     s2ap-deploy recipes demo > my-recipe.yaml
+    s2ap-deploy recipes show demo --resolved --set prune.sparsity=0.95
+    s2ap-deploy recipes schema > recipe.schema.json
     """
+    if context.invoked_subcommand is None:
+        list_recipes(as_json)
+    elif as_json:
+        raise click.UsageError(f"--json comes after {context.invoked_subcommand}", context)
+
+
+@command.command("list")
+@options.json_option
+def listing(as_json: bool) -> None:
+    """List the shipped recipes by their data.
+
+    \b
+    s2ap-deploy recipes list
+    """
+    list_recipes(as_json)
+
+
+@command.command("show")
+@click.argument("name")
+@click.option("--resolved", is_flag=True, help="Every value, and where it comes from.")
+@options.set_option
+@options.json_option
+def show(name: str, resolved: bool, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show a recipe after checking it.
+
+    NAME is a shipped name or a YAML file. Without --resolved or --set it is shown as it was written.
+
+    \b
+    s2ap-deploy recipes show demo
+    s2ap-deploy recipes show my-recipe.yaml --resolved
+    """
+    from s2ap_deploy.recipe import catalogue, writing
+
+    recipe, document = catalogue.resolved(name, overrides=overrides)
+    sources = writing.provenance(recipe, document)
+    if as_json and resolved:
+        named = {".".join(map(str, key)): source for key, source in sources.items()}
+        told = {"recipe": recipe.model_dump(mode="json"), "sources": named}
+        click.echo(json.dumps(told, sort_keys=True))
+    elif as_json:
+        click.echo(recipe.model_dump_json())
+    elif resolved or overrides:
+        click.echo(writing.annotated(recipe.model_dump(mode="json"), sources if resolved else {}), nl=False)
+    else:
+        click.echo(catalogue.path_of(name).read_text(encoding="utf-8"), nl=False)
+
+
+@command.command("schema")
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors.
+
+    \b
+    s2ap-deploy recipes schema > recipe.schema.json
+    """
+    from s2ap_deploy.recipe.editors import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2, sort_keys=True))
+
+
+def list_recipes(as_json: bool) -> None:
+    """Names with descriptions, grouped by data; one object of all of them with ``as_json``."""
     from s2ap_deploy.recipe import catalogue
 
-    if name is not None:
-        resolved = catalogue.load(name)
-        path = catalogue.shipped() / f"{name}.yaml" if name in catalogue.names() else Path(name)
-        if as_json:
-            click.echo(resolved.model_dump_json())
-        else:
-            click.echo(path.read_text(encoding="utf-8"), nl=False)
-        return
-    described = {each: catalogue.load(each).description for each in catalogue.names()}
+    loaded = {name: catalogue.load(name) for name in catalogue.names()}
     if as_json:
-        click.echo(json.dumps(described, sort_keys=True))
-    else:
-        width = max(map(len, described))
-        for each, description in described.items():
-            click.echo(f"{each:<{width}}  {description}")
+        click.echo(json.dumps({name: recipe.description for name, recipe in loaded.items()}, sort_keys=True))
+        return
+    for line in grouped(loaded):
+        click.echo(line)
+
+
+def grouped(loaded: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of the list: a heading per data set in the order of their size, its recipes below."""
+    from s2ap_deploy.recipe.schema import DATA_SETS
+
+    data = {name: recipe.data.name.partition(":")[0] for name, recipe in loaded.items()}
+    order = [each.partition(":")[0] for each in DATA_SETS]
+    width = max(map(len, loaded))
+    for number, heading in enumerate(sorted(set(data.values()), key=order.index)):
+        yield from ([""] if number else [])
+        yield heading
+        for name, recipe in loaded.items():
+            if data[name] == heading:
+                yield f"  {name:<{width}}  {recipe.description}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from s2ap_deploy.errors import RecipeError
-from s2ap_deploy.recipe import yaml_document
+from s2ap_deploy.recipe import extends, yaml_document
 from s2ap_deploy.recipe.diagnosis import did_you_mean, explain
 from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.recipe.yaml_document import Document
@@ -26,14 +26,13 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in shipped().glob("*.yaml")))
 
 
-def load(reference: str, *, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a shipped recipe by name, or any recipe by path (a separator or a suffix makes it a path).
+def path_of(reference: str) -> Path:
+    """The file of a shipped recipe, or of any recipe by path (a separator or a suffix makes it a path).
 
-    ``overrides`` are ``key.path=value`` with the value in YAML, applied in order. Raises RecipeError,
-    which names the file and line or the override, the key, and the nearest valid one.
+    Raises RecipeError where there is none.
     """
     path = Path(reference)
-    if not (path.suffix or "/" in reference or "\\" in reference):
+    if not extends.is_path(reference):
         if reference not in names():
             raise RecipeError(
                 f"no recipe {reference!r} comes with the tool{did_you_mean(reference, names())}",
@@ -44,15 +43,40 @@ def load(reference: str, *, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"there is no recipe at {path}", hint=f"recipes by name: {', '.join(names())}")
     if not path.is_file():
         raise RecipeError(f"{path} is not a file")
-    document = yaml_document.read(path)
-    if not isinstance(document.content, dict):
+    return path
+
+
+def document(reference: str, *, overrides: Sequence[str] = ()) -> Document:
+    """What a recipe and the one it extends say together, with ``overrides`` but not yet validated.
+
+    Raises RecipeError.
+    """
+    path = path_of(reference)
+    own = yaml_document.read(path)
+    if not isinstance(own.content, dict):
         raise RecipeError(f"{path} holds no recipe: it must be a mapping that starts with name:")
+    found = extends.extended(own, path, {name: shipped() / f"{name}.yaml" for name in names()})
     for override in overrides:
-        _override(document, override)
+        _override(found, override)
+    return found
+
+
+def resolved(reference: str, *, overrides: Sequence[str] = ()) -> tuple[Recipe, Document]:
+    """A recipe, and what was written for it, and where; see :func:`load`."""
+    found = document(reference, overrides=overrides)
     try:
-        return Recipe.model_validate(document.content)
+        return Recipe.model_validate(found.content), found
     except ValidationError as error:
-        raise explain(error, Recipe, str(path), document.origins) from None
+        raise explain(error, Recipe, str(path_of(reference)), found.origins) from None
+
+
+def load(reference: str, *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name, or any recipe by path (a separator or a suffix makes it a path).
+
+    ``overrides`` are ``key.path=value`` with the value in YAML, applied in order. Raises RecipeError,
+    which names the file and line or the override, the key, and the nearest valid one.
+    """
+    return resolved(reference, overrides=overrides)[0]
 
 
 def dump(recipe: Recipe) -> str:
@@ -69,4 +93,6 @@ def _override(document: Document, override: str) -> None:
         raise RecipeError(
             f"{option}: write it as key.path=value", hint="for example --set prune.sparsity=0.95"
         )
+    if key[0] == extends.KEY:
+        raise RecipeError(f"{option}: a recipe extends another one in its own file only")
     document.override(key, yaml_document.parse(text, option).content, option)

@@ -89,7 +89,8 @@ def _nearest(key: Key, schema: type[BaseModel]) -> str:
     elsewhere = [path for path in paths if path.rpartition(".")[2] == last]
     if elsewhere:
         return f"; did you mean {' or '.join(elsewhere)}?"
-    return f"; {section or 'a recipe'} has {', '.join(path.rpartition('.')[2] for path in siblings)}"
+    owner = section or f"a {schema.__name__.lower()}"
+    return f"; {owner} has {', '.join(path.rpartition('.')[2] for path in siblings)}"
 
 
 def _paths(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -1,15 +1,22 @@
 """The base methods as data: what each does with weights, scores, budgets and fine-tuning. No torch.
 
 A pruning run is a base method x S2AP on or off x granularity x budget x loss; there is no class per
-combination.
+combination. Installed packages may offer more methods (see ``plugins``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+from s2ap_deploy import plugins
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    Start: TypeAlias = Callable[[Tensor, Generator], Tensor]
 
 MethodName = Literal["hydra", "harp", "rst", "magnitude", "random"]
 BudgetName = Literal["uniform", "erk", "global", "learned", "macs"]
@@ -20,19 +27,30 @@ class Method:
     """One base method.
 
     ``learns``: scores move by robust training, so S2AP can act. ``scores`` they start from: ``scaled``
-    weights (HYDRA), the plain ``weights``, or ``random`` ones. ``untrained``: the weights are drawn anew
-    (robust scratch tickets). ``finetunes``: the kept weights are trained afterwards. ``budgets``: how layers
-    may share what is kept; the first is the default.
+    weights (HYDRA), the plain ``weights``, or ``random`` ones; a plug-in may give a function instead, from
+    one layer's weights (channels: from their norms) and a seeded generator to scores of the same shape, of
+    which the largest by magnitude stay. ``untrained``: the weights are drawn anew (robust scratch tickets).
+    ``finetunes``: the kept weights are trained afterwards. ``budgets``: how layers may share what is kept;
+    the first is the default. Raises ValueError for a method that nothing could run.
     """
 
     learns: bool
-    scores: Literal["scaled", "weights", "random"]
+    scores: Literal["scaled", "weights", "random"] | Start
     budgets: tuple[BudgetName, ...]
     untrained: bool = False
     finetunes: bool = True
 
+    def __post_init__(self) -> None:
+        known = get_args(BudgetName)
+        if not self.budgets or any(budget not in known for budget in self.budgets):
+            raise ValueError(f"budgets must be one or more of {', '.join(known)}, not {self.budgets!r}")
+        if not callable(self.scores) and self.scores not in ("scaled", "weights", "random"):
+            raise ValueError(f"scores must start scaled, weights, random or from a function: {self.scores!r}")
+        if "learned" in self.budgets and not self.learns:
+            raise ValueError("budget learned needs scores that learn")
 
-METHODS: Mapping[MethodName, Method] = {
+
+_OWN: Mapping[MethodName, Method] = {
     # Sehwag et al. (2020), arXiv 2002.10509. Their budget is uniform; docs/results.md says why ours is ERK.
     "hydra": Method(learns=True, scores="scaled", budgets=("erk", "uniform", "global", "macs")),
     # Zhao and Wressnegger (2023), arXiv 2412.14714.
@@ -48,6 +66,38 @@ METHODS: Mapping[MethodName, Method] = {
     "magnitude": Method(learns=False, scores="weights", budgets=("erk", "uniform", "global", "macs")),
     "random": Method(learns=False, scores="random", budgets=("erk", "uniform", "global", "macs")),
 }
+OWN_NAMES: tuple[str, ...] = tuple(_OWN)
+
+
+class _Methods(Mapping[str, Method]):
+    """The tool's own methods, then those of plug-ins, each imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> Method:
+        if name in OWN_NAMES:
+            return _OWN[name]  # type: ignore[index]
+        if plugins.find("methods", name) is None:
+            raise KeyError(name)
+        found: Method = plugins.load("methods", name, Method)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        yield from OWN_NAMES
+        yield from (name for name in plugins.names("methods") if name not in OWN_NAMES)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+METHODS: Mapping[str, Method] = _Methods()
+OWN_LOSSES: tuple[str, ...] = ("at", "trades", "mart", "fast", "free")
+
+
+def origins(*, loss: str, method: str | None = None) -> dict[str, dict[str, str]]:
+    """What a stage records of the plug-ins behind its names; nothing where they are the tool's own."""
+    return plugins.origins(
+        methods=None if method in OWN_NAMES else method, losses=None if loss in OWN_LOSSES else loss
+    )
+
 
 _PATTERN = re.compile(r"([1-9]\d?):([1-9]\d?)")
 

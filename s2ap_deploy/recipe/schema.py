@@ -13,11 +13,20 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, model_validator
 
+from s2ap_deploy import plugins
 from s2ap_deploy.errors import UsageError
+from s2ap_deploy.recipe import target
 from s2ap_deploy.recipe.diagnosis import did_you_mean
-from s2ap_deploy.recipe.methods import METHODS, BudgetName, MethodName, default_method, n_of_m
+from s2ap_deploy.recipe.methods import (
+    METHODS,
+    OWN_LOSSES,
+    OWN_NAMES,
+    BudgetName,
+    default_method,
+    n_of_m,
+)
 from s2ap_deploy.spec import Eps, Frozen, Normalization, ThreatModel
 
 DATA_SETS = ("digits", "mnist", "cifar10", "cifar100", "svhn", "imagefolder:PATH")
@@ -46,6 +55,26 @@ def _granularity(value: str) -> str:
         raise ValueError(f"{value!r} is no granularity: weight, channel, or n:m with n below m, such as 2:4")
     return value
 
+
+def _offered(kind: plugins.Kind, own: tuple[str, ...]) -> AfterValidator:
+    """Lets a name pass that is one of ``own``, or one that a plug-in of that kind registers."""
+
+    def known(value: str) -> str:
+        if value in own or plugins.find(kind, value) is not None:
+            return value
+        names = (*own, *plugins.names(kind))
+        raise ValueError(f"must be {' or '.join(names)}{did_you_mean(value, names)}")
+
+    return AfterValidator(known)
+
+
+def _enumerated(own: tuple[str, ...]) -> WithJsonSchema:
+    """What an editor completes; other names are allowed, since a plug-in may have them."""
+    return WithJsonSchema({"anyOf": [{"enum": list(own)}, {"type": "string"}]})
+
+
+LossName = Annotated[str, _offered("losses", OWN_LOSSES), _enumerated(OWN_LOSSES)]
+MethodName = Annotated[str, _offered("methods", OWN_NAMES), _enumerated(OWN_NAMES)]
 
 # Strict, because a coerced value (true as 1 epoch, "0.9" as a number) hides a slip of the pen.
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -89,10 +118,11 @@ class Objective(Frozen):
     whose own input gradients move the perturbation (Shafahi et al. 2019): give it as many times fewer epochs.
     ``attack_steps`` None is 10; ``fast`` and ``free`` have no such number. ``step_size`` None is a quarter of
     eps, 1.25 eps for ``fast``, eps for ``free``. ``beta`` weighs the divergence of ``trades`` (None: 6) and
-    ``mart`` (None: 5). ``beta`` and ``replays`` mean nothing to the other losses.
+    ``mart`` (None: 5). ``beta`` and ``replays`` mean nothing to the other losses of ours. Any other name is
+    that of a plug-in.
     """
 
-    loss: Literal["at", "trades", "mart", "fast", "free"] = "at"
+    loss: LossName = "at"
     attack_steps: Count | None = None
     step_size: Eps | None = None
     beta: NotNegative | None = None
@@ -309,15 +339,48 @@ class CertifySection(Frozen):
 class ExportSection(Frozen):
     """The ONNX file. ``auto`` chooses the smallest encoding for each tensor.
 
-    ``int8`` quantises weights and activations, with ranges from ``calibration`` training images.
+    ``values`` rounds the stored weights, which are float32 again when anything is computed; ``int8``
+    quantises weights and activations, with ranges from ``calibration`` training images. ``batch`` is the only
+    batch size that the file takes, or ``dynamic``.
     ``compact`` leaves out channels that cannot matter, without changing the outputs.
+    Of a run on channels, ``keep_ratio`` below 1 keeps fewer of them than the run did, chosen by its scores:
+    another network. ``align`` makes widths multiples of that number, ``torch`` also writes the smaller
+    network for PyTorch.
+    ``target`` names what the file is for: it fills in every key that is left out here, and may bring budgets;
+    ``none`` takes it back.
+    ``max_bytes``, ``max_macs`` and ``max_latency_ms`` are budgets too: a file that misses one is not written.
     """
 
     opset: Annotated[int, Field(strict=True, ge=18, le=25)] = 20
-    encoding: Literal["auto", "ef", "dense"] = "auto"
+    encoding: Literal["auto", "ef", "gaps", "mask", "dense", "coo"] = "auto"
+    values: Literal["f32", "f16", "int8"] = "f32"
+    batch: Literal["dynamic"] | Annotated[int, Field(strict=True, ge=1, le=1024)] = "dynamic"
     int8: Annotated[bool, Field(strict=True)] = False
     calibration: Count = 256
     compact: Annotated[bool, Field(strict=True)] = True
+    keep_ratio: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
+    align: Annotated[int, Field(strict=True, ge=1, le=1024)] = 1
+    torch: Annotated[bool, Field(strict=True)] = False
+    target: Annotated[str, Field(min_length=1)] | None = None
+    max_bytes: Count | None = None
+    max_macs: Count | None = None
+    max_latency_ms: Positive | None = None
+
+    @field_validator("target")
+    @classmethod
+    def _taken_back(cls, value: str | None) -> str | None:
+        return None if value == target.NONE else value
+
+    @property
+    def reselects(self) -> bool:
+        """Whether fewer channels than the run's are kept. A ratio of 1 takes back what a recipe says."""
+        return self.keep_ratio is not None and self.keep_ratio < 1
+
+    @model_validator(mode="after")
+    def _smaller_layers_are_compact(self) -> ExportSection:
+        if not self.compact and (self.reselects or self.align > 1 or self.torch):
+            raise ValueError("keep_ratio, align and torch make layers smaller, which compact: false forbids")
+        return self
 
 
 class GateSection(Frozen):
@@ -360,6 +423,20 @@ class Recipe(Frozen):
     certify: CertifySection = CertifySection()
     export: ExportSection = ExportSection()
     gate: GateSection | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_its_target_says(cls, content: Any) -> Any:
+        """Write the target's settings down, so that a run folder's recipe says what was exported."""
+        section = content.get("export") if isinstance(content, Mapping) else None
+        if not isinstance(section, Mapping) or section.get("target") in (None, target.NONE):
+            return content
+        if not isinstance(section["target"], str) or ExportSection.model_fields.keys() <= section.keys():
+            return content
+        prune = content.get("prune")
+        unit = prune.get("granularity", "weight") if isinstance(prune, Mapping) else None
+        wanted = target.find(section["target"]).target
+        return {**content, "export": target.fill(section, wanted, ExportSection.model_fields, unit)}
 
 
 PRESETS: Mapping[str, Mapping[str, int | None]] = {

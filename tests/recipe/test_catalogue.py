@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from s2ap_deploy.errors import RecipeError, UsageError
 from s2ap_deploy.recipe import catalogue, schema
+from s2ap_deploy.recipe.methods import METHODS
 from s2ap_deploy.recipe.schema import Recipe
 
 MINIMAL = """\
@@ -54,17 +55,39 @@ def test_the_recipes_that_the_issue_names_are_shipped() -> None:
     )
 
 
+CONTROLS = {"cifar10-resnet18-random-90", "cifar10-resnet18-rst-90"}  # nobody releases them
+
+
 @pytest.mark.parametrize("name", catalogue.names())
 def test_every_shipped_recipe_is_valid_and_can_give_a_verdict(name: str) -> None:
     shipped = catalogue.load(name)
     assert shipped.name == name
     assert shipped.description
     assert shipped.prune is not None
-    assert shipped.prune.s2ap
-    assert shipped.gate is not None
+    assert shipped.prune.perturbs == METHODS[shipped.prune.method].learns
+    assert (shipped.gate is None) == (name in CONTROLS)
     assert shipped.pretrain is not None
     text = (catalogue.shipped() / f"{name}.yaml").read_text()
+    assert text.startswith("# ")
     assert f"s2ap-deploy run {name}" in text
+
+
+def test_descriptions_tell_the_recipes_apart() -> None:
+    described = [catalogue.load(name).description for name in catalogue.names()]
+    assert len(set(described)) == len(described)
+    assert max(map(len, described)) <= 100
+
+
+def test_there_is_a_recipe_for_every_data_set_method_granularity_and_for_int8() -> None:
+    loaded = [catalogue.load(name) for name in catalogue.names()]
+    assert {recipe.data.name.partition(":")[0] for recipe in loaded} == {
+        each.partition(":")[0] for each in schema.DATA_SETS
+    }
+    sections = [recipe.prune for recipe in loaded if recipe.prune is not None]
+    assert {section.method for section in sections} == set(METHODS)
+    assert {section.granularity for section in sections} >= {"weight", "channel", "2:4"}
+    assert any(recipe.export.int8 for recipe in loaded)
+    assert not catalogue.load("ci-gate").certify.full
 
 
 @pytest.mark.parametrize("name", catalogue.names())

@@ -1,0 +1,104 @@
+"""What a person sees of a sweep, and of work that has not begun."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from s2ap_deploy.cli import tables
+from s2ap_deploy.reporting import sweep
+
+if TYPE_CHECKING:
+    from s2ap_deploy.pipeline.rehearsal import Outlook, SweepOutlook
+    from s2ap_deploy.pipeline.sweep_figures import SweepReport
+
+STATES = {"done": "green", "to do": "", "to continue": "yellow", "to repeat": "yellow", "refused": "red"}
+STATEMENT = (
+    "times are estimates from a few steps of each kind on this machine, as busy as it is; attacks count "
+    "as if every image withstood them"
+)
+
+
+def show_sweep(report: SweepReport) -> None:
+    """The Adversarial Pruning Benchmark's table, and what it does not show."""
+    console = tables._console()
+    table = Table(
+        title=Text(sweep.title(report)),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for number, name in enumerate(sweep.COLUMNS):
+        table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
+    for group in report.groups:
+        table.add_row(*map(Text, sweep.cells(group)))
+    console.print(table)
+    for note in sweep.notes(report):
+        console.print(Text(note, style="dim"))
+
+
+def show_outlook(outlook: SweepOutlook) -> None:
+    """What a sweep would do, a line per combination."""
+    console = tables._console()
+    table = Table(
+        title=Text(f"sweep in {outlook.run}"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for name, justify in (
+        ("", "left"),
+        ("done", "left"),
+        ("to do", "left"),
+        ("time", "right"),
+        ("bytes", "right"),
+    ):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for each in (*outlook.shared, *outlook.combinations):
+        done = [stage.name for stage in each.stages if stage.state == "done"]
+        due = [stage.name for stage in each.stages if stage.state != "done"]
+        size = f"{each.bytes:,}" if each.bytes is not None else ""
+        table.add_row(Text(each.name), ", ".join(done), ", ".join(due), f"~ {span(each.seconds)}", size)
+    console.print(table)
+    for name, reason in outlook.skipped.items():
+        console.print(Text(f"{name} is impossible and skipped: {reason}", style="yellow"))
+    for note in dict.fromkeys(
+        note for each in (*outlook.shared, *outlook.combinations) for note in each.notes
+    ):
+        console.print(Text(f"note: {note}"))
+    console.print(f"about {span(outlook.seconds)} in all")
+    console.print(Text(f"{STATEMENT}; nothing was written", style="dim"))
+
+
+def show_run(outlook: Outlook) -> None:
+    """What a run would do, a line per stage."""
+    console = tables._console()
+    table = Table(
+        title=Text(f"{outlook.name} in {outlook.run}"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for name, justify in (("stage", "left"), ("", "left"), ("what", "left"), ("time", "right")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for stage in outlook.stages:
+        words = "" if stage.seconds is None else f"{'<' if stage.at_most else '~'} {span(stage.seconds)}"
+        table.add_row(stage.name, Text(stage.state, style=STATES[stage.state]), Text(stage.words), words)
+    console.print(table)
+    if outlook.bytes is not None and outlook.dense_bytes is not None:
+        console.print(
+            f"exported file: about {outlook.bytes:,} bytes, predicted from shapes "
+            f"({outlook.dense_bytes:,} dense)"
+        )
+    for note in outlook.notes:
+        console.print(Text(f"note: {note}"))
+    console.print(f"about {span(outlook.seconds)} in all")
+    console.print(Text(f"{STATEMENT}; nothing was written", style="dim"))
+
+
+def span(seconds: float) -> str:
+    """A duration as people say it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

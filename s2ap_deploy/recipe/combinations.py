@@ -1,0 +1,127 @@
+"""All combinations of a sweep: which recipe each one runs, and which cannot be run at all. No torch."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from s2ap_deploy.errors import RecipeError, UsageError
+from s2ap_deploy.recipe.diagnosis import explain
+from s2ap_deploy.recipe.methods import METHODS, n_of_m
+from s2ap_deploy.recipe.schema import Recipe
+from s2ap_deploy.recipe.yaml_document import Document, Key
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What varies. An empty axis leaves the recipe's own value; ``seeds`` count up from the recipe's."""
+
+    sparsity: Sequence[float] = ()
+    method: Sequence[str] = ()
+    s2ap: Sequence[bool] = ()
+    granularity: Sequence[str] = ()
+    budget: Sequence[str] = ()
+    seeds: int = 1
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One point of a sweep. Without a ``recipe`` it is impossible, and ``reason`` says why.
+
+    ``values`` are the axes that vary, as JSON values; ``name`` is also that of its run folder.
+    """
+
+    name: str
+    values: Mapping[str, Any] = field(hash=False)
+    seed: int
+    recipe: Recipe | None = field(default=None, hash=False)
+    reason: str | None = None
+
+
+def combinations(document: Document, axes: Axes) -> tuple[Combination, ...]:
+    """Every combination, seeds innermost, in the order in which the axes list their values.
+
+    ``document`` is what a recipe says before it is validated. Raises RecipeError for one that is wrong by
+    itself, UsageError for an axis that no recipe has or a sweep of nothing.
+    """
+    _check(document, axes)
+    values = {
+        name: tuple(dict.fromkeys(getattr(axes, name)))
+        for name in ("granularity", "method", "budget", "s2ap", "sparsity")
+        if getattr(axes, name)
+    }
+    first = document.content.get("seed", 0)
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise RecipeError(f"seed: must be a whole number (here: {first!r})")
+    found = []
+    for point in itertools.product(*values.values()):
+        for seed in range(first, first + axes.seeds):
+            found.append(_combination(document, dict(zip(values, point, strict=True)), seed))
+    return tuple(found)
+
+
+def _check(document: Document, axes: Axes) -> None:
+    if axes.seeds < 1:
+        raise UsageError(f"a sweep has at least one seed, not {axes.seeds}")
+    if not isinstance(document.content.get("prune"), dict):
+        raise UsageError(
+            f"recipe {document.content.get('name')!r} has no prune section, so there is nothing to vary",
+            hint="add --set prune.sparsity=0.9, or choose a recipe that prunes",
+        )
+
+
+def _combination(document: Document, values: Mapping[str, Any], seed: int) -> Combination:
+    content = copy.deepcopy(document.content)
+    prune = content["prune"] | dict(values)
+    if "sparsity" in values:
+        prune["keep_ratio"] = None  # the other way to say how much goes
+    content |= {"prune": prune, "seed": seed}
+    # Figures are for people to compare: an attack that stops at a gate's verdict has none.
+    content["certify"] = {**(content.get("certify") or {}), "full": True}
+    name = "-".join([*_words(prune, values), f"seed-{seed}"])
+    content["name"] = f"{content.get('name')}/{name}"
+    try:
+        return Combination(name, values, seed, Recipe.model_validate(content))
+    except ValidationError as error:
+        _refuse_slips(document, values, error)
+        reason = "; ".join(explain(error, Recipe, name, {}).message.removeprefix(f"{name}: ").splitlines())
+        return Combination(
+            name, values, seed, reason=reason.replace(f"{name}: ", "") + _advice(values, prune)
+        )
+
+
+def _refuse_slips(document: Document, values: Mapping[str, Any], error: ValidationError) -> None:
+    """What is wrong outside the prune section, or with one key in it, is a slip and no odd combination."""
+    if any(detail["loc"] != ("prune",) for detail in error.errors()):
+        asked: dict[Key, str] = {("prune", name): f"--{name} {value}" for name, value in values.items()}
+        raise explain(error, Recipe, str(document.content.get("name")), {**document.origins, **asked})
+
+
+def _advice(values: Mapping[str, Any], prune: Mapping[str, Any]) -> str:
+    """What to type where the recipe, not the request, stands in the way."""
+    method, budget = prune.get("method"), prune.get("budget")
+    if "budget" in values or budget is None:
+        return ""
+    other = n_of_m(str(prune.get("granularity"))) is not None
+    if other or (isinstance(method, str) and method in METHODS and budget not in METHODS[method].budgets):
+        return " (--set prune.budget=null gives each method its own)"
+    return ""
+
+
+def _words(prune: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    """What tells one combination from the others, fit for the name of a folder."""
+    if "granularity" in values:
+        yield str(values["granularity"]).replace(":", "of")
+    if "method" in values:
+        yield str(values["method"])
+    if "budget" in values:
+        yield str(values["budget"])
+    if "s2ap" in values:
+        yield "s2ap" if values["s2ap"] else "plain"
+    if "sparsity" in values:
+        yield repr(float(values["sparsity"]))

@@ -1,0 +1,31 @@
+"""The schema of recipes for editors, which then complete keys and mark slips while one types. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from s2ap_deploy.recipe.extends import KEY, OWN
+from s2ap_deploy.recipe.schema import Recipe
+
+_RADIUS = [{"type": "string"}, {"type": "number", "exclusiveMinimum": 0}]
+_ABSENT: dict[str, list[dict[str, Any]]] = {"eps": [], "step_size": [{"type": "null"}]}
+_RADII = (("ThreatModel", "eps"), ("Objective", "step_size"))  # 0.1 is as good as "0.1"
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe file.
+
+    What a recipe ``extends`` may bring any section along, so that only the name is required then.
+    """
+    schema = Recipe.model_json_schema()
+    required = schema.pop("required", [])
+    described = "A shipped recipe's name, or a path beside this file: what is left out here comes from there."
+    schema["properties"] = {KEY: {"type": "string", "description": described}, **schema["properties"]}
+    for where, key in _RADII:
+        schema["$defs"][where]["properties"][key] |= {"anyOf": [*_RADIUS, *_ABSENT[key]]}
+        schema["$defs"][where]["properties"][key].pop("type", None)
+    own = [key for key in required if key in OWN]
+    schema["if"] = {"required": [KEY]}
+    schema["then"] = {"required": own}
+    schema["else"] = {"required": required}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

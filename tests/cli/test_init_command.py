@@ -1,0 +1,170 @@
+"""``init``: a recipe that ``run`` takes as it is, guesses that are named, one blank at most."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from s2ap_deploy.models import checkpoint, registry
+from s2ap_deploy.recipe import catalogue
+
+QUIET = ["--threads", 1, "--workers", 1, "--quiet"]
+
+
+def foreign(path: Path, arch: str, classes: int | None = None) -> Path:
+    torch.manual_seed(0)
+    torch.save({"state_dict": registry.build(arch, classes).state_dict()}, path)
+    return path
+
+
+def test_a_checkpoint_of_ours_needs_nothing(
+    digits_model: Path, tmp_path: Path, s2ap: Callable[..., Any]
+) -> None:
+    (tmp_path / "model.pt").write_bytes(digits_model.read_bytes())
+    done = s2ap("init", "model.pt", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.out.splitlines() == ["wrote recipe.yaml", "next: s2ap-deploy run recipe.yaml"]
+    recipe = catalogue.load(str(tmp_path / "recipe.yaml"))
+    assert (recipe.model.arch, recipe.model.checkpoint) == ("digits-conv", "model.pt")
+    assert (recipe.data.name, str(recipe.threat)) == ("digits", "Linf eps 0.1")
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert text.startswith("# Written by: s2ap-deploy init model.pt")
+    assert text.count("  # ") > 10
+
+
+def test_run_accepts_it_as_it_is(digits_model: Path, tmp_path: Path, s2ap: Callable[..., Any]) -> None:
+    (tmp_path / "model.pt").write_bytes(digits_model.read_bytes())
+    assert s2ap("init", "model.pt", "--output", "mine.yaml", "--eps", "0.5", cwd=tmp_path).code == 0
+    short = ["prune.search.epochs=1", "prune.finetune.epochs=1", "certify.n=20", "prune.warmup_epochs=0"]
+    overrides = [word for each in short for word in ("--set", each)]
+    done = s2ap("run", "mine.yaml", *overrides, *QUIET, cwd=tmp_path)
+    assert done.code in (0, 1, 3), done.err
+    assert (tmp_path / "s2ap-run" / "export" / "model.onnx").exists()
+    assert "gate" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arch", "classes", "data", "eps", "others"),
+    [
+        ("mnist-conv", None, "mnist", "0.3", None),
+        ("cifar-resnet20", 10, "cifar10", "8/255", "svhn"),
+        ("cifar-resnet20", 100, "cifar100", "8/255", None),
+    ],
+)
+def test_a_foreign_file_gets_guesses_that_are_named(
+    tmp_path: Path,
+    s2ap: Callable[..., Any],
+    arch: str,
+    classes: int | None,
+    data: str,
+    eps: str,
+    others: str | None,
+) -> None:
+    foreign(tmp_path / "foreign.pth", arch, classes)
+    done = s2ap("init", "foreign.pth", "--json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert (told["guesses"], told["blanks"]) == (["data.name", "threat.eps"], [])
+    assert told["command"] == "s2ap-deploy run recipe.yaml --data-root data --download"
+    recipe = catalogue.load(str(tmp_path / "recipe.yaml"))
+    assert (recipe.data.name, recipe.threat.eps, recipe.model.arch) == (data, eps, arch)
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert "a guess from the input" in text
+    assert (f"{others} has the same shape" in text) == (others is not None)
+
+
+def test_data_that_nobody_can_guess_are_the_one_blank_and_run_names_it(
+    tmp_path: Path, s2ap: Callable[..., Any]
+) -> None:
+    foreign(tmp_path / "foreign.pth", "cifar-resnet20", 7)
+    done = s2ap("init", "foreign.pth", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "a blank, fill it in: data.name" in done.out
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert text.count("<- FILL IN") == 1
+    line = 1 + next(number for number, each in enumerate(text.splitlines()) if "<- FILL IN" in each)
+    refused = s2ap("run", "recipe.yaml", *QUIET, cwd=tmp_path)
+    assert refused.code == 2
+    assert f"recipe.yaml, line {line}: data.name" in refused.err
+    (tmp_path / "recipe.yaml").write_text(text.replace("name: null", "name: imagefolder:photos"))
+    assert catalogue.load(str(tmp_path / "recipe.yaml")).data.size == (3, 32, 32)
+
+
+def test_options_are_taken_as_they_are(tmp_path: Path, s2ap: Callable[..., Any]) -> None:
+    foreign(tmp_path / "foreign.pth", "cifar-resnet20")
+    asked = ["--data", "svhn", "--eps", "0.5", "--norm", "L2", "--sparsity", 0.75]
+    norm = ["--mean", "0.49,0.48,0.45", "--std", "0.25,0.24,0.26"]
+    done = s2ap("init", "foreign.pth", *asked, *norm, "--json", cwd=tmp_path)
+    assert json.loads(done.out)["guesses"] == []
+    recipe = catalogue.load(str(tmp_path / "recipe.yaml"))
+    assert recipe.prune is not None
+    assert recipe.model.normalization is not None
+    assert (recipe.data.name, str(recipe.threat), recipe.prune.sparsity) == ("svhn", "L2 eps 0.5", 0.75)
+    assert recipe.model.normalization.mean == (0.49, 0.48, 0.45)
+
+
+def test_code_of_ones_own_goes_into_the_command_and_never_into_the_recipe(
+    tmp_path: Path, s2ap: Callable[..., Any]
+) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def small(num_classes=10):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+        "small.input_size = (1, 8, 8)\n"
+    )
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).state_dict(), tmp_path / "own.pt")
+    done = s2ap("init", "own.pt", "--arch", "net.py:small", "--json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["command"] == "s2ap-deploy run recipe.yaml --arch net.py:small"
+    recipe = catalogue.load(str(tmp_path / "recipe.yaml"))
+    assert (recipe.model.arch, recipe.data.name) == (None, "digits")
+
+
+def test_a_file_that_is_there_stays(digits_model: Path, tmp_path: Path, s2ap: Callable[..., Any]) -> None:
+    (tmp_path / "recipe.yaml").write_text("mine\n")
+    done = s2ap("init", digits_model, cwd=tmp_path)
+    assert done.code == 2
+    assert "recipe.yaml exists" in done.err
+    assert (tmp_path / "recipe.yaml").read_text() == "mine\n"
+    assert s2ap("init", digits_model, "--overwrite", cwd=tmp_path).code == 0
+    assert catalogue.load(str(tmp_path / "recipe.yaml")).model.checkpoint == str(digits_model)
+
+
+def test_an_odd_name_breaks_neither_comment_nor_recipe(
+    digits_model: Path, tmp_path: Path, s2ap: Callable[..., Any]
+) -> None:
+    odd = tmp_path / "a: b\n# c 'd' [é].pt"
+    odd.write_bytes(digits_model.read_bytes())
+    assert s2ap("init", odd.name, cwd=tmp_path).code == 0
+    recipe = catalogue.load(str(tmp_path / "recipe.yaml"))
+    assert recipe.model.checkpoint == odd.name
+    assert checkpoint.read_tensors(tmp_path / recipe.model.checkpoint).info is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.pt"], "nowhere.pt"),
+        (["model.pt", "--output", "recipe.txt"], "cannot tell the format of recipe.txt"),
+        (["model.pt", "--output", "no/recipe.yaml"], "there is no folder no"),
+        (["model.pt", "--data", "imagenet"], "unknown data set 'imagenet'"),
+        (["model.pt", "--eps", "0"], "--eps: must be positive"),
+        (["model.pt", "--mean", "0.5"], "--mean and --std belong together"),
+        (["model.pt", "--keep", "0.5"], "--keep"),
+        (["model.pt", "--sparsity", "1"], "not in the range"),
+    ],
+)
+def test_slips_write_nothing(
+    digits_model: Path, tmp_path: Path, s2ap: Callable[..., Any], arguments: list[str], words: str
+) -> None:
+    (tmp_path / "model.pt").write_bytes(digits_model.read_bytes())
+    done = s2ap("init", *arguments, cwd=tmp_path)
+    assert done.code == 2, done.out
+    assert words in done.err
+    assert list(tmp_path.iterdir()) == [tmp_path / "model.pt"]

@@ -1,0 +1,82 @@
+"""``recipes``: a list by data, one recipe as written or resolved, the schema, and the short forms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2ap_deploy.recipe import catalogue
+
+
+def test_the_list_names_every_recipe_once_below_its_data(s2ap: Callable[..., Any]) -> None:
+    done = s2ap("recipes")
+    assert done.code == 0
+    lines = done.out.splitlines()
+    named = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert sorted(named) == sorted(catalogue.names())
+    headings = [line for line in lines if line and not line.startswith(" ")]
+    assert headings == ["digits", "mnist", "cifar10", "cifar100", "svhn", "imagefolder"]
+    assert lines.index("  " + next(line for line in lines if "  demo " in line).strip()) < lines.index(
+        "mnist"
+    )
+    assert s2ap("recipes", "list").out == done.out
+
+
+def test_the_list_as_one_object(s2ap: Callable[..., Any]) -> None:
+    for words in (["recipes", "--json"], ["recipes", "list", "--json"]):
+        told = json.loads(s2ap(*words).out)
+        assert sorted(told) == sorted(catalogue.names())
+        assert told["demo"] == catalogue.load("demo").description
+
+
+@pytest.mark.parametrize("words", [["recipes", "demo"], ["recipes", "show", "demo"]])
+def test_a_recipe_is_shown_as_it_was_written(s2ap: Callable[..., Any], words: list[str]) -> None:
+    assert s2ap(*words).out == catalogue.path_of("demo").read_text()
+
+
+def test_resolved_it_says_where_every_value_comes_from(s2ap: Callable[..., Any], tmp_path: Path) -> None:
+    done = s2ap("recipes", "show", "cifar10-resnet18-2-4", "--resolved", "--set", "seed=3")
+    assert done.code == 0
+    assert "--set seed=3" in done.out
+    assert "cifar10-resnet18-2-4.yaml, line" in done.out
+    assert "cifar10-resnet18-hydra-s2ap-90.yaml, line" in done.out
+    (tmp_path / "r.yaml").write_text(done.out)
+    assert catalogue.load(str(tmp_path / "r.yaml")) == catalogue.load(
+        "cifar10-resnet18-2-4", overrides=["seed=3"]
+    )
+    told = json.loads(s2ap("recipes", "show", "demo", "--resolved", "--json").out)
+    assert told["recipe"]["name"] == "demo"
+    assert told["sources"]["prune.sparsity"].startswith("demo.yaml, line")
+
+
+def test_an_override_alone_shows_what_would_run(s2ap: Callable[..., Any]) -> None:
+    done = s2ap("recipes", "show", "demo", "--set", "prune.sparsity=0.5")
+    assert "sparsity: 0.5\n" in done.out
+    assert "#" not in done.out
+
+
+def test_the_schema_is_json(s2ap: Callable[..., Any]) -> None:
+    schema = json.loads(s2ap("recipes", "schema").out)
+    assert "extends" in schema["properties"]
+    assert schema["$schema"].endswith("2020-12/schema")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["recipes", "dmeo"], "did you mean demo"),
+        (["recipes", "show", "nowhere.yaml"], "there is no recipe at nowhere.yaml"),
+        (["recipes", "show"], "Missing argument 'NAME'"),
+        (["recipes", "show", "demo", "--set", "prune.sparsity=7"], "must be less than 1"),
+        (["recipes", "--json", "show", "demo"], "--json comes after show"),
+        (["recipes", "--nonsense"], "No such option"),
+    ],
+)
+def test_slips(s2ap: Callable[..., Any], words: list[str], told: str, tmp_path: Path) -> None:
+    done = s2ap(*words, cwd=tmp_path)
+    assert done.code == 2
+    assert told in done.err

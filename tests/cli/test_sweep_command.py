@@ -1,0 +1,290 @@
+"""``sweep`` through the command line: figures, failures, interruptions, folders that are something else."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2ap_deploy.cli.sweep import exit_code
+from s2ap_deploy.pipeline import sweep as sweeping
+from s2ap_deploy.pipeline.sweep_figures import Row, SweepReport
+from s2ap_deploy.run.manifest import Manifest
+from s2ap_deploy.spec import ThreatModel
+
+# At this radius every image falls to the first attack, so that certifying takes a second, not minutes.
+RECIPE = """\
+name: small
+seed: 4
+model: {{checkpoint: {checkpoint}}}
+data: {{name: digits}}
+threat: {{eps: 0.5}}
+prune:
+  method: hydra
+  sparsity: 0.9
+  warmup_epochs: 0
+  search: {{epochs: 1, objective: {{loss: fast}}}}
+  finetune: {{epochs: 1, objective: {{loss: fast}}}}
+  diagnostics: {{every: 0}}
+certify: {{n: 20}}
+gate: {{max_drop: 0.9}}
+"""
+AXES = ["--method", "magnitude,random", "--s2ap", "both", "--sparsity", "0.9,0.99999"]
+NAMES = ["magnitude-plain-0.9-seed-4", "random-plain-0.9-seed-4"]
+COMMON = ["small.yaml", "--threads", 1, "--workers", 1, "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def swept(
+    digits_model: Path, tmp_path_factory: pytest.TempPathFactory, s2ap: Callable[..., Any]
+) -> tuple[Path, dict[str, Any], int]:
+    """A folder with the recipe and a finished sweep ``s2ap-sweep``, what it printed, and its exit code."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "small.yaml").write_text(RECIPE.format(checkpoint=digits_model))
+    done = s2ap("sweep", *COMMON, *AXES, "--json", cwd=folder)
+    return folder, json.loads(done.out), done.code
+
+
+@pytest.fixture
+def own(swept: tuple[Path, dict[str, Any], int], tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(swept[0], tmp_path / "own"))
+
+
+def rows(report: dict[str, Any], status: str) -> list[str]:
+    return [row["name"] for row in report["rows"] if row["status"] == status]
+
+
+def test_what_can_be_run_is_run_and_the_rest_is_named(swept: tuple[Path, dict[str, Any], int]) -> None:
+    _, report, code = swept
+    assert code == 2  # a budget that no mask can meet is an input that cannot be used
+    assert rows(report, "finished") == NAMES
+    assert rows(report, "skipped") == [
+        f"{method}-s2ap-{sparsity}-seed-4"
+        for method in ("magnitude", "random")
+        for sparsity in (0.9, 0.99999)
+    ]
+    assert rows(report, "failed") == ["magnitude-plain-0.99999-seed-4", "random-plain-0.99999-seed-4"]
+    failed = next(row for row in report["rows"] if row["status"] == "failed")
+    assert failed["exit_code"] == 2
+    assert failed["error"]
+    assert [group["seeds"] for group in report["groups"]] == [[4]] * 2
+
+
+def test_the_files_agree_with_each_other_and_with_the_certificates(
+    swept: tuple[Path, dict[str, Any], int],
+) -> None:
+    folder, report, _ = swept
+    place = folder / "s2ap-sweep"
+    assert json.loads((place / "sweep.json").read_text()) == report
+    table = (place / "table.md").read_text()
+    assert table.count("| magnitude") == table.count("| random") == 1
+    assert (place / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    lines = list(csv.DictReader((place / "sweep.csv").read_text().splitlines()))
+    assert [line["name"] for line in lines] == [row["name"] for row in report["rows"]]
+    for row in report["rows"]:
+        if row["status"] != "finished":
+            continue
+        outputs = Manifest.load(place / row["run"]).stages["certify"].outputs
+        hashes = {output.path: output.sha256 for output in outputs}
+        assert row["figures"]["certificate_sha256"] == hashes["certify/pruned.json"]
+        assert row["figures"]["dense_certificate_sha256"] == hashes["certify/dense.json"]
+        assert row["figures"]["verdict"] in ("pass", "fail", "inconclusive")
+
+
+def test_the_dense_network_and_the_attack_on_it_are_made_once(
+    swept: tuple[Path, dict[str, Any], int],
+) -> None:
+    place = swept[0] / "s2ap-sweep"
+    shared = place / "dense" / "seed-4"
+    networks = [shared / "pretrain" / "model.safetensors"]
+    networks += [place / "runs" / name / "pretrain" / "model.safetensors" for name in NAMES]
+    assert len({path.stat().st_ino for path in networks}) == 1
+    made = Manifest.load(shared).stages["pretrain"]
+    assert all(Manifest.load(place / "runs" / name).stages["pretrain"] == made for name in NAMES)
+    dense = {(place / "runs" / name / "certify" / "dense-points.safetensors").read_bytes() for name in NAMES}
+    assert dense == {(shared / "certify" / "dense-points.safetensors").read_bytes()}
+    assert (shared / "certify" / "record-dense").is_dir()
+
+
+def test_a_second_call_does_nothing_again(
+    own: Path, s2ap: Callable[..., Any], swept: tuple[Path, dict[str, Any], int]
+) -> None:
+    before = {name: Manifest.load(own / "s2ap-sweep" / "runs" / name).stages["certify"] for name in NAMES}
+    done = s2ap("sweep", *COMMON, *AXES, "--json", cwd=own)
+    assert done.code == 2
+    assert json.loads(done.out) == swept[1]
+    assert {
+        name: Manifest.load(own / "s2ap-sweep" / "runs" / name).stages["certify"] for name in NAMES
+    } == before
+
+
+def test_an_interrupted_sweep_is_resumed_to_the_same_table(
+    own: Path, s2ap: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = (own / "s2ap-sweep" / "table.md").read_bytes()
+    real, calls = sweeping.whole, []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(sweeping, "whole", interrupted)
+    stopped = s2ap("sweep", *COMMON, *AXES, "--run", "other", cwd=own)
+    assert stopped.code == 130
+    monkeypatch.undo()
+    assert SweepReport.load(own / "other").status == "started"
+    refused = s2ap("sweep", *COMMON, *AXES, "--run", "other", cwd=own)
+    assert refused.code == 2
+    assert "was started and did not finish" in refused.err
+    assert "--resume" in refused.err
+    resumed = s2ap("sweep", *COMMON, *AXES, "--run", "other", "--resume", cwd=own)
+    assert resumed.code == 2  # of the combinations that no mask can meet, as before
+    assert (own / "other" / "table.md").read_bytes() == straight
+
+
+def test_a_shared_file_that_was_changed_is_not_passed_on(own: Path, s2ap: Callable[..., Any]) -> None:
+    place = own / "s2ap-sweep"
+    shutil.rmtree(place / "runs")
+    model = place / "dense" / "seed-4" / "pretrain" / "model.safetensors"
+    data = model.read_bytes()
+    model.unlink()
+    model.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    done = s2ap("sweep", *COMMON, "--method", "magnitude", "--s2ap", "off", "--json", cwd=own)
+    (row,) = json.loads(done.out)["rows"]
+    assert (done.code, row["status"]) == (2, "failed")
+    assert "has changed since" in row["error"]
+
+
+def test_an_unforeseen_failure_is_isolated_and_told(
+    own: Path, s2ap: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sweeping.whole
+
+    def broken(job: Any, **options: Any) -> Any:
+        if job.recipe.prune.method == "random":
+            raise ZeroDivisionError("by chance")
+        return real(job, **options)
+
+    monkeypatch.setattr(sweeping, "whole", broken)
+    done = s2ap(
+        "sweep",
+        *COMMON,
+        "--s2ap",
+        "off",
+        "--sparsity",
+        0.9,
+        "--method",
+        "magnitude,random",
+        "--json",
+        cwd=own,
+    )
+    report = json.loads(done.out)
+    assert done.code == 70
+    assert [row["status"] for row in report["rows"]] == ["finished", "failed"]
+    assert report["rows"][1]["error"] == "ZeroDivisionError: by chance"
+
+
+def test_overwrite_starts_again(own: Path, s2ap: Callable[..., Any]) -> None:
+    kept = own / "s2ap-sweep" / "runs" / "magnitude-plain-0.9-seed-4"
+    done = s2ap("sweep", *COMMON, "--method", "random", "--s2ap", "off", "--seeds", 2, "--overwrite", cwd=own)
+    assert done.code == 0, done.err
+    assert not kept.exists()
+    assert "random" in done.out
+    assert "±" in done.out
+    assert "upper bound" in done.out
+
+
+def test_another_recipe_in_the_same_folder_is_refused_combination_by_combination(
+    own: Path, s2ap: Callable[..., Any]
+) -> None:
+    changed = [
+        "--set",
+        "prune.finetune.epochs=2",
+        "--method",
+        "magnitude",
+        "--s2ap",
+        "off",
+        "--sparsity",
+        0.9,
+    ]
+    done = s2ap("sweep", *COMMON, *changed, "--json", cwd=own)
+    (row,) = json.loads(done.out)["rows"]
+    assert done.code == 2
+    assert "finetune.epochs: 1 → 2" in row["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sparsity", "0.9,,0.5"], "is not a list such as a,b,c"),
+        (["--sparsity", "0.9,2"], "2.0 is not in the range"),
+        (["--method", "hydra,hrap"], "'hrap' is not one of"),
+        (["--seeds", "0"], "0 is not in the range"),
+        (["--method", "random", "--s2ap", "on"], "no combination of this sweep is possible"),
+        (["--set", "prune=null"], "no prune section, so there is nothing to vary"),
+        (["--arch", "digits-conv"], "only an import path"),
+    ],
+)
+def test_slips_leave_no_folder(
+    digits_model: Path, tmp_path: Path, s2ap: Callable[..., Any], arguments: list[str], words: str
+) -> None:
+    (tmp_path / "small.yaml").write_text(RECIPE.format(checkpoint=digits_model))
+    done = s2ap("sweep", *COMMON, *arguments, cwd=tmp_path)
+    assert done.code == 2
+    assert words in done.err
+    assert not (tmp_path / "s2ap-sweep").exists()
+
+
+def test_folders_of_something_else_are_left_alone(
+    own: Path, s2ap: Callable[..., Any], files_in: Callable[[Path], dict[str, bytes]]
+) -> None:
+    (own / "file").write_text("x")
+    run = own / "s2ap-sweep" / "runs" / NAMES[0]
+    before = files_in(run)
+    for folder, words in (
+        ("file", "is a file"),
+        (run, "holds other files and no sweep"),
+        (".", "holds other files"),
+    ):
+        done = s2ap("sweep", *COMMON, "--run", folder, "--overwrite", cwd=own)
+        assert done.code == 2
+        assert words in done.err
+    assert files_in(run) == before
+
+
+def test_a_damaged_report_is_told_and_overwritten_only_when_asked(
+    own: Path, s2ap: Callable[..., Any]
+) -> None:
+    (own / "s2ap-sweep" / "sweep.json").write_text('{"kind": 3}')
+    done = s2ap("sweep", *COMMON, "--method", "random", "--s2ap", "off", cwd=own)
+    assert done.code == 2
+    assert "sweep.json is damaged" in done.err
+    assert "--overwrite" in done.err
+
+
+def report_of(*codes: int | None) -> SweepReport:
+    return SweepReport(
+        status="finished", recipe="r", data="digits", arch=None, threat=ThreatModel(eps="1"),
+        protocol="standard",
+        statement=None, axes={}, groups=(),
+        rows=tuple(
+            Row(name=str(i), seed=0, values={}, status="failed" if code else "finished", exit_code=code)
+            for i, code in enumerate(codes)
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [((None, None), 0), ((None, 3), 3), ((3, 1), 1), ((1, 2, 3), 2), ((2, 70, None), 70), ((130,), 70)],
+)
+def test_the_exit_code_is_that_of_the_worst_failure(codes: tuple[int | None, ...], expected: int) -> None:
+    assert exit_code(report_of(*codes)) == expected

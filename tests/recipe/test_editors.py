@@ -1,0 +1,45 @@
+"""The JSON schema for editors accepts what the tool accepts, and marks what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jsonschema
+import pytest
+
+from s2ap_deploy.recipe import catalogue, yaml_document
+from s2ap_deploy.recipe.editors import json_schema
+
+
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("name", catalogue.names())
+def test_every_shipped_recipe_fits_as_it_is_written_and_resolved(validator: Any, name: str) -> None:
+    validator.validate(yaml_document.read(catalogue.path_of(name)).content)
+    validator.validate(catalogue.load(name).model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prnue": {}},
+        {"prune": {"sparcity": 0.9}},
+        {"prune": {"sparsity": 1.5}},
+        {"threat": {"eps": -1}},
+        {"seed": "x"},
+    ],
+)
+def test_slips_are_marked(validator: Any, changes: dict[str, Any]) -> None:
+    content = yaml_document.read(catalogue.path_of("demo")).content | changes
+    assert not validator.is_valid(content)
+
+
+def test_an_extending_recipe_needs_its_name_alone(validator: Any) -> None:
+    assert validator.is_valid({"extends": "demo", "name": "mine"})
+    assert not validator.is_valid({"extends": "demo"})
+    assert not validator.is_valid({"name": "mine"})
