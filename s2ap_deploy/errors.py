@@ -10,6 +10,7 @@
     │   ├── ArchitectureError       no architecture, or more than one, fits the weights
     │   ├── DataError               a data set that is missing, damaged or of the wrong kind
     │   ├── RecipeError             a recipe with an unknown key or an impossible value
+    │   ├── PluginError             a plug-in that fails, is not what it says, or is not there
     │   ├── RunFolderError          a run folder that is locked, foreign or holds something else
     │   └── StorageError            the disk refused a read or a write
     ├── VerificationError        1  an export that does not match what was certified
@@ -68,6 +69,10 @@ class DataError(InputError):
 
 class RecipeError(InputError):
     """A recipe with an unknown key or an impossible value."""
+
+
+class PluginError(InputError):
+    """A plug-in that fails, is not what it says, or is not installed; names the distribution."""
 
 
 class RunFolderError(InputError):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import shutil
 import signal
 import sys
+import threading
 import unittest.mock
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import torch
 
 from s2ap_deploy.data.augmentation import Augmentation
 from s2ap_deploy.data.memory import MemorySplit
+from s2ap_deploy.ranks.group import Ranks
 
 # Started in the background of a shell, this process ignores Ctrl-C, and so would every process it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -78,6 +82,57 @@ def stripes() -> Callable[[int], MemorySplit]:
 def memory_snapshots() -> type[MemorySnapshots]:
     """Snapshots for loops that are to be interrupted after a given epoch."""
     return MemorySnapshots
+
+
+class ThreadRanks(Ranks):
+    """A rank whose company are threads of this process: as strict about order, and quick to start."""
+
+    def __init__(self, rank: int, size: int, meeting: threading.Barrier, table: list[Any]) -> None:
+        self.rank, self.size, self.meeting, self.table = rank, size, meeting, table
+
+    def _exchange(self, value: Any) -> list[Any]:
+        self.table[self.rank] = value
+        self.meeting.wait(timeout=20)
+        found = list(self.table)
+        self.meeting.wait(timeout=20)
+        return found
+
+    def reduce(self, flat: torch.Tensor) -> None:
+        flat.copy_(torch.stack(self._exchange(flat.clone())).sum(dim=0))
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self._exchange(tensor.clone()))
+
+    def broadcast(self, content: Any) -> Any:
+        return copy.deepcopy(self._exchange(content)[0])  # as over a wire: nothing is shared
+
+
+def in_company(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
+    """What ``work`` returns on each of ``size`` ranks; the first error of any of them is raised."""
+    meeting, table = threading.Barrier(size), [None] * size
+
+    def one(rank: int) -> Any:
+        torch.set_num_threads(1)
+        try:
+            return work(ThreadRanks(rank, size, meeting, table))
+        except BaseException:
+            meeting.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(one, rank) for rank in range(size)]
+    errors = [future.exception() for future in futures]
+    for error in sorted(
+        (e for e in errors if e is not None), key=lambda e: isinstance(e, threading.BrokenBarrierError)
+    ):
+        raise error
+    return [future.result() for future in futures]
+
+
+@pytest.fixture(scope="session")
+def company() -> Callable[[int, Callable[[Ranks], Any]], list[Any]]:
+    """Run a function on several ranks: ``company(2, lambda ranks: ...)``."""
+    return in_company
 
 
 @dataclass(frozen=True)

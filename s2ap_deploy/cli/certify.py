@@ -57,8 +57,10 @@ from s2ap_deploy.cli.benchmark_entry import entry_options, submission
 @options.run_option
 @options.again_options
 @options.compute_options
+@options.devices_option
 @options.workers_option
 @options.data_options
+@options.telling_options
 @options.output_options
 def command(
     checkpoint: Path | None,

@@ -13,13 +13,23 @@ from s2ap_deploy.cli import options
 @click.option(
     "--sparsity", type=options.SPARSITY, default=0.9, show_default=True, help="Share of weights to remove."
 )
+@options.set_option
+@options.dry_run_option
 @options.run_option
 @options.again_options
 @options.compute_options
 @options.workers_option
+@options.telling_options
 @options.output_options
 @click.pass_context
-def command(context: click.Context, /, sparsity: float, **session_options: Any) -> int:
+def command(
+    context: click.Context,
+    /,
+    sparsity: float,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    **session_options: Any,
+) -> int:
     """The whole path on real hand-written digits, in a few minutes.
 
     Trains a small network against PGD, prunes it with S2AP, attacks both with AutoAttack, exports sparse
@@ -30,7 +40,8 @@ def command(context: click.Context, /, sparsity: float, **session_options: Any) 
     code: int = context.invoke(
         run,
         recipe="demo",
-        overrides=(f"prune.sparsity={sparsity}",),
+        overrides=(f"prune.sparsity={sparsity}", *overrides),
+        dry_run=dry_run,
         time_budget=None,
         data_root=None,
         download=False,

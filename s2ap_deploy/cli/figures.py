@@ -52,6 +52,14 @@ def counted(number: int, unit: str) -> str:
     return f"{number:,} {unit}{'' if number == 1 else plural}"
 
 
+def rate(per_second: float) -> str:
+    """``12.3/s``, or ``4.5/min`` where a second is too short; at most seven columns."""
+    if per_second < 0.995:
+        return f"{60 * per_second:.1f}/min"
+    digits = 1 if per_second < 99.95 else 0
+    return f"{min(per_second, 99999):.{digits}f}/s"
+
+
 def _epoch(values: Row) -> str:
     if "epoch" not in values:
         return ""

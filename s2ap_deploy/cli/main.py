@@ -16,7 +16,9 @@ from typing import Any, NoReturn
 import click
 
 from s2ap_deploy.errors import INCONCLUSIVE, INTERRUPTED, UNFORESEEN, UNUSABLE, DeployError
+from s2ap_deploy.ranks import membership
 
+COMPLETE = "_S2AP_DEPLOY_COMPLETE"  # set by the shell that wants to complete a line
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 # Name → the module that holds it, and its line in --help. Importing the modules to ask them would pull
@@ -28,12 +30,18 @@ COMMANDS = {
     "prune": "Search a mask with S2AP and fine-tune under it.",
     "certify": "Attack the dense and the pruned network with AutoAttack.",
     "export": "Write a sparse ONNX file and check it against the certificate.",
+    "decode": "Make a dense ONNX file of a sparse one.",
     "gate": "Judge the run against thresholds; the exit code is the verdict.",
     "verify": "Hold a certificate against its files and against new attacks.",
     "compare": "Say how much the masks of two or more runs differ.",
     "report": "Write what a run shows as an HTML page and a model card.",
     "run": "Run a recipe from its first stage to its verdict.",
+    "sweep": "Run a recipe in all combinations of what varies, and compare them.",
+    "init": "Write a commented recipe for a checkpoint.",
+    "plan": "Say what pruning and export will come to, before anything runs.",
+    "targets": "List the shipped targets, or show one.",
     "recipes": "List the shipped recipes, or show one.",
+    "doctor": "Say what this machine has, what will not work, and what to type.",
 }
 
 
@@ -102,12 +110,32 @@ def main() -> NoReturn:
     """Run the command line and leave with the exit code of the table in ``errors``."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = guarded(sys.argv[1:])
+        code = ranked(sys.argv[1:])
     except KeyboardInterrupt:  # a second signal, while the first was being reported
         code = INTERRUPTED
     except Terminated:
         code = INCONCLUSIVE
     sys.exit(_flushed(code))
+
+
+def ranked(arguments: list[str]) -> int:
+    """:func:`guarded`, for rank 0 alone where there are several: the others serve it, or are not needed."""
+    try:
+        rank, shared = membership.rank(), membership.shares(arguments)
+    except DeployError as error:
+        return _report(error.message, error.hint, error.exit_code, "--json" in arguments)
+    if not shared:
+        return guarded(arguments) if rank == 0 else 0
+    if rank > 0:
+        from s2ap_deploy.ranks.follower import serve
+
+        return serve()
+    try:
+        return guarded(arguments)
+    finally:
+        from s2ap_deploy.ranks.company import farewell
+
+        farewell()
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
@@ -118,6 +146,10 @@ def guarded(arguments: list[str]) -> int:
     """Run the command line and return its exit code; only a second signal comes out as an exception."""
     as_json = "--json" in arguments
     try:
+        if instruction := os.environ.get(COMPLETE):
+            from click.shell_completion import shell_complete
+
+            return shell_complete(cli, {}, "s2ap-deploy", COMPLETE, instruction)
         if not arguments:
             click.echo(cli.get_help(click.Context(cli, info_name="s2ap-deploy")), err=True)
             return UNUSABLE

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from s2ap_deploy import plugins
+from s2ap_deploy.recipe.methods import OWN_LOSSES, OWN_NAMES
+from s2ap_deploy.tracking import NAMES
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SPARSITY = click.FloatRange(0, 1, min_open=True, max_open=True)
 COUNT = click.IntRange(min=1)
-LOSS = click.Choice(["at", "trades", "mart", "fast", "free"])
+
+
+class Offered(click.Choice[str]):
+    """One of the tool's own names, which --help lists, or one that a plug-in registers."""
+
+    def __init__(self, kind: plugins.Kind, own: Sequence[str]) -> None:
+        super().__init__(own)
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices and plugins.find(self.kind, str(value)) is not None:
+            return str(value)
+        return super().convert(value, param, ctx)
+
+
+LOSS = Offered("losses", OWN_LOSSES)
+METHOD = Offered("methods", OWN_NAMES)
 
 
 def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -35,11 +56,52 @@ run_option = click.option(
     help="The run folder.",
 )
 
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change a value of the recipe."
+)
+
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Say what would be done, its time and its bytes; write nothing."
+)
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 output_options = stacked(
     json_option, click.option("--quiet", "-q", is_flag=True, help="No progress and no notes.")
 )
+
+
+def _meta(ctx: click.Context, option: click.Parameter, value: Any) -> None:
+    """Keep what no command needs to know; :func:`told` finds it again, below as well."""
+    if value:
+        ctx.meta[f"s2ap_deploy.{option.name}"] = value
+
+
+def told(name: str, default: Any) -> Any:
+    """What ``--verbose`` or ``--track`` said to the command that runs now, if any does."""
+    context = click.get_current_context(silent=True)
+    return default if context is None else context.meta.get(f"s2ap_deploy.{name}", default)
+
+
+verbose_option = click.option(
+    "--verbose",
+    "-v",
+    is_flag=True,
+    expose_value=False,
+    callback=_meta,
+    help="Also tell the defaults that were chosen, times and hashes.",
+)
+
+track_option = click.option(
+    "--track",
+    type=click.Choice(NAMES),
+    multiple=True,
+    expose_value=False,
+    callback=_meta,
+    help="Also write the figures for this tracker, below the run folder. May be repeated.",
+)
+
+telling_options = stacked(verbose_option, track_option)
 
 again_options = stacked(
     click.option("--resume", is_flag=True, help="Continue what was interrupted."),
@@ -51,8 +113,65 @@ compute_options = stacked(
     click.option("--threads", type=COUNT, help="Threads for torch.  [default: torch's own choice]"),
 )
 
+precision_options = stacked(
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "float32", "bf16"]),
+        default="auto",
+        help="Numbers that training computes with.  [default: bf16 on CUDA where it has them, else float32]",
+    ),
+    click.option(
+        "--compile", "compiled", is_flag=True, help="Train through torch.compile; its start takes minutes."
+    ),
+)
+
+
+def _spread(ctx: click.Context, _option: click.Parameter, devices: int | None) -> None:
+    """Start the ranks and leave with what they leave, unless this process is one of them."""
+    from s2ap_deploy.ranks import launch, membership
+
+    if devices is None or ctx.resilient_parsing or membership.size() == devices:
+        return
+    if devices > 1 or membership.size() > 1:
+        ctx.exit(launch.launch(sys.argv[1:], devices))
+
+
+devices_option = click.option(
+    "--devices",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    is_eager=True,
+    expose_value=False,
+    callback=_spread,
+    help="Ranks that share the work: GPUs, or processes on a CPU.  [default: 1, or torchrun's]",
+)
+
+accumulate_option = click.option(
+    "--accumulate",
+    type=COUNT,
+    default=1,
+    help="Pieces in which each rank works through its part of a batch, for less memory.  [default: 1]",
+)
+
 workers_option = click.option(
     "--workers", type=COUNT, help="Attack processes of one thread each.  [default: one per core]"
+)
+
+target_options = stacked(
+    click.option(
+        "--target",
+        metavar="NAME|FILE",
+        help="What the file is for: fills in what no option says; none takes it back. See targets list.",
+    ),
+    click.option("--max-bytes", type=COUNT, help="The most bytes of the file.  [default: the target's]"),
+    click.option(
+        "--max-macs", type=COUNT, help="The most multiply-accumulates per image.  [default: the target's]"
+    ),
+    click.option(
+        "--max-latency-ms",
+        type=click.FloatRange(min=0, min_open=True),
+        help="The most milliseconds per inference, on this machine.  [default: the target's]",
+    ),
 )
 
 data_options = stacked(

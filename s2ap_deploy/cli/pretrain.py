@@ -23,7 +23,11 @@ from s2ap_deploy.cli import options
 @options.run_option
 @options.again_options
 @options.compute_options
+@options.precision_options
+@options.devices_option
+@options.accumulate_option
 @options.data_options
+@options.telling_options
 @options.output_options
 def command(
     epochs: int | None,

@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from s2ap_deploy.cli import figures
@@ -82,7 +91,17 @@ class Lines:
         fresh = self.done - self.skipped
         if fresh <= 0 or self.done >= self.total:
             return ""
-        return f", about {(now - self.started) / fresh * (self.total - self.done):.0f} s left"
+        each = (now - self.started) / fresh
+        pace = f"{figures.rate(1 / each)}, " if each > 0 else ""
+        return f", {pace}about {each * (self.total - self.done):.0f} s left"
+
+
+class RateColumn(ProgressColumn):
+    """How many steps a second the last ones took; blank before the first."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(figures.rate(speed) if speed else "")
 
 
 class Live:
@@ -101,9 +120,10 @@ class Live:
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description:<8}"),
-            BarColumn(bar_width=14),
+            BarColumn(bar_width=8),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeRemainingColumn(compact=True),
+            RateColumn(),
             TextColumn("{task.fields[figures]}"),
             console=self.console,
             transient=True,

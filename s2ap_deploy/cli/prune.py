@@ -16,7 +16,7 @@ from s2ap_deploy.cli import options
 @click.option("--sparsity", type=options.SPARSITY, help="Share of prunable weights to remove.")
 @click.option(
     "--method",
-    type=click.Choice(["hydra", "harp", "rst", "magnitude", "random"]),
+    type=options.METHOD,
     help="The base method.  [default: harp for weights, else hydra]",
 )
 @click.option(
@@ -66,10 +66,15 @@ from s2ap_deploy.cli import options
 @options.model_options("default: the checkpoint's")
 @options.checkpoint_options
 @options.mask_options
+@options.dry_run_option
 @options.run_option
 @options.again_options
 @options.compute_options
+@options.precision_options
+@options.devices_option
+@options.accumulate_option
 @options.data_options
+@options.telling_options
 @options.output_options
 def command(
     checkpoint: Path,
@@ -101,6 +106,7 @@ def command(
     trust_pickle: bool,
     keep: float | None,
     alpha: float | None,
+    dry_run: bool,
     folder: Path,
     as_json: bool,
     **session_options: Any,
@@ -112,6 +118,7 @@ def command(
 
     \b
     s2ap-deploy prune model.pt --sparsity 0.9
+    s2ap-deploy prune model.pt --sparsity 0.9 --dry-run
     s2ap-deploy prune foreign.pth --sparsity 0.95 --data cifar10 --eps 8/255
     """
     from s2ap_deploy.cli import session
@@ -167,6 +174,17 @@ def command(
             "prune.finetune.distillation.weight": distill,
         },
     )
+    if dry_run:
+        session.rehearse(
+            folder,
+            recipe,
+            stages=("pretrain", "search", "finetune"),
+            as_json=as_json,
+            arch=arch,
+            trust_pickle=trust_pickle,
+            **session_options,
+        )
+        return
     with session.open_job(
         folder, recipe, create=True, arch=arch, trust_pickle=trust_pickle, **session_options
     ) as job:

@@ -13,9 +13,8 @@ from s2ap_deploy.cli import options
 
 @click.command()
 @click.argument("recipe")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change a value of the recipe."
-)
+@options.set_option
+@options.dry_run_option
 @click.option(
     "--time-budget", type=click.FloatRange(min=0), help="Seconds that attacks may take.  [default: none]"
 )
@@ -24,12 +23,17 @@ from s2ap_deploy.cli import options
 @options.run_option
 @options.again_options
 @options.compute_options
+@options.precision_options
+@options.devices_option
+@options.accumulate_option
 @options.workers_option
 @options.data_options
+@options.telling_options
 @options.output_options
 def command(
     recipe: str,
     overrides: tuple[str, ...],
+    dry_run: bool,
     time_budget: float | None,
     arch: str | None,
     trust_pickle: bool,
@@ -45,6 +49,7 @@ def command(
     \b
     s2ap-deploy run demo --set prune.sparsity=0.95
     s2ap-deploy run my-recipe.yaml --resume
+    s2ap-deploy run my-recipe.yaml --dry-run
     """
     from s2ap_deploy.cli import session, tables
     from s2ap_deploy.pipeline.whole import whole
@@ -55,6 +60,11 @@ def command(
 
     resolved = catalogue.load(recipe, overrides=overrides)
     session.only_import_path(arch, "the recipe")
+    if dry_run:
+        session.rehearse(
+            folder, resolved, as_json=as_json, arch=arch, trust_pickle=trust_pickle, **session_options
+        )
+        return 0
     with session.open_job(
         folder, resolved, create=True, arch=arch, trust_pickle=trust_pickle, **session_options
     ) as job:

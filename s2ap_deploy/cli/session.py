@@ -5,22 +5,37 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import click
 import torch
 from pydantic import ValidationError
 
 from s2ap_deploy import runtime
+from s2ap_deploy.cli import options
 from s2ap_deploy.cli.progress import recorder
+from s2ap_deploy.cli.verbosity import explained
 from s2ap_deploy.errors import RunFolderError, UsageError
-from s2ap_deploy.models import checkpoint, registry
+from s2ap_deploy.models import registry
 from s2ap_deploy.pipeline.job import Job
 from s2ap_deploy.pipeline.machine import Machine, remembered_data_root
-from s2ap_deploy.recipe.schema import Recipe
+from s2ap_deploy.pipeline.request import changed as changed
+from s2ap_deploy.pipeline.request import export_changes as export_changes
+from s2ap_deploy.pipeline.request import from_checkpoint as from_checkpoint
+from s2ap_deploy.pipeline.request import normalization as normalization
+from s2ap_deploy.pipeline.request import resolve as resolve
+from s2ap_deploy.ranks import company, membership
+from s2ap_deploy.recipe import target
+from s2ap_deploy.recipe.schema import ExportSection, PruneSection, Recipe
+from s2ap_deploy.robust.precision import choose
 from s2ap_deploy.run.folder import Run
+from s2ap_deploy.spec import Frozen
+from s2ap_deploy.tracking import tracked
+
+Section = TypeVar("Section", bound=Frozen)
 
 
 def command_line() -> str:
@@ -44,16 +59,30 @@ def open_job(
     workers: int | None = None,
     arch: str | None = None,
     trust_pickle: bool = False,
-    changes: Mapping[str, Any] | None = None,
+    accumulate: int = 1,
+    precision: str = "float32",
+    compiled: bool = False,
+    changes: Mapping[str, Any] | Callable[[Recipe], Mapping[str, Any]] | None = None,
 ) -> Iterator[Job]:
     """Open the run folder and yield the job in it.
 
-    Without ``recipe`` the folder's own is taken, with ``changes`` (dotted keys) made to it. ``arch`` is
-    used here only when it is an import path: a registered name belongs into the recipe.
+    Without ``recipe`` the folder's own is taken, with ``changes`` (dotted keys) made to it, which may
+    depend on it. ``arch`` is used here only when it is an import path: a registered name belongs into
+    the recipe.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    chosen = runtime.device(device)
+    here = machine(
+        folder,
+        device=device,
+        threads=threads,
+        data_root=data_root,
+        download=download,
+        workers=workers,
+        arch=arch,
+        trust_pickle=trust_pickle,
+        accumulate=accumulate,
+        precision=precision,
+        compiled=compiled,
+    )
     with recorder(quiet) as progress, Run.open(folder, create=create, command=command_line()) as run:
         if recipe is None:
             recipe = run.load_recipe()
@@ -61,17 +90,75 @@ def open_job(
                 raise RunFolderError(
                     f"{folder} holds no recipe yet", hint="start with s2ap-deploy prune or s2ap-deploy run"
                 )
-        given = data_root.expanduser().resolve() if data_root is not None else None
-        machine = Machine(
-            device=chosen,
-            data_root=given or remembered_data_root(run.path),
-            download=download,
-            workers=workers,
-            arch=import_path(arch),
-            trust_pickle=trust_pickle,
+        recipe = changed(recipe, changes(recipe) if callable(changes) else changes or {})
+        trackers = options.told("track", ()) if membership.rank() == 0 else ()
+        with tracked(progress, trackers, run.path, recipe.model_dump(mode="json")) as recording:
+            job = Job(run, recipe, here, recording, resume=resume, overwrite=overwrite)
+            with explained(job, options.told("verbose", False) and not quiet):
+                yield job
+
+
+def machine(
+    folder: Path,
+    *,
+    device: str,
+    threads: int | None,
+    data_root: Path | None,
+    download: bool,
+    workers: int | None = None,
+    arch: str | None = None,
+    trust_pickle: bool = False,
+    accumulate: int = 1,
+    precision: str = "float32",
+    compiled: bool = False,
+) -> Machine:
+    """The machine as the options describe it; ``folder`` may remember where data lies."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    given = data_root.expanduser().resolve() if data_root is not None else None
+    chosen = runtime.device(device)
+    return Machine(
+        device=chosen,
+        ranks=company.present(chosen),
+        data_root=given or remembered_data_root(folder),
+        download=download,
+        workers=workers,
+        arch=import_path(arch),
+        trust_pickle=trust_pickle,
+        accumulate=accumulate,
+        precision=choose(precision, chosen, compiled=compiled),
+    )
+
+
+def rehearse(
+    folder: Path,
+    recipe: Recipe,
+    *,
+    as_json: bool,
+    resume: bool,
+    overwrite: bool,
+    quiet: bool,
+    stages: Sequence[str] | None = None,
+    **machine_options: Any,
+) -> None:
+    """Say what the command would do in the run folder, which is not touched, and how long that may take."""
+    from s2ap_deploy.cli import sweep_tables
+    from s2ap_deploy.pipeline import rehearsal
+
+    with recorder(quiet) as progress:
+        progress.note("timing a few steps of each kind")
+        outlook = rehearsal.rehearse(
+            recipe,
+            folder,
+            machine(folder, **machine_options),
+            resume=resume,
+            overwrite=overwrite,
+            stages=stages or rehearsal.STAGES,
         )
-        recipe = changed(recipe, changes or {})
-        yield Job(run, recipe, machine, progress, resume=resume, overwrite=overwrite)
+    if as_json:
+        click.echo(outlook.model_dump_json())
+    else:
+        sweep_tables.show_run(outlook)
 
 
 def import_path(arch: str | None) -> str | None:
@@ -106,79 +193,35 @@ def check_output(path: Path | None, suffixes: tuple[str, ...], *, overwrite: boo
         raise UsageError(f"there is no folder {path.parent} for {path.name}", hint="make it first")
 
 
-def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """``recipe`` with the dotted keys of ``changes`` set, where their value is not None."""
-    return resolve(recipe.model_dump(), changes)
-
-
-def resolve(content: dict[str, Any], changes: Mapping[str, Any]) -> Recipe:
-    """A recipe from options. Raises UsageError, which names the key that the value does not fit."""
-    for key, value in changes.items():
-        if value is None:
-            continue
-        *parents, last = key.split(".")
-        section = content
-        for parent in parents:
-            if section.get(parent) is None:
-                section[parent] = {}
-            section = section[parent]
-        section[last] = value
+def section(schema: type[Section], content: Mapping[str, Any]) -> Section:
+    """A section of a recipe from options, None for those that nobody gave. Raises UsageError."""
     try:
-        return Recipe.model_validate(content)
+        return schema.model_validate({key: value for key, value in content.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the options"
         raise UsageError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
-def from_checkpoint(
-    path: Path,
-    *,
-    name: str,
-    arch: str | None,
-    data: str | None,
-    eps: str | None,
-    norm: str | None,
-    normalization: dict[str, Any] | None,
-    trust_pickle: bool,
-) -> dict[str, Any]:
-    """The start of a recipe: what the checkpoint says of itself, completed by options.
+def export_section(
+    options: Mapping[str, Any], name: str | None, prune: PruneSection
+) -> tuple[ExportSection, target.Found | None]:
+    """The export section that ``options`` and a target make without a recipe, and the target."""
+    found = target.find(name) if name is not None and name != target.NONE else None
+    content = dict(options)
+    if content.get("align") is not None and prune.granularity != "channel":
+        raise UsageError("--align is for channels", hint="add --granularity channel, or leave it out")
+    if found is not None:
+        content = target.fill(content, found.target, ExportSection.model_fields, prune.granularity)
+    return section(ExportSection, {**content, "target": name}), found
 
-    A checkpoint of this tool knows its data and threat model; for any other, UsageError says which
-    option is missing.
-    """
-    info = checkpoint.read_tensors(path, trust_pickle=trust_pickle).info
-    data = data or (info.data if info is not None else None)
-    if data is None:
+
+def architecture(reference: str | None) -> str:
+    """``--arch`` where it stands alone. Raises UsageError without it."""
+    if reference is None:
         raise UsageError(
-            f"{path} does not say which data it was trained on",
-            hint="add --data: digits, mnist, cifar10, cifar100, svhn or imagefolder:PATH",
+            "name a checkpoint or an architecture",
+            hint="s2ap-deploy plan model.pt --sparsity 0.9, or plan --arch cifar-resnet18 --sparsity 0.9",
         )
-    threat = info.threat if info is not None else None
-    if eps is None and threat is None:
-        raise UsageError(
-            f"{path} does not say which attack it should withstand",
-            hint="add --eps, for example --eps 8/255 for CIFAR-10 in L-infinity",
-        )
-    return {
-        "name": name,
-        "model": {
-            "checkpoint": str(path),
-            "arch": arch if arch is not None and not registry.is_import_path(arch) else None,
-            "normalization": normalization,
-        },
-        "data": {"name": data},
-        "threat": {
-            "norm": norm or (threat.norm if threat is not None else "Linf"),
-            "eps": eps or (threat.eps if threat is not None else None),
-        },
-    }
-
-
-def normalization(mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> dict[str, Any] | None:
-    """The section that ``--mean`` and ``--std`` make together. Raises UsageError for one alone."""
-    if mean is None and std is None:
-        return None
-    if mean is None or std is None or len(mean) != len(std):
-        raise UsageError("--mean and --std belong together, one number per channel each")
-    return {"mean": mean, "std": std}
+    import_path(reference)
+    return reference

@@ -159,7 +159,7 @@ def _attack(
         threat=threat,
         device=device,
         block_size=block_size,
-        workers=job.machine.workers,
+        workers=job.machine.workforce,
         version=section.version,
     )
     job.recorder.note(f"{cost}")
@@ -171,7 +171,7 @@ def _attack(
         threat=threat,
         seed=section.attack_seed,
         device=device,
-        workers=job.machine.workers,
+        workers=job.machine.workforce,
         block_size=block_size,
         record=_record(folder),
         header={"sample_ids_sha256": ids_sha256(samples.ids), "artefact_sha256": opened.sha256},

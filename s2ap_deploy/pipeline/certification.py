@@ -28,6 +28,7 @@ from s2ap_deploy.pipeline import early
 from s2ap_deploy.pipeline.evidence import check_curve, prove, trace_curve
 from s2ap_deploy.pipeline.issuing import Samples, certificate_of
 from s2ap_deploy.pipeline.job import Job
+from s2ap_deploy.pipeline.known_attack import bring
 from s2ap_deploy.pipeline.prune import MASKS
 from s2ap_deploy.recipe import catalogue
 from s2ap_deploy.run.folder import RECIPE_FILE
@@ -55,11 +56,20 @@ class Attempt:
     started: float
 
 
-def certify(job: Job, *, time_budget: float | None = None, policy: EarlyPolicy | None = None) -> None:
+def certify(
+    job: Job,
+    *,
+    time_budget: float | None = None,
+    policy: EarlyPolicy | None = None,
+    dense_record: Path | None = None,
+    keep_records: bool = False,
+) -> None:
     """Leave a certificate per network in the ``certify`` stage.
 
     ``time_budget`` is in seconds for both networks together. ``policy`` (None: the recipe's gate, unless its
-    ``certify.full`` says otherwise) stops the attacks as soon as the verdict is decided. Raises
+    ``certify.full`` says otherwise) stops the attacks as soon as the verdict is decided. ``dense_record`` is
+    the record of an attack on the same dense network, images and seeds, which is then not repeated, and
+    ``keep_records`` leaves such records behind. Raises RunFolderError for a record of another attack,
     OutOfTimeError when the time runs out; what was attacked until then is kept, and ``--resume`` continues.
     """
     section = job.recipe.certify
@@ -90,13 +100,15 @@ def certify(job: Job, *, time_budget: float | None = None, policy: EarlyPolicy |
     subset = images.test.subset(chosen)
     samples = Samples(*subset.tensors(), subset.ids)
     block_size = default_block_size(samples.images)
+    if dense_record is not None:
+        bring(dense_record, _record(stage.folder, DENSE))
     cost = expected_cost(
         candidates[-1].classifier,
         samples.images,
         threat=job.recipe.threat,
         device=job.machine.device,
         block_size=block_size,
-        workers=job.machine.workers,
+        workers=job.machine.workforce,
         version=section.version,
     )
     job.recorder.note(f"{cost}" + (", for each of the two networks" if len(candidates) == 2 else ""))
@@ -121,7 +133,7 @@ def certify(job: Job, *, time_budget: float | None = None, policy: EarlyPolicy |
         outputs,
         {role: _result(certificate) for role, certificate in certificates.items()},
     )
-    if all(certificate.decision is None for certificate in certificates.values()):
+    if not keep_records and all(each.decision is None for each in certificates.values()):
         for candidate in candidates:
             shutil.rmtree(_record(stage.folder, candidate.role), ignore_errors=True)
 
@@ -147,7 +159,7 @@ def _attack(
     """One network's certificate after a full attack, written beside its adversarial points."""
     job.recorder.note(f"attacking the {candidate.role} network on {len(samples.ids)} test images")
     attempt = _begin(job, candidate, samples, folder, block_size)
-    cascade.run([attempt.cascade], workers=job.machine.workers, deadline=deadline, recorder=job.recorder)
+    cascade.run([attempt.cascade], workers=job.machine.workforce, deadline=deadline, recorder=job.recorder)
     return _conclude(job, attempt, samples, folder, block_size, deadline, None)
 
 
@@ -175,7 +187,7 @@ def _decide(
     # The pruned network first: where it is hopeless, the dense one need not be attacked at all.
     asked = [pruned, dense] if dense is not None and policy.needs_dense else [pruned]
     run = functools.partial(
-        cascade.run, workers=job.machine.workers, deadline=deadline, recorder=job.recorder
+        cascade.run, workers=job.machine.workforce, deadline=deadline, recorder=job.recorder
     )
     run([each.cascade for each in asked], decided=question.decided)
     if question.decided():
@@ -251,7 +263,7 @@ def _conclude(
             threat=threat,
             seed=section.attack_seed,
             device=device,
-            workers=job.machine.workers,
+            workers=job.machine.workforce,
             record=_record(folder, candidate.role) / "curve",
             deadline=deadline,
             recorder=recorder,

@@ -13,7 +13,10 @@ from s2ap_deploy.models import checkpoint, registry
 from s2ap_deploy.models.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, dry_run
 from s2ap_deploy.pipeline.job import HISTORY, MODEL, Job
+from s2ap_deploy.ranks.group import Own
+from s2ap_deploy.recipe.methods import origins
 from s2ap_deploy.recipe.schema import ModelSection, TrainSection
+from s2ap_deploy.recorder import Silent
 from s2ap_deploy.robust.evaluation import pgd_accuracy
 from s2ap_deploy.robust.schedule import validation_sample
 from s2ap_deploy.robust.training import train
@@ -60,14 +63,17 @@ def pretrain(job: Job, section: TrainSection) -> None:
             "threat": recipe.threat.model_dump(),
             "pretrain": section.model_dump(),
             "seed": recipe.seed,
+            **origins(loss=section.objective.loss),
+            **job.machine.pieces,
         },
     )
     if stage.state == "finished":
         return
-    result = train(
-        classifier.to(job.machine.device),
-        images.train,
-        images.validation,
+    result = job.machine.ranks.call(
+        train,
+        network=classifier.to(job.machine.device),
+        train=images.train,
+        validation=images.validation,
         stage="pretrain",
         objective=job.objective(section.objective),
         epochs=section.epochs,
@@ -78,7 +84,9 @@ def pretrain(job: Job, section: TrainSection) -> None:
         seed=recipe.seed,
         device=job.machine.device,
         snapshots=stage,
-        recorder=job.recorder,
+        recorder=Own(job.recorder, Silent()),
+        accumulate=job.machine.accumulate,
+        precision=job.machine.precision,
         awp_gamma=section.awp_gamma,
         awp_warmup_epochs=section.awp_warmup_epochs,
     )
@@ -132,9 +140,10 @@ def adopt(job: Job, path: Path) -> None:
     )
     if stage.state == "finished":
         return
-    accuracy = pgd_accuracy(
-        classifier.to(job.machine.device),
-        validation_sample(images.validation, recipe.seed),
+    accuracy = job.machine.ranks.call(
+        pgd_accuracy,
+        network=classifier.to(job.machine.device),
+        split=validation_sample(images.validation, recipe.seed),
         threat=recipe.threat,
         steps=10,
         seed=recipe.seed,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ap_deploy.certify.bounds.relaxation import provably_robust
+from s2ap_deploy.certify.crew.workers import Workforce
 from s2ap_deploy.certify.curve import fmn
 from s2ap_deploy.certify.curve.curve import SecurityCurve, capped, security_curve
 from s2ap_deploy.certify.samples import Proven
@@ -66,7 +67,7 @@ def trace_curve(
     threat: ThreatModel,
     seed: int,
     device: torch.device,
-    workers: int | None,
+    workers: Workforce,
     record: Path,
     deadline: float | None,
     recorder: Recorder,

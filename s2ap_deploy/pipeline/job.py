@@ -54,6 +54,10 @@ class Job:
         Work that begins is what makes the recipe the folder's own: a refused command leaves it alone.
         """
         environment = {**runtime.environment(self.machine.device), "versions": runtime.versions()}
+        if name in ("pretrain", "search", "finetune"):
+            environment |= self.machine.precision.facts()
+        if self.machine.ranks.size > 1:
+            environment["ranks"] = self.machine.ranks.size
         stage = self.run.stage(
             name, inputs=inputs, resume=self.resume, overwrite=self.overwrite, environment=environment
         )

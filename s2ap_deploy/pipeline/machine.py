@@ -9,7 +9,11 @@ from pathlib import Path
 import torch
 
 from s2ap_deploy import files
+from s2ap_deploy.certify.crew.workers import Workforce
 from s2ap_deploy.errors import RunFolderError
+from s2ap_deploy.ranks.company import Company
+from s2ap_deploy.ranks.group import ALONE, Ranks
+from s2ap_deploy.robust.precision import FLOAT32, Precision
 
 MACHINE = "machine.json"
 
@@ -19,7 +23,9 @@ class Machine:
     """What only the command line knows: where data lies here, and what computes.
 
     ``arch`` is an architecture by import path, and ``trust_pickle`` allows pickles to run code; both are
-    the word of the person at the keyboard and never come from a file.
+    the word of the person at the keyboard and never come from a file. ``ranks`` share the training, each in
+    ``accumulate`` pieces of its rows; ``workers`` are attack processes where there is one rank.
+    ``precision`` is that of training alone; attacks that certify compute in float32.
     """
 
     device: torch.device
@@ -28,6 +34,19 @@ class Machine:
     workers: int | None = None
     arch: str | None = None
     trust_pickle: bool = False
+    accumulate: int = 1
+    ranks: Ranks = ALONE
+    precision: Precision = FLOAT32
+
+    @property
+    def pieces(self) -> dict[str, int]:
+        """What a training stage records of ``accumulate``: BatchNorm normalises by the piece."""
+        return {} if self.accumulate == 1 else {"accumulate": self.accumulate}
+
+    @property
+    def workforce(self) -> Workforce:
+        """Who runs attacks."""
+        return self.ranks if isinstance(self.ranks, Company) else self.workers
 
     def save(self, folder: Path) -> None:
         """Keep in ``folder`` where data lies, for the commands that follow. Raises StorageError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from s2ap_deploy.pruning.masks import kept, sparsity
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import Perturbation, SearchResult, choose_once, search
 from s2ap_deploy.pruning.tensors import load_tensors, save_tensors
-from s2ap_deploy.recipe.methods import METHODS
+from s2ap_deploy.ranks.group import Own
+from s2ap_deploy.recipe.methods import METHODS, origins
 from s2ap_deploy.recipe.schema import PruneSection
+from s2ap_deploy.recorder import Silent
 from s2ap_deploy.robust.distillation import Teacher
 from s2ap_deploy.robust.training import train
 from s2ap_deploy.run.folder import Run
@@ -68,6 +71,7 @@ def search_mask(job: Job, section: PruneSection, begin: Path) -> None:
     """Leave masks, scores and the masked network in the ``search`` stage; ``begin`` is the network before."""
     recipe = job.recipe
     classifier, info = job.load(begin)
+    job.machine.precision.arrange(classifier)
     names = prunable(classifier, info.preprocessing.size)
     images = job.images(info.preprocessing.size)
     inputs = {
@@ -78,8 +82,10 @@ def search_mask(job: Job, section: PruneSection, begin: Path) -> None:
         | {"s2ap": section.perturbs, "budget": section.layer_budget},
         "seed": recipe.seed,
     }
+    inputs |= job.machine.pieces
     if section.scores_from is not None:
         inputs["scores_from"] = files.sha256(scores_file(section.scores_from))
+    inputs |= origins(method=section.method, loss=section.search.objective.loss)
     # Before the stage begins: a budget that no mask can meet is refused without touching the folder.
     scoring = score(classifier, names, info.preprocessing.size, section, recipe.seed)
     stage = job.stage("search", inputs)
@@ -133,10 +139,20 @@ def find_mask(
             seed=job.recipe.seed,
             device=job.machine.device,
         )
-    return search(
-        scored,
+    measure = diagnosis(
         images.train,
-        images.validation,
+        job.objective(section.search.objective),
+        gamma=section.gamma,
+        seed=job.recipe.seed,
+        device=job.machine.device,
+        recorder=job.recorder,
+        **section.diagnostics.model_dump(),
+    )
+    return job.machine.ranks.call(
+        search,
+        scored=scored,
+        train=images.train,
+        validation=images.validation,
         objective=job.objective(section.search.objective),
         epochs=section.search.epochs,
         learning_rate=section.search.learning_rate,
@@ -146,16 +162,10 @@ def find_mask(
         seed=job.recipe.seed,
         device=job.machine.device,
         snapshots=stage,
-        recorder=job.recorder,
-        diagnose=diagnosis(
-            images.train,
-            job.objective(section.search.objective),
-            gamma=section.gamma,
-            seed=job.recipe.seed,
-            device=job.machine.device,
-            recorder=job.recorder,
-            **section.diagnostics.model_dump(),
-        ),
+        recorder=Own(job.recorder, Silent()),
+        diagnose=Own(measure, dataclasses.replace(measure, recorder=Silent())),
+        accumulate=job.machine.accumulate,
+        precision=job.machine.precision,
     )
 
 
@@ -181,6 +191,7 @@ def finetune(job: Job, section: PruneSection, dense: Path) -> None:
     }
     if distillation.weight > 0:
         inputs["teacher"] = files.sha256(dense)
+    inputs |= {**origins(loss=section.finetune.objective.loss), **job.machine.pieces}
     stage = job.stage("finetune", inputs)
     if stage.state == "finished":
         return
@@ -197,10 +208,11 @@ def finetune(job: Job, section: PruneSection, dense: Path) -> None:
         teacher = Teacher(
             job.load(dense)[0], weight=distillation.weight, temperature=distillation.temperature
         )
-    result = train(
-        classifier,
-        images.train,
-        images.validation,
+    result = job.machine.ranks.call(
+        train,
+        network=classifier,
+        train=images.train,
+        validation=images.validation,
         stage="finetune",
         objective=job.objective(section.finetune.objective),
         epochs=section.finetune.epochs,
@@ -211,7 +223,9 @@ def finetune(job: Job, section: PruneSection, dense: Path) -> None:
         seed=recipe.seed,
         device=job.machine.device,
         snapshots=stage,
-        recorder=job.recorder,
+        recorder=Own(job.recorder, Silent()),
+        accumulate=job.machine.accumulate,
+        precision=job.machine.precision,
         masks=masks,
         awp_gamma=section.finetune.awp_gamma,
         awp_warmup_epochs=section.finetune.awp_warmup_epochs,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from s2ap_deploy.errors import InputError
+from s2ap_deploy import plugins
+from s2ap_deploy.errors import InputError, PluginError
 from s2ap_deploy.models.coupling import Coupling, channel_groups
 from s2ap_deploy.pruning.allocation import Allocation, Fixed, Global, Quotas
 from s2ap_deploy.pruning.budgets import Shapes, erk, floors, total_kept, uniform
@@ -70,7 +72,7 @@ def score(
     scored = ScoredNetwork(
         network,
         weights,
-        allocation(shapes, section, classifier=names[-1], dense=ends),
+        allocation(shapes, section, classifier=names[-1], dense=ends, device=parameters[names[0]].device),
         start(network, weights, section, seed),
         covered=names[-1:],
     )
@@ -90,12 +92,18 @@ def score_channels(
     channels = {group.name: group.channels for group in coupling.groups}
     granularity = Channels(coupling, shapes)
     begin = start(network, granularity, section, seed)
-    scored = ScoredNetwork(network, granularity, share_channels(coupling, channels, shapes, section), begin)
+    device = next(network.parameters()).device
+    share = share_channels(coupling, channels, shapes, section, device)
+    scored = ScoredNetwork(network, granularity, share, begin)
     return Scoring(scored, None, tuple(name for name, _ in coupling.skipped))
 
 
 def share_channels(
-    coupling: Coupling, channels: Mapping[str, int], shapes: Shapes, section: PruneSection
+    coupling: Coupling,
+    channels: Mapping[str, int],
+    shapes: Shapes,
+    section: PruneSection,
+    device: torch.device | None = None,
 ) -> Allocation:
     """How the groups share the channels that are kept."""
     if section.keep_ratio is not None:
@@ -103,15 +111,22 @@ def share_channels(
     assert section.sparsity is not None
     cost = Cost.of(coupling, shapes, "macs" if section.layer_budget == "macs" else "weights")
     if section.method == "harp":
-        return ChannelQuotas(channels, cost, section.sparsity, compression_weight=section.compression_weight)
+        return ChannelQuotas(
+            channels, cost, section.sparsity, compression_weight=section.compression_weight, device=device
+        )
     whole = {name: float(count) for name, count in channels.items()}
     return Fixed(within(channels, whole, cost, limit_of(cost, channels, section.sparsity)))
 
 
 def allocation(
-    shapes: Shapes, section: PruneSection, *, classifier: str, dense: tuple[str, ...]
+    shapes: Shapes,
+    section: PruneSection,
+    *,
+    classifier: str,
+    dense: tuple[str, ...],
+    device: torch.device | None = None,
 ) -> Allocation:
-    """How the layers share the weights that are kept."""
+    """How the layers share the weights that are kept; what learns lies on ``device``, as the scores do."""
     assert section.sparsity is not None
     least = floors(shapes, classifier=classifier, dense=dense)
     budget = section.layer_budget
@@ -126,7 +141,14 @@ def allocation(
     if section.quota_start == "erk":
         keep = erk(shapes, section.sparsity, least)
         begin = {name: keep[name] / size for name, size in sizes.items()}
-    return Quotas(shapes, section.sparsity, least, compression_weight=section.compression_weight, start=begin)
+    return Quotas(
+        shapes,
+        section.sparsity,
+        least,
+        compression_weight=section.compression_weight,
+        start=begin,
+        device=device,
+    )
 
 
 def start(
@@ -152,6 +174,26 @@ def start(
             return {
                 name: random_scores(unit, generator(seed, "scores", name)) for name, unit in units.items()
             }
+        case plugged:
+            return {
+                name: installed_start(plugged, section.method, name, unit, seed)
+                for name, unit in units.items()
+            }
+
+
+def installed_start(
+    begin: Callable[[Tensor, torch.Generator], Tensor], method: str, name: str, unit: Tensor, seed: int
+) -> Tensor:
+    """One layer's scores from a plug-in's function. Raises PluginError for what is no start."""
+    with plugins.blamed("methods", method) as plugin:
+        found: object = begin(unit.detach().clone(), generator(seed, "scores", name))
+    if not isinstance(found, Tensor) or found.shape != unit.shape or not bool(found.isfinite().all()):
+        what = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise PluginError(
+            f"{plugin} starts the scores of {name} from {what}, not from finite numbers {list(unit.shape)}",
+            hint="one score per weight (channels: per channel)",
+        )
+    return found.detach().to(unit)
 
 
 def scores_file(folder: str) -> Path:

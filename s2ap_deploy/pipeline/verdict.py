@@ -179,7 +179,7 @@ def _artefacts(run: Run, subject: str, report: ExportReport | None) -> list[Arte
         files.within(run.folder("export"), report.file)
         recorded[f"export/{report.file}"] = report.sha256
     rejudged = _rejudged(report)
-    quantised = report is not None and report.quantisation is not None
+    quantised = report is not None and (report.quantisation is not None or report.rounding is not None)
     for name, sha256 in recorded.items():
         fact = _fact(run, name, sha256, rejudged)
         facts.append(fact.model_copy(update={"quantised": quantised}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from s2ap_deploy.certify.gate.gate import GatePolicy, Verdict
 from s2ap_deploy.exporting.opened import read
 from s2ap_deploy.pipeline.artefact import certify_file
@@ -13,17 +15,20 @@ from s2ap_deploy.pipeline.prune import prune
 from s2ap_deploy.pipeline.verdict import gate
 
 
-def whole(job: Job, *, time_budget: float | None = None) -> Verdict | None:
-    """Dense network, pruned network, certificates, exported file and, for int8, its own one; verdict.
+def whole(job: Job, *, time_budget: float | None = None, dense_record: Path | None = None) -> Verdict | None:
+    """Dense network, pruned network, certificates, exported file, the file's own certificate if need be;
+    verdict.
 
-    Returns None for a recipe without a gate. Raises what the stages raise.
+    ``dense_record`` is the record of an attack on the same dense network, see ``certify``. Returns None for a
+    recipe without a gate. Raises what the stages raise.
     """
     dense(job)
     if job.recipe.prune is not None:
         prune(job)
-    certify(job, time_budget=time_budget)
+    certify(job, time_budget=time_budget, dense_record=dense_record)
     report = export(job)
-    if job.recipe.export.int8:  # another network than the one that was certified
+    section = job.recipe.export
+    if section.int8 or section.values != "f32" or section.reselects:  # not the network that was certified
         certify_file(job, read(job.run.output("export", report.file)), time_budget=time_budget)
     job.remember()
     if job.recipe.gate is None:

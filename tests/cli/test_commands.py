@@ -284,7 +284,7 @@ def test_recipes_lists_and_shows(s2ap: Callable[..., Any], tmp_path: Path) -> No
     listed = s2ap("recipes")
     assert listed.code == 0
     for name in ("demo", "mnist", "cifar10-resnet18-hydra-s2ap-90", "cifar10-resnet18-hydra-s2ap-99"):
-        assert any(line.startswith(f"{name} ") for line in listed.out.splitlines())
+        assert any(line.strip().startswith(f"{name} ") for line in listed.out.splitlines())
     shown = s2ap("recipes", "demo")
     (tmp_path / "mine.yaml").write_text(shown.out)
     assert yaml.safe_load(shown.out)["name"] == "demo"

@@ -51,8 +51,24 @@ def test_a_row_tells_everything_in_words() -> None:
 def test_a_row_beside_a_bar_fits_eighty_columns() -> None:
     longest = {**EPOCH, "epoch": 100, "epochs": 100, "robust_accuracy": 1.0}
     assert figures.short(longest) == "epoch 100/100  loss 1.235  robust 100.0 %"
-    assert len(figures.short(longest)) <= 80 - len("x pretrain ━━━━━━━━━━━━━━ 100 % 00:00 ")
+    assert len(figures.short(longest)) <= 80 - len("x pretrain ━━━━━━━━ 100 % 00:00 1234/s ")
     assert figures.short(UNIT) == "apgd-ce  17 stand"
+
+
+@pytest.mark.parametrize(
+    ("per_second", "text"),
+    [
+        (1, "1.0/s"),
+        (12.34, "12.3/s"),
+        (0.075, "4.5/min"),
+        (1234.5, "1234/s"),
+        (1e9, "99999/s"),
+        (0.99, "59.4/min"),
+    ],
+)
+def test_a_rate_is_short(per_second: float, text: str) -> None:
+    assert figures.rate(per_second) == text
+    assert len(text) <= 8
 
 
 @pytest.mark.parametrize(
@@ -76,7 +92,7 @@ def test_a_log_has_one_line_per_row_and_tells_the_time_left(monkeypatch: pytest.
     lines.end()
     first, row, warning, last = stream.getvalue().splitlines()
     assert first == "search: 40 steps"
-    assert row == f"search: {figures.row(EPOCH)}, about 30 s left"
+    assert row == f"search: {figures.row(EPOCH)}, 1.0/s, about 30 s left"
     assert warning.startswith("warning: look at [this]")
     assert last == "search: done in 10.0 s"
 
@@ -92,7 +108,7 @@ def test_a_log_gives_a_sign_of_life_and_does_not_count_what_was_done_before(
     for _ in range(25):
         clock[0] += 1
         lines.advance()
-    assert "finetune: 70 of 100 steps, about 30 s left" in stream.getvalue()
+    assert "finetune: 70 of 100 steps, 1.0/s, about 30 s left" in stream.getvalue()
 
 
 def test_a_terminal_shows_stage_epoch_loss_robust_accuracy_and_time_left() -> None:

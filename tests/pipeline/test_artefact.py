@@ -127,8 +127,8 @@ def test_a_file_of_another_run(finished_run: Path, int8_run: Path, s2ap: Command
 
 def verified(run: Path, s2ap: Command, *options: object) -> Any:
     done = s2ap(
-        "verify", run / "artefact" / "certificate.json", "--k", 2, "--seed", 3, "--threads", 1, "--workers", 1,
-        "--json", *options,
+        "verify", run / "artefact" / "certificate.json", "--k", 2, "--seed", 3,
+        "--threads", 1, "--workers", 1, "--json", *options,
     )  # fmt: skip
     return done.code, json.loads(done.out) if done.out else done.err
 

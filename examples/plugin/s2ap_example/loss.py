@@ -1,0 +1,16 @@
+"""Adversarial training on smoothed labels (Szegedy et al., 2016, section 7, on the examples of PGD)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from s2ap_deploy.robust.installed import RobustLoss
+
+
+def smoothed(clean: Tensor | None, adversarial: Tensor, labels: Tensor, beta: float) -> Tensor:
+    """Cross-entropy on logits [B, K], the share ``beta`` of each label spread over all classes; the mean."""
+    return F.cross_entropy(adversarial, labels, label_smoothing=beta)
+
+
+SMOOTHED = RobustLoss(value=smoothed, beta=0.1)

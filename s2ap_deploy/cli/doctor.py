@@ -1,0 +1,78 @@
+"""``s2ap-deploy doctor``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from s2ap_deploy.cli import options
+from s2ap_deploy.errors import UNUSABLE
+
+if TYPE_CHECKING:
+    from s2ap_deploy.pipeline.doctor import Health
+
+
+@click.command()
+@click.option(
+    "--data-root",
+    type=click.Path(path_type=Path),
+    help="Where data sets lie.  [default: $S2AP_DATA_ROOT, else data]",
+)
+@options.output_options
+def command(data_root: Path | None, as_json: bool, quiet: bool) -> int:
+    """Say what this machine has, what will not work, and what to type.
+
+    Versions, device, memory and disk, data sets, extras and plug-ins. Nothing is fetched and nothing written.
+    0 when commands can do their work, 2 when something that all of them need is missing or broken.
+
+    \b
+    s2ap-deploy doctor
+    s2ap-deploy doctor --json
+    """
+    from s2ap_deploy.cli.progress import recorder
+    from s2ap_deploy.pipeline.doctor import examine
+
+    with recorder(quiet) as progress:
+        health = examine(Path(), progress, data_root=data_root)
+    if as_json:
+        click.echo(health.model_dump_json())
+    elif not quiet:
+        for name, words in rows(health):
+            click.echo(f"{name:<10}  {words}")
+        for problem in health.problems:
+            sign = click.style("✗", fg="red") if problem.blocks else click.style("!", fg="yellow")
+            click.echo(f"{sign} {problem.what}: {problem.why}\n  hint: {problem.hint}")
+        if not health.problems:
+            click.echo(f"{click.style('✓', fg='green')} nothing that would not work was found")
+    return 0 if health.usable else UNUSABLE
+
+
+def rows(health: Health) -> list[tuple[str, str]]:
+    """What is there, a line each."""
+    computer = health.computer
+    there = [f"{each.name} ({each.where})" for each in health.data if each.where is not None]
+    absent = [each.name for each in health.data if each.where is None]
+    lines = [
+        ("versions", ", ".join(f"{name} {version}" for name, version in health.versions.items())),
+        ("system", f"{computer.system}, {computer.machine}, {computer.cores} cores"),
+        ("processor", ", ".join(computer.instructions) or "instruction sets unknown"),
+        ("device", computer.device),
+        ("memory", f"{_size(computer.memory_available_bytes)} of {_size(computer.memory_bytes)} available"),
+        ("disk", f"{_size(computer.disk_free_bytes)} free here"),
+        ("data", ", ".join(there) or "none found"),
+    ]
+    if absent:
+        lines.append(("", f"not below {health.data_root}: {', '.join(absent)} (--data-root, or --download)"))
+    for name, parts in health.extras.items():
+        lines.append(("extra", f"[{name}]: {', '.join(parts) or 'not installed'}"))
+    for each in health.plugins:
+        lines.append(("plug-in", f"{each.kind}: {each.name}, of {each.origin}"))
+    if not health.plugins:
+        lines.append(("plug-in", "none installed"))
+    return lines
+
+
+def _size(number: int | None) -> str:
+    return "unknown" if number is None else f"{number / 2**30:.1f} GiB"

@@ -1,0 +1,187 @@
+"""Figures of long work for TensorBoard or MLflow: recorders beside the one that a person watches. No torch.
+
+Both are optional (``pip install 's2ap-deploy[tracking]'``) and imported only when they are asked for. Nothing
+leaves the machine: files lie below the run folder, unless MLFLOW_TRACKING_URI names another place for MLflow.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+from s2ap_deploy.errors import StorageError, UsageError
+from s2ap_deploy.recorder import Recorder
+
+Name = Literal["tensorboard", "mlflow"]
+NAMES: tuple[Name, ...] = get_args(Name)
+FOLDER = "tracking"
+
+Figures = Mapping[str, float | int | str]
+
+
+class Tracker(Protocol):
+    """Where figures go. ``stage`` and name of a figure together are its tag: ``search/loss``."""
+
+    def facts(self, values: Mapping[str, str]) -> None:
+        """What was asked for: the recipe's keys and their values."""
+
+    def figures(self, stage: str, values: Mapping[str, float], step: int) -> None:
+        """The figures of one row; ``step`` is the epoch, or the row's number where there are no epochs."""
+
+    def close(self) -> None:
+        """Everything is told."""
+
+
+class TensorBoard:
+    """Event files in ``folder``, for ``tensorboard --logdir``."""
+
+    def __init__(self, folder: Path) -> None:
+        _require("tensorboard", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer: Any = SummaryWriter(log_dir=str(folder))
+
+    def facts(self, values: Mapping[str, str]) -> None:
+        rows = "\n".join(f"| {key} | {value} |" for key, value in values.items())
+        self.writer.add_text("recipe", f"| key | value |\n|---|---|\n{rows}", 0)
+
+    def figures(self, stage: str, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(f"{stage}/{name}", value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class MLflow:
+    """One MLflow run called ``name``, kept in ``folder`` unless MLFLOW_TRACKING_URI says where."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        # Figures are for whoever asked for them, and a folder needs no database.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        _require("mlflow", "mlflow")
+        import mlflow
+        from mlflow.tracking import MlflowClient
+
+        place = os.environ.get("MLFLOW_TRACKING_URI") or folder.resolve().as_uri()
+        self.client: Any = MlflowClient(tracking_uri=place)
+        found = self.client.get_experiment_by_name("s2ap-deploy")
+        experiment = found.experiment_id if found else self.client.create_experiment("s2ap-deploy")
+        self.run: str = self.client.create_run(experiment, run_name=name).info.run_id
+        self.longest: int = getattr(mlflow.utils.validation, "MAX_PARAM_VAL_LENGTH", 500)
+
+    def facts(self, values: Mapping[str, str]) -> None:
+        for key, value in values.items():
+            self.client.log_param(self.run, key, value[: self.longest])
+
+    def figures(self, stage: str, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.client.log_metric(self.run, f"{stage}/{name}", value, step=step)
+
+    def close(self) -> None:
+        self.client.set_terminated(self.run)
+
+
+class Tracked:
+    """A recorder that tells another one everything, and trackers the figures."""
+
+    def __init__(self, inner: Recorder, trackers: Sequence[Tracker]) -> None:
+        self.inner = inner
+        self.trackers = tuple(trackers)
+        self.rows: dict[str, int] = {}
+
+    def begin(self, stage: str, total: int, unit: str) -> None:
+        self.inner.begin(stage, total, unit)
+
+    def advance(self, steps: int = 1) -> None:
+        self.inner.advance(steps)
+
+    def log(self, stage: str, values: dict[str, float | int | str]) -> None:
+        self.inner.log(stage, values)
+        self.rows[stage] = self.rows.get(stage, 0) + 1
+        epoch = values.get("epoch")
+        step = epoch if isinstance(epoch, int) else self.rows[stage]
+        told = {
+            name: float(value)
+            for name, value in values.items()
+            if name not in ("epoch", "epochs") and isinstance(value, int | float)
+        }
+        for tracker in self.trackers:
+            tracker.figures(_tag(stage, values), told, step)
+
+    def note(self, message: str) -> None:
+        self.inner.note(message)
+
+    def warn(self, message: str) -> None:
+        self.inner.warn(message)
+
+    def end(self) -> None:
+        self.inner.end()
+
+
+@contextmanager
+def tracked(
+    inner: Recorder, names: Sequence[str], folder: Path, facts: Mapping[str, Any]
+) -> Iterator[Recorder]:
+    """``inner``, or with ``names`` a recorder that also tells those trackers, below ``folder``.
+
+    ``facts`` are nested settings. Raises UsageError for a tracker that is not installed or not known, and
+    StorageError when it cannot write.
+    """
+    if not names:
+        yield inner
+        return
+    trackers: list[Tracker] = []
+    try:
+        for name in dict.fromkeys(names):
+            trackers.append(_tracker(name, folder))
+            trackers[-1].facts(flat(facts))
+        yield Tracked(inner, trackers)
+    finally:
+        for tracker in trackers:
+            tracker.close()
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings by dotted names, as text; those that are None are left out."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            found[prefix + key] = str(value)
+    return found
+
+
+def _tracker(name: str, folder: Path) -> Tracker:
+    place = folder / FOLDER / name
+    try:
+        if name == "tensorboard":
+            return TensorBoard(place)
+        if name == "mlflow":
+            return MLflow(place, folder.resolve().name)
+    except OSError as error:
+        raise StorageError(f"{name} cannot write below {place}: {error}") from error
+    raise UsageError(f"there is no tracker {name!r}", hint=f"there are {', '.join(NAMES)}")
+
+
+def _require(module: str, name: str) -> None:
+    """Raise UsageError, which names the extra, when a tracker is not installed."""
+    import importlib
+
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(
+            f"{name} is not installed: {error}",
+            hint="pip install 's2ap-deploy[tracking]', or leave --track out",
+        ) from None
+
+
+def _tag(stage: str, values: Figures) -> str:
+    """Attacks of one stage are kept apart."""
+    return f"{stage}/{values['attack']}" if "attack" in values else stage

@@ -1,0 +1,216 @@
+"""The Python interface: the commands as functions, on files and on networks in memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import s2ap_deploy
+from s2ap_deploy.certify.certificate import Certificate
+from s2ap_deploy.errors import ArchitectureError, DataError, DeployError, RunFolderError, UsageError
+from s2ap_deploy.models.classifier import Classifier
+from s2ap_deploy.models.registry import build
+from s2ap_deploy.spec import Normalization
+
+SHORT = {"search_epochs": 1, "finetune_epochs": 1, "eps": "0.5", "threads": 1}
+PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+
+
+def test_the_interface_is_what_it_says_and_sorted() -> None:
+    assert s2ap_deploy.__all__ == sorted(s2ap_deploy.__all__)
+    assert set(s2ap_deploy.__all__) <= set(dir(s2ap_deploy))
+    for name in s2ap_deploy.__all__:
+        found = getattr(s2ap_deploy, name)
+        assert callable(found)
+        assert found.__doc__
+    with pytest.raises(AttributeError, match="no attribute 'prnue'"):
+        _ = s2ap_deploy.prnue
+
+
+@pytest.mark.parametrize("work", ["s2ap_deploy.gate", "s2ap_deploy.report", "s2ap_deploy.__all__"])
+def test_importing_the_package_costs_nothing(work: str) -> None:
+    probe = f"import sys, s2ap_deploy; {work}; print(sorted({{'torch', 'numpy', 'onnx'}} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_judging_from_python_imports_no_torch(own_run: Path) -> None:
+    probe = (
+        f"import sys, s2ap_deploy; v = s2ap_deploy.gate({str(own_run)!r}, min_robust=0.5); "
+        "print(v.status, v.exit_code, 'torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["fail", "1", "False"]
+
+
+def test_the_functions_do_what_the_commands_do(
+    digits_model: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    pruned = s2ap_deploy.prune(digits_model, 0.9, run=run, loss="at", **SHORT)
+    assert pruned.sparsity == pytest.approx(0.9, abs=0.001)
+    assert pruned.model.read_bytes() == (finished_run / "finetune" / "model.safetensors").read_bytes()
+    loaded = pruned.load()
+    assert loaded.classifier(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert loaded.info.sparsity == pruned.sparsity
+
+    found = s2ap_deploy.certify(run, n=40, threads=1)
+    typed = Certificate.load(finished_run / "certify" / "pruned.json")
+    assert found.pruned is not None
+    assert found.dense is not None
+    assert found.file is None
+    assert (found.pruned.robust, found.pruned.samples) == (typed.robust, typed.samples)
+
+    report = s2ap_deploy.export(run, output=tmp_path / "copy.onnx", threads=1)
+    typed_report = json.loads((finished_run / "export" / "report.json").read_text())
+    assert report.source_weights_sha256 == typed_report["source_weights_sha256"]
+    assert (report.nonzeros, report.weights) == (typed_report["nonzeros"], typed_report["weights"])
+    assert (tmp_path / "copy.onnx").stat().st_size == report.bytes
+
+    verdict = s2ap_deploy.gate(run, min_robust=0.4, max_drop=0.05)
+    assert (verdict.status, verdict.exit_code) == ("fail", 1)
+    assert s2ap_deploy.gate(run, thresholds={"min_clean": 0.0}, rule="point").status == "pass"
+    checked = s2ap_deploy.verify(run / "certify" / "pruned.json", k=0, seed=1, threads=1)
+    assert checked.status != "fail"
+    pages = s2ap_deploy.report(run, output=tmp_path / "pages", images=0)
+    assert pages.page.read_text().startswith("<!doctype html>") or "<html" in pages.page.read_text()
+    assert "robust" in pages.card.read_text()
+
+
+def test_a_loaded_checkpoint_and_its_file_are_the_same_thing(digits_model: Path, tmp_path: Path) -> None:
+    loaded = s2ap_deploy.load_checkpoint(digits_model)
+    assert loaded.info.arch == "digits-conv"
+    one = s2ap_deploy.certify(tmp_path / "one", model=digits_model, n=10, eps="0.5", threads=1)
+    two = s2ap_deploy.certify(tmp_path / "two", model=loaded, n=10, eps="0.5", threads=1)
+    assert one.dense is not None
+    assert two.dense is not None
+    assert one.pruned is None
+    assert one.dense.subject.weights_sha256 == two.dense.subject.weights_sha256
+    assert one.dense.samples == two.dense.samples
+
+
+class Own(nn.Module):
+    """A network that no registry knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 6, 3, padding=1)
+        self.last = nn.Linear(6 * 64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).relu().flatten(1))
+
+
+def test_a_network_in_memory_goes_the_whole_way(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, run = Own(), tmp_path / "run"
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    pruned = s2ap_deploy.prune(
+        Classifier(network, Normalization(mean=(0.3,), std=(0.4,))), 0.8, run=run, data="digits", **SHORT
+    )
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    info = pruned.load().info
+    assert info.arch.startswith("given/Own-")
+    assert info.normalization is not None
+    assert info.normalization.mean == pytest.approx((0.3,))
+    found = s2ap_deploy.certify(run, n=6, threads=1, workers=1)
+    assert found.pruned is not None
+    assert found.pruned.subject.arch == info.arch
+    assert s2ap_deploy.export(run, threads=1).sparsity == pytest.approx(0.8, abs=0.01)
+
+
+def test_another_process_is_told_what_a_network_in_memory_needs(tmp_path: Path) -> None:
+    s2ap_deploy.prune(Own(), 0.8, run=tmp_path / "run", data="digits", **SHORT)
+    code = (
+        "import s2ap_deploy, sys\ntry:\n    s2ap_deploy.certify(sys.argv[1], n=4)\n"
+        "except Exception as e:\n    print(type(e).__name__, e, e.hint)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.startswith("ArchitectureError given/Own-")
+    assert "model=network" in found.stdout
+
+
+def test_a_registered_architecture_travels_by_name(tmp_path: Path) -> None:
+    trained = s2ap_deploy.certify(
+        tmp_path / "run", model=build("digits-conv"), arch="digits-conv", data="digits", eps="0.5", n=4
+    )
+    assert trained.dense is not None
+    assert trained.dense.subject.arch == "digits-conv"
+
+
+def own(sparsity: float | None = 0.5, **said: Any) -> Callable[[Path], Any]:
+    """A call that prunes :class:`Own` in a folder of the test's."""
+    return lambda folder: s2ap_deploy.prune(Own(), sparsity, run=folder / "run", **said)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda f: s2ap_deploy.prune(f / "no.pt", 0.5), DeployError, "no.pt"),
+        (lambda f: s2ap_deploy.prune(5, 0.5), UsageError, "not int"),
+        (lambda f: s2ap_deploy.load_checkpoint(f / "no.pt", mean=[0.5]), UsageError, "belong together"),
+        (own(eps="0.1"), UsageError, "which data"),
+        (own(data="digits"), UsageError, "which attack"),
+        (own(None, data="digits", eps="0.1"), UsageError, "sparsity is missing"),
+        (own(data="digts", eps="0.1"), DataError, "digts"),
+        (own(1.5, data="digits", eps="0.1"), UsageError, "sparsity"),
+        (own(data="digits", eps="-1"), UsageError, "eps"),
+        (own(data="mnist", eps="0.1"), ArchitectureError, "28"),
+        (own(data="digits", eps="0.1", mean=[0.1], std=[0.2]), UsageError, "for files"),
+        (
+            lambda f: s2ap_deploy.prune(nn.Flatten(), 0.5, data="digits", eps="0.1", run=f / "r"),
+            DeployError,
+            "",
+        ),
+        (lambda f: s2ap_deploy.certify(f / "empty"), RunFolderError, "empty"),
+        (lambda f: s2ap_deploy.certify(f, full=True, min_robust=0.1), UsageError, "full"),
+        (lambda f: s2ap_deploy.certify(f, model=Own(), artifact="x.onnx"), UsageError, "exclude"),
+        (lambda f: s2ap_deploy.export(f / "empty"), RunFolderError, "empty"),
+        (lambda f: s2ap_deploy.pretrain("nobody", "digits", "0.1", run=f / "r"), ArchitectureError, "nobody"),
+        (
+            lambda f: s2ap_deploy.pretrain("digits-conv", "digits", "0.1", run=f / "r", loss="x"),
+            UsageError,
+            "loss",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    call: Callable[[Path], Any], kind: type[DeployError], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(kind) as caught:
+        call(tmp_path)
+    assert words in caught.value.message
+
+
+def test_a_threshold_or_keyword_that_nobody_knows_is_refused(own_run: Path) -> None:
+    with pytest.raises(UsageError, match="min_robustness") as caught:
+        s2ap_deploy.gate(own_run, min_robustness=0.4)
+    assert "min_robust," in (caught.value.hint or "")
+    with pytest.raises(TypeError, match="colour"):
+        s2ap_deploy.export(own_run, colour="red")
+
+
+def test_an_exported_file_answers_for_itself(own_run: Path) -> None:
+    found = s2ap_deploy.certify(own_run, artifact=own_run / "export" / "model.onnx", n=4, threads=1)
+    assert found.file is not None
+    assert found.file.subject.artefact is not None
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S))
+def test_the_page_runs_as_it_stands(
+    block: str, digits_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.pt").write_bytes(digits_model.read_bytes())
+    exec(compile(block, str(PAGE), "exec"), {"__name__": "__main__"})
