@@ -1,8 +1,10 @@
 """A float32 ONNX model as int8: static quantisation in QDQ form, by ONNX Runtime's own quantiser.
 
 Weights are symmetric int8, one scale per output channel, so that a pruned weight stays exactly zero;
-activations are int8 with ranges from calibration images (Jacob et al. 2018, arXiv 1712.05877). The logits
-themselves stay float32: rounding them would make ties between classes and hide gradients from attacks.
+activations are uint8 with ranges from calibration images (Jacob et al. 2018, arXiv 1712.05877): a ReLU is
+then the lower end of the range, and ONNX Runtime fuses it away; with int8 it computes most convolutions in
+float32 instead. The logits themselves stay float32: rounding them would make ties between classes and hide
+gradients from attacks.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from s2ap_deploy.errors import DataError, UsageError, VerificationError
 from s2ap_deploy.exporting.inference import RUNTIME_ERRORS
 
-SCHEME = "static QDQ: weights symmetric int8 per channel (7 bits used), activations int8, logits float32"
+SCHEME = "static QDQ: weights symmetric int8 per channel (7 bits used), activations uint8, logits float32"
 CALIBRATION_BATCH = 64
 _INTEGER_OPERATORS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinear", "Integer")
 _WEIGHT_READERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -61,7 +63,7 @@ def quantise(model: ModelProto, images: NDArray[np.float32]) -> ModelProto:
                 path,
                 _Images(model.graph.input[0], images),
                 quant_format=QuantFormat.QDQ,
-                activation_type=QuantType.QInt8,
+                activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 per_channel=True,
                 reduce_range=True,
