@@ -77,6 +77,7 @@ TORCH_FREE = (
     "s2ap_deploy.reporting.curve",
     "s2ap_deploy.certify.certificate",
     "s2ap_deploy.exporting.artifact",
+    "s2ap_deploy.certify.crew.messages",
     "s2ap_deploy",
     "s2ap_deploy.api",
     "s2ap_deploy.plugins",

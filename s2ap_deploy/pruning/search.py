@@ -97,7 +97,9 @@ def search(
 
     for epoch in range(len(history), epochs):
         started = time.monotonic()
-        ascending = perturbation is not None and epoch >= perturbation.warmup_epochs
+        ball = None
+        if perturbation is not None and epoch >= perturbation.warmup_epochs:
+            ball = ScorePerturbation(scored.scores, perturbation.gamma)
         previous = scored.select()
         losses: list[Tensor] = []
         flips: list[Tensor] = []
@@ -110,18 +112,8 @@ def search(
             cosine(optimizer, learning_rate, epoch + step / steps, epochs)
             noise = generator(seed, "search", epoch, step, device=device)
             for _ in range(adversary.replays):
-                ball = ScorePerturbation(scored.scores, perturbation.gamma) if perturbation else None
                 with computing:
-                    moved = update(
-                        scored,
-                        optimizer,
-                        adversary,
-                        images,
-                        labels,
-                        noise,
-                        ball if ascending else None,
-                        share,
-                    )
+                    moved = update(scored, optimizer, adversary, images, labels, noise, ball, share)
                 losses.append(moved.loss)
                 if moved.flip_rate is not None and moved.perturbed is not None:
                     flips.append(moved.flip_rate)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from s2ap_deploy.ranks import parcel
+from s2ap_deploy.ranks import parcel, sources
 
 MODULE = """
 from torch import nn
@@ -40,7 +40,7 @@ def test_what_is_shared_inside_stays_shared() -> None:
 def test_a_class_from_a_file_is_imported_from_there(tmp_path: Path) -> None:
     file = tmp_path / "strange_layers.py"
     file.write_text(MODULE)
-    parcel.import_source("strange_layers", str(file))
+    sources.import_source("strange_layers", str(file))
     network = sys.modules["strange_layers"].Strange()
     try:
         (tmp_path / "parcel").write_bytes(parcel.pack((network, network.inner.weight), [network]))
@@ -55,5 +55,5 @@ def test_a_class_from_a_file_is_imported_from_there(tmp_path: Path) -> None:
 
 
 def test_a_module_that_is_there_is_not_imported_again(tmp_path: Path) -> None:
-    parcel.import_source("torch.nn", str(tmp_path / "absent.py"))
+    sources.import_source("torch.nn", str(tmp_path / "absent.py"))
     assert sys.modules["torch.nn"] is nn

@@ -6,16 +6,15 @@ cheap: a worker must arrange its own end before it spends seconds on importing t
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import pickle
 import struct
-import sys
 import traceback
 from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from s2ap_deploy.errors import DeployError
+from s2ap_deploy.ranks.sources import import_source, sources
 
 if TYPE_CHECKING:
     from s2ap_deploy.certify.crew.executors import Crew
@@ -44,9 +43,7 @@ class Shipment:
             torch.save(attacker, buffer)
         except Exception as error:  # whatever a stranger's module raises while it is being pickled
             raise CannotShip(f"the classifier cannot be sent to another process: {error}") from error
-        modules = {type(module).__module__ for module in attacker.judge.modules()}
-        files = {name: getattr(sys.modules.get(name), "__file__", None) for name in modules}
-        return cls(buffer.getvalue(), {name: file for name, file in files.items() if file})
+        return cls(buffer.getvalue(), sources([attacker.judge]))
 
     def unpack(self) -> Crew:
         """Raises CannotShip when a class cannot be imported here."""
@@ -54,7 +51,7 @@ class Shipment:
 
         try:
             for name, file in self.sources.items():
-                _import(name, file)
+                import_source(name, file)
             attacker: Crew = torch.load(io.BytesIO(self.content), weights_only=False)
         except Exception as error:  # whatever a stranger's module raises while it is being rebuilt
             raise CannotShip(
@@ -96,16 +93,3 @@ def read(stream: IO[bytes]) -> Any:
     if len(content) < length:
         raise EOFError
     return pickle.loads(content)
-
-
-def _import(name: str, file: str) -> None:
-    """Make ``import name`` work for a module that is on no path, as of an architecture given as a file."""
-    try:
-        found = name in sys.modules or importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        found = False
-    spec = None if found else importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        return
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
