@@ -27,7 +27,7 @@ from torch import nn
 
 from s2ap_deploy.exporting.graph import to_onnx
 from s2ap_deploy.exporting.inference import session
-from s2ap_deploy.exporting.latency import paired_latency
+from s2ap_deploy.exporting.measures.latency import paired_latency
 from s2ap_deploy.models import registry
 from s2ap_deploy.models.channels import macs, unread
 from s2ap_deploy.models.coupling import channel_groups

@@ -24,7 +24,7 @@ from s2ap_deploy.exporting.compaction.compact import compact
 from s2ap_deploy.exporting.compaction.parity import probes
 from s2ap_deploy.exporting.graph import check, to_onnx
 from s2ap_deploy.exporting.inference import logits, session
-from s2ap_deploy.exporting.twin import OnnxTwin
+from s2ap_deploy.exporting.twins.twin import OnnxTwin
 from s2ap_deploy.models import registry
 from s2ap_deploy.pruning import budgets
 from s2ap_deploy.pruning.masks import top_k

@@ -34,7 +34,8 @@ from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import update
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
-from s2ap_deploy.ranks import company
+from s2ap_deploy.ranks import meeting
+from s2ap_deploy.ranks.company import Company
 from s2ap_deploy.ranks.group import ALONE, Ranks
 from s2ap_deploy.robust.adversary import Adversary
 from s2ap_deploy.robust.objective import Objective
@@ -107,7 +108,7 @@ def passes(steps: int, *, trades: bool = True, s2ap: bool = True) -> int:
 def child(size: Size, repeats: int, ranked: bool) -> None:
     """Print the seconds of the quickest step, the one least disturbed, and the MiB it added to the peak."""
     torch.set_num_threads(1)
-    ranks: Ranks = company.join() if ranked else ALONE
+    ranks: Ranks = meeting.join() if ranked else ALONE
     torch.manual_seed(0)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model = network(size.width)
@@ -141,7 +142,7 @@ def child(size: Size, repeats: int, ranked: bool) -> None:
         found["messages"] = {str(count): message_seconds(ranks, count) for count in MESSAGES}
     if ranks.first:
         print(json.dumps(found), flush=True)
-    if isinstance(ranks, company.Company):
+    if isinstance(ranks, Company):
         ranks.leave()
 
 

@@ -22,12 +22,12 @@ import torch
 from int8_size import SIZE, pruned
 from onnx import ModelProto
 
-from s2ap_deploy.exporting import processor
-from s2ap_deploy.exporting.bench import bench
-from s2ap_deploy.exporting.encoding import encode
 from s2ap_deploy.exporting.graph import to_onnx
-from s2ap_deploy.exporting.performance import Performance
+from s2ap_deploy.exporting.measures import processor
+from s2ap_deploy.exporting.measures.bench import bench
+from s2ap_deploy.exporting.measures.performance import Performance
 from s2ap_deploy.exporting.quantisation import quantise
+from s2ap_deploy.exporting.storage.encoding import encode
 from s2ap_deploy.models import registry
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.recorder import Silent

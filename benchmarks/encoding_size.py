@@ -28,14 +28,14 @@ from onnx import ModelProto
 from s2ap_deploy import runtime
 from s2ap_deploy.errors import VerificationError
 from s2ap_deploy.exporting.artifact import EncodedTensor
-from s2ap_deploy.exporting.elias_fano import entropy_bits
-from s2ap_deploy.exporting.encoding import Encoding, decode, encode, tensors
 from s2ap_deploy.exporting.graph import check, to_onnx
 from s2ap_deploy.exporting.inference import session
-from s2ap_deploy.exporting.latency import paired_latency
-from s2ap_deploy.exporting.values import Values, round_weights
+from s2ap_deploy.exporting.measures.latency import paired_latency
+from s2ap_deploy.exporting.storage.elias_fano import entropy_bits
+from s2ap_deploy.exporting.storage.encoding import Encoding, decode, encode, tensors
+from s2ap_deploy.exporting.storage.values import Values, round_weights
+from s2ap_deploy.exporting.storage.weights import weights
 from s2ap_deploy.exporting.verify import folded
-from s2ap_deploy.exporting.weights import weights
 from s2ap_deploy.models import checkpoint, registry
 from s2ap_deploy.models.classifier import Classifier, prunable
 from s2ap_deploy.pruning.budgets import erk, uniform

@@ -16,10 +16,10 @@ import result
 import torch
 
 from s2ap_deploy import runtime
-from s2ap_deploy.exporting.encoding import decode, encode
 from s2ap_deploy.exporting.graph import to_onnx
 from s2ap_deploy.exporting.inference import logits, session
 from s2ap_deploy.exporting.quantisation import quantise, quantised_weights
+from s2ap_deploy.exporting.storage.encoding import decode, encode
 from s2ap_deploy.exporting.verify import folded
 from s2ap_deploy.models import registry
 from s2ap_deploy.models.classifier import Classifier, prunable

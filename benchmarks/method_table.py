@@ -27,7 +27,7 @@ from s2ap_deploy.data.sampling import choose
 from s2ap_deploy.data.splits import Split
 from s2ap_deploy.models import checkpoint
 from s2ap_deploy.models.classifier import prunable
-from s2ap_deploy.pipeline.scoring import score
+from s2ap_deploy.pipeline.training.scoring import score
 from s2ap_deploy.pruning.diagnosis import diagnosis
 from s2ap_deploy.pruning.masks import kept
 from s2ap_deploy.pruning.search import Perturbation, choose_once, search

@@ -30,7 +30,7 @@ from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import update
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
 from s2ap_deploy.pruning.tensors import load_tensors
-from s2ap_deploy.ranks import company
+from s2ap_deploy.ranks import meeting
 from s2ap_deploy.ranks.group import Ranks
 from s2ap_deploy.robust.adversary import Adversary
 from s2ap_deploy.robust.objective import Objective
@@ -87,7 +87,7 @@ def one_step(ranks: Ranks, build: Any) -> dict[str, Tensor]:
 
 def child() -> None:
     """One of two ranks: rank 0 prints each layer's distance from one process."""
-    ranks = company.join()
+    ranks = meeting.join()
     found: dict[str, dict[str, float]] = {}
     for name, build in NETWORKS.items():
         together, alone = one_step(ranks, build), one_step(Ranks(), build)

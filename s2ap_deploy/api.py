@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from s2ap_deploy.certify.gate.gate import Verdict
     from s2ap_deploy.exporting.artifact import ExportReport
-    from s2ap_deploy.pipeline.job import Job
+    from s2ap_deploy.pipeline.jobs.job import Job
+    from s2ap_deploy.pipeline.judging.verification import Verification
     from s2ap_deploy.pipeline.opening import Session
-    from s2ap_deploy.pipeline.verification import Verification
     from s2ap_deploy.recipe.schema import Recipe
 
 DEFAULT_RUN = "s2ap-run"
@@ -47,8 +47,8 @@ def load_checkpoint(
     UnsafePickleError, ArchitectureError and UsageError.
     """
     from s2ap_deploy.models import checkpoint
+    from s2ap_deploy.pipeline.jobs.request import normalization
     from s2ap_deploy.pipeline.opening import as_tuple
-    from s2ap_deploy.pipeline.request import normalization
     from s2ap_deploy.spec import Normalization
 
     section = normalization(as_tuple(mean), as_tuple(std))
@@ -83,8 +83,9 @@ def pretrain(
     ArchitectureError, DataError and RunFolderError.
     """
     from s2ap_deploy.models import registry
-    from s2ap_deploy.pipeline import opening, request
-    from s2ap_deploy.pipeline.dense import dense
+    from s2ap_deploy.pipeline import opening
+    from s2ap_deploy.pipeline.jobs import request
+    from s2ap_deploy.pipeline.training.dense import dense
 
     recipe = request.resolve(
         {
@@ -139,7 +140,7 @@ def prune(
     Raises CheckpointError, ArchitectureError, DataError, UsageError and RunFolderError.
     """
     from s2ap_deploy.pipeline import opening
-    from s2ap_deploy.pipeline.prune import prune as work
+    from s2ap_deploy.pipeline.training.prune import prune as work
     from s2ap_deploy.recipe.methods import n_of_m
 
     asked: dict[str, Any] = {
@@ -208,9 +209,11 @@ def certify(
     time runs out (``resume=True`` continues), and the errors of :func:`prune`.
     """
     from s2ap_deploy.errors import UsageError
-    from s2ap_deploy.pipeline import early, opening, request
-    from s2ap_deploy.pipeline.artefact import certify_file
-    from s2ap_deploy.pipeline.certification import certify as work
+    from s2ap_deploy.pipeline import opening
+    from s2ap_deploy.pipeline.jobs import request
+    from s2ap_deploy.pipeline.judging import early
+    from s2ap_deploy.pipeline.judging.artefact import certify_file
+    from s2ap_deploy.pipeline.judging.certification import certify as work
 
     changes: dict[str, Any] = {
         "certify.version": protocol,
@@ -264,8 +267,9 @@ def export(
     ``output`` gets a copy, also over a file that is there. ``target`` names a device profile. Raises
     VerificationError when the file is not its network or misses a budget, and leaves nothing then.
     """
-    from s2ap_deploy.pipeline import opening, request
-    from s2ap_deploy.pipeline.export import export as work
+    from s2ap_deploy.pipeline import opening
+    from s2ap_deploy.pipeline.delivery.export import export as work
+    from s2ap_deploy.pipeline.jobs import request
 
     section = {"encoding": encoding, "values": values, "int8": int8}
 
@@ -295,7 +299,7 @@ def gate(
 
     from s2ap_deploy.certify.gate.gate import GatePolicy
     from s2ap_deploy.errors import UsageError
-    from s2ap_deploy.pipeline.verdict import gate as work
+    from s2ap_deploy.pipeline.judging.verdict import gate as work
     from s2ap_deploy.run.folder import Run
 
     given = {key: value for key, value in {**(thresholds or {}), **named}.items() if value is not None}
@@ -333,8 +337,8 @@ def verify(
     import secrets
 
     from s2ap_deploy.pipeline import opening
-    from s2ap_deploy.pipeline.verification import run_folder
-    from s2ap_deploy.pipeline.verification import verify as work
+    from s2ap_deploy.pipeline.judging.verification import run_folder
+    from s2ap_deploy.pipeline.judging.verification import verify as work
     from s2ap_deploy.recorder import Silent
 
     path = Path(certificate)
@@ -356,7 +360,7 @@ def report(run: Path | str = DEFAULT_RUN, *, output: Path | str | None = None, i
     """
     from s2ap_deploy import files
     from s2ap_deploy.errors import StorageError
-    from s2ap_deploy.pipeline.report import collect
+    from s2ap_deploy.pipeline.accounts.report import collect
     from s2ap_deploy.reporting.report import card, page
 
     facts = collect(Path(run), images=images)
@@ -374,7 +378,7 @@ def report(run: Path | str = DEFAULT_RUN, *, output: Path | str | None = None, i
 
 
 def _trained(job: Job, stage: Any) -> Trained:
-    from s2ap_deploy.pipeline.job import MODEL
+    from s2ap_deploy.pipeline.jobs.job import MODEL
 
     results: Any = job.run.manifest.stages[stage].results or {}
     best = results.get("best") or {}

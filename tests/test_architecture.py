@@ -59,7 +59,7 @@ TORCH_FREE = (
     "s2ap_deploy.cli.main",
     "s2ap_deploy.ranks.launch",
     "s2ap_deploy.cli.gate",
-    "s2ap_deploy.pipeline.verdict",
+    "s2ap_deploy.pipeline.judging.verdict",
     "s2ap_deploy.reporting.summary",
     "s2ap_deploy.recipe.catalogue",
     "s2ap_deploy.run.folder",

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from s2ap_deploy import plugins
 from s2ap_deploy.errors import PluginError, RecipeError, UsageError
-from s2ap_deploy.pipeline.scoring import start
+from s2ap_deploy.pipeline.training.scoring import start
 from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.recipe import catalogue, target
 from s2ap_deploy.recipe.methods import METHODS, OWN_NAMES, Method, origins

@@ -118,11 +118,11 @@ def command(
     """
     from s2ap_deploy.cli import session
     from s2ap_deploy.errors import UsageError
-    from s2ap_deploy.pipeline import early
-    from s2ap_deploy.pipeline.artefact import certify_file
-    from s2ap_deploy.pipeline.benchmark_entry import check_entry, write_entry
-    from s2ap_deploy.pipeline.certification import certify
-    from s2ap_deploy.pipeline.dense import dense
+    from s2ap_deploy.pipeline.judging import early
+    from s2ap_deploy.pipeline.judging.artefact import certify_file
+    from s2ap_deploy.pipeline.judging.benchmark_entry import check_entry, write_entry
+    from s2ap_deploy.pipeline.judging.certification import certify
+    from s2ap_deploy.pipeline.training.dense import dense
     from s2ap_deploy.reporting.curve import draw_curves
 
     if first and sample_seed is not None:

@@ -129,7 +129,7 @@ def command(
     s2ap-deploy export --target microcontroller --max-bytes 262144
     """
     from s2ap_deploy.cli import session, tables
-    from s2ap_deploy.pipeline.export import export
+    from s2ap_deploy.pipeline.delivery.export import export
 
     session.check_output(output, (".onnx",), overwrite=session_options["overwrite"])
     session.only_import_path(arch, "the run folder")

@@ -108,7 +108,7 @@ def command(
 def _verdict(folder: Path, baseline: Path | None, given: dict[str, Any]) -> Verdict:
     import shlex
 
-    from s2ap_deploy.pipeline.verdict import gate
+    from s2ap_deploy.pipeline.judging.verdict import gate
     from s2ap_deploy.run.folder import Run
 
     with Run.open(folder, create=False, command=shlex.join(["s2ap-deploy", *sys.argv[1:]])) as run:

@@ -133,7 +133,7 @@ def ranked(arguments: list[str]) -> int:
     try:
         return guarded(arguments)
     finally:
-        from s2ap_deploy.ranks.company import farewell
+        from s2ap_deploy.ranks.meeting import farewell
 
         farewell()
 

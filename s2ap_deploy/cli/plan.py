@@ -89,8 +89,8 @@ def command(
     s2ap-deploy plan --arch cifar-resnet18 --granularity channel --keep-ratio 0.5 --align 8
     """
     from s2ap_deploy.cli import plan_tables, session
-    from s2ap_deploy.pipeline.blueprint import blueprint, read
-    from s2ap_deploy.pipeline.plan import plan
+    from s2ap_deploy.pipeline.delivery.plan import plan
+    from s2ap_deploy.pipeline.forecast.blueprint import blueprint, read
     from s2ap_deploy.recipe.schema import PruneSection
 
     if checkpoint is None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from s2ap_deploy.exporting.artifact import BudgetCheck
-    from s2ap_deploy.pipeline.plan import Plan
+    from s2ap_deploy.pipeline.delivery.plan import Plan
 
 LOG_WIDTH = 200
 COLUMNS = ("float32", "float16", "int8 values", "int8")

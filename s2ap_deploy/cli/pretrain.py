@@ -52,7 +52,7 @@ def command(
     from s2ap_deploy.cli import session
     from s2ap_deploy.errors import UsageError
     from s2ap_deploy.models import checkpoint, registry
-    from s2ap_deploy.pipeline.dense import dense
+    from s2ap_deploy.pipeline.training.dense import dense
 
     missing = [name for name, value in (("--data", data), ("--arch", arch), ("--eps", eps)) if value is None]
     if missing:

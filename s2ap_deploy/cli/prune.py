@@ -123,8 +123,8 @@ def command(
     """
     from s2ap_deploy.cli import session
     from s2ap_deploy.errors import UsageError
-    from s2ap_deploy.pipeline.dense import dense
-    from s2ap_deploy.pipeline.prune import prune
+    from s2ap_deploy.pipeline.training.dense import dense
+    from s2ap_deploy.pipeline.training.prune import prune
     from s2ap_deploy.recipe.methods import n_of_m
     from s2ap_deploy.recipe.schema import with_preset
     from s2ap_deploy.reporting.figures import draw_search

@@ -12,7 +12,7 @@ import click
 from s2ap_deploy.cli import options
 
 if TYPE_CHECKING:
-    from s2ap_deploy.pipeline.report import Facts
+    from s2ap_deploy.pipeline.accounts.report import Facts
 
 PAGE, CARD = "report.html", "model-card.md"
 
@@ -45,7 +45,7 @@ def command(run: Path, output: Path | None, images: int, as_json: bool) -> None:
     """
     from s2ap_deploy import files
     from s2ap_deploy.errors import StorageError
-    from s2ap_deploy.pipeline.report import collect
+    from s2ap_deploy.pipeline.accounts.report import collect
     from s2ap_deploy.reporting.report import card, page
 
     facts = collect(run, images=images)

@@ -20,14 +20,14 @@ from s2ap_deploy.cli.progress import recorder
 from s2ap_deploy.cli.verbosity import explained
 from s2ap_deploy.errors import RunFolderError, UsageError
 from s2ap_deploy.models import registry
-from s2ap_deploy.pipeline.job import Job
-from s2ap_deploy.pipeline.machine import Machine, remembered_data_root
-from s2ap_deploy.pipeline.request import changed as changed
-from s2ap_deploy.pipeline.request import export_changes as export_changes
-from s2ap_deploy.pipeline.request import from_checkpoint as from_checkpoint
-from s2ap_deploy.pipeline.request import normalization as normalization
-from s2ap_deploy.pipeline.request import resolve as resolve
-from s2ap_deploy.ranks import company, membership
+from s2ap_deploy.pipeline.jobs.job import Job
+from s2ap_deploy.pipeline.jobs.machine import Machine, remembered_data_root
+from s2ap_deploy.pipeline.jobs.request import changed as changed
+from s2ap_deploy.pipeline.jobs.request import export_changes as export_changes
+from s2ap_deploy.pipeline.jobs.request import from_checkpoint as from_checkpoint
+from s2ap_deploy.pipeline.jobs.request import normalization as normalization
+from s2ap_deploy.pipeline.jobs.request import resolve as resolve
+from s2ap_deploy.ranks import meeting, membership
 from s2ap_deploy.recipe import target
 from s2ap_deploy.recipe.schema import ExportSection, PruneSection, Recipe
 from s2ap_deploy.robust.precision import choose
@@ -119,7 +119,7 @@ def machine(
     chosen = runtime.device(device)
     return Machine(
         device=chosen,
-        ranks=company.present(chosen),
+        ranks=meeting.present(chosen),
         data_root=given or remembered_data_root(folder),
         download=download,
         workers=workers,
@@ -143,7 +143,7 @@ def rehearse(
 ) -> None:
     """Say what the command would do in the run folder, which is not touched, and how long that may take."""
     from s2ap_deploy.cli import sweep_tables
-    from s2ap_deploy.pipeline import rehearsal
+    from s2ap_deploy.pipeline.forecast import rehearsal
 
     with recorder(quiet) as progress:
         progress.note("timing a few steps of each kind")

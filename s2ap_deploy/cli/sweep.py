@@ -13,7 +13,7 @@ from s2ap_deploy.cli import options
 from s2ap_deploy.errors import FAILED, INCONCLUSIVE, UNFORESEEN, UNUSABLE
 
 if TYPE_CHECKING:
-    from s2ap_deploy.pipeline.sweep_figures import SweepReport
+    from s2ap_deploy.pipeline.sweeps.figures import SweepReport
 
 # Of several failures the one that a person must look at first.
 SEVERITY = (UNFORESEEN, UNUSABLE, FAILED, INCONCLUSIVE)
@@ -116,7 +116,7 @@ def command(
     with recorder(quiet) as progress:
         machine = session.machine(folder, **machine_options)
         if dry_run:
-            from s2ap_deploy.pipeline.rehearsal import rehearse_sweep
+            from s2ap_deploy.pipeline.forecast.rehearsal import rehearse_sweep
 
             outlook = rehearse_sweep(points, folder, machine, progress)
             if as_json:
@@ -124,7 +124,7 @@ def command(
             else:
                 sweep_tables.show_outlook(outlook)
             return 0
-        from s2ap_deploy.pipeline.sweep import SweepFolder, possible, sweep
+        from s2ap_deploy.pipeline.sweeps.sweep import SweepFolder, possible, sweep
 
         possible(points)  # refused, if it must be, before there is a folder
         with SweepFolder(folder, resume=resume, overwrite=overwrite) as opened:

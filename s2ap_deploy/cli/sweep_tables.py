@@ -12,8 +12,8 @@ from s2ap_deploy.cli import tables
 from s2ap_deploy.reporting import sweep
 
 if TYPE_CHECKING:
-    from s2ap_deploy.pipeline.rehearsal import Outlook, SweepOutlook
-    from s2ap_deploy.pipeline.sweep_figures import SweepReport
+    from s2ap_deploy.pipeline.forecast.rehearsal import Outlook, SweepOutlook
+    from s2ap_deploy.pipeline.sweeps.figures import SweepReport
 
 STATES = {"done": "green", "to do": "", "to continue": "yellow", "to repeat": "yellow", "refused": "red"}
 STATEMENT = (

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel
 
 from s2ap_deploy import runtime
-from s2ap_deploy.pipeline.job import Job
+from s2ap_deploy.pipeline.jobs.job import Job
 from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.run.manifest import StageName, StageRecord
 from s2ap_deploy.tracking import flat

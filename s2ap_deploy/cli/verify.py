@@ -11,7 +11,7 @@ from s2ap_deploy.cli import options
 from s2ap_deploy.cli.gate import SIGNS, _say
 
 if TYPE_CHECKING:
-    from s2ap_deploy.pipeline.verification import Verification
+    from s2ap_deploy.pipeline.judging.verification import Verification
 
 WORDS = {"pass": "CONFIRMED", "fail": "CONTRADICTED", "inconclusive": "INCONCLUSIVE"}
 
@@ -81,8 +81,8 @@ def command(
     from s2ap_deploy.cli import session
     from s2ap_deploy.cli.progress import recorder
     from s2ap_deploy.errors import UsageError
-    from s2ap_deploy.pipeline.machine import Machine, remembered_data_root
-    from s2ap_deploy.pipeline.verification import run_folder, verify
+    from s2ap_deploy.pipeline.jobs.machine import Machine, remembered_data_root
+    from s2ap_deploy.pipeline.judging.verification import run_folder, verify
 
     session.only_import_path(arch, "the certificate")
     session.check_output(in_toto, (".json",), overwrite=True)

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def size(path: str) -> tuple[int, int, int]:
 
 
 def decode(path: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Pixels of one image file, uint8 [C, H, W], as torchvision's Resize and CenterCrop on PIL give them.
+    """Pixels of one image file, uint8 [C, H, W], resized and cropped by torchvision.transforms.v2.
 
     Like there, a camera's rotation mark (EXIF) is not applied.
     Raises DataError, naming the file, when it cannot be read, holds more than 8 bits per channel, or is
@@ -40,10 +41,7 @@ def decode(path: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     channels, height, width = preprocessing.size
     with _opened(path) as image:
         pixels = image.convert("L" if channels == 1 else "RGB")
-        if preprocessing.resize is not None:
-            pixels = _shorter_side(pixels, preprocessing.resize)
-        if preprocessing.crop is not None:
-            pixels = _centre(pixels, preprocessing.crop)
+        pixels = squared(pixels, preprocessing.resize, preprocessing.crop)
     if (pixels.height, pixels.width) != (height, width):
         raise DataError(
             f"{path} is {pixels.height}x{pixels.width} pixels, where {height}x{width} is expected",
@@ -91,17 +89,20 @@ def _opened(path: str) -> Iterator[Image.Image]:
         ) from None
 
 
-def _shorter_side(image: Image.Image, target: int) -> Image.Image:
-    width, height = image.size
-    if min(width, height) == target:
-        return image
-    if width < height:
-        wanted = target, int(target * height / width)
-    else:
-        wanted = int(target * width / height), target
-    return image.resize(wanted, Image.Resampling.BILINEAR)
+def squared(image: Image.Image, resize: int | None, crop: int | None) -> Image.Image:
+    """``image`` with its shorter side resized to ``resize`` (bilinear) and its centre cropped to ``crop``.
+
+    None leaves a step out. torchvision is imported where a step changes something: images that have their
+    size already need none of it.
+    """
+    if resize is not None and min(image.size) != resize:
+        image = _transforms().resize(image, [resize])
+    if crop is not None and image.size != (crop, crop):
+        image = _transforms().center_crop(image, [crop])
+    return image
 
 
-def _centre(image: Image.Image, target: int) -> Image.Image:
-    left, top = round((image.width - target) / 2), round((image.height - target) / 2)
-    return image.crop((left, top, left + target, top + target))
+def _transforms() -> Any:
+    from torchvision.transforms.v2 import functional
+
+    return functional

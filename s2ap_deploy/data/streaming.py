@@ -25,8 +25,9 @@ from s2ap_deploy.spec import Preprocessing
 class StreamedSplit(Split):
     """Images read from files anew in every epoch.
 
-    Workers only decode; shuffling and augmentation happen here, by the code that :class:`MemorySplit`
-    uses. Both splits therefore give the same batches, and memory decides nothing but speed.
+    Workers decode, resize and crop (``torchvision.transforms.v2``); shuffling and augmentation happen here,
+    by the code that :class:`MemorySplit` uses. Both splits therefore give the same batches, and memory
+    decides nothing but speed.
     """
 
     def __init__(
@@ -109,13 +110,13 @@ def _watched(batches: Iterator[Tensor | DataError]) -> Iterator[Tensor | DataErr
 def _clean_context() -> BaseContext:
     """Processes that inherit neither locks nor open files of ours.
 
-    The fork server starts once from a fresh interpreter and imports torch once; plain fork would copy
-    our threads' locks and the run folder's lock file.
+    The fork server starts once from a fresh interpreter and imports torch and torchvision once; plain fork
+    would copy our threads' locks and the run folder's lock file.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "torchvision.transforms.v2"])
     return context
 
 

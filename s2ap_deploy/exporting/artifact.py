@@ -11,9 +11,9 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from s2ap_deploy.errors import RunFolderError
-from s2ap_deploy.exporting.channels import Narrowed
+from s2ap_deploy.exporting.compaction.channels import Narrowed
 from s2ap_deploy.exporting.compaction.report import Compaction
-from s2ap_deploy.exporting.performance import Performance
+from s2ap_deploy.exporting.measures.performance import Performance
 from s2ap_deploy.files import read_bytes, write_json
 from s2ap_deploy.spec import Frozen
 

@@ -11,11 +11,11 @@ from onnx import ModelProto
 from onnx.reference import ReferenceEvaluator
 
 from s2ap_deploy.errors import VerificationError
-from s2ap_deploy.exporting import encoding as codec
-from s2ap_deploy.exporting.coo import dense_tensor
 from s2ap_deploy.exporting.graph import check
 from s2ap_deploy.exporting.inference import logits, session
 from s2ap_deploy.exporting.opened import OnnxFile
+from s2ap_deploy.exporting.storage import encoding as codec
+from s2ap_deploy.exporting.storage.coo import dense_tensor
 from s2ap_deploy.files import atomic, sha256
 from s2ap_deploy.spec import Frozen
 

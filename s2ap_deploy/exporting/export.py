@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from s2ap_deploy import runtime
 from s2ap_deploy.errors import UsageError, VerificationError
-from s2ap_deploy.exporting import encoding as codec
-from s2ap_deploy.exporting import processor
 from s2ap_deploy.exporting.artifact import (
     COO_STATEMENT,
     INT8_STATEMENT,
@@ -30,13 +28,16 @@ from s2ap_deploy.exporting.artifact import (
 )
 from s2ap_deploy.exporting.compaction import compact as compaction
 from s2ap_deploy.exporting.compaction import parity
+from s2ap_deploy.exporting.compaction.narrowed import narrowed_graph
 from s2ap_deploy.exporting.compaction.report import Compaction
-from s2ap_deploy.exporting.encoding import Encoding
 from s2ap_deploy.exporting.graph import check, to_onnx
-from s2ap_deploy.exporting.latency import paired_latency
-from s2ap_deploy.exporting.narrowed import narrowed_graph
+from s2ap_deploy.exporting.measures import processor
+from s2ap_deploy.exporting.measures.latency import paired_latency
 from s2ap_deploy.exporting.quantisation import SCHEME, quantise, quantised_weights
-from s2ap_deploy.exporting.values import Values, round_weights
+from s2ap_deploy.exporting.storage import encoding as codec
+from s2ap_deploy.exporting.storage.encoding import Encoding
+from s2ap_deploy.exporting.storage.values import Values, round_weights
+from s2ap_deploy.exporting.storage.weights import kept_but_zero, weights
 from s2ap_deploy.exporting.verify import (
     QUANTISED_FLOOR,
     CertifiedPoints,
@@ -48,7 +49,6 @@ from s2ap_deploy.exporting.verify import (
     rejudge,
     session,
 )
-from s2ap_deploy.exporting.weights import kept_but_zero, weights
 from s2ap_deploy.files import atomic, sha256
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.recorder import Recorder

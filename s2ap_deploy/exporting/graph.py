@@ -15,8 +15,8 @@ from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, numpy_help
 from torch import nn
 
 from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError, VerificationError
-from s2ap_deploy.exporting.coo import has_sparse
-from s2ap_deploy.exporting.encoding import default_opset
+from s2ap_deploy.exporting.storage.coo import has_sparse
+from s2ap_deploy.exporting.storage.encoding import default_opset
 
 INPUT = "image"
 OUTPUT = "logits"

@@ -13,9 +13,9 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import CheckpointError, VerificationError
-from s2ap_deploy.exporting.footprint import check_footprint, stored_elsewhere
 from s2ap_deploy.exporting.inference import FileAnswers
 from s2ap_deploy.exporting.quantisation import is_quantised
+from s2ap_deploy.exporting.storage.footprint import check_footprint, stored_elsewhere
 
 
 @dataclass(frozen=True, eq=False)

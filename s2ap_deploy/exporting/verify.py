@@ -18,8 +18,8 @@ from onnx import ModelProto
 from torch import nn
 
 from s2ap_deploy.exporting.artifact import Agreement, Rejudgement
-from s2ap_deploy.exporting.decoder import decodes
 from s2ap_deploy.exporting.inference import logits, session
+from s2ap_deploy.exporting.storage.decoder import decodes
 
 __all__ = [
     "CertifiedPoints",

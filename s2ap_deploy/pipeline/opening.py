@@ -17,11 +17,11 @@ from s2ap_deploy.errors import RunFolderError, UsageError
 from s2ap_deploy.models import checkpoint, given, registry
 from s2ap_deploy.models.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, Normalize, dry_run
-from s2ap_deploy.pipeline import request
-from s2ap_deploy.pipeline.dense import dense
-from s2ap_deploy.pipeline.job import Job
-from s2ap_deploy.pipeline.machine import Machine, remembered_data_root
+from s2ap_deploy.pipeline.jobs import request
+from s2ap_deploy.pipeline.jobs.job import Job
+from s2ap_deploy.pipeline.jobs.machine import Machine, remembered_data_root
 from s2ap_deploy.pipeline.results import Loaded
+from s2ap_deploy.pipeline.training.dense import dense
 from s2ap_deploy.recipe.schema import Recipe, with_preset
 from s2ap_deploy.recorder import Recorder, Silent
 from s2ap_deploy.robust.precision import choose

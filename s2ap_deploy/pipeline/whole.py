@@ -6,13 +6,13 @@ from pathlib import Path
 
 from s2ap_deploy.certify.gate.gate import GatePolicy, Verdict
 from s2ap_deploy.exporting.opened import read
-from s2ap_deploy.pipeline.artefact import certify_file
-from s2ap_deploy.pipeline.certification import certify
-from s2ap_deploy.pipeline.dense import dense
-from s2ap_deploy.pipeline.export import export
-from s2ap_deploy.pipeline.job import Job
-from s2ap_deploy.pipeline.prune import prune
-from s2ap_deploy.pipeline.verdict import gate
+from s2ap_deploy.pipeline.delivery.export import export
+from s2ap_deploy.pipeline.jobs.job import Job
+from s2ap_deploy.pipeline.judging.artefact import certify_file
+from s2ap_deploy.pipeline.judging.certification import certify
+from s2ap_deploy.pipeline.judging.verdict import gate
+from s2ap_deploy.pipeline.training.dense import dense
+from s2ap_deploy.pipeline.training.prune import prune
 
 
 def whole(job: Job, *, time_budget: float | None = None, dense_record: Path | None = None) -> Verdict | None:

@@ -22,7 +22,7 @@ def serve() -> int:
     import torch
 
     from s2ap_deploy.ranks import membership
-    from s2ap_deploy.ranks.company import DismissedError, join
+    from s2ap_deploy.ranks.meeting import DismissedError, join
 
     try:
         company = join()

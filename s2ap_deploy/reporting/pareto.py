@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import UsageError
-from s2ap_deploy.pipeline.sweep_figures import Group, SweepReport
+from s2ap_deploy.pipeline.sweeps.figures import Group, SweepReport
 from s2ap_deploy.reporting import sweep
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from s2ap_deploy import files
 from s2ap_deploy.certify.wording import plain
-from s2ap_deploy.pipeline.sweep_figures import Group, Row, Setting, Spread, SweepReport
+from s2ap_deploy.pipeline.sweeps.figures import Group, Row, Setting, Spread, SweepReport
 
 TABLE, CSV = "table.md", "sweep.csv"
 ARROW = "→"

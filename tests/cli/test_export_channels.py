@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from s2ap_deploy.data import datasets
-from s2ap_deploy.exporting.encoding import decode
+from s2ap_deploy.exporting.storage.encoding import decode
 from s2ap_deploy.models import checkpoint, registry
 from s2ap_deploy.models.narrowing import check_equal
 
@@ -253,7 +253,7 @@ def test_scores_of_another_network_are_refused(
 def test_a_pair_that_cannot_be_read_again_leaves_nothing(
     s2ap: Callable[..., Any], own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from s2ap_deploy.pipeline import channels
+    from s2ap_deploy.pipeline.delivery import channels
 
     monkeypatch.setattr(channels, "weights_hash", lambda network: str(id(network)).zfill(64)[-64:])
     done = s2ap("export", "--align", 8, "--overwrite", cwd=own.parent)

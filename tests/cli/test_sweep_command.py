@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from s2ap_deploy.cli.sweep import exit_code
-from s2ap_deploy.pipeline import sweep as sweeping
-from s2ap_deploy.pipeline.sweep_figures import Row, SweepReport
+from s2ap_deploy.pipeline.sweeps import sweep as sweeping
+from s2ap_deploy.pipeline.sweeps.figures import Row, SweepReport
 from s2ap_deploy.run.manifest import Manifest
 from s2ap_deploy.spec import ThreatModel
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from s2ap_deploy.pipeline.sweep_figures import SweepReport
+from s2ap_deploy.pipeline.sweeps.figures import SweepReport
 
 RECIPE = """\
 name: small

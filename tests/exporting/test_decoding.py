@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from s2ap_deploy.errors import CheckpointError, StorageError, VerificationError
-from s2ap_deploy.exporting import decoding, encoding
+from s2ap_deploy.exporting import decoding
 from s2ap_deploy.exporting.inference import logits, session
 from s2ap_deploy.exporting.opened import read
 from s2ap_deploy.exporting.quantisation import quantise
-from s2ap_deploy.exporting.values import Values, round_weights
+from s2ap_deploy.exporting.storage import encoding
+from s2ap_deploy.exporting.storage.values import Values, round_weights
 
 
 def written(path: Path, model: ModelProto) -> Path:

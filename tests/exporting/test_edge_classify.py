@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper
 from PIL import Image
 
-from s2ap_deploy.exporting import encoding
 from s2ap_deploy.exporting.inference import logits, session
+from s2ap_deploy.exporting.storage import encoding
 from s2ap_deploy.spec import Preprocessing
 
 RUNNER = Path(__file__).resolve().parents[2] / "export" / "edge" / "classify.py"

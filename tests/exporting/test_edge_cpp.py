@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from s2ap_deploy.data import images as evaluation
 from s2ap_deploy.data.augmentation import Augmentation
 from s2ap_deploy.data.memory import MemorySplit
-from s2ap_deploy.exporting import encoding
 from s2ap_deploy.exporting.compaction.compact import compact
 from s2ap_deploy.exporting.graph import to_onnx
 from s2ap_deploy.exporting.quantisation import quantise
+from s2ap_deploy.exporting.storage import encoding
 from s2ap_deploy.spec import Preprocessing
 
 EDGE = Path(__file__).resolve().parents[2] / "export" / "edge"

@@ -15,10 +15,11 @@ from onnx import ModelProto, numpy_helper
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import StorageError, UsageError, VerificationError
-from s2ap_deploy.exporting import encoding, export, graph
+from s2ap_deploy.exporting import export, graph
 from s2ap_deploy.exporting.artifact import Agreement, ExportReport
 from s2ap_deploy.exporting.opened import read
-from s2ap_deploy.exporting.twin import OnnxTwin
+from s2ap_deploy.exporting.storage import encoding
+from s2ap_deploy.exporting.twins.twin import OnnxTwin
 from s2ap_deploy.exporting.verify import CertifiedPoints
 from s2ap_deploy.models.classifier import Classifier, weights_hash
 from s2ap_deploy.recorder import Silent

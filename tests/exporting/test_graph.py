@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError
 from s2ap_deploy.exporting import graph
-from s2ap_deploy.exporting.encoding import default_opset
 from s2ap_deploy.exporting.inference import logits, session
+from s2ap_deploy.exporting.storage.encoding import default_opset
 from s2ap_deploy.models.classifier import Classifier, weights_hash
 
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from packaging.requirements import Requirement
 
-from s2ap_deploy.exporting.encoding import Encoding, encode
 from s2ap_deploy.exporting.inference import logits, session
 from s2ap_deploy.exporting.quantisation import quantise
-from s2ap_deploy.exporting.values import Values, round_weights
+from s2ap_deploy.exporting.storage.encoding import Encoding, encode
+from s2ap_deploy.exporting.storage.values import Values, round_weights
 
 UNREACHABLE = ("Retrying (", "NewConnectionError", "Temporary failure", "Network is unreachable", "timed out")
 RUNNER = """

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from s2ap_deploy.errors import CheckpointError, StorageError
-from s2ap_deploy.exporting.encoding import Encoding, encode
 from s2ap_deploy.exporting.inference import FileAnswers, logits, session
 from s2ap_deploy.exporting.opened import read
-from s2ap_deploy.exporting.twin import OnnxTwin
-from s2ap_deploy.exporting.values import Values, round_weights
+from s2ap_deploy.exporting.storage.encoding import Encoding, encode
+from s2ap_deploy.exporting.storage.values import Values, round_weights
+from s2ap_deploy.exporting.twins.twin import OnnxTwin
 from s2ap_deploy.exporting.verify import compare_twin
 from s2ap_deploy.files import sha256
 

@@ -7,10 +7,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from s2ap_deploy.exporting.encoding import Encoding, encode
 from s2ap_deploy.exporting.inference import logits, session
 from s2ap_deploy.exporting.quantisation import quantise
-from s2ap_deploy.exporting.values import Values, round_weights
+from s2ap_deploy.exporting.storage.encoding import Encoding, encode
+from s2ap_deploy.exporting.storage.values import Values, round_weights
 
 openvino = pytest.importorskip("openvino", reason="needs openvino: pip install openvino")
 

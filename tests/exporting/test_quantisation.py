@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
 from s2ap_deploy.errors import DataError, UsageError, VerificationError
-from s2ap_deploy.exporting.encoding import decode, encode
 from s2ap_deploy.exporting.graph import check
 from s2ap_deploy.exporting.inference import logits, session
 from s2ap_deploy.exporting.quantisation import is_quantised, quantise, quantised_weights
+from s2ap_deploy.exporting.storage.encoding import decode, encode
+from s2ap_deploy.exporting.storage.weights import weights
 from s2ap_deploy.exporting.verify import folded
-from s2ap_deploy.exporting.weights import weights
 
 
 @pytest.fixture(scope="module")

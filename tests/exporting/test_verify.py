@@ -10,8 +10,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import VerificationError
-from s2ap_deploy.exporting import encoding, verify
+from s2ap_deploy.exporting import verify
 from s2ap_deploy.exporting.graph import to_onnx
+from s2ap_deploy.exporting.storage import encoding
 from s2ap_deploy.exporting.verify import compare_quantised, compare_twin, session
 from s2ap_deploy.models.classifier import Classifier
 

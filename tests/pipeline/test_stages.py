@@ -23,9 +23,12 @@ from s2ap_deploy.errors import (
     VerificationError,
 )
 from s2ap_deploy.models import checkpoint
-from s2ap_deploy.pipeline import certification, dense, export, prune, verdict, whole
-from s2ap_deploy.pipeline.job import Job
-from s2ap_deploy.pipeline.machine import Machine
+from s2ap_deploy.pipeline import whole
+from s2ap_deploy.pipeline.delivery import export
+from s2ap_deploy.pipeline.jobs.job import Job
+from s2ap_deploy.pipeline.jobs.machine import Machine
+from s2ap_deploy.pipeline.judging import certification, verdict
+from s2ap_deploy.pipeline.training import dense, prune
 from s2ap_deploy.pruning.tensors import load_tensors
 from s2ap_deploy.recipe import catalogue
 from s2ap_deploy.recipe.schema import Recipe

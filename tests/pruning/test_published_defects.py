@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from s2ap_deploy.models.coupling import channel_groups
-from s2ap_deploy.pipeline import dense, prune
-from s2ap_deploy.pipeline.job import Job
-from s2ap_deploy.pipeline.machine import Machine
+from s2ap_deploy.pipeline.jobs.job import Job
+from s2ap_deploy.pipeline.jobs.machine import Machine
+from s2ap_deploy.pipeline.training import dense, prune
 from s2ap_deploy.pruning.budgets import erk, uniform
 from s2ap_deploy.pruning.channels import Channels
 from s2ap_deploy.recipe import catalogue

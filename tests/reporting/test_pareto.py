@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2ap_deploy.pipeline.sweep_figures import Group, Setting, Spread, SweepReport
+from s2ap_deploy.pipeline.sweeps.figures import Group, Setting, Spread, SweepReport
 from s2ap_deploy.reporting.pareto import Point, draw_pareto, front
 from s2ap_deploy.spec import ThreatModel
 

@@ -11,7 +11,7 @@ import pytest
 
 from s2ap_deploy.certify.gate.gate import GatePolicy
 from s2ap_deploy.errors import RunFolderError
-from s2ap_deploy.pipeline.verdict import gate
+from s2ap_deploy.pipeline.judging.verdict import gate
 from s2ap_deploy.reporting.summary import summarise
 from s2ap_deploy.run.folder import Run
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2ap_deploy.pipeline.sweep_figures import Count, Figures, Row, Setting, Spread, SweepReport, groups
+from s2ap_deploy.pipeline.sweeps.figures import Count, Figures, Row, Setting, Spread, SweepReport, groups
 from s2ap_deploy.reporting import sweep
 from s2ap_deploy.spec import ThreatModel
 

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 
 from s2ap_deploy.certify.gate.check import Check
-from s2ap_deploy.pipeline.report import Facts
+from s2ap_deploy.pipeline.accounts.report import Facts
 from s2ap_deploy.reporting.github import cell
 from s2ap_deploy.reporting.report import tables, words
+from s2ap_deploy.reporting.report.repetition import repetition
 
 FRONT = (
     "---",
@@ -89,6 +90,9 @@ def _export(facts: Facts) -> list[str]:
     ]
     if export.tensors:
         blocks.append(_table(tables.by_encoding(export)))
+    if export.performance is not None:
+        timed = tables.performance(export.performance)
+        blocks += [_table(timed), cell(timed.note)]
     return blocks
 
 
@@ -97,8 +101,9 @@ def _provenance(facts: Facts) -> list[str]:
     rows += [(f"seed, {label}", cell(value)) for label, value in tables.seeds(facts)]
     rows += [(label, cell(value)) for label, value in tables.versions(facts)]
     blocks = [_pairs(rows)] if rows else []
-    if facts.recipe is not None:
-        blocks.append(f"`{facts.recipe_file}` in the run folder repeats it, with `s2ap-deploy run`.")
+    if again := repetition(facts):
+        lines = "\n".join(f"- {cell(line)}" for line in again)
+        blocks.append(f"To repeat it, in the folder that holds the run folder:\n\n{lines}")
     if facts.manifest.commands:
         blocks.append("\n".join(["Commands:", "", *(f"- {cell(each)}" for each in facts.manifest.commands)]))
     return blocks

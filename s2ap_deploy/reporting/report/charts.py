@@ -11,7 +11,7 @@ from s2ap_deploy.certify.curve.curve import SecurityCurve
 from s2ap_deploy.certify.interval import ClassInterval, Interval
 from s2ap_deploy.certify.samples import ClassRow, Proven, Share
 from s2ap_deploy.certify.statistics import clopper_pearson
-from s2ap_deploy.pipeline.report import Facts, Row
+from s2ap_deploy.pipeline.accounts.report import Facts, Row
 from s2ap_deploy.reporting.report import plots, words
 from s2ap_deploy.reporting.report.plots import Line, Mark, chart, intervals
 

@@ -6,7 +6,7 @@ import base64
 import struct
 import zlib
 
-from s2ap_deploy.pipeline.gallery import Picture
+from s2ap_deploy.pipeline.accounts.gallery import Picture
 
 _COLOUR = {1: 0, 3: 2}  # the PNG specification's colour types: greyscale, truecolour
 

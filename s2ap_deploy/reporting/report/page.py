@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from s2ap_deploy.certify.wording import plain
-from s2ap_deploy.pipeline.report import Facts
+from s2ap_deploy.pipeline.accounts.report import Facts
 from s2ap_deploy.reporting.report import charts, tables, words
 from s2ap_deploy.reporting.report.images import data_uri
+from s2ap_deploy.reporting.report.repetition import repetition
 
 LONGEST = 4000
 MOST_COMMANDS = 30
@@ -35,6 +37,7 @@ def render(facts: Facts) -> str:
         fates=FATES,
         speaks=words.subject(facts),
         commands=_commands(facts),
+        again=repetition(facts),
         recipe_lines=[plain(line, LONGEST) for line in (facts.recipe or "").splitlines()],
         style=Markup(_source("style.css")),
     )  # fmt: skip
@@ -51,7 +54,7 @@ def _commands(facts: Facts) -> list[str]:
 
 
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("s2ap_deploy.reporting.report"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -60,6 +63,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["whole"] = _whole
+    return environment
 
 
 def _defused(value: Any) -> Any:
@@ -67,6 +72,14 @@ def _defused(value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Markup):
         return value if value.startswith("data:image/png;base64,") else plain(value, LONGEST)
     return value
+
+
+def _whole(value: str) -> Markup:
+    """Text whose intervals in brackets break in the middle only where a line has no room for one."""
+    if isinstance(value, Markup):
+        return value
+    text = str(escape(plain(value, LONGEST)))
+    return Markup(re.sub(r"\[[^\[\]]*\]", r'<span class="whole">\g<0></span>', text))
 
 
 def _source(name: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 360.0, 210.0
-LEFT, RIGHT, TOP, BOTTOM = 50.0, 12.0, 12.0, 38.0
+LEFT, RIGHT, TOP, BOTTOM = 64.0, 12.0, 12.0, 40.0
 MOST_DOTS = 40
 STEP, STRIP_WIDTH = 13.0, 150.0
 

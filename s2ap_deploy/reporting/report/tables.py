@@ -10,14 +10,16 @@ from s2ap_deploy.certify.certificate import Certificate
 from s2ap_deploy.certify.interval import ClassInterval
 from s2ap_deploy.certify.samples import ClassRow
 from s2ap_deploy.exporting.artifact import ExportReport
-from s2ap_deploy.pipeline.report import DENSE, PRUNED, Facts
-from s2ap_deploy.pipeline.sizes import sizes, stored_tensors
+from s2ap_deploy.exporting.measures.performance import PairedTimes, Performance
+from s2ap_deploy.pipeline.accounts.report import DENSE, PRUNED, Facts
+from s2ap_deploy.pipeline.accounts.sizes import sizes, stored_tensors
 from s2ap_deploy.reporting.report import charts, words
 from s2ap_deploy.run.manifest import STAGES
 
 MOST_CLASSES = 50
 RADII = ((0.0, "0"), (0.5, "ε/2"), (1.0, "ε"), (1.5, "1.5 ε"), (2.0, "2 ε"))
 NOT_WRITTEN = "not written"
+NBSP = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def standing(row: ClassRow | ClassInterval) -> tuple[int, int]:
 def counted(row: ClassRow | ClassInterval) -> str:
     """``6 → 4``, or ``6 → 2 to 5`` where the attack stopped early."""
     low, high = standing(row)
-    return f"{row.clean} → {low}" if low == high else f"{row.clean} → {low} to {high}"
+    return f"{row.clean}{NBSP}→{NBSP}{low}" + (f" to {high}" if low != high else "")
 
 
 def by_encoding(report: ExportReport) -> Table:
@@ -132,13 +134,46 @@ def by_tensor(report: ExportReport) -> Table:
         (
             each.name,
             each.encoding,
-            f"{each.nonzeros:,} of {each.entries:,}",
+            f"{each.nonzeros:,}{NBSP}of {each.entries:,}",
             words.size(each.predicted),
             words.size(each.measured),
         )
         for each in stored_tensors(report)
     ]
     return Table(("Tensor", "Stored as", "Not zero", "Predicted", "Measured"), tuple(rows))
+
+
+def performance(found: Performance) -> Table:
+    """A row for each number of threads and images, one for loading, two for memory."""
+    rows = [
+        (f"{_count(row.batch, 'image')}, {_count(row.threads, 'thread')}", *_times(row.times))
+        for row in found.inference
+    ]
+    rows.append(("loading", *_times(found.load)))
+    if (memory := found.memory) is not None:
+        pairs = (
+            ("peak memory, loading", memory.load_bytes, memory.dense_load_bytes),
+            (f"peak memory, {_count(memory.batch, 'image')}", memory.run_bytes, memory.dense_run_bytes),
+        )
+        rows += [
+            (words, _mebibytes(mine), _mebibytes(theirs), f"{mine / theirs:.2f}" if theirs else "")
+            for words, mine, theirs in pairs
+        ]
+    note = f"{found.statement} Medians, on {found.processor}."
+    return Table(("", "File", "Dense twin", "Ratio [quartiles]"), tuple(rows), note)
+
+
+def _times(times: PairedTimes) -> tuple[str, str, str]:
+    ratio = f"{times.ratio:.2f} [{times.ratio_q1:.2f}, {times.ratio_q3:.2f}]"
+    return f"{times.p50_ms:,.3g}{NBSP}ms", f"{times.dense_p50_ms:,.3g}{NBSP}ms", ratio
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.1f}{NBSP}MiB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,}{NBSP}{noun}{'' if number == 1 else 's'}"
 
 
 def hashes(facts: Facts) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from s2ap_deploy.certify.interval import Interval
 from s2ap_deploy.certify.samples import Proven, Share
 from s2ap_deploy.certify.wording import percent
 from s2ap_deploy.exporting.artifact import ExportReport
-from s2ap_deploy.pipeline.report import DENSE, PRUNED, Facts
+from s2ap_deploy.pipeline.accounts.report import DENSE, PRUNED, Facts
 
 VERDICTS = {
     "pass": "Passed",
@@ -69,7 +69,7 @@ def drop(pairs: PairRange) -> str:
     gained = f"{pairs.gained}" if pairs.exact else f"{pairs.gained} to {pairs.best.gained}"
     return (
         f"{lost} of {pairs.n} images lost, {gained} gained: observed drop {signed(worst.observed)}, "
-        f"at most {signed(worst.bound('lower'))} (one-sided {LEVEL:.0%} bound on the same images)"
+        f"at most {signed(worst.bound('lower'))} (one-sided {100 * LEVEL:.0f} % bound on the same images)"
     )
 
 

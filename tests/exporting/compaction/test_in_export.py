@@ -14,10 +14,11 @@ from onnx import ModelProto, numpy_helper
 from torch import nn
 
 from s2ap_deploy.errors import RecipeError, VerificationError
-from s2ap_deploy.exporting import encoding, export
+from s2ap_deploy.exporting import export
 from s2ap_deploy.exporting.artifact import ExportReport
 from s2ap_deploy.exporting.compaction.report import Compaction
 from s2ap_deploy.exporting.graph import to_onnx
+from s2ap_deploy.exporting.storage import encoding
 from s2ap_deploy.recipe.catalogue import load
 from s2ap_deploy.recorder import Silent
 

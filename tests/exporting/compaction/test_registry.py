@@ -11,9 +11,9 @@ from torch import nn
 
 from s2ap_deploy.exporting.compaction import parity
 from s2ap_deploy.exporting.compaction.compact import compact
-from s2ap_deploy.exporting.encoding import decode, encode, tensors
 from s2ap_deploy.exporting.graph import check, to_onnx
 from s2ap_deploy.exporting.inference import logits, session
+from s2ap_deploy.exporting.storage.encoding import decode, encode, tensors
 from s2ap_deploy.exporting.verify import folded
 from s2ap_deploy.models import imagenet, registry
 from s2ap_deploy.models.classifier import Classifier

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from s2ap_deploy.pipeline.report import collect
+from s2ap_deploy.pipeline.accounts.report import collect
 from s2ap_deploy.reporting.report import card
 
 ALL = ("pretrain", "search", "finetune", "certify", "export", "gate")

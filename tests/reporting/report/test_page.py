@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from s2ap_deploy.pipeline.report import collect
+from s2ap_deploy.pipeline.accounts.report import collect
 from s2ap_deploy.reporting.report import page
 
 ALL = ("pretrain", "search", "finetune", "certify", "export", "gate")

@@ -1,0 +1,1 @@
+"""What a finished run has to tell: facts for reports and comparisons."""

@@ -1,0 +1,1 @@
+"""From a judged network to the file that a device runs, planned, made and held against its target."""

@@ -1,0 +1,1 @@
+"""Certificates made, checked again, and held against a gate."""
