@@ -12,7 +12,7 @@ from s2ap_deploy.cli import tables
 from s2ap_deploy.reporting import sweep
 
 if TYPE_CHECKING:
-    from s2ap_deploy.pipeline.forecast.rehearsal import Outlook, SweepOutlook
+    from s2ap_deploy.pipeline.forecast.outlook import Outlook, SweepOutlook
     from s2ap_deploy.pipeline.sweeps.figures import SweepReport
 
 STATES = {"done": "green", "to do": "", "to continue": "yellow", "to repeat": "yellow", "refused": "red"}

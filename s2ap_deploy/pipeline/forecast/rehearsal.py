@@ -1,27 +1,19 @@
-"""What a run or a sweep would do, how long it may take and how large its file gets. Writes nothing."""
+"""A rehearsal of a run or of a sweep: what is done, what is due, how long it may take. Writes nothing."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from s2ap_deploy.certify.attacks.cost import expected_cost
-from s2ap_deploy.certify.attacks.ledger import default_block_size
-from s2ap_deploy.data.datasets import ImageData
-from s2ap_deploy.data.sampling import choose
-from s2ap_deploy.data.splits import train_steps
-from s2ap_deploy.errors import DataError, InputError
-from s2ap_deploy.models import checkpoint, registry
-from s2ap_deploy.models.classifier import Classifier
+from s2ap_deploy.errors import InputError
 from s2ap_deploy.pipeline.delivery.export import export
 from s2ap_deploy.pipeline.delivery.plan import plan
 from s2ap_deploy.pipeline.delivery.target import target_of
-from s2ap_deploy.pipeline.forecast.probing import StepCost, search_cost, training_cost
-from s2ap_deploy.pipeline.jobs.job import MODEL, Job
+from s2ap_deploy.pipeline.forecast.outlook import Outlook, PlannedStage, SweepOutlook
+from s2ap_deploy.pipeline.forecast.scene import Scene, scene_of
+from s2ap_deploy.pipeline.forecast.timing import Timing
+from s2ap_deploy.pipeline.jobs.job import MODEL
 from s2ap_deploy.pipeline.jobs.looking import Due, LookedAt, Looking, State
 from s2ap_deploy.pipeline.jobs.machine import Machine
 from s2ap_deploy.pipeline.judging.certification import certify
@@ -29,174 +21,12 @@ from s2ap_deploy.pipeline.sweeps.shared import dense_recipe
 from s2ap_deploy.pipeline.sweeps.sweep import DENSE, RUNS
 from s2ap_deploy.pipeline.training.dense import dense
 from s2ap_deploy.pipeline.training.prune import finetune, search_mask
-from s2ap_deploy.pruning.search import RECALIBRATION_BATCHES
 from s2ap_deploy.recipe.combinations import Combination
 from s2ap_deploy.recipe.methods import METHODS
-from s2ap_deploy.recipe.schema import PruneSection, Recipe, TrainSection
+from s2ap_deploy.recipe.schema import PruneSection, Recipe
 from s2ap_deploy.recorder import Recorder, Silent
-from s2ap_deploy.robust.schedule import VALIDATION_IMAGES
-from s2ap_deploy.spec import Frozen
 
 STAGES = ("pretrain", "search", "finetune", "certify", "export", "gate")
-VALIDATION_STEPS = 10
-Size = tuple[int, int, int]
-
-
-class PlannedStage(Frozen):
-    """One stage: whether it is done, what it would do, and its seconds, None where nobody can say."""
-
-    name: str
-    state: State
-    words: str
-    seconds: float | None = None
-    at_most: bool = False
-
-
-class Outlook(Frozen):
-    """What one run would do. ``seconds`` is the sum of what is not done and can be estimated.
-
-    ``bytes`` and ``dense_bytes`` are predicted sizes of the ONNX file and of its dense twin.
-    """
-
-    name: str
-    run: str
-    stages: tuple[PlannedStage, ...]
-    seconds: float
-    bytes: int | None = None
-    dense_bytes: int | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def refused(self) -> bool:
-        """Whether the command would end at a stage of the folder."""
-        return any(stage.state == "refused" for stage in self.stages)
-
-
-class SweepOutlook(Frozen):
-    """What a sweep would do: the dense network of every seed first, and ``skipped`` with their reasons."""
-
-    run: str
-    shared: tuple[Outlook, ...]
-    combinations: tuple[Outlook, ...]
-    skipped: dict[str, str]
-    seconds: float
-
-
-@dataclass(frozen=True, eq=False)
-class Scene:
-    """The network and the images that a recipe is about; ``images`` None where they are not here."""
-
-    classifier: Classifier
-    size: Size
-    classes: int
-    images: ImageData | None
-
-
-class Prompter:
-    """Answers how long a stage takes; steps of one kind are timed once for a whole sweep."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        self._costs: dict[object, StepCost] = {}
-        self._attacks: dict[object, float] = {}
-
-    def pretrain(self, scene: Scene, job: Job, section: TrainSection) -> float | None:
-        """Seconds of training the dense network."""
-        return self._train(scene, job, section)
-
-    def finetune(self, scene: Scene, job: Job, section: PruneSection) -> float | None:
-        """Seconds of fine-tuning, after each of the steps on the way."""
-        if not METHODS[section.method].finetunes:
-            return 0.0
-        seconds = self._train(scene, job, section.finetune)
-        return None if seconds is None else seconds * (1 + len(section.steps))
-
-    def search(self, scene: Scene, job: Job, section: PruneSection) -> float | None:
-        """Seconds of the search, or of choosing once; after each of the steps on the way."""
-        if scene.images is None:
-            return None
-        part, objective = section.search, job.objective(section.search.objective)
-        steps = train_steps(len(scene.images.train), part.batch_size)
-        rest = self._search(scene, job, section, perturbed=False)
-        recalibration = (
-            min(steps, RECALIBRATION_BATCHES // 2) * rest.attack_step * part.batch_size * objective.steps
-        )
-        if not METHODS[section.method].learns:
-            return recalibration * (1 + len(section.steps))
-        seconds = part.epochs * steps * rest.step
-        if section.perturbs:
-            top = self._search(scene, job, section, perturbed=True)
-            seconds += (part.epochs - section.warmup) * steps * max(top.step - rest.step, 0.0)
-        seconds += part.epochs * self._validation(scene, rest)
-        told = section.diagnostics
-        if told.every:
-            # Lanczos differentiates twice, three passes per product; each direction is a forward pass or two.
-            passes = objective.steps + 3 * told.iterations + told.directions
-            seconds += part.epochs // told.every * told.images * passes * rest.attack_step
-        return (seconds + recalibration) * (1 + len(section.steps))
-
-    def certify(self, scene: Scene, job: Job) -> float | None:
-        """At most so many seconds for one network."""
-        if scene.images is None:
-            return None
-        section, test = job.recipe.certify, scene.images.test
-        key = (scene.size, section.model_dump_json(), str(job.recipe.threat))
-        if key not in self._attacks:
-            chosen = choose(test.labels, section.n, seed=section.sample_seed)
-            images, _ = test.subset(chosen).tensors()
-            self._attacks[key] = expected_cost(
-                scene.classifier.to(self.machine.device).eval(),
-                images,
-                threat=job.recipe.threat,
-                device=self.machine.device,
-                block_size=default_block_size(images),
-                workers=self.machine.workers,
-                version=section.version,
-            ).seconds
-        return self._attacks[key]
-
-    def _train(self, scene: Scene, job: Job, section: TrainSection) -> float | None:
-        if scene.images is None:
-            return None
-        objective = job.objective(section.objective)
-        key = ("train", str(job.recipe.threat), section.objective.model_dump_json(), section.batch_size)
-        if key not in self._costs:
-            self._costs[key] = training_cost(
-                scene.classifier,
-                scene.size,
-                scene.classes,
-                objective,
-                section.batch_size,
-                self.machine.device,
-            )
-        cost, steps = self._costs[key], train_steps(len(scene.images.train), section.batch_size)
-        seconds = section.epochs * (steps * cost.step + self._validation(scene, cost))
-        if section.awp_gamma > 0:
-            seconds += (
-                (section.epochs - section.awp_warmup_epochs) * steps * cost.attack_step * section.batch_size
-            )
-        return seconds
-
-    def _search(self, scene: Scene, job: Job, section: PruneSection, *, perturbed: bool) -> StepCost:
-        kind = section.model_copy(update={"sparsity": None, "steps": ()}).model_dump_json()
-        key = ("search", str(job.recipe.threat), kind, perturbed)
-        if key not in self._costs:
-            objective = job.objective(section.search.objective)
-            self._costs[key] = search_cost(
-                scene.classifier,
-                scene.size,
-                scene.classes,
-                section,
-                objective,
-                self.machine.device,
-                perturbed=perturbed,
-            )
-        return self._costs[key]
-
-    def _validation(self, scene: Scene, cost: StepCost) -> float:
-        """PGD-10 on the validation sample, once per epoch."""
-        assert scene.images is not None
-        return min(len(scene.images.validation), VALIDATION_IMAGES) * VALIDATION_STEPS * cost.attack_step
 
 
 def rehearse(
@@ -207,7 +37,7 @@ def rehearse(
     resume: bool = False,
     overwrite: bool = False,
     stages: Sequence[str] = STAGES,
-    prompter: Prompter | None = None,
+    timing: Timing | None = None,
     known_dense: bool = False,
 ) -> Outlook:
     """What ``whole`` would do with ``recipe`` in ``folder``; with ``stages`` only those of them.
@@ -219,9 +49,9 @@ def rehearse(
     looked = LookedAt(folder)
     job = Looking(looked, recipe, machine, Silent(), resume=resume, overwrite=overwrite)
     notes: list[str] = []
-    scene = _scene(job, notes)
-    prompter = prompter or Prompter(machine)
-    planned = tuple(_stages(job, scene, prompter, stages, known_dense, notes))
+    scene = scene_of(job, notes)
+    timing = timing or Timing(machine)
+    planned = tuple(_stages(job, scene, timing, stages, known_dense, notes))
     predicted: Mapping[str, int] = {}
     if "export" in stages or "finetune" in stages:
         predicted = _predicted(job, scene, notes)
@@ -235,7 +65,7 @@ def rehearse_sweep(
     combinations: Sequence[Combination], folder: Path, machine: Machine, recorder: Recorder
 ) -> SweepOutlook:
     """What a sweep would do in ``folder``. Raises what :func:`rehearse` raises."""
-    prompter = Prompter(dataclasses.replace(machine, download=False))
+    timing = Timing(dataclasses.replace(machine, download=False))
     possible = [(each.name, each.recipe) for each in combinations if each.recipe is not None]
     recorder.note(f"timing a few steps of each kind for {len(possible)} combinations")
     shared, runs = [], []
@@ -243,11 +73,11 @@ def rehearse_sweep(
         where = folder / DENSE / f"seed-{seed}"
         network = ("pretrain", "certify")
         shared.append(
-            rehearse(dense_recipe(recipe), where, machine, resume=True, stages=network, prompter=prompter)
+            rehearse(dense_recipe(recipe), where, machine, resume=True, stages=network, timing=timing)
         )
     for name, recipe in possible:
         outlook = rehearse(
-            recipe, folder / RUNS / name, machine, resume=True, prompter=prompter, known_dense=True
+            recipe, folder / RUNS / name, machine, resume=True, timing=timing, known_dense=True
         )
         runs.append(outlook.model_copy(update={"name": name}))
     return SweepOutlook(
@@ -262,7 +92,7 @@ def rehearse_sweep(
 def _stages(
     job: Looking,
     scene: Scene,
-    prompter: Prompter,
+    timing: Timing,
     wanted: Sequence[str],
     known_dense: bool,
     notes: list[str],
@@ -295,25 +125,23 @@ def _stages(
     if "pretrain" in wanted:
         taken = recipe.model.checkpoint is not None or known_dense
         words = "taken over" if taken else f"{recipe.pretrain.epochs if recipe.pretrain else 0} epochs"
-        training = (
-            None if taken or recipe.pretrain is None else prompter.pretrain(scene, job, recipe.pretrain)
-        )
+        training = None if taken or recipe.pretrain is None else timing.pretrain(scene, job, recipe.pretrain)
         yield due("pretrain", lambda: dense(job), words, 0.0 if taken else training)
     if section is not None and "search" in wanted:
         epochs = f"{section.search.epochs} epochs" if METHODS[section.method].learns else "once, by rank"
         plug_in = f", S2AP after {section.warmup}" if section.perturbs else ""
-        seconds = prompter.search(scene, job, section)
+        seconds = timing.search(scene, job, section)
         yield due("search", lambda: _search(job, section), f"{section.method}, {epochs}{plug_in}", seconds)
     if section is not None and "finetune" in wanted:
         tuned = METHODS[section.method].finetunes
         words = f"{section.finetune.epochs} epochs" if tuned else "none: weights stay as they were drawn"
-        seconds = prompter.finetune(scene, job, section)
+        seconds = timing.finetune(scene, job, section)
         yield due(
             "finetune", lambda: finetune(job, section, job.run.output("pretrain", MODEL)), words, seconds
         )
     if "certify" in wanted:
         networks = 1 if section is None or known_dense else 2
-        one = prompter.certify(scene, job)
+        one = timing.certify(scene, job)
         n = "all" if recipe.certify.n is None else f"{recipe.certify.n:,}"
         words = (
             f"AutoAttack ({recipe.certify.version}) on {n} images, {networks} network{'s'[: networks - 1]}"
@@ -348,47 +176,6 @@ def _search(job: Looking, section: PruneSection) -> None:
         finetune(inner, step, first)
         begin = looked.output("finetune", MODEL)
     search_mask(job, section, begin)
-
-
-def _scene(job: Looking, notes: list[str]) -> Scene:
-    """The network, trained or not, since it takes as long either way; and the images, if they are here."""
-    recipe, machine = job.recipe, job.machine
-    reference = machine.arch or recipe.model.arch
-    if recipe.model.checkpoint is not None:
-        classifier, info, _ = checkpoint.load(
-            Path(recipe.model.checkpoint),
-            arch=reference,
-            normalization=recipe.model.normalization,
-            trust_pickle=machine.trust_pickle,
-            keep=recipe.model.keep,
-            alpha=recipe.model.alpha,
-        )
-        images = _images(job, info.preprocessing.size, notes)
-        return Scene(classifier, info.preprocessing.size, info.num_classes, images)
-    if reference is None:
-        raise InputError(
-            f"recipe {recipe.name!r} has neither a checkpoint nor an architecture to train",
-            hint="set model.checkpoint, or model.arch and a pretrain section",
-        )
-    architecture = registry.resolve(reference)
-    images = _images(job, architecture.input_size, notes)
-    classes = images.spec.num_classes if images is not None else architecture.num_classes
-    size = (
-        images.spec.preprocessing.size if images is not None else recipe.data.size or architecture.input_size
-    )
-    if size is None:
-        raise InputError(f"the input size of {reference} is unknown without its data", hint="set data.size")
-    with torch.random.fork_rng(devices=[]):
-        classifier = Classifier(architecture.build(classes), images.suggested if images is not None else None)
-    return Scene(classifier, size, classes, images)
-
-
-def _images(job: Looking, size: Size | None, notes: list[str]) -> ImageData | None:
-    try:
-        return job.images(size)
-    except DataError as error:
-        notes.append(f"no times, as the data are not here: {error.message}")
-        return None
 
 
 def _predicted(job: Looking, scene: Scene, notes: list[str]) -> dict[str, int]:
