@@ -33,7 +33,7 @@ from s2ap_deploy.pruning.masks import kept
 from s2ap_deploy.pruning.search import Perturbation, choose_once, search
 from s2ap_deploy.pruning.tensors import save_tensors
 from s2ap_deploy.recipe.methods import METHODS
-from s2ap_deploy.recipe.schema import PruneSection
+from s2ap_deploy.recipe.pruning import PruneSection
 from s2ap_deploy.recorder import NoSnapshots, Silent
 from s2ap_deploy.robust.evaluation import pgd_accuracy
 from s2ap_deploy.robust.objective import Objective

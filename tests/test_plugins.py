@@ -21,7 +21,7 @@ from s2ap_deploy.pipeline.training.scoring import start
 from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.recipe import catalogue, target
 from s2ap_deploy.recipe.methods import METHODS, OWN_NAMES, Method, origins
-from s2ap_deploy.recipe.schema import PruneSection
+from s2ap_deploy.recipe.pruning import PruneSection
 from s2ap_deploy.robust.installed import RobustLoss
 from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.spec import ThreatModel

@@ -91,7 +91,7 @@ def command(
     from s2ap_deploy.cli import plan_tables, session
     from s2ap_deploy.pipeline.delivery.plan import plan
     from s2ap_deploy.pipeline.forecast.blueprint import blueprint, read
-    from s2ap_deploy.recipe.schema import PruneSection
+    from s2ap_deploy.recipe.pruning import PruneSection
 
     if checkpoint is None:
         arch = session.architecture(arch)

@@ -109,7 +109,7 @@ def list_recipes(as_json: bool) -> None:
 
 def grouped(loaded: Mapping[str, Any]) -> Iterator[str]:
     """Lines of the list: a heading per data set in the order of their size, its recipes below."""
-    from s2ap_deploy.recipe.schema import DATA_SETS
+    from s2ap_deploy.recipe.kinds import DATA_SETS
 
     data = {name: recipe.data.name.partition(":")[0] for name, recipe in loaded.items()}
     order = [each.partition(":")[0] for each in DATA_SETS]

@@ -29,7 +29,8 @@ from s2ap_deploy.pipeline.jobs.request import normalization as normalization
 from s2ap_deploy.pipeline.jobs.request import resolve as resolve
 from s2ap_deploy.ranks import meeting, membership
 from s2ap_deploy.recipe import target
-from s2ap_deploy.recipe.schema import ExportSection, PruneSection, Recipe
+from s2ap_deploy.recipe.pruning import PruneSection
+from s2ap_deploy.recipe.schema import ExportSection, Recipe
 from s2ap_deploy.robust.precision import choose
 from s2ap_deploy.run.folder import Run
 from s2ap_deploy.spec import Frozen

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from s2ap_deploy.errors import RecipeError, UsageError
-from s2ap_deploy.recipe import catalogue, schema
+from s2ap_deploy.recipe import catalogue, kinds, pruning, schema, training
 from s2ap_deploy.recipe.methods import METHODS
 from s2ap_deploy.recipe.schema import Recipe
 
@@ -81,7 +81,7 @@ def test_descriptions_tell_the_recipes_apart() -> None:
 def test_there_is_a_recipe_for_every_data_set_method_granularity_and_for_int8() -> None:
     loaded = [catalogue.load(name) for name in catalogue.names()]
     assert {recipe.data.name.partition(":")[0] for recipe in loaded} == {
-        each.partition(":")[0] for each in schema.DATA_SETS
+        each.partition(":")[0] for each in kinds.DATA_SETS
     }
     sections = [recipe.prune for recipe in loaded if recipe.prune is not None]
     assert {section.method for section in sections} == set(METHODS)
@@ -100,7 +100,7 @@ def test_every_shipped_recipe_names_what_is_registered(name: str) -> None:
 def test_data_set_names_are_those_of_the_data_room() -> None:
     from s2ap_deploy.data import datasets
 
-    assert schema.DATA_SETS == datasets.NAMES
+    assert kinds.DATA_SETS == datasets.NAMES
 
 
 @pytest.mark.parametrize("percent", [90, 95, 99])
@@ -108,9 +108,9 @@ def test_the_cifar_recipes_follow_the_published_schedule(percent: int) -> None:
     shipped = catalogue.load(f"cifar10-resnet18-hydra-s2ap-{percent}")
     assert shipped.prune.sparsity == percent / 100
     assert shipped.threat.eps == "8/255"
-    trades = schema.Objective(loss="trades", beta=6.0)
-    assert shipped.prune.search == schema.SearchSection(objective=trades)
-    assert shipped.prune.finetune == schema.FinetuneSection(objective=trades)
+    trades = training.Objective(loss="trades", beta=6.0)
+    assert shipped.prune.search == pruning.SearchSection(objective=trades)
+    assert shipped.prune.finetune == pruning.FinetuneSection(objective=trades)
     assert shipped == schema.with_preset(shipped, "published")
 
 
@@ -130,7 +130,7 @@ def test_defaults_are_the_published_schedule_with_adversarial_training(file: Pat
         0.01,
         128,
     )
-    assert prune.search.objective == schema.Objective(
+    assert prune.search.objective == training.Objective(
         loss="at", attack_steps=None, step_size=None, beta=None, replays=4
     )
     assert not hasattr(prune.search, "weight_decay")

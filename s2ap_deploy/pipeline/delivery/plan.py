@@ -20,7 +20,8 @@ from s2ap_deploy.pruning.budgets import floors, uniform
 from s2ap_deploy.pruning.channels import ChannelQuotas, Cost, limit_of, within
 from s2ap_deploy.pruning.granularity import NOfM
 from s2ap_deploy.recipe.methods import n_of_m
-from s2ap_deploy.recipe.schema import ExportSection, PruneSection
+from s2ap_deploy.recipe.pruning import PruneSection
+from s2ap_deploy.recipe.schema import ExportSection
 from s2ap_deploy.recipe.target import OPTIONS, WORDS, BudgetName, Found, Target, budgets
 from s2ap_deploy.spec import Frozen
 

@@ -18,7 +18,8 @@ from s2ap_deploy.models.channels import Coupling, macs
 from s2ap_deploy.models.classifier import prunable
 from s2ap_deploy.pipeline.delivery.plan import plan
 from s2ap_deploy.recipe.methods import n_of_m
-from s2ap_deploy.recipe.schema import ExportSection, PruneSection
+from s2ap_deploy.recipe.pruning import PruneSection
+from s2ap_deploy.recipe.schema import ExportSection
 from s2ap_deploy.recipe.target import WORDS, Found, budgets, check, find
 
 Size = tuple[int, int, int]

@@ -15,7 +15,7 @@ from s2ap_deploy.models.classifier import prunable
 from s2ap_deploy.pipeline.training.scoring import score
 from s2ap_deploy.pruning.search import update
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
-from s2ap_deploy.recipe.schema import PruneSection
+from s2ap_deploy.recipe.pruning import PruneSection
 from s2ap_deploy.robust.adversary import Adversary
 from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.runtime import generator

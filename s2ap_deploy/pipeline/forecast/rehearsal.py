@@ -23,7 +23,8 @@ from s2ap_deploy.pipeline.training.dense import dense
 from s2ap_deploy.pipeline.training.prune import finetune, search_mask
 from s2ap_deploy.recipe.combinations import Combination
 from s2ap_deploy.recipe.methods import METHODS
-from s2ap_deploy.recipe.schema import PruneSection, Recipe
+from s2ap_deploy.recipe.pruning import PruneSection
+from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.recorder import Recorder, Silent
 
 STAGES = ("pretrain", "search", "finetune", "certify", "export", "gate")

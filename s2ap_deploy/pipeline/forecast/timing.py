@@ -12,7 +12,8 @@ from s2ap_deploy.pipeline.jobs.job import Job
 from s2ap_deploy.pipeline.jobs.machine import Machine
 from s2ap_deploy.pruning.search import RECALIBRATION_BATCHES
 from s2ap_deploy.recipe.methods import METHODS
-from s2ap_deploy.recipe.schema import PruneSection, TrainSection
+from s2ap_deploy.recipe.pruning import PruneSection
+from s2ap_deploy.recipe.training import TrainSection
 from s2ap_deploy.robust.schedule import VALIDATION_IMAGES
 
 VALIDATION_STEPS = 10

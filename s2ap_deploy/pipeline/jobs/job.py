@@ -15,8 +15,8 @@ from s2ap_deploy.models import checkpoint, registry
 from s2ap_deploy.models.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.pipeline.jobs.machine import Machine
-from s2ap_deploy.recipe.schema import Objective as ObjectiveSection
 from s2ap_deploy.recipe.schema import Recipe
+from s2ap_deploy.recipe.training import Objective as ObjectiveSection
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.run.folder import Run

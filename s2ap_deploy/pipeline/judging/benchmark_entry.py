@@ -14,7 +14,7 @@ from s2ap_deploy.certify.samples import Share
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.checkpoint import CheckpointInfo
 from s2ap_deploy.pipeline.jobs.job import MODEL, Job, read_classifier
-from s2ap_deploy.recipe.schema import PruneSection
+from s2ap_deploy.recipe.pruning import PruneSection
 from s2ap_deploy.spec import Normalization
 
 _ARCHITECTURES = {"cifar-resnet18": "resnet18", "cifar-vgg16-bn": "vgg16"}

@@ -17,7 +17,7 @@ from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.exporting.artifact import ExportReport
 from s2ap_deploy.recipe.combinations import Combination
 from s2ap_deploy.recipe.methods import n_of_m
-from s2ap_deploy.recipe.schema import PruneSection
+from s2ap_deploy.recipe.pruning import PruneSection
 from s2ap_deploy.run.folder import Run
 from s2ap_deploy.spec import Frozen, ThreatModel
 

@@ -15,7 +15,8 @@ from s2ap_deploy.models.classifier import Classifier, dry_run
 from s2ap_deploy.pipeline.jobs.job import HISTORY, MODEL, Job
 from s2ap_deploy.ranks.group import Own
 from s2ap_deploy.recipe.methods import origins
-from s2ap_deploy.recipe.schema import ModelSection, TrainSection
+from s2ap_deploy.recipe.schema import ModelSection
+from s2ap_deploy.recipe.training import TrainSection
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.robust.evaluation import pgd_accuracy
 from s2ap_deploy.robust.schedule import validation_sample

@@ -23,7 +23,7 @@ from s2ap_deploy.pruning.search import Perturbation, SearchResult, choose_once, 
 from s2ap_deploy.pruning.tensors import load_tensors, save_tensors
 from s2ap_deploy.ranks.group import Own
 from s2ap_deploy.recipe.methods import METHODS, origins
-from s2ap_deploy.recipe.schema import PruneSection
+from s2ap_deploy.recipe.pruning import PruneSection
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.robust.distillation import Teacher
 from s2ap_deploy.robust.training import train

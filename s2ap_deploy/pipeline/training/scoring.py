@@ -21,7 +21,7 @@ from s2ap_deploy.pruning.scores import ScoredNetwork, random_scores, scaled
 from s2ap_deploy.pruning.tensors import load_tensors
 from s2ap_deploy.pruning.tickets import untrain
 from s2ap_deploy.recipe.methods import METHODS, n_of_m
-from s2ap_deploy.recipe.schema import PruneSection
+from s2ap_deploy.recipe.pruning import PruneSection
 from s2ap_deploy.runtime import generator
 
 

@@ -21,7 +21,8 @@ from s2ap_deploy.pipeline.forecast.blueprint import Blueprint, blueprint
 from s2ap_deploy.pruning.budgets import erk, floors, total_kept
 from s2ap_deploy.pruning.channels import by_ratio
 from s2ap_deploy.recipe import target
-from s2ap_deploy.recipe.schema import ExportSection, PruneSection
+from s2ap_deploy.recipe.pruning import PruneSection
+from s2ap_deploy.recipe.schema import ExportSection
 
 
 @pytest.fixture(scope="module")

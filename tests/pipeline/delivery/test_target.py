@@ -18,7 +18,8 @@ from s2ap_deploy.models.channels import macs
 from s2ap_deploy.pipeline.delivery.target import completed, inputs, off_pattern, refuse_misfit, target_of
 from s2ap_deploy.pruning.granularity import NOfM
 from s2ap_deploy.recipe import target
-from s2ap_deploy.recipe.schema import ExportSection, PruneSection
+from s2ap_deploy.recipe.pruning import PruneSection
+from s2ap_deploy.recipe.schema import ExportSection
 
 SIZE = (1, 8, 8)
 IMAGE = np.zeros((1, *SIZE), np.float32)

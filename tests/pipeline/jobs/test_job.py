@@ -13,7 +13,7 @@ from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.pipeline.jobs.job import Job
 from s2ap_deploy.pipeline.jobs.machine import Machine, remembered_data_root
 from s2ap_deploy.recipe import catalogue
-from s2ap_deploy.recipe.schema import Objective as ObjectiveSection
+from s2ap_deploy.recipe.training import Objective as ObjectiveSection
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.run.folder import Run
