@@ -23,6 +23,7 @@ from typing import Any
 import interleave
 import plain
 import result
+import step
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import Perturbation, search
 from s2ap_deploy.recorder import NoSnapshots
 from s2ap_deploy.robust.objective import Objective
-from s2ap_deploy.robust.precision import Precision, choose
+from s2ap_deploy.robust.precision import Precision
 from s2ap_deploy.spec import ThreatModel
 
 THREAT = ThreatModel(eps="8/255")
@@ -151,39 +152,16 @@ def timing(args: argparse.Namespace, device: torch.device, precision: Precision)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--network", default="cifar-resnet18")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=3, help="pairs that count")
-    parser.add_argument("--warm-up", type=int, default=1, help="pairs before them")
-    parser.add_argument("--equality-batch", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bf16"])
-    parser.add_argument("--compile", action="store_true")
+    parser = step.parser(__doc__, "search-step")
     parser.add_argument("--s2ap", action="store_true")
     parser.add_argument("--backward", action="store_true")
-    parser.add_argument("--lean", action="store_true")
-    parser.add_argument("--name", default="search-step")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    precision = choose(args.precision, device, compiled=args.compile)
+    device, precision = step.arranged(args)
     same = equality(args.network, args.equality_batch, device)
     result.write(
         args.name,
         {
-            "network": args.network,
-            "batch": args.batch,
-            "threads": args.threads,
-            "device": args.device,
-            "precision": precision.facts(),
-            "loss": "trades",
-            "attack_steps": STEPS,
-            "plain_is_lean": args.lean,
-            "sparsity": 0.9,
+            **step.conditions(args, precision, STEPS),
             "s2ap": args.s2ap,
             "plain_attack_computes_parameter_gradients": args.backward,
             "target": 0.35,
