@@ -5,21 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import JsonValue
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.run import snapshot
-from s2ap_deploy.run.manifest import Output, StageName, StageRecord, as_json, now
+from s2ap_deploy.run.manifest import Manifest, Output, StageName, StageRecord, as_json, now
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from s2ap_deploy.run.folder import Run
-
 State = Literal["finished", "resumable", "fresh"]
+
+
+class Keeper(Protocol):
+    """What a stage needs of the run that it belongs to: the manifest, and where its files go."""
+
+    manifest: Manifest
+
+    def save(self, contents: Manifest) -> None:
+        """Write the manifest."""
+
+    def folder(self, name: StageName) -> Path:
+        """The folder of a stage."""
 
 
 class Stage:
@@ -29,7 +39,7 @@ class Stage:
     where its files go; ``note`` tells the user why a finished stage runs again.
     """
 
-    def __init__(self, run: Run, name: StageName, state: State, note: str | None = None) -> None:
+    def __init__(self, run: Keeper, name: StageName, state: State, note: str | None = None) -> None:
         """Not for callers: see :meth:`Run.stage`."""
         self.name = name
         self.state = state
