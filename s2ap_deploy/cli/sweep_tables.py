@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -59,7 +61,8 @@ def show_outlook(outlook: SweepOutlook) -> None:
         done = [stage.name for stage in each.stages if stage.state == "done"]
         due = [stage.name for stage in each.stages if stage.state != "done"]
         size = f"{each.bytes:,}" if each.bytes is not None else ""
-        table.add_row(Text(each.name), ", ".join(done), ", ".join(due), f"~ {span(each.seconds)}", size)
+        time = "unknown" if each.untimed else f"~ {span(each.seconds)}"
+        table.add_row(Text(each.name), ", ".join(done), ", ".join(due), time, size)
     console.print(table)
     for name, reason in outlook.skipped.items():
         console.print(Text(f"{name} is impossible and skipped: {reason}", style="yellow"))
@@ -67,8 +70,8 @@ def show_outlook(outlook: SweepOutlook) -> None:
         note for each in (*outlook.shared, *outlook.combinations) for note in each.notes
     ):
         console.print(Text(f"note: {note}"))
-    console.print(f"about {span(outlook.seconds)} in all")
-    console.print(Text(f"{STATEMENT}; nothing was written", style="dim"))
+    untimed = {name for each in (*outlook.shared, *outlook.combinations) for name in each.untimed}
+    _conclude(console, outlook.seconds, sorted(untimed))
 
 
 def show_run(outlook: Outlook) -> None:
@@ -93,8 +96,18 @@ def show_run(outlook: Outlook) -> None:
         )
     for note in outlook.notes:
         console.print(Text(f"note: {note}"))
-    console.print(f"about {span(outlook.seconds)} in all")
-    console.print(Text(f"{STATEMENT}; nothing was written", style="dim"))
+    _conclude(console, outlook.seconds, outlook.untimed)
+
+
+def _conclude(console: Console, seconds: float, untimed: Sequence[str]) -> None:
+    if untimed:
+        rest = f"; about {span(seconds)} for the rest" if seconds else ""
+        console.print(f"how long {', '.join(untimed)} would take is unknown{rest}")
+    else:
+        console.print(f"about {span(seconds)} in all")
+    if seconds:
+        console.print(Text(STATEMENT, style="dim"))
+    console.print(Text("nothing was written", style="dim"))
 
 
 def span(seconds: float) -> str:

@@ -120,6 +120,13 @@ def test_absent_data_cost_the_times_and_not_the_plan(tmp_path: Path, s2ap: Calla
     assert list(tmp_path.iterdir()) == []
 
 
+def test_unknown_times_are_not_said_to_be_none(tmp_path: Path, s2ap: Callable[..., Any]) -> None:
+    done = s2ap("run", "mnist", "--data-root", tmp_path, "--dry-run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "how long pretrain, search, finetune, certify would take is unknown" in " ".join(done.out.split())
+    assert "0 s" not in done.out
+
+
 def test_a_folder_that_the_run_could_not_use_is_refused(place: Path, s2ap: Callable[..., Any]) -> None:
     done = s2ap("run", "demo", *TINY, *QUIET, "--run", place, "--dry-run")
     assert done.code == 2

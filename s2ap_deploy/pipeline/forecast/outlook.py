@@ -5,6 +5,9 @@ from __future__ import annotations
 from s2ap_deploy.pipeline.jobs.looking import State
 from s2ap_deploy.spec import Frozen
 
+QUICK = ("export", "gate")
+"""Stages of seconds to a minute, which are not timed."""
+
 
 class PlannedStage(Frozen):
     """One stage: whether it is done, what it would do, and its seconds, None where nobody can say."""
@@ -34,6 +37,15 @@ class Outlook(Frozen):
     def refused(self) -> bool:
         """Whether the command would end at a stage of the folder."""
         return any(stage.state == "refused" for stage in self.stages)
+
+    @property
+    def untimed(self) -> tuple[str, ...]:
+        """The long stages that are not done and that nobody can time, for want of data."""
+        return tuple(
+            stage.name
+            for stage in self.stages
+            if stage.state != "done" and stage.seconds is None and stage.name not in QUICK
+        )
 
 
 class SweepOutlook(Frozen):
