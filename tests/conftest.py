@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before torch loads, and for all that the tests start: several workers share the cores already, and small tensors
-# gain nothing from threads.
+# Before torch loads, and for every process that a test starts: pytest's workers share the cores already, and
+# small tensors gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from s2ap_deploy.data.augmentation import Augmentation
 from s2ap_deploy.data.memory import MemorySplit
@@ -34,10 +35,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MOST_WORKERS = 4
 
+# A busy machine fails no property.
+settings.register_profile("busy", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """For ``-n auto``: a worker for each core, four at most; none for one core or for files asked for by name."""
+    """For ``-n auto``: a worker for each core, four at most; none where nothing is shared out.
+
+    That is on one core, and where single files are asked for: workers take seconds to start.
+    """
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None  # xdist reads it
     asked = config.args if config.args_source is pytest.Config.ArgsSource.ARGS else []
@@ -110,9 +118,9 @@ class ThreadRanks(Ranks):
 
     def _exchange(self, value: Any) -> list[Any]:
         self.table[self.rank] = value
-        self.meeting.wait(timeout=20)
+        self.meeting.wait(timeout=120)
         found = list(self.table)
-        self.meeting.wait(timeout=20)
+        self.meeting.wait(timeout=120)
         return found
 
     def reduce(self, flat: torch.Tensor) -> None:

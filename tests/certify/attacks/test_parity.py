@@ -43,15 +43,16 @@ def test_the_same_samples_of_mnist_survive(shared: Path) -> None:
 
 def compare(network: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Our survivors at Linf 0.1 are the package's, up to what two of its seeds disagree on."""
-    reference = [reference_survivors(network, images, labels, 0.1, seed) for seed in (0, 1)]
+    reference = reference_survivors(network, images, labels, 0.1, seed=0)
     outcome = attack(
         network, images, labels, threat=ThreatModel(eps="0.1"), seed=0, device=torch.device("cpu"), workers=2
     )
     ours = {index for index, by in enumerate(outcome.broken_by) if by is None}
-    noise = len(reference[0] ^ reference[1])
     assert N // 3 < len(ours) < N, "the test needs breaks and survivors"
     assert {count.name for count in outcome.counts if count.n_broken} >= {"apgd-ce"}
-    assert len(ours ^ reference[0]) <= max(1, noise)
+    if len(ours ^ reference) > 1:
+        noise = reference ^ reference_survivors(network, images, labels, 0.1, seed=1)
+        assert len(ours ^ reference) <= len(noise)
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from s2ap_deploy.models.wide_resnet import WideBlock
 from s2ap_deploy.spec import Normalization, ThreatModel
 
 CPU = torch.device("cpu")
-NETWORKS = 30 if os.environ.get("S2AP_SLOW") == "reduced" else 150
+NETWORKS = 20 if os.environ.get("S2AP_SLOW") == "reduced" else 150
 NORMS = ("Linf", "L2", "L1")
 SLOPES = ("adaptive", "parallel")
 

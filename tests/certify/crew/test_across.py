@@ -30,7 +30,7 @@ class Desk(Company):
         return not self.mail[sender, self.rank].empty()
 
     def receive(self, sender: int) -> Any:
-        return self.mail[sender, self.rank].get(timeout=10)
+        return self.mail[sender, self.rank].get(timeout=60)
 
     def call(self, function: Any, *, snapshots: Any = None, **arguments: Any) -> Any:
         for rank in range(1, self.size):

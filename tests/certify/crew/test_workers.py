@@ -201,7 +201,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], stdout=subprocess.PIPE, text=True)
 
 
-def wait_until_gone(pids: set[int], seconds: float = 10.0) -> bool:
+def wait_until_gone(pids: set[int], seconds: float = 60.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if not any(alive(pid) for pid in pids):
@@ -213,13 +213,13 @@ def wait_until_gone(pids: set[int], seconds: float = 10.0) -> bool:
 @pytest.mark.parametrize("deed", [signal.SIGKILL, signal.SIGINT])
 def test_workers_die_with_their_parent(tmp_path: Path, deed: signal.Signals) -> None:
     process = start(tmp_path)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while len(children(process.pid)) < 2 and time.monotonic() < end:
         time.sleep(0.02)
     workers = children(process.pid)
     assert len(workers) == 2
     process.send_signal(deed)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode != 0
     assert wait_until_gone(workers)
 
