@@ -6,7 +6,7 @@
 What is timed is ``robust.training.train`` itself under the mask of 90 %, TRADES with PGD-10 at 8/255; the
 plain loop trains the weights of layers that sort their resting scores anew in every forward pass. Random
 images and weights: time does not depend on them. ``--awp`` switches adversarial weight perturbation on, which
-the plain loop has not; ``--lean`` is as in ``search_step.py``.
+the plain loop has not; ``--lean`` and ``--loader`` are as in ``search_step.py``.
 
 Equality: fed the same adversarial batch in train mode, gradients of the weights that stay must not differ by
 more than 1e-5 of their L2 norm in any layer.
@@ -19,11 +19,12 @@ import copy
 from typing import Any
 
 import interleave
+import loader
 import plain
 import result
 import step
 import torch
-from search_step import STEPS, THREAT, TOLERANCE, images, network, relative
+from search_step import PLAIN_BATCHES, STEPS, THREAT, TOLERANCE, images, network, relative
 from torch import nn
 
 from s2ap_deploy.pruning.masks import Masks, top_k
@@ -95,14 +96,13 @@ def timing(args: argparse.Namespace, device: torch.device, precision: Precision)
     learning = [parameter for parameter in reference.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(learning, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
     noise = torch.Generator(device=device).manual_seed(0)
-    clean, labels = next(images(args.batch, size).batches(args.batch, device))
+    batches = loader.feed(images(PLAIN_BATCHES * args.batch, size), args.batch, args.loader, device)
 
     def other() -> None:
         plain.step(
             reference,
             optimizer,
-            clean,
-            labels,
+            *next(batches),
             eps=THREAT.radius,
             step_size=THREAT.radius / 4,
             steps=STEPS,
@@ -138,7 +138,8 @@ def main() -> None:
     parser.add_argument("--awp", action="store_true")
     args = parser.parse_args()
     device, precision = step.arranged(args)
-    same = equality(args.network, args.equality_batch, device)
+    with step.full_float32():
+        same = equality(args.network, args.equality_batch, device)
     result.write(
         args.name,
         {

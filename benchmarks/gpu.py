@@ -9,11 +9,15 @@ in ``WORK/pieces``, an unfinished stage in its run folder, which ``--resume`` co
 (compressed). On another machine ``--kept FOLDER`` takes both up again.
 
 Order: CIFAR-10 unpacked; a dense network trained adversarially (PGD-10, bf16) and certified; search and
-fine-tuning steps against the plain loop in float32 (whose one batch lies on the device), share of the
-device's bf16 rate; certify against pyautoattack; then hydra with and without S2AP at 90 and 99 %, harp at the
-same, 95 %, another seed, more points: prune, certify, export of each. Needs torch 2.11 or newer; what else
-the package needs and the machine lacks (pydantic and what it needs, torch-pruning, pyautoattack) can lie as
-wheels in a folder that ``--wheels`` names; no pip is needed.
+fine-tuning steps against the plain loop in float32 (with torch's own TF32 setting and a data loader of its
+own) at two batch sizes, and the device's bf16 rate; certify against pyautoattack, each at several batch
+sizes; hydra with and without S2AP at 90 and 99 %: prune, certify, export of each; the same steps compiled,
+and certify once more with another seed; then harp, 95 %, another seed, more points. ``summary`` in the JSON
+has the figures that somebody looks for first. A piece that fails says so in the JSON and is not tried again
+(remove its file to do so).
+
+Needs torch 2.11 or newer; what else the package needs and the machine lacks (pydantic and what it needs,
+torch-pruning, pyautoattack) can lie as wheels in a folder that ``--wheels`` names; no pip is needed.
 """
 
 from __future__ import annotations
@@ -44,6 +48,10 @@ class OutOfTime(Exception):
     """The budget is used up; the next call continues."""
 
 
+class Failed(Exception):
+    """A command of a piece ended with an error, which it has told on stderr."""
+
+
 class Scale(NamedTuple):
     """How large everything is."""
 
@@ -53,16 +61,52 @@ class Scale(NamedTuple):
     search_epochs: int
     finetune_epochs: int
     batch: int
+    large_batch: int | None  # of the timed steps alone, None: neither that nor compilation
     points: int
     more_points: int
     steps: int
+    warm_up: int
+    loader: int  # worker processes of the plain loop's data loader
     speed_points: int
     protocol: str
     variants: int | None  # how many networks are pruned, None: all of the plan
 
 
-FULL = Scale("cifar-resnet18", None, 30, 5, 10, 256, 500, 2000, 20, 256, "standard", None)
-SMOKE = Scale("cifar-resnet20", 8, 1, 2, 1, 16, 4, 6, 1, 2, "quick", 2)
+FULL = Scale(
+    arch="cifar-resnet18",
+    per_class=None,
+    dense_epochs=30,
+    search_epochs=5,
+    finetune_epochs=10,
+    batch=256,
+    large_batch=1024,
+    points=500,
+    more_points=2000,
+    steps=20,
+    warm_up=3,
+    loader=8,
+    speed_points=256,
+    protocol="standard",
+    variants=None,
+)
+SMOKE = Scale(
+    arch="cifar-resnet20",
+    per_class=8,
+    dense_epochs=1,
+    search_epochs=2,
+    finetune_epochs=1,
+    batch=16,
+    large_batch=None,
+    points=4,
+    more_points=6,
+    steps=1,
+    warm_up=1,
+    loader=1,
+    speed_points=2,
+    protocol="quick",
+    variants=2,
+)
+WANTED_FIRST = 4  # networks of the plan that come before everything else about speed
 
 
 class Bench:
@@ -77,43 +121,67 @@ class Bench:
         self.pieces.mkdir(parents=True, exist_ok=True)
         self.data = self.work / "cifar10"
         self.dense = self.work / "dense.safetensors"
+        self.parts = self.work / "parts"
         self.name = "gpu-smoke" if args.smoke else "gpu"
+        self.device = facts(args.device)
 
     @property
     def left(self) -> float:
         """Seconds that work may still take."""
         return self.end - time.monotonic() - RESERVE
 
-    def piece(self, name: str, make: Callable[[], Any]) -> Any:
-        """The piece from an earlier call, or made now. Raises OutOfTime."""
+    def piece(self, name: str, make: Callable[[], Any], least: float = LEAST) -> Any:
+        """The piece from an earlier call, or made now where ``least`` seconds are left. Raises OutOfTime."""
         path = self.pieces / f"{name}.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))["figures"]
-        if self.left < LEAST:
+        never = least > 60 * self.args.budget - 2 * RESERVE
+        if self.left < (LEAST if self.args.smoke or never else least):
             raise OutOfTime
         print(f"{name} ({self.left / 60:.1f} minutes left)", flush=True)
         started = time.monotonic()
-        figures = make()
-        seconds = round(time.monotonic() - started, 1)
+        try:
+            if never and not self.args.smoke:
+                raise Failed(f"it may take {least:.0f} seconds, more than a call has")
+            content = {"figures": make()}
+        except Failed as error:
+            print(f"{name}: {error}", flush=True)
+            content = {"figures": None, "failed": str(error)}
+        content["seconds"] = round(time.monotonic() - started, 1)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"figures": figures, "seconds": seconds}), encoding="utf-8")
+        partial.write_text(json.dumps(content), encoding="utf-8")
         partial.rename(path)
         self.write()
-        return figures
+        return content["figures"]
+
+    def done(self, *prefixes: str) -> dict[str, Any]:
+        """Figures of the pieces with such names that there are."""
+        paths = sorted(self.pieces.glob("*.json"))
+        found = {
+            path.stem: json.loads(path.read_text(encoding="utf-8"))["figures"]
+            for path in paths
+            if path.stem.startswith(prefixes)
+        }
+        return {name: figures for name, figures in found.items() if figures is not None}
 
     def write(self) -> None:
         """All pieces so far as one JSON, in ``results`` and in ``--out``."""
         import result
+        from gpu_speed import summary
 
         found = {
             path.stem: json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(self.pieces.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
         }
-        content = {"smoke": self.args.smoke, "scale": self.scale._asdict(), "device": facts(self.args.device)}
+        content = {"smoke": self.args.smoke, "scale": self.scale._asdict(), "device": self.device}
+        content |= {"summary": summary(self)}
         path = result.write(self.name, {**content, "pieces": found})
         if self.args.out is not None:
             self.args.out.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, self.args.out / path.name)
+            for part in self.parts.glob("*"):
+                if not (self.args.out / part.name).exists():
+                    shutil.copy(part, self.args.out / part.name)
 
     def tool(self, *arguments: str, run: str, device: bool = True) -> dict[str, Any]:
         """A command of the tool in a run folder of ours; what it prints as JSON."""
@@ -123,8 +191,11 @@ class Bench:
             command += ["--device", self.args.device]
         return json.loads(self.process(command))  # type: ignore[no-any-return]
 
-    def process(self, command: list[str]) -> str:
-        """Standard output of a process, which is stopped in time to save its state. Raises OutOfTime."""
+    def process(self, command: list[str], accepted: tuple[int, ...] = (0,)) -> str:
+        """Standard output of a process, which is stopped in time to save its state.
+
+        Raises OutOfTime, and Failed for an exit code that is not ``accepted``.
+        """
         if self.left < LEAST:
             raise OutOfTime
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path[1:]])}
@@ -138,8 +209,8 @@ class Bench:
                 except subprocess.TimeoutExpired:
                     child.kill()
                 raise OutOfTime from None
-        if child.returncode != 0:
-            raise SystemExit(f"{' '.join(command[2:5])} ended with {child.returncode}: see above")
+        if child.returncode not in accepted:
+            raise Failed(f"{' '.join(command[1:5])} ended with {child.returncode}")
         return output
 
 
@@ -175,38 +246,53 @@ def main() -> None:
 
 def everything(bench: Bench) -> None:
     """All pieces in their order."""
-    scale = bench.scale
+    import gpu_speed
+
     if not bench.data.exists():
-        unpack(bench.args.archive, bench.data, scale.per_class)
-    bench.piece("dense", lambda: dense(bench))
-    bench.piece(
-        "dense-certificate", lambda: certificate(bench, bench.dense, "dense-certificate", scale.points)
-    )
-    for kind in ("search", "finetune"):
-        bench.piece(f"{kind}-step", lambda kind=kind: step(bench, kind))
-    bench.piece("bf16-share", lambda: share(bench))
-    bench.piece("certify-speed", lambda: certify_speed(bench))
-    for method, sparsity, s2ap, seed in itertools.islice(plan(), scale.variants):
-        name = f"{method}-{sparsity:g}-{'s2ap' if s2ap else 'plain'}-{seed}"
-        bench.piece(
-            name, lambda chosen=(method, sparsity, s2ap, seed), name=name: pruned(bench, name, *chosen)
-        )
-    for method, sparsity, s2ap, seed in itertools.islice(plan(), scale.variants):
-        name = f"{method}-{sparsity:g}-{'s2ap' if s2ap else 'plain'}-{seed}"
-        model = bench.work / name / "finetune/model.safetensors"
+        unpack(bench.args.archive, bench.data, bench.scale.per_class)
+    if bench.piece("dense", lambda: dense(bench)) is None:
+        (bench.pieces / "dense.json").unlink()
+        raise SystemExit("without a dense network there is nothing to measure")
+    points = bench.scale.points
+    bench.piece("dense-certificate", lambda: certificate(bench, bench.dense, "dense-certificate", points))
+    gpu_speed.steps(bench)
+    bench.piece("bf16-rate", lambda: gpu_speed.rate(bench))
+    gpu_speed.certify_trials(bench)
+    networks = list(itertools.islice(plan(), bench.scale.variants))
+    for network in networks[:WANTED_FIRST]:
+        bench.piece(network.name, lambda network=network: pruned(bench, network))
+    gpu_speed.compiled_steps(bench)
+    gpu_speed.certify_pair(bench)
+    for network in networks[WANTED_FIRST:]:
+        bench.piece(network.name, lambda network=network: pruned(bench, network))
+    for network in networks:
+        model = bench.work / network.name / "finetune/model.safetensors"
         if model.exists():  # not on a machine that only took up the pieces
-            more = f"{name}-more"
+            more, count = f"{network.name}-more", bench.scale.more_points
             bench.piece(
-                more, lambda model=model, more=more: certificate(bench, model, more, scale.more_points)
+                more, lambda model=model, more=more, count=count: certificate(bench, model, more, count)
             )
 
 
-def plan() -> Iterator[tuple[str, float, bool, int]]:
-    """Method, sparsity, with S2AP or without, seed; the most wanted first."""
+class Network(NamedTuple):
+    """One network to prune."""
+
+    method: str
+    sparsity: float
+    s2ap: bool
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.sparsity:g}-{'s2ap' if self.s2ap else 'plain'}-{self.seed}"
+
+
+def plan() -> Iterator[Network]:
+    """The most wanted first."""
     for seed in (0, 1):
         for sparsities, methods in (((0.9, 0.99), ("hydra", "harp")), ((0.95,), ("hydra", "harp"))):
             for method, sparsity, s2ap in itertools.product(methods, sparsities, (False, True)):
-                yield method, sparsity, s2ap, seed
+                yield Network(method, sparsity, s2ap, seed)
 
 
 def unpack(archive: Path, folder: Path, per_class: int | None) -> None:
@@ -233,8 +319,7 @@ def dense(bench: Bench) -> dict[str, Any]:
         run="dense",
     )
     shutil.copy(bench.work / "dense/pretrain/model.safetensors", bench.dense)
-    if bench.args.out is not None:
-        leave(bench.dense, bench.args.out)
+    divide(bench.dense, bench.parts)
     history = json.loads((bench.work / "dense/pretrain/history.json").read_text(encoding="utf-8"))
     return {
         "best": found["pretrain"]["best"],
@@ -243,14 +328,15 @@ def dense(bench: Bench) -> dict[str, Any]:
     }
 
 
-def pruned(bench: Bench, name: str, method: str, sparsity: float, s2ap: bool, seed: int) -> dict[str, Any]:
+def pruned(bench: Bench, network: Network) -> dict[str, Any]:
     """Search and fine-tuning, then the certificate of the result and its export."""
-    scale = bench.scale
+    scale, name = bench.scale, network.name
     bench.tool(
         "prune",
         str(bench.dense),
-        *("--method", method, "--sparsity", str(sparsity), "--s2ap" if s2ap else "--no-s2ap"),
-        *("--data", f"imagefolder:{bench.data}", "--seed", str(seed), "--batch-size", str(scale.batch)),
+        *("--method", network.method, "--sparsity", str(network.sparsity)),
+        *("--s2ap" if network.s2ap else "--no-s2ap", "--seed", str(network.seed)),
+        *("--data", f"imagefolder:{bench.data}", "--batch-size", str(scale.batch)),
         *("--search-epochs", str(scale.search_epochs), "--finetune-epochs", str(scale.finetune_epochs)),
         run=name,
     )
@@ -279,133 +365,6 @@ def certificate(bench: Bench, model: Path, run: str, points: int) -> dict[str, A
     return {"formal_guarantee": found["formal_guarantee"], "certify": found["certify"]}  # not where it lies
 
 
-def step(bench: Bench, kind: str) -> dict[str, Any]:
-    """``search_step.py`` or ``finetune_step.py`` on this device."""
-    import result
-
-    scale, name = bench.scale, f"{bench.name}-{kind}-step"
-    command = [sys.executable, str(HERE / f"{kind}_step.py"), "--network", scale.arch, "--name", name]
-    command += ["--batch", str(scale.batch), "--steps", str(scale.steps), "--device", bench.args.device]
-    bench.process(command)
-    path = result.FOLDER / f"{name}.json"
-    found = json.loads(path.read_text(encoding="utf-8"))
-    path.unlink()  # it is a piece of ours
-    timed = found["step"]
-    seconds = {"ours": timed["ours_seconds"]["median"], "plain": timed["other_seconds"]["median"]}
-    rates = {each: round(scale.batch / value, 1) for each, value in seconds.items()}
-    return {**found, "images_per_second": rates, "speed_up": round(rates["ours"] / rates["plain"], 2)}
-
-
-def share(bench: Bench) -> dict[str, Any]:
-    """Arithmetic of a search step over its time, beside the rate of a large bf16 product on this device."""
-    import interleave
-    import torch
-    from search_step import STEPS, network
-
-    device = torch.device(bench.args.device)
-    classifier, size, _ = network(bench.scale.arch)
-    macs = multiplications(classifier, size)
-    # One forward pass is a unit, a backward pass to the input another, one to the weights another: the clean
-    # images once for the attack, PGD there and back, then both batches there and back in full.
-    units = 1 + 2 * STEPS + 2 * 3
-    timed = bench.piece("search-step", dict)["step"]["ours_seconds"]["median"]
-    achieved = 2 * macs * units * bench.scale.batch / timed
-    side = 8192 if device.type == "cuda" else 512
-    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = [interleave.timed(lambda: left @ right, device).clock for _ in range(13)][3:]
-    rate = 2 * side**3 / sorted(times)[len(times) // 2]
-    return {
-        "multiplications_per_image": macs,
-        "forward_units_per_step": units,
-        "achieved_tflops": round(achieved / 1e12, 4),
-        "product_tflops": round(rate / 1e12, 4),
-        "share": round(achieved / rate, 4),
-    }
-
-
-def multiplications(classifier: Any, size: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image in convolutions and linear layers."""
-    import torch
-    from torch import nn
-
-    total = 0
-
-    def count(module: Any, inputs: Any, output: Any) -> None:
-        nonlocal total
-        total += output[0].numel() * module.weight[0].numel()
-
-    layers = [module for module in classifier.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    handles = [layer.register_forward_hook(count) for layer in layers]
-    with torch.no_grad():
-        classifier.eval()(torch.zeros(1, *size))
-    for handle in handles:
-        handle.remove()
-    return total
-
-
-def certify_speed(bench: Bench) -> dict[str, Any]:
-    """Our cascade and pyautoattack's own driver on the same points, float32 without TF32 for both."""
-    import copy
-
-    import interleave
-    import torch
-    from pyautoattack import AutoAttack
-
-    from s2ap_deploy.certify.attacks import cascade
-    from s2ap_deploy.data import datasets
-    from s2ap_deploy.models import checkpoint
-    from s2ap_deploy.robust.precision import allow_tf32
-    from s2ap_deploy.spec import ThreatModel
-
-    device, points = torch.device(bench.args.device), bench.scale.speed_points
-    allow_tf32(False, False)
-    network, _, _ = checkpoint.load(bench.dense)
-    network = network.to(device).eval()
-    images, labels = datasets.load(f"imagefolder:{bench.data}", size=(3, 32, 32)).test.tensors()
-    chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:points]
-    images, labels = images[chosen], labels[chosen]
-    threat = ThreatModel(eps="8/255")
-
-    def ours(size: int | None) -> set[int]:
-        outcome = cascade.attack(
-            network, images, labels, threat=threat, seed=0, device=device, workers=1, block_size=size
-        )
-        return {index for index, by in enumerate(outcome.broken_by) if by is None}
-
-    def theirs(size: int) -> set[int]:
-        private = copy.deepcopy(network)
-        here = images.to(device), labels.to(device)
-        driver = AutoAttack(
-            private, norm="Linf", eps=threat.radius, seed=0, version="standard", device=bench.args.device
-        )
-        moved, _ = driver.run_standard_evaluation(*here, batch_size=size)
-        with torch.no_grad():
-            standing = (private(here[0]).argmax(1) == here[1]) & (private(moved).argmax(1) == here[1])
-        return set(standing.nonzero().flatten().tolist())
-
-    sizes = sorted({max(points // 2, 1), points})
-    trials: list[dict[str, Any]] = []
-    left: dict[str, set[int]] = {}
-    for who, attack in (("ours", ours), ("package", theirs)):
-        for size in sizes:
-            found: list[set[int]] = []
-            span = interleave.timed(
-                lambda attack=attack, size=size, found=found: found.append(attack(size)), device
-            )
-            trials.append({"who": who, "batch": size, "seconds": round(span.clock, 2)})
-            left[who] = found[0]
-    best = {who: min(t["seconds"] for t in trials if t["who"] == who) for who in left}
-    return {
-        "points": points,
-        "tf32": False,
-        "trials": trials,
-        "seconds_per_point": {who: round(seconds / points, 4) for who, seconds in best.items()},
-        "speed_up": round(best["package"] / best["ours"], 2),
-        "survivors": {who: len(found) for who, found in left.items()},
-        "differing_points": len(left["ours"] ^ left["package"]),
-    }
-
-
 def sessions(run: Path, stage: str) -> dict[str, Any]:
     """How long a stage took, and what it computed with."""
     record = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["stages"][stage]
@@ -418,7 +377,7 @@ def results(run: Path, stage: str) -> Any:
     return {name: value for name, value in found.items() if name != "layers"}
 
 
-def leave(path: Path, folder: Path) -> None:
+def divide(path: Path, folder: Path) -> None:
     """A file in compressed parts that a small channel takes."""
     folder.mkdir(parents=True, exist_ok=True)
     data = lzma.compress(path.read_bytes(), preset=1)
@@ -427,18 +386,23 @@ def leave(path: Path, folder: Path) -> None:
 
 
 def take_up(bench: Bench, folder: Path) -> None:
-    """Pieces and dense network of an earlier machine, where this one has none."""
-    kept = folder / f"{bench.name}.json"
-    if kept.exists():
-        for name, piece in json.loads(kept.read_text(encoding="utf-8"))["pieces"].items():
-            path = bench.pieces / f"{name}.json"
-            if not path.exists():
-                path.write_text(json.dumps(piece), encoding="utf-8")
+    """Pieces and dense network of an earlier machine, where this one has none.
+
+    Without its dense network a piece of another one is worth nothing beside those to come.
+    """
     parts = sorted(folder.glob(f"{bench.dense.name}.xz.*"), key=lambda path: int(path.suffix[1:]))
     if parts and not bench.dense.exists():
         bench.dense.write_bytes(lzma.decompress(b"".join(part.read_bytes() for part in parts)))
-    if not bench.dense.exists():
-        (bench.pieces / "dense.json").unlink(missing_ok=True)
+        bench.parts.mkdir(exist_ok=True)
+        for part in parts:
+            shutil.copy(part, bench.parts / part.name)
+    kept = folder / f"{bench.name}.json"
+    if not kept.exists() or not bench.dense.exists():
+        return
+    for name, piece in json.loads(kept.read_text(encoding="utf-8"))["pieces"].items():
+        path = bench.pieces / f"{name}.json"
+        if not path.exists():
+            path.write_text(json.dumps(piece), encoding="utf-8")
 
 
 def add_wheels(folder: Path, site: Path) -> None:

@@ -6,8 +6,9 @@
 What is timed is ``pruning.search.search`` itself, batches and augmentation included, under TRADES with PGD-10
 at 8/255 and a uniform budget; ``--s2ap`` switches S2AP on, which the plain loop has not. ``--backward`` lets
 the plain attack compute the gradients of all parameters too, ``--lean`` leaves two clean passes out of the
-plain step that change nothing but BatchNorm's statistics. Random images and weights: time does not depend on
-them.
+plain step that change nothing but BatchNorm's statistics. ``--loader N`` feeds the plain loop from a data
+loader with N workers; without it, its one batch lies on the device. Random images and weights: time does not
+depend on them.
 
 Equality: fed the same adversarial batch, budget and BatchNorm mode, both must have the same masks, and score
 gradients that differ by no more than 1e-5 of their L2 norm in any layer.
@@ -21,6 +22,7 @@ import math
 from typing import Any
 
 import interleave
+import loader
 import plain
 import result
 import step
@@ -43,6 +45,7 @@ from s2ap_deploy.spec import ThreatModel
 
 THREAT = ThreatModel(eps="8/255")
 STEPS = 10
+PLAIN_BATCHES = 4  # in an epoch of the plain loop, where it loads its own
 TOLERANCE = 1e-5
 
 
@@ -113,15 +116,13 @@ def timing(args: argparse.Namespace, device: torch.device, precision: Precision)
     layers = plain.masked(reference, keep)
     optimizer = torch.optim.SGD([layer.scores for layer in layers.values()], lr=0.1, momentum=0.9)
     noise = torch.Generator(device=device).manual_seed(0)
-    batches = images(args.batch, size).batches(args.batch, device)
-    clean, labels = next(batches)
+    batches = loader.feed(images(PLAIN_BATCHES * args.batch, size), args.batch, args.loader, device)
 
     def other() -> None:
         plain.step(
             reference,
             optimizer,
-            clean,
-            labels,
+            *next(batches),
             eps=THREAT.radius,
             step_size=THREAT.radius / 4,
             steps=STEPS,
@@ -157,7 +158,8 @@ def main() -> None:
     parser.add_argument("--backward", action="store_true")
     args = parser.parse_args()
     device, precision = step.arranged(args)
-    same = equality(args.network, args.equality_batch, device)
+    with step.full_float32():
+        same = equality(args.network, args.equality_batch, device)
     result.write(
         args.name,
         {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from s2ap_deploy.robust.precision import Precision, choose
+from s2ap_deploy.robust.precision import Precision, allow_tf32, choose
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:
@@ -25,6 +27,9 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
     options.add_argument("--precision", default="auto", choices=["auto", "float32", "bf16"])
     options.add_argument("--compile", action="store_true")
     options.add_argument("--lean", action="store_true")
+    options.add_argument(
+        "--loader", type=int, metavar="WORKERS", help="feed the plain loop from a data loader of its own"
+    )
     options.add_argument("--name", default=name)
     return options
 
@@ -34,6 +39,17 @@ def arranged(args: argparse.Namespace) -> tuple[torch.device, Precision]:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     return device, choose(args.precision, device, compiled=args.compile)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32: it would round gradients that the plain loop adds up pass by pass, and ours at once."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    allow_tf32(False, False)
+    try:
+        yield
+    finally:
+        allow_tf32(*before)
 
 
 def conditions(args: argparse.Namespace, precision: Precision, attack_steps: int) -> dict[str, Any]:
@@ -47,5 +63,10 @@ def conditions(args: argparse.Namespace, precision: Precision, attack_steps: int
         "loss": "trades",
         "attack_steps": attack_steps,
         "plain_is_lean": args.lean,
+        "plain_loader_workers": args.loader,  # none: its one batch lies on the device
+        "plain_tf32": {
+            "matmul": torch.backends.cuda.matmul.allow_tf32,
+            "convolutions": torch.backends.cudnn.allow_tf32,
+        },
         "sparsity": 0.9,
     }

@@ -21,6 +21,7 @@ from s2ap_deploy.errors import ArchitectureError
 from s2ap_deploy.models.architecture import Architecture
 
 FALLBACK_CLASSES = 10
+_SOURCE = "__s2ap_deploy_source__"
 
 
 def is_import_path(reference: str) -> bool:
@@ -40,9 +41,8 @@ def architecture(reference: str) -> Architecture:
     factory: Any = module
     for part in attribute.split("."):
         if not hasattr(factory, part):
-            offered = ", ".join(name for name in vars(module) if not name.startswith("_"))
             raise ArchitectureError(
-                f"{location} has no {attribute!r}", hint=f"it has: {offered or 'nothing public'}"
+                f"{location} has no {attribute!r}", hint=f"it has: {offered(module) or 'nothing public'}"
             )
         factory = getattr(factory, part)
     if isinstance(factory, Architecture):
@@ -64,8 +64,22 @@ def architecture(reference: str) -> Architecture:
     return guarded(wrapped, reference)
 
 
+def offered(module: Any) -> str:
+    """Functions and classes that ``module`` defines itself; everything public where it defines none."""
+    public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    own = [
+        name
+        for name, value in public.items()
+        if callable(value) and getattr(value, "__module__", None) == module.__name__
+    ]
+    return ", ".join(own or public)
+
+
 def guarded(architecture: Architecture, reference: str) -> Architecture:
-    """``architecture``, known as ``reference``, whose ``build`` raises nothing but ArchitectureError."""
+    """``architecture``, known as ``reference``, whose ``build`` raises nothing but ArchitectureError.
+
+    Networks come out in float32, in which everything here is computed, whatever the user's code makes.
+    """
 
     def build(num_classes: int) -> nn.Module:
         try:
@@ -74,7 +88,7 @@ def guarded(architecture: Architecture, reference: str) -> Architecture:
             raise ArchitectureError(f"{reference} fails: {reason(error)}") from error
         if not isinstance(network, nn.Module):
             raise ArchitectureError(f"{reference} returns {type(network).__name__}, not a torch.nn.Module")
-        return network
+        return network.float()
 
     return dataclasses.replace(architecture, name=reference, build=build)
 
@@ -95,6 +109,10 @@ def _module(location: str, reference: str) -> Any:
     if not path.is_file():
         raise ArchitectureError(f"there is no file {location} for {reference}")
     name = f"s2ap_deploy_user_{path.stem}"
+    source = str(path.resolve()), path.read_bytes()
+    if name in sys.modules and getattr(sys.modules[name], _SOURCE, None) == source:
+        # Not anew for a second network: its classes would replace those that the first one is pickled by.
+        return sys.modules[name]
     found = importlib.util.spec_from_file_location(name, path)
     if found is None or found.loader is None:
         raise ArchitectureError(f"{location} cannot be imported as Python")
@@ -106,6 +124,7 @@ def _module(location: str, reference: str) -> Any:
     except Exception as error:
         del sys.modules[name]
         raise ArchitectureError(f"{location} fails while it is imported: {reason(error)}") from error
+    setattr(module, _SOURCE, source)
     return module
 
 

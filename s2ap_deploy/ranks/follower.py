@@ -18,6 +18,8 @@ def serve() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     warnings.simplefilter("ignore")
+    # When rank 0 leaves with an error, torch's own code would print a stack trace beside rank 0's sentence.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     import torch
 

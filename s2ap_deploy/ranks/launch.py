@@ -17,7 +17,9 @@ from s2ap_deploy.errors import InconclusiveError, UsageError
 from s2ap_deploy.ranks import membership
 
 MOST = 1024
-GRACE_SECONDS = 8.0  # for rank 0 to say what happened, and to leave in order
+GRACE_SECONDS = (
+    20.0  # for rank 0 to say what happened, and to leave in order; twice this is below the timeout
+)
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
 
@@ -104,12 +106,21 @@ def _forwarding(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def _watch(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for rank 0; give it a moment when another rank has ended before it."""
+    """Wait for rank 0; give it a moment when another rank has ended before it.
+
+    A rank that ended well was dismissed: rank 0 has done its work and is leaving, which may take a while on a
+    busy machine.
+    """
     first, deadline = ranks[0], None
-    fallen = 0
+    fallen, broken = 0, False
     while first.poll() is None:
-        if deadline is None and (ended := [r for r, each in enumerate(ranks) if each.poll() is not None]):
-            fallen, deadline = ended[0], time.monotonic() + GRACE_SECONDS
+        codes = {rank: each.poll() for rank, each in enumerate(ranks)}
+        left = [rank for rank, code in codes.items() if code is not None]
+        badly = [rank for rank in left if codes[rank] != 0]
+        if badly and not broken:
+            fallen, broken, deadline = badly[0], True, time.monotonic() + GRACE_SECONDS
+        elif left and deadline is None:
+            fallen, deadline = left[0], time.monotonic() + membership.TIMEOUT_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             first.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -70,7 +70,11 @@ def confine(perturbation: Tensor, threat: ThreatModel) -> Tensor:
 
 
 def ascend(point: Tensor, gradient: Tensor, step_size: float, threat: ThreatModel) -> Tensor:
-    """``point`` after a step of steepest ascent: along the gradient's sign for L∞, its direction for L2."""
+    """``point`` after a step of steepest ascent: along the gradient's sign for L∞, its direction for L2.
+
+    Both are [B, C, H, W]; ``step_size`` is a length in that norm, in units of the input (Madry et al., 2018,
+    section 2.1). What is returned may lie outside of the ball: :func:`project` follows.
+    """
     direction = gradient.sign() if threat.norm == "Linf" else gradient / lengths(gradient)
     return point + step_size * direction
 
@@ -88,7 +92,10 @@ def lengths(images: Tensor) -> Tensor:
 
 
 def random_start(images: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
-    """A uniform point of the L∞ ball, or a uniform direction and radius for L2, cut to [0, 1]."""
+    """A uniform point of the L∞ ball, or a uniform direction and radius for L2, cut to [0, 1].
+
+    ``images`` and the point are [B, C, H, W] (Madry et al., 2018, section 2.1: the random start).
+    """
     noise = rand(images.shape, generator, images.device) * 2 - 1
     if threat.norm == "Linf":
         return (images + noise * threat.radius).clamp_(0.0, 1.0)

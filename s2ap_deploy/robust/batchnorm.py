@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from s2ap_deploy.ranks.group import Ranks
+from s2ap_deploy.robust.compilation import compiled
 
 _SHAREABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -77,8 +78,9 @@ def shared_statistics(network: nn.Module, ranks: Ranks) -> Iterator[None]:
     """
     taking_part = [m for m in network.modules() if type(m) in _SHAREABLE] if ranks.size > 1 else []
     originals: list[type[nn.Module]] = [type(layer) for layer in taking_part]
+    uncompiled = compiled(network)
     for layer in taking_part:
-        layer.__class__ = _sharing(type(layer), ranks)
+        layer.__class__ = _sharing(type(layer), ranks, uncompiled)
     try:
         yield
     finally:
@@ -86,9 +88,22 @@ def shared_statistics(network: nn.Module, ranks: Ranks) -> Iterator[None]:
             layer.__class__ = original
 
 
-def _sharing(kind: type[nn.Module], ranks: Ranks) -> type[nn.Module]:
-    """``kind`` with statistics over ``ranks``. A class of its own: a copied layer keeps it, and no state."""
-    return type(f"Shared{kind.__name__}", (_Shared, kind), {"ranks": ranks})
+_SHARING: dict[tuple[type[nn.Module], Ranks, bool], type[nn.Module]] = {}
+
+
+def _sharing(kind: type[nn.Module], ranks: Ranks, uncompiled: bool) -> type[nn.Module]:
+    """``kind`` with statistics over ``ranks``. A class of its own: a copied layer keeps it, and no state.
+
+    One class for good, because a compiler takes a layer of another class for another layer. With
+    ``uncompiled`` it leaves this layer out: what talks to other ranks cannot be compiled.
+    """
+    key = kind, ranks, uncompiled
+    if key not in _SHARING:
+        content: dict[str, Any] = {"ranks": ranks}
+        if uncompiled:
+            content["forward"] = torch.compiler.disable(_Shared.forward)  # type: ignore[no-untyped-call]
+        _SHARING[key] = type(f"Shared{kind.__name__}", (_Shared, kind), content)
+    return _SHARING[key]
 
 
 class _Shared(BatchNorm):
@@ -101,10 +116,10 @@ class _Shared(BatchNorm):
             return super().forward(x)
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
         mean, variance, count = batch_statistics(x, self.ranks)
-        if count < 2:
+        if count.device.type == "cpu" and count < 2:  # looking would wait for another device
             raise ValueError(f"BatchNorm has no variance in a batch of shape {list(x.shape)}")
         if self.track_running_stats and self.running_mean is not None:
-            self._keep(mean, variance * (count / (count - 1)))
+            self._keep(mean, variance * (count.double() / (count.double() - 1)))
         out: Tensor = _Normalise.apply(x, mean, variance, self.weight, self.bias, self.eps, count, self.ranks)
         return out
 
@@ -121,8 +136,10 @@ class _Shared(BatchNorm):
 
 
 @torch.no_grad()
-def batch_statistics(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, int]:
+def batch_statistics(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance [C] of ``x`` [b, C, ...] over the rows of all ranks, and the count of values.
+
+    The count is a tensor of no dimension: reading it would wait for the device in every layer.
 
     The ranks' own means and variances are merged (Chan, Golub and LeVeque, 1979), rather than sums of
     squares, which cancel. Rows of a rank that is not ``present`` do not count. Never below float32.
@@ -131,15 +148,15 @@ def batch_statistics(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, int]:
     others = [dim for dim in range(x.dim()) if dim != 1]
     variance, mean = torch.var_mean(values, dim=others, correction=0)
     here = x.numel() // x.shape[1] if ranks.present else 0
-    found = ranks.gather(torch.cat([mean, variance, mean.new_tensor([here])]))
+    found = ranks.gather(torch.cat([mean, variance, mean.new_full((1,), here)]))
     means, variances = found[:, : len(mean)], found[:, len(mean) : -1]
     weights = found[:, -1:]
     count = weights.sum()
-    if count == 0:
-        return mean, variance, 0
-    merged = (weights * means).sum(dim=0) / count
-    spread = (weights * (variances + (means - merged) ** 2)).sum(dim=0) / count
-    return merged, spread, int(count)
+    some = count > 0
+    divisor = torch.where(some, count, 1)
+    merged = (weights * means).sum(dim=0) / divisor
+    spread = (weights * (variances + (means - merged) ** 2)).sum(dim=0) / divisor
+    return torch.where(some, merged, mean), torch.where(some, spread, variance), count
 
 
 class _Normalise(torch.autograd.Function):
@@ -159,17 +176,17 @@ class _Normalise(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
-        count: int,
+        count: Tensor,
         ranks: Ranks,
     ) -> Tensor:
         scale = torch.rsqrt(variance + eps)
-        ctx.save_for_backward(x, mean, scale, weight)
-        ctx.count, ctx.ranks, ctx.counts = count, ranks, ranks.present
+        ctx.save_for_backward(x, mean, scale, weight, count)
+        ctx.ranks, ctx.counts = ranks, ranks.present
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, scale, weight = ctx.saved_tensors
+        x, mean, scale, weight, count = ctx.saved_tensors
         shape = [1, -1] + [1] * (x.dim() - 2)
         others = [dim for dim in range(x.dim()) if dim != 1]
         dy = gradients[0].to(mean.dtype)
@@ -178,7 +195,7 @@ class _Normalise(torch.autograd.Function):
         of_weight = (dy * normalised).sum(dim=others)
         both = torch.stack([of_bias, of_weight])
         ctx.ranks.sum_([both])
-        centre, slope = (both / ctx.count).view(2, *shape)
+        centre, slope = (both / count).view(2, *shape)
         if not ctx.counts:  # rows that stand in have moved no statistics
             centre, slope = torch.zeros_like(centre), torch.zeros_like(slope)
         factor = scale if weight is None else scale * weight.to(mean.dtype)

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_VARIANTS = 64
+"""Train or eval mode, gradients of images or none, statistics kept or frozen, whole and last batches: torch
+would give up after 8 of them, and run the network as it is from then on."""
+
 
 def compiled(network: nn.Module) -> bool:
     """Whether calls of ``network`` go through a compiler, which sees layers as they were when it compiled."""
@@ -30,6 +34,7 @@ class Compiled:
 
     def __call__(self, images: Tensor) -> Tensor:
         if self.ahead is None:
+            allow_variants()
             self.ahead = torch.compile(self.eager) if self.works(images) else self.eager
         return self.ahead(images)
 
@@ -56,3 +61,10 @@ class Compiled:
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[[Tensor], Tensor]:
         """A copy of the network computes with its own weights, uncompiled."""
         return copy.deepcopy(self.eager, memo)
+
+
+def allow_variants() -> None:
+    """Let the compiler keep as many variants of one network as training has."""
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, _VARIANTS)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from s2ap_deploy.robust.image_layer import hooked
+from s2ap_deploy.robust.precision import narrowed
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
@@ -41,9 +42,12 @@ def folded(network: nn.Module, images: Tensor) -> Iterator[None]:
     """
     chosen = [pair for pair in pairs(network, images) if _foldable(*pair)]
     kept = [(first, first._parameters["weight"], first._parameters["bias"]) for first, _ in chosen]
+    halved = narrowed(network)
     try:
         for first, norm in chosen:
             weight, bias = _merged(first, norm)
+            if halved:  # once, where autocast would do it in every pass
+                weight, bias = weight.bfloat16(), bias.bfloat16()
             # Plain tensors in the parameters' places: the parameters themselves rest untouched.
             first._parameters["weight"], first._parameters["bias"] = weight, bias  # type: ignore[assignment]
             norm.__class__ = _Passing

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def divergence(target: Tensor, logits: Tensor, reduction: str) -> Tensor:
-    """KL(target ‖ softmax(logits)) for probabilities and logits [B, K]."""
+    """KL(target ‖ softmax(logits)) in nats for probabilities and logits [B, K]; ``reduction`` as in torch."""
     return F.kl_div(F.log_softmax(logits, dim=1), target, reduction=reduction)
 
 

@@ -96,6 +96,11 @@ class Narrow:
         return logits.float()
 
 
+def narrowed(network: nn.Module) -> bool:
+    """Whether calls of ``network`` compute in bfloat16."""
+    return isinstance(vars(network).get("forward"), Narrow)
+
+
 def allow_tf32(matmul: bool, convolutions: bool) -> None:
     """Let CUDA round float32 operands to TF32, or not."""
     torch.backends.cuda.matmul.allow_tf32 = matmul

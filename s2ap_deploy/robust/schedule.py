@@ -60,7 +60,10 @@ class Epoch:
 
 
 def cosine(optimizer: torch.optim.Optimizer, peak: float, progress: float, total: float) -> None:
-    """Set the rate to half a cosine from ``peak`` to 0 over ``total`` epochs, at ``progress`` epochs."""
+    """Set the rate to half a cosine from ``peak`` to 0 over ``total`` epochs, at ``progress`` epochs.
+
+    Loshchilov and Hutter (2017), eq. 5 with a minimum of 0 and no restart; epochs may be fractions.
+    """
     for group in optimizer.param_groups:
         group["lr"] = 0.5 * peak * (1 + math.cos(math.pi * progress / total))
 

@@ -21,7 +21,7 @@ from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.robust.precision import FLOAT32, Precision
 from s2ap_deploy.robust.schedule import Epoch, cosine, validation_sample
 from s2ap_deploy.robust.sharing import Part, Total, mean_loss, shares
-from s2ap_deploy.runtime import derive_seed, generator
+from s2ap_deploy.runtime import derive_seed, generator, seed_layers
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def train(
         ascending = awp_gamma > 0 and epoch >= awp_warmup_epochs
         losses: list[Tensor] = []
         network.train()
+        seed_layers(seed, stage, "layers", epoch, ranks.rank)
         batches = shares(
             train, batch_size, ranks=ranks, seed=seed, epoch=epoch, device=device, accumulate=accumulate
         )

@@ -113,7 +113,31 @@ def test_other_files_are_not_certificates(tmp_path: Path, content: str) -> None:
         Certificate.load(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04\xff\xfe", b'{"kind": '])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"attack_seed": ', '"attack_seed": 9e999, "x": '),
+        ('"seconds": ', '"seconds": NaN, "x": '),
+        ('"statement": "', '"statement": "\\ud800'),
+        ('"attack_seed": ', '"attack_seed": 1' + "0" * 400 + ', "x": '),
+    ],
+)
+def test_what_has_no_canonical_text_is_refused(
+    certificate: Certificate, tmp_path: Path, old: str, new: str
+) -> None:
+    path = tmp_path / "certificate.json"
+    path.write_text(certificate.text().replace(old, new, 1))
+    with pytest.raises(InputError, match="is not JSON"):
+        Certificate.load(path)
+
+
+def test_an_endless_file_is_no_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LARGEST_JSON", 1000)
+    with pytest.raises(InputError, match="is not JSON: larger than"):
+        Certificate.load(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04\xff\xfe", b'{"kind": ', b"[" * 100_000])
 def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "certificate.json"
     path.write_bytes(content)

@@ -51,6 +51,34 @@ def test_resize_and_crop_equal_torchvision(tmp_path: Path, height: int, width: i
     assert np.array_equal(images.decode(saved(tmp_path, pixels), squared(3, side)), theirs.numpy())
 
 
+@pytest.mark.parametrize("side", [1, 5, 8, 21])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_resize_and_crop_are_bilinear_and_centred(tmp_path: Path, name: str, side: int) -> None:
+    """The pixels are written into hashes of certificates, so that another torchvision must not move them."""
+    for height, width in ((9, 14), (14, 9), (8, 8), (5, 40)):
+        pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        path = saved(tmp_path, pixels, name)
+        image = Image.open(path).convert("RGB")
+        long = int(side * max(height, width) / min(height, width))
+        shape = (side, long) if width < height else (long, side)
+        if min(height, width) != side:
+            image = image.resize(shape, Image.Resampling.BILINEAR)
+        left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+        expected = np.asarray(image.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
+        assert np.array_equal(images.decode(path, squared(3, side)), expected)
+
+
+def test_what_has_its_size_needs_no_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise AssertionError("imported")
+
+    square = saved(tmp_path, PIXELS[:9, :9], "square.png")
+    monkeypatch.setattr(images, "_transforms", refused)
+    assert images.decode(square, squared(3, 9)).shape == (3, 9, 9)
+    with pytest.raises(AssertionError, match="imported"):
+        images.decode(square, squared(3, 8))
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.JPG", "a.jpeg", "a.bmp", "a.webp", "a.ppm"])
 def test_every_format_opens(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path, PIXELS, name)

@@ -133,7 +133,7 @@ def test_workers_die_with_their_parent_and_hold_no_lock(make_folder: MakeFolder,
 
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while alive := [pid for pid in workers if _running(pid)]:
         assert time.monotonic() < end, f"still running: {alive}"
         time.sleep(0.05)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from s2ap_deploy.errors import ArchitectureError
@@ -23,6 +25,9 @@ def required(num_classes):
 
 def fixed():
     return nn.Linear(4, 3)
+
+def double():
+    return nn.Linear(4, 3).double()
 
 def failing():
     raise RuntimeError("no such layer\\nmore")
@@ -47,6 +52,12 @@ def code(tmp_path: Path) -> str:
     return str(path)
 
 
+def test_what_a_file_offers_is_what_it_defines(code: str) -> None:
+    with pytest.raises(ArchitectureError, match="has no 'mine'") as caught:
+        registry.resolve(f"{code}:mine")
+    assert caught.value.hint == "it has: sized, required, fixed, double, failing, wrong, Network"
+
+
 @pytest.mark.parametrize(
     ("name", "classes", "built"), [("sized", 7, 9), ("required", 10, 9), ("fixed", 10, 3), ("entry", 5, 9)]
 )
@@ -63,6 +74,11 @@ def test_a_class_is_a_factory(code: str) -> None:
     found = registry.resolve(f"{code}:Network")
     assert found.num_classes == 12
     assert found.build(4).get_parameter("head.bias").shape == (4,)
+
+
+def test_networks_come_out_in_float32(code: str) -> None:
+    network = registry.resolve(f"{code}:double").build(3)
+    assert {tensor.dtype for tensor in network.parameters()} == {torch.float32}
 
 
 def test_the_input_size_is_an_attribute_of_the_factory(code: str) -> None:
@@ -107,3 +123,17 @@ def test_a_file_that_fails_on_import_is_reported(tmp_path: Path, body: str) -> N
     path.write_text(body)
     with pytest.raises(ArchitectureError, match="fails while it is imported"):
         registry.resolve(f"{path}:x")
+
+
+def test_a_file_is_imported_once_while_it_stays_as_it_is(code: str, tmp_path: Path) -> None:
+    """Or a second network of it would leave the first one without a class that pickle finds."""
+    first, second = (registry.resolve(f"{code}:Network").build(3) for _ in range(2))
+    assert type(first) is type(second)
+    assert type(pickle.loads(pickle.dumps(first))) is type(first)
+    Path(code).write_text(CODE.replace("int = 12", "int = 13"))
+    assert registry.resolve(f"{code}:Network").num_classes == 13
+    other = tmp_path / "elsewhere" / "nets.py"
+    other.parent.mkdir()
+    other.write_text(CODE.replace("int = 12", "int = 14"))
+    assert registry.resolve(f"{other}:Network").num_classes == 14
+    assert registry.resolve(f"{code}:Network").num_classes == 13

@@ -178,3 +178,28 @@ def test_a_network_without_pairs_is_not_run() -> None:
     with folded(Counting(), IMAGES):
         pass
     assert Counting.calls == 0
+
+
+@pytest.mark.parametrize("name", ["cifar-resnet20", "cifar-resnet18"])
+def test_in_bf16_weights_are_rounded_once_and_to_the_same_bits(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast would round them in every pass."""
+    model = used(registry.build(name, 10))
+
+    def answers() -> tuple[Tensor, Tensor, torch.dtype]:
+        images = IMAGES.clone().requires_grad_(True)
+        with Precision(bf16=True).apply(model, pytest.fail), attacked(model, IMAGES):
+            logits = model(images)
+            (gradient,) = torch.autograd.grad(logits.square().sum(), images)
+            second = [module for module in model.modules() if isinstance(module, nn.Conv2d)][1]
+            inside = second.weight.dtype  # the first reads the image and is not folded on a CPU
+        return logits.detach(), gradient, inside
+
+    once = answers()
+    monkeypatch.setattr("s2ap_deploy.robust.folding.narrowed", lambda network: False)
+    always = answers()
+    assert (once[2], always[2]) == (torch.bfloat16, torch.float32)
+    assert torch.equal(once[0], always[0])
+    assert torch.equal(once[1], always[1])
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())

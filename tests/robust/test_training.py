@@ -97,6 +97,26 @@ def test_interrupted_training_resumes_to_the_same_bits(run: Run, memory_snapshot
     assert [row.loss for row in again.history] == [row.loss for row in whole.history]
 
 
+def test_layers_that_draw_for_themselves_do_it_by_the_seed(run: Run, memory_snapshots: Any) -> None:
+    def dropping() -> nn.Sequential:
+        return nn.Sequential(*network()[:4], nn.Dropout(0.5), network()[4])
+
+    models = [dropping() for _ in range(4)]
+    torch.manual_seed(1)
+    run(models[0])
+    torch.manual_seed(2)
+    run(models[1])
+    assert equal(models[0].state_dict(), models[1].state_dict()), "whatever was drawn before in this process"
+    run(models[2], seed=1)
+    assert not equal(models[0].state_dict(), models[2].state_dict())
+    snapshots = memory_snapshots(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(dropping(), snapshots=snapshots)
+    torch.manual_seed(3)
+    run(models[3], snapshots=snapshots)
+    assert equal(models[0].state_dict(), models[3].state_dict()), "nor does a kill change it"
+
+
 @pytest.mark.parametrize("lives", [1, 3])
 @pytest.mark.parametrize("threat", [THREAT, L2], ids=str)
 def test_every_extra_resumes_to_the_same_bits(

@@ -58,7 +58,7 @@ class Cascade:
     ) -> None:
         """The clean pass, and what ``record`` remembers; arguments and errors are those of :func:`attack`."""
         images, labels = checked(images, labels)
-        block_size = default_block_size(images) if block_size is None else block_size
+        block_size = default_block_size(images, device) if block_size is None else block_size
         if block_size < 1:
             raise UsageError("the block size must be at least 1")
         attacks.check_size(tuple(images.shape[1:]), threat.norm, version)

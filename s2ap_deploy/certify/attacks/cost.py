@@ -63,7 +63,7 @@ def expected_cost(
     The steps are those of the real attacks, at a radius so small that nothing breaks and no sample
     drops out. Raises CheckpointError for non-finite logits.
     """
-    block_size = block_size or default_block_size(images)
+    block_size = block_size or default_block_size(images, device)
     judge = Judge(classifier, device)
     block = images[:block_size].to(device, torch.float32).contiguous()
     tiny = ThreatModel(norm=threat.norm, eps="1e-6")

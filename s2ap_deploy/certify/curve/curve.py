@@ -6,7 +6,6 @@ of them. Like every attack's result the curve is an upper bound on robust accura
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,8 +98,8 @@ class SecurityCurve:
     def from_json(cls, text: str | bytes) -> Self:
         """Read and check what :meth:`to_json` wrote. Raises InputError for anything else."""
         try:
-            content: Any = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            content = files.parse_json(text)
+        except ValueError as error:
             raise InputError(f"not JSON: {error}") from None
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise InputError("not a security curve")

@@ -110,7 +110,7 @@ def attack(
     if tuning is not None:
         _check_unseen(images, threat_norm, tuning)
         loss, step = tuning.loss, tuning.step
-    size = default_block_size(images) if block_size is None else block_size
+    size = default_block_size(images, device) if block_size is None else block_size
     _check_numbers(threat_norm, steps, targets, loss, step, size)
     if isinstance(workers, int) and workers < 1:
         raise UsageError("the number of workers must be at least 1")

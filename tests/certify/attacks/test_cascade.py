@@ -261,9 +261,12 @@ def test_impossible_numbers(make_network, images: Tensor, change: dict[str, int]
         run(make_network(), images, **change)
 
 
-def test_the_block_size_follows_from_the_size_of_an_image() -> None:
-    sizes = [default_block_size(torch.empty(1, *size)) for size in ((1, 28, 28), (3, 32, 32), (3, 224, 224))]
-    assert sizes == [100, 50, 16]
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", [100, 50, 16]), ("cuda", [256, 256, 64])])
+def test_the_block_size_follows_from_the_size_of_an_image_and_the_device(
+    device: str, sizes: list[int]
+) -> None:
+    shapes = ((1, 28, 28), (3, 32, 32), (3, 224, 224))
+    assert [default_block_size(torch.empty(1, *s), torch.device(device)) for s in shapes] == sizes
 
 
 def test_what_is_proven_stands_without_being_attacked(make_network, images: Tensor, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_int8_needs_a_certificate_of_its_own(make_certificate: MakeCertificate) 
     fact = int8_file(certificate)
     found = coverage(fact, certificate)
     assert found.status == "inconclusive"
-    assert "s2ap-deploy certify --run RUN --artifact export/model-int8.onnx" in found.words
+    assert "s2ap-deploy certify --artifact RUN/export/model-int8.onnx --run RUN" in found.words
     floats = fact.model_copy(update={"quantised": False})
     assert coverage(floats, certificate).status == "pass"
 
