@@ -11,7 +11,9 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -20,6 +22,9 @@ from typing import Any
 from s2ap_deploy.errors import RunFolderError, StorageError
 
 TEMPORARY = ".tmp-"
+LARGEST_JSON = 2**27  # ten times a certificate of 50,000 images
+_MOST_BITS = 128
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @contextlib.contextmanager
@@ -68,6 +73,41 @@ def canonical_json(value: Any) -> str:
     Raises ValueError for NaN and infinity, which JSON does not have.
     """
     return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def parse_json(text: bytes | str) -> Any:
+    """What JSON from a stranger's file holds, as far as :func:`canonical_json` could write it again.
+
+    Raises ValueError for what is not JSON or longer than ``LARGEST_JSON``, for numbers that are not finite or
+    of more than 128 bits, for text that no encoding takes (half a surrogate pair), and for what is nested too
+    deeply.
+    """
+    if len(text) > LARGEST_JSON:
+        raise ValueError(f"larger than {LARGEST_JSON >> 20} MiB")
+    try:
+        content = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_bounded)
+        # Rare enough that looking for the escape first saves nearly every file the second pass.
+        if _SURROGATE.search(text if isinstance(text, bytes) else text.encode(errors="surrogatepass")):
+            json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("a text in it holds half a surrogate pair") from None
+    return content
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is not a finite number")
+    return value
+
+
+def _bounded(number: str) -> int:
+    value = int(number)
+    if value.bit_length() > _MOST_BITS:
+        raise ValueError(f"a number of {value.bit_length()} bits")
+    return value
 
 
 def read_bytes(path: Path | str, *, limit: int | None = None) -> bytes:

@@ -19,7 +19,11 @@ from s2ap_deploy import files
 from s2ap_deploy.errors import InputError, RunFolderError, StorageError
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**128) + 1, 2**128 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
@@ -201,3 +205,45 @@ def test_within_never_leaves_the_folder(name: str) -> None:
     except RunFolderError:
         return
     assert os.path.normpath(path).startswith("/nowhere/run/")
+
+
+@given(json_values)
+def test_what_was_written_is_parsed_back(value: object) -> None:
+    text = files.canonical_json(value)
+    assert files.parse_json(text) == files.parse_json(text.encode()) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "NaN",
+        "[-Infinity]",
+        "1e400",
+        "9" * 5000,
+        str(2**128),
+        '"\\ud800"',
+        '{"\\uDFFF": 1}',
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        b"\xff\xfe\x80",
+    ],
+)
+def test_what_could_not_be_written_again_is_not_parsed(text: bytes | str) -> None:
+    with pytest.raises(ValueError, match=r"\S"):
+        files.parse_json(text)
+
+
+def test_json_of_any_size_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LARGEST_JSON", 5)
+    assert files.parse_json("[1,2]") == [1, 2]
+    with pytest.raises(ValueError, match="larger than"):
+        files.parse_json(b"[1, 2]")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [('"\\ud83d\\ude00"', "\U0001f600"), ('"\\\\ud800"', "\\ud800"), ("-1e308", -1e308)]
+)
+def test_what_only_looks_odd_is_parsed(text: str, value: object) -> None:
+    assert files.parse_json(text) == value

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -206,7 +205,7 @@ class Certificate(Frozen):
         another schema version, or contradicts itself.
         """
         try:
-            content: Any = json.loads(files.read_bytes(path))
+            content = files.parse_json(files.read_bytes(path, limit=files.LARGEST_JSON))
         except ValueError as error:
             raise InputError(f"{path} is not JSON: {error}") from None
         if not isinstance(content, dict) or content.get("kind") != KIND:

@@ -109,24 +109,29 @@ def ids_sha256(sample_ids: Sequence[str]) -> str:
 
 
 def correct(samples: Sequence[Sample]) -> int:
+    """How many are classified correctly without an attack."""
     return sum(sample.clean_prediction == sample.label for sample in samples)
 
 
 def standing(samples: Sequence[Sample]) -> int:
+    """How many nothing broke although every attack has seen them."""
     return sum(sample.broken_by is None for sample in samples)
 
 
 def possible(samples: Sequence[Sample]) -> int:
+    """How many nothing has broken so far, the undecided ones included."""
     return sum(sample.broken_by in (None, UNDECIDED) for sample in samples)
 
 
 def robust_share(samples: Sequence[Sample], *, early: bool) -> Share | Interval:
+    """Robust accuracy (upper bound): a share, or the interval that an attack stopped ``early`` leaves."""
     if early:
         return Interval.of(standing(samples), possible(samples), len(samples))
     return Share.of(standing(samples), len(samples))
 
 
 def survivors(robust: Share | Interval) -> tuple[int, int]:
+    """The least and the most samples that stand."""
     if isinstance(robust, Interval):
         return robust.settled, robust.possible
     return robust.k, robust.k

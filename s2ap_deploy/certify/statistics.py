@@ -36,7 +36,11 @@ def upper_bound(k: int, n: int, level: float = 0.95) -> float:
 
 
 def clopper_pearson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Two-sided exact interval: each side is missed with probability at most (1 - level) / 2."""
+    """Two-sided exact interval for a share of which ``k`` of ``n`` were seen, as two fractions.
+
+    Each side is missed with probability at most (1 - level) / 2 (Clopper and Pearson, 1934). Raises
+    ValueError as :func:`lower_bound` does.
+    """
     side = (1.0 + level) / 2.0
     return lower_bound(k, n, side), upper_bound(k, n, side)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +13,7 @@ from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.exporting.compaction.channels import Narrowed
 from s2ap_deploy.exporting.compaction.report import Compaction
 from s2ap_deploy.exporting.measures.performance import Performance
-from s2ap_deploy.files import read_bytes, write_json
+from s2ap_deploy.files import LARGEST_JSON, parse_json, read_bytes, write_json
 from s2ap_deploy.spec import Frozen
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -86,6 +85,7 @@ class Agreement(Frozen):
 
     @property
     def passed(self) -> bool:
+        """Whether the logits are close enough, and the classes the same but for ties."""
         # Written so that NaN fails, and infinite logits, which would make the tolerance infinite.
         close = self.max_logit_difference < math.inf
         if self.tolerance is not None:
@@ -235,7 +235,7 @@ class ExportReport(Frozen):
     def load(cls, path: Path) -> ExportReport:
         """Read what :meth:`save` wrote. Raises StorageError, or RunFolderError for other content."""
         try:
-            content = json.loads(read_bytes(path))
+            content = parse_json(read_bytes(path, limit=LARGEST_JSON))
         except ValueError:
             raise RunFolderError(f"{path}: is not JSON", hint="export again with --overwrite") from None
         found = content.get("schema_version") if isinstance(content, dict) else None

@@ -25,6 +25,7 @@ RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     states.NoSuchFile,
     states.NotImplemented,
     states.RuntimeException,
+    MemoryError,
     UnicodeDecodeError,  # a message that quotes a name of a damaged file
 )
 
@@ -66,7 +67,7 @@ def logits(
     """Logits [n, K] of ``images`` [n, C, H, W], float32 in [0, 1].
 
     A model of a fixed batch size is run in batches of that size, the last one filled up with copies.
-    Raises VerificationError when the model cannot run on them.
+    Raises VerificationError when the model cannot run on them, or answers with anything but float32 [n, K].
     """
     entry = running.get_inputs()[0]
     fixed = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else None
@@ -76,7 +77,9 @@ def logits(
     for part in parts:
         missing = size - len(part) if fixed else 0
         filled = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
-        found.append(_run(running, None, {entry.name: np.ascontiguousarray(filled)})[0][: len(part)])
+        answer = _run(running, None, {entry.name: np.ascontiguousarray(filled)})[0]
+        _check_answer(answer, len(filled))
+        found.append(answer[: len(part)])
     return np.concatenate(found)
 
 
@@ -120,6 +123,17 @@ def _run(
         return list(running.run(outputs, feed))
     except RUNTIME_ERRORS as error:
         raise VerificationError(f"the exported model does not run: {_first_line(error)}") from error
+
+
+def _check_answer(answer: object, images: int) -> None:
+    if not isinstance(answer, np.ndarray) or answer.dtype != np.float32:
+        kind = answer.dtype if isinstance(answer, np.ndarray) else type(answer).__name__
+        raise VerificationError(f"the model answers with {kind}, not with float32 logits")
+    if answer.ndim != 2 or len(answer) != images:
+        raise VerificationError(
+            f"the model answers {images} images with a tensor of shape {list(answer.shape)}, "
+            "not with logits [batch, classes]"
+        )
 
 
 def _first_line(error: Exception) -> str:

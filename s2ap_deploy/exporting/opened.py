@@ -7,15 +7,19 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import CheckpointError, VerificationError
+from s2ap_deploy.exporting.demand import check_demand
 from s2ap_deploy.exporting.inference import FileAnswers
 from s2ap_deploy.exporting.quantisation import is_quantised
 from s2ap_deploy.exporting.storage.footprint import check_footprint, stored_elsewhere
+
+_MAX_BYTES = 2**31
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +47,7 @@ class OnnxFile:
         """As the file states them; none when it does not, or not readably."""
         try:
             names = json.loads(self.metadata.get("s2ap.class_names", "[]"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return ()
         return tuple(map(str, names)) if isinstance(names, list) else ()
 
@@ -61,9 +65,12 @@ def read(path: Path) -> OnnxFile:
     """Read and check the file at ``path``.
 
     Raises StorageError when it cannot be read and CheckpointError when it is not one whole ONNX model that
-    maps one float32 tensor [batch, C, H, W] of known size to another.
+    maps one float32 tensor [batch, C, H, W] of known size to logits [batch, K] of at least two classes, or
+    when it would take more memory than a classifier should.
     """
-    content = files.read_bytes(path)
+    content = files.read_bytes(path, limit=_MAX_BYTES)
+    if len(content) > _MAX_BYTES:
+        raise _refused(path, "is larger than 2 GiB, the most that one ONNX file holds")
     try:
         model = ModelProto.FromString(content)
     except DecodeError:
@@ -76,8 +83,10 @@ def read(path: Path) -> OnnxFile:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
         raise _refused(path, f"is not a valid ONNX model: {str(error).splitlines()[0]}") from None
+    input_size = _input_size(path, model)
     try:
         check_footprint(model)
+        check_demand(model)
     except VerificationError as error:
         raise _refused(path, f"is refused: {error.message}") from None
     opened = OnnxFile(
@@ -85,14 +94,16 @@ def read(path: Path) -> OnnxFile:
         content=content,
         sha256=hashlib.sha256(content).hexdigest(),
         model=model,
-        input_size=_input_size(path, model),
+        input_size=input_size,
         quantised=is_quantised(model),
         metadata={entry.key: entry.value for entry in model.metadata_props},
     )
     try:
-        _ = opened.answers.running
+        classes = opened.answers(np.zeros((2, *input_size), np.float32)).shape[1]
     except VerificationError as error:
         raise _refused(path, f"cannot be run: {error.message}") from None
+    if classes < 2:
+        raise _refused(path, f"tells {classes} classes apart; a classifier has at least two")
     return opened
 
 

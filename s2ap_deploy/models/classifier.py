@@ -79,11 +79,11 @@ def prunable(classifier: nn.Module, input_size: tuple[int, int, int]) -> tuple[s
     on a black image in eval mode; modes and statistics are as before afterwards.  Raises ArchitectureError
     when the network cannot run on ``input_size`` (C, H, W).
     """
-    weights = {
-        id(module.weight): f"{name}.weight" if name else "weight"
-        for name, module in classifier.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
+    held = {
+        id(module.weight) for module in classifier.modules() if isinstance(module, (nn.Conv2d, nn.Linear))
     }
+    # A weight that layers share has its first name everywhere; one that is computed has none.
+    weights = {id(weight): name for name, weight in classifier.named_parameters() if id(weight) in held}
     used = _UsedTensors()
     dry_run(classifier, input_size, watch=used)
     return tuple(weights[identity] for identity in used.seen if identity in weights)

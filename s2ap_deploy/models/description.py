@@ -30,7 +30,7 @@ def describe(
     keep: float | None = None,
     alpha: float | None = None,
 ) -> dict[str, Any]:
-    """What ``path`` holds: format, hash, architecture or the closest ones, sparsity and a table of layers.
+    """What ``path`` holds: format, hash, architecture (or the closest, where ``arch`` names none), layers.
 
     A checkpoint that could not be loaded (no architecture fits, values are NaN, its masks need ``keep``) is
     described all the same and says why under ``warnings``; ``sparsity`` is zeros / ``prunable_weights``, of
@@ -51,7 +51,9 @@ def describe(
     try:
         fitted = fitting.fit(dense, str(path), arch=arch)
     except ArchitectureError as error:
-        warnings.append(error.message)
+        # What is closest has its own place.
+        hint = f"; {error.hint}" if error.hint else ""
+        warnings.append(f"{error.message.partition('; closest:')[0]}{hint}")
     tensors = dense.tensors if fitted is None else fitted.tensors
     names, denominator = _prunable(dense, fitted)
     layers = [_layer(name, tensors[name]) for name in names if name in tensors]
@@ -65,7 +67,7 @@ def describe(
         "prefix": fitted.prefix if fitted else None,
         "architecture": fitted.architecture.name if fitted else None,
         "layout": unmasked.layout,
-        "closest": [] if fitted else _closest(dense),
+        "closest": [] if fitted or arch is not None else _closest(dense),
         "num_classes": fitted.num_classes if fitted else None,
         "parameters": learnable_values(tensors),
         "prunable_weights": weights,

@@ -12,7 +12,7 @@ from s2ap_deploy.errors import ArchitectureError, CheckpointError
 from s2ap_deploy.models import foreign, registry
 from s2ap_deploy.models.architecture import Architecture
 from s2ap_deploy.models.info import CheckpointInfo
-from s2ap_deploy.models.narrowing import narrow
+from s2ap_deploy.models.narrowing import narrow, tied
 from s2ap_deploy.models.reading import RawCheckpoint
 from s2ap_deploy.models.skeleton import COUNTER, Difference, Skeleton, compare
 from s2ap_deploy.spec import Normalization
@@ -20,6 +20,10 @@ from s2ap_deploy.spec import Normalization
 # Where models.classifier.Classifier keeps its two parts.
 NETWORK = "network."
 NORMALIZE = "normalize."
+OWN_CODE = (
+    "{name} is called with num_classes, if it takes that, and nothing else; "
+    "name a function that builds the file's network, whatever else it needs filled in"
+)
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,8 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: str) -> tuple[
     """Load ``tensors`` into ``network`` strictly, in the network's types; returns notes.
 
     Batch counters that old files lack stay at zero.  Raises CheckpointError for values that are NaN or
-    infinite, also when they only become so in float32, and for integers where weights belong.
+    infinite, also when they only become so in float32, for integers where weights belong, and for different
+    values under two names of one tensor.
     """
     state = network.state_dict()
     stored = set()
@@ -169,6 +174,12 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: str) -> tuple[
             raise CheckpointError(
                 f"{path}: {damaged} of the {tensor.numel()} values of {name} are NaN or infinite",
                 hint="the training that wrote it diverged, or the file is damaged; use an earlier checkpoint",
+            )
+    for name, first in tied(network).items():
+        if not torch.equal(state[name], state[first]):
+            raise CheckpointError(
+                f"{path}: {name} and {first} are one tensor in the network, but two in the file",
+                hint="name a function that builds the network with which the file was written",
             )
     network.load_state_dict(state, strict=True)
     return tuple(f"weights are stored in {kind} and computed in float32" for kind in sorted(stored))
@@ -225,6 +236,8 @@ def _split(
 
 def _require_exact(difference: Difference, path: str, weights: Mapping[str, Tensor]) -> None:
     if not difference.exact:
+        name = difference.architecture.name
         raise ArchitectureError(
-            f"{path} does not fit {difference.architecture.name}: {difference}", hint=registry.ADVICE
+            f"{path} does not fit {name}: {difference}",
+            hint=OWN_CODE.format(name=name) if registry.is_import_path(name) else registry.ADVICE,
         )

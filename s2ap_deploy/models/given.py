@@ -29,7 +29,7 @@ def give(network: nn.Module, *, input_size: tuple[int, int, int], num_classes: i
     kind = re.sub(r"[^\w]", "", type(network).__name__) or "network"
     name = f"{PREFIX}{kind}-{digest[:8]}"
     try:
-        kept = copy.deepcopy(network).to("cpu").eval()
+        kept = copy.deepcopy(network).to("cpu").float().eval()
     except Exception as error:  # a stranger's module
         raise ArchitectureError(
             f"the network {type(network).__name__} cannot be copied: {type(error).__name__}: {error}",

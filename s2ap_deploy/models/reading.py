@@ -25,6 +25,10 @@ from s2ap_deploy.models.info import CheckpointInfo
 FORMAT = "s2ap-deploy"
 METADATA_KEY = "s2ap_deploy"
 LARGEST_HEADER = 100_000_000  # the limit of safetensors itself
+IMPORTABLE = (
+    "put the folder with {} on PYTHONPATH; better, save the weights alone: "
+    "torch.save(model.state_dict(), 'model.pt')"
+)
 SAFE_PROTOCOLS = (2, 3)  # what torch.load(weights_only=True) reads
 
 
@@ -146,7 +150,11 @@ def _unpickle(
     try:
         content = _load(data, locations, weights_only=False)
     except Exception as error:  # the file's own code may raise anything
-        raise CheckpointError(f"{path} cannot be unpickled: {type(error).__name__}: {error}") from error
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        raise CheckpointError(
+            f"{path} cannot be unpickled: {type(error).__name__}: {error}",
+            hint=None if missing is None else IMPORTABLE.format(missing.partition(".")[0]),
+        ) from error
     return content, kind, (f"trusted, so that its code could run: {refusal.message}",)
 
 
@@ -177,7 +185,8 @@ def _refusal(path: Path, data: bytes, error: Exception) -> CheckpointError:
         return UnsafePickleError(
             f"{path} asks to import and run more than tensors: {', '.join(seen.requested)}",
             hint=(
-                "it is a whole pickled module; save its weights: torch.save(model.state_dict(), 'model.pt')"
+                "it is a whole pickled module; save its weights: torch.save(model.state_dict(), 'model.pt'), "
+                "or, if you trust where the file comes from, add --trust-pickle"
                 if whole
                 else "if you trust where the file comes from, add --trust-pickle"
             ),

@@ -72,6 +72,7 @@ class Manifest(Frozen):
         return self.model_copy(update={"stages": {**self.stages, name: record}})
 
     def without(self, names: tuple[StageName, ...]) -> Manifest:
+        """The manifest as if those stages had never been begun."""
         kept = {name: record for name, record in self.stages.items() if name not in names}
         return self.model_copy(update={"stages": kept})
 
@@ -84,8 +85,8 @@ class Manifest(Frozen):
         path = folder / FILE_NAME
         hint = "choose another folder with --run"
         try:
-            content = json.loads(files.read_bytes(path), parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
+            content = files.parse_json(files.read_bytes(path, limit=files.LARGEST_JSON))
+        except ValueError as error:
             raise RunFolderError(f"{path} is damaged: {error}", hint=hint) from error
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
@@ -132,10 +133,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -94,6 +94,9 @@ def test_agreement_passes_only_when_everything_agrees(change: dict[str, Any], pa
     ("text", "message"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"schema_version": 1, "bytes": NaN}', "is not JSON"),
+        ('{"schema_version": 1, "bytes": 1' + "0" * 400 + "}", "is not JSON"),
         ("[]", "schema_version is None"),
         ('{"schema_version": 9}', "schema_version is 9, this version reads 1"),
         ('{"schema_version": 1}', "file: Field required"),

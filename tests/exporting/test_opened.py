@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -39,7 +40,7 @@ def test_what_a_file_says(tmp_path: Path, dense_model: ModelProto, images: NDArr
     assert np.array_equal(opened.answers(images), expected)
 
 
-@pytest.mark.parametrize("text", ["nonsense", "{}", "nan", "7"])
+@pytest.mark.parametrize("text", ["nonsense", "{}", "nan", "7", "[" * 100_000, "9" * 5000])
 def test_damaged_metadata_is_no_fact(tmp_path: Path, dense_model: ModelProto, text: str) -> None:
     model = ModelProto.FromString(dense_model.SerializeToString())
     onnx.helper.set_model_props(model, {"s2ap.sparsity": text, "s2ap.class_names": text})
@@ -52,6 +53,84 @@ def test_answers_travel_as_bytes(dense_model: ModelProto, images: NDArray[np.flo
     expected = answers(images)
     for other in (pickle.loads(pickle.dumps(answers)), copy.deepcopy(answers)):
         assert np.array_equal(other(images), expected)
+
+
+def linear(output: Any, *after: onnx.NodeProto, **stored: np.ndarray) -> ModelProto:
+    """Images to ``flat`` @ w = ``product``; ``after`` makes "out" of that, stated to be like ``output``."""
+    nodes = [
+        helper.make_node("Flatten", ["image"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "w"], ["product"]),
+    ]
+    kind = helper.np_dtype_to_tensor_dtype(output.dtype)
+    shape: list[str | int] = ["b", *output.shape[1:]] if output.ndim else []
+    graph = helper.make_graph(
+        [*nodes, *after],
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["b", 3, 8, 8])],
+        [helper.make_tensor_value_info("out", kind, shape)],
+        [numpy_helper.from_array(array, name) for name, array in stored.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+W = np.ones((192, 5), np.float32)
+ONE = np.ones((1, 5), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            linear(ONE[0, 0], helper.make_node("ReduceMean", ["product"], ["out"], keepdims=0), w=W),
+            "shape \\[\\]",
+        ),
+        (
+            linear(ONE[:, :1], helper.make_node("Identity", ["product"], ["out"]), w=W[:, :1]),
+            "tells 1 classes",
+        ),
+        (
+            linear(ONE[:, :0], helper.make_node("Identity", ["product"], ["out"]), w=W[:, :0]),
+            "tells 0 classes",
+        ),
+        (linear(ONE, helper.make_node("Identity", ["w"], ["out"]), w=W), "shape \\[192, 5\\]"),
+        (
+            linear(ONE[0, :3], helper.make_node("ReduceMax", ["image"], ["out"]), w=W),
+            "shape \\[1, 1, 1, 1\\]",
+        ),
+        (
+            linear(ONE.astype(np.float64), helper.make_node("Cast", ["product"], ["out"], to=11), w=W),
+            "float64",
+        ),
+        (linear(ONE.astype(np.int64), helper.make_node("ArgMax", ["product"], ["out"]), w=W), "int64"),
+        (
+            linear(ONE, helper.make_node("Add", ["product", "c"], ["out"]), w=W, c=np.ones(7, np.float32)),
+            "run",
+        ),
+    ],
+)
+def test_other_answers_than_logits_are_refused(tmp_path: Path, model: ModelProto, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        read(written(tmp_path / "m.onnx", model))
+
+
+@pytest.mark.parametrize("batch", [-1, 0])
+def test_an_odd_batch_is_refused_or_works_everywhere(tmp_path: Path, batch: int) -> None:
+    model = linear(ONE, helper.make_node("Identity", ["product"], ["out"]), w=W)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
+    path = written(tmp_path / "m.onnx", model)
+    if batch == 0:
+        with pytest.raises(CheckpointError, match="cannot be run"):
+            read(path)
+        return
+    opened = read(path)
+    images = torch.rand(3, 3, 8, 8)
+    assert np.allclose(OnnxTwin(opened.model)(images).numpy(), opened.answers(images.numpy()))
+
+
+def test_an_endless_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s2ap_deploy.exporting.opened._MAX_BYTES", 1000)
+    with pytest.raises(CheckpointError, match="larger than 2 GiB"):
+        read(Path("/dev/zero"))
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

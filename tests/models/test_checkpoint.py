@@ -369,9 +369,22 @@ def test_describe_what_fits_nothing_and_is_damaged(tmp_path: Path) -> None:
     assert found["wrapper"] == "state_dict"
     assert found["closest"][0] == {"architecture": "digits-conv", "differs": "1 unexpected: extra"}
     assert found["warnings"][0] == "module.0.weight: 9 of 288 values are NaN or infinite"
-    assert "no registered architecture" in found["warnings"][1]
+    assert found["warnings"][1].startswith(
+        "no registered architecture fits the 9 tensors of this checkpoint; give it"
+    )
+    assert "--arch file.py:factory" in found["warnings"][1]
     assert found["prunable_weights"] == 151_072
     assert json.dumps(found, allow_nan=False)
+
+
+def test_what_the_users_code_does_not_build_is_told_without_what_the_registry_has(tmp_path: Path) -> None:
+    code = tmp_path / "net.py"
+    code.write_text("from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(4, 2))\n")
+    path = foreign(tmp_path / "m.pt", nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).state_dict())
+    found = describe(path, arch=f"{code}:net")
+    assert found["closest"] == []
+    assert "1.weight [3, 4] instead of [2, 4]" in found["warnings"][0]
+    assert "name a function that builds the file's network" in found["warnings"][0]
 
 
 def test_describe_with_code_of_the_users(tmp_path: Path) -> None:
@@ -408,3 +421,28 @@ def test_a_plain_resnet50_is_compared_with_few_networks() -> None:
     assert registry.match(tensors).architecture.name == "torchvision/resnet50"
     ours = sum(1 for name in registry.names() if "/" not in name)
     assert skeleton.registered_skeleton.cache_info().currsize <= ours + 3
+
+
+TIED = """
+from torch import nn
+
+def make():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 3))
+    network[3].weight = network[1].weight
+    return network
+
+make.input_size = (1, 2, 2)
+"""
+
+
+def test_two_tensors_under_the_names_of_one_are_refused(tmp_path: Path) -> None:
+    """The network would silently compute with one of them."""
+    (tmp_path / "net.py").write_text(TIED)
+    arch = f"{tmp_path / 'net.py'}:make"
+    state = registry.resolve(arch).build(3).state_dict()
+    torch.save(state, tmp_path / "same.pt")
+    assert load(tmp_path / "same.pt", arch=arch)[0] is not None
+    state["3.weight"] = state["3.weight"] + 1
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"3\.weight and 1\.weight are one tensor in the network"):
+        load(tmp_path / "other.pt", arch=arch)

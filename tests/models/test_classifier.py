@@ -147,7 +147,14 @@ class Attention(nn.Module):
 def test_a_tied_weight_is_listed_once() -> None:
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.weight = first.weight
-    assert len(prunable(nn.Sequential(nn.Flatten(), first, second), (1, 2, 2))) == 1
+    network = nn.Sequential(nn.Flatten(), first, second)
+    assert prunable(network, (1, 2, 2)) == ("1.weight",)
+    assert prunable(network, (1, 2, 2))[0] in dict(network.named_parameters())
+
+
+def test_a_computed_weight_is_not_listed() -> None:
+    computed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    assert prunable(nn.Sequential(nn.Flatten(), computed, nn.Linear(4, 3)), (1, 2, 2)) == ("2.weight",)
 
 
 def test_the_wrong_input_size_is_said_and_modes_are_restored() -> None:

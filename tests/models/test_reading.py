@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,20 @@ def test_trusted_code_that_fails_is_reported(tmp_path: Path) -> None:
         read_tensors(path, trust_pickle=True)
 
 
+def test_trusted_code_that_is_not_here_says_where_to_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "somebodys_net.py").write_text("class Box(dict):\n    pass\n")
+    path = tmp_path / "model.pt"
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        torch.save(importlib.import_module("somebodys_net").Box(w=torch.zeros(2)), path)
+        del sys.modules["somebodys_net"]
+    with pytest.raises(CheckpointError, match="No module named 'somebodys_net'") as caught:
+        read_tensors(path, trust_pickle=True)
+    assert "put the folder with somebodys_net on PYTHONPATH" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize("protocol", [0, 1, 4, 5])
 def test_a_protocol_that_cannot_be_read_weights_only_is_named(tmp_path: Path, protocol: int) -> None:
     path = tmp_path / "model.pt"
@@ -185,6 +201,7 @@ def test_a_whole_module_is_refused_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(UnsafePickleError, match=r"torch\.nn\.modules\.linear\.Linear") as caught:
         read_tensors(path)
     assert "state_dict()" in str(caught.value.hint)
+    assert "--trust-pickle" in str(caught.value.hint)
     assert set(read_tensors(path, trust_pickle=True).tensors) == {"0.weight", "0.bias"}
 
 

@@ -64,7 +64,7 @@ def spoil(change: dict[str, Any]) -> str:
         ('{"schema_version": 1', "damaged"),
         ("[]", "schema_version None"),
         ("[" * 100_000, "damaged"),
-        ('{"schema_version": NaN}', "NaN is not JSON"),
+        ('{"schema_version": NaN}', "NaN is not a finite number"),
         (spoil({"stages": {"../../home": {}}}), "damaged at stages"),
         (spoil({"stages": {"search": {"status": "finished"}}}), "damaged at stages.search.inputs"),
         (spoil({"surprise": 1}), "damaged at surprise"),

@@ -86,7 +86,7 @@ class Record:
         if len(whole) < len(content):
             os.truncate(self._path, len(whole))
         try:
-            return [json.loads(line) for line in whole.splitlines()]
+            return [files.parse_json(line) for line in whole.splitlines()]
         except ValueError as error:
             raise self._damaged(str(error)) from None
 

@@ -70,7 +70,7 @@ def _coverage(fact: ArtefactFact, certificate: Certificate) -> Check:
     if fact.quantised:
         words = (
             f"{name} holds rounded values, and points that were made for another network overstate it: "
-            f"certify the file itself with s2ap-deploy certify --run RUN --artifact {fact.path}"
+            f"certify the file itself with s2ap-deploy certify --artifact RUN/{fact.path} --run RUN"
         )
         return Check(name=name, status="inconclusive", words=words)
     covering = [answer for answer in fact.rejudged if answer.certificate_sha256 == certificate.sha256]

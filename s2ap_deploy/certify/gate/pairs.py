@@ -30,6 +30,7 @@ class Pairs(NamedTuple):
     n: int
 
     def losing(self, more: int) -> Pairs:
+        """The counts with ``more`` samples lost on top, as far as there are any."""
         lost = min(self.n, self.lost + more)
         return Pairs(lost, min(self.gained, self.n - lost), self.n)
 

@@ -44,8 +44,13 @@ class Plan(Frozen):
 
     def __str__(self) -> str:
         """Sentences for a person, one per line."""
-        rates = ", ".join(f"{each.drop:.2%} if {each.discordance:.0%} differ" for each in self.drops)
-        lines = [f"{self.n} samples tell a drop from none with {POWER:.0%} power from here on: {rates}"]
+        rates = ", ".join(
+            f"{each.drop:.2%} where they differ on {each.discordance:.0%}" for each in self.drops
+        )
+        lines = [
+            f"on {self.n} images a network that lost nothing against the dense one shows it in {POWER:.0%} "
+            f"of cases if the drop that is allowed is at least {rates} of the images"
+        ]
         if self.threshold is not None and self.needed is None:
             lines.append(f"{self.n} samples cannot show a floor of {self.threshold:.1%}, even if all survive")
         elif self.threshold is not None:

@@ -65,6 +65,7 @@ class Operator(ABC):
         return name, np.arange(start, self.width(name) if end is None else end)
 
     def width(self, name: str) -> int:
+        """Channels of a tensor. Raises Unsupported where the graph does not say."""
         channels = self.layout.channels(name)
         if channels is None:
             raise Unsupported(f"the number of channels of {name} is not known")

@@ -87,6 +87,7 @@ class Product(Weighted):
         self.weights[:, columns] = 0
 
     def narrow_weights(self, kept: Mapping[str, Kept]) -> tuple[Array, Array | None]:
+        """Weights [rows, columns, ...] and bias [rows] of the channels that are kept."""
         rows = kept[self.target]
         bias = None if self.bias is None else self.bias[rows]
         return self.weights[rows][:, kept[self.source]], bias

@@ -54,7 +54,7 @@ class OnnxTwin(nn.Module):
         self._input = inputs[0].name
         self._output = graph.output[0].name
         first = inputs[0].type.tensor_type.shape.dim
-        self._batch = first[0].dim_value if first and first[0].HasField("dim_value") else 0
+        self._batch = max(0, first[0].dim_value) if first else 0  # 0 where it is open
         self._steps = _folded([_step(node) for node in graph.node], constants)
         self._keys: dict[str, str] = {}
         read = {name for step in self._steps for name in step.inputs} | {self._output}

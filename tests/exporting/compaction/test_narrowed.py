@@ -41,6 +41,12 @@ class Networks:
 
 
 @pytest.fixture(scope="module")
+def images() -> NDArray[np.float32]:
+    """In colour, as the classifier takes them; this room's own are grey."""
+    return np.random.default_rng(0).random((70, *SIZE), dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
 def networks(classifier: nn.Module) -> Networks:
     return Networks(classifier)
 
