@@ -42,6 +42,15 @@ def generator(*keys: int | str, device: torch.device | str = "cpu") -> torch.Gen
     return torch.Generator(device=device).manual_seed(derive_seed(*keys))
 
 
+def seed_layers(*keys: int | str) -> None:
+    """Seed torch's own streams, which layers such as dropout draw from without being asked.
+
+    Everything else here has a :func:`generator` of its own. Done once an epoch, an epoch after a kill draws
+    what it would have drawn; ranks give their number as a key, so as not to draw alike.
+    """
+    torch.manual_seed(derive_seed(*keys))
+
+
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     found = {"python": platform.python_version()}

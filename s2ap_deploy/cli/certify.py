@@ -214,6 +214,8 @@ def command(
             write_entry(job, submitted, entry)
             job.recorder.note(f"entry for the Adversarial Pruning Benchmark: {entry}")
         job.recorder.note(f"certificates: {folder / ('certify' if opened is None else 'artefact')}")
+        if opened is None and checkpoint is None:
+            job.recorder.note(session.following("export --onnx", folder, arch))
     if as_json:
         click.echo(
             json.dumps({"run": str(folder), "formal_guarantee": False, "certify": results}, sort_keys=True)

@@ -20,8 +20,8 @@ ABSENT = "n/a"
 def command(runs: tuple[Path, ...], as_json: bool) -> None:
     """Say how much the masks of two or more runs differ.
 
-    For every pair: the Hamming distance (share of mask bits that differ), the share of kept weights
-    replaced, and the intersection over union; --json adds every layer. Run folders are only read.
+    Each RUN is a run folder, and is only read. For every pair: the Hamming distance (share of mask bits that
+    differ), the share of kept weights replaced, and the intersection over union; --json adds every layer.
 
     \b
     s2ap-deploy compare with-s2ap without-s2ap

@@ -19,7 +19,7 @@ from s2ap_deploy.cli import options
 def command(file: Path, output: Path, overwrite: bool, as_json: bool) -> None:
     """Make a dense ONNX file of a sparse one.
 
-    For a runtime or a tool that cannot decode weights at load. Every encoding of `export` is read, and
+    For a runtime or a tool that cannot decode weights at load. FILE may use any encoding of `export`, or
     ONNX's own sparse initializers. ONNX Runtime and ONNX's reference evaluator must decode to the same bits;
     the dense file passes ONNX's full check, answers like the sparse one and keeps its metadata.
 

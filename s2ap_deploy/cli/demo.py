@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from s2ap_deploy.cli import options
+
+# Of its own, so that the commands that begin with s2ap-run find it free.
+FOLDER = Path("s2ap-demo")
 
 
 @click.command()
@@ -15,7 +19,7 @@ from s2ap_deploy.cli import options
 )
 @options.set_option
 @options.dry_run_option
-@options.run_option
+@options.run_folder(FOLDER)
 @options.again_options
 @options.compute_options
 @options.workers_option
@@ -34,6 +38,7 @@ def command(
 
     Trains a small network against PGD, prunes it with S2AP, attacks both with AutoAttack, exports sparse
     ONNX, verifies it and judges it. Needs no download, no GPU and no argument; it is the recipe "demo".
+    Everything lies in s2ap-demo afterwards, beside which s2ap-run is free for your own model.
     """
     from s2ap_deploy.cli.run import command as run
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,10 +43,11 @@ def command(data_root: Path | None, as_json: bool, quiet: bool) -> int:
         click.echo(health.model_dump_json())
     elif not quiet:
         for name, words in rows(health):
-            click.echo(f"{name:<10}  {words}")
+            click.echo(_fitted(f"{name:<10}  {words}"))
         for problem in health.problems:
             sign = click.style("✗", fg="red") if problem.blocks else click.style("!", fg="yellow")
-            click.echo(f"{sign} {problem.what}: {problem.why}\n  hint: {problem.hint}")
+            click.echo(_fitted(f"{sign} {problem.what}: {problem.why}", indent=2))
+            click.echo(_fitted(f"  hint: {problem.hint}", indent=8))
         if not health.problems:
             click.echo(f"{click.style('✓', fg='green')} nothing that would not work was found")
     return 0 if health.usable else UNUSABLE
@@ -64,7 +68,8 @@ def rows(health: Health) -> list[tuple[str, str]]:
         ("data", ", ".join(there) or "none found"),
     ]
     if absent:
-        lines.append(("", f"not below {health.data_root}: {', '.join(absent)} (--data-root, or --download)"))
+        how = "say where with --data-root, or fetch with --download"
+        lines.append(("", f"not in {health.data_root}: {', '.join(absent)} ({how})"))
     for name, parts in health.extras.items():
         lines.append(("extra", f"[{name}]: {', '.join(parts) or 'not installed'}"))
     for each in health.plugins:
@@ -72,6 +77,22 @@ def rows(health: Health) -> list[tuple[str, str]]:
     if not health.plugins:
         lines.append(("plug-in", "none installed"))
     return lines
+
+
+def _fitted(line: str, indent: int = 12) -> str:
+    """``line`` broken between words at a terminal's width, and whole in a log."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return line
+    width = max(shutil.get_terminal_size().columns, 40)
+    rest = " " * indent
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
 
 
 def _size(number: int | None) -> str:

@@ -158,6 +158,9 @@ def command(
     ) as job:
         report = export(job, output=output, bench=bench)
         job.recorder.note(f"ONNX file: {output or folder / 'export' / report.file}")
+        rounded = report.quantisation is not None or report.rounding is not None
+        if report.rejudgements and not rounded:  # the certificate speaks for the file: it can be judged
+            job.recorder.note(session.following("gate --min-robust 0.40 --max-drop 0.05", folder))
     if as_json:
         click.echo(report.model_dump_json())
     else:

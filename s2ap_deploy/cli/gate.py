@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from s2ap_deploy.cli import options
+from s2ap_deploy.cli import options, signs
 from s2ap_deploy.errors import DeployError, UsageError
 
 if TYPE_CHECKING:
@@ -209,12 +209,17 @@ def _show(verdict: Verdict) -> None:
         _say(f"{click.style(sign, fg=colour)} {check.words}")
     _, colour = SIGNS[verdict.status]
     _say(f"gate: {click.style(WORDS[verdict.status], fg=colour, bold=True)}")
+    if any("too few samples" in check.words for check in verdict.checks if check.status == "inconclusive"):
+        _say(
+            "  hint: s2ap-deploy gate --plan N says what N images can show; certify --n N --overwrite",
+            err=True,
+        )
 
 
 def _say(text: str, *, err: bool = False) -> None:
-    """Print, with a question mark for what the terminal cannot write: an exit code must not hang on it."""
-    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
-    click.echo(text.encode(encoding, "replace").decode(encoding), err=err)
+    """Print, with a stand-in for what the terminal cannot write: an exit code must not hang on it."""
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None)
+    click.echo(signs.writable(text, encoding), err=err)
 
 
 def _say_json(value: Verdict | Plan) -> None:

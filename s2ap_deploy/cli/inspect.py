@@ -12,7 +12,11 @@ from s2ap_deploy.cli import options
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--arch", help="Architecture: a registered name, package.module:factory or file.py:factory.")
+@click.option(
+    "--arch",
+    callback=options.with_factory,
+    help="Architecture: a registered name, package.module:factory or file.py:factory.",
+)
 @click.option(
     "--trust-pickle", is_flag=True, help="Unpickle the file, which may run code that it brings along."
 )
@@ -28,6 +32,8 @@ def command(
 ) -> None:
     """Say what a checkpoint holds and which architecture fits it.
 
+    CHECKPOINT is a file of any origin: .pt, .pth, .tar or .safetensors.
+
     \b
     s2ap-deploy inspect model.pth
     s2ap-deploy inspect harp.pth.tar --keep 0.01 --alpha 0.1
@@ -39,4 +45,4 @@ def command(
     if as_json:
         click.echo(json.dumps(description, sort_keys=True))
     else:
-        tables.show_checkpoint(description)
+        tables.show_checkpoint(description, asked=arch)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from s2ap_deploy.cli import signs
 from s2ap_deploy.errors import INCONCLUSIVE, INTERRUPTED, UNFORESEEN, UNUSABLE, DeployError
 from s2ap_deploy.ranks import membership
 
@@ -109,6 +110,7 @@ class Terminated(BaseException):
 def main() -> NoReturn:
     """Run the command line and leave with the exit code of the table in ``errors``."""
     signal.signal(signal.SIGTERM, _terminate)
+    signs.prepare()
     try:
         code = ranked(sys.argv[1:])
     except KeyboardInterrupt:  # a second signal, while the first was being reported
@@ -153,7 +155,8 @@ def guarded(arguments: list[str]) -> int:
         if not arguments:
             click.echo(cli.get_help(click.Context(cli, info_name="s2ap-deploy")), err=True)
             return UNUSABLE
-        code = cli.main(arguments, prog_name="s2ap-deploy", standalone_mode=False)
+        colour = False if os.environ.get("NO_COLOR") else None  # None: where it is a terminal
+        code = cli.main(arguments, prog_name="s2ap-deploy", standalone_mode=False, color=colour)
         return code if isinstance(code, int) else 0
     except DeployError as error:
         return _report(error.message, error.hint, error.exit_code, as_json)

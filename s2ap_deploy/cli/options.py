@@ -17,6 +17,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 SPARSITY = click.FloatRange(0, 1, min_open=True, max_open=True)
 COUNT = click.IntRange(min=1)
+RUN = Path("s2ap-run")
 
 
 class Offered(click.Choice[str]):
@@ -47,14 +48,26 @@ def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
     return apply
 
 
-run_option = click.option(
-    "--run",
-    "folder",
-    type=click.Path(path_type=Path),
-    default=Path("s2ap-run"),
-    show_default=True,
-    help="The run folder.",
-)
+def with_factory(_ctx: click.Context, _option: click.Parameter, arch: str | None) -> str | None:
+    """``--arch`` as it is; a file alone does not say what in it builds the network."""
+    if arch is not None and arch.endswith(".py"):
+        raise click.BadParameter(f"name also what builds the network in that file: {arch}:FACTORY")
+    return arch
+
+
+def run_folder(default: Path) -> Callable[[Command], Command]:
+    """``--run`` with a default of the command's own."""
+    return click.option(
+        "--run",
+        "folder",
+        type=click.Path(path_type=Path),
+        default=default,
+        show_default=True,
+        help="The run folder.",
+    )
+
+
+run_option = run_folder(RUN)
 
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change a value of the recipe."
@@ -188,7 +201,9 @@ def model_options(unless_given: str) -> Callable[[Command], Command]:
     """What a network is and what it must withstand; ``unless_given`` ends the help of what it may know."""
     return stacked(
         click.option(
-            "--arch", help="Architecture: a registered name, package.module:factory or file.py:factory."
+            "--arch",
+            callback=with_factory,
+            help="Architecture: a registered name, package.module:factory or file.py:factory.",
         ),
         click.option(
             "--data", help=f"digits, mnist, cifar10, cifar100, svhn or imagefolder:PATH.  [{unless_given}]"

@@ -21,8 +21,16 @@ def image_size(text: str) -> tuple[int, int, int]:
 
 @click.command()
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
-@click.option("--arch", help="Architecture: a registered name, package.module:factory or file.py:factory.")
-@click.option("--num-classes", type=click.IntRange(min=2), help="Classes.  [default: the architecture's]")
+@click.option(
+    "--arch",
+    callback=options.with_factory,
+    help="Architecture: a registered name, package.module:factory or file.py:factory.",
+)
+@click.option(
+    "--num-classes",
+    type=click.IntRange(min=2),
+    help="How many classes there are.  [default: the architecture's]",
+)
 @click.option(
     "--input-size", type=image_size, metavar="C,H,W", help="Image size.  [default: the architecture's]"
 )

@@ -25,6 +25,7 @@ from s2ap_deploy.cli import figures
 from s2ap_deploy.recorder import Recorder, Silent
 
 LINE_EVERY_SECONDS = 20.0
+SOME = 0.02
 
 
 @contextmanager
@@ -91,6 +92,8 @@ class Lines:
         fresh = self.done - self.skipped
         if fresh <= 0 or self.done >= self.total:
             return ""
+        if fresh < self.total * SOME and now - self.started < LINE_EVERY_SECONDS:
+            return ""  # the first steps of a stage are the slowest: an estimate from them frightens
         each = (now - self.started) / fresh
         pace = f"{figures.rate(1 / each)}, " if each > 0 else ""
         return f", {pace}about {each * (self.total - self.done):.0f} s left"

@@ -193,7 +193,7 @@ def command(
         job.recorder.note(f"how the search went: {draw_search(job.run)}")
         results = {name: job.run.manifest.stages[name].results for name in ("pretrain", "search", "finetune")}
         job.recorder.note(f"pruned network: {folder / 'finetune' / 'model.safetensors'}")
-        job.recorder.note(f"next: s2ap-deploy certify{_run_option(folder)}")
+        job.recorder.note(session.following("certify", folder, arch))
     if as_json:
         click.echo(json.dumps({"run": str(folder), **results}, sort_keys=True))
 
@@ -206,7 +206,3 @@ def _steps(text: str | None, sparsity: float | None) -> tuple[tuple[float, ...],
     if sparsity is None or sparsity == path[-1]:
         return path[:-1], path[-1]
     return path, sparsity
-
-
-def _run_option(folder: Path) -> str:
-    return "" if folder == Path("s2ap-run") else f" --run {folder}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from s2ap_deploy.cli import options
 @click.option(
     "--time-budget", type=click.FloatRange(min=0), help="Seconds that attacks may take.  [default: none]"
 )
-@click.option("--arch", help="Architecture by import path, which a recipe cannot name.")
+@click.option(
+    "--arch", callback=options.with_factory, help="Architecture by import path, which a recipe cannot name."
+)
 @click.option("--trust-pickle", is_flag=True, help="Unpickle the checkpoint, which may run code.")
 @options.run_option
 @options.again_options
@@ -78,4 +81,7 @@ def command(
         click.echo(json.dumps(summary, sort_keys=True))
     else:
         tables.show_summary(summary)
+        if not session_options["quiet"]:
+            place = shlex.quote(str(folder))
+            click.echo(f"everything lies in {place}; as a page: s2ap-deploy report {place}", err=True)
     return 0 if verdict is None else verdict.exit_code

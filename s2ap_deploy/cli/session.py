@@ -92,11 +92,18 @@ def open_job(
                     f"{folder} holds no recipe yet", hint="start with s2ap-deploy prune or s2ap-deploy run"
                 )
         recipe = changed(recipe, changes(recipe) if callable(changes) else changes or {})
-        trackers = options.told("track", ()) if membership.rank() == 0 else ()
-        with tracked(progress, trackers, run.path, recipe.model_dump(mode="json")) as recording:
-            job = Job(run, recipe, here, recording, resume=resume, overwrite=overwrite)
-            with explained(job, options.told("verbose", False) and not quiet):
-                yield job
+        with telling(Job(run, recipe, here, progress, resume=resume, overwrite=overwrite), quiet) as job:
+            yield job
+
+
+@contextmanager
+def telling(job: Job, quiet: bool) -> Iterator[Job]:
+    """``job``, telling also what ``--verbose`` adds, and its figures to the trackers of ``--track``."""
+    trackers = options.told("track", ()) if membership.rank() == 0 else ()
+    with tracked(job.recorder, trackers, job.run.path, job.recipe.model_dump(mode="json")) as recording:
+        job.recorder = recording
+        with explained(job, options.told("verbose", False) and not quiet):
+            yield job
 
 
 def machine(
@@ -170,6 +177,16 @@ def import_path(arch: str | None) -> str | None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     return arch
+
+
+def following(command: str, folder: Path, arch: str | None = None) -> str:
+    """What to type next: ``command`` on the same folder, with the import path that it must be told again."""
+    words = ["s2ap-deploy", *command.split()]
+    if folder != options.RUN:
+        words += ["--run", str(folder)]
+    if import_path(arch) is not None:
+        words += ["--arch", str(arch)]
+    return f"next: {shlex.join(words)}"
 
 
 def only_import_path(arch: str | None, decided_by: str) -> None:

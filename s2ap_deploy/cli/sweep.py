@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,9 @@ BUDGETS = click.Choice(["uniform", "erk", "global", "learned", "macs"])
 )
 @options.set_option
 @options.dry_run_option
-@click.option("--arch", help="Architecture by import path, which a recipe cannot name.")
+@click.option(
+    "--arch", callback=options.with_factory, help="Architecture by import path, which a recipe cannot name."
+)
 @click.option("--trust-pickle", is_flag=True, help="Unpickle the checkpoint, which may run code.")
 @click.option(
     "--run",
@@ -67,6 +70,7 @@ BUDGETS = click.Choice(["uniform", "erk", "global", "learned", "macs"])
 @options.compute_options
 @options.workers_option
 @options.data_options
+@options.telling_options
 @options.output_options
 def command(
     recipe: str,
@@ -87,17 +91,18 @@ def command(
 ) -> int:
     """Run a recipe in all combinations of what varies, and compare them.
 
-    An option that is left out keeps the recipe's own value. Impossible combinations are named and skipped
-    before work starts; one that fails is told, and the rest goes on. Pretraining and the attack on the dense
-    network are done once per seed. The folder gets sweep.json, sweep.csv, table.md and pareto.png, and a run
-    folder for each combination under runs/. The exit code is 0 when all finished; else that of the failures,
-    the first of 70, 2, 1 and 3 that occurred.
+    RECIPE is a shipped name or a YAML file, and an option that is left out keeps its value. Impossible
+    combinations are named and skipped before work starts; one that fails is told, and the rest goes on.
+    Pretraining and the attack on the dense network are done once per seed. The folder gets sweep.json,
+    sweep.csv, table.md and pareto.png, and a run folder for each combination under runs/. The exit code is 0
+    when all finished; else that of the failures, the first of 70, 2, 1 and 3 that occurred.
 
     \b
     s2ap-deploy sweep demo --sparsity 0.9,0.95,0.99 --s2ap both --seeds 3
     s2ap-deploy sweep demo --sparsity 0.9,0.99 --method hydra,harp --set prune.budget=null
     s2ap-deploy sweep demo --sparsity 0.9,0.95 --dry-run
     """
+    from s2ap_deploy import tracking
     from s2ap_deploy.cli import session, sweep_tables
     from s2ap_deploy.cli.progress import recorder
     from s2ap_deploy.recipe import catalogue
@@ -126,7 +131,9 @@ def command(
             return 0
         from s2ap_deploy.pipeline.sweeps.sweep import SweepFolder, possible, sweep
 
-        possible(points)  # refused, if it must be, before there is a folder
+        # Refused, if they must be, before there is a folder.
+        possible(points)
+        tracking.require(options.told("track", ()))
         with SweepFolder(folder, resume=resume, overwrite=overwrite) as opened:
             report = sweep(
                 opened,
@@ -137,12 +144,22 @@ def command(
                 resume=resume,
                 command=session.command_line(),
                 changed=_write,
+                telling=partial(session.telling, quiet=quiet),
             )
     if as_json:
         click.echo(json.dumps(report.model_dump(mode="json"), sort_keys=True))
     else:
         sweep_tables.show_sweep(report)
+        if not quiet:
+            click.echo(
+                f"everything lies in {folder}: the table, sweep.csv, sweep.json, {_picture(folder)}", err=True
+            )
     return exit_code(report)
+
+
+def _picture(folder: Path) -> str:
+    """What :func:`_write` drew, if there was anything to draw."""
+    return "pareto.png and runs/" if (folder / "pareto.png").exists() else "and runs/"
 
 
 def exit_code(report: SweepReport) -> int:

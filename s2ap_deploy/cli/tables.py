@@ -93,8 +93,8 @@ def show_export(report: ExportReport) -> None:
         removal = report.compaction
         table.add_row(
             "channels",
-            f"{removal.removed:,} of {removal.channels_before:,} cannot matter and are left out: "
-            f"{removal.macs_before / max(removal.macs_after, 1):.2f} times fewer multiply-accumulates",
+            f"{removal.removed:,} of {removal.channels_before:,} cannot matter and are left out; "
+            f"{removal.macs_after / max(removal.macs_before, 1):.1%} of the multiply-accumulates are left",
         )
     if report.narrowed is not None:
         table.add_row("layers", report.narrowed.summary)
@@ -167,8 +167,8 @@ def show_decoded(decoded: Decoded) -> None:
     console.print(table)
 
 
-def show_checkpoint(description: Mapping[str, Any]) -> None:
-    """What ``inspect`` found."""
+def show_checkpoint(description: Mapping[str, Any], asked: str | None = None) -> None:
+    """What ``inspect`` found; ``asked`` is the architecture that it was told."""
     console = _console()
     table = _facts()
     table.add_row("file", Text(description["file"]))
@@ -179,7 +179,8 @@ def show_checkpoint(description: Mapping[str, Any]) -> None:
     )
     if description.get("layout"):
         table.add_row("pruned by", str(description["layout"]))
-    table.add_row("architecture", description["architecture"] or "none of the registry fits")
+    missing = "none of the registry fits" if asked is None else f"{asked} does not fit"
+    table.add_row("architecture", Text(description["architecture"] or missing))
     if description["num_classes"] is not None:
         table.add_row("classes", str(description["num_classes"]))
     table.add_row("parameters", f"{description['parameters']:,}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from s2ap_deploy.cli import options
 from s2ap_deploy.cli.gate import SIGNS, _say
 
 if TYPE_CHECKING:
+    from s2ap_deploy.pipeline.jobs.machine import Machine
     from s2ap_deploy.pipeline.judging.verification import Verification
 
 WORDS = {"pass": "CONFIRMED", "fail": "CONTRADICTED", "inconclusive": "INCONCLUSIVE"}
@@ -46,6 +48,7 @@ WORDS = {"pass": "CONFIRMED", "fail": "CONTRADICTED", "inconclusive": "INCONCLUS
 @options.compute_options
 @options.workers_option
 @options.data_options
+@options.verbose_option
 @options.output_options
 def command(
     certificate: Path,
@@ -102,6 +105,9 @@ def command(
     # Whoever made the certificate must not know which images will be drawn.
     seed = secrets.randbelow(2**31) if seed is None else seed
     with recorder(quiet) as progress:
+        if options.told("verbose", False) and not quiet:
+            for line in _opening(place, seed, machine):
+                progress.note(line)
         found = verify(certificate, place, k=k, seed=seed, machine=machine, recorder=progress)
     if in_toto is not None and found.status == "pass":
         _write_statement(in_toto, certificate, found)
@@ -109,7 +115,31 @@ def command(
         click.echo(found.model_dump_json())
     elif not quiet:
         _show(found, in_toto)
+    if options.told("verbose", False) and not quiet:
+        for line in _closing(found):
+            click.echo(line, err=True)
     return found.exit_code
+
+
+def _opening(place: Path, seed: int, machine: Machine) -> Iterator[str]:
+    """What is worked with: the folder, the machine, versions, and the seed that was drawn."""
+    import torch
+
+    from s2ap_deploy import runtime
+
+    yield (
+        f"debug: run folder {place}; device {machine.device}, {torch.get_num_threads()} threads, "
+        f"workers {machine.workers or 'one per core'}, data root {machine.data_root or 'default'}; "
+        f"seed {seed}"
+    )
+    yield "debug: " + ", ".join(f"{name} {version}" for name, version in runtime.versions().items())
+
+
+def _closing(found: Verification) -> Iterator[str]:
+    """The hashes of the certificate and of the files that it speaks for."""
+    yield f"debug: certificate: SHA-256 {found.certificate_sha256}; {found.attacked} images attacked anew"
+    for subject in found.subjects:
+        yield f"debug: {subject.name}: SHA-256 {subject.sha256}"
 
 
 def _write_statement(path: Path, certificate: Path, found: Verification) -> None:

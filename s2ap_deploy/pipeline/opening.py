@@ -75,8 +75,7 @@ def opened(
     ``changes`` (dotted keys of the recipe) are made to it; ``command`` is noted in the manifest. Raises
     TypeError for a keyword that is none of :class:`Session`, and what opening a run folder raises.
     """
-    if unknown := session.keys() - Session.__annotations__.keys():
-        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
+    check(session)
     with Run.open(folder, create=recipe is not None, command=f"python: {command}") as run:
         found = recipe or run.load_recipe()
         if found is None:
@@ -92,10 +91,32 @@ def opened(
         )
 
 
+def check(session: Session) -> None:
+    """Raise TypeError for a keyword that is none of :class:`Session`, UsageError for a value that cannot be.
+
+    Ranks are refused too: they are processes, and a function has one.
+    """
+    if "devices" in session:
+        raise UsageError(
+            "ranks are processes of a command, and a function has one process",
+            hint="type s2ap-deploy prune ... --devices N, which leaves the same run folder",
+        )
+    if unknown := session.keys() - Session.__annotations__.keys():
+        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
+    for name in ("threads", "workers", "accumulate"):
+        count = session.get(name)
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise UsageError(f"{name} must be a whole number from 1 on, not {count!r}")
+
+
 def machine(
     folder: Path, *, arch: str | None = None, trust_pickle: bool = False, **session: Unpack[Session]
 ) -> Machine:
-    """The machine as the keywords describe it; ``folder`` may remember where data lies."""
+    """The machine as the keywords describe it; ``folder`` may remember where data lies.
+
+    Raises what :func:`check` raises, and UsageError for a device or a precision that is not there.
+    """
+    check(session)
     threads, root = session.get("threads"), session.get("data_root")
     if threads is not None:
         torch.set_num_threads(threads)

@@ -36,16 +36,20 @@ def floors(shapes: Shapes, *, classifier: str | None = None, dense: Sequence[str
 
 
 def uniform(shapes: Shapes, sparsity: float, least: Mapping[str, int] | None = None) -> dict[str, int]:
-    """The same density in every layer, as HYDRA does (Sehwag et al., 2020)."""
+    """Weights to keep by layer: the same density in every one, as HYDRA does (Sehwag et al., 2020).
+
+    Raises UsageError as :func:`affordable` does.
+    """
     return apportion(
         {name: float(math.prod(shape)) for name, shape in shapes.items()}, shapes, sparsity, least
     )
 
 
 def erk(shapes: Shapes, sparsity: float, least: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Erdős–Rényi kernel: density in proportion to (sum of dimensions) / (product of dimensions).
+    """Weights to keep by layer, Erdős–Rényi kernel: density as (sum of dimensions) / (product of dimensions).
 
     Evci et al. (2020), appendix. Small layers stay denser than large ones; a layer never exceeds its size.
+    Raises UsageError as :func:`affordable` does.
     """
     return apportion({name: float(sum(shape)) for name, shape in shapes.items()}, shapes, sparsity, least)
 

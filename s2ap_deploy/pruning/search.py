@@ -26,7 +26,7 @@ from s2ap_deploy.robust.precision import FLOAT32, Precision
 from s2ap_deploy.robust.schedule import Epoch, cosine, validation_sample
 from s2ap_deploy.robust.sharing import Part, Share, Total, mean_loss, shares
 from s2ap_deploy.robust.training import strip
-from s2ap_deploy.runtime import derive_seed, generator
+from s2ap_deploy.runtime import derive_seed, generator, seed_layers
 
 RECALIBRATION_BATCHES = 100
 INERT, NOISY = 1e-4, 0.2  # flip rates below and above which gamma does nothing useful
@@ -105,6 +105,7 @@ def search(
         flips: list[Tensor] = []
         moves: list[Tensor] = []
         network.train()
+        seed_layers(seed, "search", "layers", epoch, ranks.rank)
         batches = shares(
             train, batch_size, ranks=ranks, seed=seed, epoch=epoch, device=device, accumulate=accumulate
         )
@@ -160,6 +161,7 @@ def search(
     learned = int(units(scored.select()))
     masks = scored.finish()
     warn_of_quotas(learned, int(units(scored.select())), recorder)
+    seed_layers(seed, "search", "layers", epochs, ranks.rank)
     with shared_statistics(network, ranks):
         recalibrate(network, calibration(network, train, objective, batch_size, seed, device, ranks))
     return SearchResult(scored.scores, masks, history, perturbed_steps)

@@ -60,7 +60,7 @@ def _sentence(detail: ErrorDetails, schema: type[BaseModel]) -> str:
     key, kind = detail["loc"], detail["type"]
     name = ".".join(map(str, key))
     if kind == "extra_forbidden":
-        return f"unknown key {name}{_nearest(key, schema)}"
+        return f"unknown key {name}{nearest(key, schema)}"
     if kind == "missing":
         return f"{name} is missing"
     given = detail["input"]
@@ -77,7 +77,8 @@ def _sentence(detail: ErrorDetails, schema: type[BaseModel]) -> str:
     return f"{name}: {message} (here: {_short(given)})"
 
 
-def _nearest(key: Key, schema: type[BaseModel]) -> str:
+def nearest(key: Key, schema: type[BaseModel]) -> str:
+    """``; did you mean …?`` for a key that the schema lacks, or the keys that its section has."""
     section, last = ".".join(map(str, key[:-1])), str(key[-1])
     paths = list(_paths(schema))
     siblings = [path for path in paths if path.rpartition(".")[0] == section]

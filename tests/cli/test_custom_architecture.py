@@ -51,6 +51,7 @@ def test_the_whole_path(
     own_checkpoint(tmp_path)
     done = s2ap("prune", "mine.pt", "--sparsity", 0.8, "--arch", arch, *SHORT, cwd=tmp_path)
     assert done.code == 0, done.err
+    assert f"next: s2ap-deploy certify --arch {arch}\n" in done.err
     for command in ("certify", "export"):
         refused = s2ap(command, cwd=tmp_path)
         assert refused.code == 2
@@ -59,9 +60,36 @@ def test_the_whole_path(
         n = ["--n", 20] if command == "certify" else []
         again = s2ap(command, "--arch", arch, *n, cwd=tmp_path)
         assert again.code == 0, again.err
+        following = (
+            f"export --onnx --arch {arch}"
+            if command == "certify"
+            else "gate --min-robust 0.40 --max-drop 0.05"
+        )
+        assert f"next: s2ap-deploy {following}\n" in again.err
     assert s2ap("gate", "--min-robust", 0, "--rule", "point", cwd=tmp_path).code == 0
     for name in ("mine", "mypackage.nets", "mypackage"):
         sys.modules.pop(name, None)
+
+
+def test_a_network_that_does_not_say_its_input_is_planned_drafted_and_rehearsed(
+    s2ap: Callable[..., Any], tmp_path: Path
+) -> None:
+    arch = place(tmp_path, "file")
+    own_checkpoint(tmp_path)
+    rehearsed = s2ap(
+        "prune", "mine.pt", "--sparsity", 0.8, "--arch", arch, *SHORT, "--dry-run", "--json", cwd=tmp_path
+    )
+    assert rehearsed.code == 0, rehearsed.err
+    assert json.loads(rehearsed.out)["seconds"] > 0
+    planned = s2ap("plan", "mine.pt", "--sparsity", 0.8, "--arch", arch, cwd=tmp_path)
+    assert planned.code == 2
+    assert f"the input size of {arch} is unknown" in planned.err
+    assert "hint: add --input-size" in planned.err
+    told = s2ap("plan", "mine.pt", "--sparsity", 0.8, "--arch", arch, "--input-size", "1,8,8", cwd=tmp_path)
+    assert told.code == 0, told.err
+    drafted = s2ap("init", "mine.pt", "--arch", arch, "--data", "digits", "--eps", "0.1", cwd=tmp_path)
+    assert drafted.code == 0, drafted.err
+    assert f"next: s2ap-deploy run recipe.yaml --arch {arch}" in drafted.out
 
 
 def test_pretrain_of_an_own_network_and_its_checkpoint(s2ap: Callable[..., Any], tmp_path: Path) -> None:
@@ -120,3 +148,14 @@ def test_a_module_that_only_a_checkpoint_names_is_never_imported(
     for command in (["inspect", "mine.pt"], ["prune", "mine.pt", "--sparsity", "0.8", "--run", "b"]):
         assert s2ap(*command, cwd=tmp_path).code in (0, 2)
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["prune", "--sparsity", "0.8"], ["inspect"], ["init"], ["plan"], ["run"]]
+)
+def test_a_file_without_the_name_of_its_factory(
+    command: list[str], s2ap: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = s2ap(*command, "mine.pt", "--arch", "mine.py", cwd=tmp_path)
+    assert done.code == 2
+    assert "name also what builds the network in that file: mine.py:FACTORY" in done.err

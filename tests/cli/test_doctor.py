@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from s2ap_deploy.cli.doctor import _fitted
 from s2ap_deploy.pipeline import doctor
 from s2ap_deploy.pipeline.doctor import Health, Problem, examine
 from s2ap_deploy.recorder import Silent
@@ -42,8 +43,21 @@ def test_people_get_lines(s2ap: Callable[..., Any], tmp_path: Path) -> None:
     assert done.code == 0
     assert "torch " in done.out
     assert f"mnist ({tmp_path / 'MNIST' / 'raw'})" in done.out
-    assert f"not below {tmp_path}: cifar10, cifar100, svhn" in done.out
+    assert f"not in {tmp_path}: cifar10, cifar100, svhn (say where" in done.out
     assert s2ap("doctor", "--quiet").out == ""
+
+
+def test_a_terminal_gets_whole_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = (
+        "versions    python 3.12.1, torch-pruning 1.6.1, scikit-learn 1.9.1, pyautoattack 0.2.0, x" + "y" * 70
+    )
+    assert _fitted(line) == line, "a log keeps its lines"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    found = _fitted(line).splitlines()
+    assert found[0] == "versions    python 3.12.1, torch-pruning 1.6.1, scikit-learn"
+    assert found[1] == "            1.9.1, pyautoattack 0.2.0,"
+    assert found[2].strip() == "x" + "y" * 70
 
 
 def test_one_of_two_files_is_no_data_set(tmp_path: Path) -> None:

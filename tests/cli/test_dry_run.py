@@ -48,6 +48,12 @@ def test_a_fresh_run(
     assert not (place / "s2ap-run").exists()
 
 
+def test_the_demo_leaves_the_folder_of_the_other_commands_free(place: Path, s2ap: Callable[..., Any]) -> None:
+    done = s2ap("demo", *TINY, *QUIET, "--dry-run", "--json", cwd=place)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["run"] == "s2ap-demo"
+
+
 def test_more_epochs_take_longer_in_proportion(place: Path, s2ap: Callable[..., Any]) -> None:
     axes = ["--s2ap", "off", "--sparsity", "0.9"]
 

@@ -106,6 +106,7 @@ def test_too_few_samples_are_told_from_a_defect(s2ap: Callable[..., Any], own_ru
     done = s2ap("gate", "--max-drop", "0.05", "--run", own_run)
     assert done.code == 3
     assert "too few samples: even none lost of 40 would not show 5.0%" in done.out
+    assert "hint: s2ap-deploy gate --plan N says what N images can show" in done.err
 
 
 def test_quiet_says_nothing_and_json_says_it_in_one_object(s2ap: Callable[..., Any], own_run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,11 +25,27 @@ def lines(name: str) -> list[str]:
     return inspect.cleandoc(command(name).help or "").splitlines()
 
 
-def parameters() -> Iterator[tuple[str, click.Option]]:
+def commands(found: click.Command, path: str, parent: click.Context) -> Iterator[tuple[str, click.Command]]:
+    """A command and all below it, with what is typed for each."""
+    yield path, found
+    if isinstance(found, click.Group):
+        context = click.Context(found, info_name=path, parent=parent)
+        for name in found.list_commands(context):
+            below = found.get_command(context, name)
+            assert below is not None
+            yield from commands(below, f"{path} {name}", context)
+
+
+def every_command() -> Iterator[tuple[str, click.Command]]:
     for name in COMMANDS:
-        for parameter in command(name).params:
+        yield from commands(command(name), name, click.Context(cli))
+
+
+def parameters() -> Iterator[tuple[str, click.Option]]:
+    for path, found in every_command():
+        for parameter in found.params:
             if isinstance(parameter, click.Option):
-                yield name, parameter
+                yield path, parameter
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -50,8 +67,25 @@ def test_every_command_shows_an_example_that_parses(name: str) -> None:
     ("name", "option"), [pytest.param(*each, id=f"{each[0]}-{each[1].name}") for each in parameters()]
 )
 def test_every_option_is_explained(name: str, option: click.Option) -> None:
+    assert not option.hidden
     assert option.help
-    assert option.help.rstrip(")]").strip()
+    words = re.sub(r"\[[^\]]*\]", "", option.help)  # beside [default: ...] and [required]
+    assert len(words.split()) > 1
+
+
+@pytest.mark.parametrize(("path", "found"), [pytest.param(*each, id=each[0]) for each in every_command()])
+def test_every_command_is_explained_with_its_arguments(path: str, found: click.Command) -> None:
+    assert not found.hidden
+    words = inspect.cleandoc(found.help or "")
+    assert words.splitlines()[0].endswith(".")
+    for argument in found.params:
+        if isinstance(argument, click.Argument):
+            (name, *_) = re.findall(r"[A-Z]+", argument.make_metavar(click.Context(found)))
+            assert re.search(rf"\b{name}\b", words), name
+
+
+def test_the_walk_reaches_nested_commands() -> None:
+    assert {"recipes list", "recipes show", "recipes schema", "targets list"} <= dict(every_command()).keys()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

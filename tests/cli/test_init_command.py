@@ -17,6 +17,12 @@ from s2ap_deploy.recipe import catalogue
 QUIET = ["--threads", 1, "--workers", 1, "--quiet"]
 
 
+@pytest.fixture(autouse=True)
+def no_data_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the suite was started with is not what these commands are about."""
+    monkeypatch.delenv("S2AP_DATA_ROOT", raising=False)
+
+
 def foreign(path: Path, arch: str, classes: int | None = None) -> Path:
     torch.manual_seed(0)
     torch.save({"state_dict": registry.build(arch, classes).state_dict()}, path)
@@ -77,6 +83,25 @@ def test_a_foreign_file_gets_guesses_that_are_named(
     text = (tmp_path / "recipe.yaml").read_text()
     assert "a guess from the input" in text
     assert (f"{others} has the same shape" in text) == (others is not None)
+
+
+def test_data_that_lie_where_run_looks_are_not_fetched(
+    tmp_path: Path, s2ap: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign(tmp_path / "foreign.pth", "mnist-conv")
+    told = ["init", "foreign.pth", "--overwrite", "--json"]
+
+    def command() -> str:
+        return str(json.loads(s2ap(*told, cwd=tmp_path).out)["command"])
+
+    monkeypatch.setenv("S2AP_DATA_ROOT", str(tmp_path / "sets"))
+    assert command() == "s2ap-deploy run recipe.yaml --download"
+    (tmp_path / "sets" / "MNIST" / "raw").mkdir(parents=True)
+    assert command() == "s2ap-deploy run recipe.yaml"
+    monkeypatch.delenv("S2AP_DATA_ROOT")
+    assert command() == "s2ap-deploy run recipe.yaml --data-root data --download"
+    (tmp_path / "data" / "MNIST" / "raw").mkdir(parents=True)
+    assert command() == "s2ap-deploy run recipe.yaml"
 
 
 def test_data_that_nobody_can_guess_are_the_one_blank_and_run_names_it(

@@ -111,6 +111,25 @@ def test_a_log_gives_a_sign_of_life_and_does_not_count_what_was_done_before(
     assert "finetune: 70 of 100 steps, 1.0/s, about 30 s left" in stream.getvalue()
 
 
+def test_a_log_guesses_no_time_from_the_first_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    lines, stream = log()
+    lines.begin("certify", 100_000, "pass")
+    now = 3.0
+    lines.advance(30)
+    lines.log("certify", {"epoch": 1, "epochs": 2})
+    assert "left" not in stream.getvalue(), "a small block came first: 3 s for 30 of 100,000"
+    now = 10.0
+    lines.advance(1_970)
+    lines.log("certify", {"epoch": 1, "epochs": 2})
+    assert "200/s, about 490 s left" in stream.getvalue()
+    lines.begin("search", 100_000, "step")
+    now = 35.0
+    lines.advance(5)
+    assert "search: 5 of 100,000 steps, 12.0/min, about 499975 s left" in stream.getvalue()
+
+
 def test_a_terminal_shows_stage_epoch_loss_robust_accuracy_and_time_left() -> None:
     live, stream = terminal()
     live.begin("pretrain", 100, "step")

@@ -62,6 +62,23 @@ def test_every_option_is_on_the_page(name: str, pages: dict[str, str]) -> None:
         assert re.search(rf"[`, ]{re.escape(option)}[`, ]", section(page, path)), (path, option)
 
 
+def test_every_option_has_words_on_the_page(pages: dict[str, str]) -> None:
+    """A row for every option, and none whose meaning is empty or a default alone."""
+    rows = re.findall(r"^\| `(-[^`]*)` \| (.*) \|$", pages[reference.COMMANDS_PAGE], re.M)
+    parent = click.Context(cli, **cli.context_settings)
+    commands = [(name, cli.get_command(parent, name)) for name in COMMANDS]
+    typed = sum(
+        option.startswith("--")
+        for name, command in commands
+        if command is not None
+        for _, option in options(command, name, parent)
+    )
+    assert len(rows) > 150
+    assert sum(names.count("--") for names, _ in rows) == typed
+    for names, meaning in rows:
+        assert re.sub(r"\[[^\]]*\]", "", meaning).strip(" ."), names
+
+
 def keys(schema: object, definitions: dict[str, object], prefix: str = "") -> Iterator[str]:
     """Every dotted key that the recipe's JSON schema allows."""
     assert isinstance(schema, dict)

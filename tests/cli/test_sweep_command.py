@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from s2ap_deploy import tracking
 from s2ap_deploy.cli.sweep import exit_code
 from s2ap_deploy.pipeline.sweeps import sweep as sweeping
 from s2ap_deploy.pipeline.sweeps.figures import Row, SweepReport
@@ -288,3 +290,49 @@ def report_of(*codes: int | None) -> SweepReport:
 )
 def test_the_exit_code_is_that_of_the_worst_failure(codes: tuple[int | None, ...], expected: int) -> None:
     assert exit_code(report_of(*codes)) == expected
+
+
+def test_a_sweep_tells_every_run_and_its_figures(
+    digits_model: Path, tmp_path: Path, s2ap: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: dict[str, set[str]] = {}
+
+    class Fake:
+        def __init__(self, folder: Path) -> None:
+            self.heard = heard.setdefault(folder.name, set())
+
+        def facts(self, values: dict[str, str]) -> None:
+            self.heard.add("facts")
+
+        def figures(self, stage: str, values: dict[str, float], step: int) -> None:
+            self.heard.add(stage.partition("/")[0])
+
+        def close(self) -> None:
+            self.heard.add("closed")
+
+    monkeypatch.setattr(tracking, "_tracker", lambda name, folder: Fake(folder))
+    monkeypatch.setattr(tracking, "require", lambda names: None)
+    (tmp_path / "small.yaml").write_text(RECIPE.format(checkpoint=digits_model))
+    axes = ["--method", "magnitude", "--s2ap", "off"]
+    loud = [word for word in COMMON if word != "--quiet"]
+    done = s2ap("sweep", *loud, *axes, "--track", "mlflow", "--verbose", "--json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    again = s2ap("sweep", *loud, *axes, cwd=tmp_path)
+    assert (
+        "everything lies in s2ap-sweep: the table, sweep.csv, sweep.json, pareto.png and runs/" in again.err
+    )
+    assert heard["seed-4"] >= {"facts", "certify", "closed"}
+    (name,) = rows(json.loads(done.out), "finished")
+    assert heard[name] >= {"facts", "finetune", "certify", "closed"}
+    assert f"debug: run folder s2ap-sweep/runs/{name}; device cpu" in done.err
+
+
+def test_a_tracker_that_is_missing_is_told_before_there_is_a_folder(
+    digits_model: Path, tmp_path: Path, s2ap: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    (tmp_path / "small.yaml").write_text(RECIPE.format(checkpoint=digits_model))
+    done = s2ap("sweep", *COMMON, "--track", "mlflow", cwd=tmp_path)
+    assert done.code == 2
+    assert "mlflow is not installed" in done.err
+    assert not (tmp_path / "s2ap-sweep").exists()

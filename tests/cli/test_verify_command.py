@@ -49,6 +49,21 @@ def test_one_object_with_the_seed_that_was_drawn(s2ap: Callable[..., Any], own_r
     assert open_answer.code == json.loads(open_answer.out)["exit_code"] == 3
 
 
+def test_verbose_tells_the_seed_the_machine_and_hashes(s2ap: Callable[..., Any], own_run: Path) -> None:
+    done = s2ap("verify", CERT, "--k", 0, "--seed", 5, "--verbose", "--json", cwd=own_run.parent)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    lines = [line for line in done.err.splitlines() if line.startswith("debug: ")]
+    assert lines[0].startswith(f"debug: run folder {own_run}; device cpu")
+    assert lines[0].endswith("seed 5")
+    assert any(found["certificate_sha256"] in line for line in lines)
+    assert found["subjects"]
+    for subject in found["subjects"]:
+        assert f"debug: {subject['name']}: SHA-256 {subject['sha256']}" in lines
+    quiet = s2ap("verify", CERT, "--k", 0, "--verbose", "--quiet", cwd=own_run.parent)
+    assert (quiet.out, quiet.err) == ("", "")
+
+
 def test_a_copy_needs_the_name_of_its_run(s2ap: Callable[..., Any], own_run: Path) -> None:
     (own_run.parent / "mine.json").write_bytes((own_run / "certify" / "pruned.json").read_bytes())
     alone = s2ap("verify", "mine.json", cwd=own_run.parent)

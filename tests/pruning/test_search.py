@@ -112,6 +112,29 @@ def test_an_interrupted_search_resumes_to_the_same_bits(run: Run, memory_snapsho
     assert [row.loss for row in again.history] == [row.loss for row in whole.history]
 
 
+def test_layers_that_draw_for_themselves_do_it_by_the_seed(stripes: Any, memory_snapshots: Any) -> None:
+    keep = {"0.weight": 20, "5.weight": 60}
+
+    def dropped(before: int, **changes: Any) -> tuple[SearchResult, Mapping[str, torch.Tensor]]:
+        model = nn.Sequential(*network()[:4], nn.Dropout(0.5), network()[4])
+        scored = ScoredNetwork(model, Weights(tuple(keep)), Fixed(keep))
+        torch.manual_seed(before)  # what a process has drawn before
+        result = searched(stripes, scored, perturbation=Perturbation(0.05, 1), **changes)
+        return result, model.state_dict()
+
+    first, second, other = dropped(1), dropped(2), dropped(1, seed=1)
+    assert equal(first[0].scores, second[0].scores)
+    assert equal(first[1], second[1])
+    assert not equal(first[0].scores, other[0].scores)
+    for lives in (2, 3):
+        snapshots = memory_snapshots(lives)
+        with pytest.raises(KeyboardInterrupt):
+            dropped(1, snapshots=snapshots)
+        resumed = dropped(3, snapshots=snapshots)
+        assert equal(first[0].scores, resumed[0].scores)
+        assert equal(first[1], resumed[1])
+
+
 def test_batchnorm_is_measured_under_the_final_mask(run: Run, stripes: Callable[[int], MemorySplit]) -> None:
     model = network()
     run(model, None, epochs=1)

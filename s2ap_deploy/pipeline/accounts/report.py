@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -156,8 +155,8 @@ def _verdict(path: Path) -> Verdict:
 def _rows(path: Path) -> tuple[Row, ...]:
     """The rows of a history: finite numbers, everything else None."""
     try:
-        content = json.loads(files.read_bytes(path))
-    except (ValueError, RecursionError):
+        content = files.parse_json(files.read_bytes(path))
+    except ValueError:
         content = None
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise RunFolderError(f"{path} is no history")
@@ -215,7 +214,9 @@ def _missing(facts: Facts) -> dict[str, str]:
     prune = f"No finished mask search is in this folder: s2ap-deploy prune MODEL {run}"
     record = facts.manifest.stages.get("search")
     searched = record is not None and record.status == "finished"
-    measured = facts.export is not None and facts.export.latency_ratio is not None
+    measured = facts.export is not None and (
+        facts.export.latency_ratio is not None or facts.export.performance is not None
+    )
     there: dict[str, tuple[object, str]] = {
         "verdict": (facts.verdict, f"No gate has judged this run: s2ap-deploy gate --min-robust 0.40 {run}"),
         "comparison": (facts.networks, certify),
@@ -231,7 +232,10 @@ def _missing(facts: Facts) -> dict[str, str]:
         ),
         "training": (facts.histories, "No stage of this run recorded a training curve."),
         "sizes": (facts.export, export),
-        "latency": (measured, f"The latency of this export was not measured: {bench}" if facts.export else export),
+        "latency": (
+            measured,
+            f"The latency of this export was not measured: {bench}" if facts.export else export,
+        ),
         "images": (
             facts.shown,
             "No image was asked for, or no intact file of adversarial points is there."

@@ -12,6 +12,8 @@ from s2ap_deploy.errors import ArchitectureError, UsageError
 from s2ap_deploy.models import checkpoint, registry
 from s2ap_deploy.models.classifier import dry_run
 from s2ap_deploy.models.skeleton import WithoutStorage
+from s2ap_deploy.pipeline.jobs import unsaid
+from s2ap_deploy.spec import Preprocessing
 
 Size = tuple[int, int, int]
 
@@ -38,9 +40,20 @@ def read(
     keep: float | None,
     alpha: float | None,
 ) -> Blueprint:
-    """The network in a file. Raises what ``checkpoint.load`` raises."""
+    """The network in a file. Raises what ``checkpoint.load`` raises, and UsageError as :func:`blueprint`."""
+    preprocessing = None
+    if unsaid.input_unsaid(path, arch, trust_pickle=trust_pickle):
+        if input_size is None:
+            raise _size_missing(str(arch))
+        preprocessing = Preprocessing(size=input_size, channel_order="L" if input_size[0] == 1 else "RGB")
     classifier, info, _ = checkpoint.load(
-        path, arch=arch, num_classes=num_classes, trust_pickle=trust_pickle, keep=keep, alpha=alpha
+        path,
+        arch=arch,
+        num_classes=num_classes,
+        preprocessing=preprocessing,
+        trust_pickle=trust_pickle,
+        keep=keep,
+        alpha=alpha,
     )
     return Blueprint(classifier.network, input_size or info.preprocessing.size, info.arch)
 
@@ -54,9 +67,7 @@ def blueprint(reference: str, *, num_classes: int | None, input_size: Size | Non
     architecture = registry.resolve(reference)
     size = input_size or architecture.input_size
     if size is None:
-        raise UsageError(
-            f"the input size of {reference} is unknown", hint="add --input-size, such as 3,32,32"
-        )
+        raise _size_missing(reference)
     classes = num_classes or architecture.num_classes
     if not real and size[1] * size[2] > SMALL and not registry.is_import_path(reference):
         try:
@@ -69,3 +80,7 @@ def blueprint(reference: str, *, num_classes: int | None, input_size: Size | Non
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Blueprint(architecture.build(classes), size, reference)
+
+
+def _size_missing(reference: str) -> UsageError:
+    return UsageError(f"the input size of {reference} is unknown", hint="add --input-size, such as 3,32,32")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s2ap_deploy.data import published
 from s2ap_deploy.data.datasets import FOLDER_PREFIX
 from s2ap_deploy.data.known import KNOWN
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models import checkpoint, registry
 from s2ap_deploy.models.checkpoint import CheckpointInfo
+from s2ap_deploy.pipeline.jobs import unsaid
 from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.recipe.writing import annotated
 from s2ap_deploy.recipe.yaml_document import Key
@@ -69,7 +72,15 @@ def draft(
             f"unknown data set {data!r}", hint=f"known are {', '.join(KNOWN)} and {FOLDER_PREFIX}PATH"
         )
     _, info, notes = checkpoint.load(
-        path, arch=arch, normalization=normalization, trust_pickle=trust_pickle, keep=keep, alpha=alpha
+        path,
+        arch=arch,
+        preprocessing=None
+        if data in (None, BLANK)
+        else unsaid.preprocessing(path, arch, data, trust_pickle=trust_pickle),
+        normalization=normalization,
+        trust_pickle=trust_pickle,
+        keep=keep,
+        alpha=alpha,
     )
     comments: dict[Key, str] = {}
     guesses: list[str] = []
@@ -222,9 +233,16 @@ def _command(recipe_file: Path, arch: str | None, trust_pickle: bool, data: str)
         words += ["--arch", arch]
     if trust_pickle:
         words.append("--trust-pickle")
-    if data in KNOWN and data != "digits":
-        words += ["--data-root", "data", "--download"]
-    return shlex.join(words)
+    return shlex.join([*words, *_fetching(data)])
+
+
+def _fetching(data: str) -> list[str]:
+    """What brings ``data`` here: nothing where ``run`` finds it, no other folder where one is set."""
+    traces = published.FOOTPRINTS.get(data)
+    if traces is None or all((published.data_root(None) / trace).exists() for trace in traces):
+        return []
+    root = [] if os.environ.get(published.ROOT_VARIABLE) else ["--data-root", str(published.DEFAULT_ROOT)]
+    return [*root, "--download"]
 
 
 def _word(text: str) -> str:

@@ -11,6 +11,7 @@ from s2ap_deploy.data.datasets import ImageData
 from s2ap_deploy.errors import DataError, InputError
 from s2ap_deploy.models import checkpoint, registry
 from s2ap_deploy.models.classifier import Classifier
+from s2ap_deploy.pipeline.jobs import unsaid
 from s2ap_deploy.pipeline.jobs.job import Job
 
 Size = tuple[int, int, int]
@@ -34,6 +35,14 @@ def scene_of(job: Job, notes: list[str]) -> Scene:
         classifier, info, _ = checkpoint.load(
             Path(recipe.model.checkpoint),
             arch=reference,
+            preprocessing=unsaid.preprocessing(
+                Path(recipe.model.checkpoint),
+                machine.arch,
+                recipe.data.name,
+                size=recipe.data.size,
+                root=machine.data_root,
+                trust_pickle=machine.trust_pickle,
+            ),
             normalization=recipe.model.normalization,
             trust_pickle=machine.trust_pickle,
             keep=recipe.model.keep,

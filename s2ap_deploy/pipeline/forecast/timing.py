@@ -76,7 +76,7 @@ class Timing:
                 images,
                 threat=job.recipe.threat,
                 device=self.machine.device,
-                block_size=default_block_size(images),
+                block_size=default_block_size(images, self.machine.device),
                 workers=self.machine.workers,
                 version=section.version,
             ).seconds

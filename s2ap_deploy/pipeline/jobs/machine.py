@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +59,6 @@ def remembered_data_root(folder: Path) -> Path | None:
     if not path.exists():
         return None
     try:
-        return Path(json.loads(files.read_bytes(path))["data_root"])
+        return Path(files.parse_json(files.read_bytes(path))["data_root"])
     except (ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"{path} is damaged: {error}", hint="give --data-root again") from error

@@ -8,18 +8,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import ValidationError
 
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models import checkpoint, registry
-from s2ap_deploy.recipe import target
+from s2ap_deploy.recipe import diagnosis, target
 from s2ap_deploy.recipe.schema import ExportSection, Recipe
 from s2ap_deploy.run.manifest import FILE_NAME, Manifest
 
 if TYPE_CHECKING:
     from s2ap_deploy.exporting.opened import OnnxFile
+
+NULL: Final = object()
+"""A value that is null in the recipe; None is an option that nobody gave."""
 
 _THREAT = re.compile(r"(Linf|L2|L1) eps (\S+)")
 
@@ -40,12 +43,16 @@ def resolve(content: dict[str, Any], changes: Mapping[str, Any]) -> Recipe:
             if section.get(parent) is None:
                 section[parent] = {}
             section = section[parent]
-        section[last] = value
+            if not isinstance(section, dict):
+                raise UsageError(f"{key}: {parent} holds a value and no keys", hint=f"leave out .{last}")
+        section[last] = None if value is NULL else value
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the options"
+        if first["type"] == "extra_forbidden":
+            raise UsageError(f"unknown key {where}{diagnosis.nearest(first['loc'], Recipe)}") from None
         raise UsageError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
 
 

@@ -143,7 +143,7 @@ def _attack(
     rest = torch.ones(len(samples.ids), dtype=torch.bool) if moved is None else ~moved.broken
     rest[0] |= not rest.any()  # a cascade of nothing could not even count the classes
     images, labels = samples.images[rest], samples.labels[rest]
-    block_size = default_block_size(samples.images)
+    block_size = default_block_size(samples.images, device)
     cost = expected_cost(
         twin,
         images,

@@ -99,7 +99,7 @@ def certify(
         job.recorder.note(line)
     subset = images.test.subset(chosen)
     samples = Samples(*subset.tensors(), subset.ids)
-    block_size = default_block_size(samples.images)
+    block_size = default_block_size(samples.images, job.machine.device)
     if dense_record is not None:
         bring(dense_record, _record(stage.folder, DENSE))
     cost = expected_cost(

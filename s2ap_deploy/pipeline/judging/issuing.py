@@ -62,7 +62,7 @@ def certificate_of(
         flags=(*outcome.flags, *flags),
         attack_seed=section.attack_seed,
         sample_seed=section.sample_seed,
-        block_size=default_block_size(samples.images),
+        block_size=default_block_size(samples.images, job.machine.device),
         points=points,
         versions=runtime.versions(),
         environment=runtime.environment(job.machine.device),

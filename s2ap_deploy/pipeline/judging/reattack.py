@@ -54,7 +54,7 @@ def stored_points(
         return [check("distances", "fail", f"points: {len(outside)} {words}: {listed(outside)}")]
     checks = [check("distances", "pass", f"points: all {len(samples)} lie within {threat} and [0, 1]")]
 
-    size = default_block_size(clean)
+    size = default_block_size(clean, machine.device)
     with exact_arithmetic(machine.device):
         logits = {"clean": judge.logits(clean, size), "attacked": judge.logits(attacked, size)}
     said = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -174,7 +173,7 @@ class SweepReport(Frozen):
         """Read what :meth:`save` wrote. Raises StorageError, and RunFolderError for anything else."""
         path = folder / FILE
         try:
-            return cls.model_validate(json.loads(files.read_bytes(path)))
+            return cls.model_validate(files.parse_json(files.read_bytes(path)))
         except (ValueError, ValidationError) as error:
             first = str(error).splitlines()[0]
             raise RunFolderError(

@@ -6,6 +6,7 @@ import os
 import shutil
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
@@ -24,6 +25,8 @@ from s2ap_deploy.run.folder import Run
 from s2ap_deploy.run.lock import FolderLock
 
 Result = TypeVar("Result")
+
+Telling = Callable[[Job], AbstractContextManager[Job]]
 
 RUNS, DENSE = "runs", "dense"
 _OTHER = "choose another folder with --run"
@@ -77,19 +80,20 @@ def sweep(
     resume: bool,
     command: str,
     changed: Changed,
+    telling: Telling = nullcontext,
 ) -> SweepReport:
     """Run every possible combination, one after the other, and return what they show.
 
     A combination that fails is told with its error, and the rest goes on; only an interruption ends the
     sweep. What is finished is skipped, so that a sweep that was killed at any moment ends as one that was
-    not. Raises UsageError where no combination is possible.
+    not. ``telling`` wraps the work on every run folder. Raises UsageError where no combination is possible.
     """
     rows = [Row.waiting(each) for each in combinations]
     for row in rows:
         if row.status == "skipped":
             recorder.warn(f"{row.name} is impossible and skipped: {row.error}")
     first = possible(combinations)[0]
-    sweeping = _Sweeping(folder.path, machine, recorder, resume, command)
+    sweeping = _Sweeping(folder.path, machine, recorder, resume, command, telling)
     statement: str | None = None
 
     def told(status: Any) -> SweepReport:
@@ -133,12 +137,21 @@ def possible(combinations: Sequence[Combination]) -> tuple[Recipe, ...]:
 class _Sweeping:
     """The work on single combinations; remembers which dense network could not be made."""
 
-    def __init__(self, path: Path, machine: Machine, recorder: Recorder, resume: bool, command: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        machine: Machine,
+        recorder: Recorder,
+        resume: bool,
+        command: str,
+        telling: Telling,
+    ) -> None:
         self.path = path
         self.machine = machine
         self.recorder = recorder
         self.resume = resume
         self.command = command
+        self.telling = telling
         self._dense: dict[int, Exception | None] = {}
 
     def row(self, row: Row, recipe: Recipe) -> tuple[Row, str | None]:
@@ -174,8 +187,11 @@ class _Sweeping:
         return self._within(self.path / RUNS / row.name, recipe, work)
 
     def _within(self, folder: Path, recipe: Recipe, work: Callable[[Job], Result]) -> Result:
-        with Run.open(folder, create=True, command=self.command) as run:
-            return work(Job(run, recipe, self.machine, self.recorder, resume=self.resume))
+        with (
+            Run.open(folder, create=True, command=self.command) as run,
+            self.telling(Job(run, recipe, self.machine, self.recorder, resume=self.resume)) as job,
+        ):
+            return work(job)
 
     def _failed(self, row: Row, error: Exception) -> Row:
         if isinstance(error, DeployError):

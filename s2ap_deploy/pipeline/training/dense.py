@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from s2ap_deploy import files
-from s2ap_deploy.data import datasets
 from s2ap_deploy.errors import DataError, RecipeError
 from s2ap_deploy.models import checkpoint, registry
 from s2ap_deploy.models.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, dry_run
+from s2ap_deploy.pipeline.jobs import unsaid
 from s2ap_deploy.pipeline.jobs.job import HISTORY, MODEL, Job
 from s2ap_deploy.ranks.group import Own
 from s2ap_deploy.recipe.methods import origins
@@ -23,7 +23,7 @@ from s2ap_deploy.robust.schedule import validation_sample
 from s2ap_deploy.robust.training import train
 from s2ap_deploy.run.manifest import tool_version
 from s2ap_deploy.runtime import derive_seed
-from s2ap_deploy.spec import DataSpec, Preprocessing
+from s2ap_deploy.spec import DataSpec
 
 CHANCE_MARGIN = 2.0
 
@@ -118,7 +118,14 @@ def adopt(job: Job, path: Path) -> None:
         arch=job.machine.arch or recipe.model.arch,
         threat=recipe.threat,
         data=recipe.data.name,
-        preprocessing=_preprocessing(job, path),
+        preprocessing=unsaid.preprocessing(
+            path,
+            job.machine.arch,
+            recipe.data.name,
+            size=recipe.data.size,
+            root=job.machine.data_root,
+            trust_pickle=job.machine.trust_pickle,
+        ),
         normalization=recipe.model.normalization,
         trust_pickle=job.machine.trust_pickle,
         keep=recipe.model.keep,
@@ -181,16 +188,6 @@ def _masking(section: ModelSection) -> dict[str, float]:
     """What rebuilds the masks of a pruned checkpoint; other networks are recorded without it, as ever."""
     given = {"keep": section.keep, "alpha": section.alpha}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _preprocessing(job: Job, path: Path) -> Preprocessing | None:
-    """The data's own, for a network of the user's code that does not say which input it takes."""
-    if job.machine.arch is None or registry.resolve(job.machine.arch).input_size is not None:
-        return None
-    if checkpoint.read_tensors(path, trust_pickle=job.machine.trust_pickle).info is not None:
-        return None
-    data = job.recipe.data
-    return datasets.spec(data.name, root=job.machine.data_root, size=data.size).preprocessing
 
 
 def _check_classes(found: int, data: DataSpec, subject: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ap_deploy import plugins
-from s2ap_deploy.errors import InputError, PluginError
+from s2ap_deploy.errors import ArchitectureError, InputError, PluginError
 from s2ap_deploy.models.coupling import Coupling, channel_groups
 from s2ap_deploy.pruning.allocation import Allocation, Fixed, Global, Quotas
 from s2ap_deploy.pruning.budgets import Shapes, erk, floors, total_kept, uniform
@@ -47,9 +47,14 @@ def score(
     """The network under the section's method, with its starting scores.
 
     ``names`` are the prunable weights in forward order; the last is the classifier's. ``input_size`` is
-    (C, H, W). Raises UsageError and
-    InputError for what does not fit the network.
+    (C, H, W). Raises ArchitectureError without any, UsageError and InputError for what does not fit the
+    network.
     """
+    if not names:
+        raise ArchitectureError(
+            "there is nothing to prune: a forward pass uses no weight of a convolution or linear layer",
+            hint="weights are pruned in torch.nn.Conv2d and torch.nn.Linear, unless they are computed",
+        )
     method = METHODS[section.method]
     if method.untrained:
         untrain(network, names, generator(seed, "untrain"))
