@@ -5,14 +5,14 @@ Every function takes the run folder as ``run`` (default ``s2ap-run``, as on the 
 already done there with the same inputs, and raises the errors of :mod:`s2ap_deploy.errors`. Keywords that say
 how the machine works (``device``, ``threads``, ``resume``, ``recorder``, ...) are those of
 :class:`s2ap_deploy.pipeline.opening.Session`. ``settings`` are keys of a recipe by their dotted name, such as
-``{"prune.search.epochs": 5}``, and come before every other argument.
+``{"prune.search.epochs": 5}``, and come before every other argument; a None there is the recipe's null.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from s2ap_deploy.pipeline.results import Certificates, Loaded, Reports, Trained
 
@@ -27,6 +27,22 @@ if TYPE_CHECKING:
     from s2ap_deploy.recipe.schema import Recipe
 
 DEFAULT_RUN = "s2ap-run"
+
+
+class Thresholds(TypedDict, total=False):
+    """What :func:`gate` may ask for: shares as fractions, bytes, milliseconds, ratios to the dense file."""
+
+    min_clean: float | None
+    min_robust: float | None
+    min_proven: float | None
+    max_drop: float | None
+    max_class_drop: float | None
+    min_sparsity: float | None
+    max_bytes: int | None
+    max_latency_ms: float | None
+    max_latency_ratio: float | None
+    max_age: str | None
+    rule: Literal["lower", "point"]
 
 
 def load_checkpoint(
@@ -96,7 +112,7 @@ def pretrain(
             "threat": {"norm": norm, "eps": eps},
             "pretrain": {},
         },
-        {"pretrain.epochs": epochs, "pretrain.objective.loss": loss, **(settings or {})},
+        {"pretrain.epochs": epochs, "pretrain.objective.loss": loss, **_said(settings)},
     )
     with opening.opened(run, recipe, command="pretrain", arch=arch, **session) as job:
         dense(job)
@@ -151,7 +167,7 @@ def prune(
         "budget": budget,
         "s2ap": s2ap,
     }
-    said = settings or {}
+    said = _said(settings)
     if not {"prune.sparsity", "prune.keep_ratio"} & said.keys() and (sparsity, keep_ratio) == (None, None):
         if n_of_m(asked["granularity"]) is None:
             from s2ap_deploy.errors import UsageError
@@ -221,7 +237,7 @@ def certify(
         "certify.provable": provable,
         "certify.curve": curve,
         "certify.full": full,
-        **(settings or {}),
+        **_said(settings),
     }
     policy = {"min_robust": min_robust, "max_drop": max_drop, "rule": rule}
     if full and any(value is not None for value in policy.values()):
@@ -258,14 +274,17 @@ def export(
     values: str | None = None,
     int8: bool | None = None,
     target: str | None = None,
+    bench: bool = False,
     arch: str | None = None,
     settings: Mapping[str, Any] | None = None,
     **session: Unpack[Session],
 ) -> ExportReport:
     """Write the run's network as sparse ONNX and check it bit for bit, logit for logit, point for point.
 
-    ``output`` gets a copy, also over a file that is there. ``target`` names a device profile. Raises
-    VerificationError when the file is not its network or misses a budget, and leaves nothing then.
+    ``output`` gets a copy, also over a file that is there. ``target`` names a device profile.
+    ``bench`` measures the file beside its dense twin: milliseconds, ratios with quartiles, peak memory in
+    bytes (``report.performance``). Raises VerificationError when the file is not its network or misses a
+    budget, and leaves nothing then.
     """
     from s2ap_deploy.pipeline import opening
     from s2ap_deploy.pipeline.delivery.export import export as work
@@ -274,10 +293,10 @@ def export(
     section = {"encoding": encoding, "values": values, "int8": int8}
 
     def changes(recipe: Recipe) -> dict[str, Any]:
-        return {**request.export_changes(section, target, recipe), **(settings or {})}
+        return {**request.export_changes(section, target, recipe), **_said(settings)}
 
     with opening.opened(run, None, command="export", changes=changes, arch=arch, **session) as job:
-        return work(job, output=Path(output) if output is not None else None)
+        return work(job, output=Path(output) if output is not None else None, bench=bench)
 
 
 def gate(
@@ -285,7 +304,7 @@ def gate(
     *,
     baseline: Path | str | None = None,
     thresholds: Mapping[str, Any] | None = None,
-    **named: Any,
+    **named: Unpack[Thresholds],
 ) -> Verdict:
     """Judge the run: ``verdict.status`` is pass, fail or inconclusive, ``verdict.exit_code`` 0, 1 or 3.
 
@@ -375,6 +394,13 @@ def report(run: Path | str = DEFAULT_RUN, *, output: Path | str | None = None, i
     files.write_text(written.page, page.render(facts))
     files.write_text(written.card, card.render(facts))
     return written
+
+
+def _said(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings as changes to a recipe, in which None would mean that nobody gave one."""
+    from s2ap_deploy.pipeline.jobs.request import NULL
+
+    return {key: NULL if value is None else value for key, value in (settings or {}).items()}
 
 
 def _trained(job: Job, stage: Any) -> Trained:

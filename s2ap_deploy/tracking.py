@@ -146,6 +146,12 @@ def tracked(
             tracker.close()
 
 
+def require(names: Sequence[str]) -> None:
+    """Raise UsageError, which names the extra, when one of these trackers is not installed."""
+    for name in names:
+        _require(name, name)
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings by dotted names, as text; those that are None are left out."""
     found: dict[str, str] = {}

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 from torch import nn
 
 import s2ap_deploy
+import s2ap_deploy.api
+from s2ap_deploy.api import Thresholds
 from s2ap_deploy.certify.certificate import Certificate
+from s2ap_deploy.certify.gate.gate import GatePolicy
 from s2ap_deploy.errors import ArchitectureError, DataError, DeployError, RunFolderError, UsageError
+from s2ap_deploy.exporting.measures.performance import PairedTimes, Performance
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.models.registry import build
+from s2ap_deploy.pipeline import opening
+from s2ap_deploy.pipeline.delivery import bench
+from s2ap_deploy.pipeline.delivery import export as delivery
+from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import Normalization
 
 SHORT = {"search_epochs": 1, "finetune_epochs": 1, "eps": "0.5", "threads": 1}
@@ -173,6 +182,8 @@ def own(sparsity: float | None = 0.5, **said: Any) -> Callable[[Path], Any]:
             DeployError,
             "",
         ),
+        (own(settings={"prune.gama": 1}, data="digits", eps="0.1"), UsageError, "did you mean prune.gamma"),
+        (own(settings={"prune.sparsity.x": 1}, data="digits", eps="0.1"), UsageError, "holds a value"),
         (lambda f: s2ap_deploy.certify(f / "empty"), RunFolderError, "empty"),
         (lambda f: s2ap_deploy.certify(f, full=True, min_robust=0.1), UsageError, "full"),
         (lambda f: s2ap_deploy.certify(f, model=Own(), artifact="x.onnx"), UsageError, "exclude"),
@@ -199,6 +210,142 @@ def test_a_threshold_or_keyword_that_nobody_knows_is_refused(own_run: Path) -> N
     assert "min_robust," in (caught.value.hint or "")
     with pytest.raises(TypeError, match="colour"):
         s2ap_deploy.export(own_run, colour="red")
+
+
+def test_the_thresholds_of_the_signature_are_those_of_the_gate() -> None:
+    assert Thresholds.__annotations__.keys() == GatePolicy.model_fields.keys()
+    wanted = get_type_hints(GatePolicy)
+    assert get_type_hints(Thresholds) == {name: wanted[name] for name in GatePolicy.model_fields}
+
+
+@pytest.mark.parametrize("name", [name for name in s2ap_deploy.__all__ if name[0].islower()])
+def test_every_argument_has_a_type_and_is_named(name: str) -> None:
+    """At most two by position: what the function works on, and the one figure that everybody gives."""
+    function = getattr(s2ap_deploy.api, name)
+    parameters = inspect.signature(function).parameters.values()
+    assert all(each.annotation is not inspect.Parameter.empty for each in parameters)
+    assert "return" in function.__annotations__
+    by_position = [each for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert len(by_position) <= (3 if name == "pretrain" else 2)
+
+
+def test_settings_reach_every_key_and_may_say_null(digits_model: Path, tmp_path: Path) -> None:
+    def budget(run: str, **settings: Any) -> str:
+        place = opening.on_model(
+            "prune",
+            opening.Source(digits_model, None, "0.5", None, None, None, None, None, None, 0, False),
+            tmp_path / run,
+            {"prune": {"method": "hydra", "sparsity": 0.5, "budget": "uniform"}},
+            None,
+            s2ap_deploy.api._said(settings or None),
+            {"threads": 1},
+        )
+        with place as job:
+            assert job.recipe.prune is not None
+            return job.recipe.prune.layer_budget
+
+    assert budget("one") == "uniform"
+    assert budget("two", **{"prune.budget": "global"}) == "global"
+    assert budget("three", **{"prune.budget": None}) == "erk"  # the method's own
+
+
+class Heard(Silent):
+    """A recorder that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.epochs: list[float | int | str] = []
+
+    def begin(self, stage: str, total: int, unit: str) -> None:
+        self.stages.append(stage)
+
+    def log(self, stage: str, values: dict[str, float | int | str]) -> None:
+        self.epochs += [values["epoch"]] if "epoch" in values else []
+
+
+def dense(folder: Path, **said: Any) -> tuple[bytes, dict[str, Any]]:
+    """The network that one epoch leaves, and what its stage recorded of itself."""
+    trained = s2ap_deploy.pretrain(
+        "digits-conv", "digits", "0.1", run=folder, loss="at", epochs=1, **{"threads": 1, **said}
+    )
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return trained.model.read_bytes(), manifest["stages"]["pretrain"]["inputs"]
+
+
+def test_the_machine_is_the_callers_choice_as_on_the_command_line(tmp_path: Path) -> None:
+    heard = Heard()
+    plain, recorded = dense(tmp_path / "plain", device="cpu", recorder=heard)
+    assert heard.stages
+    assert heard.epochs == [1]
+    stated, same = dense(tmp_path / "stated", precision="float32", compiled=False, accumulate=1)
+    assert (stated, same) == (plain, recorded)  # the default on a CPU, said aloud
+    pieces, divided = dense(tmp_path / "pieces", accumulate=2)
+    assert divided == {**recorded, "accumulate": 2}
+    assert pieces != plain  # BatchNorm or not, sums come in another order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("said", "recorded"),
+    [
+        ({}, {"precision": "float32"}),
+        ({"precision": "bf16"}, {"precision": "bf16"}),
+        ({"compiled": True}, {"compiled": True}),
+    ],
+)
+def test_the_arithmetic_of_training_is_recorded(
+    said: dict[str, Any], recorded: dict[str, Any], tmp_path: Path
+) -> None:
+    dense(tmp_path / "run", **said)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    (session,) = manifest["stages"]["pretrain"]["sessions"]
+    assert recorded.items() <= session["environment"].items()
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "words"),
+    [
+        ({"precision": "float8"}, UsageError, "float8"),
+        ({"device": "abacus"}, UsageError, "abacus"),
+        ({"device": "cuda:99"}, UsageError, "cuda"),
+        ({"devices": 2}, UsageError, "processes of a command"),
+        ({"accumulate": 0}, UsageError, "accumulate"),
+        ({"accumulate": 1.5}, UsageError, "accumulate"),
+        ({"threads": 0}, UsageError, "threads"),
+        ({"workers": 0}, UsageError, "workers"),
+        ({"colour": "red"}, TypeError, "colour"),
+    ],
+)
+@pytest.mark.parametrize("function", ["pretrain", "verify"])
+def test_a_machine_that_is_not_there_is_refused(
+    function: str,
+    said: dict[str, Any],
+    kind: type[Exception],
+    words: str,
+    tmp_path: Path,
+    finished_run: Path,
+) -> None:
+    calls: dict[str, Callable[[], Any]] = {
+        "pretrain": lambda: dense(tmp_path / "new", **{"threads": 1, **said}),
+        "verify": lambda: s2ap_deploy.verify(finished_run / "certify" / "pruned.json", **said),
+    }
+    with pytest.raises(kind, match=words):
+        calls[function]()
+
+
+def test_a_long_measurement_can_be_asked_for(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    real = delivery.measured
+    times = PairedTimes(
+        pairs=1, p50_ms=1, p95_ms=1, dense_p50_ms=1, dense_p95_ms=1, ratio=1, ratio_q1=1, ratio_q3=1,
+        difference_ms=0,
+    )  # fmt: skip
+    found = Performance(inference=(), load=times, processor="none")
+    monkeypatch.setattr(bench, "bench_beside", lambda *_, **__: asked.append(True) or found)
+    assert real is bench.measured
+    assert s2ap_deploy.export(own_run, threads=1).performance is None
+    assert s2ap_deploy.export(own_run, bench=True, threads=1).performance == found
+    assert asked == [True]
 
 
 def test_an_exported_file_answers_for_itself(own_run: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import UsageError
@@ -15,14 +16,22 @@ from s2ap_deploy.reporting import sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.transforms import Bbox
 
 FILE = "pareto.png"
 # Okabe and Ito's colours, which colour-blind readers tell apart too; the shape says the same again.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#7E4A8C", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DENSE = "#666666"
-# Where the words of a point stand: methods with like figures do not write over each other.
-_CORNERS = ((6, 4, "left"), (6, -11, "left"), (-6, 4, "right"), (-6, -11, "right"))
+# Where the words of a point may stand, in points away from it; the first place that is free is taken.
+_PLACES = (
+    (6, 4, "left"), (6, -11, "left"), (-6, 4, "right"), (-6, -11, "right"),
+    (0, 8, "center"), (0, -15, "center"), (14, -3, "left"), (-14, -3, "right"),
+)  # fmt: skip
+_SAME = 30.0  # points nearer than this, in points of 1/72 inch, share the words that they have in common
+_MARKER = 4.0
+# The largest size over the smallest: below the first, even steps are legible; from the second on, decades.
+_FEW_TIMES, _MANY_TIMES = 4.0, 100.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ def draw_pareto(report: SweepReport, folder: Path) -> Path | None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter
+        from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
     except ImportError:
         raise UsageError("drawing a sweep needs matplotlib", hint="pip install matplotlib") from None
 
@@ -74,6 +83,9 @@ def draw_pareto(report: SweepReport, folder: Path) -> Path | None:
     styles = {label: number for number, label in enumerate(dict.fromkeys(point.label for point in size))}
     _draw(axes[0], size, styles)
     axes[0].set_xscale("log")
+    times = max(each.cost for each in size) / max(1.0, min(each.cost for each in size))
+    steps = LogLocator(subs=(1.0, 2.0, 5.0) if times < _MANY_TIMES else (1.0,))
+    axes[0].xaxis.set_major_locator(MaxNLocator(4) if times < _FEW_TIMES else steps)
     axes[0].xaxis.set_major_formatter(EngFormatter(unit="B"))
     axes[0].xaxis.set_minor_formatter(lambda value, _: "")
     axes[0].set_xlabel("size of the exported ONNX file")
@@ -93,6 +105,9 @@ def draw_pareto(report: SweepReport, folder: Path) -> Path | None:
         handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=8
     )
     figure.suptitle(sweep.title(report).replace("$", r"\$"), fontsize=10)
+    figure.draw_without_rendering()  # the layout decides where points lie on the picture
+    for panel, shown in zip(axes, (size, time), strict=False):
+        _write(panel, shown, styles)
     picture = io.BytesIO()
     # Without the version of matplotlib, so that equal figures give equal bytes.
     figure.savefig(picture, format="png", metadata={"Software": None})
@@ -134,12 +149,53 @@ def _draw(axes: Axes, points: Sequence[Point], styles: dict[str, int]) -> None:
         [100 * point.robust for point in best],
         color=_DENSE, linewidth=1.0, drawstyle="steps-post", zorder=0, label="not beaten",
     )  # fmt: skip
-    for point in points:
-        x, y, side = _CORNERS[styles[point.label] % len(_CORNERS)]
-        axes.annotate(
-            point.note, (point.cost, 100 * point.robust), xytext=(x, y), textcoords="offset points",
-            ha=side, fontsize=7, color=_COLOURS[styles[point.label] % len(_COLOURS)],
-        )  # fmt: skip
     axes.margins(x=0.12, y=0.12)
     axes.grid(True, linewidth=0.4, alpha=0.5)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _write(axes: Axes, points: Sequence[Point], styles: dict[str, int]) -> None:
+    """The notes beside their points, once where neighbours share one, and none over another or a marker."""
+    from matplotlib.transforms import Bbox
+
+    scale = axes.figure.dpi / 72
+    places = {id(point): axes.transData.transform((point.cost, 100 * point.robust)) for point in points}
+    half = _MARKER * scale
+    taken = [Bbox([[x - half, y - half], [x + half, y + half]]) for x, y in places.values()]
+    for note in dict.fromkeys(point.note for point in points):
+        left = [point for point in points if point.note == note]
+        while left:
+            x, y = places[id(left[0])]
+            near = [p for p in left if math.dist(places[id(p)], (x, y)) < _SAME * scale]
+            left = [point for point in left if point not in near]
+            own = {styles[point.label] for point in near}
+            colour = _COLOURS[own.pop() % len(_COLOURS)] if len(own) == 1 else _DENSE
+            taken.append(_place(axes, near, colour, taken))
+
+
+def _place(axes: Axes, near: Sequence[Point], colour: str, taken: Sequence[Bbox]) -> Bbox:
+    """Write the note of ``near`` where it covers least of what is ``taken``; returns its box."""
+    found: list[tuple[float, Any, Bbox]] = []
+    for point in near:
+        for x, y, side in _PLACES:
+            text = axes.annotate(
+                point.note, (point.cost, 100 * point.robust), xytext=(x, y), textcoords="offset points",
+                ha=side, fontsize=7, color=colour, in_layout=False,
+            )  # fmt: skip
+            box = text.get_window_extent()
+            inside = _shared(box, axes.bbox)
+            found.append(
+                (sum(_shared(box, each) for each in taken) + box.width * box.height - inside, text, box)
+            )
+    least = min(range(len(found)), key=lambda index: found[index][0])
+    for index, (_, text, _) in enumerate(found):
+        if index != least:
+            text.remove()
+    return found[least][2]
+
+
+def _shared(one: Bbox, other: Bbox) -> float:
+    """The area that two boxes have in common, in pixels."""
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return max(0.0, float(width)) * max(0.0, float(height))

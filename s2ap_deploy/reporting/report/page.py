@@ -64,6 +64,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters["whole"] = _whole
+    environment.filters["dotted"] = _dotted
     return environment
 
 
@@ -80,6 +81,12 @@ def _whole(value: str) -> Markup:
         return value
     text = str(escape(plain(value, LONGEST)))
     return Markup(re.sub(r"\[[^\[\]]*\]", r'<span class="whole">\g<0></span>', text))
+
+
+def _dotted(value: str) -> Markup:
+    """A name such as ``layer1.0.weight``, which rather breaks after a dot than within a word."""
+    text = str(escape(plain(value, LONGEST)))
+    return Markup(re.sub(r"(?<=\w)\.(?=[A-Za-z]|\d+\.)", ".<wbr>", text))
 
 
 def _source(name: str) -> str:

@@ -173,7 +173,7 @@ def _axis_labels(x_label: str, y_label: str) -> Markup:
     below = _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, x_label, "middle")
     middle = (TOP + HEIGHT - BOTTOM) / 2
     return below + Markup(
-        '<text x="10" y="{y:.1f}" text-anchor="middle" transform="rotate(-90 10 {y:.1f})">{label}</text>'
+        '<text x="13" y="{y:.1f}" text-anchor="middle" transform="rotate(-90 13 {y:.1f})">{label}</text>'
     ).format(y=middle, label=y_label)
 
 

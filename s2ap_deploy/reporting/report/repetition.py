@@ -51,7 +51,8 @@ def _options(command: str) -> Iterator[tuple[str, str | None]]:
         name, equals, value = word.partition("=")
         if name in FLAGS and not equals:
             yield name, None
-        elif name in VALUED and (value := value if equals else after):
-            # A registered name is in the recipe; an import path is not.
-            if name != "--arch" or ":" in value:
-                yield name, value
+            continue
+        value = value if equals else after
+        # A registered architecture is in the recipe; an import path is not.
+        if name in VALUED and value and (name != "--arch" or ":" in value):
+            yield name, value

@@ -134,7 +134,7 @@ def by_tensor(report: ExportReport) -> Table:
         (
             each.name,
             each.encoding,
-            f"{each.nonzeros:,}{NBSP}of {each.entries:,}",
+            f"{each.nonzeros:,} of {each.entries:,}",
             words.size(each.predicted),
             words.size(each.measured),
         )
@@ -159,7 +159,7 @@ def performance(found: Performance) -> Table:
             (words, _mebibytes(mine), _mebibytes(theirs), f"{mine / theirs:.2f}" if theirs else "")
             for words, mine, theirs in pairs
         ]
-    note = f"{found.statement} Medians, on {found.processor}."
+    note = f"{found.statement} Measured on {found.processor}."
     return Table(("", "File", "Dense twin", "Ratio [quartiles]"), tuple(rows), note)
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from s2ap_deploy.exporting.measures.performance import Inference, Memory, PairedTimes, Performance
 from s2ap_deploy.pipeline.accounts.report import collect
-from s2ap_deploy.reporting.report import page
+from s2ap_deploy.reporting.report import card, page
 
 ALL = ("pretrain", "search", "finetune", "certify", "export", "gate")
 SECTIONS = (
@@ -27,7 +28,7 @@ SECTIONS = (
     "images",
     "reproduction",
 )
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "wbr"}
 
 
 class Document(HTMLParser):
@@ -149,3 +150,53 @@ def test_a_search_without_sharpness_says_so(
     without = replace(facts, histories={"search": rows})
     assert "recorded no sharpness" in Document(page.render(without)).text
     assert "recorded no sharpness" not in Document(page.render(facts)).text
+
+
+def test_a_long_measurement_is_shown_with_its_quartiles(make_folder: Callable[..., Path]) -> None:
+    facts = collect(make_folder("export"))
+    assert facts.export is not None
+    times = PairedTimes(
+        pairs=11, p50_ms=1.5, p95_ms=2.0, dense_p50_ms=3.0, dense_p95_ms=4.0,
+        ratio=0.51, ratio_q1=0.48, ratio_q3=0.55, difference_ms=-1.5,
+    )  # fmt: skip
+    memory = Memory(
+        processes=3, batch=1, bare_bytes=0, load_bytes=2**20, run_bytes=2**21,
+        dense_load_bytes=2**22, dense_run_bytes=0,
+    )  # fmt: skip
+    found = Performance(
+        inference=(Inference(threads=1, batch=32, times=times),),
+        load=times,
+        memory=memory,
+        processor="a chip",
+    )
+    measured = replace(facts, export=facts.export.model_copy(update={"performance": found}))
+    document = Document(page.render(measured))
+    text = document.text.replace("\N{NO-BREAK SPACE}", " ")
+    for words in (
+        "32 images, 1 thread",
+        "1.5 ms 3 ms 0.51 [0.48, 0.55]",
+        "1.0 MiB 4.0 MiB 0.25",
+        "a chip",
+        "does not speed up CPU inference",
+    ):
+        assert words in text, words
+    assert "0.51" not in Document(page.render(facts)).text
+    assert "0.51" in card.render(measured)
+
+
+def test_an_interval_is_kept_whole_where_there_is_room(make_folder: Callable[..., Path]) -> None:
+    text, _ = rendered(make_folder("certify"))
+    assert re.search(r'<td>66\.7.% <span class="whole">\[\d[^<>]+\]</span></td>', text)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("layer1.0.conv.weight", "layer1.<wbr>0.<wbr>conv.<wbr>weight"),
+        ("1.5 ε", "1.5 ε"),
+        ("a.<b>", "a.&lt;b&gt;"),
+        ("", ""),
+    ],
+)
+def test_names_break_after_a_dot(name: str, shown: str) -> None:
+    assert page._dotted(name) == shown
