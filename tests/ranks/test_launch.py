@@ -88,15 +88,6 @@ def test_rank_0_may_say_itself_why_another_ended(
     assert launch._watch(processes) == 3
 
 
-def test_rank_0_may_take_longer_than_those_that_it_dismissed(
-    begin: Start, processes: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.1)
-    begin("import time; time.sleep(1.5); raise SystemExit(1)")
-    begin("")
-    assert launch._watch(processes) == 1
-
-
 def test_a_signal_goes_to_all_and_the_handlers_come_back(
     begin: Start, processes: list[subprocess.Popen[bytes]]
 ) -> None:
