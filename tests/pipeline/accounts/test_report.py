@@ -53,7 +53,9 @@ def test_a_file_that_is_not_the_recorded_one_is_left_out_and_named(name: str, ow
     assert "left out" in card.render(facts)
 
 
-@pytest.mark.parametrize("content", ["[1]", "{}", "nonsense", '[{"loss": NaN}]', '[{"loss": [], "epoch": "x"}]'])
+@pytest.mark.parametrize(
+    "content", ["[1]", "{}", "nonsense", '[{"loss": NaN}]', '[{"loss": [], "epoch": "x"}]']
+)
 def test_a_recorded_file_of_nonsense(content: str, tmp_path: Path) -> None:
     with Run.open(tmp_path / "run", create=True, command="test") as run:
         stage = run.stage("search", inputs={"prune": 3, "threat": []}, resume=False, overwrite=False)
