@@ -17,9 +17,8 @@ from s2ap_deploy.errors import InconclusiveError, UsageError
 from s2ap_deploy.ranks import membership
 
 MOST = 1024
-GRACE_SECONDS = (
-    20.0  # for rank 0 to say what happened, and to leave in order; twice this is below the timeout
-)
+# For rank 0 to say what happened, and again to leave in order; twice this is below the timeout.
+GRACE_SECONDS = 20.0
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
 
