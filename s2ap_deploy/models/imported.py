@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -113,7 +115,7 @@ def _module(location: str, reference: str) -> Any:
     if name in sys.modules and getattr(sys.modules[name], _SOURCE, None) == source:
         # Not anew for a second network: its classes would replace those that the first one is pickled by.
         return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
+    found = importlib.util.spec_from_file_location(name, path, loader=_Source(name, str(path)))
     if found is None or found.loader is None:
         raise ArchitectureError(f"{location} cannot be imported as Python")
     module = importlib.util.module_from_spec(found)
@@ -126,6 +128,17 @@ def _module(location: str, reference: str) -> Any:
         raise ArchitectureError(f"{location} fails while it is imported: {reason(error)}") from error
     setattr(module, _SOURCE, source)
     return module
+
+
+class _Source(importlib.machinery.SourceFileLoader):
+    """Compiles what the file holds now.
+
+    Bytecode that Python kept counts as fresh while size and whole second are the same, and it would lie in
+    the user's folder.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _default_classes(factory: Callable[..., Any]) -> int | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,17 @@ def test_a_file_that_fails_on_import_is_reported(tmp_path: Path, body: str) -> N
     path.write_text(body)
     with pytest.raises(ArchitectureError, match="fails while it is imported"):
         registry.resolve(f"{path}:x")
+
+
+def test_a_file_is_read_anew_within_the_same_second(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for classes in (12, 13):
+        Path(code).write_text(CODE.replace("int = 12", f"int = {classes}"))
+        os.utime(code, (1.7e9, 1.7e9))
+        assert registry.resolve(f"{code}:Network").num_classes == classes
+    assert not (tmp_path / "__pycache__").exists()
 
 
 def test_a_file_is_imported_once_while_it_stays_as_it_is(code: str, tmp_path: Path) -> None:
