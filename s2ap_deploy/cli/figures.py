@@ -53,11 +53,13 @@ def counted(number: int, unit: str) -> str:
 
 
 def rate(per_second: float) -> str:
-    """``12.3/s``, or ``4.5/min`` where a second is too short; at most seven columns."""
+    """``12.3/s``, ``4.5/min`` where a second is too short, ``120k/s`` where many; at most seven columns."""
     if per_second < 0.995:
         return f"{60 * per_second:.1f}/min"
-    digits = 1 if per_second < 99.95 else 0
-    return f"{min(per_second, 99999):.{digits}f}/s"
+    if per_second >= 99_999.5:
+        thousands = per_second / 1000
+        return f"{thousands:.0f}k/s" if thousands < 9999.5 else f"{thousands / 1000:.0f}M/s"
+    return f"{per_second:.{1 if per_second < 99.95 else 0}f}/s"
 
 
 def _epoch(values: Row) -> str:
