@@ -23,11 +23,7 @@ from s2ap_deploy.cli import options
 @click.option(
     "--sparsity", type=options.SPARSITY, default=0.9, show_default=True, help="Share of weights to remove."
 )
-@click.option(
-    "--arch",
-    callback=options.with_factory,
-    help="Architecture: a registered name, package.module:factory or file.py:factory.",
-)
+@options.arch_option
 @click.option(
     "--data",
     help="digits, mnist, cifar10, cifar100, svhn, imagefolder:PATH.  [default: the checkpoint's or a guess]",

@@ -12,11 +12,7 @@ from s2ap_deploy.cli import options
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--arch",
-    callback=options.with_factory,
-    help="Architecture: a registered name, package.module:factory or file.py:factory.",
-)
+@options.arch_option
 @click.option(
     "--trust-pickle", is_flag=True, help="Unpickle the file, which may run code that it brings along."
 )

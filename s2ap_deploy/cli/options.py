@@ -48,11 +48,21 @@ def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
     return apply
 
 
-def with_factory(_ctx: click.Context, _option: click.Parameter, arch: str | None) -> str | None:
+def _with_factory(_ctx: click.Context, _option: click.Parameter, arch: str | None) -> str | None:
     """``--arch`` as it is; a file alone does not say what in it builds the network."""
     if arch is not None and arch.endswith(".py"):
         raise click.BadParameter(f"name also what builds the network in that file: {arch}:FACTORY")
     return arch
+
+
+arch_option = click.option(
+    "--arch",
+    callback=_with_factory,
+    help="Architecture: a registered name, package.module:factory or file.py:factory.",
+)
+own_code_option = click.option(
+    "--arch", callback=_with_factory, help="Architecture by import path, which a recipe cannot name."
+)
 
 
 def run_folder(default: Path) -> Callable[[Command], Command]:
@@ -200,11 +210,7 @@ data_options = stacked(
 def model_options(unless_given: str) -> Callable[[Command], Command]:
     """What a network is and what it must withstand; ``unless_given`` ends the help of what it may know."""
     return stacked(
-        click.option(
-            "--arch",
-            callback=with_factory,
-            help="Architecture: a registered name, package.module:factory or file.py:factory.",
-        ),
+        arch_option,
         click.option(
             "--data", help=f"digits, mnist, cifar10, cifar100, svhn or imagefolder:PATH.  [{unless_given}]"
         ),

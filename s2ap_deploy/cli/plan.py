@@ -21,11 +21,7 @@ def image_size(text: str) -> tuple[int, int, int]:
 
 @click.command()
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--arch",
-    callback=options.with_factory,
-    help="Architecture: a registered name, package.module:factory or file.py:factory.",
-)
+@options.arch_option
 @click.option(
     "--num-classes",
     type=click.IntRange(min=2),

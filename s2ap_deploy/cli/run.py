@@ -19,9 +19,7 @@ from s2ap_deploy.cli import options
 @click.option(
     "--time-budget", type=click.FloatRange(min=0), help="Seconds that attacks may take.  [default: none]"
 )
-@click.option(
-    "--arch", callback=options.with_factory, help="Architecture by import path, which a recipe cannot name."
-)
+@options.own_code_option
 @click.option("--trust-pickle", is_flag=True, help="Unpickle the checkpoint, which may run code.")
 @options.run_option
 @options.again_options

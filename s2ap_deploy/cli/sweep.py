@@ -54,9 +54,7 @@ BUDGETS = click.Choice(["uniform", "erk", "global", "learned", "macs"])
 )
 @options.set_option
 @options.dry_run_option
-@click.option(
-    "--arch", callback=options.with_factory, help="Architecture by import path, which a recipe cannot name."
-)
+@options.own_code_option
 @click.option("--trust-pickle", is_flag=True, help="Unpickle the checkpoint, which may run code.")
 @click.option(
     "--run",
