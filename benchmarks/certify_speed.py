@@ -28,9 +28,10 @@ import torch
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
-from s2ap_deploy.certify.attacks import cascade
 from s2ap_deploy.data import datasets
-from s2ap_deploy.models import checkpoint, registry
+from s2ap_deploy.evaluation.autoattack import cascade
+from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.spec import ThreatModel
 
 CPU = torch.device("cpu")

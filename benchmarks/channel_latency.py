@@ -3,7 +3,7 @@
     python benchmarks/channel_latency.py
 
 ONNX Runtime, one thread, one image. Each smaller file runs beside the dense one in turns of ten inferences,
-so that a busy neighbour slows both alike and each finds its own weights in the cache, as on a device that
+so that a busy neighbor slows both alike and each finds its own weights in the cache, as on a device that
 runs one model; the same back to back, one inference each, is told as well. A round goes over all ratios, and
 the figure is the median over the rounds of the median ratio. The network is random, with BatchNorm statistics
 measured on noise, and its channels are chosen by the L1 norm of what reads them: shapes and time are real,
@@ -25,13 +25,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from s2ap_deploy.exporting.graph import to_onnx
-from s2ap_deploy.exporting.inference import session
-from s2ap_deploy.exporting.measures.latency import paired_latency
-from s2ap_deploy.models import registry
-from s2ap_deploy.models.channels import macs, unread
-from s2ap_deploy.models.coupling import channel_groups
-from s2ap_deploy.models.narrowing import check_equal, compacted
+from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.models.channels.coupling import channel_groups
+from s2ap_deploy.models.channels.layer_channels import macs, unread
+from s2ap_deploy.models.channels.narrowing import check_equal, compacted
+from s2ap_deploy.onnx_export.benchmark.latency import paired_latency
+from s2ap_deploy.onnx_export.graph import to_onnx
+from s2ap_deploy.onnx_export.inference import session
 from s2ap_deploy.pruning.alignment import Limit, aligned, chosen
 from s2ap_deploy.pruning.channels import Channels, Cost, by_ratio
 
@@ -42,7 +42,7 @@ WARM, CALLS = 3, 10
 
 
 def calibrated(seed: int = 0) -> nn.Module:
-    """A network whose normalisation does something."""
+    """A network whose normalization does something."""
     torch.manual_seed(seed)
     network = registry.build("cifar-resnet18")
     with torch.no_grad():

@@ -16,14 +16,15 @@ import torch
 
 from s2ap_deploy.data import datasets
 from s2ap_deploy.data.sampling import choose
-from s2ap_deploy.models import checkpoint, registry
-from s2ap_deploy.models.checkpoint import CheckpointInfo
+from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.models.checkpoints import checkpoint
+from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.recorder import NoSnapshots, Silent
-from s2ap_deploy.robust.evaluation import pgd_accuracy
-from s2ap_deploy.robust.objective import Objective
-from s2ap_deploy.robust.training import train
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.evaluation import pgd_accuracy
+from s2ap_deploy.training.loop import train
+from s2ap_deploy.training.objective import Objective
 
 ARCH = "cifar-conv"
 THREAT = ThreatModel(norm="Linf", eps="4/255")

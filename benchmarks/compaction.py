@@ -2,7 +2,7 @@
 
     python benchmarks/compaction.py
 
-The network is random: He-initialised weights whose output channels are scaled by log-normal factors (sigma
+The network is random: He-initialized weights whose output channels are scaled by log-normal factors (sigma
 0.5 and 1.0; trained networks have such spreads), BatchNorm statistics measured on noise, ERK budgets, and
 inside each layer the largest weights kept. Work and size are real, accuracy means nothing here.
 """
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 from torch import nn
 
-from s2ap_deploy.exporting.compaction.compact import compact
-from s2ap_deploy.exporting.compaction.parity import probes
-from s2ap_deploy.exporting.graph import check, to_onnx
-from s2ap_deploy.exporting.inference import logits, session
-from s2ap_deploy.exporting.twins.twin import OnnxTwin
-from s2ap_deploy.models import registry
+from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.onnx_export.dead_channels.compact import compact
+from s2ap_deploy.onnx_export.dead_channels.parity import probes
+from s2ap_deploy.onnx_export.graph import check, to_onnx
+from s2ap_deploy.onnx_export.inference import logits, session
+from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxTwin
 from s2ap_deploy.pruning import budgets
 from s2ap_deploy.pruning.masks import top_k
 

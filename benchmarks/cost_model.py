@@ -28,19 +28,19 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet50
 
+from s2ap_deploy.distributed import meeting
+from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
+from s2ap_deploy.distributed.process_group import DistributedGroup
 from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.budgets import erk
 from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import update
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
-from s2ap_deploy.ranks import meeting
-from s2ap_deploy.ranks.company import Company
-from s2ap_deploy.ranks.group import ALONE, Ranks
-from s2ap_deploy.robust.adversary import Adversary
-from s2ap_deploy.robust.objective import Objective
-from s2ap_deploy.robust.sharing import Share
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.adversary import Adversary
+from s2ap_deploy.training.batching import Share
+from s2ap_deploy.training.objective import Objective
 
 SIDE = 16
 
@@ -108,7 +108,7 @@ def passes(steps: int, *, trades: bool = True, s2ap: bool = True) -> int:
 def child(size: Size, repeats: int, ranked: bool) -> None:
     """Print the seconds of the quickest step, the one least disturbed, and the MiB it added to the peak."""
     torch.set_num_threads(1)
-    ranks: Ranks = meeting.join() if ranked else ALONE
+    ranks: Ranks = meeting.join() if ranked else SINGLE_PROCESS
     torch.manual_seed(0)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model = network(size.width)
@@ -142,7 +142,7 @@ def child(size: Size, repeats: int, ranked: bool) -> None:
         found["messages"] = {str(count): message_seconds(ranks, count) for count in MESSAGES}
     if ranks.first:
         print(json.dumps(found), flush=True)
-    if isinstance(ranks, Company):
+    if isinstance(ranks, DistributedGroup):
         ranks.leave()
 
 

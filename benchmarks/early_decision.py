@@ -24,11 +24,11 @@ import result
 import torch
 from torch import Tensor, nn
 
-from s2ap_deploy.certify.attacks.cascade import Cascade, run
-from s2ap_deploy.certify.gate.decision import EarlyPolicy, Progress, decide
 from s2ap_deploy.data import datasets
 from s2ap_deploy.data.sampling import choose
-from s2ap_deploy.models import checkpoint
+from s2ap_deploy.evaluation.autoattack.cascade import Cascade, run
+from s2ap_deploy.gating.early_stopping import EarlyPolicy, Progress, decide
+from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.spec import ThreatModel
 
 EPS = "0.1"

@@ -22,14 +22,14 @@ import torch
 from int8_size import SIZE, pruned
 from onnx import ModelProto
 
-from s2ap_deploy.exporting.graph import to_onnx
-from s2ap_deploy.exporting.measures import processor
-from s2ap_deploy.exporting.measures.bench import bench
-from s2ap_deploy.exporting.measures.performance import Performance
-from s2ap_deploy.exporting.quantisation import quantise
-from s2ap_deploy.exporting.storage.encoding import encode
-from s2ap_deploy.models import registry
+from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.classifier import Classifier
+from s2ap_deploy.onnx_export.benchmark import processor
+from s2ap_deploy.onnx_export.benchmark.bench import bench
+from s2ap_deploy.onnx_export.benchmark.performance import Performance
+from s2ap_deploy.onnx_export.codecs.encoding import encode
+from s2ap_deploy.onnx_export.graph import to_onnx
+from s2ap_deploy.onnx_export.quantization import quantize
 from s2ap_deploy.recorder import Silent
 
 NETWORK = "cifar-resnet18"
@@ -51,7 +51,7 @@ def variants(sparsities: tuple[float, ...]) -> Iterator[tuple[str, ModelProto]]:
         yield f"float32, Elias-Fano, {sparsity:.0%}", encode(plain, encoding="ef")[0]
         if sparsity == INT8_SPARSITY:
             images = np.random.default_rng(0).random((64, *SIZE), dtype=np.float32)
-            int8 = quantise(plain, images)
+            int8 = quantize(plain, images)
             yield f"int8, {sparsity:.0%}", int8
             yield f"int8, Elias-Fano, {sparsity:.0%}", encode(int8, encoding="ef")[0]
 

@@ -27,17 +27,18 @@ from onnx import ModelProto
 
 from s2ap_deploy import runtime
 from s2ap_deploy.errors import VerificationError
-from s2ap_deploy.exporting.artifact import EncodedTensor
-from s2ap_deploy.exporting.graph import check, to_onnx
-from s2ap_deploy.exporting.inference import session
-from s2ap_deploy.exporting.measures.latency import paired_latency
-from s2ap_deploy.exporting.storage.elias_fano import entropy_bits
-from s2ap_deploy.exporting.storage.encoding import Encoding, decode, encode, tensors
-from s2ap_deploy.exporting.storage.values import Values, round_weights
-from s2ap_deploy.exporting.storage.weights import weights
-from s2ap_deploy.exporting.verify import folded
-from s2ap_deploy.models import checkpoint, registry
+from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.classifier import Classifier, prunable
+from s2ap_deploy.onnx_export.benchmark.latency import paired_latency
+from s2ap_deploy.onnx_export.codecs.elias_fano import entropy_bits
+from s2ap_deploy.onnx_export.codecs.encoding import Encoding, decode, encode, tensors
+from s2ap_deploy.onnx_export.codecs.values import Values, round_weights
+from s2ap_deploy.onnx_export.codecs.weights import weights
+from s2ap_deploy.onnx_export.export_report import EncodedTensor
+from s2ap_deploy.onnx_export.graph import check, to_onnx
+from s2ap_deploy.onnx_export.inference import session
+from s2ap_deploy.onnx_export.verification import folded
 from s2ap_deploy.pruning.budgets import erk, uniform
 
 SIZE = (3, 32, 32)
@@ -145,7 +146,7 @@ def _load(path: Path) -> float:
 
 
 def pruned(sparsity: float, budget: str) -> Classifier:
-    """A random CIFAR ResNet-18 under a random mask; BatchNorm as after initialisation."""
+    """A random CIFAR ResNet-18 under a random mask; BatchNorm as after initialization."""
     torch.manual_seed(0)
     architecture = registry.resolve("cifar-resnet18")
     classifier = Classifier(architecture.build(architecture.num_classes)).eval()

@@ -29,9 +29,9 @@ from torch import nn
 
 from s2ap_deploy.pruning.masks import Masks, top_k
 from s2ap_deploy.recorder import NoSnapshots
-from s2ap_deploy.robust.objective import Objective
-from s2ap_deploy.robust.precision import Precision
-from s2ap_deploy.robust.training import train
+from s2ap_deploy.training.loop import train
+from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.precision import Precision
 
 LEARNING_RATE = 0.01
 

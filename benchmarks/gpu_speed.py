@@ -130,9 +130,9 @@ class Duel:
         import torch
 
         from s2ap_deploy.data import datasets
-        from s2ap_deploy.models import checkpoint
-        from s2ap_deploy.robust.precision import allow_tf32
+        from s2ap_deploy.models.checkpoints import checkpoint
         from s2ap_deploy.spec import ThreatModel
+        from s2ap_deploy.training.precision import allow_tf32
 
         allow_tf32(False, False)
         self.device, points = torch.device(bench.args.device), bench.scale.speed_points
@@ -156,7 +156,7 @@ class Duel:
         return {"who": who, "batch": size, "seed": seed, "seconds": seconds, "standing": found[0]}
 
     def ours(self, size: int, seed: int) -> list[int]:
-        from s2ap_deploy.certify.attacks import cascade
+        from s2ap_deploy.evaluation.autoattack import cascade
 
         outcome = cascade.attack(
             self.network,

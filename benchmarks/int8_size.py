@@ -16,13 +16,13 @@ import result
 import torch
 
 from s2ap_deploy import runtime
-from s2ap_deploy.exporting.graph import to_onnx
-from s2ap_deploy.exporting.inference import logits, session
-from s2ap_deploy.exporting.quantisation import quantise, quantised_weights
-from s2ap_deploy.exporting.storage.encoding import decode, encode
-from s2ap_deploy.exporting.verify import folded
-from s2ap_deploy.models import registry
+from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.classifier import Classifier, prunable
+from s2ap_deploy.onnx_export.codecs.encoding import decode, encode
+from s2ap_deploy.onnx_export.graph import to_onnx
+from s2ap_deploy.onnx_export.inference import logits, session
+from s2ap_deploy.onnx_export.quantization import quantize, quantized_weights
+from s2ap_deploy.onnx_export.verification import folded
 from s2ap_deploy.pruning.budgets import erk
 
 SIZE = (3, 32, 32)
@@ -34,14 +34,14 @@ def int8_size(sparsity: float = 0.95, *, images: int = 64) -> dict[str, Any]:
     classifier = pruned("cifar-resnet18", sparsity)
     pixels = np.random.default_rng(0).random((images, *SIZE), dtype=np.float32)
     plain = to_onnx(classifier, SIZE)
-    int8 = quantise(plain, pixels)
+    int8 = quantize(plain, pixels)
     coded, _ = encode(int8)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
         path.write_bytes(coded.SerializeToString())
         size = path.stat().st_size
         found = logits(session(path), pixels)
-    weights = quantised_weights(decode(coded)).values()
+    weights = quantized_weights(decode(coded)).values()
     entries = sum(tensor.size for tensor in weights)
     nonzeros = sum(int(np.count_nonzero(tensor)) for tensor in weights)
     return {

@@ -25,20 +25,20 @@ from s2ap_deploy import files
 from s2ap_deploy.data import datasets
 from s2ap_deploy.data.sampling import choose
 from s2ap_deploy.data.splits import Split
-from s2ap_deploy.models import checkpoint
+from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.classifier import prunable
-from s2ap_deploy.pipeline.training.scoring import score
 from s2ap_deploy.pruning.diagnosis import diagnosis
 from s2ap_deploy.pruning.masks import kept
 from s2ap_deploy.pruning.search import Perturbation, choose_once, search
 from s2ap_deploy.pruning.tensors import save_tensors
 from s2ap_deploy.recipe.methods import METHODS
-from s2ap_deploy.recipe.pruning import PruneSection
+from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.recorder import NoSnapshots, Silent
-from s2ap_deploy.robust.evaluation import pgd_accuracy
-from s2ap_deploy.robust.objective import Objective
-from s2ap_deploy.robust.training import train
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.stages.scoring import score
+from s2ap_deploy.training.evaluation import pgd_accuracy
+from s2ap_deploy.training.loop import train
+from s2ap_deploy.training.objective import Objective
 
 GAMMA = 0.0005  # the default: the ball of the sharpness in every row, and of S2AP where it is on
 CPU = torch.device("cpu")
@@ -227,13 +227,13 @@ def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         mine = [r for r in rows if (r["config"], r["sparsity"], r["gamma"]) == (config, sparsity, gamma)]
         found.append({"config": config, "sparsity": sparsity, "gamma": gamma, "seeds": len(mine)})
         for figure in ("clean", "robust", "validation_mask_robust", "validation_robust"):
-            _summarise(found[-1], figure, [row[figure] for row in mine])
+            _summarize(found[-1], figure, [row[figure] for row in mine])
         for figure in ("hamming", "replaced", "flip_rate", "sharpness", "eigenvalue"):
-            _summarise(found[-1], figure, [(row["last_epoch"] or {}).get(figure) for row in mine])
+            _summarize(found[-1], figure, [(row["last_epoch"] or {}).get(figure) for row in mine])
     return found
 
 
-def _summarise(row: dict[str, Any], figure: str, values: Sequence[float | None]) -> None:
+def _summarize(row: dict[str, Any], figure: str, values: Sequence[float | None]) -> None:
     """Mean and standard deviation of what was measured; nothing for what was not."""
     measured = [value for value in values if value is not None]
     if measured:

@@ -16,13 +16,13 @@ from typing import Any
 import result
 import torch
 
-from s2ap_deploy.certify.attacks import cascade
-from s2ap_deploy.certify.bounds.relaxation import provably_robust
-from s2ap_deploy.certify.statistics import clopper_pearson
 from s2ap_deploy.data import datasets
-from s2ap_deploy.models import checkpoint
-from s2ap_deploy.robust.evaluation import pgd_accuracy
+from s2ap_deploy.evaluation.autoattack import cascade
+from s2ap_deploy.evaluation.bounds.relaxation import provably_robust
+from s2ap_deploy.evaluation.statistics import clopper_pearson
+from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.evaluation import pgd_accuracy
 
 THREAT = ThreatModel(norm="Linf", eps="0.1")
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ import result
 import torch
 
 from s2ap_deploy.data import datasets
-from s2ap_deploy.models import checkpoint
+from s2ap_deploy.models.checkpoints import checkpoint
 
 
 def main() -> None:

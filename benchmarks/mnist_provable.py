@@ -17,9 +17,9 @@ import result
 import torch
 
 from s2ap_deploy import runtime
-from s2ap_deploy.certify.bounds.relaxation import provably_robust
 from s2ap_deploy.data import datasets
-from s2ap_deploy.models import checkpoint
+from s2ap_deploy.evaluation.bounds.relaxation import provably_robust
+from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.spec import ThreatModel
 
 PUBLISHED_ERROR_BOUND = 0.058

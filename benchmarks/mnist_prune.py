@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 from s2ap_deploy.data import datasets
-from s2ap_deploy.models import checkpoint
+from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.pruning.budgets import total_kept
-from s2ap_deploy.robust.evaluation import pgd_accuracy
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.evaluation import pgd_accuracy
 
 THREAT = ThreatModel(norm="Linf", eps="0.1")
 IMAGES = 2000

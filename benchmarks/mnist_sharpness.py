@@ -15,16 +15,16 @@ import result
 import torch
 
 from s2ap_deploy.data import datasets
-from s2ap_deploy.models import checkpoint
+from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.pruning.masks import departed
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
 from s2ap_deploy.pruning.tensors import load_tensors
-from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.objective import Objective
 
 BATCHES = 12
 

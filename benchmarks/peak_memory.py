@@ -25,7 +25,7 @@ import torch
 
 from s2ap_deploy.pruning.search import Perturbation, search
 from s2ap_deploy.recorder import NoSnapshots, Silent
-from s2ap_deploy.robust.objective import Objective
+from s2ap_deploy.training.objective import Objective
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -21,17 +21,17 @@ import result
 import torch
 from torch import Tensor
 
-from s2ap_deploy.models import registry
+from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.classifier import Classifier, prunable
 from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.budgets import erk
 from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
-from s2ap_deploy.robust import attack
-from s2ap_deploy.robust.batchnorm import frozen_statistics
-from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training import pgd
+from s2ap_deploy.training.batchnorm import frozen_statistics
+from s2ap_deploy.training.objective import Objective
 
 
 class Stepper:
@@ -79,10 +79,10 @@ class Stepper:
                 gradients = self.gradients(adversarial)
             with self.part("perturb, mask at s + z, restore"):
                 ball.restore()
-        with self.part("optimiser"):
+        with self.part("optimizer"):
             scored.assign(gradients)
             self.optimizer.step()
-            scored.orient()
+            scored.update_signs()
         return time.perf_counter() - started
 
 
@@ -103,7 +103,7 @@ def keeping_parameter_gradients() -> Iterator[None]:
         network.train(training)
         network.zero_grad()
 
-    with mock.patch.object(attack, "attacked", unfrozen), mock.patch("torch.autograd.grad", gradient):
+    with mock.patch.object(pgd, "attacked", unfrozen), mock.patch("torch.autograd.grad", gradient):
         yield
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from s2ap_deploy.data.augmentation import Augmentation
 from s2ap_deploy.data.memory import MemorySplit
-from s2ap_deploy.models import registry
+from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.classifier import Classifier, prunable
 from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.budgets import uniform
@@ -39,9 +39,9 @@ from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import Perturbation, search
 from s2ap_deploy.recorder import NoSnapshots
-from s2ap_deploy.robust.objective import Objective
-from s2ap_deploy.robust.precision import Precision
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.precision import Precision
 
 THREAT = ThreatModel(eps="8/255")
 STEPS = 10

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from s2ap_deploy.robust.precision import Precision, allow_tf32, choose
+from s2ap_deploy.training.precision import Precision, allow_tf32, choose
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:

@@ -21,8 +21,10 @@ import result
 import torch
 from torch import Tensor, nn
 
+from s2ap_deploy.distributed import meeting
+from s2ap_deploy.distributed.collectives import Ranks
+from s2ap_deploy.models.architectures.small import digits_conv
 from s2ap_deploy.models.classifier import prunable
-from s2ap_deploy.models.small import digits_conv
 from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.budgets import erk
 from s2ap_deploy.pruning.granularity import Weights
@@ -30,18 +32,16 @@ from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import update
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
 from s2ap_deploy.pruning.tensors import load_tensors
-from s2ap_deploy.ranks import meeting
-from s2ap_deploy.ranks.group import Ranks
-from s2ap_deploy.robust.adversary import Adversary
-from s2ap_deploy.robust.objective import Objective
-from s2ap_deploy.robust.sharing import Share
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.adversary import Adversary
+from s2ap_deploy.training.batching import Share
+from s2ap_deploy.training.objective import Objective
 
 BATCH = 64
 SIZE = (1, 8, 8)
 
 
-def normalised(num_classes: int) -> nn.Module:
+def normalized(num_classes: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
@@ -49,7 +49,7 @@ def normalised(num_classes: int) -> nn.Module:
     )  # fmt: skip
 
 
-NETWORKS = {"digits-conv": digits_conv, "with BatchNorm": normalised}
+NETWORKS = {"digits-conv": digits_conv, "with BatchNorm": normalized}
 
 
 class Given(Adversary):

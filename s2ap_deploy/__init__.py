@@ -5,17 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from s2ap_deploy.api import (
-        certify,
-        export,
-        gate,
-        load_checkpoint,
-        pretrain,
-        prune,
-        report,
-        verify,
-    )
-    from s2ap_deploy.pipeline.results import Certificates, Loaded, Reports, Trained
+    from s2ap_deploy.api import certify, export, gate, load_checkpoint, pretrain, prune, report, verify
+    from s2ap_deploy.stages.results import Certificates, Loaded, Reports, Trained
 
 __all__ = [
     "Certificates",

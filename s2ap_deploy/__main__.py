@@ -1,4 +1,4 @@
-"""``python -m s2ap_deploy``, and what the installed command calls. Imports nothing before it is guarded."""
+"""``python -m s2ap_deploy``, and what the installed command calls. Imports nothing before it is run_cli."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ itself.
 Every function takes the run folder as ``run`` (default ``s2ap-run``, as on the command line), skips what is
 already done there with the same inputs, and raises the errors of :mod:`s2ap_deploy.errors`. Keywords that say
 how the machine works (``device``, ``threads``, ``resume``, ``recorder``, ...) are those of
-:class:`s2ap_deploy.pipeline.opening.Session`. ``settings`` are keys of a recipe by their dotted name, such as
+:class:`s2ap_deploy.stages.open_run.Session`. ``settings`` are keys of a recipe by their dotted name, such as
 ``{"prune.search.epochs": 5}``, and come before every other argument; a None there is the recipe's null.
 """
 
@@ -14,17 +14,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from s2ap_deploy.pipeline.results import Certificates, Loaded, Reports, Trained
+from s2ap_deploy.stages.results import Certificates, Loaded, Reports, Trained
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from s2ap_deploy.certify.gate.gate import Verdict
-    from s2ap_deploy.exporting.artifact import ExportReport
-    from s2ap_deploy.pipeline.jobs.job import Job
-    from s2ap_deploy.pipeline.judging.verification import Verification
-    from s2ap_deploy.pipeline.opening import Session
+    from s2ap_deploy.gating.policy import Verdict
+    from s2ap_deploy.onnx_export.export_report import ExportReport
     from s2ap_deploy.recipe.schema import Recipe
+    from s2ap_deploy.stages.context import RunContext
+    from s2ap_deploy.stages.open_run import Session
+    from s2ap_deploy.stages.verify import Verification
 
 DEFAULT_RUN = "s2ap-run"
 
@@ -62,10 +62,10 @@ def load_checkpoint(
     ``alpha`` rebuild the masks of a file that holds pruning scores. Raises CheckpointError,
     UnsafePickleError, ArchitectureError and UsageError.
     """
-    from s2ap_deploy.models import checkpoint
-    from s2ap_deploy.pipeline.jobs.request import normalization
-    from s2ap_deploy.pipeline.opening import as_tuple
+    from s2ap_deploy.models.checkpoints import checkpoint
     from s2ap_deploy.spec import Normalization
+    from s2ap_deploy.stages.open_run import as_tuple
+    from s2ap_deploy.stages.resolve import normalization
 
     section = normalization(as_tuple(mean), as_tuple(std))
     classifier, info, notes = checkpoint.load(
@@ -98,12 +98,11 @@ def pretrain(
     ``eps`` is the attack's radius as exact text (``8/255``) in units of images in [0, 1]. Raises UsageError,
     ArchitectureError, DataError and RunFolderError.
     """
-    from s2ap_deploy.models import registry
-    from s2ap_deploy.pipeline import opening
-    from s2ap_deploy.pipeline.jobs import request
-    from s2ap_deploy.pipeline.training.dense import dense
+    from s2ap_deploy.models.architectures import registry
+    from s2ap_deploy.stages import open_run, resolve
+    from s2ap_deploy.stages.pretrain import dense
 
-    recipe = request.resolve(
+    recipe = resolve.resolve(
         {
             "name": "pretrain",
             "seed": seed,
@@ -114,7 +113,7 @@ def pretrain(
         },
         {"pretrain.epochs": epochs, "pretrain.objective.loss": loss, **_said(settings)},
     )
-    with opening.opened(run, recipe, command="pretrain", arch=arch, **session) as job:
+    with open_run.opened(run, recipe, command="pretrain", arch=arch, **session) as job:
         dense(job)
         return _trained(job, "pretrain")
 
@@ -155,9 +154,9 @@ def prune(
     ``sparsity`` is the fraction of zeros among prunable weights. None takes the default of the command line.
     Raises CheckpointError, ArchitectureError, DataError, UsageError and RunFolderError.
     """
-    from s2ap_deploy.pipeline import opening
-    from s2ap_deploy.pipeline.training.prune import prune as work
     from s2ap_deploy.recipe.methods import n_of_m
+    from s2ap_deploy.stages import open_run
+    from s2ap_deploy.stages.prune import prune as work
 
     asked: dict[str, Any] = {
         "method": method,
@@ -182,9 +181,9 @@ def prune(
         "prune.finetune.objective.loss": loss,
         **said,
     }
-    source = opening.Source(model, data, eps, norm, arch, mean, std, keep, alpha, seed, trust_pickle)
+    source = open_run.Source(model, data, eps, norm, arch, mean, std, keep, alpha, seed, trust_pickle)
     content = {"prune": {key: value for key, value in asked.items() if value is not None}}
-    with opening.on_model("prune", source, run, content, preset, changes, session) as job:
+    with open_run.on_model("prune", source, run, content, preset, changes, session) as job:
         work(job)
         return _trained(job, "finetune")
 
@@ -225,11 +224,9 @@ def certify(
     time runs out (``resume=True`` continues), and the errors of :func:`prune`.
     """
     from s2ap_deploy.errors import UsageError
-    from s2ap_deploy.pipeline import opening
-    from s2ap_deploy.pipeline.jobs import request
-    from s2ap_deploy.pipeline.judging import early
-    from s2ap_deploy.pipeline.judging.artefact import certify_file
-    from s2ap_deploy.pipeline.judging.certification import certify as work
+    from s2ap_deploy.stages import early_certify, open_run, resolve
+    from s2ap_deploy.stages.certify import certify as work
+    from s2ap_deploy.stages.certify_file import certify_file
 
     changes: dict[str, Any] = {
         "certify.version": protocol,
@@ -245,24 +242,26 @@ def certify(
     if model is not None and artifact is not None:
         raise UsageError("model and artifact exclude each other")
     if artifact is not None:
-        from s2ap_deploy.exporting.opened import read
+        from s2ap_deploy.onnx_export.onnx_file import read
 
         file = read(Path(artifact))
-        recipe = request.foreign_recipe(file, Path(run), data=data, eps=eps, norm=norm, seed=seed)
-        with opening.opened(run, recipe, command="certify", changes=changes, **session) as job:
+        recipe = resolve.foreign_recipe(file, Path(run), data=data, eps=eps, norm=norm, seed=seed)
+        with open_run.opened(run, recipe, command="certify", changes=changes, **session) as job:
             return Certificates(job.run.path, file=certify_file(job, file, time_budget=time_budget))
     if model is not None:
-        source = opening.Source(model, data, eps, norm, arch, mean, std, keep, alpha, seed or 0, trust_pickle)
-        place = opening.on_model("certify", source, run, {}, None, changes, session)
+        source = open_run.Source(
+            model, data, eps, norm, arch, mean, std, keep, alpha, seed or 0, trust_pickle
+        )
+        place = open_run.on_model("certify", source, run, {}, None, changes, session)
     else:
-        place = opening.opened(run, None, command="certify", changes=changes, arch=arch, **session)
+        place = open_run.opened(run, None, command="certify", changes=changes, arch=arch, **session)
     with place as job:
         if model is not None and "search" in job.run.manifest.stages:
             raise UsageError(
                 f"{run} holds a pruned network beside this one",
                 hint="leave model out to certify both, or name a folder of its own with run=",
             )
-        work(job, time_budget=time_budget, policy=early.asked_policy(job.recipe, policy))
+        work(job, time_budget=time_budget, policy=early_certify.asked_policy(job.recipe, policy))
         return _certificates(job)
 
 
@@ -286,16 +285,15 @@ def export(
     bytes (``report.performance``). Raises VerificationError when the file is not its network or misses a
     budget, and leaves nothing then.
     """
-    from s2ap_deploy.pipeline import opening
-    from s2ap_deploy.pipeline.delivery.export import export as work
-    from s2ap_deploy.pipeline.jobs import request
+    from s2ap_deploy.stages import open_run, resolve
+    from s2ap_deploy.stages.export import export as work
 
     section = {"encoding": encoding, "values": values, "int8": int8}
 
     def changes(recipe: Recipe) -> dict[str, Any]:
-        return {**request.export_changes(section, target, recipe), **_said(settings)}
+        return {**resolve.export_changes(section, target, recipe), **_said(settings)}
 
-    with opening.opened(run, None, command="export", changes=changes, arch=arch, **session) as job:
+    with open_run.opened(run, None, command="export", changes=changes, arch=arch, **session) as job:
         return work(job, output=Path(output) if output is not None else None, bench=bench)
 
 
@@ -316,10 +314,10 @@ def gate(
     """
     from pydantic import ValidationError
 
-    from s2ap_deploy.certify.gate.gate import GatePolicy
     from s2ap_deploy.errors import UsageError
-    from s2ap_deploy.pipeline.judging.verdict import gate as work
-    from s2ap_deploy.run.folder import Run
+    from s2ap_deploy.gating.policy import GatePolicy
+    from s2ap_deploy.runs.folder import Run
+    from s2ap_deploy.stages.gate import gate as work
 
     given = {key: value for key, value in {**(thresholds or {}), **named}.items() if value is not None}
     with Run.open(run, create=False, command="python: gate") as folder:
@@ -355,10 +353,10 @@ def verify(
     """
     import secrets
 
-    from s2ap_deploy.pipeline import opening
-    from s2ap_deploy.pipeline.judging.verification import run_folder
-    from s2ap_deploy.pipeline.judging.verification import verify as work
     from s2ap_deploy.recorder import Silent
+    from s2ap_deploy.stages import open_run
+    from s2ap_deploy.stages.verify import run_folder
+    from s2ap_deploy.stages.verify import verify as work
 
     path = Path(certificate)
     folder = run_folder(path, Path(run) if run is not None else None)
@@ -367,7 +365,7 @@ def verify(
         folder,
         k=k,
         seed=secrets.randbelow(2**31) if seed is None else seed,
-        machine=opening.machine(folder, arch=arch, **session),
+        machine=open_run.machine(folder, arch=arch, **session),
         recorder=session.get("recorder") or Silent(),
     )
 
@@ -379,8 +377,8 @@ def report(run: Path | str = DEFAULT_RUN, *, output: Path | str | None = None, i
     """
     from s2ap_deploy import files
     from s2ap_deploy.errors import StorageError
-    from s2ap_deploy.pipeline.accounts.report import collect
     from s2ap_deploy.reporting.report import card, page
+    from s2ap_deploy.reporting.run_facts import collect
 
     facts = collect(Path(run), images=images)
     folder = Path(output) if output is not None else Path(run) / "report"
@@ -398,13 +396,13 @@ def report(run: Path | str = DEFAULT_RUN, *, output: Path | str | None = None, i
 
 def _said(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """The settings as changes to a recipe, in which None would mean that nobody gave one."""
-    from s2ap_deploy.pipeline.jobs.request import NULL
+    from s2ap_deploy.stages.resolve import NULL
 
     return {key: NULL if value is None else value for key, value in (settings or {}).items()}
 
 
-def _trained(job: Job, stage: Any) -> Trained:
-    from s2ap_deploy.pipeline.jobs.job import MODEL
+def _trained(job: RunContext, stage: Any) -> Trained:
+    from s2ap_deploy.stages.context import MODEL
 
     results: Any = job.run.manifest.stages[stage].results or {}
     best = results.get("best") or {}
@@ -417,8 +415,8 @@ def _trained(job: Job, stage: Any) -> Trained:
     )
 
 
-def _certificates(job: Job) -> Certificates:
-    from s2ap_deploy.certify.certificate import Certificate
+def _certificates(job: RunContext) -> Certificates:
+    from s2ap_deploy.evaluation.certificate import Certificate
 
     found = {
         role: Certificate.load(job.run.output("certify", f"{role}.json"))

@@ -3,7 +3,7 @@
 ::
 
     [project.entry-points."s2ap_deploy.methods"]     →  s2ap_deploy.recipe.methods.Method
-    [project.entry-points."s2ap_deploy.losses"]      →  s2ap_deploy.robust.installed.RobustLoss
+    [project.entry-points."s2ap_deploy.losses"]      →  s2ap_deploy.training.plugin_losses.RobustLoss
     [project.entry-points."s2ap_deploy.targets"]     →  s2ap_deploy.recipe.target.Target
 
 Nothing is imported before somebody names it. The tool's own names come first, and whatever goes wrong in a
@@ -31,7 +31,7 @@ WORDS: dict[Kind, str] = {
     "architectures": "architecture",
 }
 
-Offered = TypeVar("Offered")
+PluginChoice = TypeVar("PluginChoice")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def find(kind: Kind, name: str) -> Plugin | None:
 
 
 @functools.cache
-def load(kind: Kind, name: str, expected: type[Offered]) -> Offered:
+def load(kind: Kind, name: str, expected: type[PluginChoice]) -> PluginChoice:
     """Import the plug-in of that name, once per process.
 
     Raises PluginError when there is none, when importing it fails, and when it is not an ``expected``.

@@ -1,4 +1,4 @@
-"""Value objects that every room shares: threat model, input layout, normalisation. No torch."""
+"""Value objects that every room shares: threat model, input layout, normalization. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Norm = Literal["Linf", "L2", "L1"]
 RADIUS = re.compile(r"\d+/\d+|\d+\.?\d*([eE][+-]?\d{1,2})?|\.\d+([eE][+-]?\d{1,2})?")
 
 
-class Frozen(BaseModel):
+class Record(BaseModel):
     """Immutable, and an unknown key is an error rather than a silent default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,7 +41,7 @@ def parse_eps(value: Any) -> str:
 Eps = Annotated[str, BeforeValidator(parse_eps)]
 
 
-class ThreatModel(Frozen):
+class ThreatModel(Record):
     """An attacker who may move an input by at most ``eps`` in ``norm``, within [0, 1].
 
     ``eps`` is the exact text (``8/255``); ``radius`` is its float value.
@@ -58,11 +58,11 @@ class ThreatModel(Frozen):
         return f"{self.norm} eps {self.eps}"
 
 
-class Preprocessing(Frozen):
+class Preprocessing(Record):
     """How an image file becomes the tensor that the classifier sees.
 
     The classifier's input is always float32 NCHW in [0, 1]; ``size`` is (C, H, W).
-    ``resize`` is the shorter side in pixels before the centre ``crop``; None leaves the image as it is.
+    ``resize`` is the shorter side in pixels before the center ``crop``; None leaves the image as it is.
     """
 
     size: tuple[int, int, int]
@@ -73,7 +73,7 @@ class Preprocessing(Frozen):
     crop: int | None = None
 
 
-class Normalization(Frozen):
+class Normalization(Record):
     """Per-channel ``(x - mean) / std``, applied inside the classifier."""
 
     mean: tuple[float, ...] = Field(min_length=1)
@@ -88,7 +88,7 @@ class Normalization(Frozen):
         return self
 
 
-class DataSpec(Frozen):
+class DataSpec(Record):
     """What a data set is, without its pixels or where they lie."""
 
     name: str

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, settings
 
 from s2ap_deploy.data.augmentation import Augmentation
 from s2ap_deploy.data.memory import MemorySplit
-from s2ap_deploy.ranks.group import Ranks
+from s2ap_deploy.distributed.collectives import Ranks
 
 # Started in the background of a shell, this process ignores Ctrl-C, and so would every process it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -172,7 +172,7 @@ class Outcome:
 
 def command_line(*arguments: object, cwd: Path | None = None) -> Outcome:
     """Run the command line inside this process, in ``cwd``, as ``main`` does but for leaving it."""
-    from s2ap_deploy.cli.main import guarded
+    from s2ap_deploy.cli.main import run_cli
 
     texts = [str(argument) for argument in arguments]
     out, err = io.StringIO(), io.StringIO()
@@ -182,7 +182,7 @@ def command_line(*arguments: object, cwd: Path | None = None) -> Outcome:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        code = guarded(texts)
+        code = run_cli(texts)
     return Outcome(code, out.getvalue(), err.getvalue())
 
 

@@ -18,17 +18,16 @@ from torch import nn
 import s2ap_deploy
 import s2ap_deploy.api
 from s2ap_deploy.api import Thresholds
-from s2ap_deploy.certify.certificate import Certificate
-from s2ap_deploy.certify.gate.gate import GatePolicy
 from s2ap_deploy.errors import ArchitectureError, DataError, DeployError, RunFolderError, UsageError
-from s2ap_deploy.exporting.measures.performance import PairedTimes, Performance
+from s2ap_deploy.evaluation.certificate import Certificate
+from s2ap_deploy.gating.policy import GatePolicy
+from s2ap_deploy.models.architectures.registry import build
 from s2ap_deploy.models.classifier import Classifier
-from s2ap_deploy.models.registry import build
-from s2ap_deploy.pipeline import opening
-from s2ap_deploy.pipeline.delivery import bench
-from s2ap_deploy.pipeline.delivery import export as delivery
+from s2ap_deploy.onnx_export.benchmark.performance import PairedTimes, Performance
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import Normalization
+from s2ap_deploy.stages import bench, open_run
+from s2ap_deploy.stages import export as delivery
 
 SHORT = {"search_epochs": 1, "finetune_epochs": 1, "eps": "0.5", "threads": 1}
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
@@ -208,8 +207,8 @@ def test_a_threshold_or_keyword_that_nobody_knows_is_refused(own_run: Path) -> N
     with pytest.raises(UsageError, match="min_robustness") as caught:
         s2ap_deploy.gate(own_run, min_robustness=0.4)
     assert "min_robust," in (caught.value.hint or "")
-    with pytest.raises(TypeError, match="colour"):
-        s2ap_deploy.export(own_run, colour="red")
+    with pytest.raises(TypeError, match="color"):
+        s2ap_deploy.export(own_run, color="red")
 
 
 def test_the_thresholds_of_the_signature_are_those_of_the_gate() -> None:
@@ -231,9 +230,9 @@ def test_every_argument_has_a_type_and_is_named(name: str) -> None:
 
 def test_settings_reach_every_key_and_may_say_null(digits_model: Path, tmp_path: Path) -> None:
     def budget(run: str, **settings: Any) -> str:
-        place = opening.on_model(
+        place = open_run.on_model(
             "prune",
-            opening.Source(digits_model, None, "0.5", None, None, None, None, None, None, 0, False),
+            open_run.Source(digits_model, None, "0.5", None, None, None, None, None, None, 0, False),
             tmp_path / run,
             {"prune": {"method": "hydra", "sparsity": 0.5, "budget": "uniform"}},
             None,
@@ -313,7 +312,7 @@ def test_the_arithmetic_of_training_is_recorded(
         ({"accumulate": 1.5}, UsageError, "accumulate"),
         ({"threads": 0}, UsageError, "threads"),
         ({"workers": 0}, UsageError, "workers"),
-        ({"colour": "red"}, TypeError, "colour"),
+        ({"color": "red"}, TypeError, "color"),
     ],
 )
 @pytest.mark.parametrize("function", ["pretrain", "verify"])
@@ -351,7 +350,7 @@ def test_a_long_measurement_can_be_asked_for(own_run: Path, monkeypatch: pytest.
 def test_an_exported_file_answers_for_itself(own_run: Path) -> None:
     found = s2ap_deploy.certify(own_run, artifact=own_run / "export" / "model.onnx", n=4, threads=1)
     assert found.file is not None
-    assert found.file.subject.artefact is not None
+    assert found.file.subject.artifact is not None
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S))

@@ -17,13 +17,13 @@ from torch import nn
 
 import s2ap_deploy
 from s2ap_deploy import errors
-from s2ap_deploy.certify.crew.messages import Failure
 from s2ap_deploy.cli import main
 from s2ap_deploy.errors import DeployError, VerificationError
-from s2ap_deploy.models.registry import build
-from s2ap_deploy.recipe import catalogue
+from s2ap_deploy.evaluation.workers.messages import Failure
+from s2ap_deploy.models.architectures.registry import build
+from s2ap_deploy.recipe import catalog
 from s2ap_deploy.recipe.schema import Recipe
-from s2ap_deploy.run.folder import Run
+from s2ap_deploy.runs.folder import Run
 
 
 def below(kind: type[DeployError]) -> set[type[DeployError]]:
@@ -95,7 +95,7 @@ def broken_plugin(folder: Path) -> Recipe:
     (info / "entry_points.txt").write_text("[s2ap_deploy.methods]\nacme-method = no_such_module:FOUND\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        return catalogue.load("demo", overrides=["prune.method=acme-method"])
+        return catalog.load("demo", overrides=["prune.method=acme-method"])
 
 
 def too_large(folder: Path) -> object:
@@ -151,7 +151,7 @@ MET: dict[type[DeployError], Met] = {
         "say where it lies with --data-root (or ...), or add --download to fetch it",
     ),
     errors.RecipeError: Met(
-        lambda folder: catalogue.load("demo", overrides=["prune.gama=1"]),
+        lambda folder: catalog.load("demo", overrides=["prune.gama=1"]),
         "--set prune.gama=1: unknown key prune.gama; did you mean prune.gamma?",
         None,
     ),

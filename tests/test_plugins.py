@@ -17,14 +17,14 @@ import torch.nn.functional as F
 
 from s2ap_deploy import plugins
 from s2ap_deploy.errors import PluginError, RecipeError, UsageError
-from s2ap_deploy.pipeline.training.scoring import start
 from s2ap_deploy.pruning.granularity import Weights
-from s2ap_deploy.recipe import catalogue, target
+from s2ap_deploy.recipe import catalog, target
 from s2ap_deploy.recipe.methods import METHODS, OWN_NAMES, Method, origins
-from s2ap_deploy.recipe.pruning import PruneSection
-from s2ap_deploy.robust.installed import RobustLoss
-from s2ap_deploy.robust.objective import Objective
+from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.stages.scoring import start
+from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.plugin_losses import RobustLoss
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "plugin"
 PAGE = Path(__file__).parents[1] / "docs" / "plugins.md"
@@ -186,7 +186,7 @@ def test_no_plug_in_takes_the_place_of_our_own(install: Install) -> None:
 
 
 LOSS = """
-    from s2ap_deploy.robust.installed import RobustLoss
+    from s2ap_deploy.training.plugin_losses import RobustLoss
     import torch.nn.functional as F
     def value(clean, adversarial, labels, beta):
         return {body}
@@ -200,7 +200,7 @@ def batch() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Generato
     return network, torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1]), torch.Generator().manual_seed(1)
 
 
-def test_a_loss_is_minimised_and_attacked_as_it_says(install: Install) -> None:
+def test_a_loss_is_minimized_and_attacked_as_it_says(install: Install) -> None:
     mine = name()
     body = "F.cross_entropy(adversarial, labels) + beta * (clean - adversarial).square().mean()"
     install("losses", mine, LOSS.format(body=body, compares=True, ascent="None"))
@@ -221,7 +221,7 @@ def test_a_loss_is_minimised_and_attacked_as_it_says(install: Install) -> None:
     assert network[1].weight.grad is not None  # type: ignore[index]
 
 
-def test_a_loss_may_bring_what_its_attack_maximises(install: Install) -> None:
+def test_a_loss_may_bring_what_its_attack_maximizes(install: Install) -> None:
     mine = name()
     ascent = "lambda logits, labels: -F.cross_entropy(logits, labels, reduction='sum')"
     body = "F.cross_entropy(adversarial, labels)"
@@ -259,10 +259,10 @@ def test_a_name_that_nobody_offers_is_refused_with_those_that_are(install: Insta
         Objective(THREAT, "bogus")
     assert mine in (caught.value.hint or "")
     with pytest.raises(RecipeError, match=f"trades.*{mine}.*did you mean trades"):
-        catalogue.load("demo", overrides=["prune.search.objective.loss=tradse"])
+        catalog.load("demo", overrides=["prune.search.objective.loss=tradse"])
     with pytest.raises(RecipeError, match="did you mean hydra"):
-        catalogue.load("demo", overrides=["prune.method=hydar"])
-    assert catalogue.load("demo", overrides=[f"prune.search.objective.loss={mine}"]).prune is not None
+        catalog.load("demo", overrides=["prune.method=hydar"])
+    assert catalog.load("demo", overrides=[f"prune.search.objective.loss={mine}"]).prune is not None
 
 
 def test_a_target_is_found_by_name_with_a_hash_of_what_it_says(install: Install) -> None:
@@ -293,7 +293,7 @@ def test_the_command_line_takes_their_names(install: Install, s2ap: Callable[...
 
 def test_naming_no_plug_in_imports_none(install: Install) -> None:
     install("methods", name(), "raise RuntimeError('imported')")
-    assert catalogue.load("demo").prune is not None
+    assert catalog.load("demo").prune is not None
 
 
 @pytest.fixture(scope="session")

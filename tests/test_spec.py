@@ -1,4 +1,4 @@
-"""Value objects: exact radii, normalisations that can be applied, and no silent defaults."""
+"""Value objects: exact radii, normalizations that can be applied, and no silent defaults."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_radius_cannot_be_so_long_that_reading_it_takes_forever() -> None:
     ("mean", "std"),
     [((0.5,), (0.0,)), ((0.5,), (-1.0,)), ((float("nan"),), (1.0,)), ((), ()), ((0.1, 0.2), (1.0,))],
 )
-def test_a_normalisation_that_cannot_be_applied_is_refused(
+def test_a_normalization_that_cannot_be_applied_is_refused(
     mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
     with pytest.raises(ValidationError):
@@ -62,7 +62,7 @@ def test_objects_are_frozen_and_know_no_further_keys() -> None:
     with pytest.raises(ValidationError):
         preprocessing.size = (1, 1, 1)
     with pytest.raises(ValidationError):
-        Preprocessing.model_validate({"size": [3, 32, 32], "colour": "RGB"})
+        Preprocessing.model_validate({"size": [3, 32, 32], "color": "RGB"})
 
 
 def test_a_data_set_has_at_least_two_classes() -> None:

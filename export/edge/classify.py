@@ -4,7 +4,7 @@
     python classify.py model.onnx image.png
     python classify.py model.onnx image.png --json
 
-Reads PNG (8 bits per channel, grey or colour, not interlaced), PGM and PPM (binary, 8 bits) and .npy:
+Reads PNG (8 bits per channel, gray or color, not interlaced), PGM and PPM (binary, 8 bits) and .npy:
 uint8 [H, W] or [H, W, C] is an image, float32 [C, H, W] is taken as it is. The size, the channel order,
 the crop and the class names come from the model's own metadata. Exits 2 on an input that cannot be used.
 
@@ -40,7 +40,7 @@ REFUSALS = (
     UnicodeDecodeError,  # a message that quotes a damaged name
 )
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # colour type -> samples per pixel
+PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # color type -> samples per pixel
 NPY_HEADER = re.compile(
     rb"\{'descr': '([A-Za-z0-9<>|=]{1,9})', 'fortran_order': (True|False), "
     rb"'shape': \((|[0-9]{1,9},|[0-9]{1,9}(?:, [0-9]{1,9})+)\), \}[ \n]*"
@@ -224,7 +224,7 @@ def prepare(pixels: np.ndarray, size: tuple[int, int, int], preprocessing: dict[
         found = f"{pixels.shape[1]}x{pixels.shape[0]}"
         raise Unusable(f"the image is {found}; scale its shorter side to {resize} pixels first")
     if crop is not None:
-        pixels = centre(pixels, crop)
+        pixels = center(pixels, crop)
     if pixels.shape != (height, width, channels):
         raise Unusable(f"the image is {pixels.shape[1]}x{pixels.shape[0]}, the model takes {width}x{height}")
     low, high = preprocessing.get("value_range", (0.0, 1.0))
@@ -235,7 +235,7 @@ def prepare(pixels: np.ndarray, size: tuple[int, int, int], preprocessing: dict[
 
 
 def convert(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Grey to colour by repetition; colour to grey by ITU-R BT.601 luma in 16-bit fixed point."""
+    """Gray to color by repetition; color to gray by ITU-R BT.601 luma in 16-bit fixed point."""
     if pixels.shape[2] == channels:
         return pixels
     if channels == 3 and pixels.shape[2] == 1:
@@ -246,11 +246,11 @@ def convert(pixels: np.ndarray, channels: int) -> np.ndarray:
     raise Unusable(f"the image has {pixels.shape[2]} channels, the model takes {channels}")
 
 
-def centre(pixels: np.ndarray, crop: int) -> np.ndarray:
+def center(pixels: np.ndarray, crop: int) -> np.ndarray:
     height, width = pixels.shape[:2]
     if min(height, width) < crop:
         raise Unusable(f"the image is {width}x{height}, smaller than the crop of {crop} pixels")
-    # round() sends halves to the even neighbour, as the evaluation's crop does.
+    # round() sends halves to the even neighbor, as the evaluation's crop does.
     top, left = round((height - crop) / 2), round((width - crop) / 2)
     return pixels[top : top + crop, left : left + crop]
 
@@ -353,10 +353,10 @@ def decode_png(data: bytes) -> np.ndarray:
         position += 12 + length
     if header is None:
         raise ValueError("no header")
-    width, height, depth, colour, _, _, interlaced = header
-    if depth != 8 or interlaced or colour not in PNG_CHANNELS:
-        raise Unusable("only PNG of 8 bits per channel, grey or colour, not interlaced, is read")
-    channels = PNG_CHANNELS[colour]
+    width, height, depth, color, _, _, interlaced = header
+    if depth != 8 or interlaced or color not in PNG_CHANNELS:
+        raise Unusable("only PNG of 8 bits per channel, gray or color, not interlaced, is read")
+    channels = PNG_CHANNELS[color]
     size = checked(width, height) // width * (width * channels + 1)
     try:
         rows = zlib.decompressobj().decompress(b"".join(compressed), size)

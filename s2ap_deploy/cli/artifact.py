@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from s2ap_deploy.errors import UsageError
-from s2ap_deploy.exporting.opened import OnnxFile, read
-from s2ap_deploy.pipeline.jobs.request import foreign_recipe as foreign_recipe
+from s2ap_deploy.onnx_export.onnx_file import OnnxFile, read
+from s2ap_deploy.stages.resolve import foreign_recipe as foreign_recipe
 
 
 def open_artifact(path: Path, folder: Path, *, unfit: Mapping[str, object]) -> OnnxFile:

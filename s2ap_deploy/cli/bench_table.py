@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from s2ap_deploy.exporting.measures.performance import Memory, PairedTimes, Performance
+    from s2ap_deploy.onnx_export.benchmark.performance import Memory, PairedTimes, Performance
 
 _MIB = 2**20
 

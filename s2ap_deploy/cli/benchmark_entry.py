@@ -11,7 +11,7 @@ from s2ap_deploy.cli import options
 from s2ap_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from s2ap_deploy.pipeline.judging.benchmark_entry import Submission
+    from s2ap_deploy.stages.benchmark_entry import Submission
 
 entry_options = options.stacked(
     click.option(
@@ -49,7 +49,7 @@ def submission(
             "--ap-benchmark-entry is for a pruned run", hint="leave CHECKPOINT and --artifact out"
         )
     from s2ap_deploy.cli.session import check_output
-    from s2ap_deploy.pipeline.judging.benchmark_entry import Submission
+    from s2ap_deploy.stages.benchmark_entry import Submission
 
     check_output(entry, (".json",), overwrite=True)
     return Submission(method, paper, pretraining)

@@ -60,7 +60,7 @@ from s2ap_deploy.cli.benchmark_entry import entry_options, submission
 @options.devices_option
 @options.workers_option
 @options.data_options
-@options.telling_options
+@options.logging_options
 @options.output_options
 def command(
     checkpoint: Path | None,
@@ -118,12 +118,12 @@ def command(
     """
     from s2ap_deploy.cli import session
     from s2ap_deploy.errors import UsageError
-    from s2ap_deploy.pipeline.judging import early
-    from s2ap_deploy.pipeline.judging.artefact import certify_file
-    from s2ap_deploy.pipeline.judging.benchmark_entry import check_entry, write_entry
-    from s2ap_deploy.pipeline.judging.certification import certify
-    from s2ap_deploy.pipeline.training.dense import dense
-    from s2ap_deploy.reporting.curve import draw_curves
+    from s2ap_deploy.reporting.security_curve_plot import draw_curves
+    from s2ap_deploy.stages import early_certify
+    from s2ap_deploy.stages.benchmark_entry import check_entry, write_entry
+    from s2ap_deploy.stages.certify import certify
+    from s2ap_deploy.stages.certify_file import certify_file
+    from s2ap_deploy.stages.pretrain import dense
 
     if first and sample_seed is not None:
         raise UsageError("--first and --sample-seed exclude each other")
@@ -201,19 +201,19 @@ def command(
             dense(job)
         if submitted is not None:
             check_entry(job, submitted)
-        asked = early.asked_policy(job.recipe, policy)
+        asked = early_certify.asked_policy(job.recipe, policy)
         if opened is not None:
             certify_file(job, opened, time_budget=time_budget)
         else:
             certify(job, time_budget=time_budget, policy=asked)
-        stage = job.run.manifest.stages["certify" if opened is None else "artefact"]
+        stage = job.run.manifest.stages["certify" if opened is None else "artifact"]
         results = stage.results
         if opened is None and job.recipe.certify.curve:
             job.recorder.note(f"security curve: {draw_curves(job.run)}")
         if submitted is not None and entry is not None:
             write_entry(job, submitted, entry)
             job.recorder.note(f"entry for the Adversarial Pruning Benchmark: {entry}")
-        job.recorder.note(f"certificates: {folder / ('certify' if opened is None else 'artefact')}")
+        job.recorder.note(f"certificates: {folder / ('certify' if opened is None else 'artifact')}")
         if opened is None and checkpoint is None:
             job.recorder.note(session.following("export --onnx", folder, arch))
     if as_json:

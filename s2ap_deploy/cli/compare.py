@@ -27,7 +27,7 @@ def command(runs: tuple[Path, ...], as_json: bool) -> None:
     s2ap-deploy compare with-s2ap without-s2ap
     s2ap-deploy compare seed-0 seed-1 seed-2 --json
     """
-    from s2ap_deploy.pipeline.accounts.compare import compare
+    from s2ap_deploy.stages.compare import compare
 
     found = compare(runs)
     if as_json:

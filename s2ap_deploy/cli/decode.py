@@ -27,8 +27,8 @@ def command(file: Path, output: Path, overwrite: bool, as_json: bool) -> None:
     s2ap-deploy decode s2ap-run/export/model.onnx --output dense.onnx
     """
     from s2ap_deploy.cli import session, tables
-    from s2ap_deploy.exporting.decoding import decode_file
-    from s2ap_deploy.exporting.opened import read
+    from s2ap_deploy.onnx_export.decoding import decode_file
+    from s2ap_deploy.onnx_export.onnx_file import read
 
     session.check_output(output, (".onnx",), overwrite=overwrite)
     decoded = decode_file(read(file), output)

@@ -23,7 +23,7 @@ FOLDER = Path("s2ap-demo")
 @options.again_options
 @options.compute_options
 @options.workers_option
-@options.telling_options
+@options.logging_options
 @options.output_options
 @click.pass_context
 def command(

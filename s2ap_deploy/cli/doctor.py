@@ -14,7 +14,7 @@ from s2ap_deploy.cli import options
 from s2ap_deploy.errors import UNUSABLE
 
 if TYPE_CHECKING:
-    from s2ap_deploy.pipeline.doctor import Health
+    from s2ap_deploy.doctor import Health
 
 
 @click.command()
@@ -35,7 +35,7 @@ def command(data_root: Path | None, as_json: bool, quiet: bool) -> int:
     s2ap-deploy doctor --json
     """
     from s2ap_deploy.cli.progress import recorder
-    from s2ap_deploy.pipeline.doctor import examine
+    from s2ap_deploy.doctor import examine
 
     with recorder(quiet) as progress:
         health = examine(Path(), progress, data_root=data_root)

@@ -44,7 +44,7 @@ def batch_size(text: str) -> int | str:
     help="Images per inference: dynamic, or the one number taken.  [default: dynamic]",
 )
 @click.option(
-    "--int8", is_flag=True, default=None, help="Quantise weights and activations; needs a certificate anew."
+    "--int8", is_flag=True, default=None, help="Quantize weights and activations; needs a certificate anew."
 )
 @click.option(
     "--calibration",
@@ -129,7 +129,7 @@ def command(
     s2ap-deploy export --target microcontroller --max-bytes 262144
     """
     from s2ap_deploy.cli import session, tables
-    from s2ap_deploy.pipeline.delivery.export import export
+    from s2ap_deploy.stages.export import export
 
     session.check_output(output, (".onnx",), overwrite=session_options["overwrite"])
     session.only_import_path(arch, "the run folder")
@@ -158,8 +158,8 @@ def command(
     ) as job:
         report = export(job, output=output, bench=bench)
         job.recorder.note(f"ONNX file: {output or folder / 'export' / report.file}")
-        rounded = report.quantisation is not None or report.rounding is not None
-        if report.rejudgements and not rounded:  # the certificate speaks for the file: it can be judged
+        rounded = report.quantization is not None or report.rounding is not None
+        if report.rejudgments and not rounded:  # the certificate speaks for the file: it can be judged
             job.recorder.note(session.following("gate --min-robust 0.40 --max-drop 0.05", folder))
     if as_json:
         click.echo(report.model_dump_json())

@@ -16,8 +16,8 @@ from s2ap_deploy.cli import options, signs
 from s2ap_deploy.errors import DeployError, UsageError
 
 if TYPE_CHECKING:
-    from s2ap_deploy.certify.gate.gate import GatePolicy, Verdict
-    from s2ap_deploy.certify.gate.planning import Plan
+    from s2ap_deploy.gating.policy import GatePolicy, Verdict
+    from s2ap_deploy.gating.sample_size import Plan
 
 SIGNS = {"pass": ("✓", "green"), "fail": ("✗", "red"), "inconclusive": ("?", "yellow")}
 WORDS = {"pass": "PASSED", "fail": "FAILED", "inconclusive": "INCONCLUSIVE"}
@@ -108,8 +108,8 @@ def command(
 def _verdict(folder: Path, baseline: Path | None, given: dict[str, Any]) -> Verdict:
     import shlex
 
-    from s2ap_deploy.pipeline.judging.verdict import gate
-    from s2ap_deploy.run.folder import Run
+    from s2ap_deploy.runs.folder import Run
+    from s2ap_deploy.stages.gate import gate
 
     with Run.open(folder, create=False, command=shlex.join(["s2ap-deploy", *sys.argv[1:]])) as run:
         stated: dict[str, Any] = {}
@@ -120,7 +120,7 @@ def _verdict(folder: Path, baseline: Path | None, given: dict[str, Any]) -> Verd
 
 
 def _policy(values: dict[str, Any]) -> GatePolicy:
-    from s2ap_deploy.certify.gate.gate import AGE, GatePolicy
+    from s2ap_deploy.gating.policy import AGE, GatePolicy
 
     age = values.get("max_age")
     if age is not None and not re.fullmatch(AGE, age):
@@ -130,8 +130,8 @@ def _policy(values: dict[str, Any]) -> GatePolicy:
 
 def _unjudged(error: DeployError) -> Verdict:
     """An error in the form of a verdict, so that CI sees more than an exit code."""
-    from s2ap_deploy.certify.gate.check import Check
-    from s2ap_deploy.certify.gate.gate import Verdict
+    from s2ap_deploy.gating.check import Check
+    from s2ap_deploy.gating.policy import Verdict
 
     words = error.message + (f" ({error.hint})" if error.hint else "")
     check = Check(name="gate", status="inconclusive", words=words)
@@ -205,10 +205,10 @@ def _append(path: Path, text: str) -> None:
 def _show(verdict: Verdict) -> None:
     """Every check with its answer, then the answer of all; without rich, which would double the time."""
     for check in verdict.checks:
-        sign, colour = SIGNS[check.status]
-        _say(f"{click.style(sign, fg=colour)} {check.words}")
-    _, colour = SIGNS[verdict.status]
-    _say(f"gate: {click.style(WORDS[verdict.status], fg=colour, bold=True)}")
+        sign, color = SIGNS[check.status]
+        _say(f"{click.style(sign, fg=color)} {check.words}")
+    _, color = SIGNS[verdict.status]
+    _say(f"gate: {click.style(WORDS[verdict.status], fg=color, bold=True)}")
     if any("too few samples" in check.words for check in verdict.checks if check.status == "inconclusive"):
         _say(
             "  hint: s2ap-deploy gate --plan N says what N images can show; certify --n N --overwrite",
@@ -228,7 +228,7 @@ def _say_json(value: Verdict | Plan) -> None:
 
 
 def _plan(n: int, threshold: float | None, *, as_json: bool, quiet: bool) -> int:
-    from s2ap_deploy.certify.gate.planning import Plan
+    from s2ap_deploy.gating.sample_size import Plan
 
     if threshold is not None and not 0.0 <= threshold <= 1.0:
         raise UsageError(f"--min-robust {threshold:g} is not a fraction between 0 and 1")

@@ -65,7 +65,7 @@ def command(
     from s2ap_deploy import files
     from s2ap_deploy.cli import session
     from s2ap_deploy.errors import UsageError
-    from s2ap_deploy.pipeline.forecast.draft import draft
+    from s2ap_deploy.planning.generated_recipe import draft
     from s2ap_deploy.spec import Normalization, parse_eps
 
     session.check_output(output, (".yaml", ".yml"), overwrite=overwrite)

@@ -35,7 +35,7 @@ def command(
     s2ap-deploy inspect harp.pth.tar --keep 0.01 --alpha 0.1
     """
     from s2ap_deploy.cli import tables
-    from s2ap_deploy.models.checkpoint import describe
+    from s2ap_deploy.models.checkpoints.checkpoint import describe
 
     description = describe(checkpoint, trust_pickle=trust_pickle, arch=arch, keep=keep, alpha=alpha)
     if as_json:

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 import click
 
 from s2ap_deploy.cli import signs
+from s2ap_deploy.distributed import environment
 from s2ap_deploy.errors import INCONCLUSIVE, INTERRUPTED, UNFORESEEN, UNUSABLE, DeployError
-from s2ap_deploy.ranks import membership
 
 COMPLETE = "_S2AP_DEPLOY_COMPLETE"  # set by the shell that wants to complete a line
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -63,7 +63,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise ReaderGone from None
+            raise OutputClosed from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -99,7 +99,7 @@ def cli() -> None:
     """
 
 
-class ReaderGone(BaseException):
+class OutputClosed(BaseException):
     """Whoever read our output has left, and with him the answer. Click would make it exit code 1."""
 
 
@@ -121,21 +121,21 @@ def main() -> NoReturn:
 
 
 def ranked(arguments: list[str]) -> int:
-    """:func:`guarded`, for rank 0 alone where there are several: the others serve it, or are not needed."""
+    """:func:`run_cli`, for rank 0 alone where there are several: the others serve it, or are not needed."""
     try:
-        rank, shared = membership.rank(), membership.shares(arguments)
+        rank, shared = environment.rank(), environment.shares(arguments)
     except DeployError as error:
         return _report(error.message, error.hint, error.exit_code, "--json" in arguments)
     if not shared:
-        return guarded(arguments) if rank == 0 else 0
+        return run_cli(arguments) if rank == 0 else 0
     if rank > 0:
-        from s2ap_deploy.ranks.follower import serve
+        from s2ap_deploy.distributed.follower import serve
 
         return serve()
     try:
-        return guarded(arguments)
+        return run_cli(arguments)
     finally:
-        from s2ap_deploy.ranks.meeting import farewell
+        from s2ap_deploy.distributed.meeting import farewell
 
         farewell()
 
@@ -144,7 +144,7 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
     raise Terminated
 
 
-def guarded(arguments: list[str]) -> int:
+def run_cli(arguments: list[str]) -> int:
     """Run the command line and return its exit code; only a second signal comes out as an exception."""
     as_json = "--json" in arguments
     try:
@@ -155,8 +155,8 @@ def guarded(arguments: list[str]) -> int:
         if not arguments:
             click.echo(cli.get_help(click.Context(cli, info_name="s2ap-deploy")), err=True)
             return UNUSABLE
-        colour = False if os.environ.get("NO_COLOR") else None  # None: where it is a terminal
-        code = cli.main(arguments, prog_name="s2ap-deploy", standalone_mode=False, color=colour)
+        color = False if os.environ.get("NO_COLOR") else None  # None: where it is a terminal
+        code = cli.main(arguments, prog_name="s2ap-deploy", standalone_mode=False, color=color)
         return code if isinstance(code, int) else 0
     except DeployError as error:
         return _report(error.message, error.hint, error.exit_code, as_json)
@@ -170,7 +170,7 @@ def guarded(arguments: list[str]) -> int:
         if isinstance(error, click.Abort) and not isinstance(error.__cause__, KeyboardInterrupt):
             return _report("aborted", None, UNFORESEEN, as_json)
         return _report("interrupted", "run the same command with --resume", INTERRUPTED, as_json)
-    except ReaderGone:
+    except OutputClosed:
         return UNFORESEEN
     except BaseException as error:  # SystemExit too: nobody but a stranger's code raises it
         if isinstance(error, OSError) and error.errno in DISK_REFUSES:

@@ -20,7 +20,7 @@ COUNT = click.IntRange(min=1)
 RUN = Path("s2ap-run")
 
 
-class Offered(click.Choice[str]):
+class PluginChoice(click.Choice[str]):
     """One of the tool's own names, which --help lists, or one that a plug-in registers."""
 
     def __init__(self, kind: plugins.Kind, own: Sequence[str]) -> None:
@@ -33,8 +33,8 @@ class Offered(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
-LOSS = Offered("losses", OWN_LOSSES)
-METHOD = Offered("methods", OWN_NAMES)
+LOSS = PluginChoice("losses", OWN_LOSSES)
+METHOD = PluginChoice("methods", OWN_NAMES)
 
 
 def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -124,7 +124,7 @@ track_option = click.option(
     help="Also write the figures for this tracker, below the run folder. May be repeated.",
 )
 
-telling_options = stacked(verbose_option, track_option)
+logging_options = stacked(verbose_option, track_option)
 
 again_options = stacked(
     click.option("--resume", is_flag=True, help="Continue what was interrupted."),
@@ -151,11 +151,11 @@ precision_options = stacked(
 
 def _spread(ctx: click.Context, _option: click.Parameter, devices: int | None) -> None:
     """Start the ranks and leave with what they leave, unless this process is one of them."""
-    from s2ap_deploy.ranks import launch, membership
+    from s2ap_deploy.distributed import environment, launch
 
-    if devices is None or ctx.resilient_parsing or membership.size() == devices:
+    if devices is None or ctx.resilient_parsing or environment.size() == devices:
         return
-    if devices > 1 or membership.size() > 1:
+    if devices > 1 or environment.size() > 1:
         ctx.exit(launch.launch(sys.argv[1:], devices))
 
 
@@ -226,7 +226,7 @@ def model_options(unless_given: str) -> Callable[[Command], Command]:
 
 checkpoint_options = stacked(
     click.option(
-        "--mean", help="Normalisation of a foreign checkpoint, one number per channel: 0.49,0.48,0.45."
+        "--mean", help="Normalization of a foreign checkpoint, one number per channel: 0.49,0.48,0.45."
     ),
     click.option("--std", help="Its standard deviations."),
     click.option(

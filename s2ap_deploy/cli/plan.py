@@ -93,9 +93,9 @@ def command(
     s2ap-deploy plan --arch cifar-resnet18 --granularity channel --keep-ratio 0.5 --align 8
     """
     from s2ap_deploy.cli import plan_tables, session
-    from s2ap_deploy.pipeline.delivery.plan import plan
-    from s2ap_deploy.pipeline.forecast.blueprint import blueprint, read
-    from s2ap_deploy.recipe.pruning import PruneSection
+    from s2ap_deploy.planning.model_source import blueprint, read
+    from s2ap_deploy.recipe.prune_section import PruneSection
+    from s2ap_deploy.stages.plan import plan
 
     if checkpoint is None:
         arch = session.architecture(arch)

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from s2ap_deploy.exporting.artifact import BudgetCheck
-    from s2ap_deploy.pipeline.delivery.plan import Plan
+    from s2ap_deploy.onnx_export.export_report import BudgetCheck
+    from s2ap_deploy.stages.plan import Plan
 
 LOG_WIDTH = 200
 COLUMNS = ("float32", "float16", "int8 values", "int8")
@@ -56,8 +56,8 @@ def budget(check: BudgetCheck) -> Text:
         return Text.assemble(
             ("? ", "yellow"), f"{what}: at most {check.asked:,}, measured when it is exported"
         )
-    sign, colour = ("✓ ", "green") if check.holds else ("✗ ", "red")
-    return Text.assemble((sign, colour), f"{what}: at most {check.asked:,}, {check.found:,.10g} predicted")
+    sign, color = ("✓ ", "green") if check.holds else ("✗ ", "red")
+    return Text.assemble((sign, color), f"{what}: at most {check.asked:,}, {check.found:,.10g} predicted")
 
 
 def _facts(plan: Plan) -> Table:

@@ -27,7 +27,7 @@ from s2ap_deploy.cli import options
 @options.devices_option
 @options.accumulate_option
 @options.data_options
-@options.telling_options
+@options.logging_options
 @options.output_options
 def command(
     epochs: int | None,
@@ -51,8 +51,9 @@ def command(
     """
     from s2ap_deploy.cli import session
     from s2ap_deploy.errors import UsageError
-    from s2ap_deploy.models import checkpoint, registry
-    from s2ap_deploy.pipeline.training.dense import dense
+    from s2ap_deploy.models.architectures import registry
+    from s2ap_deploy.models.checkpoints import checkpoint
+    from s2ap_deploy.stages.pretrain import dense
 
     missing = [name for name, value in (("--data", data), ("--arch", arch), ("--eps", eps)) if value is None]
     if missing:

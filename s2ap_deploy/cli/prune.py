@@ -74,7 +74,7 @@ from s2ap_deploy.cli import options
 @options.devices_option
 @options.accumulate_option
 @options.data_options
-@options.telling_options
+@options.logging_options
 @options.output_options
 def command(
     checkpoint: Path,
@@ -114,7 +114,7 @@ def command(
     """Search a mask with S2AP and fine-tune under it.
 
     CHECKPOINT is a robust network: a file of this tool, or anybody's .pt, .pth, .tar or .safetensors, for
-    which --data and --eps (and --mean/--std, if it expects normalised images) are needed.
+    which --data and --eps (and --mean/--std, if it expects normalized images) are needed.
 
     \b
     s2ap-deploy prune model.pt --sparsity 0.9
@@ -123,11 +123,11 @@ def command(
     """
     from s2ap_deploy.cli import session
     from s2ap_deploy.errors import UsageError
-    from s2ap_deploy.pipeline.training.dense import dense
-    from s2ap_deploy.pipeline.training.prune import prune
     from s2ap_deploy.recipe.methods import n_of_m
     from s2ap_deploy.recipe.schema import with_preset
-    from s2ap_deploy.reporting.figures import draw_search
+    from s2ap_deploy.reporting.search_plot import draw_search
+    from s2ap_deploy.stages.pretrain import dense
+    from s2ap_deploy.stages.prune import prune
 
     content = session.from_checkpoint(
         checkpoint,
@@ -175,7 +175,7 @@ def command(
         },
     )
     if dry_run:
-        session.rehearse(
+        session.dry_run_report(
             folder,
             recipe,
             stages=("pretrain", "search", "finetune"),

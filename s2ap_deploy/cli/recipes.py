@@ -67,9 +67,9 @@ def show(name: str, resolved: bool, overrides: tuple[str, ...], as_json: bool) -
     s2ap-deploy recipes show demo
     s2ap-deploy recipes show my-recipe.yaml --resolved
     """
-    from s2ap_deploy.recipe import catalogue, writing
+    from s2ap_deploy.recipe import catalog, writing
 
-    recipe, document = catalogue.resolved(name, overrides=overrides)
+    recipe, document = catalog.resolved(name, overrides=overrides)
     sources = writing.provenance(recipe, document)
     if as_json and resolved:
         named = {".".join(map(str, key)): source for key, source in sources.items()}
@@ -80,7 +80,7 @@ def show(name: str, resolved: bool, overrides: tuple[str, ...], as_json: bool) -
     elif resolved or overrides:
         click.echo(writing.annotated(recipe.model_dump(mode="json"), sources if resolved else {}), nl=False)
     else:
-        click.echo(catalogue.path_of(name).read_text(encoding="utf-8"), nl=False)
+        click.echo(catalog.path_of(name).read_text(encoding="utf-8"), nl=False)
 
 
 @command.command("schema")
@@ -97,9 +97,9 @@ def schema() -> None:
 
 def list_recipes(as_json: bool) -> None:
     """Names with descriptions, grouped by data; one object of all of them with ``as_json``."""
-    from s2ap_deploy.recipe import catalogue
+    from s2ap_deploy.recipe import catalog
 
-    loaded = {name: catalogue.load(name) for name in catalogue.names()}
+    loaded = {name: catalog.load(name) for name in catalog.names()}
     if as_json:
         click.echo(json.dumps({name: recipe.description for name, recipe in loaded.items()}, sort_keys=True))
         return
@@ -109,7 +109,7 @@ def list_recipes(as_json: bool) -> None:
 
 def grouped(loaded: Mapping[str, Any]) -> Iterator[str]:
     """Lines of the list: a heading per data set in the order of their size, its recipes below."""
-    from s2ap_deploy.recipe.kinds import DATA_SETS
+    from s2ap_deploy.recipe.field_types import DATA_SETS
 
     data = {name: recipe.data.name.partition(":")[0] for name, recipe in loaded.items()}
     order = [each.partition(":")[0] for each in DATA_SETS]

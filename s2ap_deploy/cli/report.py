@@ -12,7 +12,7 @@ import click
 from s2ap_deploy.cli import options
 
 if TYPE_CHECKING:
-    from s2ap_deploy.pipeline.accounts.report import Facts
+    from s2ap_deploy.reporting.run_facts import Facts
 
 PAGE, CARD = "report.html", "model-card.md"
 
@@ -45,8 +45,8 @@ def command(run: Path, output: Path | None, images: int, as_json: bool) -> None:
     """
     from s2ap_deploy import files
     from s2ap_deploy.errors import StorageError
-    from s2ap_deploy.pipeline.accounts.report import collect
     from s2ap_deploy.reporting.report import card, page
+    from s2ap_deploy.reporting.run_facts import collect
 
     facts = collect(run, images=images)
     folder = output if output is not None else run / "report"

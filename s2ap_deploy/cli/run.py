@@ -29,7 +29,7 @@ from s2ap_deploy.cli import options
 @options.accumulate_option
 @options.workers_option
 @options.data_options
-@options.telling_options
+@options.logging_options
 @options.output_options
 def command(
     recipe: str,
@@ -53,16 +53,16 @@ def command(
     s2ap-deploy run my-recipe.yaml --dry-run
     """
     from s2ap_deploy.cli import session, tables
-    from s2ap_deploy.pipeline.whole import whole
-    from s2ap_deploy.recipe import catalogue
-    from s2ap_deploy.reporting.curve import draw_curves
-    from s2ap_deploy.reporting.figures import draw_search
-    from s2ap_deploy.reporting.summary import summarise
+    from s2ap_deploy.recipe import catalog
+    from s2ap_deploy.reporting.search_plot import draw_search
+    from s2ap_deploy.reporting.security_curve_plot import draw_curves
+    from s2ap_deploy.reporting.summary import summarize
+    from s2ap_deploy.stages.pipeline import whole
 
-    resolved = catalogue.load(recipe, overrides=overrides)
+    resolved = catalog.load(recipe, overrides=overrides)
     session.only_import_path(arch, "the recipe")
     if dry_run:
-        session.rehearse(
+        session.dry_run_report(
             folder, resolved, as_json=as_json, arch=arch, trust_pickle=trust_pickle, **session_options
         )
         return 0
@@ -74,7 +74,7 @@ def command(
             draw_search(job.run)
         if resolved.certify.curve:
             draw_curves(job.run)
-        summary = summarise(job.run, verdict)
+        summary = summarize(job.run, verdict)
     if as_json:
         click.echo(json.dumps(summary, sort_keys=True))
     else:

@@ -18,25 +18,25 @@ from s2ap_deploy import runtime
 from s2ap_deploy.cli import options
 from s2ap_deploy.cli.progress import recorder
 from s2ap_deploy.cli.verbosity import explained
+from s2ap_deploy.distributed import environment, meeting
 from s2ap_deploy.errors import RunFolderError, UsageError
-from s2ap_deploy.models import registry
-from s2ap_deploy.pipeline.jobs.job import Job
-from s2ap_deploy.pipeline.jobs.machine import Machine, remembered_data_root
-from s2ap_deploy.pipeline.jobs.request import changed as changed
-from s2ap_deploy.pipeline.jobs.request import export_changes as export_changes
-from s2ap_deploy.pipeline.jobs.request import from_checkpoint as from_checkpoint
-from s2ap_deploy.pipeline.jobs.request import normalization as normalization
-from s2ap_deploy.pipeline.jobs.request import resolve as resolve
-from s2ap_deploy.ranks import meeting, membership
+from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.recipe import target
-from s2ap_deploy.recipe.pruning import PruneSection
+from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.recipe.schema import ExportSection, Recipe
-from s2ap_deploy.robust.precision import choose
-from s2ap_deploy.run.folder import Run
-from s2ap_deploy.spec import Frozen
+from s2ap_deploy.runs.folder import Run
+from s2ap_deploy.spec import Record
+from s2ap_deploy.stages.context import RunContext
+from s2ap_deploy.stages.execution import ExecutionConfig, remembered_data_root
+from s2ap_deploy.stages.resolve import changed as changed
+from s2ap_deploy.stages.resolve import export_changes as export_changes
+from s2ap_deploy.stages.resolve import from_checkpoint as from_checkpoint
+from s2ap_deploy.stages.resolve import normalization as normalization
+from s2ap_deploy.stages.resolve import resolve as resolve
 from s2ap_deploy.tracking import tracked
+from s2ap_deploy.training.precision import choose
 
-Section = TypeVar("Section", bound=Frozen)
+Section = TypeVar("Section", bound=Record)
 
 
 def command_line() -> str:
@@ -64,7 +64,7 @@ def open_job(
     precision: str = "float32",
     compiled: bool = False,
     changes: Mapping[str, Any] | Callable[[Recipe], Mapping[str, Any]] | None = None,
-) -> Iterator[Job]:
+) -> Iterator[RunContext]:
     """Open the run folder and yield the job in it.
 
     Without ``recipe`` the folder's own is taken, with ``changes`` (dotted keys) made to it, which may
@@ -92,14 +92,16 @@ def open_job(
                     f"{folder} holds no recipe yet", hint="start with s2ap-deploy prune or s2ap-deploy run"
                 )
         recipe = changed(recipe, changes(recipe) if callable(changes) else changes or {})
-        with telling(Job(run, recipe, here, progress, resume=resume, overwrite=overwrite), quiet) as job:
+        with telling(
+            RunContext(run, recipe, here, progress, resume=resume, overwrite=overwrite), quiet
+        ) as job:
             yield job
 
 
 @contextmanager
-def telling(job: Job, quiet: bool) -> Iterator[Job]:
+def telling(job: RunContext, quiet: bool) -> Iterator[RunContext]:
     """``job``, telling also what ``--verbose`` adds, and its figures to the trackers of ``--track``."""
-    trackers = options.told("track", ()) if membership.rank() == 0 else ()
+    trackers = options.told("track", ()) if environment.rank() == 0 else ()
     with tracked(job.recorder, trackers, job.run.path, job.recipe.model_dump(mode="json")) as recording:
         job.recorder = recording
         with explained(job, options.told("verbose", False) and not quiet):
@@ -119,13 +121,13 @@ def machine(
     accumulate: int = 1,
     precision: str = "float32",
     compiled: bool = False,
-) -> Machine:
+) -> ExecutionConfig:
     """The machine as the options describe it; ``folder`` may remember where data lies."""
     if threads is not None:
         torch.set_num_threads(threads)
     given = data_root.expanduser().resolve() if data_root is not None else None
     chosen = runtime.device(device)
-    return Machine(
+    return ExecutionConfig(
         device=chosen,
         ranks=meeting.present(chosen),
         data_root=given or remembered_data_root(folder),
@@ -138,7 +140,7 @@ def machine(
     )
 
 
-def rehearse(
+def dry_run_report(
     folder: Path,
     recipe: Recipe,
     *,
@@ -151,17 +153,17 @@ def rehearse(
 ) -> None:
     """Say what the command would do in the run folder, which is not touched, and how long that may take."""
     from s2ap_deploy.cli import sweep_tables
-    from s2ap_deploy.pipeline.forecast import rehearsal
+    from s2ap_deploy.planning import dry_run
 
     with recorder(quiet) as progress:
         progress.note("timing a few steps of each kind")
-        outlook = rehearsal.rehearse(
+        outlook = dry_run.dry_run_report(
             recipe,
             folder,
             machine(folder, **machine_options),
             resume=resume,
             overwrite=overwrite,
-            stages=stages or rehearsal.STAGES,
+            stages=stages or dry_run.STAGES,
         )
     if as_json:
         click.echo(outlook.model_dump_json())

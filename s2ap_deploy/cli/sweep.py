@@ -14,7 +14,7 @@ from s2ap_deploy.cli import options
 from s2ap_deploy.errors import FAILED, INCONCLUSIVE, UNFORESEEN, UNUSABLE
 
 if TYPE_CHECKING:
-    from s2ap_deploy.pipeline.sweeps.figures import SweepReport
+    from s2ap_deploy.sweeps.results import SweepReport
 
 # Of several failures the one that a person must look at first.
 SEVERITY = (UNFORESEEN, UNUSABLE, FAILED, INCONCLUSIVE)
@@ -68,7 +68,7 @@ BUDGETS = click.Choice(["uniform", "erk", "global", "learned", "macs"])
 @options.compute_options
 @options.workers_option
 @options.data_options
-@options.telling_options
+@options.logging_options
 @options.output_options
 def command(
     recipe: str,
@@ -103,8 +103,8 @@ def command(
     from s2ap_deploy import tracking
     from s2ap_deploy.cli import session, sweep_tables
     from s2ap_deploy.cli.progress import recorder
-    from s2ap_deploy.recipe import catalogue
-    from s2ap_deploy.recipe.combinations import Axes, combinations
+    from s2ap_deploy.recipe import catalog
+    from s2ap_deploy.sweeps.grid import Axes, combinations
 
     axes = Axes(
         sparsity=sparsity,
@@ -115,11 +115,11 @@ def command(
         seeds=seeds,
     )
     session.only_import_path(machine_options["arch"], "the recipe")
-    points = combinations(catalogue.document(recipe, overrides=overrides), axes)
+    points = combinations(catalog.document(recipe, overrides=overrides), axes)
     with recorder(quiet) as progress:
         machine = session.machine(folder, **machine_options)
         if dry_run:
-            from s2ap_deploy.pipeline.forecast.rehearsal import rehearse_sweep
+            from s2ap_deploy.planning.dry_run import rehearse_sweep
 
             outlook = rehearse_sweep(points, folder, machine, progress)
             if as_json:
@@ -127,7 +127,7 @@ def command(
             else:
                 sweep_tables.show_outlook(outlook)
             return 0
-        from s2ap_deploy.pipeline.sweeps.sweep import SweepFolder, possible, sweep
+        from s2ap_deploy.sweeps.runner import SweepFolder, possible, sweep
 
         # Refused, if they must be, before there is a folder.
         possible(points)
@@ -168,7 +168,7 @@ def exit_code(report: SweepReport) -> int:
 
 def _write(report: SweepReport, folder: Path) -> None:
     """What people read, after every combination."""
-    from s2ap_deploy.reporting import pareto, sweep
+    from s2ap_deploy.reporting import pareto_plot, sweep_report
 
-    sweep.write(report, folder)
-    pareto.draw_pareto(report, folder)
+    sweep_report.write(report, folder)
+    pareto_plot.draw_pareto(report, folder)

@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from s2ap_deploy.cli import tables
-from s2ap_deploy.reporting import sweep
+from s2ap_deploy.reporting import sweep_report
 
 if TYPE_CHECKING:
-    from s2ap_deploy.pipeline.forecast.outlook import Outlook, SweepOutlook
-    from s2ap_deploy.pipeline.sweeps.figures import SweepReport
+    from s2ap_deploy.planning.dry_run_report import DryRunReport, SweepDryRunReport
+    from s2ap_deploy.sweeps.results import SweepReport
 
 STATES = {"done": "green", "to do": "", "to continue": "yellow", "to repeat": "yellow", "refused": "red"}
 STATEMENT = (
@@ -28,22 +28,22 @@ def show_sweep(report: SweepReport) -> None:
     """The Adversarial Pruning Benchmark's table, and what it does not show."""
     console = tables._console()
     table = Table(
-        title=Text(sweep.title(report)),
+        title=Text(sweep_report.title(report)),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
-    for number, name in enumerate(sweep.COLUMNS):
+    for number, name in enumerate(sweep_report.COLUMNS):
         table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
     for group in report.groups:
-        table.add_row(*map(Text, sweep.cells(group)))
+        table.add_row(*map(Text, sweep_report.cells(group)))
     console.print(table)
-    for note in sweep.notes(report):
+    for note in sweep_report.notes(report):
         console.print(Text(note, style="dim"))
 
 
-def show_outlook(outlook: SweepOutlook) -> None:
+def show_outlook(outlook: SweepDryRunReport) -> None:
     """What a sweep would do, a line per combination."""
     console = tables._console()
     table = Table(
@@ -74,7 +74,7 @@ def show_outlook(outlook: SweepOutlook) -> None:
     _conclude(console, outlook.seconds, sorted(untimed))
 
 
-def show_run(outlook: Outlook) -> None:
+def show_run(outlook: DryRunReport) -> None:
     """What a run would do, a line per stage."""
     console = tables._console()
     table = Table(

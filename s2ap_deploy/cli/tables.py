@@ -14,11 +14,11 @@ from rich.text import Text
 from s2ap_deploy.cli.bench_table import int8_words, performance_table
 
 if TYPE_CHECKING:
-    from s2ap_deploy.certify.gate.gate import Verdict
-    from s2ap_deploy.exporting.artifact import ExportReport
-    from s2ap_deploy.exporting.decoding import Decoded
+    from s2ap_deploy.gating.policy import Verdict
+    from s2ap_deploy.onnx_export.decoding import Decoded
+    from s2ap_deploy.onnx_export.export_report import ExportReport
 
-COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+COLORS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
 WORDS = {"pass": "PASSED", "fail": "FAILED", "inconclusive": "INCONCLUSIVE"}
 
@@ -118,7 +118,7 @@ def show_export(report: ExportReport) -> None:
         "logits",
         f"differ from PyTorch's by at most {agreement.max_logit_difference:.1e} on {agreement.n} test images",
     )
-    for points in report.rejudgements:
+    for points in report.rejudgments:
         table.add_row(
             "certificate",
             f"the file itself judged {points.n} points: {points.clean_correct} right clean, "
@@ -134,8 +134,8 @@ def show_export(report: ExportReport) -> None:
         table.add_row("target", Text(report.target.name))
     for check in report.budgets:
         table.add_row("budget", f"{check.what}: at most {check.asked:,}, found {check.found:,.10g}")
-    if report.quantisation is not None:
-        table.add_row("int8", f"{report.quantisation.scheme}; {int8_words(report.quantisation.instructions)}")
+    if report.quantization is not None:
+        table.add_row("int8", f"{report.quantization.scheme}; {int8_words(report.quantization.instructions)}")
     table.add_row("SHA-256", report.sha256)
     console.print(table)
     if report.performance is not None:
@@ -232,9 +232,9 @@ def _facts() -> Table:
 def _verdict(console: Console, verdict: Mapping[str, Any]) -> None:
     for check in verdict["checks"]:
         status = check["status"]
-        console.print(Text.assemble((f"{SIGNS[status]} ", COLOURS[status]), check["words"]))
+        console.print(Text.assemble((f"{SIGNS[status]} ", COLORS[status]), check["words"]))
     status = verdict["status"]
-    console.print(f"gate: [bold {COLOURS[status]}]{WORDS[status]}[/]")
+    console.print(f"gate: [bold {COLORS[status]}]{WORDS[status]}[/]")
 
 
 def _share(share: Mapping[str, Any]) -> str:

@@ -10,14 +10,14 @@ import torch
 from pydantic import BaseModel
 
 from s2ap_deploy import runtime
-from s2ap_deploy.pipeline.jobs.job import Job
 from s2ap_deploy.recipe.schema import Recipe
-from s2ap_deploy.run.manifest import StageName, StageRecord
+from s2ap_deploy.runs.manifest import StageName, StageRecord
+from s2ap_deploy.stages.context import RunContext
 from s2ap_deploy.tracking import flat
 
 
 @contextmanager
-def explained(job: Job, verbose: bool) -> Iterator[None]:
+def explained(job: RunContext, verbose: bool) -> Iterator[None]:
     """Tell the facts of ``job`` before it starts, and what it left when it ends, also by an error."""
     if not verbose:
         yield
@@ -32,7 +32,7 @@ def explained(job: Job, verbose: bool) -> Iterator[None]:
             job.recorder.note(line)
 
 
-def opening(job: Job) -> Iterator[str]:
+def opening(job: RunContext) -> Iterator[str]:
     """The machine, versions, and the recipe: what was said, and the defaults."""
     machine = job.machine
     yield (
@@ -54,7 +54,7 @@ def opening(job: Job) -> Iterator[str]:
             yield f"debug: {key}, by default: " + ", ".join(f"{name} {value}" for name, value in rest.items())
 
 
-def closing(job: Job, before: Mapping[StageName, StageRecord]) -> Iterator[str]:
+def closing(job: RunContext, before: Mapping[StageName, StageRecord]) -> Iterator[str]:
     """Per stage that this command worked on: time, hash of its inputs, and its files with their hashes."""
     for name, record in job.run.manifest.stages.items():
         if before.get(name) == record:

@@ -12,8 +12,8 @@ from s2ap_deploy.cli import options
 from s2ap_deploy.cli.gate import SIGNS, _say
 
 if TYPE_CHECKING:
-    from s2ap_deploy.pipeline.jobs.machine import Machine
-    from s2ap_deploy.pipeline.judging.verification import Verification
+    from s2ap_deploy.stages.execution import ExecutionConfig
+    from s2ap_deploy.stages.verify import Verification
 
 WORDS = {"pass": "CONFIRMED", "fail": "CONTRADICTED", "inconclusive": "INCONCLUSIVE"}
 
@@ -74,7 +74,7 @@ def command(
     \b
     s2ap-deploy verify s2ap-run/certify/pruned.json
     s2ap-deploy verify s2ap-run/certify/pruned.json --k 50 --in-toto statement.json
-    s2ap-deploy verify s2ap-run/artefact/certificate.json
+    s2ap-deploy verify s2ap-run/artifact/certificate.json
     """
     import secrets
 
@@ -84,8 +84,8 @@ def command(
     from s2ap_deploy.cli import session
     from s2ap_deploy.cli.progress import recorder
     from s2ap_deploy.errors import UsageError
-    from s2ap_deploy.pipeline.jobs.machine import Machine, remembered_data_root
-    from s2ap_deploy.pipeline.judging.verification import run_folder, verify
+    from s2ap_deploy.stages.execution import ExecutionConfig, remembered_data_root
+    from s2ap_deploy.stages.verify import run_folder, verify
 
     session.only_import_path(arch, "the certificate")
     session.check_output(in_toto, (".json",), overwrite=True)
@@ -95,7 +95,7 @@ def command(
     if in_toto is not None and in_toto.resolve().is_relative_to(place.resolve()):
         raise UsageError(f"{in_toto} is no place for a statement", hint="name a file outside the run folder")
     given = data_root.expanduser().resolve() if data_root is not None else None
-    machine = Machine(
+    machine = ExecutionConfig(
         device=runtime.device(device),
         data_root=given or remembered_data_root(place),
         download=download,
@@ -121,7 +121,7 @@ def command(
     return found.exit_code
 
 
-def _opening(place: Path, seed: int, machine: Machine) -> Iterator[str]:
+def _opening(place: Path, seed: int, machine: ExecutionConfig) -> Iterator[str]:
     """What is worked with: the folder, the machine, versions, and the seed that was drawn."""
     import torch
 
@@ -144,7 +144,7 @@ def _closing(found: Verification) -> Iterator[str]:
 
 def _write_statement(path: Path, certificate: Path, found: Verification) -> None:
     from s2ap_deploy import files, runtime
-    from s2ap_deploy.certify.certificate import Certificate
+    from s2ap_deploy.evaluation.certificate import Certificate
     from s2ap_deploy.reporting.in_toto import statement
 
     content = statement(
@@ -163,10 +163,10 @@ def _write_statement(path: Path, certificate: Path, found: Verification) -> None
 def _show(found: Verification, in_toto: Path | None) -> None:
     """Every check with its answer, then the answer of all."""
     for check in found.checks:
-        sign, colour = SIGNS[check.status]
-        _say(f"{click.style(sign, fg=colour)} {check.words}")
-    _, colour = SIGNS[found.status]
-    _say(f"certificate: {click.style(WORDS[found.status], fg=colour, bold=True)}")
+        sign, color = SIGNS[check.status]
+        _say(f"{click.style(sign, fg=color)} {check.words}")
+    _, color = SIGNS[found.status]
+    _say(f"certificate: {click.style(WORDS[found.status], fg=color, bold=True)}")
     if in_toto is not None and found.status == "pass":
         _say(f"in-toto statement, not yet signed: {in_toto}")
     elif in_toto is not None:

@@ -30,7 +30,7 @@ class ImageData:
     """A data set in three disjoint parts.
 
     ``train`` and ``validation`` are for every choice that training makes; ``test`` is only for judging.
-    ``suggested`` is the usual normalisation, where there is one.
+    ``suggested`` is the usual normalization, where there is one.
     """
 
     spec: DataSpec
@@ -93,7 +93,7 @@ def load(
     folder = _folder(name, root)
     facts = folder.spec(size)
     channels, height, _ = facts.preprocessing.size
-    # Shifts in proportion to the usual 4 pixels of 32; grey images are often signs, which a mirror changes.
+    # Shifts in proportion to the usual 4 pixels of 32; gray images are often signs, which a mirror changes.
     augmentation = Augmentation(padding=height // 8, flip=channels == 3)
     fits = math.prod(facts.preprocessing.size) * len(folder) <= memory_limit_bytes
 

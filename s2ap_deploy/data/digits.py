@@ -21,11 +21,11 @@ def load() -> tuple[MemorySplit, MemorySplit]:
     from sklearn.datasets import load_digits
 
     bundled = load_digits()
-    grey = torch.from_numpy(bundled.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
+    gray = torch.from_numpy(bundled.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
     everything = MemorySplit(
-        grey,
+        gray,
         torch.from_numpy(bundled.target).long(),
-        [f"digits/{number:04d}" for number in range(len(grey))],
+        [f"digits/{number:04d}" for number in range(len(gray))],
         KNOWN["digits"].augmentation,
     )
     test = choose(everything.labels, TEST_IMAGES, seed=TEST_SEED)

@@ -59,7 +59,7 @@ class ImageFolder:
     def spec(self, size: tuple[int, int, int] | None) -> DataSpec:
         """The facts, with ``size`` (C, H, W) or else the size of the first training image.
 
-        A square size resizes the shorter side to it and crops the centre, which leaves an image of
+        A square size resizes the shorter side to it and crops the center, which leaves an image of
         that size as it is; any other size has to be the size of every image.
         """
         channels, height, width = size or images.size(self.train.paths[0])

@@ -26,7 +26,7 @@ DAMAGE = (OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error, 
 
 
 def size(path: str) -> tuple[int, int, int]:
-    """(C, H, W) of an image file from its header: C is 1 for grey, 3 for everything else."""
+    """(C, H, W) of an image file from its header: C is 1 for gray, 3 for everything else."""
     with _opened(path) as image:
         return (1 if image.mode in ("1", "L", "LA") else 3), image.height, image.width
 
@@ -90,7 +90,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
 
 
 def squared(image: Image.Image, resize: int | None, crop: int | None) -> Image.Image:
-    """``image`` with its shorter side resized to ``resize`` (bilinear) and its centre cropped to ``crop``.
+    """``image`` with its shorter side resized to ``resize`` (bilinear) and its center cropped to ``crop``.
 
     None leaves a step out. torchvision is imported where a step changes something: images that have their
     size already need none of it.

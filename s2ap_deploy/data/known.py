@@ -1,4 +1,4 @@
-"""Facts about the data sets that are known by name: size, classes, usual normalisation and augmentation."""
+"""Facts about the data sets that are known by name: size, classes, usual normalization and augmentation."""
 
 from __future__ import annotations
 

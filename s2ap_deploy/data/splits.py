@@ -84,7 +84,7 @@ class Split(ABC):
         moves = self.augmentation.draw(len(self), generator(seed, "augmentation", epoch)) if augment else None
         rank, of = share
         own = [batch[rank::of] if rank < len(batch) else batch[:1] for batch in batches]
-        return self._labelled(own, torch.device(device), moves)
+        return self._labeled(own, torch.device(device), moves)
 
     def batches(
         self, batch_size: int, device: torch.device | str, share: tuple[int, int] = (0, 1)
@@ -92,14 +92,14 @@ class Split(ABC):
         """All samples in fixed order, as they are; of each batch the rows of ``share``, if it has any."""
         rank, of = share
         cut = [batch[rank::of] for batch in _cut(torch.arange(len(self)), batch_size) if rank < len(batch)]
-        return self._labelled(cut, torch.device(device), None)
+        return self._labeled(cut, torch.device(device), None)
 
     def tensors(self) -> Batch:
         """All images and labels at once on the CPU; meant for subsets (float32 takes 4 bytes a value)."""
         images = [images for images, _ in self.batches(CHUNK, "cpu")]
         return torch.cat(images), self.labels
 
-    def _labelled(self, batches: list[Tensor], device: torch.device, moves: Tensor | None) -> Iterator[Batch]:
+    def _labeled(self, batches: list[Tensor], device: torch.device, moves: Tensor | None) -> Iterator[Batch]:
         labels = self.labels.to(device)
         if moves is not None:
             moves = moves.to(device)

@@ -1,1 +1,1 @@
-"""Architectures, the classifier that carries its own normalisation, and checkpoints."""
+"""Architectures, the classifier that carries its own normalization, and checkpoints."""

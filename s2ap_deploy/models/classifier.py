@@ -1,4 +1,4 @@
-"""The classifier: a network together with its normalisation, so that its input is an image in [0, 1]."""
+"""The classifier: a network together with its normalization, so that its input is an image in [0, 1]."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Normalize(nn.Module):
         super().__init__()
         if len(mean) != len(std):
             raise CheckpointError(
-                f"the normalisation has {len(mean)} means and {len(std)} standard deviations"
+                f"the normalization has {len(mean)} means and {len(std)} standard deviations"
             )
         if not all(math.isfinite(value) for value in mean) or not all(0 < value < math.inf for value in std):
-            raise CheckpointError(f"the normalisation mean {tuple(mean)}, std {tuple(std)} cannot be applied")
+            raise CheckpointError(f"the normalization mean {tuple(mean)}, std {tuple(std)} cannot be applied")
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).reshape(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).reshape(1, -1, 1, 1))
 
@@ -42,7 +42,7 @@ class Normalize(nn.Module):
 class Classifier(nn.Module):
     """Images float32 [B, C, H, W] in [0, 1] to logits [B, K].
 
-    Normalisation lies inside, because an attack's radius is measured on the image itself.
+    Normalization lies inside, because an attack's radius is measured on the image itself.
     """
 
     def __init__(self, network: nn.Module, normalization: Normalization | None = None) -> None:

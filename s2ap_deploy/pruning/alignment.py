@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s2ap_deploy.errors import UsageError
-from s2ap_deploy.models.coupling import Coupling
+from s2ap_deploy.models.channels.coupling import Coupling
 
 Counts = Mapping[str, int]
 

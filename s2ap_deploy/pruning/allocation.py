@@ -26,7 +26,7 @@ class Allocation(Protocol):
         ...
 
     def parameters(self) -> list[Tensor]:
-        """What the optimiser moves besides the scores; empty for most."""
+        """What the optimizer moves besides the scores; empty for most."""
         ...
 
     def assign(self, mask_gradients: Importance) -> None:
@@ -84,7 +84,7 @@ class Fixed:
 class Global(Fixed):
     """The ``total`` most important weights of all layers together, but no layer below its floor.
 
-    Scores of different layers are compared as they are; the scaled initialisation gives them the scale of
+    Scores of different layers are compared as they are; the scaled initialization gives them the scale of
     Kaiming-uniform layers.
     """
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from s2ap_deploy.errors import UsageError
-from s2ap_deploy.models.coupling import Coupling, Slice
+from s2ap_deploy.models.channels.coupling import Coupling, Slice
 from s2ap_deploy.pruning.allocation import Allocation, Counts, Fixed, Quotas
 from s2ap_deploy.pruning.budgets import Shapes, total_kept
 from s2ap_deploy.pruning.masks import top_k

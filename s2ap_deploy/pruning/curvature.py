@@ -27,7 +27,7 @@ Gather = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 class Sharpness:
     """Rises of the loss within the ball ‖z_l‖₂ <= gamma ‖s_l‖₂, in the unit of the loss.
 
-    ``at_rest`` is the loss at s itself, ``gradient`` the rise after one normalised gradient step,
+    ``at_rest`` is the loss at s itself, ``gradient`` the rise after one normalized gradient step,
     ``random_max`` the largest rise in a random direction (None without any). ``bound`` is the largest of
     them and of 0, the rise at z = 0: a lower bound on the worst rise, which may be larger.
     """

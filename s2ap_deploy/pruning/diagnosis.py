@@ -14,8 +14,8 @@ from s2ap_deploy.errors import InputError
 from s2ap_deploy.pruning.curvature import evaluating, largest_eigenvalue, mean_loss, sharpness_lower_bound
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.recorder import Recorder
-from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.runtime import derive_seed, generator
+from s2ap_deploy.training.objective import Objective
 
 
 @dataclass(frozen=True, eq=False)

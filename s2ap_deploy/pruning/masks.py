@@ -41,7 +41,7 @@ def kept(masks: Masks) -> int:
 
 
 def sparsity(masks: Masks) -> float:
-    """Share of zeros among all masked weights; biases and normalisation are not in the denominator."""
+    """Share of zeros among all masked weights; biases and normalization are not in the denominator."""
     return 1 - kept(masks) / sum(mask.numel() for mask in masks.values())
 
 

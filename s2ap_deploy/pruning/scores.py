@@ -23,7 +23,7 @@ Selection = Mapping[str, Tensor]
 def scaled(magnitude: Tensor) -> Tensor:
     """s = sqrt(6 / fan_in) * w / max|w|: the order of |s| is the order of |w|.
 
-    Scaled initialisation of HYDRA (Sehwag et al., 2020, section 3): the search starts from the
+    Scaled initialization of HYDRA (Sehwag et al., 2020, section 3): the search starts from the
     magnitude mask, at the scale of a Kaiming-uniform layer. For scores of channels [C], fan_in is C.
     """
     fan_in = magnitude[0].numel() if magnitude.dim() > 1 else magnitude.numel()
@@ -42,7 +42,7 @@ class ScoredNetwork:
     """A network with frozen weights and one score per unit that can be pruned.
 
     ``granularity`` says what a unit is and ``allocation`` how many each layer keeps. Rows of the layers in
-    ``covered`` (the classifier's classes) keep at least one weight each. Biases and normalisation stay as
+    ``covered`` (the classifier's classes) keep at least one weight each. Biases and normalization stay as
     they are; BatchNorm statistics move with every pass in train mode. Scores are float32 whatever the
     network's precision; by default they are the scaled weights.
     """
@@ -66,14 +66,14 @@ class ScoredNetwork:
         if scores is None:
             scores = {name: scaled(magnitude) for name, magnitude in units.items()}
         self.scores = own(scores, units)
-        self.orient()
+        self.update_signs()
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         for worn in self.worn.values():
             worn.requires_grad_(True)
 
     @torch.no_grad()
-    def orient(self) -> None:
+    def update_signs(self) -> None:
         """Note the sign of every score, in whose direction importance grows; 0 counts as positive.
 
         Call it after each step. While a perturbation is on, the signs stay those of the scores at rest: a
@@ -87,7 +87,7 @@ class ScoredNetwork:
         """The units of largest importance, which is |s| at rest: bool tensors of the scores' shapes."""
         importance = {name: self.signs[name] * score for name, score in self.scores.items()}
         for name in self.covered:
-            importance[name] = secure_rows(importance[name])
+            importance[name] = keep_one_per_row(importance[name])
         return self.granularity.select(importance, self.allocation.counts(importance))
 
     @torch.no_grad()
@@ -111,7 +111,7 @@ class ScoredNetwork:
         return masks
 
     def parameters(self) -> list[Tensor]:
-        """What the optimiser moves: the scores, and what the allocation learns."""
+        """What the optimizer moves: the scores, and what the allocation learns."""
         return [*self.scores.values(), *self.allocation.parameters()]
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
@@ -132,13 +132,13 @@ class ScoredNetwork:
             return {name: self.signs[name] * gradient for name, gradient in gathered.items()}
 
     def assign(self, gradients: Mapping[str, Tensor]) -> None:
-        """Hand the optimiser its gradients: those of the scores, and what follows for the allocation."""
+        """Hand the optimizer its gradients: those of the scores, and what follows for the allocation."""
         for name, score in self.scores.items():
             score.grad = gradients[name]
         self.allocation.assign({name: self.signs[name] * value for name, value in gradients.items()})
 
 
-def secure_rows(importance: Tensor) -> Tensor:
+def keep_one_per_row(importance: Tensor) -> Tensor:
     """``importance`` [rows, ...] with the largest entry of every row raised above all others."""
     flat = importance.flatten(1)
     best = flat.argmax(dim=1, keepdim=True)

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from s2ap_deploy.data.splits import Split, train_steps
+from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
 from s2ap_deploy.errors import InputError, UsageError
 from s2ap_deploy.pruning.masks import departed, replaced
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
 from s2ap_deploy.pruning.stability import hamming
-from s2ap_deploy.ranks.group import ALONE, Ranks
 from s2ap_deploy.recorder import Recorder, Snapshots
-from s2ap_deploy.robust.adversary import Adversary
-from s2ap_deploy.robust.batchnorm import frozen_statistics, recalibrate, shared_statistics
-from s2ap_deploy.robust.evaluation import pgd_accuracy
-from s2ap_deploy.robust.objective import Objective
-from s2ap_deploy.robust.precision import FLOAT32, Precision
-from s2ap_deploy.robust.schedule import Epoch, cosine, validation_sample
-from s2ap_deploy.robust.sharing import Part, Share, Total, mean_loss, shares
-from s2ap_deploy.robust.training import strip
 from s2ap_deploy.runtime import derive_seed, generator, seed_layers
+from s2ap_deploy.training.adversary import Adversary
+from s2ap_deploy.training.batching import Part, Share, Total, mean_loss, shares
+from s2ap_deploy.training.batchnorm import frozen_statistics, recalibrate, shared_statistics
+from s2ap_deploy.training.evaluation import pgd_accuracy
+from s2ap_deploy.training.loop import strip
+from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.precision import FLOAT32, Precision
+from s2ap_deploy.training.schedule import Epoch, cosine, validation_sample
 
 RECALIBRATION_BATCHES = 100
 INERT, NOISY = 1e-4, 0.2  # flip rates below and above which gamma does nothing useful
@@ -73,7 +73,7 @@ def search(
     diagnose: Diagnose | None = None,
     precision: Precision = FLOAT32,
     accumulate: int = 1,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> SearchResult:
     """Learn scores by robust training under M(s), with S2AP's perturbation if asked.
 
@@ -224,7 +224,7 @@ def update(
         flip_rate = departed(selection, shifted) / units(selection)
     scored.assign(gradients)
     optimizer.step()
-    scored.orient()
+    scored.update_signs()
     return Update(resting.loss, flip_rate, perturbed)
 
 
@@ -299,7 +299,7 @@ def calibration(
     batch_size: int,
     seed: int,
     device: torch.device,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Iterator[Tensor]:
     """Batches as training saw them: the clean image and its adversarial twin, in turn.
 
@@ -349,7 +349,7 @@ def resume(
     adversary.load(strip("adversary/", tensors))
     for index, parameter in enumerate(scored.parameters()):
         optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum/{index}"].to(parameter.device)
-    scored.orient()
+    scored.update_signs()
     for name, buffer in scored.network.named_buffers():
         buffer.copy_(tensors[f"buffer/{name}"])
     return [Epoch.of(row) for row in state["history"]], int(state["perturbed_steps"])

@@ -12,9 +12,9 @@ class ScorePerturbation:
     """Moves scores to the top of the robust loss within a relative ball, and back.
 
     S2AP solves min_s max_z L(w ⊙ M(s+z)) subject to ‖z_l‖₂ ≤ gamma ‖s_l‖₂ for every layer l
-    (arXiv 2510.18381). One normalised ascent step, as in SAM and AWP, solves the inner problem:
+    (arXiv 2510.18381). One normalized ascent step, as in SAM and AWP, solves the inner problem:
     z_l = gamma ‖s_l‖₂ g_l / ‖g_l‖₂, with g_l the loss gradient at s_l. ``gamma`` has no unit.
-    Masks at s + z keep the signs of s (see ``ScoredNetwork.orient``).
+    Masks at s + z keep the signs of s (see ``ScoredNetwork.update_signs``).
     """
 
     def __init__(self, scores: Mapping[str, Tensor], gamma: float) -> None:

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 @torch.no_grad()
-def untrain(network: nn.Module, names: Sequence[str], generator: torch.Generator) -> None:
+def reinitialize(network: nn.Module, names: Sequence[str], generator: torch.Generator) -> None:
     """Forget training: the weights ``names`` become ±gain / sqrt(fan_in), with signs drawn at random.
 
     Signed Kaiming constant with gain sqrt(2) (Ramanujan et al., 2020, as used by Fu et al., 2021). Biases
-    become 0; normalisation layers lose their scale and shift and forget their statistics. ``generator`` is
+    become 0; normalization layers lose their scale and shift and forget their statistics. ``generator`` is
     on the CPU, so that signs do not depend on the device.
     """
     for module in network.modules():
@@ -25,7 +25,7 @@ def untrain(network: nn.Module, names: Sequence[str], generator: torch.Generator
         if isinstance(module, nn.modules.batchnorm._NormBase):
             module.reset_running_stats()
         scale = getattr(module, "weight", None)
-        if isinstance(module, NORMALISATIONS) and scale is not None:
+        if isinstance(module, NORMALIZATIONS) and scale is not None:
             scale.fill_(1.0)
     parameters = dict(network.named_parameters())
     for name in names:

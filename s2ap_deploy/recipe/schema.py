@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.recipe import target
-from s2ap_deploy.recipe.kinds import (
+from s2ap_deploy.recipe.field_types import (
     ArchitectureName,
     Count,
     DataName,
@@ -24,12 +24,12 @@ from s2ap_deploy.recipe.kinds import (
     Positive,
     Whole,
 )
-from s2ap_deploy.recipe.pruning import PruneSection
-from s2ap_deploy.recipe.training import TrainSection
-from s2ap_deploy.spec import Frozen, Normalization, ThreatModel
+from s2ap_deploy.recipe.prune_section import PruneSection
+from s2ap_deploy.recipe.train_section import TrainSection
+from s2ap_deploy.spec import Normalization, Record, ThreatModel
 
 
-class ModelSection(Frozen):
+class ModelSection(Record):
     """The network to prune. ``arch`` may be left out when the checkpoint's weights show it.
 
     ``checkpoint`` is relative to the working folder; when it is given, ``pretrain`` is not run.
@@ -45,7 +45,7 @@ class ModelSection(Frozen):
     alpha: Fraction01 | None = None
 
 
-class DataSection(Frozen):
+class DataSection(Record):
     """The images. ``size`` is (C, H, W), None for the data set's own; where they lie is ``--data-root``."""
 
     name: DataName
@@ -53,7 +53,7 @@ class DataSection(Frozen):
     validation_fraction: OpenFraction = 0.1
 
 
-class CertifySection(Frozen):
+class CertifySection(Record):
     """Attacks on ``n`` held-out images (None: all). ``sample_seed`` None takes the first ``n``.
 
     ``provable`` proves what it can first, and attacks only the rest; ``curve`` adds accuracy over eps. Where
@@ -69,11 +69,11 @@ class CertifySection(Frozen):
     sample_seed: Whole | None = 0
 
 
-class ExportSection(Frozen):
+class ExportSection(Record):
     """The ONNX file. ``auto`` chooses the smallest encoding for each tensor.
 
     ``values`` rounds the stored weights, which are float32 again when anything is computed; ``int8``
-    quantises weights and activations, with ranges from ``calibration`` training images. ``batch`` is the only
+    quantizes weights and activations, with ranges from ``calibration`` training images. ``batch`` is the only
     batch size that the file takes, or ``dynamic``.
     ``compact`` leaves out channels that cannot matter, without changing the outputs.
     Of a run on channels, ``keep_ratio`` below 1 keeps fewer of them than the run did, chosen by its scores:
@@ -116,7 +116,7 @@ class ExportSection(Frozen):
         return self
 
 
-class GateSection(Frozen):
+class GateSection(Record):
     """The policy. ``lower`` judges bounds of the 95 % intervals, ``point`` the observed figures.
 
     Drops are against the dense network on the same samples, ``max_class_drop`` that of the worst class.
@@ -142,7 +142,7 @@ class GateSection(Frozen):
         return self
 
 
-class Recipe(Frozen):
+class Recipe(Record):
     """A whole pipeline. Without ``prune`` the dense network is judged; without ``gate`` nothing is."""
 
     name: Annotated[str, Field(min_length=1)]

@@ -19,7 +19,7 @@ from s2ap_deploy.errors import RecipeError, UsageError
 from s2ap_deploy.recipe import yaml_document
 from s2ap_deploy.recipe.diagnosis import explain
 from s2ap_deploy.recipe.methods import n_of_m
-from s2ap_deploy.spec import Frozen
+from s2ap_deploy.spec import Record
 
 NONE = "none"
 """What takes a target back that a run folder remembers."""
@@ -57,7 +57,7 @@ def _pattern(value: str) -> str:
     return value
 
 
-class TargetBudgets(Frozen):
+class TargetBudgets(Record):
     """The most that a file may take: its bytes, multiply-accumulates per image, ms per inference."""
 
     bytes: _Count | None = None
@@ -65,7 +65,7 @@ class TargetBudgets(Frozen):
     latency_ms: _Positive | None = None
 
 
-class Requirements(Frozen):
+class Requirements(Record):
     """What the target cannot do without; empty means that anything goes.
 
     ``granularity`` is a pattern that the weights must keep to. ``compact`` false says that dead channels must
@@ -79,7 +79,7 @@ class Requirements(Frozen):
     budgets: tuple[BudgetName, ...] = ()
 
 
-class Target(Frozen):
+class Target(Record):
     """One device or runtime.
 
     ``dtype`` int8 means int8 arithmetic, float16 values that are stored so and computed with in float32.
@@ -125,7 +125,7 @@ class Target(Frozen):
         }
 
 
-class Found(Frozen):
+class Found(Record):
     """A target and where it was read; ``sha256`` is the hash of that file."""
 
     target: Target

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from s2ap_deploy.certify.gate.gate import Verdict
-from s2ap_deploy.certify.wording import plain
 from s2ap_deploy.errors import FAILED, INCONCLUSIVE, PASSED
+from s2ap_deploy.evaluation.statements import plain
+from s2ap_deploy.gating.policy import Verdict
 
 MOST_ROWS = 200
 MOST_ANNOTATIONS = 10

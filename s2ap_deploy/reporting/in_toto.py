@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from s2ap_deploy.certify.certificate import Certificate
 from s2ap_deploy.errors import UsageError
+from s2ap_deploy.evaluation.certificate import Certificate
 
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE: Final = "urn:x-s2ap-deploy:attack-certificate:v1"

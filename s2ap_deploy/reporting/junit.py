@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
-from s2ap_deploy.certify.gate.check import Check
-from s2ap_deploy.certify.gate.gate import Verdict
-from s2ap_deploy.certify.wording import plain
+from s2ap_deploy.evaluation.statements import plain
+from s2ap_deploy.gating.check import Check
+from s2ap_deploy.gating.policy import Verdict
 from s2ap_deploy.reporting.rules import rule_of
 
 SUITE = "s2ap-deploy gate"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from s2ap_deploy.certify.gate.check import Check
+from s2ap_deploy.gating.check import Check
 
 
 class Rule(NamedTuple):

@@ -12,12 +12,12 @@ from typing import Any
 from urllib.parse import quote
 
 from s2ap_deploy import files
-from s2ap_deploy.certify.gate.check import Check
-from s2ap_deploy.certify.gate.gate import Verdict
-from s2ap_deploy.certify.wording import plain
 from s2ap_deploy.errors import UNUSABLE
+from s2ap_deploy.evaluation.statements import plain
+from s2ap_deploy.gating.check import Check
+from s2ap_deploy.gating.policy import Verdict
 from s2ap_deploy.reporting.rules import GATE, RULES, Rule, file_of, rule_of
-from s2ap_deploy.run.manifest import tool_version
+from s2ap_deploy.runs.manifest import tool_version
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 LEVELS = {"fail": "error", "inconclusive": "warning"}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from s2ap_deploy.certify.certificate import Certificate
-from s2ap_deploy.certify.gate.gate import Verdict
-from s2ap_deploy.exporting.artifact import ExportReport
-from s2ap_deploy.run.folder import Run
+from s2ap_deploy.evaluation.certificate import Certificate
+from s2ap_deploy.gating.policy import Verdict
+from s2ap_deploy.onnx_export.export_report import ExportReport
+from s2ap_deploy.runs.folder import Run
 
 
-def summarise(run: Run, verdict: Verdict | None) -> dict[str, Any]:
+def summarize(run: Run, verdict: Verdict | None) -> dict[str, Any]:
     """What a person wants to see at the end, as JSON values; sections that were not run are absent.
 
     ``bytes`` of the dense network is the size of its plain ONNX twin, of the pruned one that of the

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from s2ap_deploy.cli.bench_table import int8_words, performance_table
-from s2ap_deploy.exporting.measures.performance import Inference, Memory, PairedTimes, Performance
+from s2ap_deploy.onnx_export.benchmark.performance import Inference, Memory, PairedTimes, Performance
 
 MIB = 2**20
 
@@ -97,7 +97,7 @@ def test_bench_measures_a_finished_export_and_leaves_its_file_alone(
 ) -> None:
     import json
 
-    from s2ap_deploy.exporting.measures.bench import bench
+    from s2ap_deploy.onnx_export.benchmark.bench import bench
 
     for name, value in (("seconds", 0.0), ("least", 5), ("processes", 1)):
         monkeypatch.setitem(bench.__kwdefaults__, name, value)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from s2ap_deploy.models import checkpoint
+from s2ap_deploy.models.checkpoints import checkpoint
 
 SHORT = ["--search-epochs", 1, "--finetune-epochs", 1, "--loss", "at", "--eps", "0.5"]
 
@@ -247,7 +247,7 @@ def test_a_foreign_checkpoint_with_the_missing_facts_as_options(
     assert adopted.normalization == pruned.normalization == facts.normalization
     assert pruned.preprocessing == facts.preprocessing
     assert (pruned.data, pruned.stage) == ("digits", "finetune")
-    # The same network in the same wrapping of normalisation as the checkpoint of our own: the same masks.
+    # The same network in the same wrapping of normalization as the checkpoint of our own: the same masks.
     results = stages(tmp_path / "s2ap-run")["pretrain"]["results"]["best"]
     assert results["clean_accuracy"] > 0.4
 

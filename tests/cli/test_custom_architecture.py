@@ -127,7 +127,7 @@ def test_code_that_ends_the_process_is_no_success(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            f"from s2ap_deploy.cli.main import guarded; raise SystemExit(guarded({command!r}))",
+            f"from s2ap_deploy.cli.main import run_cli; raise SystemExit(run_cli({command!r}))",
         ],
         capture_output=True,
         text=True,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from s2ap_deploy.recipe import catalogue
+from s2ap_deploy.recipe import catalog
 
 QUIET = ["--threads", 1, "--workers", 1, "--quiet"]
 TINY = [
@@ -155,5 +155,5 @@ def test_the_demo_takes_it_too(tmp_path: Path, s2ap: Callable[..., Any]) -> None
         cwd=tmp_path,
     )
     assert done.code == 0, done.err
-    assert json.loads(done.out)["name"] == catalogue.load("demo").name
+    assert json.loads(done.out)["name"] == catalog.load("demo").name
     assert list(tmp_path.iterdir()) == []

@@ -65,7 +65,7 @@ def test_int8_values_keep_a_name_of_their_own(s2ap: Command, own_run: Path) -> N
     report = exported(s2ap, own_run, "--values", "int8")
     assert report["file"] == "model-int8-weights.onnx"
     assert report["rounding"]["flushed"] >= 0
-    assert report["quantisation"] is None
+    assert report["quantization"] is None
 
 
 def test_a_fixed_batch(s2ap: Command, own_run: Path) -> None:

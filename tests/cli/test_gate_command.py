@@ -57,7 +57,7 @@ def test_before_certify_there_is_nothing_to_judge(
 @pytest.mark.parametrize(
     "name", ["export/int8.onnx", "spare.onnx", "export/deep/x.ONNX", "export/model.tflite"]
 )
-def test_an_artefact_that_nothing_covers_is_inconclusive(
+def test_an_artifact_that_nothing_covers_is_inconclusive(
     name: str, s2ap: Callable[..., Any], own_run: Path
 ) -> None:
     stranger = own_run / name
@@ -69,7 +69,7 @@ def test_an_artefact_that_nothing_covers_is_inconclusive(
     assert s2ap("gate", *HARD, "--run", own_run).code == 1  # a demonstrated miss stays one
 
 
-def test_a_swapped_artefact_fails(s2ap: Callable[..., Any], own_run: Path) -> None:
+def test_a_swapped_artifact_fails(s2ap: Callable[..., Any], own_run: Path) -> None:
     model = own_run / "export" / "model.onnx"
     model.write_bytes(model.read_bytes()[:-1] + b"x")
     done = s2ap("gate", *EASY, "--run", own_run)
@@ -117,11 +117,11 @@ def test_quiet_says_nothing_and_json_says_it_in_one_object(s2ap: Callable[..., A
     assert (verdict["status"], verdict["exit_code"], told.code) == ("fail", 1, 1)
 
 
-def test_a_judgement_loads_no_torch(own_run: Path) -> None:
+def test_a_judgment_loads_no_torch(own_run: Path) -> None:
     heavy = {"torch", "torchvision", "onnx", "onnxruntime", "numpy", "scipy"}
     probe = (
-        "import sys; from s2ap_deploy.cli.main import guarded; "
-        f"code = guarded({['gate', *EASY, '--json', '--run', str(own_run)]!r}); "
+        "import sys; from s2ap_deploy.cli.main import run_cli; "
+        f"code = run_cli({['gate', *EASY, '--json', '--run', str(own_run)]!r}); "
         f"print(code, {heavy} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from s2ap_deploy.certify.certificate import PointsFile
-from s2ap_deploy.certify.samples import Proven
+from s2ap_deploy.evaluation.certificate import PointsFile
+from s2ap_deploy.evaluation.samples import Proven
 from s2ap_deploy.spec import ThreatModel
 
 Make = Callable[..., Path]
@@ -229,10 +229,10 @@ def test_questions_that_make_no_sense(
 def test_the_age_limit_joins_the_recipes_policy_instead_of_replacing_it(
     s2ap: Callable[..., Any], make_run: Make
 ) -> None:
-    from s2ap_deploy.recipe import catalogue
+    from s2ap_deploy.recipe import catalog
 
     folder = make_run()
-    text = catalogue.dump(catalogue.load("demo"))
+    text = catalog.dump(catalog.load("demo"))
     start = text.index("gate:")
     (folder / "recipe.yaml").write_text(
         text[:start] + "gate: {min_robust: 0.95, max_bytes: 1000, rule: point}\n"

@@ -142,8 +142,8 @@ def test_the_default_rule_loads_nothing_heavy(make_run: Make, tmp_path: Path) ->
     heavy = {"torch", "torchvision", "onnx", "onnxruntime", "numpy", "scipy", "rich", "xml", "click.testing"}
     arguments = ["gate", *PASS, "--max-drop", "0.1", "--max-class-drop", "0.2", "--run", str(folder)]
     probe = (
-        "import sys; from s2ap_deploy.cli.main import guarded; "
-        f"code = guarded({arguments!r}); print(code, sorted({heavy!r} & set(sys.modules)))"
+        "import sys; from s2ap_deploy.cli.main import run_cli; "
+        f"code = run_cli({arguments!r}); print(code, sorted({heavy!r} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 []"

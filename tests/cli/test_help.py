@@ -133,8 +133,8 @@ def test_version(s2ap: Callable[..., Any]) -> None:
 def test_what_answers_at_once_imports_nothing_heavy(arguments: list[str]) -> None:
     """A time would say more about this machine; without these modules it is a fraction of a second."""
     probe = (
-        "import sys; from s2ap_deploy.cli.main import guarded; "
-        f"code = guarded({arguments!r}); "
+        "import sys; from s2ap_deploy.cli.main import run_cli; "
+        f"code = run_cli({arguments!r}); "
         "print(code, sorted({'torch', 'torchvision', 'numpy', 'scipy', 'onnx', 'onnxruntime', 'rich'}"
         " & set(sys.modules)))"
     )

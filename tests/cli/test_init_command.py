@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from s2ap_deploy.models import checkpoint, registry
-from s2ap_deploy.recipe import catalogue
+from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.models.checkpoints import checkpoint
+from s2ap_deploy.recipe import catalog
 
 QUIET = ["--threads", 1, "--workers", 1, "--quiet"]
 
@@ -36,7 +37,7 @@ def test_a_checkpoint_of_ours_needs_nothing(
     done = s2ap("init", "model.pt", cwd=tmp_path)
     assert done.code == 0, done.err
     assert done.out.splitlines() == ["wrote recipe.yaml", "next: s2ap-deploy run recipe.yaml"]
-    recipe = catalogue.load(str(tmp_path / "recipe.yaml"))
+    recipe = catalog.load(str(tmp_path / "recipe.yaml"))
     assert (recipe.model.arch, recipe.model.checkpoint) == ("digits-conv", "model.pt")
     assert (recipe.data.name, str(recipe.threat)) == ("digits", "Linf eps 0.1")
     text = (tmp_path / "recipe.yaml").read_text()
@@ -78,7 +79,7 @@ def test_a_foreign_file_gets_guesses_that_are_named(
     told = json.loads(done.out)
     assert (told["guesses"], told["blanks"]) == (["data.name", "threat.eps"], [])
     assert told["command"] == "s2ap-deploy run recipe.yaml --data-root data --download"
-    recipe = catalogue.load(str(tmp_path / "recipe.yaml"))
+    recipe = catalog.load(str(tmp_path / "recipe.yaml"))
     assert (recipe.data.name, recipe.threat.eps, recipe.model.arch) == (data, eps, arch)
     text = (tmp_path / "recipe.yaml").read_text()
     assert "a guess from the input" in text
@@ -118,7 +119,7 @@ def test_data_that_nobody_can_guess_are_the_one_blank_and_run_names_it(
     assert refused.code == 2
     assert f"recipe.yaml, line {line}: data.name" in refused.err
     (tmp_path / "recipe.yaml").write_text(text.replace("name: null", "name: imagefolder:photos"))
-    assert catalogue.load(str(tmp_path / "recipe.yaml")).data.size == (3, 32, 32)
+    assert catalog.load(str(tmp_path / "recipe.yaml")).data.size == (3, 32, 32)
 
 
 def test_options_are_taken_as_they_are(tmp_path: Path, s2ap: Callable[..., Any]) -> None:
@@ -127,7 +128,7 @@ def test_options_are_taken_as_they_are(tmp_path: Path, s2ap: Callable[..., Any])
     norm = ["--mean", "0.49,0.48,0.45", "--std", "0.25,0.24,0.26"]
     done = s2ap("init", "foreign.pth", *asked, *norm, "--json", cwd=tmp_path)
     assert json.loads(done.out)["guesses"] == []
-    recipe = catalogue.load(str(tmp_path / "recipe.yaml"))
+    recipe = catalog.load(str(tmp_path / "recipe.yaml"))
     assert recipe.prune is not None
     assert recipe.model.normalization is not None
     assert (recipe.data.name, str(recipe.threat), recipe.prune.sparsity) == ("svhn", "L2 eps 0.5", 0.75)
@@ -147,7 +148,7 @@ def test_code_of_ones_own_goes_into_the_command_and_never_into_the_recipe(
     done = s2ap("init", "own.pt", "--arch", "net.py:small", "--json", cwd=tmp_path)
     assert done.code == 0, done.err
     assert json.loads(done.out)["command"] == "s2ap-deploy run recipe.yaml --arch net.py:small"
-    recipe = catalogue.load(str(tmp_path / "recipe.yaml"))
+    recipe = catalog.load(str(tmp_path / "recipe.yaml"))
     assert (recipe.model.arch, recipe.data.name) == (None, "digits")
 
 
@@ -158,7 +159,7 @@ def test_a_file_that_is_there_stays(digits_model: Path, tmp_path: Path, s2ap: Ca
     assert "recipe.yaml exists" in done.err
     assert (tmp_path / "recipe.yaml").read_text() == "mine\n"
     assert s2ap("init", digits_model, "--overwrite", cwd=tmp_path).code == 0
-    assert catalogue.load(str(tmp_path / "recipe.yaml")).model.checkpoint == str(digits_model)
+    assert catalog.load(str(tmp_path / "recipe.yaml")).model.checkpoint == str(digits_model)
 
 
 def test_an_odd_name_breaks_neither_comment_nor_recipe(
@@ -167,7 +168,7 @@ def test_an_odd_name_breaks_neither_comment_nor_recipe(
     odd = tmp_path / "a: b\n# c 'd' [é].pt"
     odd.write_bytes(digits_model.read_bytes())
     assert s2ap("init", odd.name, cwd=tmp_path).code == 0
-    recipe = catalogue.load(str(tmp_path / "recipe.yaml"))
+    recipe = catalog.load(str(tmp_path / "recipe.yaml"))
     assert recipe.model.checkpoint == odd.name
     assert checkpoint.read_tensors(tmp_path / recipe.model.checkpoint).info is not None
 

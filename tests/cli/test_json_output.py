@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from s2ap_deploy.cli.main import guarded
+from s2ap_deploy.cli.main import run_cli
 
 SHORT = ["--search-epochs", "1", "--finetune-epochs", "1", "--loss", "at", "--eps", "0.5"]
 
@@ -16,7 +16,7 @@ SHORT = ["--search-epochs", "1", "--finetune-epochs", "1", "--loss", "at", "--ep
 def answer(capfd: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> dict[str, Any]:
     """The object that the command printed, read from the file descriptor itself."""
     capfd.readouterr()
-    assert guarded([*map(str, arguments), "--json"]) == code
+    assert run_cli([*map(str, arguments), "--json"]) == code
     out, _ = capfd.readouterr()
     assert out.endswith("\n")
     assert out.count("\n") == 1
@@ -79,8 +79,8 @@ def test_quiet_leaves_stderr_empty(
     digits_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert guarded(["prune", str(digits_model), "--sparsity", "0.9", *SHORT, "--quiet"]) == 0
-    assert guarded(["certify", "--n", "20", "-q", "--json"]) == 0
+    assert run_cli(["prune", str(digits_model), "--sparsity", "0.9", *SHORT, "--quiet"]) == 0
+    assert run_cli(["certify", "--n", "20", "-q", "--json"]) == 0
     out, err = capfd.readouterr()
     assert err == ""
     assert len(out.splitlines()) == 1

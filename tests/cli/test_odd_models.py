@@ -37,7 +37,7 @@ make.input_size = (1, 8, 8)
     ("body", "flag", "words"),
     [
         ("return logits.softmax(dim=1)", "not_logits", "returns probabilities"),
-        ("return logits + torch.randn_like(logits)", "randomised", "answers the same image differently"),
+        ("return logits + torch.randn_like(logits)", "randomized", "answers the same image differently"),
         ("return logits - logits.mean(dim=0)", "batch_dependent", "depends on the other images"),
         (
             "return logits if float(x.detach().max()) > 0.01 else -logits",

@@ -217,7 +217,7 @@ def test_no_space_has_its_own_words(s2ap: Callable[..., Any], digits_model: Path
         "import errno, os, sys; from s2ap_deploy import files\n"
         "def full(path): raise OSError(errno.ENOSPC, 'No space left on device')\n"
         "files._sync = full\n"
-        "from s2ap_deploy.cli.main import guarded; sys.exit(guarded(sys.argv[1:]))"
+        "from s2ap_deploy.cli.main import run_cli; sys.exit(run_cli(sys.argv[1:]))"
     )
     arguments = ["prune", str(digits_model), "--sparsity", "0.9"]
     done = subprocess.run(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from s2ap_deploy.recipe import catalogue
+from s2ap_deploy.recipe import catalog
 
 
 def test_the_list_names_every_recipe_once_below_its_data(s2ap: Callable[..., Any]) -> None:
@@ -17,7 +17,7 @@ def test_the_list_names_every_recipe_once_below_its_data(s2ap: Callable[..., Any
     assert done.code == 0
     lines = done.out.splitlines()
     named = [line.split()[0] for line in lines if line.startswith("  ")]
-    assert sorted(named) == sorted(catalogue.names())
+    assert sorted(named) == sorted(catalog.names())
     headings = [line for line in lines if line and not line.startswith(" ")]
     assert headings == ["digits", "mnist", "cifar10", "cifar100", "svhn", "imagefolder"]
     assert lines.index("  " + next(line for line in lines if "  demo " in line).strip()) < lines.index(
@@ -29,13 +29,13 @@ def test_the_list_names_every_recipe_once_below_its_data(s2ap: Callable[..., Any
 def test_the_list_as_one_object(s2ap: Callable[..., Any]) -> None:
     for words in (["recipes", "--json"], ["recipes", "list", "--json"]):
         told = json.loads(s2ap(*words).out)
-        assert sorted(told) == sorted(catalogue.names())
-        assert told["demo"] == catalogue.load("demo").description
+        assert sorted(told) == sorted(catalog.names())
+        assert told["demo"] == catalog.load("demo").description
 
 
 @pytest.mark.parametrize("words", [["recipes", "demo"], ["recipes", "show", "demo"]])
 def test_a_recipe_is_shown_as_it_was_written(s2ap: Callable[..., Any], words: list[str]) -> None:
-    assert s2ap(*words).out == catalogue.path_of("demo").read_text()
+    assert s2ap(*words).out == catalog.path_of("demo").read_text()
 
 
 def test_resolved_it_says_where_every_value_comes_from(s2ap: Callable[..., Any], tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_resolved_it_says_where_every_value_comes_from(s2ap: Callable[..., Any],
     assert "cifar10-resnet18-2-4.yaml, line" in done.out
     assert "cifar10-resnet18-hydra-s2ap-90.yaml, line" in done.out
     (tmp_path / "r.yaml").write_text(done.out)
-    assert catalogue.load(str(tmp_path / "r.yaml")) == catalogue.load(
+    assert catalog.load(str(tmp_path / "r.yaml")) == catalog.load(
         "cifar10-resnet18-2-4", overrides=["seed=3"]
     )
     told = json.loads(s2ap("recipes", "show", "demo", "--resolved", "--json").out)
@@ -63,7 +63,7 @@ def test_an_override_alone_shows_what_would_run(s2ap: Callable[..., Any]) -> Non
 MEASURED = {"demo", "demo-quick", "mnist", "mnist-harp-s2ap-99"}
 
 
-@pytest.mark.parametrize("name", catalogue.names())
+@pytest.mark.parametrize("name", catalog.names())
 def test_a_recipe_that_nobody_measured_says_so(name: str, s2ap: Callable[..., Any]) -> None:
     head = s2ap("recipes", "show", name).out.partition("\nname:")[0]
     assert ("a place to start, not measured here" in head) == (name not in MEASURED)

@@ -13,13 +13,13 @@ from PIL import Image
 
 from s2ap_deploy.cli import options, session
 from s2ap_deploy.errors import UsageError
-from s2ap_deploy.recipe import catalogue
+from s2ap_deploy.recipe import catalog
 
 SHORT = ["--search-epochs", 1, "--finetune-epochs", 1, "--loss", "at"]
 
 
 def images(folder: Path) -> None:
-    """A tiny image folder: two classes of 8x8 grey images, bright on the left or on the right."""
+    """A tiny image folder: two classes of 8x8 gray images, bright on the left or on the right."""
     rng = np.random.default_rng(0)
     for part, n in (("train", 30), ("test", 10)):
         for label, name in enumerate(("left", "right")):
@@ -31,7 +31,7 @@ def images(folder: Path) -> None:
 
 
 def test_changes_are_made_where_they_are_given() -> None:
-    recipe = catalogue.load("demo")
+    recipe = catalog.load("demo")
     changed = session.changed(recipe, {"prune.sparsity": 0.5, "prune.gamma": None, "gate.min_robust": 0.1})
     assert changed.prune is not None
     assert changed.gate is not None
@@ -48,7 +48,7 @@ def test_a_section_is_made_for_a_key_that_needs_one() -> None:
 
 def test_a_value_that_does_not_fit_names_its_key() -> None:
     with pytest.raises(UsageError, match=r"^prune\.sparsity: "):
-        session.changed(catalogue.load("demo"), {"prune.sparsity": 2.0})
+        session.changed(catalog.load("demo"), {"prune.sparsity": 2.0})
 
 
 @pytest.mark.parametrize(("mean", "std"), [((0.5,), None), (None, (0.5,)), ((0.5,), (0.5, 0.5))])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2ap_deploy.cli import signs
-from s2ap_deploy.cli.main import LazyGroup, guarded
+from s2ap_deploy.cli.main import LazyGroup, run_cli
 from s2ap_deploy.cli.tables import SIGNS
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def test_no_color_is_heard_by_every_command(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(LazyGroup, "get_command", lambda self, ctx, name: command)
 
     monkeypatch.setenv("NO_COLOR", "1")
-    assert guarded(["gate"]) == 0
+    assert run_cli(["gate"]) == 0
     monkeypatch.setenv("NO_COLOR", "")
-    assert guarded(["gate"]) == 0
+    assert run_cli(["gate"]) == 0
     assert heard == [False, None]

@@ -14,10 +14,10 @@ import pytest
 
 from s2ap_deploy import tracking
 from s2ap_deploy.cli.sweep import exit_code
-from s2ap_deploy.pipeline.sweeps import sweep as sweeping
-from s2ap_deploy.pipeline.sweeps.figures import Row, SweepReport
-from s2ap_deploy.run.manifest import Manifest
+from s2ap_deploy.runs.manifest import Manifest
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.sweeps import runner as sweeping
+from s2ap_deploy.sweeps.results import Row, SweepReport
 
 # At this radius every image falls to the first attack, so that certifying takes a second, not minutes.
 RECIPE = """\

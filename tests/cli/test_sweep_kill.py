@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from s2ap_deploy.pipeline.sweeps.figures import SweepReport
+from s2ap_deploy.sweeps.results import SweepReport
 
 RECIPE = """\
 name: small

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from s2ap_deploy.certify.gate.check import Check
-from s2ap_deploy.certify.gate.gate import Verdict
 from s2ap_deploy.cli import tables
+from s2ap_deploy.gating.check import Check
+from s2ap_deploy.gating.policy import Verdict
 
 SHARE = {"value": 0.86, "interval": [0.804, 0.9048]}
 

@@ -27,7 +27,7 @@ def test_digits_test_set_never_moves() -> None:
     assert hashlib.sha256(",".join(sets[0]).encode()).hexdigest().startswith("af525ba50855bfad")
 
 
-def test_digits_grey_levels_fill_the_range() -> None:
+def test_digits_gray_levels_fill_the_range() -> None:
     images, _ = datasets.load("digits").train.tensors()
     levels = (images * 255).unique()
     assert len(levels) == 17
@@ -39,7 +39,7 @@ def test_validation_moves_with_the_seed_only() -> None:
     assert first == again != other
 
 
-def test_suggested_normalisation_is_that_of_the_digits() -> None:
+def test_suggested_normalization_is_that_of_the_digits() -> None:
     data = datasets.load("digits")
     images = torch.cat([data.train.tensors()[0], data.validation.tensors()[0]])
     assert data.suggested is not None

@@ -107,11 +107,11 @@ def test_images_that_are_not_square_have_to_agree(make_folder: MakeFolder) -> No
         datasets.load(f"imagefolder:{folder}")
 
 
-def test_colour_is_mirrored_and_shifted_grey_only_shifted(make_folder: MakeFolder) -> None:
-    colour = datasets.load(f"imagefolder:{make_folder()}").train.augmentation
-    grey = datasets.load(f"imagefolder:{make_folder(shape=(32, 32), name='signs')}").train.augmentation
-    assert (colour.padding, colour.flip) == (1, True)
-    assert (grey.padding, grey.flip) == (4, False)
+def test_color_is_mirrored_and_shifted_gray_only_shifted(make_folder: MakeFolder) -> None:
+    color = datasets.load(f"imagefolder:{make_folder()}").train.augmentation
+    gray = datasets.load(f"imagefolder:{make_folder(shape=(32, 32), name='signs')}").train.augmentation
+    assert (color.padding, color.flip) == (1, True)
+    assert (gray.padding, gray.flip) == (4, False)
 
 
 def test_a_relative_folder_may_lie_in_the_data_root(

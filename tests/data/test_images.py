@@ -35,12 +35,12 @@ def test_pixels_come_channels_first_and_unchanged(tmp_path: Path) -> None:
     assert np.array_equal(decoded, PIXELS.transpose(2, 0, 1))
 
 
-def test_grey_and_colour_follow_the_asked_channels(tmp_path: Path) -> None:
-    grey, colour = PIXELS[..., 0], PIXELS
-    assert np.array_equal(images.decode(saved(tmp_path, grey), as_it_is(1, 9, 14))[0], grey)
-    assert np.array_equal(images.decode(saved(tmp_path, grey), as_it_is(3, 9, 14)), np.stack([grey] * 3))
-    luma = np.asarray(Image.fromarray(colour).convert("L"))
-    assert np.array_equal(images.decode(saved(tmp_path, colour), as_it_is(1, 9, 14))[0], luma)
+def test_gray_and_color_follow_the_asked_channels(tmp_path: Path) -> None:
+    gray, color = PIXELS[..., 0], PIXELS
+    assert np.array_equal(images.decode(saved(tmp_path, gray), as_it_is(1, 9, 14))[0], gray)
+    assert np.array_equal(images.decode(saved(tmp_path, gray), as_it_is(3, 9, 14)), np.stack([gray] * 3))
+    luma = np.asarray(Image.fromarray(color).convert("L"))
+    assert np.array_equal(images.decode(saved(tmp_path, color), as_it_is(1, 9, 14))[0], luma)
 
 
 @pytest.mark.parametrize(("height", "width"), [(9, 14), (14, 9), (33, 20), (6, 6), (1, 40)])
@@ -53,7 +53,7 @@ def test_resize_and_crop_equal_torchvision(tmp_path: Path, height: int, width: i
 
 @pytest.mark.parametrize("side", [1, 5, 8, 21])
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
-def test_resize_and_crop_are_bilinear_and_centred(tmp_path: Path, name: str, side: int) -> None:
+def test_resize_and_crop_are_bilinear_and_centered(tmp_path: Path, name: str, side: int) -> None:
     """The pixels are written into hashes of certificates, so that another torchvision must not move them."""
     for height, width in ((9, 14), (14, 9), (8, 8), (5, 40)):
         pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -86,7 +86,7 @@ def test_every_format_opens(tmp_path: Path, name: str) -> None:
     assert images.decode(path, as_it_is(3, 9, 14)).shape == (3, 9, 14)
 
 
-def test_size_counts_grey_as_one_channel(tmp_path: Path) -> None:
+def test_size_counts_gray_as_one_channel(tmp_path: Path) -> None:
     assert images.size(saved(tmp_path, PIXELS[..., 0], "a.pgm")) == (1, 9, 14)
     Image.fromarray(PIXELS).quantize(8).save(tmp_path / "palette.png")
     assert images.size(str(tmp_path / "palette.png")) == (3, 9, 14)

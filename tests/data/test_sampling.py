@@ -45,7 +45,7 @@ def test_seeds_differ() -> None:
     assert len({tuple(choose(100, 10, seed=seed)) for seed in range(5)}) == 5
 
 
-def test_a_tie_does_not_always_favour_the_same_class() -> None:
+def test_a_tie_does_not_always_favor_the_same_class() -> None:
     picked = {choose([0, 1, 2, 3], 1, seed=seed)[0] for seed in range(40)}
     assert picked == {0, 1, 2, 3}
 

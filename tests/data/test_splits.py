@@ -120,13 +120,13 @@ def test_steps_need_a_batch_size_too() -> None:
 
 def test_fingerprint_is_that_of_the_content() -> None:
     split = numbered(20)
-    same, changed, relabelled = numbered(20), numbered(20), numbered(20)
+    same, changed, relabeled = numbered(20), numbered(20), numbered(20)
     changed.images[3, 0, 0, 0] += 1
-    relabelled.labels[3] += 1
+    relabeled.labels[3] += 1
     assert len(split.fingerprint()) == 64
     assert split.fingerprint() == same.fingerprint()
     assert split.subset([1, 2]).fingerprint() == same.subset([1, 2]).fingerprint()
-    others = (changed, relabelled, split.subset(range(19)), split.subset(range(20)[::-1]))
+    others = (changed, relabeled, split.subset(range(19)), split.subset(range(20)[::-1]))
     assert len({split.fingerprint(), *(other.fingerprint() for other in others)}) == 5
 
 

@@ -14,9 +14,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from s2ap_deploy.exporting.graph import to_onnx
-from s2ap_deploy.models import checkpoint, registry
+from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.classifier import Classifier
+from s2ap_deploy.onnx_export.graph import to_onnx
 from s2ap_deploy.spec import ThreatModel
 
 # The pages speak of a reader's own terminal and folder.

@@ -23,9 +23,9 @@ import pytest
 import yaml
 
 from s2ap_deploy import plugins
-from s2ap_deploy.certify.certificate import Certificate
-from s2ap_deploy.models import registry
-from s2ap_deploy.recipe import catalogue
+from s2ap_deploy.evaluation.certificate import Certificate
+from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.recipe import catalog
 from s2ap_deploy.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -193,7 +193,7 @@ class Reader:
         if not commands(block):
             path = self.folder / f"block-{block.line}.yaml"
             path.write_text(block.text, encoding="utf-8")
-            catalogue.load(str(path))
+            catalog.load(str(path))
 
     def install(self, block: Block) -> None:
         """The entry points of the example plug-in are those that it has."""
@@ -283,7 +283,7 @@ def before(command: str, reader: Reader, finished_run: Path) -> None:
     for name in re.findall(r"(?<= )[a-z]\S+(?= |$)", command.partition("compare")[2]):
         shutil.copytree(finished_run, reader.folder / name)
     needed = []
-    if "artefact/" in command:
+    if "artifact/" in command:
         needed = ["certify --artifact s2ap-run/export/model.onnx --n 40 --workers 1"]
     if re.search(r"export .*--(align|keep-ratio)", command):
         shutil.rmtree(reader.folder / "s2ap-run")

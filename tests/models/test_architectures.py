@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2ap_deploy.models import imagenet, registry
+from s2ap_deploy.models.architectures import imagenet, registry
+from s2ap_deploy.models.checkpoints.state_dict_spec import WithoutStorage, registered_skeleton
 from s2ap_deploy.models.classifier import prunable
-from s2ap_deploy.models.skeleton import WithoutStorage, registered_skeleton
 
 OWN = [name for name in registry.names() if "/" not in name]
 # Learnable values at ten classes: the usual implementations' figures, or counted by hand (VGG, WRN-28-4).

@@ -1,4 +1,4 @@
-"""Normalisation inside, the hash of weights, and which weights can be pruned."""
+"""Normalization inside, the hash of weights, and which weights can be pruned."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import ArchitectureError, CheckpointError
-from s2ap_deploy.models import registry
+from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.classifier import Classifier, Normalize, dry_run, prunable, weights_hash
 from s2ap_deploy.spec import Normalization
 
 
-def test_normalises_per_channel() -> None:
+def test_normalizes_per_channel() -> None:
     layer = Normalize((0.1, 0.2, 0.3), (0.5, 1.0, 2.0))
     assert layer.mean.shape == layer.std.shape == (1, 3, 1, 1)
     image = torch.rand(2, 3, 4, 4)
@@ -24,7 +24,7 @@ def test_normalises_per_channel() -> None:
     assert torch.allclose(layer(image), expected)
 
 
-def test_without_normalisation_the_image_is_unchanged() -> None:
+def test_without_normalization_the_image_is_unchanged() -> None:
     network = nn.Flatten()
     image = torch.rand(2, 3, 4, 4)
     classifier = Classifier(network)
@@ -32,7 +32,7 @@ def test_without_normalisation_the_image_is_unchanged() -> None:
     assert torch.equal(classifier(image), image.flatten(1))
 
 
-def test_normalisation_moves_with_the_module_and_is_saved() -> None:
+def test_normalization_moves_with_the_module_and_is_saved() -> None:
     classifier = Classifier(nn.Flatten(), Normalization(mean=(0.5,), std=(0.25,)))
     assert set(classifier.state_dict()) == {"normalize.mean", "normalize.std"}
     assert classifier.to(torch.float64).get_buffer("normalize.mean").dtype == torch.float64
@@ -48,8 +48,8 @@ def test_normalisation_moves_with_the_module_and_is_saved() -> None:
         ((0.5,), (float("inf"),)),
     ],
 )
-def test_an_impossible_normalisation_is_refused(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    with pytest.raises(CheckpointError, match="normalisation"):
+def test_an_impossible_normalization_is_refused(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    with pytest.raises(CheckpointError, match="normalization"):
         Normalize(mean, std)
 
 

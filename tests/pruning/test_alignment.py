@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from s2ap_deploy.errors import UsageError
-from s2ap_deploy.models import registry
-from s2ap_deploy.models.coupling import channel_groups
+from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.models.channels.coupling import channel_groups
 from s2ap_deploy.pruning.alignment import Limit, aligned, chosen, filled, survivors
 from s2ap_deploy.pruning.channels import Channels, Cost, by_ratio
 
 
 def chain(counts: dict[str, int]) -> int:
-    """The weights of a chain of layers: neighbours multiply."""
+    """The weights of a chain of layers: neighbors multiply."""
     widths = [3, *counts.values(), 10]
     return sum(one * two for one, two in itertools.pairwise(widths))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from s2ap_deploy.errors import UsageError
-from s2ap_deploy.models.coupling import channel_groups, macs_kept, weights_kept
+from s2ap_deploy.models.channels.coupling import channel_groups, macs_kept, weights_kept
 from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.channels import ChannelQuotas, Channels, Cost, by_ratio, limit_of, within
 from s2ap_deploy.pruning.scores import ScoredNetwork

@@ -24,8 +24,8 @@ from s2ap_deploy.pruning.curvature import (
     sharpness_lower_bound,
 )
 from s2ap_deploy.pruning.lanczos import Eigenvalue
-from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.objective import Objective
 
 
 class Quadratic(nn.Module):

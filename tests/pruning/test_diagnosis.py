@@ -15,8 +15,8 @@ from s2ap_deploy.pruning.diagnosis import Diagnosis, diagnosis
 from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.recorder import Silent
-from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.objective import Objective
 
 NAMES = ("0.weight", "4.weight")
 

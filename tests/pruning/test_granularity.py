@@ -1,4 +1,4 @@
-"""What a score stands for: a weight, or a weight among m neighbours."""
+"""What a score stands for: a weight, or a weight among m neighbors."""
 
 from __future__ import annotations
 

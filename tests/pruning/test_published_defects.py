@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from s2ap_deploy.models.coupling import channel_groups
-from s2ap_deploy.pipeline.jobs.job import Job
-from s2ap_deploy.pipeline.jobs.machine import Machine
-from s2ap_deploy.pipeline.training import dense, prune
+from s2ap_deploy.models.channels.coupling import channel_groups
 from s2ap_deploy.pruning.budgets import erk, uniform
 from s2ap_deploy.pruning.channels import Channels
-from s2ap_deploy.recipe import catalogue
+from s2ap_deploy.recipe import catalog
 from s2ap_deploy.recorder import Silent
-from s2ap_deploy.run.folder import Run
+from s2ap_deploy.runs.folder import Run
+from s2ap_deploy.stages import pretrain, prune
+from s2ap_deploy.stages.context import RunContext
+from s2ap_deploy.stages.execution import ExecutionConfig
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {"conv": (16, 3, 3, 3), "shortcut": (32, 16, 1, 1), "body": (32, 16, 3, 3), "head": (10, 32)}
@@ -79,15 +79,15 @@ class Untouchable:
 
 def test_nothing_is_chosen_on_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Published code keeps the epoch that is best on the test set."""
-    recipe = catalogue.load(
+    recipe = catalog.load(
         "demo", overrides=["pretrain.epochs=1", "prune.search.epochs=2", "prune.finetune.epochs=2"]
     )
-    images = Job.images
+    images = RunContext.images
     monkeypatch.setattr(
-        Job, "images", lambda job, size: dataclasses.replace(images(job, size), test=Untouchable())
+        RunContext, "images", lambda job, size: dataclasses.replace(images(job, size), test=Untouchable())
     )
     with Run.open(tmp_path / "run", create=True, command="test") as run:
-        job = Job(run, recipe, Machine(torch.device("cpu"), workers=1), Silent())
-        dense.dense(job)
+        job = RunContext(run, recipe, ExecutionConfig(torch.device("cpu"), workers=1), Silent())
+        pretrain.dense(job)
         prune.prune(job)
         assert "finetune" in run.manifest.stages

@@ -49,7 +49,7 @@ def test_gradients_match_autograd_through_an_explicit_mask() -> None:
     network = tiny()
     scored = ScoredNetwork(network, Weights(NAMES), Fixed(KEEP))
     scored.scores["4.weight"][0, 0] = 0.0
-    scored.orient()
+    scored.update_signs()
     masks = scored.masks()
     scored.wear(masks)
     images, labels = torch.rand(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1])
@@ -76,7 +76,7 @@ def test_a_score_that_is_pushed_across_zero_loses_its_importance(sign: float) ->
     scores = scored.scores["4.weight"]
     top = int(scores.abs().argmax())
     scores.view(-1)[top] = sign * 100.0
-    scored.orient()
+    scored.update_signs()
     assert bool(scored.masks()["4.weight"].view(-1)[top])
     scores.view(-1)[top] = -sign * 100.0  # as a perturbation would leave it
     masks = scored.masks()

@@ -19,8 +19,8 @@ from s2ap_deploy.pruning.masks import top_k
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import Perturbation, SearchResult, choose_once, search
 from s2ap_deploy.recorder import NoSnapshots, Silent
-from s2ap_deploy.robust.objective import Objective
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.objective import Objective
 
 NAMES = ("0.weight", "4.weight")
 KEEP = {"0.weight": 20, "4.weight": 60}

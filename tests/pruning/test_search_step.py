@@ -22,9 +22,9 @@ from s2ap_deploy.pruning.masks import top_k
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import Perturbation, search
 from s2ap_deploy.recorder import NoSnapshots, Silent
-from s2ap_deploy.robust.objective import Objective
-from s2ap_deploy.robust.training import train
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.loop import train
+from s2ap_deploy.training.objective import Objective
 
 KEEP = {"0.weight": 20, "1.weight": 100, "5.weight": 60}
 SHAPES = {"0.weight": (6, 1, 3, 3), "1.weight": (8, 6, 3, 3), "5.weight": (3, 128)}

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from s2ap_deploy.pruning.tickets import untrain
+from s2ap_deploy.pruning.tickets import reinitialize
 from s2ap_deploy.runtime import generator
 
 
@@ -22,7 +22,7 @@ def network() -> nn.Sequential:
 
 def test_nothing_of_the_training_is_left() -> None:
     made = network()
-    untrain(made, ["0.weight", "4.weight"], generator(0))
+    reinitialize(made, ["0.weight", "4.weight"], generator(0))
     for layer in (made[0], made[4]):
         assert torch.equal(
             layer.weight.abs(), torch.full_like(layer.weight, math.sqrt(2 / layer.weight[0].numel()))
@@ -37,7 +37,7 @@ def test_signs_are_those_of_the_seed() -> None:
     weights = []
     for seed in (0, 0, 1):
         made = network()
-        untrain(made, ["4.weight"], generator(seed))
+        reinitialize(made, ["4.weight"], generator(seed))
         weights.append(made[4].weight.detach())
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])

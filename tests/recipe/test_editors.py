@@ -7,7 +7,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from s2ap_deploy.recipe import catalogue, yaml_document
+from s2ap_deploy.recipe import catalog, yaml_document
 from s2ap_deploy.recipe.editors import json_schema
 
 
@@ -18,10 +18,10 @@ def validator() -> Any:
     return jsonschema.Draft202012Validator(schema)
 
 
-@pytest.mark.parametrize("name", catalogue.names())
+@pytest.mark.parametrize("name", catalog.names())
 def test_every_shipped_recipe_fits_as_it_is_written_and_resolved(validator: Any, name: str) -> None:
-    validator.validate(yaml_document.read(catalogue.path_of(name)).content)
-    validator.validate(catalogue.load(name).model_dump(mode="json"))
+    validator.validate(yaml_document.read(catalog.path_of(name)).content)
+    validator.validate(catalog.load(name).model_dump(mode="json"))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_every_shipped_recipe_fits_as_it_is_written_and_resolved(validator: Any,
     ],
 )
 def test_slips_are_marked(validator: Any, changes: dict[str, Any]) -> None:
-    content = yaml_document.read(catalogue.path_of("demo")).content | changes
+    content = yaml_document.read(catalog.path_of("demo")).content | changes
     assert not validator.is_valid(content)
 
 

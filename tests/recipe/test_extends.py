@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2ap_deploy.errors import RecipeError
-from s2ap_deploy.recipe import catalogue, extends
+from s2ap_deploy.recipe import catalog, extends
 from s2ap_deploy.recipe.yaml_document import Document
 
 BASE = """\
@@ -45,14 +45,14 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> str:
 
 def refused(folder: Path, text: str, name: str = "mine.yaml") -> RecipeError:
     with pytest.raises(RecipeError) as caught:
-        catalogue.load(write(folder, text, name))
+        catalog.load(write(folder, text, name))
     return caught.value
 
 
 def test_keys_merge_section_by_section(folder: Path) -> None:
     own = "extends: base.yaml\nname: mine\nprune: {sparsity: 0.95, search: {epochs: 7}}\n"
     own += "gate: {max_drop: 0.1}\n"
-    mine = catalogue.load(write(folder, own))
+    mine = catalog.load(write(folder, own))
     assert (mine.name, mine.description, mine.seed) == ("mine", "", 3)
     assert mine.prune is not None
     assert (mine.prune.method, mine.prune.sparsity, mine.prune.steps) == ("hydra", 0.95, (0.5, 0.8))
@@ -63,7 +63,7 @@ def test_keys_merge_section_by_section(folder: Path) -> None:
 
 def test_a_list_is_replaced_and_null_takes_away(folder: Path) -> None:
     own = "extends: base.yaml\nname: mine\nprune: {steps: [0.7]}\ngate: null\npretrain:\n"
-    mine = catalogue.load(write(folder, own))
+    mine = catalog.load(write(folder, own))
     assert mine.prune is not None
     assert mine.prune.steps == (0.7,)
     assert mine.gate is None
@@ -75,8 +75,8 @@ def test_a_name_is_its_own(folder: Path) -> None:
 
 
 def test_a_shipped_recipe_is_extended_by_name_from_anywhere(folder: Path) -> None:
-    mine = catalogue.load(write(folder, "extends: demo\nname: mine\nprune: {sparsity: 0.5}\n"))
-    demo = catalogue.load("demo")
+    mine = catalog.load(write(folder, "extends: demo\nname: mine\nprune: {sparsity: 0.5}\n"))
+    demo = catalog.load("demo")
     assert mine.prune is not None
     assert demo.prune is not None
     assert mine.prune == demo.prune.model_copy(update={"sparsity": 0.5})
@@ -85,16 +85,16 @@ def test_a_shipped_recipe_is_extended_by_name_from_anywhere(folder: Path) -> Non
 
 def test_a_file_beside_it_does_not_hide_a_shipped_name(folder: Path) -> None:
     write(folder, BASE, "demo")
-    assert catalogue.load(write(folder, "extends: demo\nname: mine\n")).seed == 0
+    assert catalog.load(write(folder, "extends: demo\nname: mine\n")).seed == 0
 
 
 def test_overrides_come_last_and_cannot_extend(folder: Path) -> None:
     path = write(folder, "extends: base.yaml\nname: mine\nprune: {sparsity: 0.95}\n")
-    mine = catalogue.load(path, overrides=["prune.sparsity=0.99"])
+    mine = catalog.load(path, overrides=["prune.sparsity=0.99"])
     assert mine.prune is not None
     assert mine.prune.sparsity == 0.99
     with pytest.raises(RecipeError, match="--set extends=demo: a recipe extends another one in its own file"):
-        catalogue.load(path, overrides=["extends=demo"])
+        catalog.load(path, overrides=["extends=demo"])
 
 
 def test_a_slip_is_told_where_it_was_written(folder: Path) -> None:

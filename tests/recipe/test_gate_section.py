@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from s2ap_deploy.certify.gate.gate import AGE, GatePolicy
+from s2ap_deploy.gating.policy import AGE, GatePolicy
 from s2ap_deploy.recipe.schema import GateSection
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2ap_deploy.errors import DeployError, RecipeError, UsageError
-from s2ap_deploy.recipe import catalogue, target
+from s2ap_deploy.recipe import catalog, target
 from s2ap_deploy.recipe.schema import ExportSection, Recipe
 from s2ap_deploy.recipe.target import Target
 
@@ -161,7 +161,7 @@ def test_only_channels_are_aligned() -> None:
 
 
 def test_a_recipe_that_names_a_target_gets_what_it_leaves_out() -> None:
-    content = catalogue.load("demo").model_dump()
+    content = catalog.load("demo").model_dump()
     content["export"] = {"target": "coreml", "opset": 22}
     found = Recipe.model_validate(content).export
     assert (found.opset, found.encoding, found.batch, found.target) == (22, "dense", 1, "coreml")
@@ -171,7 +171,7 @@ def test_a_recipe_that_names_a_target_gets_what_it_leaves_out() -> None:
 
 def test_a_recipe_that_was_written_down_needs_no_target_file_to_load(tmp_path: Path) -> None:
     path = written(tmp_path, "name: board\ndescription: d\nopset: 19\n")
-    content = catalogue.load("demo", overrides=[f"export={{target: {path}}}"]).model_dump()
+    content = catalog.load("demo", overrides=[f"export={{target: {path}}}"]).model_dump()
     assert content["export"]["opset"] == 19
     Path(path).unlink()
     assert Recipe.model_validate(content).export.opset == 19
@@ -179,14 +179,14 @@ def test_a_recipe_that_was_written_down_needs_no_target_file_to_load(tmp_path: P
 
 def test_none_takes_a_target_back() -> None:
     assert ExportSection(target="none").target is None
-    content = catalogue.load("demo").model_dump()
+    content = catalog.load("demo").model_dump()
     content["export"]["target"] = "none"
-    assert Recipe.model_validate(content).export == catalogue.load("demo").export
+    assert Recipe.model_validate(content).export == catalog.load("demo").export
 
 
 def test_a_target_that_no_recipe_can_find_is_named() -> None:
     with pytest.raises(RecipeError, match="did you mean openvino"):
-        catalogue.load("demo", overrides=["export={target: openvin}"])
+        catalog.load("demo", overrides=["export={target: openvin}"])
 
 
 # --- what a target cannot take ------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2ap_deploy.recipe import catalogue, writing, yaml_document
+from s2ap_deploy.recipe import catalog, writing, yaml_document
 
 ODD = "\ufeff\ufffe\uffff\x85\u2028\u2029"  # what YAML itself does not take unescaped
 KEYS = st.from_regex(r"[a-z]{1,5}", fullmatch=True)
@@ -44,12 +44,12 @@ def test_a_comment_cannot_end_early() -> None:
     assert yaml_document.parse(text, "test").content == {"seed": 1}
 
 
-@pytest.mark.parametrize("name", catalogue.names())
+@pytest.mark.parametrize("name", catalog.names())
 def test_every_shipped_recipe_reads_back_from_its_resolved_text(name: str, tmp_path: Path) -> None:
-    recipe, document = catalogue.resolved(name)
+    recipe, document = catalog.resolved(name)
     text = writing.annotated(recipe.model_dump(mode="json"), writing.provenance(recipe, document))
     (tmp_path / "resolved.yaml").write_text(text)
-    assert catalogue.load(str(tmp_path / "resolved.yaml")) == recipe
+    assert catalog.load(str(tmp_path / "resolved.yaml")) == recipe
 
 
 def test_sources_name_file_and_line_override_target_and_default(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_sources_name_file_and_line_override_target_and_default(tmp_path: Path) 
     path.write_text(
         "extends: mnist\nname: mine\nprune:\n  sparsity: 0.5\nexport: {target: microcontroller}\n"
     )
-    recipe, document = catalogue.resolved(str(path), overrides=["seed=7", "certify={n: 20}"])
+    recipe, document = catalog.resolved(str(path), overrides=["seed=7", "certify={n: 20}"])
     sources = writing.provenance(recipe, document)
     assert sources[("name",)] == "mine.yaml, line 2"
     assert sources[("prune", "sparsity")] == "mine.yaml, line 4"
@@ -75,7 +75,7 @@ def test_sources_name_file_and_line_override_target_and_default(tmp_path: Path) 
 def test_a_method_by_evidence_is_called_a_default(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("extends: demo\nname: mine\nprune: {method: null, budget: null}\n")
-    recipe, document = catalogue.resolved(str(path))
+    recipe, document = catalog.resolved(str(path))
     assert recipe.prune is not None
     assert recipe.prune.method == "harp"
     assert writing.provenance(recipe, document)[("prune", "method")].startswith(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from s2ap_deploy.certify.gate.check import Check
-from s2ap_deploy.certify.gate.gate import Verdict
+from s2ap_deploy.gating.check import Check
+from s2ap_deploy.gating.policy import Verdict
 
 HOSTILE = (
     "x]]>&<b>\"'`|\\%0A::error::\n::error::pwned\r\x00\x1b[2J\ud800\u202e##[add-mask]\ufffe[a](http://b)@all"

@@ -7,8 +7,8 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2ap_deploy.certify.gate.check import Check
-from s2ap_deploy.certify.gate.gate import Verdict
+from s2ap_deploy.gating.check import Check
+from s2ap_deploy.gating.policy import Verdict
 from s2ap_deploy.reporting import github
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from s2ap_deploy.certify.certificate import Certificate, Subject
-from s2ap_deploy.certify.issuing import issue
-from s2ap_deploy.certify.samples import AttackRow
 from s2ap_deploy.errors import UsageError
+from s2ap_deploy.evaluation.certificate import Certificate, Subject
+from s2ap_deploy.evaluation.issuing import issue
+from s2ap_deploy.evaluation.samples import AttackRow
 from s2ap_deploy.reporting.in_toto import STATEMENT_TYPE, statement
 from s2ap_deploy.spec import ThreatModel
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2ap_deploy.certify.gate.check import Check, Status
-from s2ap_deploy.certify.gate.gate import Verdict
+from s2ap_deploy.gating.check import Check, Status
+from s2ap_deploy.gating.policy import Verdict
 from s2ap_deploy.reporting.junit import junit
 
 xmlschema = pytest.importorskip("xmlschema")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from s2ap_deploy.certify.certificate import WORDS
-from s2ap_deploy.certify.gate import limits, thresholds
-from s2ap_deploy.certify.gate.check import Check
+from s2ap_deploy.evaluation.certificate import WORDS
+from s2ap_deploy.gating import limits, thresholds
+from s2ap_deploy.gating.check import Check
 from s2ap_deploy.reporting.rules import file_of, rule_of
 
 
@@ -21,7 +21,7 @@ from s2ap_deploy.reporting.rules import file_of, rule_of
         ("recorded files", "file", None),
         ("file export/model.onnx", "file", "export/model.onnx"),
         ("file a file of b.onnx", "file", "a file of b.onnx"),
-        ("flag randomised", "reliability", None),
+        ("flag randomized", "reliability", None),
         (limits.size_limits(1, [])[0].name, "size", None),
         (limits.sparsity_floors(0.5, [])[0].name, "sparsity", None),
         (limits.latency_limits(1, [])[0].name, "latency", None),

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from s2ap_deploy.certify.gate.check import Check
-from s2ap_deploy.certify.gate.gate import Verdict
+from s2ap_deploy.gating.check import Check
+from s2ap_deploy.gating.policy import Verdict
 from s2ap_deploy.reporting.sarif import sarif
 
 jsonschema = pytest.importorskip("jsonschema")

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from s2ap_deploy.certify.gate.gate import GatePolicy
 from s2ap_deploy.errors import RunFolderError
-from s2ap_deploy.pipeline.judging.verdict import gate
-from s2ap_deploy.reporting.summary import summarise
-from s2ap_deploy.run.folder import Run
+from s2ap_deploy.gating.policy import GatePolicy
+from s2ap_deploy.reporting.summary import summarize
+from s2ap_deploy.runs.folder import Run
+from s2ap_deploy.stages.gate import gate
 
 
 def forget(folder: Path, *stages: str) -> None:
@@ -26,7 +26,7 @@ def forget(folder: Path, *stages: str) -> None:
 
 def summary(folder: Path, policy: GatePolicy | None = None) -> dict[str, Any]:
     with Run.open(folder, create=False, command="test") as run:
-        return summarise(run, gate(run, policy) if policy is not None else None)
+        return summarize(run, gate(run, policy) if policy is not None else None)
 
 
 def test_everything_of_a_finished_run(own_run: Path) -> None:

@@ -364,10 +364,10 @@ Pixels decode_png(const Bytes& data) {
   }
   if (!header) throw Damaged("no header");
   const uint32_t width = big_endian(header), height = big_endian(header + 4);
-  const uint8_t depth = header[8], colour = header[9], interlaced = header[12];
-  const uint32_t channels = colour == 0 ? 1 : colour == 2 ? 3 : colour == 4 ? 2 : colour == 6 ? 4 : 0;
+  const uint8_t depth = header[8], color = header[9], interlaced = header[12];
+  const uint32_t channels = color == 0 ? 1 : color == 2 ? 3 : color == 4 ? 2 : color == 6 ? 4 : 0;
   if (depth != 8 || interlaced || !channels) {
-    throw Unusable("only PNG of 8 bits per channel, grey or colour, not interlaced, is read");
+    throw Unusable("only PNG of 8 bits per channel, gray or color, not interlaced, is read");
   }
   const size_t size = static_cast<size_t>(checked(width, height)) * channels + height;
   const Bytes rows = Inflater(compressed, size).run();
@@ -412,9 +412,9 @@ Pixels decode_pnm(const Bytes& data) {
       fields.push_back(field);
     }
   }
-  const bool grey = fields[0] == "P5";
+  const bool gray = fields[0] == "P5";
   const bool numbers = is_number(fields[1]) && is_number(fields[2]) && is_number(fields[3]);
-  if ((!grey && fields[0] != "P6") || !numbers) {
+  if ((!gray && fields[0] != "P6") || !numbers) {
     throw Damaged("the header is not that of PGM or PPM");
   }
   const auto width = static_cast<uint32_t>(std::stoul(fields[1]));
@@ -422,7 +422,7 @@ Pixels decode_pnm(const Bytes& data) {
   if (std::stoul(fields[3]) != 255) {
     throw Unusable("the largest sample is " + text(std::stoul(fields[3])) + ", only 255 (8 bits) is read");
   }
-  const uint32_t channels = grey ? 1 : 3;
+  const uint32_t channels = gray ? 1 : 3;
   const size_t count = static_cast<size_t>(checked(width, height)) * channels;
   // One space ends the header, where the file goes on at all.
   if (data.size() < position + 1 || data.size() - position - 1 < count) throw Damaged("too few pixels");
@@ -1032,7 +1032,7 @@ class Model {
 
 // ---------------------------------------------------------------------------------------------- pixels
 
-// Grey to colour by repetition; colour to grey by ITU-R BT.601 luma in 16-bit fixed point.
+// Gray to color by repetition; color to gray by ITU-R BT.601 luma in 16-bit fixed point.
 Pixels convert(Pixels image, uint64_t channels) {
   if (image.channels == channels) return image;
   Pixels found{image.width, image.height, static_cast<uint32_t>(channels), Bytes()};
@@ -1053,12 +1053,12 @@ Pixels convert(Pixels image, uint64_t channels) {
 
 uint32_t half_to_even(uint32_t number) { return number / 2 + (number % 2 && number / 2 % 2); }
 
-Pixels centre(const Pixels& image, uint32_t crop) {
+Pixels center(const Pixels& image, uint32_t crop) {
   if (std::min(image.width, image.height) < crop) {
     throw Unusable("the image is " + extent(image.width, image.height) + ", smaller than the crop of " +
                    text(crop) + " pixels");
   }
-  // Halves go to the even neighbour, as in the evaluation's crop.
+  // Halves go to the even neighbor, as in the evaluation's crop.
   const size_t top = half_to_even(image.height - crop), left = half_to_even(image.width - crop);
   Pixels found{crop, crop, image.channels, Bytes()};
   for (size_t row = top; row < top + crop; ++row) {
@@ -1086,7 +1086,7 @@ Tensor prepare(Input input, const Layout& layout) {
     throw Unusable("the image is " + extent(image.width, image.height) + "; scale its shorter side to " +
                    text(*how.resize) + " pixels first");
   }
-  if (how.crop) image = centre(image, *how.crop);
+  if (how.crop) image = center(image, *how.crop);
   if (image.width != width || image.height != height) {
     throw Unusable("the image is " + extent(image.width, image.height) + ", the model takes " +
                    extent(width, height));
@@ -1158,7 +1158,7 @@ constexpr char kHelp[] =
     "\n"
     "Classify one image with an exported ONNX model.\n"
     "\n"
-    "IMAGE is PNG (8 bits per channel, grey or colour, not interlaced), PGM or PPM (binary, 8 bits),\n"
+    "IMAGE is PNG (8 bits per channel, gray or color, not interlaced), PGM or PPM (binary, 8 bits),\n"
     "or .npy: uint8 [H, W] or [H, W, C] is an image, float32 [C, H, W] is taken as it is.\n"
     "\n"
     "  --json             print one JSON object\n"

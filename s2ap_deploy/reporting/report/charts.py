@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from s2ap_deploy.certify.curve.curve import SecurityCurve
-from s2ap_deploy.certify.interval import ClassInterval, Interval
-from s2ap_deploy.certify.samples import ClassRow, Proven, Share
-from s2ap_deploy.certify.statistics import clopper_pearson
-from s2ap_deploy.pipeline.accounts.report import Facts, Row
+from s2ap_deploy.evaluation.interval import ClassInterval, Interval
+from s2ap_deploy.evaluation.minimum_norm.security_curve import SecurityCurve
+from s2ap_deploy.evaluation.samples import ClassRow, Proven, Share
+from s2ap_deploy.evaluation.statistics import clopper_pearson
 from s2ap_deploy.reporting.report import plots, words
 from s2ap_deploy.reporting.report.plots import Line, Mark, chart, intervals
+from s2ap_deploy.reporting.run_facts import Facts, Row
 
 TONES = {"dense": 1, "pruned": 2}
 NORMS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}

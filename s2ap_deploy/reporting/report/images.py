@@ -6,9 +6,9 @@ import base64
 import struct
 import zlib
 
-from s2ap_deploy.pipeline.accounts.gallery import Picture
+from s2ap_deploy.reporting.figure_data import Picture
 
-_COLOUR = {1: 0, 3: 2}  # the PNG specification's colour types: greyscale, truecolour
+_COLOR = {1: 0, 3: 2}  # the PNG specification's color types: grayscale, truecolor
 
 
 def data_uri(picture: Picture) -> str:
@@ -22,9 +22,9 @@ def png(picture: Picture) -> bytes:
     Raises ValueError for pixels that do not fill the picture.
     """
     row = picture.width * picture.channels
-    if len(picture.pixels) != row * picture.height or picture.channels not in _COLOUR or row == 0:
+    if len(picture.pixels) != row * picture.height or picture.channels not in _COLOR or row == 0:
         raise ValueError(f"{len(picture.pixels)} bytes are no {picture.width}x{picture.height} picture")
-    header = struct.pack(">IIBBBBB", picture.width, picture.height, 8, _COLOUR[picture.channels], 0, 0, 0)
+    header = struct.pack(">IIBBBBB", picture.width, picture.height, 8, _COLOR[picture.channels], 0, 0, 0)
     rows = b"".join(
         b"\0" + picture.pixels[start : start + row] for start in range(0, len(picture.pixels), row)
     )

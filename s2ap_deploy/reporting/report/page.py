@@ -8,11 +8,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from s2ap_deploy.certify.wording import plain
-from s2ap_deploy.pipeline.accounts.report import Facts
+from s2ap_deploy.evaluation.statements import plain
 from s2ap_deploy.reporting.report import charts, tables, words
 from s2ap_deploy.reporting.report.images import data_uri
 from s2ap_deploy.reporting.report.repetition import repetition
+from s2ap_deploy.reporting.run_facts import Facts
 
 LONGEST = 4000
 MOST_COMMANDS = 30

@@ -1,4 +1,4 @@
-"""Small charts as inline SVG: colours come from the page's style, light or dark. No torch.
+"""Small charts as inline SVG: colors come from the page's style, light or dark. No torch.
 
 A chart is drawn for 360 units, about the width of a phone, so that its text is never scaled down.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
-from s2ap_deploy.pipeline.accounts.report import Facts
+from s2ap_deploy.reporting.run_facts import Facts
 
 AGAIN = "again"
 # Options that decide on bits or on what is found, and that belong to a machine or to a person's word.

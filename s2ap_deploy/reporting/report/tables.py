@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from s2ap_deploy.certify.certificate import Certificate
-from s2ap_deploy.certify.interval import ClassInterval
-from s2ap_deploy.certify.samples import ClassRow
-from s2ap_deploy.exporting.artifact import ExportReport
-from s2ap_deploy.exporting.measures.performance import PairedTimes, Performance
-from s2ap_deploy.pipeline.accounts.report import DENSE, PRUNED, Facts
-from s2ap_deploy.pipeline.accounts.sizes import sizes, stored_tensors
+from s2ap_deploy.evaluation.certificate import Certificate
+from s2ap_deploy.evaluation.interval import ClassInterval
+from s2ap_deploy.evaluation.samples import ClassRow
+from s2ap_deploy.onnx_export.benchmark.performance import PairedTimes, Performance
+from s2ap_deploy.onnx_export.export_report import ExportReport
+from s2ap_deploy.reporting.artifact_sizes import sizes, stored_tensors
 from s2ap_deploy.reporting.report import charts, words
-from s2ap_deploy.run.manifest import STAGES
+from s2ap_deploy.reporting.run_facts import DENSE, PRUNED, Facts
+from s2ap_deploy.runs.manifest import STAGES
 
 MOST_CLASSES = 50
 RADII = ((0.0, "0"), (0.5, "ε/2"), (1.0, "ε"), (1.5, "1.5 ε"), (2.0, "2 ε"))

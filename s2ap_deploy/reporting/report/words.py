@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from s2ap_deploy.certify.certificate import Certificate
-from s2ap_deploy.certify.gate.pairs import LEVEL, PairRange
-from s2ap_deploy.certify.interval import Interval
-from s2ap_deploy.certify.samples import Proven, Share
-from s2ap_deploy.certify.wording import percent
-from s2ap_deploy.exporting.artifact import ExportReport
-from s2ap_deploy.pipeline.accounts.report import DENSE, PRUNED, Facts
+from s2ap_deploy.evaluation.certificate import Certificate
+from s2ap_deploy.evaluation.interval import Interval
+from s2ap_deploy.evaluation.samples import Proven, Share
+from s2ap_deploy.evaluation.statements import percent
+from s2ap_deploy.gating.pairs import LEVEL, PairRange
+from s2ap_deploy.onnx_export.export_report import ExportReport
+from s2ap_deploy.reporting.run_facts import DENSE, PRUNED, Facts
 
 VERDICTS = {
     "pass": "Passed",
@@ -96,7 +96,7 @@ def ratio(report: ExportReport) -> str:
 
 
 def robust_label(facts: Facts) -> str:
-    """Robust accuracy with what it is: nothing bounds that of a randomised model from above."""
+    """Robust accuracy with what it is: nothing bounds that of a randomized model from above."""
     speaks = subject(facts)
     estimate = speaks is not None and speaks.protocol.startswith("rand")
     return f"Robust accuracy ({'estimate' if estimate else 'upper bound'})"

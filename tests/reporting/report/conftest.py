@@ -12,14 +12,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from s2ap_deploy import files
-from s2ap_deploy.certify.certificate import PointsFile, Subject
-from s2ap_deploy.certify.curve.curve import security_curve
-from s2ap_deploy.certify.gate.check import Check
-from s2ap_deploy.certify.gate.gate import Verdict
-from s2ap_deploy.certify.issuing import issue
-from s2ap_deploy.certify.samples import AttackRow
-from s2ap_deploy.exporting.artifact import Agreement, EncodedTensor, ExportReport
-from s2ap_deploy.run.folder import RECIPE_FILE, Run
+from s2ap_deploy.evaluation.certificate import PointsFile, Subject
+from s2ap_deploy.evaluation.issuing import issue
+from s2ap_deploy.evaluation.minimum_norm.security_curve import security_curve
+from s2ap_deploy.evaluation.samples import AttackRow
+from s2ap_deploy.gating.check import Check
+from s2ap_deploy.gating.policy import Verdict
+from s2ap_deploy.onnx_export.export_report import Agreement, EncodedTensor, ExportReport
+from s2ap_deploy.runs.folder import RECIPE_FILE, Run
 from s2ap_deploy.spec import ThreatModel
 
 HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}<img src=http://evil.example/x>\u202e|`![a](http://b)"

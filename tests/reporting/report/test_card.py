@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from s2ap_deploy.pipeline.accounts.report import collect
 from s2ap_deploy.reporting.report import card
+from s2ap_deploy.reporting.run_facts import collect
 
 ALL = ("pretrain", "search", "finetune", "certify", "export", "gate")
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from s2ap_deploy.pipeline.accounts.gallery import Picture
+from s2ap_deploy.reporting.figure_data import Picture
 from s2ap_deploy.reporting.report.images import data_uri, png
 
 

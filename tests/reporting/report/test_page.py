@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from s2ap_deploy.exporting.measures.performance import Inference, Memory, PairedTimes, Performance
-from s2ap_deploy.pipeline.accounts.report import collect
+from s2ap_deploy.onnx_export.benchmark.performance import Inference, Memory, PairedTimes, Performance
 from s2ap_deploy.reporting.report import card, page
+from s2ap_deploy.reporting.run_facts import collect
 
 ALL = ("pretrain", "search", "finetune", "certify", "export", "gate")
 SECTIONS = (

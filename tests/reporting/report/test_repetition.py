@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2ap_deploy.cli.main import cli
-from s2ap_deploy.pipeline.accounts.report import Facts, collect
 from s2ap_deploy.reporting.report import card, page
 from s2ap_deploy.reporting.report.repetition import repetition
-from s2ap_deploy.run.manifest import Manifest
+from s2ap_deploy.reporting.run_facts import Facts, collect
+from s2ap_deploy.runs.manifest import Manifest
 
 
 def facts(*commands: str) -> Facts:

@@ -1,0 +1,322 @@
+"""Doctor: what this machine has, what will not work and what to type. No network, no torch by itself.
+
+Everything is looked at behind a guard: whoever asks has a machine on which something is broken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from s2ap_deploy import plugins
+from s2ap_deploy.errors import DeployError
+from s2ap_deploy.plugins import KINDS, Kind
+from s2ap_deploy.recorder import Recorder
+from s2ap_deploy.spec import Record
+
+DISTRIBUTION = "s2ap-deploy"
+# What is imported to see whether it can be: distributions whose libraries may miss a system's own.
+MODULES = {
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "onnx": "onnx",
+    "onnxruntime": "onnxruntime",
+    "onnxscript": "onnxscript",
+    "torch-pruning": "torch_pruning",
+    "pyautoattack": "pyautoattack",
+    "scikit-learn": "sklearn",
+    "safetensors": "safetensors",
+    "Pillow": "PIL",
+    "matplotlib": "matplotlib",
+}
+EXTRAS = {"tracking": ("tensorboard", "mlflow"), "openvino": ("openvino",)}
+INSTRUCTIONS = (
+    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve"
+)  # fmt: skip
+INT8 = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
+LITTLE_DISK = LITTLE_MEMORY = 2 << 30  # bytes
+
+
+class Problem(Record):
+    """Something that will not work. ``blocks`` is true where no command can do its work without it."""
+
+    what: str
+    why: str
+    hint: str
+    blocks: bool = False
+
+
+class Computer(Record):
+    """What computes: cores, instruction sets, bytes of memory and disk (None where nobody says)."""
+
+    system: str
+    machine: str
+    device: str
+    cores: int
+    instructions: tuple[str, ...]
+    memory_bytes: int | None
+    memory_available_bytes: int | None
+    disk_free_bytes: int | None
+
+
+class DataSet(Record):
+    """A data set by name, and where it was found; None where it was not."""
+
+    name: str
+    where: str | None
+
+
+class PlugIn(Record):
+    """A plug-in, and why it cannot be used; None for one that can."""
+
+    kind: Kind
+    name: str
+    origin: str
+    problem: str | None
+
+
+class Health(Record):
+    """What :func:`examine` found. ``usable`` is false where a problem blocks everything."""
+
+    versions: dict[str, str]
+    computer: Computer
+    data_root: str
+    data: tuple[DataSet, ...]
+    extras: dict[str, tuple[str, ...]]
+    plugins: tuple[PlugIn, ...]
+    problems: tuple[Problem, ...]
+    usable: bool
+
+
+def examine(folder: Path, recorder: Recorder, *, data_root: Path | None = None) -> Health:
+    """Look at everything; ``folder`` is where run folders would lie. What fails becomes a problem."""
+    recorder.begin("doctor", len(MODULES) + 3, "check")
+    problems = [*requirements()]
+    for distribution, module in MODULES.items():
+        problems += importable(distribution, module)
+        recorder.advance()
+    computer, more = look_around(folder)
+    problems += more
+    recorder.advance()
+    root, data = data_sets(data_root)
+    recorder.advance()
+    offered = tuple(plug_in(each) for kind in KINDS for each in plugins.offered(kind))
+    problems += [
+        Problem(what=f"{each.kind} {each.name}", why=each.problem, hint=f"update or uninstall {each.origin}")
+        for each in offered
+        if each.problem is not None
+    ]
+    recorder.advance()
+    recorder.end()
+    return Health(
+        versions=versions(),
+        computer=computer,
+        data_root=str(root),
+        data=data,
+        extras={name: tuple(filter(_installed, parts)) for name, parts in EXTRAS.items()},
+        plugins=offered,
+        problems=tuple(problems),
+        usable=not any(problem.blocks for problem in problems),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Python's, ours, and those of every distribution that we need."""
+    found = {"python": platform.python_version()}
+    for name in (DISTRIBUTION, *MODULES, "click", "rich", "pydantic", "PyYAML", "Jinja2"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def requirements() -> Iterator[Problem]:
+    """What the installed distribution asks for and does not have, or has in another version."""
+    try:
+        asked = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        hint = "pip install . in the checkout"
+        yield Problem(what="installation", why="the package is not installed, only on the path", hint=hint)
+        return
+    try:
+        from packaging.requirements import Requirement
+    except ImportError as error:
+        hint = "pip install packaging"
+        yield Problem(what="packaging", why=f"versions are not checked: {error}", hint=hint)
+        return
+
+    for requirement in map(Requirement, asked):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            why, blocks = "it is not installed", True
+        else:
+            if requirement.specifier.contains(version, prereleases=True):
+                continue
+            why, blocks = f"version {version} is not {requirement.specifier}, which was tested", False
+        hint = f"pip install '{requirement.name}{requirement.specifier}'"
+        yield Problem(what=requirement.name, why=why, hint=hint, blocks=blocks)
+
+
+def importable(distribution: str, module: str) -> Iterator[Problem]:
+    """A library that is there but cannot be loaded."""
+    if not _installed(distribution):
+        return  # told by its requirement
+    try:
+        importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # a broken library may raise anything
+        hint = f"pip install --force-reinstall --no-deps {distribution}"
+        yield Problem(what=distribution, why=f"it fails: {plugins.reason(error)}", hint=hint, blocks=True)
+
+
+def look_around(folder: Path) -> tuple[Computer, list[Problem]]:
+    """The machine, and what it is too small for."""
+    problems: list[Problem] = []
+    device = _device(problems)
+    instructions = _instructions()
+    total, available = _memory()
+    disk = _free(folder)
+    if instructions and not INT8 & set(instructions):
+        why = "this processor has no int8 dot product (VNNI, AMX, dotprod)"
+        hint = "measure on the device that will run the file"
+        problems.append(Problem(what="speed of int8 files", why=why, hint=hint))
+    if available is not None and available < LITTLE_MEMORY:
+        why = f"{available / 2**30:.1f} GiB of memory are available"
+        hint = "--batch-size and --workers take less"
+        problems.append(Problem(what="large networks", why=why, hint=hint))
+    if disk is not None and disk < LITTLE_DISK:
+        why = f"{disk / 2**30:.1f} GiB are free in {folder.resolve()}"
+        problems.append(Problem(what="large run folders", why=why, hint="name another place with --run"))
+    if not os.access(folder, os.W_OK):
+        why = f"{folder.resolve()} cannot be written to"
+        problems.append(Problem(what="run folders here", why=why, hint="name another place with --run"))
+    computer = Computer(
+        system=f"{platform.system()} {platform.release()}",
+        machine=platform.machine(),
+        device=device,
+        cores=os.cpu_count() or 1,
+        instructions=instructions,
+        memory_bytes=total,
+        memory_available_bytes=available,
+        disk_free_bytes=disk,
+    )
+    return computer, problems
+
+
+def data_sets(root: Path | None) -> tuple[Path, tuple[DataSet, ...]]:
+    """Where data sets are looked for, and which are there; digits come with scikit-learn."""
+    try:
+        from s2ap_deploy.data.published import FOOTPRINTS, data_root
+    except (Exception, SystemExit):  # torch may be what is broken
+        return root or Path("data"), ()
+    place = data_root(root)
+    found = [DataSet(name="digits", where="scikit-learn" if _installed("scikit-learn") else None)]
+    for name, traces in FOOTPRINTS.items():
+        whole = all((place / trace).exists() for trace in traces)
+        found.append(DataSet(name=name, where=str(place / traces[0]) if whole else None))
+    return place, tuple(found)
+
+
+def plug_in(offered: plugins.Plugin) -> PlugIn:
+    """A plug-in after an attempt to import it."""
+    problem = None
+    try:
+        if offered.kind == "methods":
+            from s2ap_deploy.recipe.methods import OWN_NAMES, Method
+
+            if offered.name in OWN_NAMES:
+                problem = "the tool's own method of that name comes first"
+            plugins.load("methods", offered.name, Method)
+        elif offered.kind == "losses":
+            from s2ap_deploy.recipe.methods import OWN_LOSSES
+            from s2ap_deploy.training.plugin_losses import RobustLoss
+
+            if offered.name in OWN_LOSSES:
+                problem = "the tool's own loss of that name comes first"
+            plugins.load("losses", offered.name, RobustLoss)
+        elif offered.kind == "targets":
+            from s2ap_deploy.recipe.target import Target, names
+
+            if offered.name in names():
+                problem = "the shipped target of that name comes first"
+            plugins.load("targets", offered.name, Target)
+        else:
+            from s2ap_deploy.models.architectures.architecture import Architecture
+
+            plugins.load("architectures", offered.name, Architecture)
+    except DeployError as error:
+        problem = error.message
+    except Exception as error:  # torch may be what is broken
+        problem = plugins.reason(error)
+    return PlugIn(kind=offered.kind, name=offered.name, origin=offered.origin, problem=problem)
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return distribution == "mlflow" and _installed("mlflow-skinny")
+    return True
+
+
+def _device(problems: list[Problem]) -> Literal["cpu"] | str:
+    """What ``--device auto`` would take."""
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            return f"cuda ({torch.cuda.get_device_name(0)}, {torch.cuda.device_count()} of them)"
+        build = torch.version.cuda
+    except (Exception, SystemExit):
+        return "unknown: torch cannot be imported"
+    if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
+        why = "this torch is built without CUDA" if build is None else "torch finds no CUDA device it can use"
+        hint = "install a torch with CUDA for this driver; until then the CPU is used"
+        problems.append(Problem(what="the GPU", why=why, hint=hint))
+    return "cpu"
+
+
+def _instructions() -> tuple[str, ...]:
+    """Instruction sets that matter here, as Linux names them; empty where the system does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip().lower() in ("flags", "features"):
+            present = set(value.split())
+            return tuple(name for name in INSTRUCTIONS if name in present)
+    return ()
+
+
+def _memory() -> tuple[int | None, int | None]:
+    """Bytes of memory in all, and those that are available."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
+        return sizes.get("MemTotal"), sizes.get("MemAvailable")
+    except (OSError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None
+    except (AttributeError, OSError, ValueError):
+        return None, None
+
+
+def _free(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None

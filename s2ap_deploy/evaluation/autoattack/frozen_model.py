@@ -1,0 +1,200 @@
+"""The network that is attacked, and the only one whose word counts: a frozen float32 copy."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from s2ap_deploy.errors import CheckpointError, DataError
+from s2ap_deploy.spec import ThreatModel
+
+TOLERANCE = 1e-6
+"""How far beyond eps a point may lie through rounding, times max(1, eps)."""
+
+
+class LogitsFn(Protocol):
+    """What is certified, as a function: float32 images [n, C, H, W] in [0, 1] to logits [n, K]."""
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]: ...
+
+
+class FrozenModel(nn.Module):
+    """A private copy of a classifier: eval mode, no parameter gradients, float32, contiguous, on ``device``.
+
+    The caller's classifier is never touched. Raises CheckpointError as soon as a logit is not finite,
+    on whatever input: NaN compares as "not adversarial" and would pass for robustness.
+    """
+
+    def __init__(self, classifier: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(classifier).eval().requires_grad_(False).float().to(device)
+        for tensor in (*self.network.parameters(), *self.network.buffers()):
+            tensor.data = tensor.data.contiguous()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Float32 [B, C, H, W] in [0, 1] to logits [B, K]."""
+        return _usable(self.network(images), images)
+
+    def answer(self, images: Tensor) -> Tensor:
+        """The logits [B, K] that count: here those that attacks follow."""
+        logits: Tensor = self(images)
+        return logits
+
+    @property
+    def queried(self) -> nn.Module:
+        """What an attack without gradients asks."""
+        return self
+
+    @property
+    def examined(self) -> nn.Module:
+        """The network whose arithmetic shows whether gradients can be trusted."""
+        return self.network
+
+    @torch.no_grad()
+    def logits(self, images: Tensor, batch_size: int) -> Tensor:
+        """Logits [n, K] on the CPU."""
+        device = next(self.network.parameters(), images).device
+        return torch.cat([self.answer(batch.to(device)).cpu() for batch in torch.split(images, batch_size)])
+
+    @torch.no_grad()
+    def confirm(
+        self, clean: Tensor, attacked: Tensor, labels: Tensor, threat: ThreatModel
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Judge what an attack returned, whatever it claims.
+
+        A point outside the threat model is drawn back into it (into the box, then along the line to
+        its clean image) before it is judged. Returns (broken [B] bool, points [B, C, H, W],
+        predictions [B]); a broken point is finite, in [0, 1], within eps and misclassified.
+        """
+        points = attacked.detach().clamp(0.0, 1.0)
+        usable = points.flatten(1).isfinite().all(dim=1)
+        points = torch.where(_per_image(usable, points), points, clean)
+        limit = threat.radius + TOLERANCE * max(1.0, threat.radius)
+        distance = distances(clean, points, threat.norm)
+        outside = distance > limit
+        shrink = torch.where(outside, threat.radius / distance, torch.ones_like(distance)).to(points.dtype)
+        inside = clean + (points - clean) * _per_image(shrink, points)
+        points = torch.where(_per_image(outside, points), inside, points)
+        predictions = self.answer(points).argmax(dim=1)
+        valid = usable & (distances(clean, points, threat.norm) <= limit)
+        return valid & (predictions != labels), points, predictions
+
+
+class OnnxModel(FrozenModel):
+    """Attacks follow the gradients of a twin; the file that ships gives every answer that counts.
+
+    ``twin`` computes what the file does, in torch; an attack without gradients asks the file itself.
+    """
+
+    def __init__(self, twin: nn.Module, answers: LogitsFn, device: torch.device) -> None:
+        super().__init__(twin, device)
+        self._answers = answers
+
+    @torch.no_grad()
+    def answer(self, images: Tensor) -> Tensor:
+        pixels = np.ascontiguousarray(images.detach().cpu().numpy(), dtype=np.float32)
+        return _usable(torch.from_numpy(self._answers(pixels)).to(images.device), images)
+
+    @property
+    def queried(self) -> nn.Module:
+        return BlackBox(self)
+
+    @property
+    def examined(self) -> nn.Module:
+        """A twin that rounds would answer otherwise for any change of arithmetic, so it is asked not to."""
+        unrounded = getattr(self.network, "unrounded", None)
+        network: nn.Module = self.network if unrounded is None else unrounded()
+        return network
+
+
+class BlackBox(nn.Module):
+    """The file in the form of a network."""
+
+    def __init__(self, judge: OnnxModel) -> None:
+        super().__init__()
+        self._judge = judge
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._judge.answer(images)
+
+
+def _usable(logits: Tensor, images: Tensor) -> Tensor:
+    """``logits`` as they are. Raises CheckpointError where an attack cannot work with them."""
+    if logits.dim() != 2 or logits.shape[0] != images.shape[0] or logits.shape[1] < 2:
+        raise CheckpointError(
+            f"the classifier maps {list(images.shape)} to {list(logits.shape)}; "
+            "an attack needs logits of shape [images, classes] with at least 2 classes"
+        )
+    # A sum is non-finite when any of its terms is, and costs far less than a mask of all of them.
+    if not math.isfinite(logits.detach().sum(dtype=torch.float64).item()):
+        raise CheckpointError(
+            "the classifier returns logits that are not finite",
+            hint="look for NaN or infinite weights with: s2ap-deploy inspect CHECKPOINT",
+        )
+    return logits
+
+
+def distances(clean: Tensor, points: Tensor, norm: str) -> Tensor:
+    """Distance of each point from its clean image in ``norm``, float64 [B]."""
+    difference = (points.double() - clean.double()).flatten(1)
+    order = {"Linf": math.inf, "L2": 2.0, "L1": 1.0}[norm]
+    distance: Tensor = torch.linalg.vector_norm(difference, ord=order, dim=1)
+    return distance
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """One order of summation and full float32, whatever the process around it has set.
+
+    On the CPU one thread (a sum then does not depend on how many workers share the machine), on CUDA no
+    TF32 and deterministic convolutions. No autocast. Random streams are given back as they were.
+    """
+    threads = torch.get_num_threads()
+    cuda = [device] if device.type == "cuda" else []
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    with (
+        torch.random.fork_rng(devices=cuda),
+        torch.autocast(device.type, enabled=False),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+    ):
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def _per_image(values: Tensor, images: Tensor) -> Tensor:
+    """[B] to a shape that broadcasts over [B, C, H, W]."""
+    return values.reshape(-1, *[1] * (images.dim() - 1))
+
+
+def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous float32 images and int64 labels on the CPU, or DataError."""
+    images = images.detach().to("cpu", torch.float32).contiguous()
+    labels = labels.detach().to("cpu", torch.int64)
+    if images.dim() != 4 or labels.shape != images.shape[:1] or images.numel() == 0:
+        raise DataError(
+            f"an attack needs images [n, C, H, W] and labels [n] with n >= 1, "
+            f"not {list(images.shape)} and {list(labels.shape)}"
+        )
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0.0 and high <= 1.0):  # false for NaN as well
+        raise DataError(
+            f"images must lie in [0, 1], these reach from {low:g} to {high:g}",
+            hint="normalization belongs into the classifier, not into the data",
+        )
+    if int(labels.min()) < 0:
+        raise DataError(f"label {int(labels.min())} is negative")
+    return images, labels

@@ -1,0 +1,276 @@
+"""Sound bounds on every value of a network over a set of inputs: intervals and linear relaxation.
+
+Intervals go forwards (Gowal et al. 2018, arXiv 1810.12715). Linear relaxation goes backwards: each ReLU
+with l < 0 < u lies between two lines, and a linear form of any node becomes one of the input
+(Zhang et al. 2018, arXiv 1811.00866, Theorem 3.2; Singh et al. 2019, doi 10.1145/3290354, section 4.4).
+
+Rounding is part of the bound. Let a layer be evaluated with an error d, |d| <= noise = g (|W| |h| + |b|). A
+form a over its output is then a W over its input, plus a b, plus a d >= -|a| noise. Subtracting |a| noise at
+each layer on the way back therefore covers at once (1) real arithmetic, (2) every evaluation in float32 whose
+sums are taken in some order (g = 1.01 (n + 8) 2^-24 for n terms; 8 leaves room for a BatchNorm folded into
+the weights before it), and (3) the rounding of this float64 computation itself (``Trace.gamma``), since a
+coefficient that is off by its own rounding is such a d as well. Not covered are evaluations in TF32, in half
+precision, or by Winograd's or Fourier transforms.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from s2ap_deploy.evaluation.bounds.layers import Affine, Forms, Relu, Reshape, Shape, Sum, Window
+from s2ap_deploy.evaluation.bounds.trace import Trace
+from s2ap_deploy.spec import Norm
+
+Slope = Literal["adaptive", "parallel"]
+"""The lower line of an unstable ReLU: 0 or z, whichever is nearer, or the line parallel to the upper one."""
+
+COEFFICIENTS_AT_ONCE = 4 << 20
+"""Coefficients of one node that a step holds at once (32 MiB)."""
+
+_ROUNDOFF = 2.0**-24
+_SMALLEST = 2.0**-126  # what a float32 product may lose where subnormal numbers are flushed
+_LARGEST = 2.0**127
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """For each of P points, the images in [0, 1] within ``radius`` of ``center`` [P, C, H, W] in ``norm``."""
+
+    center: Tensor
+    norm: Norm
+    radius: float
+
+    @property
+    def lower(self) -> Tensor:
+        return (self.center - self.radius).clamp(min=0.0)
+
+    @property
+    def upper(self) -> Tensor:
+        return (self.center + self.radius).clamp(max=1.0)
+
+    def minimum(self, forms: Forms, rows: Tensor) -> Tensor:
+        """A lower bound on ``forms`` [P, S] over the points ``rows``; exact for Linf."""
+        center, lower, upper = self.center[rows], self.lower[rows], self.upper[rows]
+        falling = Forms(forms.values.clamp(max=0.0), forms.window)
+        box = forms.dot(lower) + falling.dot(upper - lower)
+        if self.norm == "Linf":
+            return box
+        # Against the box, a coordinate that already sits at its end cannot lower the form.
+        fixed_low, fixed_high = (forms.over(t).unsqueeze(1) for t in (lower >= center, upper <= center))
+        stuck = torch.where(forms.values > 0, fixed_low, fixed_high)
+        free = forms.values.masked_fill(stuck, 0.0).flatten(2)
+        dual = free.abs().amax(dim=2) if self.norm == "L1" else torch.linalg.vector_norm(free, dim=2)
+        return torch.maximum(box, forms.dot(center) - self.radius * dual)
+
+
+@dataclass(eq=False)
+class Bounds:
+    """What is known about the nodes of a trace, by their index; tensors [P, \\*shape].
+
+    ``noise`` is how far one evaluation of the node alone can be off. ``largest`` is what rounding on the way
+    back is relative to: that of a ReLU's chord to its argument, which may exceed its value.
+    """
+
+    lower: dict[int, Tensor] = field(default_factory=dict)
+    upper: dict[int, Tensor] = field(default_factory=dict)
+    noise: dict[int, Tensor] = field(default_factory=dict)
+    largest: dict[int, Tensor] = field(default_factory=dict)
+
+    def rows(self, rows: Tensor) -> Bounds:
+        """The same for some of the points."""
+        parts = (self.lower, self.upper, self.noise, self.largest)
+        return Bounds(*({index: values[rows] for index, values in part.items()} for part in parts))
+
+    def reach(self, index: int) -> Tensor:
+        """The largest absolute value that a node can take."""
+        return torch.maximum(self.lower[index].abs(), self.upper[index].abs())
+
+
+def evaluate(trace: Trace, images: Tensor) -> Tensor:
+    """Logits [P, K] of float64 ``images`` [P, C, H, W] by the traced layers."""
+    values: list[Tensor] = []
+    for node in trace.nodes:
+        parents = [values[parent] for parent in node.parents]
+        if node.layer is None:
+            values.append(images)
+        elif isinstance(node.layer, Relu):
+            values.append(parents[0].clamp(min=0.0))
+        elif isinstance(node.layer, Sum):
+            values.append(node.layer.signs[0] * parents[0] + node.layer.signs[1] * parents[1])
+        else:
+            values.append(node.layer.interval(parents[0], parents[0])[0])
+    return values[-1]
+
+
+def propagate(trace: Trace, region: Region, slope: Slope | None, known: Bounds | None = None) -> Bounds:
+    """Bounds of all nodes over ``region``: intervals, or linear relaxation with the lower lines ``slope``.
+
+    ``known`` bounds are used where they are tighter.
+    """
+    bounds = Bounds()
+    for index, node in enumerate(trace.nodes):
+        if node.layer is None:
+            lower, upper = region.lower, region.upper
+        elif isinstance(node.layer, Relu):
+            (parent,) = node.parents
+            lower, upper = (t[parent].clamp(min=0.0) for t in (bounds.lower, bounds.upper))
+        else:
+            lower, upper = _interval(node.layer, bounds, node.parents)
+            if node.layer.terms:
+                noise = bounds.noise[index] = _noise(trace, node.layer, bounds, node.parents)
+                lower, upper = lower - noise, upper + noise
+            lower, upper = _unknown(lower, -math.inf), _unknown(upper, math.inf)
+        if known is not None:
+            lower, upper = torch.maximum(lower, known.lower[index]), torch.minimum(upper, known.upper[index])
+        bounds.lower[index], bounds.upper[index] = lower.contiguous(), upper.contiguous()
+        bounds.largest[index] = bounds.reach(index)
+        if slope is not None and trace.worth_tightening(index, region.norm):
+            _tighten(trace, region, bounds, index, slope)
+            bounds.largest[index] = bounds.reach(index)
+        if isinstance(node.layer, (Relu, Reshape)):
+            before = bounds.largest[node.parents[0]]
+            bounds.largest[index] = before.reshape(len(before), *node.shape)
+    return bounds
+
+
+def lower_bounds(
+    trace: Trace, region: Region, bounds: Bounds, forms: Forms, slope: Slope, *, index: int, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Lower bounds [P, S] of ``forms`` over node ``index`` for the points ``rows``, and what rounding took.
+
+    ``bounds`` must hold every node before ``index``. A bound is NaN where nothing is known.
+    """
+    pending = {index: forms}
+    start = Forms(forms.values.abs(), forms.window)
+    rounding = trace.gamma * start.dot(bounds.largest[index][rows])
+    total = torch.zeros_like(rounding)
+    for current in range(index, -1, -1):
+        if current not in pending:
+            continue
+        seen, node = pending.pop(current), trace.nodes[current]
+        if current in bounds.noise:
+            rounding += Forms(seen.values.abs(), seen.window).dot(bounds.noise[current][rows])
+        if node.layer is None:
+            total += region.minimum(seen, rows)
+            continue
+        if isinstance(node.layer, Relu):
+            before = bounds.lower[node.parents[0]][rows], bounds.upper[node.parents[0]][rows]
+            offset, back = _through_relu(seen, *before, slope)
+            total += offset
+            _add(pending, node.parents[0], back, trace)
+        elif isinstance(node.layer, Sum):
+            for parent, sign in zip(node.parents, node.layer.signs, strict=True):
+                _add(pending, parent, seen if sign > 0 else Forms(-seen.values, seen.window), trace)
+        else:
+            if node.layer.bias is not None:
+                bias = seen.over(node.layer.bias).flatten()
+                total += seen.values.flatten(2) @ bias
+            _add(pending, node.parents[0], node.layer.backward(seen), trace)
+    return total - rounding, rounding
+
+
+def _add(pending: dict[int, Forms], parent: int, forms: Forms, trace: Trace) -> None:
+    shape = trace.nodes[parent].shape
+    pending[parent] = pending[parent].plus(forms, shape) if parent in pending else forms
+
+
+def _through_relu(forms: Forms, lower: Tensor, upper: Tensor, slope: Slope) -> tuple[Tensor, Forms]:
+    """Forms over a ReLU's argument that bound ``forms`` over its value from below, and their offset [P, S].
+
+    A positive coefficient takes the lower line, a negative one the chord through (l, 0) and (u, u).
+    """
+    lower, upper = forms.over(lower), forms.over(upper)
+    width = upper - lower
+    chord = (upper / width).masked_fill(~width.isfinite(), math.nan)
+    chord = chord.masked_fill(lower >= 0, 1.0).masked_fill(upper <= 0, 0.0)
+    unstable = (lower < 0) & (upper > 0)
+    below = torch.where(unstable, (upper > -lower).to(chord.dtype), chord) if slope == "adaptive" else chord
+    intercept = torch.where(unstable, -chord * lower, 0.0)
+    falling = forms.values.clamp(max=0.0)
+    offset = torch.bmm(falling.flatten(2), intercept.flatten(1).unsqueeze(2)).squeeze(2)
+    values = forms.values * below.unsqueeze(1)
+    if slope == "adaptive":
+        values.addcmul_(falling, (chord - below).unsqueeze(1))
+    return offset, Forms(values, forms.window)
+
+
+def _tighten(trace: Trace, region: Region, bounds: Bounds, index: int, slope: Slope) -> None:
+    """Replace the intervals of node ``index`` by linear bounds where a ReLU after it may be unstable."""
+    lower, upper = bounds.lower[index], bounds.upper[index]
+    windows: list[Window | None] = [None]
+    if lower.dim() == 4:  # one position at a time: its forms then share a small window
+        height, width = lower.shape[2:]
+        windows = [(i, i + 1, j, j + 1) for i in range(height) for j in range(width)]
+    # At the middle a window is not cut off by the border.
+    at_once = max(1, COEFFICIENTS_AT_ONCE // trace.widest(index, windows[len(windows) // 2]))
+    for window in windows:
+        low, high = (_place(t, window) for t in (lower, upper))
+        unstable = (low < 0) & (high > 0)
+        count, order = unstable.sum(dim=1), torch.argsort(unstable.byte(), dim=1, descending=True)
+        for rows, most in _groups(count, at_once):
+            for units in torch.split(order[rows, :most], max(1, at_once // 2), dim=1):
+                forms = _both_signs(units, trace.nodes[index].shape, window)
+                found, _ = lower_bounds(trace, region, bounds, forms, slope, index=index, rows=rows)
+                below, above = found.chunk(2, dim=1)
+                at = rows.unsqueeze(1), units
+                # fmax and fmin pass over NaN: then the interval stays.
+                low[at], high[at] = torch.fmax(low[at], below), torch.fmin(high[at], -above)
+
+
+def _place(tensor: Tensor, window: Window | None) -> Tensor:
+    """A view [P, units] of a node's values at one position of its map, or of all of them."""
+    if window is None:
+        return tensor.view(len(tensor), -1)
+    return tensor[:, :, window[0], window[2]]
+
+
+def _groups(count: Tensor, at_once: int) -> list[tuple[Tensor, int]]:
+    """Points of similar ``count`` [P], with the largest of each group; those that count 0 are left out."""
+    order = torch.argsort(count, stable=True)
+    order = order[count[order] > 0]
+    groups = []
+    while len(order):
+        most = int(count[order[-1]])
+        size = max(1, min(len(order), at_once // (2 * most)))
+        groups.append((order[-size:], most))
+        order = order[:-size]
+    return groups
+
+
+def _both_signs(units: Tensor, shape: Shape, window: Window | None) -> Forms:
+    """The forms +x_i and -x_i for ``units`` [P, S] of a node of ``shape``, or of its map at ``window``."""
+    seen = shape if window is None else (shape[0], 1, 1)
+    one = torch.nn.functional.one_hot(units, math.prod(seen)).double()
+    values = torch.cat([one, -one], dim=1)
+    return Forms(values.reshape(*values.shape[:2], *seen), window)
+
+
+def _interval(layer: Affine | Sum, bounds: Bounds, parents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    pairs = [(bounds.lower[parent], bounds.upper[parent]) for parent in parents]
+    if isinstance(layer, Affine):
+        return layer.interval(*pairs[0])
+    first, second = (
+        pair if sign > 0 else (-pair[1], -pair[0]) for pair, sign in zip(pairs, layer.signs, strict=True)
+    )
+    return first[0] + second[0], first[1] + second[1]
+
+
+def _noise(trace: Trace, layer: Affine | Sum, bounds: Bounds, parents: tuple[int, ...]) -> Tensor:
+    """How far one evaluation of ``layer`` can be off: in float32, and in the float64 of this computation."""
+
+    def magnitude(values: list[Tensor]) -> Tensor:
+        return layer.magnitude(*values) if isinstance(layer, Affine) else values[0] + values[1]
+
+    values = magnitude([bounds.reach(parent) for parent in parents])
+    back = magnitude([bounds.largest[parent] for parent in parents])
+    noise = 1.01 * _ROUNDOFF * (layer.terms + 8) * values + layer.terms * _SMALLEST + trace.gamma * back
+    return noise.masked_fill(values > _LARGEST, math.inf)  # float32 itself overflows there
+
+
+def _unknown(values: Tensor, replacement: float) -> Tensor:
+    return values.nan_to_num(nan=replacement, posinf=math.inf, neginf=-math.inf)

@@ -1,0 +1,44 @@
+"""The file of clean and attacked points beside a certificate, for whoever judges them again."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from s2ap_deploy import files
+from s2ap_deploy.errors import RunFolderError, VerificationError
+from s2ap_deploy.evaluation.certificate import PointsFile
+
+
+def save(path: Path, clean: Tensor, attacked: Tensor) -> PointsFile:
+    """Write float32 ``clean`` and ``attacked`` [n, C, H, W], in the certificate's order of samples.
+
+    Where nothing broke a sample, both are the same image. Atomic; raises StorageError.
+    """
+    tensors = {"clean": clean.contiguous(), "attacked": attacked.contiguous()}
+    files.write_bytes(path, safetensors.torch.save(tensors))
+    return PointsFile(name=path.name, sha256=files.sha256(path))
+
+
+def load(path: Path, recorded: PointsFile) -> tuple[Tensor, Tensor]:
+    """Clean and attacked points [n, C, H, W] that :func:`save` wrote to ``path``.
+
+    Raises VerificationError when the file is not the one that the certificate names, RunFolderError when
+    it is damaged, StorageError when it cannot be read.
+    """
+    data = files.read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != recorded.sha256:
+        raise VerificationError(f"{path} is not the file that its certificate names", hint="certify again")
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+        clean, attacked = tensors["clean"], tensors["attacked"]
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise RunFolderError(f"{path} is damaged: {error}", hint="certify again") from None
+    if clean.shape != attacked.shape or clean.dtype != torch.float32 or attacked.dtype != torch.float32:
+        raise RunFolderError(f"{path} is damaged: its two halves do not match", hint="certify again")
+    return clean, attacked

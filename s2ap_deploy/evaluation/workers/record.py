@@ -1,0 +1,150 @@
+"""The append-only record of an attack: what every finished unit found, safe against a kill at any moment.
+
+``attack.jsonl`` starts with a header (everything the outcome depends on) and gains one line per unit.
+The points a unit found lie in a file of their own, which is whole before its line is written. A line
+torn by a kill is dropped, and its unit is run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from torch import Tensor, nn
+
+from s2ap_deploy import files
+from s2ap_deploy.errors import RunFolderError, StorageError
+from s2ap_deploy.evaluation.autoattack.attacker import Unit, UnitResult
+from s2ap_deploy.models.classifier import weights_hash
+from s2ap_deploy.runtime import versions
+
+SCHEMA_VERSION = 1
+_FILE = "attack.jsonl"
+
+
+class AttackRecord:
+    """The record in ``folder``. The caller holds the run folder's lock."""
+
+    def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
+        """Open or begin a record whose outcome depends on ``header`` (JSON values).
+
+        Raises RunFolderError for a record of something else or one that is damaged, StorageError
+        when the disk refuses.
+        """
+        self._folder = folder
+        self._path = folder / _FILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot create {folder}: {error.strerror or error}") from error
+        first = json.loads(_line({"schema_version": SCHEMA_VERSION, **header}))
+        if not self._path.exists():
+            files.write_bytes(self._path, _line(first))
+        lines = self._whole_lines()
+        self._refuse_other(lines[0] if lines else None, first)
+        self.results = tuple(self._result(line) for line in lines[1:])
+
+    def append(self, result: UnitResult) -> None:
+        """Keep ``result``; on return it survives a kill. Raises StorageError."""
+        entry: dict[str, Any] = {
+            "block": result.unit.block,
+            "attack": result.unit.attack,
+            "seed": result.unit.seed,
+            "indices": list(result.unit.indices),
+            "broken": list(result.broken),
+            "predictions": list(result.predictions),
+            "seconds": round(result.seconds, 3),
+            "zero_gradient": result.zero_gradient,
+        }
+        if result.broken:
+            content = safetensors.numpy.save({"points": result.points})
+            entry["points"] = f"block-{result.unit.block:05d}-{result.unit.attack}.safetensors"
+            entry["points_sha256"] = hashlib.sha256(content).hexdigest()
+            files.write_bytes(self._folder / entry["points"], content)
+        size = self._path.stat().st_size
+        try:
+            with open(self._path, "ab") as stream:
+                stream.write(_line(entry))
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            os.truncate(self._path, size)  # freeing space never fails for lack of it
+            raise StorageError(f"cannot write {self._path}: {error.strerror or error}") from error
+
+    def _whole_lines(self) -> list[dict[str, Any]]:
+        """Every line that was written to its end; a torn last one is cut off the file."""
+        content = files.read_bytes(self._path)
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(self._path, len(whole))
+        try:
+            return [files.parse_json(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
+
+    def _refuse_other(self, found: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
+        if found is None:
+            raise self._damaged("it has no header")
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
+                raise RunFolderError(
+                    f"{self._path} records another attack: {key} was {found.get(key)!r}, "
+                    f"now it is {wanted.get(key)!r}",
+                    hint="start this stage again with --overwrite, or use another --run",
+                )
+
+    def _result(self, line: dict[str, Any]) -> UnitResult:
+        try:
+            unit = Unit(line["block"], line["attack"], line["seed"], tuple(line["indices"]))
+            points = np.empty((0,), dtype=np.float32)
+            if line["broken"]:
+                content = files.read_bytes(files.within(self._folder, line["points"]))
+                if hashlib.sha256(content).hexdigest() != line["points_sha256"]:
+                    raise self._damaged(f"{line['points']} was changed")
+                points = safetensors.numpy.load(content)["points"]
+            return UnitResult(
+                unit=unit,
+                broken=tuple(line["broken"]),
+                predictions=tuple(line["predictions"]),
+                points=points,
+                seconds=line["seconds"],
+                zero_gradient=line["zero_gradient"],
+            )
+        except (KeyError, TypeError, StorageError, safetensors.SafetensorError) as error:
+            raise self._damaged(f"{type(error).__name__}: {error}") from None
+
+    def _damaged(self, reason: str) -> RunFolderError:
+        return RunFolderError(
+            f"{self._path} is damaged: {reason}", hint="start this stage again with --overwrite"
+        )
+
+
+def binding(
+    network: nn.Module, images: Tensor, labels: Tensor, *, seed: int, block_size: int, device: torch.device
+) -> dict[str, Any]:
+    """What every attack's outcome depends on, as JSON values for a header."""
+    samples = hashlib.sha256(images.numpy().tobytes())
+    samples.update(labels.numpy().tobytes())
+    found = versions()
+    return {
+        "weights_sha256": weights_hash(network),
+        "samples_sha256": samples.hexdigest(),
+        "shape": list(images.shape),
+        "seed": seed,
+        "block_size": block_size,
+        "device": device.type,
+        "torch": found["torch"],
+        "pyautoattack": found["pyautoattack"],
+    }
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, sort_keys=True, allow_nan=False, separators=(",", ":")).encode() + b"\n"

@@ -1,0 +1,1 @@
+"""The release gate: thresholds, coverage of shipped files, and the verdict."""

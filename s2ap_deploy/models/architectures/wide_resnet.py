@@ -1,0 +1,85 @@
+"""Wide residual networks for 32x32 images (Zagoruyko & Komodakis 2016, arXiv 1605.07146).
+
+Named as in TRADES and most robust checkpoints: ``block1.layer.0.bn1``, ``convShortcut``, ``bn1``, ``fc``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2ap_deploy.models.architectures.architecture import Architecture
+
+
+class WideBlock(nn.Module):
+    """A pre-activation block; the projection, where there is one, reads the activated input."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, width, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
+        # The published projection depends on the widths alone; the stride changes only together with them.
+        self.convShortcut = (
+            None if inputs == width else nn.Conv2d(inputs, width, kernel_size=1, stride=stride, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        shortcut = x if self.convShortcut is None else self.convShortcut(active)
+        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return out + shortcut
+
+
+class WideStage(nn.Module):
+    """``depth`` blocks, of which the first carries the stride."""
+
+    def __init__(self, depth: int, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        first = WideBlock(inputs, width, stride)
+        self.layer = nn.Sequential(first, *(WideBlock(width, width, 1) for _ in range(depth - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out
+
+
+class WideResNet(nn.Module):
+    """WRN-``depth``-``widening``; ``depth`` is 6n + 4."""
+
+    def __init__(self, depth: int, widening: int, num_classes: int) -> None:
+        super().__init__()
+        blocks = (depth - 4) // 6
+        narrow, middle, wide = 16 * widening, 32 * widening, 64 * widening
+        self.conv1 = nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False)
+        self.block1 = WideStage(blocks, 16, narrow, 1)
+        self.block2 = WideStage(blocks, narrow, middle, 2)
+        self.block3 = WideStage(blocks, middle, wide, 2)
+        self.bn1 = nn.BatchNorm2d(wide)
+        self.fc = nn.Linear(wide, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to logits [B, K]."""
+        out = self.block3(self.block2(self.block1(self.conv1(x))))
+        out = F.adaptive_avg_pool2d(F.relu(self.bn1(out)), 1).flatten(1)
+        logits: Tensor = self.fc(out)
+        return logits
+
+
+def _wide(depth: int, widening: int) -> Callable[[int], nn.Module]:
+    return lambda num_classes: WideResNet(depth, widening, num_classes)
+
+
+ARCHITECTURES = tuple(
+    Architecture(
+        f"cifar-wrn-{depth}-{widening}",
+        _wide(depth, widening),
+        input_size=(3, 32, 32),
+        num_classes=10,
+        unused=("sub_block1.",),  # registered and never called in the files of TRADES and HYDRA
+    )
+    for depth, widening in ((28, 4), (28, 10), (34, 10))
+)

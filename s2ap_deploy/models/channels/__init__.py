@@ -1,0 +1,1 @@
+"""Channel groups: which layers are coupled, and their removal."""

@@ -1,0 +1,1 @@
+"""Checkpoint files: reading, matching with an architecture, and building the classifier."""

@@ -1,0 +1,117 @@
+"""A coded ONNX file made dense again, for a runtime or tool that cannot decode it at load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+from onnx.reference import ReferenceEvaluator
+
+from s2ap_deploy.errors import VerificationError
+from s2ap_deploy.files import atomic, sha256
+from s2ap_deploy.onnx_export.codecs import encoding as codec
+from s2ap_deploy.onnx_export.codecs.coo import dense_tensor
+from s2ap_deploy.onnx_export.graph import check
+from s2ap_deploy.onnx_export.inference import logits, session
+from s2ap_deploy.onnx_export.onnx_file import OnnxFile
+from s2ap_deploy.spec import Record
+
+PROBES = 8
+TOLERANCE = 1e-5  # x max(1, largest |logit|): rounding of float32 sums in another order
+
+
+class Decoded(Record):
+    """One dense file and the one it was made from.
+
+    ``tensors`` counts the weights that were coded, ``entries`` and ``nonzeros`` what they hold.
+    ``bit_equal``: ONNX Runtime and ONNX's reference evaluator decode them to the same bits, which the dense
+    file has. ``max_logit_difference`` is that of both files on random images, in ONNX Runtime.
+    """
+
+    file: str
+    sha256: str
+    bytes: int
+    source_sha256: str
+    source_bytes: int
+    tensors: int
+    entries: int
+    nonzeros: int
+    bit_equal: Literal[True] = True
+    max_logit_difference: float
+    metadata: dict[str, str]
+
+
+def decode_file(opened: OnnxFile, output: Path) -> Decoded:
+    """Write the dense form of ``opened`` to ``output``, over what is there; metadata stays as it is.
+
+    A file without coded weights is written as it was read. Raises VerificationError when two
+    implementations decode to different bits, when ONNX's full check refuses the result, or when it answers
+    differently, and then leaves ``output`` as it was; StorageError when the disk refuses.
+    """
+    expected = _by_reference(opened.model)
+    dense = codec.decode(opened.model)
+    found = codec.tensors(dense)
+    _compare(expected, {name: found[name] for name in expected})
+    check(dense)
+    data = dense.SerializeToString() if expected else opened.content
+    with atomic(output) as temporary:
+        temporary.write_bytes(data)
+        if temporary.read_bytes() != data:
+            raise VerificationError("the disk returns other bytes than were written")
+        difference = _difference(opened, temporary)
+        digest = sha256(temporary)
+    return Decoded(
+        file=output.name,
+        sha256=digest,
+        bytes=len(data),
+        source_sha256=opened.sha256,
+        source_bytes=len(opened.content),
+        tensors=len(expected),
+        entries=sum(array.size for array in expected.values()),
+        nonzeros=sum(int(np.count_nonzero(array)) for array in expected.values()),
+        max_logit_difference=difference,
+        metadata=opened.metadata,
+    )
+
+
+def _by_reference(model: ModelProto) -> dict[str, NDArray[np.generic]]:
+    """The coded weights, by ONNX's reference evaluator: not the implementation that :func:`decode` asks."""
+    decoded = codec.run_decoder(codec.decoder(model), _evaluate)
+    for sparse in map(dense_tensor, model.graph.sparse_initializer):
+        if not codec.is_internal(sparse.name):
+            decoded |= codec.arrays([sparse])
+    return decoded
+
+
+def _evaluate(part: ModelProto, outputs: list[str]) -> list[NDArray[np.generic]]:
+    try:
+        return [np.asarray(array) for array in ReferenceEvaluator(part).run(outputs, {})]
+    except Exception as error:  # pure Python on a stranger's numbers: it fails as Python does
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise VerificationError(f"the weights cannot be decoded: {reason}") from error
+
+
+def _compare(expected: dict[str, NDArray[np.generic]], found: dict[str, NDArray[np.generic]]) -> None:
+    for name, array in expected.items():
+        same = array.dtype == found[name].dtype and array.shape == found[name].shape
+        if not same or array.tobytes() != found[name].tobytes():
+            raise VerificationError(
+                f"{name}: ONNX Runtime decodes other bits than ONNX's reference evaluator"
+            )
+
+
+def _difference(opened: OnnxFile, path: Path) -> float:
+    """The largest difference between the logits of the two files on random images."""
+    images = np.random.default_rng(0).random((PROBES, *opened.input_size), dtype=np.float32)
+    before, after = opened.answers(images), logits(session(path), images)
+    if not np.isfinite(before).all():
+        raise VerificationError("its logits are not finite, so that nothing can be compared")
+    difference, largest = float(np.abs(after - before).max()), float(np.abs(before).max())
+    if not difference <= TOLERANCE * max(1.0, largest) < np.inf:  # written so that NaN fails
+        raise VerificationError(
+            f"the dense file answers differently: its logits are up to {difference:.3g} away"
+        )
+    return difference

@@ -1,0 +1,172 @@
+"""From a PyTorch classifier to a dense ONNX graph that carries nothing but the model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import warnings
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import onnx
+import torch
+from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, numpy_helper
+from torch import nn
+
+from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError, VerificationError
+from s2ap_deploy.onnx_export.codecs.coo import has_sparse
+from s2ap_deploy.onnx_export.codecs.encoding import default_opset
+
+INPUT = "image"
+OUTPUT = "logits"
+MIN_OPSET, MAX_OPSET = 18, 25
+MAX_BATCH = 1024
+MAX_BYTES = 2**31 - 2**20  # a protobuf file holds less than 2 GiB; some of it is the graph
+
+
+def to_onnx(
+    classifier: nn.Module,
+    input_size: tuple[int, int, int],
+    *,
+    opset: int = 20,
+    batch: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> ModelProto:
+    """The classifier in evaluation mode as one float32 ONNX model.
+
+    Input ``image`` [batch, C, H, W] in [0, 1], output ``logits`` [batch, K], any batch size, or only
+    ``batch`` where it is given; normalization is part of the graph and BatchNorm is folded where a
+    convolution precedes it.
+    ``metadata`` becomes the model's ``metadata_props``. The classifier itself is not touched. Zeros
+    stay zeros, all of them +0.0. Names of source files and stack traces are removed.
+
+    Raises UsageError for an opset outside 18..25 or one that the installed exporter does not write,
+    for a batch outside 1..1024, and for weights over 2 GiB; CheckpointError for weights that are not
+    finite; ArchitectureError when the network cannot be traced or does not return one [batch, K] tensor.
+    """
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise UsageError(
+            f"opset {opset} cannot be exported, only {MIN_OPSET} to {MAX_OPSET}",
+            hint=f"try --opset {max(MIN_OPSET, min(opset, MAX_OPSET))}",
+        )
+    if batch is not None and not 1 <= batch <= MAX_BATCH:
+        raise UsageError(f"a batch of {batch} cannot be exported, only dynamic or 1 to {MAX_BATCH}")
+    network = _frozen_copy(classifier)
+    example = torch.full((batch or 2, *input_size), 0.5)
+    _check_output(network, example)
+    model = _trace(network, example, opset, dynamic=batch is None)
+    written = default_opset(model)
+    if written != opset:
+        raise UsageError(
+            f"opset {opset} was asked for, but torch {torch.__version__} writes {written}",
+            hint=f"try --opset {written}",
+        )
+    _strip(model.graph)
+    for function in model.functions:
+        function.doc_string = ""
+    model.doc_string = ""
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, dict(sorted((metadata or {}).items())))
+    _settle_values(model.graph)
+    check(model)
+    return model
+
+
+def check(model: ModelProto) -> None:
+    """ONNX's own full check, shapes included. Raises VerificationError.
+
+    A model with sparse initializers is checked without its shapes: no operator accepts their type there.
+    """
+    try:
+        onnx.checker.check_model(model, full_check=not has_sparse(model))
+    except UnicodeDecodeError as error:  # the checker quotes a damaged name
+        raise VerificationError("ONNX refuses the model: a name in it is not text") from error
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise VerificationError(f"ONNX refuses the model: {str(error).splitlines()[0]}") from error
+
+
+def _frozen_copy(classifier: nn.Module) -> nn.Module:
+    tensors = {**dict(classifier.named_parameters()), **dict(classifier.named_buffers())}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name} holds values that are not finite; it cannot be exported")
+    size = sum(tensor.numel() for tensor in tensors.values()) * 4
+    if size > MAX_BYTES:
+        raise UsageError(f"the weights take {size / 2**30:.1f} GiB; one ONNX file holds less than 2 GiB")
+    return copy.deepcopy(classifier).cpu().float().eval().requires_grad_(False)
+
+
+def _check_output(network: nn.Module, example: torch.Tensor) -> None:
+    try:
+        with torch.no_grad():
+            output = network(example)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ArchitectureError(
+            f"the network does not accept a {list(example.shape[1:])} image: {error}"
+        ) from error
+    if not isinstance(output, torch.Tensor) or output.ndim != 2 or len(output) != len(example):
+        found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ArchitectureError(f"a classifier returns logits of shape [batch, classes], this one {found}")
+
+
+def _trace(network: nn.Module, example: torch.Tensor, opset: int, *, dynamic: bool) -> ModelProto:
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                network,
+                (example,),
+                dynamo=True,
+                opset_version=opset,
+                external_data=False,
+                dynamic_shapes=({0: "batch"},) if dynamic else None,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+        raise ArchitectureError(
+            f"the network cannot be exported: {reason}",
+            hint="its forward must not branch on the values of its input, nor on the batch size",
+        ) from error
+    assert program is not None  # dynamo=True always returns one
+    return program.model_proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress off stdout, which belongs to ``--json``, and hide its warnings.
+
+    Among them an overflow while folding, which ``_settle_values`` turns into an error.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+def _strip(graph: GraphProto) -> None:
+    """Remove what describes the exporter's machine rather than the model, in nested graphs too."""
+    graph.doc_string = ""
+    del graph.value_info[:], graph.metadata_props[:]
+    for part in (*graph.input, *graph.output, *graph.initializer, *graph.node):
+        part.doc_string = ""
+        del part.metadata_props[:]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                _strip(attribute.g)
+
+
+def _settle_values(graph: GraphProto) -> None:
+    """Turn -0.0, which folding BatchNorm leaves behind, into +0.0; refuse what is not finite."""
+    for tensor in graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT:
+            continue
+        array = numpy_helper.to_array(tensor)
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"{tensor.name}: folding BatchNorm gives values that are not finite")
+        tensor.CopyFrom(numpy_helper.from_array(array + np.float32(0), tensor.name))

@@ -1,0 +1,133 @@
+"""An ONNX file that somebody gives us: what it says of itself, checked before anything relies on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import ModelProto, TensorProto, ValueInfoProto
+
+from s2ap_deploy import files
+from s2ap_deploy.errors import CheckpointError, VerificationError
+from s2ap_deploy.onnx_export.codecs.footprint import check_footprint, stored_elsewhere
+from s2ap_deploy.onnx_export.inference import FileAnswers
+from s2ap_deploy.onnx_export.quantization import is_quantized
+from s2ap_deploy.onnx_export.resource_limits import check_demand
+
+_MAX_BYTES = 2**31
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxFile:
+    """One file: its bytes and their hash, its graph, and what it takes.
+
+    ``input_size`` is (C, H, W); ``metadata`` are the texts that travel inside the file.
+    """
+
+    path: Path
+    content: bytes
+    sha256: str
+    model: ModelProto
+    input_size: tuple[int, int, int]
+    quantized: bool
+    metadata: dict[str, str]
+
+    @property
+    def answers(self) -> FileAnswers:
+        """The file in ONNX Runtime."""
+        return FileAnswers(self.content)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """As the file states them; none when it does not, or not readably."""
+        try:
+            names = json.loads(self.metadata.get("s2ap.class_names", "[]"))
+        except (ValueError, RecursionError):
+            return ()
+        return tuple(map(str, names)) if isinstance(names, list) else ()
+
+    @property
+    def sparsity(self) -> float | None:
+        """As the file states it."""
+        try:
+            stated = float(self.metadata.get("s2ap.sparsity", ""))
+        except ValueError:
+            return None
+        return stated if 0.0 <= stated <= 1.0 else None
+
+
+def read(path: Path) -> OnnxFile:
+    """Read and check the file at ``path``.
+
+    Raises StorageError when it cannot be read and CheckpointError when it is not one whole ONNX model that
+    maps one float32 tensor [batch, C, H, W] of known size to logits [batch, K] of at least two classes, or
+    when it would take more memory than a classifier should.
+    """
+    content = files.read_bytes(path, limit=_MAX_BYTES)
+    if len(content) > _MAX_BYTES:
+        raise _refused(path, "is larger than 2 GiB, the most that one ONNX file holds")
+    try:
+        model = ModelProto.FromString(content)
+    except DecodeError:
+        raise _refused(path, "is not an ONNX file") from None
+    if not model.graph.node:
+        raise _refused(path, "is not an ONNX file")
+    if stored_elsewhere(model):
+        raise _refused(path, "keeps its weights in another file, which its hash does not cover")
+    try:
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
+        raise _refused(path, f"is not a valid ONNX model: {str(error).splitlines()[0]}") from None
+    input_size = _input_size(path, model)
+    try:
+        check_footprint(model)
+        check_demand(model)
+    except VerificationError as error:
+        raise _refused(path, f"is refused: {error.message}") from None
+    opened = OnnxFile(
+        path=path,
+        content=content,
+        sha256=hashlib.sha256(content).hexdigest(),
+        model=model,
+        input_size=input_size,
+        quantized=is_quantized(model),
+        metadata={entry.key: entry.value for entry in model.metadata_props},
+    )
+    try:
+        classes = opened.answers(np.zeros((2, *input_size), np.float32)).shape[1]
+    except VerificationError as error:
+        raise _refused(path, f"cannot be run: {error.message}") from None
+    if classes < 2:
+        raise _refused(path, f"tells {classes} classes apart; a classifier has at least two")
+    return opened
+
+
+def _input_size(path: Path, model: ModelProto) -> tuple[int, int, int]:
+    stored = {tensor.name for tensor in model.graph.initializer}
+    entries = [value for value in model.graph.input if value.name not in stored]
+    if len(entries) != 1 or len(model.graph.output) != 1:
+        raise _refused(
+            path,
+            f"has {len(entries)} inputs and {len(model.graph.output)} outputs; a classifier has one each",
+        )
+    sizes = _sizes(entries[0])
+    if entries[0].type.tensor_type.elem_type != TensorProto.FLOAT or len(sizes) != 4 or 0 in sizes[1:]:
+        raise _refused(path, "does not take one float32 tensor [batch, C, H, W] with C, H and W fixed")
+    return sizes[1], sizes[2], sizes[3]
+
+
+def _sizes(value: ValueInfoProto) -> list[int]:
+    """Sizes of the dimensions, 0 where one is open."""
+    return [max(0, dimension.dim_value) for dimension in value.type.tensor_type.shape.dim]
+
+
+def _refused(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} {reason}",
+        hint="give one ONNX file of a classifier, such as export/model.onnx of a run folder",
+    )

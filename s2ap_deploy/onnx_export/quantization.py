@@ -1,0 +1,151 @@
+"""A float32 ONNX model as int8: static quantization in QDQ form, by ONNX Runtime's own quantizer.
+
+Weights are symmetric int8, one scale per output channel, so that a pruned weight stays exactly zero;
+activations are uint8 with ranges from calibration images (Jacob et al. 2018, arXiv 1712.05877): a ReLU is
+then the lower end of the range, and ONNX Runtime fuses it away; with int8 it computes most convolutions in
+float32 instead. The logits themselves stay float32: rounding them would make ties between classes and hide
+gradients from attacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, ValueInfoProto, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+from s2ap_deploy.errors import DataError, UsageError, VerificationError
+from s2ap_deploy.onnx_export.inference import RUNTIME_ERRORS
+
+SCHEME = "static QDQ: weights symmetric int8 per channel (7 bits used), activations uint8, logits float32"
+CALIBRATION_BATCH = 64
+_INTEGER_OPERATORS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinear", "Integer")
+_WEIGHT_READERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# The quantizer is Python all through, and fails as such on graphs that it does not expect.
+_REFUSALS: tuple[type[Exception], ...] = (
+    *RUNTIME_ERRORS,
+    AssertionError,
+    AttributeError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def quantize(model: ModelProto, images: NDArray[np.float32]) -> ModelProto:
+    """The int8 form of ``model``, calibrated on ``images`` [n, C, H, W] in [0, 1], n >= 1.
+
+    Scales come from the smallest and largest activation over the images; the same model and images give
+    the same bytes. Weights take 7 of the 8 bits: processors without VNNI add products of int8 in pairs
+    of 16 bits, which 8-bit weights can overflow, and the file would answer differently there.
+    Raises UsageError without images, DataError for images that are not finite, VerificationError when the
+    quantizer refuses the model or its scales are not finite.
+    """
+    if not len(images):
+        raise UsageError("int8 needs at least one image to calibrate on")
+    if not np.isfinite(images).all():
+        raise DataError("the images to calibrate on hold values that are not finite")
+    if not model.graph.input:
+        raise VerificationError("the network cannot be quantized: it takes no images")
+    with tempfile.TemporaryDirectory(prefix="s2ap-") as folder, _quiet():
+        path = Path(folder) / "int8.onnx"
+        try:
+            quantize_static(
+                _shaped(model),
+                path,
+                _Images(model.graph.input[0], images),
+                quant_format=QuantFormat.QDQ,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                per_channel=True,
+                reduce_range=True,
+                extra_options={
+                    "WeightSymmetric": True,
+                    "ActivationSymmetric": False,
+                    "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
+                },
+            )
+        except _REFUSALS as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise VerificationError(f"the network cannot be quantized: {reason}") from error
+        found = onnx.load(path)
+    _tidy(found, model)
+    return found
+
+
+def is_quantized(model: ModelProto) -> bool:
+    """Whether any node of the graph computes with, or unpacks, integers in place of real numbers."""
+    return any(
+        node.op_type in _INTEGER_OPERATORS[:3] or any(word in node.op_type for word in _INTEGER_OPERATORS[3:])
+        for node in model.graph.node
+    )
+
+
+def quantized_weights(model: ModelProto) -> dict[str, NDArray[np.generic]]:
+    """The int8 tensors that a convolution or matrix product reads through DequantizeLinear, by name."""
+    unpacked = {
+        node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"
+    }
+    read = {
+        unpacked[name]
+        for node in model.graph.node
+        if node.op_type in _WEIGHT_READERS
+        for name in node.input[:2]
+        if name in unpacked
+    }
+    return {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if tensor.name in read and tensor.data_type == TensorProto.INT8
+    }
+
+
+class _Images(CalibrationDataReader):  # type: ignore[misc]
+    """Hands the calibration images out in batches; a model of a fixed batch gets the last one filled up."""
+
+    def __init__(self, entry: ValueInfoProto, images: NDArray[np.float32]) -> None:
+        first = entry.type.tensor_type.shape.dim[:1]
+        fixed = first[0].dim_value if first else 0
+        size = fixed or CALIBRATION_BATCH
+        if fixed:
+            images = np.concatenate([images, np.repeat(images[-1:], -len(images) % fixed, axis=0)])
+        starts = range(0, len(images), size)
+        self._batches = iter([{entry.name: images[start : start + size]} for start in starts])
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        return next(self._batches, None)
+
+
+def _shaped(model: ModelProto) -> ModelProto:
+    """A copy with the shapes of all values, from which the quantizer tells weights from activations."""
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def _tidy(found: ModelProto, source: ModelProto) -> None:
+    """Keep what describes the model: the source's metadata, no quantizer's marks, no names of values."""
+    del found.graph.value_info[:], found.metadata_props[:]
+    found.metadata_props.extend(source.metadata_props)
+    found.producer_name, found.producer_version = source.producer_name, source.producer_version
+    for tensor in found.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise VerificationError(f"{tensor.name}: calibration gives values that are not finite")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the quantizer's advice on the root logger, which is for people who call it by hand."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,146 @@
+"""The differentiable twin: a torch module that computes what an ONNX file computes, built from the file.
+
+White-box attacks need gradients, which a runtime does not give. The twin of a quantized file rounds as the
+file does and passes gradients through the rounding, so that the attack sees the network that ships.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from s2ap_deploy.errors import ArchitectureError
+from s2ap_deploy.onnx_export.codecs.encoding import decode
+from s2ap_deploy.onnx_export.torch_backend.operators import OPERATORS, UNROUNDED, Unsupported
+
+_HINT = "the file can still be measured on a device, but not attacked here: export it with s2ap-deploy export"
+
+
+class Step(NamedTuple):
+    """One node: plain values only, so that a twin can be copied and sent to another process."""
+
+    operator: str
+    name: str
+    inputs: tuple[str, ...]
+    output: str
+    attributes: dict[str, Any]
+
+
+class OnnxTwin(nn.Module):
+    """Images float32 [B, C, H, W] to logits [B, K], as the file computes them.
+
+    Weights are parameters without gradient, other constants buffers; what depends on constants alone is
+    computed once, at construction. A file of a fixed batch is run batch by batch.
+    """
+
+    def __init__(self, model: ModelProto) -> None:
+        """``model`` may be sparsely encoded. Raises ArchitectureError for what torch cannot do."""
+        super().__init__()
+        graph = decode(model).graph
+        constants = {
+            tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy())
+            for tensor in graph.initializer
+        }
+        inputs = [value for value in graph.input if value.name not in constants]
+        if len(inputs) != 1 or not graph.output:
+            raise ArchitectureError(
+                f"the file takes {len(inputs)} inputs; a classifier takes one", hint=_HINT
+            )
+        self._input = inputs[0].name
+        self._output = graph.output[0].name
+        first = inputs[0].type.tensor_type.shape.dim
+        self._batch = max(0, first[0].dim_value) if first else 0  # 0 where it is open
+        self._steps = _folded([_step(node) for node in graph.node], constants)
+        self._keys: dict[str, str] = {}
+        read = {name for step in self._steps for name in step.inputs} | {self._output}
+        for name, value in constants.items():
+            if name in read:
+                self._keep(name, value)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, K] of ``images`` [B, C, H, W]."""
+        if not self._batch or len(images) == self._batch:
+            return self._run(images)
+        parts = []
+        for part in torch.split(images, self._batch):
+            filled = part
+            if len(part) < self._batch:
+                filled = torch.cat([part, part[-1:].expand(self._batch - len(part), *part.shape[1:])])
+            parts.append(self._run(filled)[: len(part)])
+        return torch.cat(parts)
+
+    def unrounded(self) -> OnnxTwin:
+        """A copy that saturates where the file does but does not round: a network of real numbers."""
+        other = copy.deepcopy(self)
+        other._steps = [
+            step._replace(operator=UNROUNDED) if step.operator == "QuantizeLinear" else step
+            for step in other._steps
+        ]
+        return other
+
+    def _run(self, images: Tensor) -> Tensor:
+        values: dict[str, Tensor] = {name: getattr(self, key) for name, key in self._keys.items()}
+        values[self._input] = images
+        for step in self._steps:
+            values[step.output] = _compute(step, values)
+        return values[self._output]
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        key = f"constant_{len(self._keys)}"
+        self._keys[name] = key
+        if value.is_floating_point() and value.dim():
+            self.register_parameter(key, nn.Parameter(value, requires_grad=False))
+        else:
+            self.register_buffer(key, value)
+
+
+def _step(node: NodeProto) -> Step:
+    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if node.op_type == "Constant":
+        attributes = {"value": torch.from_numpy(numpy_helper.to_array(_constant(attributes)).copy())}
+    elif node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS:
+        name = f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
+        raise ArchitectureError(f"operator {name} has no differentiable counterpart here", hint=_HINT)
+    if sum(map(bool, node.output[1:])):
+        raise ArchitectureError(f"operator {node.op_type} with {len(node.output)} outputs", hint=_HINT)
+    return Step(node.op_type, node.name, tuple(node.input), node.output[0], attributes)
+
+
+def _constant(attributes: Mapping[str, Any]) -> Any:
+    if "value" not in attributes:
+        raise ArchitectureError(f"operator Constant of the kind {', '.join(attributes)}", hint=_HINT)
+    return attributes["value"]
+
+
+def _folded(steps: Iterable[Step], constants: dict[str, Tensor]) -> list[Step]:
+    """The steps that depend on the input; the others are computed into ``constants``."""
+    left = []
+    with torch.no_grad():
+        for step in steps:
+            if step.operator == "Constant":
+                constants[step.output] = step.attributes["value"]
+            elif step.operator != "Shape" and all(not name or name in constants for name in step.inputs):
+                constants[step.output] = _compute(step, constants)
+            else:
+                left.append(step)
+    return left
+
+
+def _compute(step: Step, values: Mapping[str, Tensor]) -> Tensor:
+    try:
+        inputs = [values[name] if name else None for name in step.inputs]
+        return OPERATORS[step.operator](step.attributes, inputs)
+    except Unsupported as error:
+        raise ArchitectureError(
+            f"operator {step.operator} {error} has no differentiable counterpart here", hint=_HINT
+        ) from None
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArchitectureError(f"operator {step.operator} ({step.name}) cannot be run: {reason}") from error

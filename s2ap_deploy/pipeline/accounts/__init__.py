@@ -1,1 +1,0 @@
-"""What a finished run has to tell: facts for reports and comparisons."""

@@ -1,1 +1,0 @@
-"""From a judged network to the file that a device runs, planned, made and held against its target."""

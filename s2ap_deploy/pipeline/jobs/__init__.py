@@ -1,1 +1,0 @@
-"""What every stage starts from: what was asked, the machine that does it, the run folder it works in."""

@@ -1,1 +1,0 @@
-"""Certificates made, checked again, and held against a gate."""

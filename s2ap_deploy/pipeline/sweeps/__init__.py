@@ -1,1 +1,0 @@
-"""Many runs of one recipe, and what they share."""

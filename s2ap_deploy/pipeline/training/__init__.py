@@ -1,1 +1,0 @@
-"""The networks of a run: dense, and pruned by search and fine-tuning."""

@@ -1,0 +1,1 @@
+"""Cost, size and time estimates before a run."""

@@ -1,0 +1,196 @@
+"""A rehearsal of a run or of a sweep: what is done, what is due, how long it may take. Writes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from s2ap_deploy.errors import InputError
+from s2ap_deploy.planning.dry_run_report import DryRunReport, PlannedStage, SweepDryRunReport
+from s2ap_deploy.planning.scene import ModelAndData, scene_of
+from s2ap_deploy.planning.timing import Timing
+from s2ap_deploy.recipe.methods import METHODS
+from s2ap_deploy.recipe.prune_section import PruneSection
+from s2ap_deploy.recipe.schema import Recipe
+from s2ap_deploy.recorder import Recorder, Silent
+from s2ap_deploy.stages.certify import certify
+from s2ap_deploy.stages.context import MODEL
+from s2ap_deploy.stages.execution import ExecutionConfig
+from s2ap_deploy.stages.export import export
+from s2ap_deploy.stages.export_target import target_of
+from s2ap_deploy.stages.plan import plan
+from s2ap_deploy.stages.pretrain import dense
+from s2ap_deploy.stages.prune import finetune, search_mask
+from s2ap_deploy.stages.read_only import DryRunJob, ReadOnlyRun, StagePending, State
+from s2ap_deploy.sweeps.grid import Combination
+from s2ap_deploy.sweeps.runner import DENSE, RUNS
+from s2ap_deploy.sweeps.shared_stages import dense_recipe
+
+STAGES = ("pretrain", "search", "finetune", "certify", "export", "gate")
+
+
+def dry_run_report(
+    recipe: Recipe,
+    folder: Path,
+    machine: ExecutionConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    stages: Sequence[str] = STAGES,
+    timing: Timing | None = None,
+    known_dense: bool = False,
+) -> DryRunReport:
+    """What ``whole`` would do with ``recipe`` in ``folder``; with ``stages`` only those of them.
+
+    ``known_dense``: the dense network and the attack on it come from elsewhere. Raises what reading the
+    recipe's network raises, and RunFolderError for a folder that the run could not use.
+    """
+    machine = dataclasses.replace(machine, download=False)
+    looked = ReadOnlyRun(folder)
+    job = DryRunJob(looked, recipe, machine, Silent(), resume=resume, overwrite=overwrite)
+    notes: list[str] = []
+    scene = scene_of(job, notes)
+    timing = timing or Timing(machine)
+    planned = tuple(_stages(job, scene, timing, stages, known_dense, notes))
+    predicted: Mapping[str, int] = {}
+    if "export" in stages or "finetune" in stages:
+        predicted = _predicted(job, scene, notes)
+    left = sum(stage.seconds or 0.0 for stage in planned if stage.state != "done")
+    return DryRunReport(
+        name=recipe.name, run=str(folder), stages=planned, seconds=left, notes=tuple(notes), **predicted
+    )
+
+
+def rehearse_sweep(
+    combinations: Sequence[Combination], folder: Path, machine: ExecutionConfig, recorder: Recorder
+) -> SweepDryRunReport:
+    """What a sweep would do in ``folder``. Raises what :func:`dry_run_report` raises."""
+    timing = Timing(dataclasses.replace(machine, download=False))
+    possible = [(each.name, each.recipe) for each in combinations if each.recipe is not None]
+    recorder.note(f"timing a few steps of each kind for {len(possible)} combinations")
+    shared, runs = [], []
+    for seed, recipe in {recipe.seed: recipe for _, recipe in possible}.items():
+        where = folder / DENSE / f"seed-{seed}"
+        network = ("pretrain", "certify")
+        shared.append(
+            dry_run_report(dense_recipe(recipe), where, machine, resume=True, stages=network, timing=timing)
+        )
+    for name, recipe in possible:
+        outlook = dry_run_report(
+            recipe, folder / RUNS / name, machine, resume=True, timing=timing, known_dense=True
+        )
+        runs.append(outlook.model_copy(update={"name": name}))
+    return SweepDryRunReport(
+        run=str(folder),
+        shared=tuple(shared),
+        combinations=tuple(runs),
+        skipped={each.name: each.reason or "" for each in combinations if each.recipe is None},
+        seconds=sum(each.seconds for each in (*shared, *runs)),
+    )
+
+
+def _stages(
+    job: DryRunJob,
+    scene: ModelAndData,
+    timing: Timing,
+    wanted: Sequence[str],
+    known_dense: bool,
+    notes: list[str],
+) -> Iterator[PlannedStage]:
+    """Every stage in order. After the first that is not done, all that were built on it are due as well."""
+    recipe, section = job.recipe, job.recipe.prune
+    waiting = scene.images is None  # without images nobody can say whether a stage had the same ones
+
+    def state(work: Callable[[], object]) -> tuple[State, str]:
+        nonlocal waiting
+        if waiting:
+            return "to do", ""
+        try:
+            work()
+        except StagePending as due:
+            waiting = True
+            return due.state, due.words
+        return "done", ""
+
+    def due(
+        name: str, work: Callable[[], object], words: str, seconds: float | None, most: bool = False
+    ) -> PlannedStage:
+        found, why = state(work)
+        if why:
+            notes.append(f"{name}: {why}")
+        return PlannedStage(
+            name=name, state=found, words=words, seconds=None if found == "done" else seconds, at_most=most
+        )
+
+    if "pretrain" in wanted:
+        taken = recipe.model.checkpoint is not None or known_dense
+        words = "taken over" if taken else f"{recipe.pretrain.epochs if recipe.pretrain else 0} epochs"
+        training = None if taken or recipe.pretrain is None else timing.pretrain(scene, job, recipe.pretrain)
+        yield due("pretrain", lambda: dense(job), words, 0.0 if taken else training)
+    if section is not None and "search" in wanted:
+        epochs = f"{section.search.epochs} epochs" if METHODS[section.method].learns else "once, by rank"
+        plug_in = f", S2AP after {section.warmup}" if section.perturbs else ""
+        seconds = timing.search(scene, job, section)
+        yield due("search", lambda: _search(job, section), f"{section.method}, {epochs}{plug_in}", seconds)
+    if section is not None and "finetune" in wanted:
+        tuned = METHODS[section.method].finetunes
+        words = f"{section.finetune.epochs} epochs" if tuned else "none: weights stay as they were drawn"
+        seconds = timing.finetune(scene, job, section)
+        yield due(
+            "finetune", lambda: finetune(job, section, job.run.output("pretrain", MODEL)), words, seconds
+        )
+    if "certify" in wanted:
+        networks = 1 if section is None or known_dense else 2
+        one = timing.certify(scene, job)
+        n = "all" if recipe.certify.n is None else f"{recipe.certify.n:,}"
+        words = (
+            f"AutoAttack ({recipe.certify.version}) on {n} images, {networks} network{'s'[: networks - 1]}"
+        )
+        yield due("certify", lambda: certify(job), words, None if one is None else one * networks, True)
+    if "export" in wanted:
+        kind = "int8" if recipe.export.int8 else recipe.export.values
+        yield due("export", lambda: export(job), f"ONNX, {recipe.export.encoding}, {kind}", None)
+    if "gate" in wanted and recipe.gate is not None:
+        asked = recipe.gate.model_dump(exclude_none=True, exclude={"rule"})
+        yield PlannedStage(
+            name="gate", state="to do", words=", ".join(f"{key} {value}" for key, value in asked.items())
+        )
+
+
+def _search(job: DryRunJob, section: PruneSection) -> None:
+    """Raise Due where a search is not done, those of lower sparsities on the way included."""
+    begin = first = job.run.output("pretrain", MODEL)
+    for lower in section.steps:
+        step = section.model_copy(update={"sparsity": lower, "steps": ()})
+        changes = {"prune": step, "model": job.recipe.model.model_copy(update={"checkpoint": str(begin)})}
+        looked = ReadOnlyRun(job.run.path / "steps" / f"{lower:g}")
+        inner = DryRunJob(
+            looked,
+            job.recipe.model_copy(update=changes),
+            job.machine,
+            Silent(),
+            resume=job.resume,
+            overwrite=job.overwrite,
+        )
+        search_mask(inner, step, begin)
+        finetune(inner, step, first)
+        begin = looked.output("finetune", MODEL)
+    search_mask(job, section, begin)
+
+
+def _predicted(job: DryRunJob, scene: ModelAndData, notes: list[str]) -> dict[str, int]:
+    try:
+        predicted = plan(
+            scene.classifier.network,
+            scene.size,
+            job.recipe.prune,
+            job.recipe.export,
+            name=job.recipe.name,
+            found=target_of(job.recipe.export),
+        )
+    except InputError as error:
+        notes.append(f"no bytes: {error.message}")
+        return {}
+    notes += predicted.notes
+    return {"bytes": predicted.chosen.bytes, "dense_bytes": predicted.dense_bytes}

@@ -1,0 +1,251 @@
+"""A recipe for somebody's checkpoint: what the file says, what its shapes suggest, and one blank at most."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2ap_deploy.data import published
+from s2ap_deploy.data.datasets import FOLDER_PREFIX
+from s2ap_deploy.data.known import KNOWN
+from s2ap_deploy.errors import UsageError
+from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.models.checkpoints import checkpoint
+from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
+from s2ap_deploy.recipe.schema import Recipe
+from s2ap_deploy.recipe.writing import annotated
+from s2ap_deploy.recipe.yaml_document import Key
+from s2ap_deploy.spec import Normalization
+from s2ap_deploy.stages import input_spec
+
+# The radius that papers use on each data set; a guess where a checkpoint does not tell its own.
+_RADII: Mapping[str, str] = {
+    "digits": "0.1",
+    "mnist": "0.3",
+    "cifar10": "8/255",
+    "cifar100": "8/255",
+    "svhn": "8/255",
+}
+_LARGE_RADIUS = "4/255"
+_LARGE = 64
+BLANK = "FILL IN"
+
+
+@dataclass(frozen=True)
+class GeneratedRecipe:
+    """``text`` is the recipe. ``blanks`` are keys that are left to the user, ``guesses`` those to look at.
+
+    ``command`` runs it once the blanks are filled in.
+    """
+
+    text: str
+    blanks: tuple[str, ...]
+    guesses: tuple[str, ...]
+    command: str
+    notes: tuple[str, ...]
+
+
+def draft(
+    path: Path,
+    *,
+    recipe_file: Path,
+    arch: str | None = None,
+    data: str | None = None,
+    eps: str | None = None,
+    norm: str | None = None,
+    sparsity: float = 0.9,
+    normalization: Normalization | None = None,
+    trust_pickle: bool = False,
+    keep: float | None = None,
+    alpha: float | None = None,
+) -> GeneratedRecipe:
+    """Inspect the checkpoint at ``path`` and write a recipe that prunes it, for ``recipe_file``.
+
+    Arguments that are not None are taken as they are. Raises what ``checkpoint.load`` raises, and UsageError
+    for arguments that no recipe can have.
+    """
+    if data is not None and data != BLANK and not data.startswith(FOLDER_PREFIX) and data not in KNOWN:
+        raise UsageError(
+            f"unknown data set {data!r}", hint=f"known are {', '.join(KNOWN)} and {FOLDER_PREFIX}PATH"
+        )
+    _, info, notes = checkpoint.load(
+        path,
+        arch=arch,
+        preprocessing=None
+        if data in (None, BLANK)
+        else input_spec.preprocessing(path, arch, data, trust_pickle=trust_pickle),
+        normalization=normalization,
+        trust_pickle=trust_pickle,
+        keep=keep,
+        alpha=alpha,
+    )
+    comments: dict[Key, str] = {}
+    guesses: list[str] = []
+    name, blank = _data(info, data, comments, guesses)
+    threat = _threat(info, name, eps, norm, comments, guesses)
+    imported = arch is not None and registry.is_import_path(arch)
+    content: dict[str, Any] = {
+        "name": _word(path.stem),
+        "description": f"{_word(path.stem)}, pruned to {sparsity:.4g} and judged",
+        "seed": 0,
+        "model": _model(path, info, imported, normalization, keep, alpha, comments),
+        "data": {"name": None if blank else name} | _size(info, name),
+        "threat": threat,
+        "prune": _prune(sparsity),
+        "certify": {"version": "standard", "n": 1000, "full": True},
+        "export": {"encoding": "auto"},
+        "gate": {"max_drop": 0.05, "rule": "lower"},
+    }
+    comments |= _COMMENTS
+    command = _command(recipe_file, arch if imported else None, trust_pickle, name)
+    filled = {**content, "data": {**content["data"], "name": f"{FOLDER_PREFIX}PATH" if blank else name}}
+    Recipe.model_validate(filled)
+    head = [
+        f"Written by: s2ap-deploy init {shlex.quote(str(path))}",
+        "",
+        "  " + command,
+        f"  {command} --dry-run      (what it would do and how long that takes)",
+        "",
+        "Every key that is left out has a default: s2ap-deploy recipes show THIS-FILE --resolved",
+    ]
+    if blank:
+        head += ["", f"One blank is left, marked {BLANK}: data.name."]
+    return GeneratedRecipe(
+        text=annotated(content, comments, head=head),
+        blanks=("data.name",) if blank else (),
+        guesses=tuple(guesses),
+        command=command,
+        notes=notes,
+    )
+
+
+_COMMENTS: dict[Key, str] = {
+    ("seed",): "of every random choice; the same seed gives the same bits",
+    ("prune", "method"): "harp, hydra, rst, magnitude or random: docs/methods.md",
+    ("prune", "sparsity"): "the fraction of zeros among the weights",
+    ("prune", "s2ap"): "perturbs the scores, so that the mask stays good when they move a little",
+    ("prune", "search"): "scores move, weights rest",
+    ("prune", "finetune"): "weights move, the mask rests",
+    ("certify", "version"): "all four attacks of AutoAttack",
+    ("certify", "n"): "held-out images, or all where there are fewer; null is all",
+    ("certify", "full"): "false stops as soon as the gate is decided: cheaper, but no figure",
+    ("export", "encoding"): "for each tensor the smallest",
+    ("gate", "max_drop"): "robust accuracy that pruning may cost; min_robust: 0.4 would be a floor",
+    ("gate", "rule"): "what the 95 % intervals allow; point takes what was observed",
+}
+
+
+def _data(
+    info: CheckpointInfo, asked: str | None, comments: dict[Key, str], guesses: list[str]
+) -> tuple[str, bool]:
+    """The data's name, and whether it is left blank."""
+    key: Key = ("data", "name")
+    if asked is not None:
+        return asked, False
+    if info.data is not None:
+        comments[key] = "what the checkpoint says it was trained on"
+        return info.data, False
+    fitting = [
+        name
+        for name, facts in KNOWN.items()
+        if facts.spec.preprocessing.size == info.preprocessing.size
+        and facts.spec.num_classes == info.num_classes
+    ]
+    if not fitting:
+        comments[key] = f"<- {BLANK}: imagefolder:PATH, with class folders under PATH/train and PATH/test"
+        return "", True
+    others = f"; {' or '.join(fitting[1:])} has the same shape" if fitting[1:] else ""
+    comments[key] = f"a guess from the input and the {info.num_classes} classes{others}"
+    guesses.append("data.name")
+    return fitting[0], False
+
+
+def _threat(
+    info: CheckpointInfo,
+    data: str,
+    eps: str | None,
+    norm: str | None,
+    comments: dict[Key, str],
+    guesses: list[str],
+) -> dict[str, Any]:
+    stated = info.threat
+    if eps is None and stated is not None:
+        comments[("threat", "eps")] = "what the checkpoint says it withstands"
+        eps = stated.eps
+    elif eps is None:
+        eps = _RADII.get(data, _LARGE_RADIUS if info.preprocessing.size[1] > _LARGE else "8/255")
+        comments[("threat", "eps")] = "a guess: what papers use on such images"
+        guesses.append("threat.eps")
+    return {"norm": norm or (stated.norm if stated is not None else "Linf"), "eps": eps}
+
+
+def _model(
+    path: Path,
+    info: CheckpointInfo,
+    imported: bool,
+    normalization: Normalization | None,
+    keep: float | None,
+    alpha: float | None,
+    comments: dict[Key, str],
+) -> dict[str, Any]:
+    # Everything after the normalization that a file of ours carries needs no repetition.
+    found: dict[str, Any] = {"checkpoint": str(path)}
+    comments[("model", "checkpoint")] = "relative to where the command is typed"
+    if not imported:
+        found["arch"] = info.arch
+        comments[("model", "arch")] = (
+            f"{info.num_classes} classes, images of {'x'.join(map(str, info.preprocessing.size))}"
+        )
+    if normalization is not None:
+        found["normalization"] = {"mean": list(normalization.mean), "std": list(normalization.std)}
+    elif info.normalization is None:
+        comments[("model",)] = (
+            "images go in as they are, in [0, 1]; normalization: {mean: [...], std: [...]} changes that"
+        )
+    if keep is not None:
+        found["keep"] = keep
+    if alpha is not None:
+        found["alpha"] = alpha
+    return found
+
+
+def _size(info: CheckpointInfo, name: str) -> dict[str, Any]:
+    """An image folder learns its size from the network; other data have theirs."""
+    return {} if name in KNOWN else {"size": list(info.preprocessing.size)}
+
+
+def _prune(sparsity: float) -> dict[str, Any]:
+    return {
+        "method": "harp",
+        "sparsity": sparsity,
+        "s2ap": True,
+        "search": {"epochs": 20, "batch_size": 128, "objective": {"loss": "at"}},
+        "finetune": {"epochs": 100, "learning_rate": 0.01, "batch_size": 128, "objective": {"loss": "at"}},
+    }
+
+
+def _command(recipe_file: Path, arch: str | None, trust_pickle: bool, data: str) -> str:
+    words = ["s2ap-deploy", "run", str(recipe_file)]
+    if arch is not None:  # a recipe never names code
+        words += ["--arch", arch]
+    if trust_pickle:
+        words.append("--trust-pickle")
+    return shlex.join([*words, *_fetching(data)])
+
+
+def _fetching(data: str) -> list[str]:
+    """What brings ``data`` here: nothing where ``run`` finds it, no other folder where one is set."""
+    traces = published.FOOTPRINTS.get(data)
+    if traces is None or all((published.data_root(None) / trace).exists() for trace in traces):
+        return []
+    root = [] if os.environ.get(published.ROOT_VARIABLE) else ["--data-root", str(published.DEFAULT_ROOT)]
+    return [*root, "--download"]
+
+
+def _word(text: str) -> str:
+    """A file's name as a recipe's: without what would end a line or a comment."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in text)[:80] or "recipe"

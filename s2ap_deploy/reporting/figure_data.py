@@ -1,0 +1,159 @@
+"""Samples to look at: clean images, what the attacks made of them, and both networks' answers. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from s2ap_deploy.errors import RunFolderError
+from s2ap_deploy.evaluation.certificate import Certificate
+from s2ap_deploy.evaluation.interval import UNDECIDED
+from s2ap_deploy.evaluation.samples import Sample
+
+PointOutcome = Literal["lost", "gained", "broken", "held", "undecided", "wrong"]
+ORDER: tuple[PointOutcome, ...] = ("lost", "broken", "held", "gained", "undecided", "wrong")
+LONGEST_SIDE = 128  # pixels; of larger images every k-th pixel, or the page would weigh megabytes
+
+
+@dataclass(frozen=True)
+class Picture:
+    """``pixels`` are height * width * channels bytes, row by row; ``channels`` is 1 (gray) or 3 (RGB)."""
+
+    width: int
+    height: int
+    channels: int
+    pixels: bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One network's answers to one sample; ``attacked`` is None where nothing broke the sample."""
+
+    clean: str
+    adversarial: str
+    broken_by: str | None
+    attacked: Picture | None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One sample: what happened to it, its true class, its clean image, and each network's answer by role."""
+
+    id: str
+    fate: PointOutcome
+    label: str
+    image: Picture
+    answers: Mapping[str, Answer]
+
+
+def gallery(
+    certificates: Mapping[str, Certificate], points: Mapping[str, Path], most: int
+) -> tuple[Shown, ...]:
+    """At most ``most`` samples of the certificates (by role), taken in turn from each fate.
+
+    ``points`` are the files of the roles, of which the hash was checked. With certificates of different
+    samples, the last one stands alone. Raises RunFolderError for points that do not fit their certificate.
+    """
+    last = list(certificates)[-1]
+    same = {
+        role: each
+        for role, each in certificates.items()
+        if each.sample_ids_sha256 == certificates[last].sample_ids_sha256 and role in points
+    }
+    if not same:
+        return ()
+    fates = [fate([each.samples[i] for each in same.values()]) for i in range(next(iter(same.values())).n)]
+    chosen = choose(fates, [sample.label for sample in next(iter(same.values())).samples], most)
+    return tuple(_shown(same, points, index, fates[index]) for index in chosen)
+
+
+def fate(samples: Sequence[Sample]) -> PointOutcome:
+    """What became of one sample: ``samples`` are the first (dense) and the last (pruned) network's."""
+    first, last = samples[0].broken_by, samples[-1].broken_by
+    if UNDECIDED in (first, last):
+        return "undecided"
+    if last == "clean" and first in ("clean", last):
+        return "wrong"
+    if first is None and last is None:
+        return "held"
+    if first is None:
+        return "lost"
+    return "gained" if last is None else "broken"
+
+
+def choose(fates: Sequence[PointOutcome], labels: Sequence[int], most: int) -> list[int]:
+    """Indices: a third of those chosen lost or broken at least, where there are such, new classes first."""
+    queues = {kind: list(_varied([i for i, f in enumerate(fates) if f == kind], labels)) for kind in ORDER}
+    chosen: list[int] = []
+    while len(chosen) < most and any(queues.values()):
+        for kind in ORDER:
+            if queues[kind] and len(chosen) < most:
+                chosen.append(queues[kind].pop(0))
+    return sorted(chosen, key=lambda index: (ORDER.index(fates[index]), index))
+
+
+def _varied(indices: Sequence[int], labels: Sequence[int]) -> Iterator[int]:
+    """The first sample of each class, then the second of each, and so on."""
+    seen: dict[int, int] = {}
+    ranks = {}
+    for index in indices:
+        ranks[index] = seen[labels[index]] = seen.get(labels[index], -1) + 1
+    yield from sorted(indices, key=lambda index: (ranks[index], index))
+
+
+def _shown(
+    certificates: Mapping[str, Certificate], points: Mapping[str, Path], index: int, what: PointOutcome
+) -> Shown:
+    answers, image, label = {}, None, ""
+    for role, certificate in certificates.items():
+        sample, names = certificate.samples[index], class_names(certificate)
+        image = image or picture(_read(points[role], "clean", index, certificate.n))
+        label = names.get(sample.label, f"class {sample.label}")
+        broken = sample.broken_by not in (None, UNDECIDED, "clean")
+        answers[role] = Answer(
+            clean=names.get(sample.clean_prediction, f"class {sample.clean_prediction}"),
+            adversarial=names.get(sample.adversarial_prediction, f"class {sample.adversarial_prediction}"),
+            broken_by=sample.broken_by,
+            attacked=picture(_read(points[role], "attacked", index, certificate.n)) if broken else None,
+        )
+    assert image is not None
+    return Shown(id=certificate.samples[index].id, fate=what, label=label, image=image, answers=answers)
+
+
+def class_names(certificate: Certificate) -> dict[int, str]:
+    """Names of the classes that have a sample; a class without one is known by its number alone."""
+    return {row.label: row.name or f"class {row.label}" for row in certificate.per_class}
+
+
+def _read(path: Path, name: str, index: int, n: int) -> NDArray[np.float32]:
+    """One image [C, H, W] without the rest of the file. Raises RunFolderError."""
+    try:
+        with safe_open(path, framework="numpy") as stored:
+            rows: Any = stored.get_slice(name)
+            if len(rows.get_shape()) != 4 or rows.get_shape()[0] != n:
+                raise RunFolderError(f"{path} does not hold the {n} images of its certificate")
+            return np.asarray(rows[index : index + 1][0], dtype=np.float32)
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise RunFolderError(f"{path} is damaged: {error}", hint="certify again") from None
+
+
+def picture(image: NDArray[np.float32]) -> Picture:
+    """An image [C, H, W] in [0, 1] as bytes; other than 1 or 3 channels are averaged to gray.
+
+    Raises RunFolderError for an image without pixels.
+    """
+    if image.ndim != 3 or 0 in image.shape:
+        raise RunFolderError(f"an image of shape {list(image.shape)} has no pixels")
+    every = -(-max(image.shape[1:]) // LONGEST_SIDE)
+    image = image[:, ::every, ::every]
+    if image.shape[0] not in (1, 3):
+        image = image.mean(axis=0, keepdims=True)
+    channels, height, width = image.shape
+    pixels = np.rint(255 * np.clip(np.nan_to_num(image), 0, 1)).astype(np.uint8)
+    return Picture(width, height, channels, np.ascontiguousarray(pixels.transpose(1, 2, 0)).tobytes())

@@ -1,0 +1,246 @@
+"""Report: the facts of a run that a person wants to see, and words for those that are missing. No torch."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from s2ap_deploy import files
+from s2ap_deploy.errors import RunFolderError
+from s2ap_deploy.evaluation.certificate import Certificate
+from s2ap_deploy.evaluation.minimum_norm.security_curve import SecurityCurve
+from s2ap_deploy.gating.pairs import PairRange
+from s2ap_deploy.gating.policy import Verdict
+from s2ap_deploy.onnx_export.export_report import ExportReport
+from s2ap_deploy.reporting.figure_data import Shown, gallery
+from s2ap_deploy.reporting.run_records import Reader
+from s2ap_deploy.runs import manifest
+from s2ap_deploy.runs.folder import RECIPE_FILE
+from s2ap_deploy.runs.manifest import Manifest, StageName
+
+Row = Mapping[str, float | None]
+
+DENSE, PRUNED, FILE = "dense", "pruned", "file"
+CERTIFICATES: dict[str, tuple[StageName, str]] = {
+    DENSE: ("certify", "dense.json"),
+    PRUNED: ("certify", "pruned.json"),
+    FILE: ("artifact", "certificate.json"),
+}
+LONGEST_RECIPE = 20_000
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A prunable layer and how many of its weights the mask keeps."""
+
+    name: str
+    kept: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run folder holds. ``missing`` says, by section, what is not there and what to type for it.
+
+    ``certificates`` are those of the roles dense, pruned and file (the exported file itself), ``hashes``
+    the SHA-256 of their files; ``problems`` are files that are not as the manifest recorded them, and that
+    the report therefore leaves out. ``inputs`` are a stage's, by its name.
+    """
+
+    name: str
+    manifest: Manifest
+    recipe_file: str = RECIPE_FILE
+    recipe: str | None = None
+    verdict: Verdict | None = None
+    certificates: Mapping[str, Certificate] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    pairs: PairRange | None = None
+    curves: Mapping[str, SecurityCurve] = field(default_factory=dict)
+    histories: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
+    export: ExportReport | None = None
+    shown: tuple[Shown, ...] = ()
+    problems: tuple[str, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    def inputs(self, stage: StageName) -> Mapping[str, Any]:
+        """The inputs of a stage, or nothing."""
+        record = self.manifest.stages.get(stage)
+        return record.inputs if record is not None else {}
+
+    def results(self, stage: StageName) -> Mapping[str, Any]:
+        """The results of a finished stage, or nothing."""
+        record = self.manifest.stages.get(stage)
+        return record.results if record is not None and isinstance(record.results, dict) else {}
+
+    @property
+    def networks(self) -> Mapping[str, Certificate]:
+        """The certificates of the dense and the pruned network."""
+        return {role: self.certificates[role] for role in (DENSE, PRUNED) if role in self.certificates}
+
+
+def collect(folder: Path, *, images: int = 12) -> Facts:
+    """Read the run folder, which may be at work on a later stage, and change nothing in it.
+
+    ``images`` is the most samples of the gallery. Raises RunFolderError where there is no run.
+    """
+    if not (folder / manifest.FILE_NAME).is_file():
+        raise RunFolderError(f"there is no run in {folder}", hint="name a run folder, such as s2ap-run")
+    contents = Manifest.load(folder)
+    reader = Reader(folder, contents)
+    certificates = {
+        role: found
+        for role, (stage, name) in CERTIFICATES.items()
+        if (found := reader.read(stage, name, Certificate.load)) is not None
+    }
+    networks = {role: each for role, each in certificates.items() if role != FILE}
+    search, recipe = reader.record("search"), _recipe(reader)
+    facts = Facts(
+        name=folder.resolve().name,
+        manifest=contents,
+        recipe_file=recipe[0],
+        recipe=recipe[1],
+        verdict=reader.read("gate", "verdict.json", _verdict),
+        certificates=certificates,
+        hashes={
+            role: files.sha256(folder / CERTIFICATES[role][0] / CERTIFICATES[role][1])
+            for role in certificates
+        },
+        pairs=_pairs(networks),
+        curves={
+            role: curve
+            for role in networks
+            if (curve := reader.read("certify", f"{role}-curve.json", SecurityCurve.load)) is not None
+        },
+        histories={
+            stage: rows
+            for stage in ("pretrain", "search", "finetune")
+            if (rows := reader.read(stage, "history.json", _rows))
+        },
+        layers=_layers(search.results if search is not None else None),
+        export=reader.read("export", "report.json", ExportReport.load),
+        shown=_shown(reader, networks, images),
+        problems=tuple(dict.fromkeys(reader.problems)),
+    )
+    return Facts(**{**vars(facts), "missing": _missing(facts)})
+
+
+def _recipe(reader: Reader) -> tuple[str, str | None]:
+    """Name and text of the recipe: as certified, or else the folder's own; None where there is none.
+
+    A recipe too long for a page counts as none.
+    """
+    certified = reader.path("certify", RECIPE_FILE)
+    path = certified or reader.folder / RECIPE_FILE
+    name = f"certify/{RECIPE_FILE}" if certified else RECIPE_FILE
+    if not path.is_file():
+        return name, None
+    text = reader.attempt(lambda: files.read_bytes(path, limit=LONGEST_RECIPE).decode(errors="replace"))
+    return name, text if text is not None and len(text) <= LONGEST_RECIPE else None
+
+
+def _verdict(path: Path) -> Verdict:
+    try:
+        return Verdict.model_validate_json(files.read_bytes(path))
+    except ValidationError:
+        raise RunFolderError(f"{path} is no verdict", hint="judge again: s2ap-deploy gate") from None
+
+
+def _rows(path: Path) -> tuple[Row, ...]:
+    """The rows of a history: finite numbers, everything else None."""
+    try:
+        content = files.parse_json(files.read_bytes(path))
+    except ValueError:
+        content = None
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        raise RunFolderError(f"{path} is no history")
+    return tuple({str(key): number(value) for key, value in row.items()} for row in content)
+
+
+def number(value: Any) -> float | None:
+    """``value`` if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < 1e300 and math.isfinite(value) else None
+
+
+def _layers(results: Any) -> tuple[Layer, ...]:
+    """The layers that the search recorded; those that make no sense are left out."""
+    listed = results.get("layers") if isinstance(results, dict) else None
+    return tuple(
+        Layer(str(layer.get("name")), int(kept), int(weights))
+        for layer in (listed if isinstance(listed, list) else [])
+        if isinstance(layer, dict)
+        and (kept := number(layer.get("kept"))) is not None
+        and (weights := number(layer.get("weights"))) is not None
+        and 0 <= kept <= weights
+        and weights > 0
+    )
+
+
+def _pairs(networks: Mapping[str, Certificate]) -> PairRange | None:
+    """Lost and gained samples, where both networks faced the same samples under the same threat."""
+    if set(networks) != {DENSE, PRUNED}:
+        return None
+    dense, pruned = networks[DENSE], networks[PRUNED]
+    if (dense.sample_ids_sha256, dense.threat) != (pruned.sample_ids_sha256, pruned.threat):
+        return None
+    return PairRange.of(dense.standing, pruned.standing)
+
+
+def _shown(reader: Reader, networks: Mapping[str, Certificate], images: int) -> tuple[Shown, ...]:
+    points = {
+        role: path
+        for role, each in networks.items()
+        if each.points is not None
+        and each.points.sha256 in reader.recorded("certify", each.points.name)
+        and (path := reader.path("certify", each.points.name)) is not None
+    }
+    return (reader.attempt(lambda: gallery(networks, points, images)) or ()) if points else ()
+
+
+def _missing(facts: Facts) -> dict[str, str]:
+    """By section, what is not there, why, and what to type for it."""
+    run = f"--run {shlex.quote(facts.name)}"
+    certify = f"Nothing has attacked this run's networks yet: s2ap-deploy certify {run}"
+    export = f"Nothing is exported yet: s2ap-deploy export --onnx {run}"
+    bench = f"s2ap-deploy export --bench {run}"
+    prune = f"No finished mask search is in this folder: s2ap-deploy prune MODEL {run}"
+    record = facts.manifest.stages.get("search")
+    searched = record is not None and record.status == "finished"
+    measured = facts.export is not None and (
+        facts.export.latency_ratio is not None or facts.export.performance is not None
+    )
+    there: dict[str, tuple[object, str]] = {
+        "verdict": (facts.verdict, f"No gate has judged this run: s2ap-deploy gate --min-robust 0.40 {run}"),
+        "comparison": (facts.networks, certify),
+        "curve": (
+            facts.networks and facts.curves,
+            f"No security curve was measured: s2ap-deploy certify --curve --overwrite {run}",
+        ),
+        "classes": (facts.networks, certify),
+        "density": (facts.layers, "The search recorded no layers." if searched else prune),
+        "search": (
+            facts.histories.get("search"),
+            "The search recorded no epochs: some methods choose their mask at once." if searched else prune,
+        ),
+        "training": (facts.histories, "No stage of this run recorded a training curve."),
+        "sizes": (facts.export, export),
+        "latency": (
+            measured,
+            f"The latency of this export was not measured: {bench}" if facts.export else export,
+        ),
+        "images": (
+            facts.shown,
+            "No image was asked for, or no intact file of adversarial points is there."
+            if facts.networks
+            else certify,
+        ),
+    }
+    return {section: words for section, (found, words) in there.items() if not found}

@@ -1,1 +1,0 @@
-"""The inner maximisation and the robust losses that training uses."""

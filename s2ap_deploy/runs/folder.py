@@ -1,0 +1,302 @@
+"""The run folder: one folder per model, that every command continues and a kill cannot spoil. No torch.
+
+::
+
+    s2ap-run/
+      manifest.json     which stages are done, from which inputs, with which outputs
+      recipe.yaml       the resolved recipe, when a recipe started the run
+      .lock             held by the process that works here
+      search/           one folder per stage; files in it belong to that stage
+        snapshot.safetensors   only while the stage is unfinished
+
+The manifest decides: a file that it does not list does not count. A stage starts in three steps
+(forget it and what was built on it, remove their folders, record the start), and ends in two (record
+the end, remove the snapshot); a kill between any two of them leaves a folder that the next run reads
+correctly.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import JsonValue
+
+from s2ap_deploy import files
+from s2ap_deploy.errors import RunFolderError, StorageError
+from s2ap_deploy.runs import lock, manifest, snapshot
+from s2ap_deploy.runs.lock import FolderLock
+from s2ap_deploy.runs.manifest import STAGES, Manifest, Output, Session, StageName, StageRecord, now
+from s2ap_deploy.runs.stage import Stage
+
+if TYPE_CHECKING:
+    from s2ap_deploy.recipe.schema import Recipe
+
+RECIPE_FILE = "recipe.yaml"
+_OVERWRITE = "add --overwrite to start again, or choose another folder with --run"
+_COMMANDS: dict[StageName, str] = {
+    "pretrain": "pretrain or prune",
+    "search": "prune",
+    "finetune": "prune",
+    "certify": "certify",
+    "export": "export",
+    "artifact": "certify --artifact",
+    "gate": "gate",
+}
+_RESUME = "add --resume to continue, or --overwrite to start again"
+
+
+class Run:
+    """An open, locked run folder. Use it as a context manager: leaving it releases the lock."""
+
+    def __init__(self, path: Path, held: FolderLock, contents: Manifest) -> None:
+        """Not for callers: see :meth:`open`."""
+        self.path = path
+        self.manifest = contents
+        self._lock = held
+
+    @classmethod
+    def open(cls, path: Path | str, *, create: bool, command: str) -> Run:
+        """Lock the run folder at ``path`` and note ``command`` in its manifest.
+
+        ``create`` makes the folder (and its parents) when nothing is there. Raises RunFolderError when
+        ``path`` is a file, holds something else, holds no run (without ``create``) or is in use.
+        """
+        path = Path(path)
+        _check_is_run_folder(path, create=create)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot create {path}: {error.strerror}") from error
+        held = FolderLock(path)
+        try:
+            if (path / manifest.FILE_NAME).exists():
+                contents = Manifest.load(path)
+            else:
+                contents = Manifest(tool_version=manifest.tool_version(), created=now())
+            files.remove_leftovers(path)
+            run = cls(path, held, contents)
+            run.save(contents.with_command(command))
+        except BaseException:
+            held.release()
+            raise
+        return run
+
+    def save(self, contents: Manifest) -> None:
+        """Replace the manifest, on the disk first. Raises StorageError."""
+        contents.save(self.path)
+        self.manifest = contents
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        stages = ", ".join(f"{name} {record.status}" for name, record in self.manifest.stages.items())
+        return f"Run({str(self.path)!r}: {stages or 'no stage yet'})"
+
+    def stage(
+        self,
+        name: StageName,
+        *,
+        inputs: Mapping[str, Any],
+        resume: bool,
+        overwrite: bool,
+        environment: Mapping[str, Any] | None = None,
+    ) -> Stage:
+        """Enter a stage: skip it, continue it or start it.
+
+        ``inputs`` is JSON and holds everything that decides the result (hashes of files rather than
+        paths, seeds, options); ``environment`` is only recorded. A finished stage with the same inputs
+        and intact outputs is skipped. An unfinished one needs ``resume``; one with other inputs needs
+        ``overwrite``; a finished one with damaged outputs needs either. Starting a stage discards the
+        later ones, and needs ``overwrite`` when that would lose finished work.
+
+        Raises RunFolderError, and StorageError when the disk refuses.
+        """
+        folder = self.folder(name)
+        wanted = manifest.as_json(inputs)
+        session = Session(started=now(), environment=manifest.as_json(environment or {}))
+        record = self.manifest.stages.get(name)
+        damage: str | None = None
+        if record is None and not overwrite:
+            self._check_nothing_is_lost(name)
+        elif record is not None and not overwrite:
+            self._check_inputs(name, record, wanted)
+            if record.status == "started":
+                if not resume:
+                    raise RunFolderError(
+                        f"{name} in {self.path} was started and did not finish", hint=_RESUME
+                    )
+                return self._continue(name, record, session)
+            damage = self._damage(record)
+            if damage is None:
+                snapshot.remove(folder)
+                return Stage(self, name, "finished")
+            if not resume:
+                raise RunFolderError(f"{name} in {self.path} finished, but {damage}", hint=_RESUME)
+        return self._start(name, wanted, session, note=damage and f"{name} runs again: {damage}")
+
+    def reopen(self, name: StageName, *, inputs: Mapping[str, Any]) -> None:
+        """Take up a stage again with other ``inputs`` but with the files it left, to be resumed.
+
+        For stages that know which of their files stay true under the new inputs. Discards the later stages.
+        Raises StorageError.
+        """
+        wanted = manifest.as_json(inputs)
+        opened = self.manifest.stages[name].model_copy(
+            update={
+                "status": "started",
+                "inputs": wanted,
+                "inputs_sha256": manifest.digest(wanted),
+                "outputs": (),
+                "results": None,
+                "finished": None,
+            }
+        )
+        later = _later(name)
+        folders = [self.folder(each) for each in later]
+        self.save(self.manifest.without(later).with_stage(name, opened))
+        try:
+            for folder in folders:
+                if folder.exists():
+                    shutil.rmtree(folder)
+        except OSError as error:
+            raise StorageError(f"cannot clear {self.path}: {error}") from error
+
+    def folder(self, name: StageName) -> Path:
+        """The folder of a stage, which may not exist. Raises RunFolderError if it is a link."""
+        if name not in STAGES:
+            raise ValueError(f"{name!r} is no stage; stages are {', '.join(STAGES)}")
+        folder = self.path / name
+        if folder.is_symlink():
+            raise RunFolderError(f"{folder} is a link; a stage's folder lies inside the run folder")
+        return folder
+
+    def output(self, name: StageName, file_name: str) -> Path:
+        """The file that a finished stage wrote, after checking its hash.
+
+        Raises RunFolderError when the stage is not finished, lists no such file, or the file changed.
+        """
+        record = self.manifest.stages.get(name)
+        if record is None or record.status != "finished":
+            first = f"run s2ap-deploy {_COMMANDS[name]} first"
+            hint = first if record is None else "repeat the command that began it, with --resume"
+            raise RunFolderError(f"{self.path} holds no finished {name}", hint=hint)
+        path = f"{name}/{file_name}"
+        for output in record.outputs:
+            if output.path == path:
+                damage = self._damage_of(output)
+                if damage is not None:
+                    hint = f"repeat s2ap-deploy {_COMMANDS[name]} with --resume, which makes it again"
+                    raise RunFolderError(f"{name} in {self.path} finished, but {damage}", hint=hint)
+                return files.within(self.path, path)
+        raise RunFolderError(f"{name} in {self.path} wrote no {file_name}")
+
+    def save_recipe(self, resolved: Recipe) -> None:
+        """Keep the resolved recipe beside the manifest."""
+        from s2ap_deploy.recipe import catalog  # late: the gate starts without recipes and YAML
+
+        files.write_text(self.path / RECIPE_FILE, catalog.dump(resolved))
+
+    def load_recipe(self) -> Recipe | None:
+        """The recipe that started this run, or None when single commands did. Raises RecipeError."""
+        from s2ap_deploy.recipe import catalog
+
+        path = self.path / RECIPE_FILE
+        return catalog.load(str(path)) if path.exists() else None
+
+    def _start(
+        self, name: StageName, inputs: dict[str, JsonValue], session: Session, *, note: str | None
+    ) -> Stage:
+        obsolete = (name, *_later(name))
+        folders = [self.folder(each) for each in obsolete]
+        if any(each in self.manifest.stages for each in obsolete):
+            self.save(self.manifest.without(obsolete))
+        try:
+            for folder in folders:
+                if folder.exists():
+                    shutil.rmtree(folder)
+            folders[0].mkdir()
+        except OSError as error:
+            raise StorageError(f"cannot clear {self.path}: {error}") from error
+        record = StageRecord(
+            status="started", inputs=inputs, inputs_sha256=manifest.digest(inputs), sessions=(session,)
+        )
+        self.save(self.manifest.with_stage(name, record))
+        return Stage(self, name, "fresh", note)
+
+    def _continue(self, name: StageName, record: StageRecord, session: Session) -> Stage:
+        folder = self.folder(name)
+        folder.mkdir(exist_ok=True)
+        files.remove_leftovers(folder)
+        resumed = record.model_copy(update={"sessions": (*record.sessions, session)})
+        self.save(self.manifest.with_stage(name, resumed))
+        return Stage(self, name, "resumable")
+
+    def _check_inputs(self, name: StageName, record: StageRecord, wanted: Mapping[str, JsonValue]) -> None:
+        if manifest.digest(wanted) == manifest.digest(record.inputs):
+            return
+        changed = manifest.differences(record.inputs, wanted)
+        if len(changed) > 5:
+            changed[5:] = [f"and {len(changed) - 5} more"]
+        raise RunFolderError(
+            f"{self.path} already holds a {name} from other inputs ({'; '.join(changed)})", hint=_OVERWRITE
+        )
+
+    def _check_nothing_is_lost(self, name: StageName) -> None:
+        finished = [late for late in _later(name) if self._is_finished(late)]
+        lost = [late for late in finished if late != "gate"]  # a verdict is drawn again in a second
+        if lost:
+            raise RunFolderError(
+                f"starting {name} in {self.path} would discard its finished {' and '.join(lost)}",
+                hint=_OVERWRITE,
+            )
+
+    def _is_finished(self, name: StageName) -> bool:
+        record = self.manifest.stages.get(name)
+        return record is not None and record.status == "finished"
+
+    def _damage(self, record: StageRecord) -> str | None:
+        return next((damage for damage in map(self._damage_of, record.outputs) if damage), None)
+
+    def _damage_of(self, output: Output) -> str | None:
+        path = files.within(self.path, output.path)
+        if not path.is_file():
+            return f"{output.path} is missing"
+        if path.stat().st_size != output.bytes or files.sha256(path) != output.sha256:
+            return f"{output.path} has changed since"
+        return None
+
+
+def _check_is_run_folder(path: Path, *, create: bool) -> None:
+    other = "choose another folder with --run"
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path} is a file, not a run folder", hint=other)
+    try:
+        entries = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    if manifest.FILE_NAME in entries:
+        return
+    # A kill before the first manifest was written leaves no more than these.
+    entries = {name for name in entries if name != lock.FILE_NAME and not name.startswith(files.TEMPORARY)}
+    if entries:
+        raise RunFolderError(f"{path} holds other files and is no run folder", hint=other)
+    if not create:
+        raise RunFolderError(
+            f"there is no run in {path}",
+            hint="start one with s2ap-deploy prune or s2ap-deploy run, or name its folder with --run",
+        )
+
+
+def _later(name: StageName) -> tuple[StageName, ...]:
+    return STAGES[STAGES.index(name) + 1 :]

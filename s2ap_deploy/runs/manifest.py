@@ -1,0 +1,143 @@
+"""The manifest: what a run folder holds, from which inputs it was made, and how far the work is. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+
+from s2ap_deploy import files
+from s2ap_deploy.errors import RunFolderError
+from s2ap_deploy.spec import Record
+
+SCHEMA_VERSION = 1
+FILE_NAME = "manifest.json"
+
+StageName = Literal["pretrain", "search", "finetune", "certify", "export", "artifact", "gate"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Output(Record):
+    """A file that a stage wrote; ``path`` is relative to the run folder, with forward slashes."""
+
+    path: str
+    sha256: Digest
+    bytes: int = Field(ge=0)
+
+
+class Session(Record):
+    """One process that worked on a stage: a killed and resumed stage has several.
+
+    ``environment`` holds what a result may depend on besides its inputs: device, threads, versions.
+    """
+
+    started: str
+    environment: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class StageRecord(Record):
+    """One stage. ``seconds`` is the time spent on it, without what a kill threw away."""
+
+    status: Literal["started", "finished"]
+    inputs: dict[str, JsonValue]
+    inputs_sha256: Digest
+    sessions: tuple[Session, ...]
+    outputs: tuple[Output, ...] = ()
+    results: JsonValue = None
+    finished: str | None = None
+    seconds: float | None = None
+
+
+class Manifest(Record):
+    """The contents of ``manifest.json``. ``commands`` are the command lines that opened the folder."""
+
+    schema_version: Literal[1] = 1
+    tool_version: str
+    created: str
+    commands: tuple[str, ...] = ()
+    stages: dict[StageName, StageRecord] = Field(default_factory=dict)
+
+    def with_command(self, command: str) -> Manifest:
+        return self.model_copy(update={"commands": (*self.commands, command)})
+
+    def with_stage(self, name: StageName, record: StageRecord) -> Manifest:
+        return self.model_copy(update={"stages": {**self.stages, name: record}})
+
+    def without(self, names: tuple[StageName, ...]) -> Manifest:
+        """The manifest as if those stages had never been begun."""
+        kept = {name: record for name, record in self.stages.items() if name not in names}
+        return self.model_copy(update={"stages": kept})
+
+    def save(self, folder: Path) -> None:
+        files.write_json(folder / FILE_NAME, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read ``folder/manifest.json``. Raises RunFolderError when it is damaged or of another version."""
+        path = folder / FILE_NAME
+        hint = "choose another folder with --run"
+        try:
+            content = files.parse_json(files.read_bytes(path, limit=files.LARGEST_JSON))
+        except ValueError as error:
+            raise RunFolderError(f"{path} is damaged: {error}", hint=hint) from error
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if version != SCHEMA_VERSION:
+            raise RunFolderError(
+                f"{path} has schema_version {version!r}; this version of s2ap-deploy reads {SCHEMA_VERSION}",
+                hint=hint,
+            )
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise RunFolderError(f"{path} is damaged at {where}: {first['msg']}", hint=hint) from error
+
+
+def tool_version() -> str:
+    """The version of this package, or ``unknown`` in a checkout that was never installed."""
+    try:
+        return metadata.version("s2ap-deploy")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, JsonValue]:
+    """``values`` as a JSON file would give them back (tuples become lists). Raises ValueError for NaN."""
+    return TypeAdapter(dict[str, JsonValue]).validate_json(files.canonical_json(dict(values)))
+
+
+def digest(inputs: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of ``inputs``."""
+    return hashlib.sha256(files.canonical_json(dict(inputs)).encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The inputs that differ, as ``prune.sparsity: 0.9 → 0.95``."""
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    return [
+        f"{key}: {before.get(key, 'absent')} → {after.get(key, 'absent')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value, sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,118 @@
+"""One stage of a run: its folder, its snapshot while it works, its record when it is done. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import JsonValue
+
+from s2ap_deploy import files
+from s2ap_deploy.errors import RunFolderError
+from s2ap_deploy.runs import snapshot
+from s2ap_deploy.runs.manifest import Manifest, Output, StageName, StageRecord, as_json, now
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State = Literal["finished", "resumable", "fresh"]
+
+
+class Keeper(Protocol):
+    """What a stage needs of the run that it belongs to: the manifest, and where its files go."""
+
+    manifest: Manifest
+
+    def save(self, contents: Manifest) -> None:
+        """Write the manifest."""
+
+    def folder(self, name: StageName) -> Path:
+        """The folder of a stage."""
+
+
+class Stage:
+    """One stage of an open run.
+
+    ``state`` is ``finished`` (skip it), ``resumable`` (a snapshot may exist) or ``fresh``; ``folder`` is
+    where its files go; ``note`` tells the user why a finished stage runs again.
+    """
+
+    def __init__(self, run: Keeper, name: StageName, state: State, note: str | None = None) -> None:
+        """Not for callers: see :meth:`Run.stage`."""
+        self.name = name
+        self.state = state
+        self.folder = run.folder(name)
+        self.note = note
+        self._run = run
+        self._entered = time.monotonic()
+        self._seconds_before = 0.0
+
+    def __repr__(self) -> str:
+        return f"Stage({self.name}: {self.state}, in {str(self.folder)!r})"
+
+    @property
+    def results(self) -> JsonValue:
+        """What :meth:`finish` recorded; None before."""
+        return self._record.results
+
+    def save_snapshot(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Replace the snapshot, from which ``--resume`` continues; ``state`` is JSON. Raises StorageError."""
+        header = {
+            "inputs_sha256": self._record.inputs_sha256,
+            "seconds": self._seconds(),
+            "state": dict(state),
+        }
+        snapshot.save(self.folder, tensors, header)
+
+    def load_snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The last snapshot's tensors (on the CPU) and state, or None when there is none.
+
+        Raises RunFolderError when it is damaged or was copied here from a stage with other inputs.
+        """
+        loaded = snapshot.load(self.folder)
+        if loaded is None:
+            return None
+        tensors, header = loaded
+        if header.get("inputs_sha256") != self._record.inputs_sha256:
+            raise RunFolderError(
+                f"the snapshot in {self.folder} belongs to other inputs",
+                hint="add --overwrite to start again",
+            )
+        self._seconds_before = header["seconds"]
+        self._entered = time.monotonic()
+        return tensors, header["state"]
+
+    def finish(self, outputs: Sequence[Path], results: Any) -> None:
+        """Record the stage as done, with ``results`` (JSON) and the hashes of ``outputs``; drop the snapshot.
+
+        Every output lies in :attr:`folder`, so that starting the stage again removes it. Raises
+        StorageError when one cannot be read, ValueError for one elsewhere or results that are not JSON.
+        """
+        record = self._record.model_copy(
+            update={
+                "status": "finished",
+                "outputs": tuple(self._describe(path) for path in outputs),
+                "results": as_json({"results": results})["results"],
+                "finished": now(),
+                "seconds": self._seconds(),
+            }
+        )
+        self._run.save(self._run.manifest.with_stage(self.name, record))
+        self.state = "finished"
+        snapshot.remove(self.folder)
+
+    @property
+    def _record(self) -> StageRecord:
+        return self._run.manifest.stages[self.name]
+
+    def _seconds(self) -> float:
+        return round(self._seconds_before + time.monotonic() - self._entered, 3)
+
+    def _describe(self, path: Path) -> Output:
+        relative = Path(path).relative_to(self.folder)
+        found = files.within(self.folder, relative.as_posix())
+        return Output(
+            path=f"{self.name}/{relative.as_posix()}", sha256=files.sha256(found), bytes=found.stat().st_size
+        )

@@ -1,0 +1,322 @@
+"""Certify an exported file itself: its own answers count, and attacks follow its differentiable twin."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from s2ap_deploy import files
+from s2ap_deploy.data.sampling import choose
+from s2ap_deploy.errors import OutOfTimeError, RunFolderError
+from s2ap_deploy.evaluation import points
+from s2ap_deploy.evaluation.attacked_file import TRANSFER, AttackedFile, Transfer, TwinAgreement
+from s2ap_deploy.evaluation.autoattack import cascade
+from s2ap_deploy.evaluation.autoattack.cost import expected_cost
+from s2ap_deploy.evaluation.autoattack.frozen_model import OnnxModel, exact_arithmetic
+from s2ap_deploy.evaluation.autoattack.outcome import AttackCount, AttackOutcome
+from s2ap_deploy.evaluation.autoattack.scheduler import default_block_size
+from s2ap_deploy.evaluation.certificate import Certificate, Subject
+from s2ap_deploy.evaluation.samples import ids_sha256
+from s2ap_deploy.models.classifier import weights_hash
+from s2ap_deploy.onnx_export.codecs.encoding import decode
+from s2ap_deploy.onnx_export.codecs.weights import weights
+from s2ap_deploy.onnx_export.onnx_file import OnnxFile
+from s2ap_deploy.onnx_export.quantization import quantized_weights
+from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxTwin
+from s2ap_deploy.onnx_export.verification import compare_twin
+from s2ap_deploy.runs.folder import Run
+from s2ap_deploy.stages.certify import DENSE, PRUNED
+from s2ap_deploy.stages.context import RunContext
+from s2ap_deploy.stages.issue_certificate import Samples, certificate_of
+from s2ap_deploy.training.pgd import pgd
+
+CERTIFICATE = "certificate.json"
+POINTS = "points.safetensors"
+COPY = "model.onnx"
+_TWIN_STEPS = 10
+
+
+class _StoredPoints(NamedTuple):
+    """Points that were made for the network that the file came from: float32 [n, C, H, W], one per sample."""
+
+    certificate_sha256: str
+    adversarial: Tensor
+
+
+class _TransferResult(NamedTuple):
+    """How the file answers to them: ``broken`` [n] samples are right clean and wrong there."""
+
+    broken: Tensor
+    clean: Tensor
+    images: Tensor
+    predictions: Tensor
+    row: AttackCount
+    transfer: Transfer
+
+
+def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None = None) -> Certificate:
+    """Leave the file's own certificate in the ``artifact`` stage, beside its adversarial points.
+
+    White-box attacks run on the twin, Square on the file; the points that a certificate of the same run
+    holds for the same samples are tried as well. Every answer is the file's, in ONNX Runtime. A file from
+    elsewhere is copied into the stage, so that the gate finds what was judged. Raises OutOfTimeError when
+    ``time_budget`` (seconds) runs out; ``--resume`` continues.
+    """
+    section = job.recipe.certify
+    images = job.images(opened.input_size)
+    chosen = choose(images.test.labels, section.n, seed=section.sample_seed)
+    stage = job.stage(
+        "artifact",
+        {
+            "file": opened.sha256,
+            "data": job.data_inputs(images.test),
+            "threat": job.recipe.threat.model_dump(),
+            "certify": section.model_dump(include={"version", "n", "attack_seed", "sample_seed"}),
+        },
+    )
+    if stage.state == "finished":
+        return Certificate.load(job.run.output("artifact", CERTIFICATE))
+    subset = images.test.subset(chosen)
+    samples = Samples(*subset.tensors(), subset.ids)
+    started = time.monotonic()
+    twin = OnnxTwin(opened.model)
+    judge = OnnxModel(twin, opened.answers, job.machine.device)
+    made = _made(job.run, samples, job.recipe.threat.model_dump())
+    moved = None if made is None else _moved(job, judge, samples, made)
+    outcome = _attack(job, opened, twin, samples, moved, stage.folder, time_budget)
+    with exact_arithmetic(job.machine.device):
+        agreement = _agreement(job, judge, outcome, samples, quantized=opened.quantized)
+    names = opened.class_names or images.spec.class_names
+    certificate = certificate_of(
+        job,
+        samples,
+        outcome,
+        subject=Subject(
+            arch=opened.metadata.get("s2ap.arch", "onnx"),
+            num_classes=outcome.num_classes,
+            weights_sha256=weights_hash(judge.network),
+            sparsity=_sparsity(opened),
+            artifact=AttackedFile(
+                sha256=opened.sha256,
+                bytes=len(opened.content),
+                quantized=opened.quantized,
+                twin=agreement,
+                transfer=None if moved is None else moved.transfer,
+            ),
+        ),
+        class_names=names if len(names) == outcome.num_classes else (),
+        points=points.save(stage.folder / POINTS, samples.images, outcome.adversarial),
+        seconds=time.monotonic() - started,
+        flags=() if agreement.matches else ("twin_mismatch",),
+    )
+    certificate.save(stage.folder / CERTIFICATE)
+    outputs = [stage.folder / CERTIFICATE, stage.folder / POINTS]
+    if not opened.path.resolve().is_relative_to(job.run.path.resolve()):
+        files.write_bytes(stage.folder / COPY, opened.content)
+        outputs.append(stage.folder / COPY)
+    stage.finish(outputs, _results(certificate))
+    shutil.rmtree(_record(stage.folder), ignore_errors=True)
+    _tell(job, certificate)
+    return certificate
+
+
+def _attack(
+    job: RunContext,
+    opened: OnnxFile,
+    twin: OnnxTwin,
+    samples: Samples,
+    moved: _TransferResult | None,
+    folder: Path,
+    time_budget: float | None,
+) -> AttackOutcome:
+    """What breaks the file: the points of another network first, then attacks on all that is left."""
+    section, threat, device = job.recipe.certify, job.recipe.threat, job.machine.device
+    rest = torch.ones(len(samples.ids), dtype=torch.bool) if moved is None else ~moved.broken
+    rest[0] |= not rest.any()  # a cascade of nothing could not even count the classes
+    images, labels = samples.images[rest], samples.labels[rest]
+    block_size = default_block_size(samples.images, device)
+    cost = expected_cost(
+        twin,
+        images,
+        threat=threat,
+        device=device,
+        block_size=block_size,
+        workers=job.machine.workforce,
+        version=section.version,
+    )
+    job.recorder.note(f"{cost}")
+    job.recorder.note(f"attacking the file itself on {len(samples.ids)} test images")
+    outcome = cascade.attack(
+        twin,
+        images,
+        labels,
+        threat=threat,
+        seed=section.attack_seed,
+        device=device,
+        workers=job.machine.workforce,
+        block_size=block_size,
+        record=_record(folder),
+        header={"sample_ids_sha256": ids_sha256(samples.ids), "artifact_sha256": opened.sha256},
+        deadline=None if time_budget is None else time.monotonic() + time_budget,
+        version=section.version,
+        answers=opened.answers,
+        recorder=job.recorder,
+    )
+    if not outcome.complete:
+        raise OutOfTimeError(
+            f"the time budget ran out while attacking the file: of {len(samples.ids)} images "
+            f"{len(outcome.pending)} are undecided",
+            hint="run the same command with --resume and more --time-budget",
+        )
+    return outcome if moved is None else _merged(outcome, rest, samples, moved)
+
+
+def _made(run: Run, samples: Samples, threat: dict[str, Any]) -> _StoredPoints | None:
+    """The adversarial points of this run's own network, where they are of the same samples and threat."""
+    for role in (PRUNED, DENSE):
+        try:
+            path = run.output("certify", f"{role}.json")
+        except RunFolderError:  # another network, or none, was certified here
+            continue
+        certificate = Certificate.load(path)
+        same = certificate.sample_ids_sha256 == ids_sha256(samples.ids)
+        if not same or certificate.threat.model_dump() != threat or certificate.points is None:
+            return None
+        if certificate.decision is not None:  # what it left undecided was never attacked to the end
+            return None
+        clean, attacked = points.load(run.output("certify", certificate.points.name), certificate.points)
+        if not torch.equal(clean, samples.images):
+            return None
+        return _StoredPoints(files.sha256(path), attacked)
+    return None
+
+
+def _moved(job: RunContext, judge: OnnxModel, samples: Samples, made: _StoredPoints) -> _TransferResult:
+    """What the points of another network show on the file: which samples they break, and which survive."""
+    started = time.monotonic()
+    with exact_arithmetic(job.machine.device):
+        clean = judge.logits(samples.images, 64).argmax(dim=1)
+        broken, images, predictions = judge.confirm(
+            samples.images, made.adversarial, samples.labels, job.recipe.threat
+        )
+    right = clean == samples.labels
+    survived = Transfer(
+        certificate_sha256=made.certificate_sha256,
+        n=len(right),
+        survived=int((right & ~broken).sum()),
+    )
+    row = AttackCount(TRANSFER, int(right.sum()), int((right & broken).sum()), time.monotonic() - started)
+    return _TransferResult(right & broken, clean, images, predictions, row, survived)
+
+
+def _merged(outcome: AttackOutcome, rest: Tensor, samples: Samples, moved: _TransferResult) -> AttackOutcome:
+    """The outcome of the attacks on the ``rest``, and of the transferred points on the others, together."""
+    clean, predictions = moved.clean.clone(), moved.predictions.clone()
+    clean[rest] = torch.tensor(outcome.clean_prediction)
+    predictions[rest] = torch.tensor(outcome.adversarial_prediction)
+    adversarial = moved.images.clone()
+    adversarial[rest] = outcome.adversarial
+    found = iter(outcome.broken_by)
+    broken_by = [next(found) if left else TRANSFER for left in rest.tolist()]
+    return dataclasses.replace(
+        outcome,
+        clean_prediction=tuple(clean.tolist()),
+        broken_by=tuple(broken_by),
+        adversarial=adversarial,
+        adversarial_prediction=tuple(predictions.tolist()),
+        counts=(moved.row, *outcome.counts),
+    )
+
+
+def _agreement(
+    job: RunContext, judge: OnnxModel, outcome: AttackOutcome, samples: Samples, *, quantized: bool
+) -> TwinAgreement:
+    """OnnxModule and file on every clean image and on an adversarial point for each of them.
+
+    Where the attacks found no point that breaks the file, PGD on the twin makes one: a comparison on breaks
+    alone would leave out exactly the points on which the twin is fooled and the file is not.
+    """
+    standing = torch.tensor([by is None for by in outcome.broken_by])
+    adversarial = outcome.adversarial.clone()
+    threat, device = job.recipe.threat, job.machine.device
+    if standing.any() and threat.norm != "L1":
+        for part in torch.split(standing.nonzero()[:, 0], 64):
+            clean, labels = samples.images[part].to(device), samples.labels[part].to(device)
+            adversarial[part] = pgd(
+                judge.network,
+                clean,
+                lambda logits, labels=labels: F.cross_entropy(logits, labels, reduction="sum"),  # type: ignore[misc]
+                threat=threat,
+                steps=_TWIN_STEPS,
+                step_size=threat.radius / 4,
+                start=clean,
+            ).cpu()
+    both = torch.cat([samples.images, adversarial])
+    found = compare_twin(
+        _twin_logits(judge, both, device), judge.logits(both, 64).numpy(), quantized=quantized
+    )
+    assert found.tolerance is not None
+    return TwinAgreement(
+        n=found.n,
+        max_logit_difference=found.max_logit_difference,
+        tolerance=found.tolerance,
+        equal_predictions=found.argmax_agree,
+        ties=found.ties,
+        matches=found.passed,
+    )
+
+
+@torch.no_grad()
+def _twin_logits(judge: OnnxModel, images: Tensor, device: torch.device) -> NDArray[np.float32]:
+    return torch.cat([judge(part.to(device)).cpu() for part in torch.split(images, 64)]).numpy()
+
+
+def _sparsity(opened: OnnxFile) -> float | None:
+    """The share of zeros among the tensors that convolutions and matrix products read, as stored."""
+    model = decode(opened.model)
+    tensors = {**weights(model), **quantized_weights(model)}.values()
+    entries = sum(tensor.size for tensor in tensors)
+    return 1 - sum(int(np.count_nonzero(tensor)) for tensor in tensors) / entries if entries else None
+
+
+def _results(certificate: Certificate) -> dict[str, Any]:
+    file = certificate.subject.artifact
+    assert file is not None
+    return {
+        "file": {
+            "clean": certificate.clean.model_dump(mode="json"),
+            "robust": certificate.robust.model_dump(mode="json"),
+            "flags": list(certificate.flags),
+            "sha256": file.sha256,
+            "quantized": file.quantized,
+            "transfer": file.transfer.model_dump(mode="json") if file.transfer is not None else None,
+        }
+    }
+
+
+def _tell(job: RunContext, certificate: Certificate) -> None:
+    file = certificate.subject.artifact
+    assert file is not None
+    for flag in certificate.flags:
+        job.recorder.warn(f"the file: reliability flag {flag}")
+    if file.transfer is not None:
+        job.recorder.note(
+            f"on points made for the network it came from, {file.transfer.survived} of {file.transfer.n} "
+            f"survive; attacked itself, {certificate.survivors[1]} of {certificate.n}"
+        )
+    job.recorder.note(
+        f"the file: clean accuracy {certificate.clean}, {certificate.statement} {certificate.robust}"
+    )
+
+
+def _record(folder: Path) -> Path:
+    return folder / "record"

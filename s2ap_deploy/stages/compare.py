@@ -1,0 +1,129 @@
+"""Compare: how alike the masks of finished searches are, and what each of them is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from s2ap_deploy import files
+from s2ap_deploy.errors import InputError, RunFolderError, UsageError
+from s2ap_deploy.pruning.masks import kept, sparsity
+from s2ap_deploy.pruning.stability import Likeness, layerwise, likeness
+from s2ap_deploy.pruning.tensors import load_tensors
+from s2ap_deploy.runs import manifest
+from s2ap_deploy.runs.manifest import Manifest, StageName, StageRecord
+from s2ap_deploy.stages.prune import MASKS
+
+ACCURACIES = ("clean_accuracy", "robust_accuracy")
+NOTE = (
+    "accuracies are on each run's own validation images, robust ones under PGD-10; neither is a certificate"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Searched:
+    """A finished search: its masks by parameter name, and ``figures`` as JSON values."""
+
+    folder: Path
+    masks: dict[str, Tensor]
+    figures: dict[str, Any]
+
+
+def compare(folders: Sequence[Path]) -> dict[str, Any]:
+    """The comparison of two or more run folders as JSON values: ``runs``, and ``pairs`` of their numbers.
+
+    The folders are only read, and may be at work on a later stage. Runs are numbered from 1, in the order
+    given. Raises UsageError for less than two folders, RunFolderError for a folder without a finished and
+    intact search, InputError for masks of different networks.
+    """
+    if len(folders) < 2:
+        raise UsageError("comparing takes at least two run folders", hint="s2ap-deploy compare RUN RUN")
+    runs = [searched(folder) for folder in folders]
+    pairs = []
+    for (i, first), (j, second) in combinations(enumerate(runs, 1), 2):
+        try:
+            whole, layers = likeness(first.masks, second.masks), layerwise(first.masks, second.masks)
+        except InputError as error:
+            raise InputError(
+                f"run {i} ({first.folder}) and run {j} ({second.folder}) cannot be compared: {error.message}",
+                hint="compare runs on one architecture; s2ap-deploy inspect shows the layers of a checkpoint",
+            ) from None
+        pairs.append({"first": i, "second": j, **asdict(whole), "layers": by_layer(layers)})
+    return {"runs": [run.figures for run in runs], "pairs": pairs, "note": NOTE}
+
+
+def searched(folder: Path) -> Searched:
+    """The finished search of a run folder. Raises RunFolderError, which names the folder."""
+    if not (folder / manifest.FILE_NAME).is_file():
+        raise RunFolderError(f"there is no run in {folder}", hint="name run folders, such as s2ap-run")
+    stages = Manifest.load(folder).stages
+    record = stages.get("search")
+    if record is None:
+        raise RunFolderError(f"{folder} holds no search", hint="run s2ap-deploy prune first")
+    if record.status != "finished":
+        raise RunFolderError(
+            f"the search in {folder} is not finished", hint="repeat the command that began it, with --resume"
+        )
+    # The file gives its tensors in any order; sorted, equal folders get equal answers.
+    masks = {name: mask.bool() for name, mask in sorted(load_tensors(intact(folder, record)).items())}
+    return Searched(folder, masks, {"run": str(folder), **described(record, masks), **tuned(stages)})
+
+
+def intact(folder: Path, record: StageRecord) -> Path:
+    """The file of the masks, whose hash is the recorded one. Raises RunFolderError."""
+    hint = "repeat s2ap-deploy prune with --resume, which makes it again"
+    name = f"search/{MASKS}"
+    recorded = next((output for output in record.outputs if output.path == name), None)
+    if recorded is None:
+        raise RunFolderError(f"the search in {folder} wrote no {MASKS}", hint=hint)
+    path = files.within(folder, name)
+    if not path.is_file():
+        raise RunFolderError(f"{path} is missing", hint=hint)
+    if files.sha256(path) != recorded.sha256:
+        raise RunFolderError(f"{path} has changed since the search finished", hint=hint)
+    return path
+
+
+def described(record: StageRecord, masks: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What was searched and how it ended; None where the method or an older version does not say."""
+    results, asked = mapping(record.results), mapping(record.inputs.get("prune"))
+    last = mapping(results.get("last"))
+    return {
+        "method": results.get("method", asked.get("method")),
+        "s2ap": asked.get("s2ap"),
+        "gamma": asked.get("gamma"),
+        "seed": record.inputs.get("seed"),
+        "sparsity": sparsity(masks),
+        "kept": kept(masks),
+        "prunable": sum(mask.numel() for mask in masks.values()),
+        "search": {key: number(last.get(key)) for key in (*ACCURACIES, "replaced", "flip_rate")},
+    }
+
+
+def tuned(stages: Mapping[StageName, StageRecord]) -> dict[str, Any]:
+    """The best epoch of a finished fine-tuning, or None."""
+    record = stages.get("finetune")
+    if record is None or record.status != "finished":
+        return {"finetune": None}
+    best = mapping(mapping(record.results).get("best"))
+    return {"finetune": {key: number(best.get(key)) for key in ACCURACIES} if best else None}
+
+
+def by_layer(layers: Mapping[str, Likeness]) -> dict[str, dict[str, float]]:
+    """The likeness of every layer as JSON values."""
+    return {name: asdict(found) for name, found in layers.items()}
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """``value`` if it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def number(value: Any) -> float | None:
+    """``value`` if it is a number, else None."""
+    return value if isinstance(value, int | float) else None

@@ -1,0 +1,153 @@
+"""One run on one machine: what every stage needs to start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from s2ap_deploy import runtime
+from s2ap_deploy.data import datasets
+from s2ap_deploy.data.datasets import ImageData
+from s2ap_deploy.data.splits import Split
+from s2ap_deploy.errors import ArchitectureError
+from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.models.checkpoints import checkpoint
+from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
+from s2ap_deploy.models.classifier import Classifier
+from s2ap_deploy.recipe.schema import Recipe
+from s2ap_deploy.recipe.train_section import Objective as ObjectiveSection
+from s2ap_deploy.recorder import Recorder
+from s2ap_deploy.runs.folder import Run
+from s2ap_deploy.runs.manifest import StageName
+from s2ap_deploy.runs.stage import Stage
+from s2ap_deploy.stages.execution import ExecutionConfig
+from s2ap_deploy.training.objective import Objective
+
+MODEL = "model.safetensors"
+HISTORY = "history.json"
+
+
+class RunContext:
+    """A run folder, the recipe that says what to do in it, and the machine that does it."""
+
+    def __init__(
+        self,
+        run: Run,
+        recipe: Recipe,
+        machine: ExecutionConfig,
+        recorder: Recorder,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.run = run
+        self.recipe = recipe
+        self.machine = machine
+        self.recorder = recorder
+        self.resume = resume
+        self.overwrite = overwrite
+        self._images: ImageData | None = None
+
+    def stage(self, name: StageName, inputs: Mapping[str, Any]) -> Stage:
+        """Enter a stage of the run folder; see ``Run.stage``. Tells the user what was found there.
+
+        Work that begins is what makes the recipe the folder's own: a refused command leaves it alone.
+        """
+        environment = {**runtime.environment(self.machine.device), "versions": runtime.versions()}
+        if name in ("pretrain", "search", "finetune"):
+            environment |= self.machine.precision.facts()
+        if self.machine.ranks.size > 1:
+            environment["ranks"] = self.machine.ranks.size
+        stage = self.run.stage(
+            name, inputs=inputs, resume=self.resume, overwrite=self.overwrite, environment=environment
+        )
+        if stage.note is not None:
+            self.recorder.note(stage.note)
+        if stage.state == "finished":
+            self.recorder.note(f"{name}: already done with the same inputs, skipped")
+        else:
+            self.remember()
+        return stage
+
+    def remember(self) -> None:
+        """Keep the recipe, and where data lies, in the run folder. Raises StorageError."""
+        self.run.save_recipe(self.recipe)
+        self.machine.save(self.run.path)
+
+    @property
+    def result(self) -> StageName:
+        """The stage whose network is certified and exported: the last one that changes weights."""
+        return "pretrain" if self.recipe.prune is None else "finetune"
+
+    def images(self, size: tuple[int, int, int] | None) -> ImageData:
+        """The recipe's data at the size (C, H, W) the model takes; read once per process.
+
+        A size in the recipe comes first: it is how an image folder learns it from a user.
+        """
+        if self._images is None:
+            self._images = read_images(self.recipe, self.machine, size, self.recorder)
+        return self._images
+
+    def data_inputs(self, *splits: Split) -> dict[str, Any]:
+        """What a stage records of the images it reads, so that changed data is not mistaken for the same."""
+        return {
+            "name": self.images(None).spec.name,
+            "validation_fraction": self.recipe.data.validation_fraction,
+            "sha256": [split.fingerprint() for split in splits],
+        }
+
+    def classifier(self, stage: StageName) -> tuple[Classifier, CheckpointInfo, Path]:
+        """The classifier that a finished stage left, on the machine's device, with its file.
+
+        Raises RunFolderError when the stage is not finished, ArchitectureError when the network comes
+        from an import path that was not given again.
+        """
+        path = self.run.output(stage, MODEL)
+        return *self.load(path), path
+
+    def load(self, path: Path) -> tuple[Classifier, CheckpointInfo]:
+        """The classifier in a file of this tool, on the machine's device. Raises ArchitectureError."""
+        return read_classifier(path, self.machine)
+
+    def objective(self, section: ObjectiveSection) -> Objective:
+        """The recipe's objective under the recipe's threat model."""
+        return Objective(
+            threat=self.recipe.threat,
+            loss=section.loss,
+            attack_steps=section.attack_steps,
+            step_size=section.step_size,
+            beta=section.beta,
+            replays=section.replays,
+        )
+
+
+def read_images(
+    recipe: Recipe, machine: ExecutionConfig, size: tuple[int, int, int] | None, recorder: Recorder
+) -> ImageData:
+    """The recipe's data where ``machine`` has them; see :meth:`RunContext.images`. Raises DataError."""
+    return datasets.load(
+        recipe.data.name,
+        root=machine.data_root,
+        download=machine.download,
+        size=recipe.data.size or size,
+        validation_fraction=recipe.data.validation_fraction,
+        seed=recipe.seed,
+        recorder=recorder,
+    )
+
+
+def read_classifier(path: Path, machine: ExecutionConfig) -> tuple[Classifier, CheckpointInfo]:
+    """The classifier in a file of this tool, on the machine's device.
+
+    Raises CheckpointError, and ArchitectureError when the network comes from an import path that the machine
+    was not given.
+    """
+    recorded = checkpoint.read_tensors(path).info
+    if machine.arch is None and recorded is not None and registry.is_import_path(recorded.arch):
+        raise ArchitectureError(
+            f"the network in {path} was built by {recorded.arch}, which is never imported unasked",
+            hint=f"add --arch {recorded.arch}",
+        )
+    classifier, info, _ = checkpoint.load(path, arch=machine.arch)
+    return classifier.to(machine.device), info

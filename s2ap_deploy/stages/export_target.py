@@ -1,0 +1,158 @@
+"""An export held against its target: what it cannot take is refused, what misses a budget is not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from s2ap_deploy import files
+from s2ap_deploy.errors import InputError, UsageError, VerificationError
+from s2ap_deploy.models.channels.layer_channels import Coupling, macs
+from s2ap_deploy.models.classifier import prunable
+from s2ap_deploy.onnx_export.benchmark.latency import paired_latency
+from s2ap_deploy.onnx_export.export_report import BudgetCheck, ExportReport, ExportTarget, Predicted
+from s2ap_deploy.onnx_export.verification import session
+from s2ap_deploy.recipe.methods import n_of_m
+from s2ap_deploy.recipe.prune_section import PruneSection
+from s2ap_deploy.recipe.schema import ExportSection
+from s2ap_deploy.recipe.target import WORDS, Found, budgets, check, find
+from s2ap_deploy.stages.plan import plan
+
+Size = tuple[int, int, int]
+
+
+def target_of(section: ExportSection) -> Found | None:
+    """The section's target, read again. Raises RecipeError when it is not there any more."""
+    return find(section.target) if section.target is not None else None
+
+
+def inputs(found: Found | None) -> dict[str, str]:
+    """What a stage records of the target: another profile under the same name is another input."""
+    return {} if found is None else {"target": found.sha256}
+
+
+def refuse_misfit(found: Found | None, section: ExportSection, network: nn.Module, size: Size) -> None:
+    """Raise UsageError for settings, or weights, that the target cannot take."""
+    if found is None:
+        return
+    check(found.target, section.model_dump())
+    if found.target.requires.granularity is None:
+        return
+    pattern = n_of_m(found.target.requires.granularity)
+    assert pattern is not None
+    names = prunable(network, size)
+    weights = {name: network.get_parameter(name).detach() for name in names}
+    misfit = off_pattern(weights, *pattern, ends=(names[0], names[-1]) if names else ())
+    if misfit is not None:
+        words = f"{pattern[0]}:{pattern[1]}"
+        raise UsageError(
+            f"{found.target.name} needs weights of the pattern {words} along their input channels: {misfit}",
+            hint=f"s2ap-deploy prune --granularity {words}",
+        )
+
+
+def off_pattern(weights: Mapping[str, Tensor], n: int, m: int, *, ends: tuple[str, ...] = ()) -> str | None:
+    """Why ``weights`` [out, in, ...], by name, do not keep ``n`` of every ``m`` consecutive inputs; or None.
+
+    Weights whose inputs ``m`` does not divide cannot, and need not; those among ``ends`` may be left dense.
+    """
+    able = {name: weight for name, weight in weights.items() if weight.shape[1] % m == 0}
+    if not able:
+        return f"{m} divides the inputs of no layer"
+    full = {}
+    for name, weight in able.items():
+        groups = (weight != 0).reshape(weight.shape[0], weight.shape[1] // m, m, -1)
+        full[name] = int(groups.sum(dim=2).max())
+    wrong = [name for name, most in full.items() if most > n and name not in ends]
+    if not wrong and min(full.values()) > n:  # dense ends are all there is
+        wrong = list(full)
+    if not wrong:
+        return None
+    rest = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return f"{wrong[0]} has {full[wrong[0]]} weights that are not zero among {m}{rest}"
+
+
+def completed(
+    report: ExportReport,
+    file: Path,
+    found: Found | None,
+    section: ExportSection,
+    prune: PruneSection | None,
+    network: nn.Module,
+    size: Size,
+    image: NDArray[np.float32],
+    *,
+    coupling: Coupling | None = None,
+) -> ExportReport:
+    """The report with its target, what was predicted, and every budget beside what was found.
+
+    ``network`` is the one that was exported, at full width; ``image`` [1, C, H, W] is what a time is measured
+    on where the export measured none; ``coupling`` saves finding the groups of channels again. Raises
+    VerificationError for a budget that is missed, and then removes ``file``.
+    """
+    checks = []
+    for what, limit in budgets(found.target if found is not None else None, section.model_dump()).items():
+        if limit is None:
+            continue
+        match what:
+            case "bytes":
+                value: float = report.bytes
+            case "macs":
+                value = _macs(report, network, size)
+            case "latency_ms":
+                value = report.latency_ms if report.latency_ms is not None else _latency(file, image, report)
+        checks.append(BudgetCheck(what=what, asked=limit, found=value))
+    missed = [each for each in checks if not each.holds]
+    if missed:
+        files.remove(file)
+        raise VerificationError(
+            "; ".join(
+                f"{WORDS[each.what]}: asked at most {number(each.asked)}, found {number(each.found)}"
+                for each in missed
+            ),
+            hint="the file is removed; s2ap-deploy plan says what would fit, --overwrite exports again",
+        )
+    aim = None if found is None else ExportTarget(name=found.target.name, sha256=found.sha256)
+    return report.model_copy(
+        update={
+            "target": aim,
+            "budgets": tuple(checks),
+            "predicted": _predicted(network, size, prune, section, coupling),
+        }
+    )
+
+
+def number(value: float | None) -> str:
+    """A count in full, a time to the microsecond."""
+    return "nothing" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
+
+
+def _predicted(
+    network: nn.Module,
+    size: Size,
+    prune: PruneSection | None,
+    section: ExportSection,
+    coupling: Coupling | None,
+) -> Predicted | None:
+    """What a plan would have said; None for a network that no plan can be made for."""
+    try:
+        expected = plan(network, size, prune, section, name="network", coupling=coupling)
+    except InputError:
+        return None
+    return Predicted(bytes=expected.chosen.bytes, macs=expected.macs_after)
+
+
+def _macs(report: ExportReport, network: nn.Module, size: Size) -> int:
+    """Of the file's graph, where it was counted, else of the network."""
+    if report.compaction is not None:
+        return report.compaction.macs_after
+    return report.narrowed.macs.achieved if report.narrowed is not None else macs(network, size)
+
+
+def _latency(file: Path, image: NDArray[np.float32], report: ExportReport) -> float:
+    running = session(file)
+    return paired_latency(running, running, np.repeat(image, report.batch or 1, axis=0)).median_ms

@@ -1,0 +1,38 @@
+"""The whole path: every stage that a recipe asks for, in order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from s2ap_deploy.gating.policy import GatePolicy, Verdict
+from s2ap_deploy.onnx_export.onnx_file import read
+from s2ap_deploy.stages.certify import certify
+from s2ap_deploy.stages.certify_file import certify_file
+from s2ap_deploy.stages.context import RunContext
+from s2ap_deploy.stages.export import export
+from s2ap_deploy.stages.gate import gate
+from s2ap_deploy.stages.pretrain import dense
+from s2ap_deploy.stages.prune import prune
+
+
+def whole(
+    job: RunContext, *, time_budget: float | None = None, dense_record: Path | None = None
+) -> Verdict | None:
+    """Dense network, pruned network, certificates, exported file, the file's own certificate if need be;
+    verdict.
+
+    ``dense_record`` is the record of an attack on the same dense network, see ``certify``. Returns None for a
+    recipe without a gate. Raises what the stages raise.
+    """
+    dense(job)
+    if job.recipe.prune is not None:
+        prune(job)
+    certify(job, time_budget=time_budget, dense_record=dense_record)
+    report = export(job)
+    section = job.recipe.export
+    if section.int8 or section.values != "f32" or section.reselects:  # not the network that was certified
+        certify_file(job, read(job.run.output("export", report.file)), time_budget=time_budget)
+    job.remember()
+    if job.recipe.gate is None:
+        return None
+    return gate(job.run, GatePolicy.model_validate(job.recipe.gate.model_dump()))

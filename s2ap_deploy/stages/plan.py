@@ -1,0 +1,265 @@
+"""A plan: what pruning and export will come to, from shapes alone and before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Literal, get_args
+
+from torch import nn
+
+from s2ap_deploy.errors import UsageError
+from s2ap_deploy.models.channels.coupling import Coupling, channel_groups
+from s2ap_deploy.onnx_export.codecs.onnx_shapes import Outline, narrowed, outline
+from s2ap_deploy.onnx_export.codecs.prediction import Contents, Encoding, Values
+from s2ap_deploy.onnx_export.export_report import BudgetCheck, ExportTarget
+from s2ap_deploy.pruning.alignment import Limit, aligned, filled
+from s2ap_deploy.pruning.allocation import Fixed, Global, Quotas
+from s2ap_deploy.pruning.budgets import floors, uniform
+from s2ap_deploy.pruning.channels import ChannelQuotas, Cost, limit_of, within
+from s2ap_deploy.pruning.granularity import NOfM
+from s2ap_deploy.recipe.methods import n_of_m
+from s2ap_deploy.recipe.prune_section import PruneSection
+from s2ap_deploy.recipe.schema import ExportSection
+from s2ap_deploy.recipe.target import OPTIONS, WORDS, BudgetName, Found, Target, budgets
+from s2ap_deploy.spec import Record
+from s2ap_deploy.stages.scoring import allocation, share_channels
+
+Speed = Literal["none", "int8", "compact", "compact and int8", "2:4"]
+
+BY_DATA = (
+    "learned and global budgets share by scores, which a plan has not seen: it shares evenly. The total is "
+    "the same, and positions cost most when every layer is equally sparse."
+)
+NO_SPEED = (
+    "zeros shrink the file, not the time: the runtimes that were measured compute at dense speed, with "
+    "dense memory"
+)
+INT8_SPEED = "int8 arithmetic was about 4 times as fast as float32 in ONNX Runtime on an x86-64 server"
+PATTERN_SPEED = (
+    "TensorRT can use 2:4 on NVIDIA GPUs (not run here); ONNX Runtime and OpenVINO compute at dense speed"
+)
+
+
+class PlannedLayer(Record):
+    """One weight: its shape before and after, and how many of the entries that stay are not zero."""
+
+    name: str
+    shape: tuple[int, ...]
+    shape_after: tuple[int, ...]
+    nonzeros: int
+
+
+class PlannedFile(Record):
+    """A file under one encoding. ``values`` are stored so; ``int8`` arithmetic is a kind of its own."""
+
+    encoding: Encoding
+    values: Literal["float32", "float16", "int8 values", "int8"]
+    bytes: int
+
+
+class Plan(Record):
+    """Prediction for one network and one request; bytes are whole files.
+
+    ``sparsity`` counts zeros among the prunable weights, those of channels that are gone included. ``macs``
+    are multiply-accumulates per image in the layers that are called, ``parameters`` learnable values; zeros
+    that stay where they are still count as both. ``chosen`` is the file that the export's settings ask for,
+    against which ``budgets`` are held; ``target`` is what it is for, with the hash of its profile.
+    """
+
+    network: str
+    input_size: tuple[int, int, int]
+    granularity: str
+    budget: str | None
+    sparsity: float
+    weights: int
+    nonzeros: int
+    parameters_before: int
+    parameters_after: int
+    macs_before: int
+    macs_after: int
+    dense_bytes: int
+    files: tuple[PlannedFile, ...]
+    layers: tuple[PlannedLayer, ...]
+    speed: Speed
+    speed_words: str
+    chosen: PlannedFile
+    target: ExportTarget | None = None
+    budgets: tuple[BudgetCheck, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every budget holds; None where nothing misses, but something can only be measured."""
+        answers = [check.holds for check in self.budgets]
+        return False if False in answers else None if None in answers else True
+
+    def file(self, encoding: str, values: str) -> PlannedFile:
+        """The file under one encoding and type of values."""
+        return next(each for each in self.files if (each.encoding, each.values) == (encoding, values))
+
+
+def plan(
+    network: nn.Module,
+    input_size: tuple[int, int, int],
+    section: PruneSection | None,
+    export: ExportSection,
+    *,
+    name: str,
+    found: Found | None = None,
+    coupling: Coupling | None = None,
+) -> Plan:
+    """The plan for ``network`` under a recipe's prune and export sections.
+
+    ``network`` may lie on the meta device, unless ``section`` prunes channels: which of them belong together
+    is tried out, unless ``coupling`` says it. ``found`` is the export's target. Raises UsageError for a
+    request that does not fit the network, ArchitectureError when it cannot run on ``input_size`` (C, H, W).
+    """
+    whole = outline(network, input_size)
+    if not whole.layers:
+        raise UsageError(f"{name} has no convolution and no linear layer to plan for")
+    left = whole
+    kept: dict[str, int] = {}
+    notes: list[str] = []
+    if section is not None and section.granularity == "channel":
+        smaller = _channels(whole, coupling or channel_groups(network, input_size), section, export)
+        if export.compact:
+            left = smaller
+        else:  # rows and columns stay, as zeros
+            kept = {layer.name: math.prod(layer.shape) for layer in smaller.layers}
+    elif section is not None:
+        kept, notes = _weights(whole, section)
+    contents = left.contents(kept)
+    nonzeros = sum(weight.nonzeros for weight in contents.weights)
+    entries = sum(math.prod(layer.shape) for layer in whole.layers)
+    granularity = section.granularity if section is not None else "none"
+    speed, words = _speed(granularity, whole, left, export)
+    files = _files(contents)
+    chosen = next(
+        each for each in files if (each.encoding, each.values) == (export.encoding, stored_as(export))
+    )
+    target = found.target if found is not None else None
+    asked = budgets(target, export.model_dump())
+    predicted: dict[str, float | None] = {"bytes": chosen.bytes, "macs": left.macs, "latency_ms": None}
+    return Plan(
+        network=name,
+        input_size=input_size,
+        granularity=granularity,
+        budget=section.layer_budget if section is not None and n_of_m(granularity) is None else None,
+        sparsity=1 - nonzeros / entries,
+        weights=entries,
+        nonzeros=nonzeros,
+        parameters_before=whole.size,
+        parameters_after=left.size,
+        macs_before=whole.macs,
+        macs_after=left.macs,
+        dense_bytes=whole.contents({}).bytes("dense"),
+        files=files,
+        layers=tuple(
+            PlannedLayer(
+                name=before.name, shape=before.shape, shape_after=weight.shape, nonzeros=weight.nonzeros
+            )
+            for before, weight in zip(whole.layers, contents.weights, strict=True)
+        ),
+        speed=speed,
+        speed_words=words,
+        chosen=chosen,
+        target=ExportTarget(name=found.target.name, sha256=found.sha256) if found is not None else None,
+        budgets=tuple(
+            BudgetCheck(what=what, asked=limit, found=predicted[what])
+            for what, limit in asked.items()
+            if limit is not None
+        ),
+        notes=(*notes, *(_wishes(target, granularity, asked) if target is not None else ())),
+    )
+
+
+def _files(contents: Contents) -> tuple[PlannedFile, ...]:
+    plain: tuple[Values, ...] = get_args(Values)
+    rows = []
+    for encoding in get_args(Encoding):
+        for values in plain:
+            words = "int8 values" if values == "int8" else values
+            size = contents.bytes(encoding, values)
+            rows.append(PlannedFile(encoding=encoding, values=words, bytes=size))
+        rows.append(PlannedFile(encoding=encoding, values="int8", bytes=contents.bytes(encoding, int8=True)))
+    return tuple(rows)
+
+
+def stored_as(export: ExportSection) -> str:
+    """How an export section stores values, in the words of :class:`PlannedFile`."""
+    if export.int8:
+        return "int8"
+    return {"f32": "float32", "f16": "float16", "int8": "int8 values"}[export.values]
+
+
+def _weights(whole: Outline, section: PruneSection) -> tuple[dict[str, int], list[str]]:
+    """Weights that stay in each layer, as far as shapes can tell, and what they cannot."""
+    shapes, names = whole.shapes, tuple(whole.shapes)
+    ends = (names[0], names[-1]) if section.dense_ends else ()
+    pattern = n_of_m(section.granularity)
+    if pattern is not None:
+        fitting, dense = NOfM.divide({n: s for n, s in shapes.items() if n not in ends}, *pattern)
+        words = f"stay dense, as {pattern[1]} does not divide their inputs: {', '.join(dense)}"
+        return NOfM(fitting, *pattern).kept(shapes), [words] if dense else []
+    assert section.sparsity is not None
+    shared = allocation(shapes, section, classifier=names[-1], dense=ends)
+    if isinstance(shared, (Global, Quotas)):
+        least = floors(shapes, classifier=names[-1], dense=ends)
+        return uniform(shapes, section.sparsity, least), [BY_DATA]
+    assert isinstance(shared, Fixed)
+    return shared.keep, []
+
+
+def _channels(whole: Outline, coupling: Coupling, section: PruneSection, export: ExportSection) -> Outline:
+    """What is left when channels go, each with its rows and columns."""
+    if export.reselects:
+        section = section.model_copy(update={"keep_ratio": export.keep_ratio, "sparsity": None})
+    channels = {group.name: group.channels for group in coupling.groups}
+    if not channels:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in coupling.skipped) or "it has one layer"
+        raise UsageError(
+            f"no channel of this network can be removed: {reasons}",
+            hint="--granularity weight prunes any layer",
+        )
+    shapes = whole.shapes
+    shared = share_channels(coupling, channels, shapes, section)
+    if isinstance(shared, ChannelQuotas):
+        even = {name: float(count) for name, count in channels.items()}
+        assert section.sparsity is not None
+        wanted = within(channels, even, shared.cost, limit_of(shared.cost, channels, section.sparsity))
+    else:
+        assert isinstance(shared, Fixed)
+        wanted = shared.keep
+    if section.keep_ratio is None or export.align == 1:
+        return narrowed(whole, coupling, filled(wanted, channels, export.align))
+    limits = []
+    for measure, words in (("weights", "weights"), ("macs", "multiply-accumulates")):
+        cost = Cost.of(coupling, shapes, measure)  # type: ignore[arg-type]
+        limits.append(Limit(words, cost, cost(wanted)))
+    return narrowed(whole, coupling, aligned(wanted, channels, export.align, tuple(limits)))
+
+
+def _speed(granularity: str, whole: Outline, left: Outline, export: ExportSection) -> tuple[Speed, str]:
+    """The class of speed-up, and why."""
+    if left.macs < whole.macs:
+        ratio = whole.macs / max(left.macs, 1)
+        factor = f"{ratio:.1f} times fewer multiply-accumulates, which does save time"
+        return ("compact and int8", f"{factor}; {INT8_SPEED}") if export.int8 else ("compact", factor)
+    if export.int8:
+        return "int8", f"{INT8_SPEED}; {NO_SPEED}"
+    if granularity == "2:4":
+        return "2:4", PATTERN_SPEED
+    return "none", NO_SPEED
+
+
+def _wishes(target: Target, granularity: str, asked: Mapping[BudgetName, float | None]) -> Iterator[str]:
+    """What the target wants and this plan does not give."""
+    pattern = target.requires.granularity
+    if pattern is not None and granularity != pattern:
+        yield f"{target.name} needs {pattern}: s2ap-deploy prune --granularity {pattern}"
+    elif target.granularity == "channel" and granularity not in ("channel", "none"):
+        yield f"{target.name} gains speed from channels that are gone: --granularity channel --keep-ratio 0.5"
+    for name in target.requires.budgets:
+        if asked[name] is None:
+            yield f"{target.name} needs a limit on {WORDS[name]}: {OPTIONS[name]}"

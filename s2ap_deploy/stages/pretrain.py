@@ -1,0 +1,199 @@
+"""The dense network: trained here, or taken over from a checkpoint and checked against its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from s2ap_deploy import files
+from s2ap_deploy.distributed.collectives import Own
+from s2ap_deploy.errors import DataError, RecipeError
+from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.models.checkpoints import checkpoint
+from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
+from s2ap_deploy.models.classifier import Classifier, dry_run
+from s2ap_deploy.recipe.methods import origins
+from s2ap_deploy.recipe.schema import ModelSection
+from s2ap_deploy.recipe.train_section import TrainSection
+from s2ap_deploy.recorder import Silent
+from s2ap_deploy.runs.manifest import tool_version
+from s2ap_deploy.runtime import derive_seed
+from s2ap_deploy.spec import DataSpec
+from s2ap_deploy.stages import input_spec
+from s2ap_deploy.stages.context import HISTORY, MODEL, RunContext
+from s2ap_deploy.training.evaluation import pgd_accuracy
+from s2ap_deploy.training.loop import train
+from s2ap_deploy.training.schedule import validation_sample
+
+CHANCE_MARGIN = 2.0
+
+
+def dense(job: RunContext) -> None:
+    """Leave the dense network in the run folder's ``pretrain`` stage.
+
+    A recipe with a checkpoint takes it over; one without trains its architecture. Raises RecipeError when
+    it has neither, and what reading checkpoints and data raises.
+    """
+    recipe = job.recipe
+    if recipe.model.checkpoint is not None:
+        adopt(job, Path(recipe.model.checkpoint))
+    elif recipe.pretrain is not None and (recipe.model.arch or job.machine.arch):
+        pretrain(job, recipe.pretrain)
+    else:
+        raise RecipeError(
+            f"recipe {recipe.name!r} has neither a checkpoint nor an architecture to train",
+            hint="set model.checkpoint, or model.arch and a pretrain section",
+        )
+
+
+def pretrain(job: RunContext, section: TrainSection) -> None:
+    """Adversarial training from random weights."""
+    recipe = job.recipe
+    reference = job.machine.arch or recipe.model.arch
+    assert reference is not None
+    architecture = registry.resolve(reference)
+    images = job.images(architecture.input_size)
+    torch.manual_seed(derive_seed(recipe.seed, "initialize"))
+    classifier = Classifier(architecture.build(images.spec.num_classes), images.suggested)
+    _check_classes(dry_run(classifier, images.spec.preprocessing.size).shape[1], images.spec, reference)
+    stage = job.stage(
+        "pretrain",
+        {
+            "arch": reference,
+            "data": job.data_inputs(images.train, images.validation),
+            "threat": recipe.threat.model_dump(),
+            "pretrain": section.model_dump(),
+            "seed": recipe.seed,
+            **origins(loss=section.objective.loss),
+            **job.machine.pieces,
+        },
+    )
+    if stage.state == "finished":
+        return
+    result = job.machine.ranks.call(
+        train,
+        network=classifier.to(job.machine.device),
+        train=images.train,
+        validation=images.validation,
+        stage="pretrain",
+        objective=job.objective(section.objective),
+        epochs=section.epochs,
+        learning_rate=section.learning_rate,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+        batch_size=section.batch_size,
+        seed=recipe.seed,
+        device=job.machine.device,
+        snapshots=stage,
+        recorder=Own(job.recorder, Silent()),
+        accumulate=job.machine.accumulate,
+        precision=job.machine.precision,
+        awp_gamma=section.awp_gamma,
+        awp_warmup_epochs=section.awp_warmup_epochs,
+    )
+    info = CheckpointInfo(
+        arch=reference,
+        num_classes=images.spec.num_classes,
+        data=images.spec.name,
+        preprocessing=images.spec.preprocessing,
+        normalization=images.suggested,
+        threat=recipe.threat,
+        class_names=images.spec.class_names,
+        stage="pretrain",
+        sparsity=None,
+        source_sha256=None,
+        tool_version=tool_version(),
+    )
+    checkpoint.save(stage.folder / MODEL, classifier, info)
+    files.write_json(stage.folder / HISTORY, [row.figures() for row in result.history])
+    best = result.history[result.best_epoch - 1].figures()
+    stage.finish([stage.folder / MODEL, stage.folder / HISTORY], {"best": best})
+
+
+def adopt(job: RunContext, path: Path) -> None:
+    """Take over a checkpoint: find its architecture, hold it against the data, look at its robustness."""
+    recipe, recorder = job.recipe, job.recorder
+    classifier, info, notes = checkpoint.load(
+        path,
+        arch=job.machine.arch or recipe.model.arch,
+        threat=recipe.threat,
+        data=recipe.data.name,
+        preprocessing=input_spec.preprocessing(
+            path,
+            job.machine.arch,
+            recipe.data.name,
+            size=recipe.data.size,
+            root=job.machine.data_root,
+            trust_pickle=job.machine.trust_pickle,
+        ),
+        normalization=recipe.model.normalization,
+        trust_pickle=job.machine.trust_pickle,
+        keep=recipe.model.keep,
+        alpha=recipe.model.alpha,
+    )
+    for note in notes:
+        recorder.note(f"{path.name}: {note}")
+    images = job.images(info.preprocessing.size)
+    _check_classes(info.num_classes, images.spec, str(path))
+    stage = job.stage(
+        "pretrain",
+        {
+            "checkpoint": files.sha256(path),
+            "arch": info.arch,
+            "data": job.data_inputs(images.validation),
+            "normalization": info.normalization.model_dump() if info.normalization is not None else None,
+            "threat": recipe.threat.model_dump(),
+            **_masking(recipe.model),
+        },
+    )
+    if stage.state == "finished":
+        return
+    accuracy = job.machine.ranks.call(
+        pgd_accuracy,
+        network=classifier.to(job.machine.device),
+        split=validation_sample(images.validation, recipe.seed),
+        threat=recipe.threat,
+        steps=10,
+        seed=recipe.seed,
+        device=job.machine.device,
+    )
+    recorder.note(
+        f"dense network: {info.arch}, {accuracy.clean_accuracy:.1%} clean, {accuracy.robust_accuracy:.1%} "
+        f"under PGD-10 ({recipe.threat}) on {accuracy.n} validation images"
+    )
+    if accuracy.clean_accuracy < CHANCE_MARGIN / info.num_classes:
+        recorder.warn(
+            "the dense network is close to guessing: is the data, the class order or --mean/--std wrong?"
+        )
+    elif accuracy.robust_accuracy < 0.5 / info.num_classes:
+        recorder.warn(
+            f"the dense network is not robust under {recipe.threat}: "
+            "pruning keeps robustness, it does not create it"
+        )
+    info = info.model_copy(
+        update={
+            "data": images.spec.name,
+            "preprocessing": images.spec.preprocessing,
+            "class_names": images.spec.class_names,
+            "threat": recipe.threat,
+            "source_sha256": files.sha256(path),
+        }
+    )
+    checkpoint.save(stage.folder / MODEL, classifier, info)
+    best = {"clean_accuracy": accuracy.clean_accuracy, "robust_accuracy": accuracy.robust_accuracy}
+    stage.finish([stage.folder / MODEL], {"best": best, "validation_images": accuracy.n})
+
+
+def _masking(section: ModelSection) -> dict[str, float]:
+    """What rebuilds the masks of a pruned checkpoint; other networks are recorded without it, as ever."""
+    given = {"keep": section.keep, "alpha": section.alpha}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _check_classes(found: int, data: DataSpec, subject: str) -> None:
+    if found != data.num_classes:
+        raise DataError(
+            f"{subject} tells {found} classes apart, but {data.name} has {data.num_classes}",
+            hint="choose the data that the network is meant for with --data",
+        )

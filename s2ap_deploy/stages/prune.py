@@ -1,0 +1,245 @@
+"""Prune: search the mask, then train what it kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from s2ap_deploy import files
+from s2ap_deploy.data.datasets import ImageData
+from s2ap_deploy.distributed.collectives import Own
+from s2ap_deploy.errors import RecipeError
+from s2ap_deploy.models.checkpoints import checkpoint
+from s2ap_deploy.models.classifier import prunable
+from s2ap_deploy.pruning.diagnosis import diagnosis
+from s2ap_deploy.pruning.masks import kept, sparsity
+from s2ap_deploy.pruning.scores import ScoredNetwork
+from s2ap_deploy.pruning.search import Perturbation, SearchResult, choose_once, search
+from s2ap_deploy.pruning.tensors import load_tensors, save_tensors
+from s2ap_deploy.recipe.methods import METHODS, origins
+from s2ap_deploy.recipe.prune_section import PruneSection
+from s2ap_deploy.recorder import Silent
+from s2ap_deploy.runs.folder import Run
+from s2ap_deploy.runs.stage import Stage
+from s2ap_deploy.stages.context import HISTORY, MODEL, RunContext
+from s2ap_deploy.stages.scoring import score, scores_file
+from s2ap_deploy.training.distillation import Teacher
+from s2ap_deploy.training.loop import train
+
+MASKS = "masks.safetensors"
+SCORES = "scores.safetensors"
+DENOMINATOR = "weights of the convolutions and linear layers that a forward pass uses"
+
+
+def prune(job: RunContext) -> None:
+    """Search and fine-tuning, after those of every lower sparsity on the way there.
+
+    Raises RecipeError for a recipe that does not prune.
+    """
+    section = job.recipe.prune
+    if section is None:
+        raise RecipeError(f"recipe {job.recipe.name!r} has no prune section")
+    begin = dense = job.run.output("pretrain", MODEL)
+    for lower in section.steps:
+        begin = prune_to(job, section, lower, begin, dense)
+    search_mask(job, section, begin)
+    finetune(job, section, dense)
+
+
+def prune_to(job: RunContext, section: PruneSection, lower: float, begin: Path, dense: Path) -> Path:
+    """One step of iterative pruning, in a run folder of its own under ``steps``; returns its network."""
+    step = section.model_copy(update={"sparsity": lower, "steps": ()})
+    recipe = job.recipe.model_copy(
+        update={
+            "prune": step,
+            "model": job.recipe.model.model_copy(update={"checkpoint": str(begin)}),
+        }
+    )
+    job.recorder.note(f"pruning to {lower:g} on the way to {section.sparsity:g}")
+    with Run.open(job.run.path / "steps" / f"{lower:g}", create=True, command="step") as run:
+        inner = RunContext(run, recipe, job.machine, job.recorder, resume=job.resume, overwrite=job.overwrite)
+        search_mask(inner, step, begin)
+        finetune(inner, step, dense)
+        return run.output("finetune", MODEL)
+
+
+def search_mask(job: RunContext, section: PruneSection, begin: Path) -> None:
+    """Leave masks, scores and the masked network in the ``search`` stage; ``begin`` is the network before."""
+    recipe = job.recipe
+    classifier, info = job.load(begin)
+    job.machine.precision.arrange(classifier)
+    names = prunable(classifier, info.preprocessing.size)
+    images = job.images(info.preprocessing.size)
+    inputs = {
+        "dense": files.sha256(begin),
+        "data": job.data_inputs(images.train, images.validation),
+        "threat": recipe.threat.model_dump(),
+        "prune": section.model_dump(exclude=_unused(section))
+        | {"s2ap": section.perturbs, "budget": section.layer_budget},
+        "seed": recipe.seed,
+    }
+    inputs |= job.machine.pieces
+    if section.scores_from is not None:
+        inputs["scores_from"] = files.sha256(scores_file(section.scores_from))
+    inputs |= origins(method=section.method, loss=section.search.objective.loss)
+    # Before the stage begins: a budget that no mask can meet is refused without touching the folder.
+    scoring = score(classifier, names, info.preprocessing.size, section, recipe.seed)
+    stage = job.stage("search", inputs)
+    if stage.state == "finished":
+        return
+    if scoring.dense:
+        job.recorder.note(f"{len(scoring.dense)} layers stay dense: {', '.join(scoring.dense)}")
+    result = find_mask(job, section, scoring.scored, images, stage)
+    everywhere = {name: torch.ones_like(p, dtype=torch.bool) for name, p in classifier.named_parameters()}
+    masks = {name: result.masks.get(name, everywhere[name]) for name in names}
+    achieved = sparsity(masks)
+    save_tensors(stage.folder / MASKS, masks)
+    save_tensors(stage.folder / SCORES, result.scores)
+    checkpoint.save(
+        stage.folder / MODEL, classifier, info.model_copy(update={"stage": "search", "sparsity": achieved})
+    )
+    files.write_json(stage.folder / HISTORY, [row.figures() for row in result.history])
+    outputs = [stage.folder / name for name in (MASKS, SCORES, MODEL, HISTORY)]
+    stage.finish(
+        outputs,
+        {
+            "last": result.history[-1].figures() if result.history else None,
+            "method": section.method,
+            "budget": section.layer_budget,
+            "granularity": section.granularity,
+            "kept": kept(masks),
+            "kept_requested": scoring.kept,
+            "prunable": sum(mask.numel() for mask in masks.values()),
+            "sparsity": achieved,
+            "denominator": DENOMINATOR,
+            "dense_layers": list(scoring.dense),
+            "layers": [
+                {"name": name, "kept": int(masks[name].sum()), "weights": masks[name].numel()}
+                for name in names
+            ],
+            "perturbed_steps": result.perturbed_steps,
+        },
+    )
+
+
+def find_mask(
+    job: RunContext, section: PruneSection, scored: ScoredNetwork, images: ImageData, stage: Stage
+) -> SearchResult:
+    """Learn the scores, or take them as they are where the method does not learn any."""
+    if not METHODS[section.method].learns:
+        return choose_once(
+            scored,
+            images.train,
+            objective=job.objective(section.search.objective),
+            batch_size=section.search.batch_size,
+            seed=job.recipe.seed,
+            device=job.machine.device,
+        )
+    measure = diagnosis(
+        images.train,
+        job.objective(section.search.objective),
+        gamma=section.gamma,
+        seed=job.recipe.seed,
+        device=job.machine.device,
+        recorder=job.recorder,
+        **section.diagnostics.model_dump(),
+    )
+    return job.machine.ranks.call(
+        search,
+        scored=scored,
+        train=images.train,
+        validation=images.validation,
+        objective=job.objective(section.search.objective),
+        epochs=section.search.epochs,
+        learning_rate=section.search.learning_rate,
+        momentum=section.search.momentum,
+        batch_size=section.search.batch_size,
+        perturbation=Perturbation(section.gamma, section.warmup) if section.perturbs else None,
+        seed=job.recipe.seed,
+        device=job.machine.device,
+        snapshots=stage,
+        recorder=Own(job.recorder, Silent()),
+        diagnose=Own(measure, dataclasses.replace(measure, recorder=Silent())),
+        accumulate=job.machine.accumulate,
+        precision=job.machine.precision,
+    )
+
+
+def _unused(section: PruneSection) -> set[str]:
+    """What of the section the search does not read: a changed value there is no other search."""
+    return {"finetune", "steps", *(() if section.perturbs else ("gamma", "warmup_epochs"))}
+
+
+def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:
+    """Leave the pruned, retrained network in the ``finetune`` stage; ``dense`` is whom it may distil from."""
+    recipe = job.recipe
+    classifier, info, path = job.classifier("search")
+    images = job.images(info.preprocessing.size)
+    masks_file = job.run.output("search", MASKS)
+    distillation = section.finetune.distillation
+    inputs = {
+        "search": files.sha256(path),
+        "masks": files.sha256(masks_file),
+        "data": job.data_inputs(images.train, images.validation),
+        "threat": recipe.threat.model_dump(),
+        "finetune": section.finetune.model_dump(),
+        "seed": recipe.seed,
+    }
+    if distillation.weight > 0:
+        inputs["teacher"] = files.sha256(dense)
+    inputs |= {**origins(loss=section.finetune.objective.loss), **job.machine.pieces}
+    stage = job.stage("finetune", inputs)
+    if stage.state == "finished":
+        return
+    masks = {name: mask.bool() for name, mask in load_tensors(masks_file).items()}
+    outcome = {"kept": kept(masks), "sparsity": sparsity(masks)}
+    info = info.model_copy(update={"stage": "finetune", "sparsity": sparsity(masks)})
+    if not METHODS[section.method].finetunes:
+        checkpoint.save(stage.folder / MODEL, classifier, info)
+        job.recorder.note(f"{section.method} does not fine-tune: its weights stay as they were drawn")
+        stage.finish([stage.folder / MODEL], {**outcome, "best": None, "nonzero": nonzero(classifier, masks)})
+        return
+    teacher = None
+    if distillation.weight > 0:
+        teacher = Teacher(
+            job.load(dense)[0], weight=distillation.weight, temperature=distillation.temperature
+        )
+    result = job.machine.ranks.call(
+        train,
+        network=classifier,
+        train=images.train,
+        validation=images.validation,
+        stage="finetune",
+        objective=job.objective(section.finetune.objective),
+        epochs=section.finetune.epochs,
+        learning_rate=section.finetune.learning_rate,
+        momentum=section.finetune.momentum,
+        weight_decay=section.finetune.weight_decay,
+        batch_size=section.finetune.batch_size,
+        seed=recipe.seed,
+        device=job.machine.device,
+        snapshots=stage,
+        recorder=Own(job.recorder, Silent()),
+        accumulate=job.machine.accumulate,
+        precision=job.machine.precision,
+        masks=masks,
+        awp_gamma=section.finetune.awp_gamma,
+        awp_warmup_epochs=section.finetune.awp_warmup_epochs,
+        teacher=teacher,
+    )
+    checkpoint.save(stage.folder / MODEL, classifier, info)
+    files.write_json(stage.folder / HISTORY, [row.figures() for row in result.history])
+    best = result.history[result.best_epoch - 1].figures()
+    stage.finish(
+        [stage.folder / MODEL, stage.folder / HISTORY],
+        {**outcome, "best": best, "nonzero": nonzero(classifier, masks)},
+    )
+
+
+def nonzero(network: nn.Module, masks: Mapping[str, Tensor]) -> int:
+    """Masked weights that are not zero: at most as many as the masks keep."""
+    return sum(int((network.get_parameter(name) != 0).sum()) for name in masks)

@@ -1,0 +1,1 @@
+"""Sweeps: a recipe in all combinations of chosen values."""

@@ -1,0 +1,245 @@
+"""What a sweep shows: a row per combination, a group per combination without its seed. No torch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from s2ap_deploy import files
+from s2ap_deploy.errors import RunFolderError
+from s2ap_deploy.evaluation.certificate import Certificate
+from s2ap_deploy.evaluation.samples import Share
+from s2ap_deploy.onnx_export.export_report import ExportReport
+from s2ap_deploy.recipe.methods import n_of_m
+from s2ap_deploy.recipe.prune_section import PruneSection
+from s2ap_deploy.runs.folder import Run
+from s2ap_deploy.spec import Record, ThreatModel
+from s2ap_deploy.sweeps.grid import Combination
+
+FILE = "sweep.json"
+Status = Literal["waiting", "finished", "failed", "skipped"]
+
+
+class Count(Record):
+    """``k`` of ``n`` test images, with the exact 95 % interval of the share."""
+
+    k: int
+    n: int
+    interval: tuple[float, float]
+
+    @classmethod
+    def of(cls, share: Share) -> Count:
+        return cls(k=share.k, n=share.n, interval=share.interval)
+
+    @property
+    def value(self) -> float:
+        return self.k / self.n
+
+
+class Figures(Record):
+    """What one finished combination shows. ``sparsity`` is measured; ``bytes`` are whole ONNX files.
+
+    ``latency_ratio`` is the exported file's time over that of its dense twin, measured on one machine, or
+    None. Hashes are those of the files that say it.
+    """
+
+    sparsity: float
+    clean_dense: Count
+    clean: Count
+    robust_dense: Count
+    robust: Count
+    bytes: int
+    dense_bytes: int
+    latency_ratio: float | None
+    flags: tuple[str, ...]
+    verdict: str | None
+    dense_certificate_sha256: str
+    certificate_sha256: str
+    artifact_sha256: str
+
+
+class Setting(Record):
+    """How a combination prunes: what its row says before any figure. ``sparsity`` was requested."""
+
+    method: str
+    s2ap: bool
+    granularity: str
+    budget: str | None
+    sparsity: float | None
+    keep_ratio: float | None
+
+    @classmethod
+    def of(cls, section: PruneSection) -> Setting:
+        pattern = n_of_m(section.granularity)
+        return cls(
+            method=section.method,
+            s2ap=section.perturbs,
+            granularity=section.granularity,
+            budget=section.layer_budget if pattern is None else None,
+            sparsity=section.sparsity if pattern is None else 1 - pattern[0] / pattern[1],
+            keep_ratio=section.keep_ratio,
+        )
+
+    @property
+    def structure(self) -> str:
+        """``US``, ``S`` or the pattern: the Adversarial Pruning Benchmark's word for the granularity."""
+        return {"weight": "US", "channel": "S"}.get(self.granularity, self.granularity)
+
+
+class Row(Record):
+    """One combination. ``run`` is its folder in the sweep's; ``error`` and ``exit_code`` are a failure's."""
+
+    name: str
+    status: Status
+    seed: int
+    values: dict[str, Any]
+    setting: Setting | None = None
+    run: str | None = None
+    error: str | None = None
+    hint: str | None = None
+    exit_code: int | None = None
+    figures: Figures | None = None
+
+    @classmethod
+    def waiting(cls, combination: Combination) -> Row:
+        """The row before any work; an impossible combination is skipped, with its reason."""
+        recipe = combination.recipe
+        common: dict[str, Any] = {
+            "name": combination.name,
+            "seed": combination.seed,
+            "values": dict(combination.values),
+        }
+        if recipe is None or recipe.prune is None:
+            return cls(**common, status="skipped", error=combination.reason)
+        return cls(
+            **common, status="waiting", setting=Setting.of(recipe.prune), run=f"runs/{combination.name}"
+        )
+
+
+class Spread(Record):
+    """Mean of a figure over seeds, and the sample standard deviation (n - 1), None for a single seed."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(
+            mean=statistics.fmean(values), deviation=statistics.stdev(values) if len(values) > 1 else None
+        )
+
+
+class Group(Record):
+    """Finished combinations that differ in the seed alone, as shares; ``bytes`` and latency as measured."""
+
+    setting: Setting
+    seeds: tuple[int, ...]
+    sparsity: Spread
+    clean_dense: Spread
+    clean: Spread
+    robust_dense: Spread
+    robust: Spread
+    bytes: Spread
+    dense_bytes: Spread
+    latency_ratio: Spread | None
+
+
+class SweepReport(Record):
+    """A sweep; ``status`` is ``started`` while combinations wait. ``statement`` is the certificates'."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["s2ap-deploy sweep"] = "s2ap-deploy sweep"
+    status: Literal["started", "finished"]
+    recipe: str
+    data: str
+    arch: str | None
+    threat: ThreatModel
+    protocol: str
+    statement: str | None
+    axes: dict[str, Any]
+    rows: tuple[Row, ...]
+    groups: tuple[Group, ...]
+
+    def save(self, folder: Path) -> None:
+        """Write canonical JSON atomically. Raises StorageError."""
+        files.write_json(folder / FILE, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, folder: Path) -> SweepReport:
+        """Read what :meth:`save` wrote. Raises StorageError, and RunFolderError for anything else."""
+        path = folder / FILE
+        try:
+            return cls.model_validate(files.parse_json(files.read_bytes(path)))
+        except (ValueError, ValidationError) as error:
+            first = str(error).splitlines()[0]
+            raise RunFolderError(
+                f"{path} is damaged: {first}", hint="add --overwrite to start again, or choose another --run"
+            ) from None
+
+
+def figures(run: Run, verdict: str | None) -> tuple[Figures, str]:
+    """The figures of a finished run folder, and the statement of its certificate.
+
+    Every file is held against its recorded hash. Raises RunFolderError for a missing or changed one.
+    """
+    dense, pruned = (Certificate.load(run.output("certify", f"{role}.json")) for role in ("dense", "pruned"))
+    report = ExportReport.load(run.output("export", "report.json"))
+    for certificate in (dense, pruned):
+        if not isinstance(certificate.robust, Share):
+            raise RunFolderError(
+                f"certify in {run.path} was decided early and holds no figure",
+                hint="certify in full: add --overwrite",
+            )
+    assert isinstance(dense.robust, Share)
+    assert isinstance(pruned.robust, Share)
+    shown = Figures(
+        sparsity=pruned.subject.sparsity or 0.0,
+        clean_dense=Count.of(dense.clean),
+        clean=Count.of(pruned.clean),
+        robust_dense=Count.of(dense.robust),
+        robust=Count.of(pruned.robust),
+        bytes=report.bytes,
+        dense_bytes=report.dense_bytes,
+        latency_ratio=report.latency_ratio,
+        flags=tuple(dict.fromkeys((*dense.flags, *pruned.flags))),
+        verdict=verdict,
+        dense_certificate_sha256=dense.sha256,
+        certificate_sha256=pruned.sha256,
+        artifact_sha256=report.sha256,
+    )
+    return shown, pruned.statement
+
+
+def groups(rows: Sequence[Row]) -> tuple[Group, ...]:
+    """Means and deviations over the seeds of each setting, in the order of the rows."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.figures is not None and row.setting is not None:
+            found.setdefault(row.setting.model_dump_json(), []).append(row)
+    return tuple(_group(members) for members in found.values())
+
+
+def _group(members: Sequence[Row]) -> Group:
+    shown = [row.figures for row in members if row.figures is not None]
+    first = members[0].setting
+    assert first is not None
+    ratios = [each.latency_ratio for each in shown if each.latency_ratio is not None]
+    spreads: Mapping[str, Spread] = {
+        "sparsity": Spread.of([each.sparsity for each in shown]),
+        "clean_dense": Spread.of([each.clean_dense.value for each in shown]),
+        "clean": Spread.of([each.clean.value for each in shown]),
+        "robust_dense": Spread.of([each.robust_dense.value for each in shown]),
+        "robust": Spread.of([each.robust.value for each in shown]),
+        "bytes": Spread.of([each.bytes for each in shown]),
+        "dense_bytes": Spread.of([each.dense_bytes for each in shown]),
+    }
+    return Group(
+        setting=first,
+        seeds=tuple(row.seed for row in members),
+        latency_ratio=Spread.of(ratios) if ratios else None,
+        **spreads,
+    )

@@ -1,0 +1,225 @@
+"""A sweep: every combination in a run folder of its own, what they share computed once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
+
+from s2ap_deploy import files
+from s2ap_deploy.errors import UNFORESEEN, DeployError, RunFolderError, StorageError, UsageError
+from s2ap_deploy.recipe.schema import Recipe
+from s2ap_deploy.recorder import Recorder
+from s2ap_deploy.runs import lock
+from s2ap_deploy.runs.folder import Run
+from s2ap_deploy.runs.lock import FolderLock
+from s2ap_deploy.stages.context import RunContext
+from s2ap_deploy.stages.execution import ExecutionConfig
+from s2ap_deploy.stages.pipeline import whole
+from s2ap_deploy.sweeps.grid import Combination
+from s2ap_deploy.sweeps.results import FILE, Row, SweepReport, figures, groups
+from s2ap_deploy.sweeps.shared_stages import dense_recipe, dense_record, share, take_over
+
+Result = TypeVar("Result")
+
+Telling = Callable[[RunContext], AbstractContextManager[RunContext]]
+
+RUNS, DENSE = "runs", "dense"
+_OTHER = "choose another folder with --run"
+
+
+class Changed(Protocol):
+    """Told after every combination how the sweep stands, to write what people read."""
+
+    def __call__(self, report: SweepReport, folder: Path) -> None: ...
+
+
+class SweepFolder:
+    """A locked folder of runs; a context manager. Another process that sweeps here is refused."""
+
+    def __init__(self, path: Path, *, resume: bool, overwrite: bool) -> None:
+        """Raises RunFolderError for a folder of something else, in use, or with an unfinished sweep."""
+        self.path = path
+        _check(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot create {path}: {error.strerror or error}") from error
+        self._lock = FolderLock(path)
+        try:
+            files.remove_leftovers(path)
+            if overwrite:
+                _clear(path)
+            elif not resume and (path / FILE).exists() and SweepReport.load(path).status == "started":
+                raise RunFolderError(
+                    f"the sweep in {path} was started and did not finish",
+                    hint="add --resume to continue, or --overwrite to start again",
+                )
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+
+def sweep(
+    folder: SweepFolder,
+    combinations: Sequence[Combination],
+    machine: ExecutionConfig,
+    recorder: Recorder,
+    *,
+    axes: Mapping[str, Any],
+    resume: bool,
+    command: str,
+    changed: Changed,
+    telling: Telling = nullcontext,
+) -> SweepReport:
+    """Run every possible combination, one after the other, and return what they show.
+
+    A combination that fails is told with its error, and the rest goes on; only an interruption ends the
+    sweep. What is finished is skipped, so that a sweep that was killed at any moment ends as one that was
+    not. ``telling`` wraps the work on every run folder. Raises UsageError where no combination is possible.
+    """
+    rows = [Row.waiting(each) for each in combinations]
+    for row in rows:
+        if row.status == "skipped":
+            recorder.warn(f"{row.name} is impossible and skipped: {row.error}")
+    first = possible(combinations)[0]
+    sweeping = _Sweeping(folder.path, machine, recorder, resume, command, telling)
+    statement: str | None = None
+
+    def told(status: Any) -> SweepReport:
+        report = SweepReport(
+            status=status,
+            recipe=first.name.partition("/")[0],
+            data=first.data.name,
+            arch=first.model.arch,
+            threat=first.threat,
+            protocol=first.certify.version,
+            statement=statement,
+            axes=dict(axes),
+            rows=tuple(rows),
+            groups=groups(rows),
+        )
+        report.save(folder.path)
+        changed(report, folder.path)
+        return report
+
+    told("started")
+    machine.save(folder.path)
+    for number, combination in enumerate(combinations):
+        if combination.recipe is None:
+            continue
+        recorder.note(f"combination {number + 1} of {len(combinations)}: {combination.name}")
+        rows[number], found = sweeping.row(rows[number], combination.recipe)
+        statement = found or statement
+        told("started")
+    return told("finished")
+
+
+def possible(combinations: Sequence[Combination]) -> tuple[Recipe, ...]:
+    """The recipes of the combinations that have one. Raises UsageError, with reasons, where none has."""
+    recipes = tuple(each.recipe for each in combinations if each.recipe is not None)
+    if not recipes:
+        reasons = "; ".join(f"{each.name}: {each.reason}" for each in combinations[:3])
+        raise UsageError(f"no combination of this sweep is possible: {reasons}")
+    return recipes
+
+
+class _Sweeping:
+    """The work on single combinations; remembers which dense network could not be made."""
+
+    def __init__(
+        self,
+        path: Path,
+        machine: ExecutionConfig,
+        recorder: Recorder,
+        resume: bool,
+        command: str,
+        telling: Telling,
+    ) -> None:
+        self.path = path
+        self.machine = machine
+        self.recorder = recorder
+        self.resume = resume
+        self.command = command
+        self.telling = telling
+        self._dense: dict[int, Exception | None] = {}
+
+    def row(self, row: Row, recipe: Recipe) -> tuple[Row, str | None]:
+        """The combination's row when it is over, and the statement of its certificate."""
+        try:
+            shared = self._shared(recipe)
+            return self._run(row, recipe, shared)
+        except Exception as error:  # whatever it is, it is this combination's alone
+            return self._failed(row, error), None
+
+    def _shared(self, recipe: Recipe) -> Path:
+        """The folder with the dense network of the recipe's seed. An error there is repeated, not retried."""
+        folder = self.path / DENSE / f"seed-{recipe.seed}"
+        if recipe.seed not in self._dense:
+            try:
+                self._within(folder, dense_recipe(recipe), share)
+                self._dense[recipe.seed] = None
+            except Exception as error:
+                self._dense[recipe.seed] = error
+        known = self._dense[recipe.seed]
+        if known is not None:
+            raise known
+        return folder
+
+    def _run(self, row: Row, recipe: Recipe, shared: Path) -> tuple[Row, str | None]:
+        def work(job: RunContext) -> tuple[Row, str]:
+            if take_over(job.run, shared):
+                job.recorder.note(f"the dense network is that of {shared}")
+            verdict = whole(job, dense_record=dense_record(shared))
+            found, statement = figures(job.run, None if verdict is None else verdict.status)
+            return row.model_copy(update={"status": "finished", "figures": found}), statement
+
+        return self._within(self.path / RUNS / row.name, recipe, work)
+
+    def _within(self, folder: Path, recipe: Recipe, work: Callable[[RunContext], Result]) -> Result:
+        with (
+            Run.open(folder, create=True, command=self.command) as run,
+            self.telling(RunContext(run, recipe, self.machine, self.recorder, resume=self.resume)) as job,
+        ):
+            return work(job)
+
+    def _failed(self, row: Row, error: Exception) -> Row:
+        if isinstance(error, DeployError):
+            words, hint, code = error.message, error.hint, error.exit_code
+        else:
+            words, hint, code = f"{type(error).__name__}: {error}", None, UNFORESEEN
+            if os.environ.get("S2AP_DEBUG"):
+                traceback.print_exception(error)
+        self.recorder.warn(f"{row.name} failed: {words}")
+        return row.model_copy(update={"status": "failed", "error": words, "hint": hint, "exit_code": code})
+
+
+def _check(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path} is a file, not a folder for a sweep", hint=_OTHER)
+    try:
+        entries = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    # A kill before the first report was written leaves no more than these.
+    entries = {name for name in entries if name != lock.FILE_NAME and not name.startswith(files.TEMPORARY)}
+    if entries and FILE not in entries:
+        raise RunFolderError(f"{path} holds other files and no sweep", hint=_OTHER)
+
+
+def _clear(path: Path) -> None:
+    for name in (RUNS, DENSE):
+        if (path / name).is_symlink():
+            raise RunFolderError(f"{path / name} is a link; the runs of a sweep lie inside its folder")
+        if (path / name).exists():
+            shutil.rmtree(path / name)

@@ -1,0 +1,1 @@
+"""The inner maximization and the robust losses that training uses."""

@@ -1,0 +1,116 @@
+"""The adversary of one stage: makes its adversarial batches and holds what outlives a batch.
+
+Every loss but ``free`` forgets a batch once it is made. Free adversarial training (Shafahi et al., 2019,
+algorithm 1) has no attack: the backward pass that serves training also leaves a gradient at the input,
+that gradient moves the perturbation, and the perturbation carries over to the next replay and batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
+from s2ap_deploy.training.batching import Part
+from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.pgd import ascend, confine, require_trainable
+
+
+class Adversary:
+    """Used ``replays`` times per batch: :meth:`attack`, the caller's backward pass, :meth:`follow`.
+
+    ``perturbation`` of free training is [B, C, H, W] in the threat model's ball around 0, None before the
+    first batch. It depends on every batch before it, so it belongs into the stage's snapshot. Each of
+    ``ranks`` holds its own rows. Raises UsageError for an L1 threat model.
+    """
+
+    def __init__(self, objective: Objective, ranks: Ranks = SINGLE_PROCESS) -> None:
+        require_trainable(objective.threat)
+        self.objective = objective
+        self.ranks = ranks
+        self.perturbation: Tensor | None = None
+        self.awaited: tuple[Part, Tensor] | None = None
+
+    @property
+    def replays(self) -> int:
+        """How often each batch is trained on; more than once under ``free`` only."""
+        return self.objective.replays if self.objective.loss == "free" else 1
+
+    def attack(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        noise: torch.Generator,
+        part: Part | None = None,
+    ) -> Tensor:
+        """Adversarial images for a batch [B, C, H, W], or for ``part`` of one. Those of ``free`` carry
+        requires_grad.
+
+        A second pass over the same images, such as S2AP's, detaches them: the perturbation follows the
+        gradient at the weights or scores at rest.
+        """
+        if self.objective.loss != "free":
+            return self.objective.attack(network, images, labels, noise)
+        if self.awaited is not None:
+            raise RuntimeError("follow() must come between two batches of free adversarial training")
+        part = part or Part(images, labels, len(images))
+        moved = images.clone() if part.stands_in else images + self.rows(part)
+        moved.clamp_(0.0, 1.0).requires_grad_(True)
+        self.awaited = part, moved
+        return moved
+
+    def rows(self, part: Part) -> Tensor:
+        """The perturbation of the part's rows, as a view; rows that are new start at 0."""
+        stride = part.of // self.ranks.size
+        first = part.index // self.ranks.size
+        needed = first + stride * (len(part.images) - 1) + 1
+        self.perturbation = fitted(self.perturbation, part.images, needed)
+        return self.perturbation[first:needed:stride]
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the perturbation along the gradient that the backward pass left at the images.
+
+        The ball is that around 0, not cut to [0, 1]: the perturbation will meet other images.
+        """
+        if self.awaited is None:
+            return
+        (part, images), self.awaited = self.awaited, None
+        if images.grad is None:
+            raise RuntimeError("no backward pass reached the images of free adversarial training")
+        if part.stands_in:
+            return
+        moving = self.rows(part)
+        # The loss is a mean over the batch; as a sum, no image's gradient depends on the batch's size.
+        ahead = ascend(moving, images.grad * part.n, self.objective.step, self.objective.threat)
+        moving.copy_(confine(ahead, self.objective.threat))
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next batch depends on, for a snapshot between batches; the same on every rank."""
+        if self.perturbation is None:
+            return {}
+        if self.ranks.size == 1:
+            return {"perturbation": self.perturbation}
+        # Ranks differ by a row at most. Row r of rank k is row r * size + k of the batch.
+        longest = int(self.ranks.gather(torch.tensor(len(self.perturbation))).max())
+        own = fitted(self.perturbation, self.perturbation[:1], longest)
+        return {"perturbation": self.ranks.gather(own).transpose(0, 1).flatten(0, 1)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Put :meth:`state` back."""
+        kept = state.get("perturbation")
+        self.perturbation = None if kept is None else kept[self.ranks.rank :: self.ranks.size].clone()
+
+
+def fitted(perturbation: Tensor | None, like: Tensor, rows: int) -> Tensor:
+    """``perturbation`` with ``rows`` rows at least, on the device of ``like``; new ones are 0."""
+    if perturbation is None:
+        return like.new_zeros((rows, *like.shape[1:]))
+    perturbation = perturbation.to(like)
+    missing = rows - len(perturbation)
+    return (
+        torch.cat([perturbation, like.new_zeros((missing, *like.shape[1:]))]) if missing > 0 else perturbation
+    )

@@ -1,0 +1,218 @@
+"""Training over ranks is training: the same steps as one process, up to the order of sums."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks, SharedSnapshots
+from s2ap_deploy.pruning.allocation import Fixed, Quotas
+from s2ap_deploy.pruning.budgets import floors
+from s2ap_deploy.pruning.granularity import Weights
+from s2ap_deploy.pruning.scores import ScoredNetwork
+from s2ap_deploy.pruning.search import Perturbation, SearchResult, search, update
+from s2ap_deploy.pruning.sharpness import ScorePerturbation
+from s2ap_deploy.recorder import NoSnapshots, Silent
+from s2ap_deploy.runtime import generator
+from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.adversary import Adversary
+from s2ap_deploy.training.batching import Share
+from s2ap_deploy.training.loop import train
+from s2ap_deploy.training.objective import Objective
+
+DistributedGroup = Callable[[int, Callable[[Ranks], Any]], list[Any]]
+THREAT = ThreatModel(eps="0.1")
+NAMES = ("0.weight", "4.weight")
+CPU = torch.device("cpu")
+
+
+def network(normalized: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    middle = nn.BatchNorm2d(4) if normalized else nn.Identity()
+    return nn.Sequential(nn.Conv2d(1, 4, 3), middle, nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+
+
+def scored(model: nn.Module, learned: bool = False) -> ScoredNetwork:
+    shapes = {name: tuple(model.get_parameter(name).shape) for name in NAMES}
+    least = floors(shapes, classifier=NAMES[-1], dense=())
+    counts = Quotas(shapes, 0.7, least) if learned else Fixed({"0.weight": 20, "4.weight": 60})
+    return ScoredNetwork(model, Weights(NAMES), counts)
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative L2 distance."""
+    return float((one - other).norm() / other.norm())
+
+
+class Given(Adversary):
+    """An adversary that has its images already, and cuts them to the part."""
+
+    images: torch.Tensor
+
+    def attack(self, network: Any, images: Any, labels: Any, noise: Any, part: Any = None) -> torch.Tensor:
+        rows = self.images[part.index :: part.of]
+        return rows if len(rows) else self.images[:1]
+
+
+@pytest.mark.parametrize("loss", ["at", "trades"])
+@pytest.mark.parametrize(("n", "size"), [(16, 2), (15, 2), (13, 3), (3, 4)])
+@pytest.mark.parametrize("learned", [False, True])
+def test_one_step_of_s2ap_on_given_adversarial_images_gives_the_same_scores(
+    company: DistributedGroup, stripes: Any, loss: Any, n: int, size: int, learned: bool
+) -> None:
+    """Scores, quotas, BatchNorm within 1e-5 of one process; the perturbation is of averaged gradients."""
+    images, labels = stripes(n).tensors()
+    given = (images + 0.1 * torch.randn(images.shape, generator=generator(1)).sign()).clamp(0, 1)
+    start = network()
+
+    def work(ranks: Ranks) -> ScoredNetwork:
+        subject = scored(copy.deepcopy(start).train(), learned)
+        adversary = Given(Objective(THREAT, loss), ranks)
+        adversary.images = given
+        optimizer = torch.optim.SGD(subject.parameters(), lr=0.5)
+        ranks.present = ranks.rank < n
+        rows = slice(ranks.rank, None, ranks.size) if ranks.present else slice(0, 1)
+        ball = ScorePerturbation(subject.scores, 0.05)
+        share = Share(n, ranks.rank, ranks.size)
+        moved = update(subject, optimizer, adversary, images[rows], labels[rows], generator(0), ball, share)
+        assert bool(moved.perturbed)
+        return subject
+
+    alone = work(Ranks())
+    for found in company(size, work):
+        for name in NAMES:
+            assert apart(found.scores[name], alone.scores[name]) < 1e-5
+            assert float(alone.scores[name].grad.norm()) > 0
+            assert apart(found.scores[name].grad, alone.scores[name].grad) < 1e-5
+        if learned:
+            torch.testing.assert_close(found.allocation.parameters()[0], alone.allocation.parameters()[0])
+        for name, buffer in alone.network.named_buffers():
+            torch.testing.assert_close(found.network.get_buffer(name), buffer, rtol=1e-5, atol=1e-6)
+
+
+def run_search(model: nn.Module, stripes: Any, ranks: Ranks, loss: Any, **changes: Any) -> SearchResult:
+    settings: dict[str, Any] = {"epochs": 2, "snapshots": NoSnapshots(), "accumulate": 1, **changes}
+    kept = settings.pop("snapshots")
+    return search(
+        scored(model),
+        stripes(31),
+        stripes(30),
+        objective=Objective(THREAT, loss, **({"attack_steps": 2} if loss != "free" else {})),
+        learning_rate=0.1,
+        momentum=0.9,
+        batch_size=12,
+        perturbation=Perturbation(0.02, 0),
+        seed=0,
+        device=CPU,
+        snapshots=SharedSnapshots(ranks, kept if ranks.first else None),
+        recorder=Silent(),
+        ranks=ranks,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("loss", ["at", "trades", "free"])
+def test_a_search_over_ranks_ends_with_the_scores_of_one(
+    company: DistributedGroup, stripes: Any, loss: Any
+) -> None:
+    """Batches of 12, 12 and 7 images over 2 ranks; an epoch's figures are those of all rows."""
+    starts = [network() for _ in range(2)]  # here, for threads share torch's global stream
+    alone = run_search(network(), stripes, SINGLE_PROCESS, loss)
+    found = company(2, lambda ranks: run_search(starts[ranks.rank], stripes, ranks, loss))
+    for result in found:
+        for name in NAMES:
+            assert apart(result.scores[name], alone.scores[name]) < 1e-4
+        for row, expected in zip(result.history, alone.history, strict=True):
+            assert row.loss == pytest.approx(expected.loss, rel=1e-4)
+            assert row.clean_accuracy == expected.clean_accuracy
+            assert row.robust_accuracy == pytest.approx(expected.robust_accuracy, abs=0.04)
+    for name in NAMES:
+        assert torch.equal(found[0].scores[name], found[1].scores[name]), "replicas must not drift"
+        assert torch.equal(found[0].masks[name], found[1].masks[name])
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 3)])
+def test_another_number_of_ranks_takes_a_search_up(
+    company: DistributedGroup, stripes: Any, memory_snapshots: Any, before: int, after: int
+) -> None:
+    """Free training, whose perturbation is spread over the ranks, interrupted after its first epoch."""
+    straight = run_search(network(), stripes, SINGLE_PROCESS, "free")
+    kept = memory_snapshots(lives=1)
+    starts = [network() for _ in range(before)]
+    with pytest.raises(KeyboardInterrupt):
+        company(before, lambda ranks: run_search(starts[ranks.rank], stripes, ranks, "free", snapshots=kept))
+    again = [network() for _ in range(after)]
+    for result in company(
+        after, lambda ranks: run_search(again[ranks.rank], stripes, ranks, "free", snapshots=kept)
+    ):
+        assert len(result.history) == 2
+        for name in NAMES:
+            assert apart(result.scores[name], straight.scores[name]) < 1e-4
+
+
+def run_training(model: nn.Module, stripes: Any, ranks: Ranks, **changes: Any) -> nn.Module:
+    settings: dict[str, Any] = {"objective": Objective(THREAT, attack_steps=2), "awp_gamma": 0.01, **changes}
+    train(
+        model,
+        stripes(31),
+        stripes(30),
+        stage="finetune",
+        epochs=2,
+        learning_rate=0.05,
+        momentum=0.9,
+        weight_decay=5e-4,
+        batch_size=12,
+        seed=0,
+        device=CPU,
+        snapshots=NoSnapshots(),
+        recorder=Silent(),
+        ranks=ranks,
+        masks={"4.weight": torch.arange(3 * 144).view(3, 144) % 2 == 0},
+        **settings,
+    )
+    return model
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_training_with_awp_over_ranks_gives_the_weights_of_one(
+    company: DistributedGroup, stripes: Any, size: int
+) -> None:
+    alone = run_training(network(), stripes, SINGLE_PROCESS).state_dict()
+    starts = [network() for _ in range(size)]
+    found = [
+        model.state_dict()
+        for model in company(size, lambda ranks: run_training(starts[ranks.rank], stripes, ranks))
+    ]
+    for state in found:
+        for name, expected in alone.items():
+            assert apart(state[name].float(), expected.float()) < 1e-4, name
+            assert torch.equal(state[name], found[0][name]), "replicas must not drift"
+
+
+@pytest.mark.parametrize("changes", [{}, {"objective": Objective(THREAT, "trades", attack_steps=2)}])
+@pytest.mark.parametrize("accumulate", [2, 5])
+def test_pieces_of_a_batch_train_as_the_whole_without_batchnorm(
+    stripes: Any, accumulate: int, changes: Any
+) -> None:
+    whole = run_training(network(False), stripes, SINGLE_PROCESS, **changes).state_dict()
+    pieces = run_training(
+        network(False), stripes, SINGLE_PROCESS, accumulate=accumulate, **changes
+    ).state_dict()
+    for name, expected in whole.items():
+        assert apart(pieces[name], expected) < 1e-4, name
+
+
+def test_pieces_on_ranks_and_free_training_work_together(company: DistributedGroup, stripes: Any) -> None:
+    free = Objective(THREAT, "free", replays=2)
+    whole = run_training(network(False), stripes, SINGLE_PROCESS, objective=free).state_dict()
+    starts = [network(False) for _ in range(2)]
+    for model in company(
+        2, lambda ranks: run_training(starts[ranks.rank], stripes, ranks, objective=free, accumulate=3)
+    ):
+        for name, expected in whole.items():
+            assert apart(model.state_dict()[name], expected) < 1e-4, name

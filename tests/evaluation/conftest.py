@@ -1,0 +1,119 @@
+"""A small robust network and real digits for the attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from s2ap_deploy.evaluation.autoattack import protocols
+from s2ap_deploy.evaluation.certificate import Certificate, Subject
+from s2ap_deploy.evaluation.issuing import issue
+from s2ap_deploy.evaluation.samples import AttackRow
+from s2ap_deploy.spec import ThreatModel
+
+MakeNetwork = Callable[..., nn.Sequential]
+
+
+@pytest.fixture(scope="session")
+def make_network() -> MakeNetwork:
+    """``make_network(num_classes, channels, side)``: random weights, built of torch's own modules."""
+
+    def make(num_classes: int = 10, channels: int = 1, side: int = 8) -> nn.Sequential:
+        torch.manual_seed(num_classes + channels + side)
+        return nn.Sequential(
+            nn.Conv2d(channels, 4, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(4 * side * side, num_classes),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[Tensor, Tensor]:
+    """Real hand-written digits: images [1797, 1, 8, 8] in [0, 1] and labels."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
+    return images, torch.tensor(found.target)
+
+
+@pytest.fixture(scope="session")
+def robust_network(digits: tuple[Tensor, Tensor]) -> nn.Sequential:
+    """A few seconds of PGD training at Linf 0.1 on the first 1,200 digits."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(network.parameters(), 4e-3)
+    images, labels = (values[:1200] for values in digits)
+    for _ in range(8):
+        for batch in torch.randperm(1200).split(64):
+            x, y = images[batch], labels[batch]
+            attacked = x
+            for _ in range(4):
+                attacked = attacked.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(F.cross_entropy(network(attacked), y), attacked)
+                attacked = attacked.detach() + 0.04 * gradient.sign()
+                attacked = torch.min(torch.max(attacked, x - 0.1), x + 0.1).clamp(0, 1)
+            optimizer.zero_grad()
+            F.cross_entropy(network(attacked), y).backward()
+            optimizer.step()
+    return network.eval()
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fraction of the published iterations, for tests of the orchestration and not of the attacks."""
+    few = {name: 60 if name == "square" else 5 for name in protocols.ITERATIONS}
+    monkeypatch.setattr(protocols, "ITERATIONS", few)
+
+
+@pytest.fixture(scope="session")
+def make_certificate() -> Callable[..., Certificate]:
+    """``make_certificate(broken_by, **changes)``: labels alternate 0, 1; the rest follows."""
+
+    def make(broken_by: Sequence[str | None], **changes: Any) -> Certificate:
+        labels = [index % 2 for index in range(len(broken_by))]
+        facts: dict[str, Any] = {
+            "subject": Subject(
+                arch="digits-conv", num_classes=2, weights_sha256="a" * 64, checkpoint_sha256="c" * 64
+            ),
+            "threat": ThreatModel(eps="0.1"),
+            "data": "digits",
+            "split": "test",
+            "sample_ids": [f"test/{index}" for index in range(len(broken_by))],
+            "labels": labels,
+            "class_names": ("zero", "one"),
+            "clean_prediction": [
+                1 - y if by == "clean" else y for y, by in zip(labels, broken_by, strict=True)
+            ],
+            "adversarial_prediction": [
+                y if by is None else 1 - y for y, by in zip(labels, broken_by, strict=True)
+            ],
+            "broken_by": broken_by,
+            "attacks": [
+                AttackRow(name=name, n_in=1, n_broken=0, seconds=1.0) for name in ("apgd-ce", "square")
+            ],
+            "protocol": "standard",
+            "flags": (),
+            "attack_seed": 0,
+            "sample_seed": None,
+            "block_size": 100,
+            "points": None,
+            "versions": {"torch": "2"},
+            "environment": {"device": "cpu"},
+            "seconds": 1.0,
+        }
+        return issue(**{**facts, **changes})
+
+    return make

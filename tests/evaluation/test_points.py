@@ -1,0 +1,51 @@
+"""The points beside a certificate: they come back only as the certificate names them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from s2ap_deploy.errors import RunFolderError, StorageError, VerificationError
+from s2ap_deploy.evaluation import points
+from s2ap_deploy.evaluation.certificate import PointsFile
+from s2ap_deploy.files import sha256
+
+
+def test_points_come_back_as_they_were(tmp_path: Path) -> None:
+    clean, attacked = torch.rand(3, 1, 4, 4), torch.rand(3, 1, 4, 4)
+    recorded = points.save(tmp_path / "p.safetensors", clean, attacked)
+    loaded = points.load(tmp_path / "p.safetensors", recorded)
+    assert torch.equal(loaded[0], clean)
+    assert torch.equal(loaded[1], attacked)
+
+
+def test_swapped_points_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    recorded = points.save(path, torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
+    points.save(path, torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4))
+    with pytest.raises(VerificationError, match="not the file that its certificate names"):
+        points.load(path, recorded)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"clean": torch.zeros(2, 1, 4, 4)},
+        {"clean": torch.zeros(2, 1, 4, 4), "attacked": torch.zeros(1, 1, 4, 4)},
+        {"clean": torch.zeros(2, 1, 4, 4), "attacked": torch.zeros(2, 1, 4, 4).double()},
+    ],
+    ids=["one half", "other shape", "other type"],
+)
+def test_points_that_do_not_match_are_refused(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    path = tmp_path / "p.safetensors"
+    path.write_bytes(safetensors.torch.save(tensors))
+    with pytest.raises(RunFolderError, match="is damaged"):
+        points.load(path, PointsFile(name=path.name, sha256=sha256(path)))
+
+
+def test_missing_points_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot read"):
+        points.load(tmp_path / "p.safetensors", PointsFile(name="p.safetensors", sha256="0" * 64))

@@ -1,0 +1,152 @@
+"""Architectures that are the user's own code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from s2ap_deploy.errors import ArchitectureError
+from s2ap_deploy.models.architectures import registry
+
+CODE = """
+from torch import nn
+from s2ap_deploy.models.architectures.architecture import Architecture
+
+def sized(num_classes=7):
+    return nn.Linear(4, num_classes)
+sized.input_size = (1, 2, 2)
+
+def required(num_classes):
+    return nn.Linear(4, num_classes)
+
+def fixed():
+    return nn.Linear(4, 3)
+
+def double():
+    return nn.Linear(4, 3).double()
+
+def failing():
+    raise RuntimeError("no such layer\\nmore")
+
+def wrong():
+    return 3
+
+number = 4
+entry = Architecture("inner", lambda k: nn.Linear(4, k), input_size=(1, 2, 2), num_classes=5)
+
+class Network(nn.Module):
+    def __init__(self, num_classes: int = 12):
+        super().__init__()
+        self.head = nn.Linear(4, num_classes)
+"""
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> str:
+    path = tmp_path / "nets.py"
+    path.write_text(CODE)
+    return str(path)
+
+
+def test_what_a_file_offers_is_what_it_defines(code: str) -> None:
+    with pytest.raises(ArchitectureError, match="has no 'mine'") as caught:
+        registry.resolve(f"{code}:mine")
+    assert caught.value.hint == "it has: sized, required, fixed, double, failing, wrong, Network"
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "built"), [("sized", 7, 9), ("required", 10, 9), ("fixed", 10, 3), ("entry", 5, 9)]
+)
+def test_a_factory_takes_num_classes_or_nothing(code: str, name: str, classes: int, built: int) -> None:
+    found = registry.resolve(f"{code}:{name}")
+    assert found.name == f"{code}:{name}"
+    assert found.num_classes == classes
+    network = found.build(9)
+    assert isinstance(network, nn.Linear)
+    assert network.out_features == built
+
+
+def test_a_class_is_a_factory(code: str) -> None:
+    found = registry.resolve(f"{code}:Network")
+    assert found.num_classes == 12
+    assert found.build(4).get_parameter("head.bias").shape == (4,)
+
+
+def test_networks_come_out_in_float32(code: str) -> None:
+    network = registry.resolve(f"{code}:double").build(3)
+    assert {tensor.dtype for tensor in network.parameters()} == {torch.float32}
+
+
+def test_the_input_size_is_an_attribute_of_the_factory(code: str) -> None:
+    assert registry.resolve(f"{code}:sized").input_size == (1, 2, 2)
+    assert registry.resolve(f"{code}:fixed").input_size is None
+
+
+def test_a_module_path_works_too() -> None:
+    found = registry.resolve("s2ap_deploy.models.architectures.small:mnist_conv")
+    assert isinstance(found.build(10), nn.Sequential)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("{code}:absent", "has no 'absent'"),
+        ("{code}:number", "is int, not a function"),
+        ("{code}x.py:fixed", "there is no file"),
+        ("no.such.module:fixed", "cannot import 'no.such.module'.*ModuleNotFoundError"),
+    ],
+)
+def test_what_cannot_be_found_is_said(code: str, reference: str, message: str) -> None:
+    with pytest.raises(ArchitectureError, match=message):
+        registry.resolve(reference.format(code=code))
+
+
+def test_an_exception_inside_the_factory_is_reported_with_its_reason(code: str) -> None:
+    with pytest.raises(ArchitectureError, match=r"failing fails: RuntimeError: no such layer$"):
+        registry.resolve(f"{code}:failing").build(10)
+
+
+def test_a_factory_must_return_a_network(code: str) -> None:
+    with pytest.raises(ArchitectureError, match="returns int"):
+        registry.resolve(f"{code}:wrong").build(10)
+
+
+@pytest.mark.parametrize(
+    "body", ["this is no python", "raise ValueError('at import')", "import nothing_like_it"]
+)
+def test_a_file_that_fails_on_import_is_reported(tmp_path: Path, body: str) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text(body)
+    with pytest.raises(ArchitectureError, match="fails while it is imported"):
+        registry.resolve(f"{path}:x")
+
+
+def test_a_file_is_read_anew_within_the_same_second(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for classes in (12, 13):
+        Path(code).write_text(CODE.replace("int = 12", f"int = {classes}"))
+        os.utime(code, (1.7e9, 1.7e9))
+        assert registry.resolve(f"{code}:Network").num_classes == classes
+    assert not (tmp_path / "__pycache__").exists()
+
+
+def test_a_file_is_imported_once_while_it_stays_as_it_is(code: str, tmp_path: Path) -> None:
+    """Or a second network of it would leave the first one without a class that pickle finds."""
+    first, second = (registry.resolve(f"{code}:Network").build(3) for _ in range(2))
+    assert type(first) is type(second)
+    assert type(pickle.loads(pickle.dumps(first))) is type(first)
+    Path(code).write_text(CODE.replace("int = 12", "int = 13"))
+    assert registry.resolve(f"{code}:Network").num_classes == 13
+    other = tmp_path / "elsewhere" / "nets.py"
+    other.parent.mkdir()
+    other.write_text(CODE.replace("int = 12", "int = 14"))
+    assert registry.resolve(f"{other}:Network").num_classes == 14
+    assert registry.resolve(f"{code}:Network").num_classes == 13

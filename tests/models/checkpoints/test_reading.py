@@ -1,0 +1,319 @@
+"""Files of every kind, whole and broken, benign and hostile."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from s2ap_deploy.errors import CheckpointError, UnsafePickleError
+from s2ap_deploy.models.checkpoints.reading import read_tensors
+
+WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.zeros(2)}
+
+
+class Malicious:
+    """Writes a marker file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, ...]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor] = WEIGHTS) -> bool:
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".tar", ".pth.tar", ".bin"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_both_formats_of_torch_save_under_any_suffix(tmp_path: Path, suffix: str, zipped: bool) -> None:
+    path = tmp_path / f"model{suffix}"
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=zipped)
+    found = read_tensors(path)
+    assert same(found.tensors)
+    assert found.info is None
+    assert found.format == ("torch zip" if zipped else "torch, before 1.6")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_safetensors_is_told_by_its_content(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    safetensors.torch.save_file(WEIGHTS, path)
+    found = read_tensors(path)
+    assert same(found.tensors)
+    assert (found.format, found.locations, found.notes) == ("safetensors", (), ())
+
+
+@pytest.mark.parametrize("length", range(96, 160))
+def test_safetensors_is_told_at_any_header_length(tmp_path: Path, length: int) -> None:
+    """A header of 128 bytes makes the file begin like a pickle."""
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header + np.float32(1.5).tobytes())
+    assert read_tensors(path).tensors["w"].tolist() == [1.5]
+
+
+def test_the_hash_is_that_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(WEIGHTS, path)
+    assert read_tensors(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_training_checkpoint_with_numpy_numbers_needs_no_trust(tmp_path: Path) -> None:
+    """HYDRA's and HARP's schedules leave numpy learning rates in the optimizer's state."""
+    network = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    optimizer.param_groups[0]["lr"] = np.float64(0.05) * 0.5
+    network(torch.rand(1, 3)).sum().backward()
+    optimizer.step()
+    path = tmp_path / "model.pth.tar"
+    content = {
+        "epoch": np.int64(3),
+        "arch": "resnet18",
+        "state_dict": network.state_dict(),
+        "best_prec1": torch.tensor(81.2),
+        "optimizer": optimizer.state_dict(),
+        "history": np.linspace(0, 1, 5),
+        "flag": np.bool_(True),
+    }
+    torch.save(content, path)
+    found = read_tensors(path)
+    assert set(found.tensors) == {"weight", "bias"}
+    assert found.notes == ("weights found under state_dict",)
+
+
+def test_tags_of_a_device_that_is_not_there_are_kept_as_words(shared: Path) -> None:
+    found = read_tensors(shared / "checkpoints" / "mnist_convex_eps0.1.pth")
+    assert found.locations == ("cuda:0",)
+    assert {tensor.device.type for tensor in found.tensors.values()} == {"cpu"}
+    assert set(found.tensors) == {f"{layer}.{kind}" for layer in (0, 2, 5, 7) for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_would_run_code_is_refused_and_listed(
+    tmp_path: Path, protocol: int, zipped: bool
+) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "model.pt"
+    content = {"state_dict": WEIGHTS, "extra": Malicious(marker)}
+    torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        UnsafePickleError, match=f"asks to import and run more than tensors: {os.name}.system"
+    ) as caught:
+        read_tensors(path)
+    assert "--trust-pickle" in str(caught.value.hint)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_so_it_is_at_protocols_that_torch_does_not_read_weights_only(
+    tmp_path: Path, protocol: int, zipped: bool
+) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "model.pt"
+    torch.save(Malicious(marker), path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UnsafePickleError, match=f"{os.name}.system"):
+        read_tensors(path)
+    assert not marker.exists()
+
+
+def test_a_plain_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "model.pt"
+    path.write_bytes(pickle.dumps(Malicious(marker)))
+    with pytest.raises(UnsafePickleError, match=f"{os.name}.system"):
+        read_tensors(path)
+    assert not marker.exists()
+
+
+def test_trust_lets_it_run_and_says_so(tmp_path: Path) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "model.pt"
+    torch.save({"state_dict": WEIGHTS, "extra": Malicious(marker)}, path)
+    found = read_tensors(path, trust_pickle=True)
+    assert same(found.tensors)
+    assert marker.exists()
+    assert "trusted" in found.notes[0]
+    assert f"{os.name}.system" in found.notes[0]
+
+
+def test_trust_changes_nothing_for_a_harmless_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(WEIGHTS, path)
+    assert read_tensors(path, trust_pickle=True).notes == ()
+
+
+class Failing:
+    """Raises when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, ...]]:
+        return int, ("no number",)
+
+
+def test_trusted_code_that_fails_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"w": WEIGHTS, "x": Failing()}, path)
+    with pytest.raises(CheckpointError, match="cannot be unpickled: ValueError: invalid literal"):
+        read_tensors(path, trust_pickle=True)
+
+
+def test_trusted_code_that_is_not_here_says_where_to_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "somebodys_net.py").write_text("class Box(dict):\n    pass\n")
+    path = tmp_path / "model.pt"
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        torch.save(importlib.import_module("somebodys_net").Box(w=torch.zeros(2)), path)
+        del sys.modules["somebodys_net"]
+    with pytest.raises(CheckpointError, match="No module named 'somebodys_net'") as caught:
+        read_tensors(path, trust_pickle=True)
+    assert "put the folder with somebodys_net on PYTHONPATH" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 4, 5])
+def test_a_protocol_that_cannot_be_read_weights_only_is_named(tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(WEIGHTS, path, pickle_protocol=protocol)
+    with pytest.raises(UnsafePickleError, match="pickle protocol"):
+        read_tensors(path)
+    if protocol:  # torch itself cannot read tensors at protocol 0
+        assert same(read_tensors(path, trust_pickle=True).tensors)
+
+
+def test_a_whole_module_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(nn.Sequential(nn.Linear(2, 2)), path)
+    with pytest.raises(UnsafePickleError, match=r"torch\.nn\.modules\.linear\.Linear") as caught:
+        read_tensors(path)
+    assert "state_dict()" in str(caught.value.hint)
+    assert "--trust-pickle" in str(caught.value.hint)
+    assert set(read_tensors(path, trust_pickle=True).tensors) == {"0.weight", "0.bias"}
+
+
+def test_torchscript_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.rand(1, 2)), path)
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        read_tensors(path)
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        read_tensors(path, trust_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"hello, this is text\n", "is text, neither"),
+        (b"{}", "is text, neither"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html>quota exceeded</html>", "web page"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\x00", "damaged, cut off or no checkpoint"),
+        (pickle.dumps({"w": [1.0]}, protocol=2), "not written by torch.save"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00{", "damaged or cut off"),
+        (b"PK\x03\x04", "damaged, cut off or no checkpoint"),
+    ],
+)
+def test_what_is_no_checkpoint_is_told_apart(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_tensors(path)
+    assert str(path) in caught.value.message
+    assert "weights_only" not in caught.value.message
+    assert not isinstance(caught.value, UnsafePickleError)
+
+
+def test_a_folder_and_a_missing_file_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a folder"):
+        read_tensors(tmp_path)
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        read_tensors(tmp_path / "absent.pt")
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_tensors(tmp_path / "pipe.pt")
+
+
+def written(kind: str) -> bytes:
+    if kind == "safetensors":
+        return safetensors.torch.save(WEIGHTS)
+    stream = io.BytesIO()
+    torch.save(WEIGHTS, stream, _use_new_zipfile_serialization=kind == "zip")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path, kind: str) -> None:
+    data = written(kind)
+    path = tmp_path / "model.pt"
+    for end in range(1, len(data), max(1, len(data) // 60)):
+        path.write_bytes(data[:end])
+        with pytest.raises(CheckpointError):
+            read_tensors(path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_damaged_bytes_raise_nothing_but_our_error(tmp_path: Path, kind: str) -> None:
+    data = written(kind)
+    path = tmp_path / "model.pt"
+    random = np.random.default_rng(0)
+    for _ in range(150):
+        damaged = bytearray(data)
+        for position in random.integers(0, len(data), size=3):
+            damaged[position] = random.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            found = read_tensors(path)
+        except CheckpointError:
+            continue
+        assert all(isinstance(tensor, torch.Tensor) for tensor in found.tensors.values())
+
+
+@pytest.mark.parametrize("content", [[WEIGHTS], 3, "text", None])
+def test_no_dictionary_names_the_file(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"model\.pt: the file holds"):
+        read_tensors(path)
+
+
+def test_sparse_tensors_become_dense(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"w": torch.eye(3).to_sparse()}, path)
+    assert torch.equal(read_tensors(path).tensors["w"], torch.eye(3))
+
+
+def test_parameters_become_plain_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"w": nn.Parameter(torch.eye(3))}, path)
+    assert not read_tensors(path).tensors["w"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.quantize_per_tensor(torch.rand(3), 0.1, 0, torch.quint8), "w is quantized"),
+        (torch.empty(3, device="meta"), "w was saved from the meta device"),
+    ],
+)
+def test_tensors_without_usable_values_are_refused(
+    tmp_path: Path, tensor: torch.Tensor, message: str
+) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"w": tensor}, path)
+    with pytest.raises(CheckpointError, match=message):
+        read_tensors(path)

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, numpy_helper
+
+from s2ap_deploy.errors import CheckpointError, StorageError, VerificationError
+from s2ap_deploy.onnx_export import decoding
+from s2ap_deploy.onnx_export.codecs import encoding
+from s2ap_deploy.onnx_export.codecs.values import Values, round_weights
+from s2ap_deploy.onnx_export.inference import logits, session
+from s2ap_deploy.onnx_export.onnx_file import read
+from s2ap_deploy.onnx_export.quantization import quantize
+
+
+def written(path: Path, model: ModelProto) -> Path:
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("choice", ["auto", "ef", "gaps", "mask", "dense", "coo"])
+@pytest.mark.parametrize("values", ["f32", "f16", "int8"])
+def test_every_file_of_ours_becomes_dense(
+    tmp_path: Path,
+    dense_model: ModelProto,
+    images: NDArray[np.float32],
+    choice: encoding.Encoding,
+    values: Values,
+) -> None:
+    rounded, stored, _ = round_weights(dense_model, values)
+    model, _ = encoding.encode(rounded, encoding=choice, rounded=stored)
+    source = written(tmp_path / "sparse.onnx", model)
+    output = tmp_path / "dense.onnx"
+    decoded = decoding.decode_file(read(source), output)
+    found = onnx.load(output)
+    onnx.checker.check_model(found, full_check=True)
+    assert not found.graph.sparse_initializer
+    assert not any(encoding.is_internal(name) for name in encoding.tensors(found))
+    assert encoding.tensors(found).keys() == encoding.tensors(rounded).keys()
+    for name, array in encoding.tensors(rounded).items():
+        assert encoding.tensors(found)[name].tobytes() == array.tobytes()
+    assert found.metadata_props == dense_model.metadata_props
+    assert decoded.metadata == {"s2ap.sparsity": "0.9"}
+    assert decoded.sha256 == hashlib.sha256(output.read_bytes()).hexdigest()
+    assert decoded.tensors == (0 if choice == "dense" and values == "f32" else 2)
+    assert np.array_equal(logits(session(output), images), logits(session(source), images))
+
+
+def test_an_int8_file_becomes_its_uncoded_self(
+    tmp_path: Path, dense_model: ModelProto, images: NDArray[np.float32]
+) -> None:
+    int8 = quantize(dense_model, images)
+    source = written(tmp_path / "sparse.onnx", encoding.encode(int8)[0])
+    decoding.decode_file(read(source), tmp_path / "dense.onnx")
+    found = encoding.tensors(onnx.load(tmp_path / "dense.onnx"))
+    assert {name: array.tobytes() for name, array in found.items()} == {
+        name: array.tobytes() for name, array in encoding.tensors(int8).items()
+    }
+
+
+def test_a_dense_file_is_left_as_it_is(tmp_path: Path, dense_model: ModelProto) -> None:
+    source = written(tmp_path / "a.onnx", dense_model)
+    decoded = decoding.decode_file(read(source), tmp_path / "b.onnx")
+    assert (decoded.tensors, decoded.bytes) == (0, decoded.source_bytes)
+    assert (tmp_path / "b.onnx").read_bytes() == source.read_bytes()
+
+
+def test_a_file_may_replace_itself(tmp_path: Path, dense_model: ModelProto) -> None:
+    source = written(tmp_path / "a.onnx", encoding.encode(dense_model)[0])
+    decoded = decoding.decode_file(read(source), source)
+    assert source.stat().st_size == decoded.bytes > decoded.source_bytes
+
+
+def test_two_implementations_must_agree(
+    tmp_path: Path, dense_model: ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = written(tmp_path / "a.onnx", encoding.encode(dense_model)[0])
+    original = encoding.evaluate
+
+    def one_bit_off(model: ModelProto, outputs: list[str]) -> list[np.ndarray]:
+        arrays = [array.copy() for array in original(model, outputs)]
+        arrays[0].reshape(-1).view(np.int32)[0] ^= 1
+        return arrays
+
+    monkeypatch.setattr(encoding, "evaluate", one_bit_off)
+    with pytest.raises(VerificationError, match="other bits than ONNX's reference evaluator"):
+        decoding.decode_file(read(source), tmp_path / "b.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
+
+
+def test_other_answers_leave_nothing(
+    tmp_path: Path, dense_model: ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = read(written(tmp_path / "a.onnx", encoding.encode(dense_model)[0]))
+    original = encoding.decode
+
+    def another_bias(model: ModelProto) -> ModelProto:
+        dense = original(model)
+        (bias,) = [tensor for tensor in dense.graph.initializer if tensor.name.endswith("linear.bias")]
+        bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(1), bias.name))
+        return dense
+
+    monkeypatch.setattr(encoding, "decode", another_bias)
+    with pytest.raises(VerificationError, match="answers differently"):
+        decoding.decode_file(opened, tmp_path / "b.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
+
+
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, dense_model: ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = read(written(tmp_path / "a.onnx", encoding.encode(dense_model)[0]))
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError, match=r"(?i)no space left"):
+        decoding.decode_file(opened, tmp_path / "b.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
+
+
+@pytest.mark.parametrize("choice", ["ef", "gaps", "mask", "coo"])
+def test_no_damage_passes_unnoticed(
+    tmp_path: Path, dense_model: ModelProto, choice: encoding.Encoding
+) -> None:
+    """A flipped bit may give other weights, but no crash, and no file that answers differently."""
+    data = encoding.encode(dense_model, encoding=choice)[0].SerializeToString()
+    generator = np.random.default_rng(0)
+    source = tmp_path / "a.onnx"
+    outcomes = set()
+    for position in generator.integers(0, len(data), 25):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << generator.integers(8)
+        source.write_bytes(damaged)
+        try:
+            opened = read(source)
+            decoding.decode_file(opened, tmp_path / "b.onnx")
+        except (CheckpointError, VerificationError):
+            outcomes.add("refused")
+            continue
+        probe = generator.random((2, 3, 8, 8), dtype=np.float32)
+        assert np.allclose(opened.answers(probe), logits(session(tmp_path / "b.onnx"), probe), atol=1e-4)
+        outcomes.add("decoded")
+    assert outcomes == {"refused", "decoded"}
+
+
+def test_steps_that_lead_out_of_the_tensor_are_refused(tmp_path: Path, dense_model: ModelProto) -> None:
+    model, _ = encoding.encode(dense_model, encoding="gaps")
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.UINT8:
+            tensor.raw_data = b"\xff" * len(tensor.raw_data)
+    with pytest.raises((CheckpointError, VerificationError), match=r"run|decoded|refuses"):
+        decoding.decode_file(read(written(tmp_path / "a.onnx", model)), tmp_path / "b.onnx")
+    assert not (tmp_path / "b.onnx").exists()

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import ModelProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+
+from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError
+from s2ap_deploy.models.classifier import Classifier, weights_hash
+from s2ap_deploy.onnx_export import graph
+from s2ap_deploy.onnx_export.codecs.encoding import default_opset
+from s2ap_deploy.onnx_export.inference import logits, session
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+def test_names_batch_and_metadata(dense_model: ModelProto) -> None:
+    onnx.checker.check_model(dense_model, full_check=True)
+    (entry,), (exit_,) = dense_model.graph.input, dense_model.graph.output
+    assert (entry.name, exit_.name) == ("image", "logits")
+    shape = entry.type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in shape] == ["batch", 3, 8, 8]
+    assert {prop.key: prop.value for prop in dense_model.metadata_props} == {"s2ap.sparsity": "0.9"}
+    assert default_opset(dense_model) == 20
+
+
+def test_batchnorm_is_folded_and_normalization_is_inside(dense_model: ModelProto) -> None:
+    operators = {node.op_type for node in dense_model.graph.node}
+    assert "BatchNormalization" not in operators
+    assert {"Sub", "Div"} <= operators
+
+
+def test_zeros_survive_folding_and_none_is_negative(
+    dense_model: ModelProto, masks: dict[str, Tensor]
+) -> None:
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in dense_model.graph.initializer}
+    for name, mask in masks.items():
+        assert np.array_equal(tensors[name] != 0, mask.numpy()), name
+    for array in tensors.values():
+        assert not np.any(np.signbit(array) & (array == 0))
+
+
+def test_nothing_of_the_machine_is_in_the_file(dense_model: ModelProto) -> None:
+    texts = re.findall(rb"[\x20-\x7e]{5,}", dense_model.SerializeToString())
+    repository = str(Path(__file__).resolve().parents[2]).encode()
+    for text in texts:
+        assert repository not in text
+        assert b"site-packages" not in text
+        assert b".py" not in text
+    assert not dense_model.graph.value_info
+    assert not any(node.metadata_props or node.doc_string for node in dense_model.graph.node)
+
+
+def test_the_classifier_is_not_touched(capfd: pytest.CaptureFixture[str]) -> None:
+    network = tiny().train()
+    before = weights_hash(network)
+    graph.to_onnx(network, (1, 6, 6))
+    assert network.training
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert weights_hash(network) == before
+    assert capfd.readouterr().out == ""
+
+
+def test_train_mode_exports_the_evaluation_function() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten())
+    network(torch.rand(8, 1, 4, 4))
+    image = torch.rand(3, 1, 4, 4)
+    model = graph.to_onnx(network.train(), (1, 4, 4))
+    (found,) = ReferenceEvaluator(model).run(None, {"image": image.numpy()})
+    with torch.no_grad():
+        expected = network.eval()(image).numpy()
+    assert np.allclose(found, expected, atol=1e-6)
+
+
+def test_half_precision_weights_become_float32() -> None:
+    model = graph.to_onnx(Classifier(tiny().half()), (1, 6, 6))
+    assert {tensor.data_type for tensor in model.graph.initializer} <= {
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.INT64,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [18, 19, 21, 22, 23, 24, 25])
+def test_every_offered_opset_is_written(opset: int) -> None:
+    assert default_opset(graph.to_onnx(tiny(), (1, 6, 6), opset=opset)) == opset
+
+
+@pytest.mark.parametrize(("opset", "nearest"), [(11, 18), (17, 18), (26, 25)])
+def test_other_opsets_are_refused(opset: int, nearest: int) -> None:
+    with pytest.raises(UsageError, match=f"opset {opset} cannot be exported, only 18 to 25") as caught:
+        graph.to_onnx(tiny(), (1, 6, 6), opset=opset)
+    assert f"--opset {nearest}" in caught.value.hint
+
+
+def test_an_exporter_that_writes_another_opset_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "default_opset", lambda model: 18)
+    with pytest.raises(UsageError, match=r"opset 20 was asked for, but torch .* writes 18"):
+        graph.to_onnx(tiny(), (1, 6, 6))
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    network = tiny()
+    network[0].weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"0\.weight holds values that are not finite"):
+        graph.to_onnx(network, (1, 6, 6))
+
+
+def test_folding_that_overflows_is_refused() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), nn.Flatten())
+    network[0].weight.data.fill_(1e30)
+    network[1].weight.data.fill_(1e30)
+    with pytest.raises(CheckpointError, match="folding BatchNorm gives values that are not finite"):
+        graph.to_onnx(network, (1, 3, 3))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_fixed_batch_is_in_the_shape(batch: int) -> None:
+    model = graph.to_onnx(tiny(), (1, 6, 6), batch=batch)
+    for value in (model.graph.input[0], model.graph.output[0]):
+        assert value.type.tensor_type.shape.dim[0].dim_value == batch
+    images = np.random.default_rng(0).random((7, 1, 6, 6), np.float32)
+    found = logits(session(model.SerializeToString()), images)
+    with torch.no_grad():
+        assert np.allclose(found, tiny()(torch.from_numpy(images)).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 1025])
+def test_other_batches_are_refused(batch: int) -> None:
+    with pytest.raises(UsageError, match=f"a batch of {batch} cannot be exported, only dynamic or 1 to 1024"):
+        graph.to_onnx(tiny(), (1, 6, 6), batch=batch)
+
+
+def test_a_network_for_one_batch_size_is_exported_at_that_size() -> None:
+    class OfTwo(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = x.flatten(1)
+            return torch.stack([first, second])
+
+    assert (
+        graph.to_onnx(OfTwo(), (1, 2, 2), batch=2).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
+    )
+    with pytest.raises(ArchitectureError):
+        graph.to_onnx(OfTwo(), (1, 2, 2), batch=3)
+
+
+def test_weights_over_2_gib_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Vast(nn.Module):
+        """What it says of its size is all that is asked: no such memory is taken."""
+
+        def named_parameters(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Parameter]]:
+            vast = nn.Parameter(torch.empty(2**29 + 1, dtype=torch.int8, device="meta"), requires_grad=False)
+            return iter([("weight", vast)])
+
+    monkeypatch.setattr(graph, "_trace", lambda *args, **options: pytest.fail("work was begun"))
+    with pytest.raises(UsageError, match=r"the weights take 2\.0 GiB; one ONNX file holds less than 2 GiB"):
+        graph.to_onnx(Vast(), (1, 6, 6))
+
+
+def test_weights_beyond_one_file_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "MAX_BYTES", 100)
+    with pytest.raises(UsageError, match="one ONNX file holds less than 2 GiB"):
+        graph.to_onnx(tiny(), (1, 6, 6))
+
+
+def test_a_wrong_image_size_is_refused() -> None:
+    with pytest.raises(ArchitectureError, match=r"does not accept a \[3, 6, 6\] image"):
+        graph.to_onnx(tiny(), (3, 6, 6))
+
+
+@pytest.mark.parametrize(("network", "found"), [(Pair(), "tuple"), (nn.Identity(), r"\[2, 1, 4, 4\]")])
+def test_an_output_that_is_not_logits_is_refused(network: nn.Module, found: str) -> None:
+    with pytest.raises(ArchitectureError, match=rf"shape \[batch, classes\], this one {found}"):
+        graph.to_onnx(network, (1, 4, 4))
+
+
+def test_a_network_that_cannot_be_traced_is_refused() -> None:
+    with pytest.raises(ArchitectureError, match="cannot be exported") as caught:
+        graph.to_onnx(Branching(), (1, 3, 3))
+    assert "branch" in caught.value.hint

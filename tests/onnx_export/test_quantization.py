@@ -1,0 +1,105 @@
+"""int8: what the quantizer makes, and that encoding it changes nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import ModelProto, numpy_helper
+
+from s2ap_deploy.errors import DataError, UsageError, VerificationError
+from s2ap_deploy.onnx_export.codecs.encoding import decode, encode
+from s2ap_deploy.onnx_export.codecs.weights import weights
+from s2ap_deploy.onnx_export.graph import check
+from s2ap_deploy.onnx_export.inference import logits, session
+from s2ap_deploy.onnx_export.quantization import is_quantized, quantize, quantized_weights
+from s2ap_deploy.onnx_export.verification import folded
+
+
+@pytest.fixture(scope="module")
+def int8(dense_model: ModelProto, images: NDArray[np.float32]) -> ModelProto:
+    return quantize(dense_model, images)
+
+
+def test_weights_are_int8_and_zeros_stay_zero(dense_model: ModelProto, int8: ModelProto) -> None:
+    floats, integers = weights(dense_model), quantized_weights(int8)
+    assert len(integers) == len(floats) == 3
+    for name, values in floats.items():
+        found = integers[f"{name}_quantized"]
+        assert found.dtype == np.int8
+        assert not found[values == 0].any()
+        assert np.abs(found.astype(int)).max() <= 64  # 7 of 8 bits
+
+
+def test_scales_are_per_channel(int8: ModelProto) -> None:
+    scales = [
+        numpy_helper.to_array(tensor).shape
+        for tensor in int8.graph.initializer
+        if tensor.name.endswith("weight_scale")
+    ]
+    assert sorted(scales) == [(5,), (32,), (32,)]
+
+
+def test_logits_stay_float(int8: ModelProto) -> None:
+    (last,) = [node for node in int8.graph.node if "logits" in node.output]
+    assert last.op_type == "Gemm"
+
+
+def test_same_bytes_again_and_metadata_kept(
+    dense_model: ModelProto, int8: ModelProto, images: NDArray[np.float32]
+) -> None:
+    assert quantize(dense_model, images).SerializeToString() == int8.SerializeToString()
+    assert {entry.key: entry.value for entry in int8.metadata_props} == {"s2ap.sparsity": "0.9"}
+    check(int8)
+
+
+def test_encoded_file_answers_bit_for_bit(int8: ModelProto, images: NDArray[np.float32]) -> None:
+    coded, table = encode(int8)
+    kinds = {row.name: row.encoding for row in table}
+    (large,) = [name for name, values in quantized_weights(int8).items() if values.size == 32 * 32 * 9]
+    assert kinds[large] in ("ef", "gaps", "mask")
+    assert coded.ByteSize() < int8.ByteSize()
+    check(coded)
+    assert folded(coded)
+    expected = logits(session(int8.SerializeToString()), images)
+    assert np.array_equal(logits(session(coded.SerializeToString()), images), expected)
+    before = {tensor.name: numpy_helper.to_array(tensor) for tensor in int8.graph.initializer}
+    after = {tensor.name: numpy_helper.to_array(tensor) for tensor in decode(coded).graph.initializer}
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert all(before[name].dtype == after[name].dtype for name in before)
+
+
+def test_an_empty_int8_layer(int8: ModelProto, images: NDArray[np.float32]) -> None:
+    model = ModelProto.FromString(int8.SerializeToString())
+    (name,) = [name for name, values in quantized_weights(model).items() if values.size == 32 * 32 * 9]
+    for tensor in model.graph.initializer:
+        if tensor.name == name:
+            tensor.CopyFrom(numpy_helper.from_array(np.zeros((32, 32, 3, 3), np.int8), name))
+    coded, table = encode(model)
+    assert {row.encoding for row in table if row.name == name} == {"zeros"}
+    expected = logits(session(model.SerializeToString()), images)
+    assert np.array_equal(logits(session(coded.SerializeToString()), images), expected)
+
+
+def test_what_is_quantized(dense_model: ModelProto, int8: ModelProto) -> None:
+    assert is_quantized(int8)
+    assert is_quantized(encode(int8)[0])
+    assert not is_quantized(encode(dense_model)[0])
+
+
+def test_nothing_to_calibrate_on(dense_model: ModelProto, images: NDArray[np.float32]) -> None:
+    with pytest.raises(UsageError, match="at least one image"):
+        quantize(dense_model, images[:0])
+
+
+def test_images_that_are_not_numbers(dense_model: ModelProto, images: NDArray[np.float32]) -> None:
+    with pytest.raises(DataError, match="not finite"):
+        quantize(dense_model, np.full_like(images[:2], np.nan))
+
+
+def test_a_graph_that_the_quantizer_cannot_read() -> None:
+    graph = onnx.helper.make_graph([], "empty", [], [])
+    with pytest.raises(VerificationError, match="takes no images"):
+        quantize(onnx.helper.make_model(graph), np.zeros((1, 1, 4, 4), np.float32))

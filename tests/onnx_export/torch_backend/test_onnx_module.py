@@ -1,0 +1,183 @@
+"""The differentiable twin computes what ONNX Runtime computes, and its gradients lead somewhere."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from torch import nn
+
+from s2ap_deploy.errors import ArchitectureError
+from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.models.classifier import Classifier
+from s2ap_deploy.onnx_export.codecs.encoding import encode
+from s2ap_deploy.onnx_export.graph import to_onnx
+from s2ap_deploy.onnx_export.inference import logits, session
+from s2ap_deploy.onnx_export.quantization import quantize
+from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxTwin
+
+
+def answers(twin: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    with torch.no_grad():
+        found: NDArray[np.float32] = twin(torch.from_numpy(images)).numpy()
+    return found
+
+
+def in_runtime(model: ModelProto, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    return logits(session(model.SerializeToString()), images)
+
+
+@pytest.mark.parametrize("name", ["digits-conv", "cifar-resnet20", "cifar-conv"])
+def test_twin_of_registered_architectures(name: str) -> None:
+    torch.manual_seed(0)
+    architecture = registry.resolve(name)
+    assert architecture.input_size is not None
+    model, _ = encode(to_onnx(Classifier(architecture.build(10)).eval(), architecture.input_size))
+    images = np.random.default_rng(0).random((3, *architecture.input_size), dtype=np.float32)
+    expected = in_runtime(model, images)
+    assert np.abs(answers(OnnxTwin(model), images) - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
+
+
+class Odd(nn.Module):
+    """Operators that our own families do not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=(1, 0), groups=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)
+        self.norm = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.hardswish(self.stem(x))
+        x = torch.cat([x, torch.sigmoid(self.depthwise(x))], dim=1)
+        x = nn.functional.max_pool2d(self.norm(x), 3, stride=1, padding=1)
+        x = nn.functional.avg_pool2d(nn.functional.gelu(x), 2, ceil_mode=False).clamp(-0.5, 2.0)
+        x = nn.functional.leaky_relu(x).amax((2, 3)) / 2 - torch.tanh(x).sum((2, 3))
+        return nn.functional.log_softmax(self.head(x), dim=1)
+
+
+def test_twin_of_odd_operators() -> None:
+    torch.manual_seed(0)
+    model = to_onnx(Odd().eval(), (3, 9, 8))
+    images = np.random.default_rng(1).random((3, 3, 9, 8), dtype=np.float32)
+    assert np.abs(answers(OnnxTwin(model), images) - in_runtime(model, images)).max() < 1e-5
+
+
+def test_twin_of_int8_file_rounds_as_the_file(dense_model: ModelProto, images: NDArray[np.float32]) -> None:
+    int8 = quantize(dense_model, images)
+    twin, expected = OnnxTwin(encode(int8)[0]), in_runtime(int8, images)
+    step = np.abs(expected).max() / 127
+    assert np.abs(answers(twin, images) - expected).max() <= step
+    # Without rounding it is another function: the twin above did not agree by chance.
+    assert (
+        np.abs(answers(twin.unrounded(), images) - expected).max()
+        > np.abs(answers(twin, images) - expected).max()
+    )
+
+
+def test_twin_travels_and_is_left_alone(dense_model: ModelProto, images: NDArray[np.float32]) -> None:
+    twin = OnnxTwin(quantize(dense_model, images))
+    before = answers(twin, images)
+    twin.unrounded()
+    assert np.array_equal(answers(pickle.loads(pickle.dumps(copy.deepcopy(twin))), images), before)
+    assert list(twin.parameters())  # so that .to(device) and the judge find the weights
+    assert not any(parameter.requires_grad for parameter in twin.parameters())
+
+
+def test_gradient_of_twin_is_that_of_the_classifier(
+    classifier: Classifier, dense_model: ModelProto, images: NDArray[np.float32]
+) -> None:
+    gradients = []
+    for network in (classifier, OnnxTwin(dense_model)):
+        x = torch.from_numpy(images[:4]).requires_grad_()
+        gradients.append(torch.autograd.grad(network(x).square().sum(), x)[0])
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def quantizer(zero: int, scale: float = 0.25) -> OnnxTwin:
+    """Images [B, 1, 1, 4] through one pair of QuantizeLinear and DequantizeLinear to [B, 4]."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["image", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+        helper.make_node("Flatten", ["d"], ["logits"]),
+    ]
+    stored = [
+        numpy_helper.from_array(np.array(scale, np.float32), "scale"),
+        numpy_helper.from_array(np.array(zero, np.int8), "zero"),
+    ]
+    return OnnxTwin(one_input(nodes, stored, ["batch", 1, 1, 4]))
+
+
+def one_input(
+    nodes: list[onnx.NodeProto], stored: list[TensorProto], shape: list[str | int], output: str = "logits"
+) -> ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+        stored,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_gradient_passes_rounding_and_ends_where_the_integer_saturates() -> None:
+    edge = 127 * 0.25  # the last integer; half a step further, saturation changes what is stored
+    x = torch.tensor([[[[0.3, edge, edge + 0.12, edge + 0.13]]]]).requires_grad_()
+    found = quantizer(0)(x)
+    assert found.tolist() == [[0.25, edge, edge, edge]]
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert gradient.flatten().tolist() == [1.0, 1.0, 1.0, 0.0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(-128, 127), st.lists(st.floats(-100, 100, width=32), min_size=4, max_size=4))
+def test_rounding_is_that_of_the_runtime(zero: int, values: list[float]) -> None:
+    x = np.array(values, np.float32).reshape(1, 1, 1, 4)
+    scaled = np.round(x / np.float32(0.25))  # half to even
+    expected = (np.clip(scaled + zero, -128, 127) - zero) * np.float32(0.25)
+    assert np.array_equal(answers(quantizer(zero), x), expected.reshape(1, 4))
+
+
+def test_fixed_batch_runs_in_parts(images: NDArray[np.float32]) -> None:
+    weight = np.random.default_rng(0).standard_normal((192, 5)).astype(np.float32)
+    nodes = [
+        helper.make_node("Reshape", ["image", "shape"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weight"], ["logits"]),
+    ]
+    stored = [
+        numpy_helper.from_array(weight, "weight"),
+        numpy_helper.from_array(np.array([2, -1], np.int64), "shape"),
+    ]
+    model = one_input(nodes, stored, [2, 3, 8, 8])
+    expected = images[:5].reshape(5, -1) @ weight
+    assert np.allclose(answers(OnnxTwin(model), images[:5]), expected, atol=1e-4)
+    assert np.allclose(in_runtime(model, images[:5]), expected, atol=1e-4)
+
+
+def test_unknown_operator_is_named() -> None:
+    model = one_input([helper.make_node("Det", ["image"], ["logits"])], [], ["batch", 1, 4, 4])
+    with pytest.raises(ArchitectureError, match="operator Det has no differentiable counterpart"):
+        OnnxTwin(model)
+
+
+def test_unsupported_form_is_named() -> None:
+    kernel = numpy_helper.from_array(np.ones((1, 1, 3, 3), np.float32), "k")
+    node = helper.make_node("Conv", ["image", "k"], ["logits"], auto_pad="SAME_UPPER")
+    twin = OnnxTwin(one_input([node], [kernel], ["batch", 1, 4, 4]))
+    with pytest.raises(ArchitectureError, match="operator Conv with auto_pad SAME_UPPER"):
+        twin(torch.zeros(1, 1, 4, 4))
+
+
+def test_wrong_image_size_is_an_error_of_ours(dense_model: ModelProto) -> None:
+    with pytest.raises(ArchitectureError, match="cannot be run"):
+        OnnxTwin(dense_model)(torch.zeros(1, 7, 8, 8))

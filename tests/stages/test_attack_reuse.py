@@ -1,0 +1,84 @@
+"""Records in another folder: points linked, journals copied and last, nothing there overwritten."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from s2ap_deploy.errors import StorageError
+from s2ap_deploy.stages.attack_reuse import bring, link
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    folder = tmp_path / "record"
+    (folder / "curve").mkdir(parents=True)
+    (folder / "attack.jsonl").write_text("header\n")
+    (folder / "block-0.safetensors").write_bytes(b"points")
+    (folder / "curve" / "fmn.jsonl").write_text("header\n")
+    return folder
+
+
+def test_everything_arrives_and_a_journal_grows_alone(record: Path, tmp_path: Path) -> None:
+    into = tmp_path / "run" / "record-dense"
+    bring(record, into)
+    assert (into / "block-0.safetensors").stat().st_ino == (record / "block-0.safetensors").stat().st_ino
+    with (into / "attack.jsonl").open("a") as stream:
+        stream.write("unit\n")
+    assert (record / "attack.jsonl").read_text() == "header\n"
+    assert (into / "curve" / "fmn.jsonl").read_text() == "header\n"
+
+
+def test_what_is_there_stays(record: Path, tmp_path: Path) -> None:
+    into = tmp_path / "into"
+    into.mkdir()
+    (into / "attack.jsonl").write_text("further on\n")
+    bring(record, into)
+    assert (into / "attack.jsonl").read_text() == "further on\n"
+
+
+def test_nothing_is_made_of_nothing(tmp_path: Path) -> None:
+    bring(tmp_path / "absent", tmp_path / "into")
+    assert not (tmp_path / "into").exists()
+
+
+def test_a_kill_on_the_way_leaves_no_journal(
+    record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from s2ap_deploy import files
+
+    def killed(path: Path, data: bytes) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bring(record, tmp_path / "into")
+    monkeypatch.undo()
+    found = {path.name for path in (tmp_path / "into").rglob("*") if path.is_file()}
+    assert found == {"block-0.safetensors"}
+    bring(record, tmp_path / "into")
+    assert (tmp_path / "into" / "attack.jsonl").exists()
+
+
+def test_a_disk_without_hard_links_gets_copies(
+    record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another device")
+
+    monkeypatch.setattr(os, "link", refused)
+    link(record / "block-0.safetensors", tmp_path / "copy.safetensors")
+    assert (tmp_path / "copy.safetensors").read_bytes() == b"points"
+    assert (tmp_path / "copy.safetensors").stat().st_nlink == 1
+    with pytest.raises(StorageError):
+        link(record / "absent.safetensors", tmp_path / "other.safetensors")
+
+
+def test_links_in_a_record_are_not_followed(record: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    (record / "planted.safetensors").symlink_to(tmp_path / "secret")
+    bring(record, tmp_path / "into")
+    assert not (tmp_path / "into" / "planted.safetensors").exists()

@@ -1,0 +1,165 @@
+"""Comparing run folders: the numbers, and folders that cannot be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from s2ap_deploy import files
+from s2ap_deploy.errors import InputError, RunFolderError, UsageError
+from s2ap_deploy.pruning.tensors import save_tensors
+from s2ap_deploy.runs.folder import Run
+from s2ap_deploy.stages.compare import compare
+
+LAST = {"epoch": 3, "clean_accuracy": 0.9, "robust_accuracy": 0.6, "replaced": 0.02, "flip_rate": 0.01}
+
+
+def masks(*ones: int, shape: tuple[int, int] = (2, 4)) -> dict[str, Tensor]:
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask.view(-1)[list(ones)] = True
+    return {"a.weight": mask, "b.weight": torch.ones(2, 1, dtype=torch.bool)}
+
+
+def folder(
+    path: Path,
+    found: Mapping[str, Tensor],
+    *,
+    results: Any = None,
+    finish: bool = True,
+    best: dict[str, float] | None = None,
+) -> Path:
+    """A run folder with a search, as prune leaves it, and a fine-tuning when there is a best epoch."""
+    with Run.open(path, create=True, command="test") as run:
+        inputs = {"seed": 5, "prune": {"method": "hydra", "s2ap": True, "gamma": 0.01}}
+        stage = run.stage("search", inputs=inputs, resume=False, overwrite=True)
+        if finish:
+            save_tensors(stage.folder / "masks.safetensors", found)
+            stage.finish([stage.folder / "masks.safetensors"], results or {"method": "hydra", "last": LAST})
+        if best is not None:
+            tuning = run.stage("finetune", inputs={}, resume=False, overwrite=True)
+            tuning.finish([], {"best": best})
+    return path
+
+
+def test_the_numbers_of_two_runs(tmp_path: Path, files_in: Callable[[Path], dict[str, bytes]]) -> None:
+    best = {"clean_accuracy": 0.95, "robust_accuracy": 0.7}
+    first = folder(tmp_path / "one", masks(0, 1), best=best)
+    second = folder(tmp_path / "two", dict(reversed(masks(1, 2).items())))
+    before = files_in(tmp_path)
+    found = compare([first, second])
+    assert files_in(tmp_path) == before
+    assert json.loads(files.canonical_json(found)) == found
+    (pair,) = found["pairs"]
+    assert (pair["first"], pair["second"], pair["weights"]) == (1, 2, 10)
+    assert (pair["hamming"], pair["replaced"], pair["iou"]) == (2 / 10, 2 / 8, 3 / 5)
+    assert pair["by_chance"] == pytest.approx(8 * 2 * 0.25 * 0.75 / 10)
+    assert pair["layers"]["a.weight"]["hamming"] == 2 / 8
+    assert pair["layers"]["b.weight"]["iou"] == 1
+    one, two = found["runs"]
+    assert (one["run"], one["method"], one["s2ap"], one["seed"]) == (str(first), "hydra", True, 5)
+    assert (one["kept"], one["prunable"], one["sparsity"]) == (4, 10, pytest.approx(0.6))
+    assert one["search"] == {key: value for key, value in LAST.items() if key != "epoch"}
+    assert (one["finetune"], two["finetune"]) == (best, None)
+
+
+def test_three_runs_have_three_pairs_and_one_may_be_named_twice(tmp_path: Path) -> None:
+    one, two = folder(tmp_path / "one", masks(0)), folder(tmp_path / "two", masks(3))
+    found = compare([one, two, one])
+    assert [(pair["first"], pair["second"]) for pair in found["pairs"]] == [(1, 2), (1, 3), (2, 3)]
+    assert found["pairs"][1]["iou"] == 1
+    assert found["pairs"][0]["iou"] == found["pairs"][2]["iou"] == 2 / 4
+
+
+def test_a_folder_in_use_is_compared_all_the_same(tmp_path: Path) -> None:
+    one = folder(tmp_path / "one", masks(0))
+    with Run.open(one, create=False, command="other"):
+        assert compare([one, one])["pairs"][0]["hamming"] == 0
+
+
+@pytest.mark.parametrize("results", [{"last": None}, {"last": {"flip_rate": "many"}}, [1], "text"])
+def test_a_search_that_says_little(results: Any, tmp_path: Path) -> None:
+    """Methods without learning have no last epoch, and other versions other words."""
+    one = folder(tmp_path / "one", masks(0), results=results)
+    run = compare([one, one])["runs"][0]
+    assert run["method"] == "hydra"
+    assert set(run["search"].values()) == {None}
+
+
+def damaged(path: Path) -> None:
+    (path / "search" / "masks.safetensors").write_bytes(b"other")
+
+
+def missing(path: Path) -> None:
+    (path / "search" / "masks.safetensors").unlink()
+
+
+def garbled(path: Path) -> None:
+    (path / "manifest.json").write_text("{")
+
+
+def unlisted(path: Path) -> None:
+    content = json.loads((path / "manifest.json").read_text())
+    content["stages"]["search"]["outputs"] = []
+    (path / "manifest.json").write_text(json.dumps(content))
+
+
+def no_search(path: Path) -> None:
+    content = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**content, "stages": {}}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (damaged, "two/search/masks.safetensors has changed since"),
+        (missing, "two/search/masks.safetensors is missing"),
+        (garbled, "two/manifest.json is damaged"),
+        (unlisted, "the search in .*two wrote no masks"),
+        (no_search, "two holds no search"),
+    ],
+)
+def test_a_folder_that_does_not_hold_what_it_should(
+    spoil: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    one, two = folder(tmp_path / "one", masks(0)), folder(tmp_path / "two", masks(0))
+    spoil(two)
+    with pytest.raises(RunFolderError, match=message):
+        compare([one, two])
+
+
+def test_a_search_that_is_not_finished_is_named(tmp_path: Path) -> None:
+    one, two = folder(tmp_path / "one", masks(0)), folder(tmp_path / "two", {}, finish=False)
+    with pytest.raises(RunFolderError, match=r"the search in .*two is not finished") as refused:
+        compare([one, two])
+    assert refused.value.hint == "repeat the command that began it, with --resume"
+
+
+@pytest.mark.parametrize("what", ["nowhere", "file", "other"])
+def test_what_is_no_run_folder(what: str, tmp_path: Path) -> None:
+    one = folder(tmp_path / "one", masks(0))
+    (tmp_path / "file").write_text("no run")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(RunFolderError, match=f"there is no run in .*{what}"):
+        compare([one, tmp_path / what])
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_masks_of_different_networks_name_the_folders_and_the_layer(tmp_path: Path) -> None:
+    one, two = folder(tmp_path / "one", masks(0)), folder(tmp_path / "two", masks(0, shape=(4, 2)))
+    three = folder(tmp_path / "three", {"c.weight": torch.ones(3, dtype=torch.bool)})
+    with pytest.raises(InputError, match=r"run 1 .*one.* and run 2 .*two.*a\.weight is \(2, 4\)"):
+        compare([one, two])
+    with pytest.raises(InputError, match=r"run 1 .*one.* and run 3 .*three.* has no a\.weight and 1 more"):
+        compare([one, one, three])
+
+
+@pytest.mark.parametrize("runs", [[], [Path("one")]])
+def test_less_than_two_runs(runs: list[Path]) -> None:
+    with pytest.raises(UsageError, match="at least two run folders"):
+        compare(runs)

@@ -1,0 +1,73 @@
+"""Proofs and curves as part of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from s2ap_deploy import files
+from s2ap_deploy.errors import UsageError
+from s2ap_deploy.evaluation.certificate import Certificate
+from s2ap_deploy.evaluation.minimum_norm.security_curve import SecurityCurve
+from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.stages.evidence import check_curve
+
+
+def test_both_sides_and_the_curve_through_the_command(
+    s2ap: Callable[..., Any], digits_model: Path, tmp_path: Path
+) -> None:
+    certify = ["certify", digits_model, "--eps", "0.02", "--n", 24, "--provable", "--curve", "--threads", 1]
+    done = s2ap(*certify, "--json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "provably robust accuracy (lower bound)" in done.err
+    folder = tmp_path / "s2ap-run" / "certify"
+    certificate = Certificate.load(folder / "dense.json")
+    assert certificate.proven is not None
+    assert 0 < certificate.proven.count <= certificate.robust.k
+    assert json.loads(done.out)["certify"]["dense"]["proven"] == certificate.proven.count
+    attacked = certificate.attacks[0].n_in
+    assert attacked == certificate.clean.k - certificate.proven.count
+    curve = SecurityCurve.load(folder / "dense-curve.json")
+    assert curve.n == 24
+    assert curve.clean_accuracy == certificate.clean.value
+    assert curve.at(0.02) <= certificate.robust.value, "the worst of both attacks"
+    assert curve.at(0.02) >= certificate.proven.count / 24, "no attack goes below what is proven"
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    floor = certificate.proven.count / 24
+    gate = s2ap("gate", "--min-proven", floor, "--rule", "point", cwd=tmp_path)
+    assert gate.code == 0, gate.out + gate.err
+    again = s2ap(*certify, cwd=tmp_path)
+    assert "already done" in again.err
+    recorded = json.loads((tmp_path / "s2ap-run" / "manifest.json").read_text())["stages"]["certify"][
+        "outputs"
+    ]
+    assert {"certify/dense-curve.json", "certify/dense.json"} <= {output["path"] for output in recorded}
+    assert all(files.sha256(tmp_path / "s2ap-run" / out["path"]) == out["sha256"] for out in recorded)
+
+
+def test_a_curve_needs_a_norm_that_has_one() -> None:
+    with pytest.raises(UsageError, match="Linf or L2, not L1"):
+        check_curve(ThreatModel(norm="L1", eps="1"))
+
+
+def test_what_bounds_cannot_go_through_is_named(s2ap: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def make(classes=10):\n"
+        "    return nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, classes))\n"
+        "make.input_size = (1, 8, 8)\n"
+    )
+    torch.manual_seed(0)
+    torch.save({"2.weight": torch.rand(10, 16), "2.bias": torch.zeros(10)}, tmp_path / "model.pt")
+    done = s2ap(
+        "certify", "model.pt", "--arch", "net.py:make", "--data", "digits", "--eps", "0.1", "--n", 12,
+        "--provable", "--threads", 1, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 2
+    assert "MaxPool2d" in done.err
+    assert "Traceback" not in done.err

@@ -1,0 +1,309 @@
+"""Verify: what was changed is found, what was overstated falls, and what is not there is no verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from s2ap_deploy import files
+from s2ap_deploy.evaluation import points
+from s2ap_deploy.evaluation.autoattack import protocols
+from s2ap_deploy.evaluation.certificate import Certificate, PointsFile
+from s2ap_deploy.evaluation.issuing import issue
+from s2ap_deploy.recorder import Silent
+from s2ap_deploy.runs.manifest import Manifest
+from s2ap_deploy.stages.execution import ExecutionConfig
+from s2ap_deploy.stages.verify import Verification, verify
+
+CPU = ExecutionConfig(device=torch.device("cpu"), workers=1)
+
+
+def checked(run: Path, *, k: int = 4, role: str = "pruned") -> Verification:
+    return verify(run / "certify" / f"{role}.json", None, k=k, seed=7, machine=CPU, recorder=Silent())
+
+
+def words(found: Verification, status: str) -> str:
+    return "\n".join(check.words for check in found.checks if check.status == status)
+
+
+def relist(run: Path) -> None:
+    """The manifest as a forger would leave it: with the hashes of what lies there now."""
+    content = json.loads((run / "manifest.json").read_text())
+    for record in content["stages"].values():
+        for output in record["outputs"]:
+            path = run / output["path"]
+            output |= {"sha256": files.sha256(path), "bytes": path.stat().st_size}
+    (run / "manifest.json").write_text(json.dumps(content))
+
+
+def forge(run: Path, *, attacked: torch.Tensor | None = None, relisted: bool = True, **changes: Any) -> None:
+    """Replace the pruned network's certificate by one that does not contradict itself."""
+    path = run / "certify" / "pruned.json"
+    old = Certificate.load(path)
+    assert old.points is not None
+    points_path = run / "certify" / old.points.name
+    if attacked is not None:
+        clean, _ = points.load(points_path, old.points)
+        changes["points"] = points.save(points_path, clean, attacked)
+    columns = {
+        "sample_ids": "id",
+        "labels": "label",
+        "clean_prediction": "clean_prediction",
+        "adversarial_prediction": "adversarial_prediction",
+        "broken_by": "broken_by",
+    }
+    facts = {name: [getattr(sample, of) for sample in old.samples] for name, of in columns.items()}
+    kept = (
+        "subject",
+        "threat",
+        "data",
+        "split",
+        "attacks",
+        "protocol",
+        "flags",
+        "attack_seed",
+        "sample_seed",
+    )
+    kept += ("block_size", "points", "versions", "environment", "seconds", "mask_sha256", "recipe_sha256")
+    facts |= {name: getattr(old, name) for name in kept} | {"class_names": ()}
+    issue(**{**facts, **changes}).save(path)
+    if relisted:
+        relist(run)
+
+
+def overstated(run: Path) -> dict[str, Any]:
+    """Everything that an attack broke is called robust."""
+    old = Certificate.load(run / "certify" / "pruned.json")
+    assert old.points is not None
+    clean, _ = points.load(run / "certify" / old.points.name, old.points)
+    return {
+        "attacked": clean,
+        "broken_by": [by if (by := sample.broken_by) == "clean" else None for sample in old.samples],
+        "adversarial_prediction": [sample.clean_prediction for sample in old.samples],
+    }
+
+
+@pytest.mark.parametrize("role", ["dense", "pruned"])
+def test_an_honest_run_is_confirmed_and_left_alone(
+    role: str, own_run: Path, files_in: Callable[[Path], dict[str, bytes]]
+) -> None:
+    before = files_in(own_run)
+    found = checked(own_run, role=role)
+    assert (found.status, found.exit_code) == ("pass", 0), words(found, "fail")
+    assert found.attacked == 0, "at this radius nothing stands"
+    assert files_in(own_run) == before
+    certificate = Certificate.load(own_run / "certify" / f"{role}.json")
+    assert found.certificate_sha256 == certificate.sha256
+    assert (certificate.mask_sha256 is not None) == (role == "pruned")
+    assert ("file search/masks.safetensors" in words(found, "pass")) == (role == "pruned")
+    assert "file certify/recipe.yaml has the SHA-256" in words(found, "pass")
+    broken = certificate.clean.k
+    assert f"breaks: {broken} of {broken} reproduce" in words(found, "pass")
+    named = {subject.name for subject in found.subjects}
+    stage = {"dense": "pretrain", "pruned": "finetune"}[role]
+    assert named == {f"{stage}/model.safetensors", *(["export/model.onnx"] if role == "pruned" else [])}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("finetune/model.safetensors", "file finetune/model.safetensors is not the one"),
+        ("certify/pruned-points.safetensors", "file certify/pruned-points.safetensors is not the one"),
+        ("search/masks.safetensors", "file search/masks.safetensors is not the one"),
+        ("certify/recipe.yaml", "file certify/recipe.yaml is not the one"),
+    ],
+)
+def test_a_file_that_was_changed_contradicts(name: str, told: str, own_run: Path) -> None:
+    path = own_run / name
+    data = bytearray(path.read_bytes())
+    if not name.endswith(".yaml"):
+        data[-3] ^= 1  # in the last tensor
+    path.write_bytes(data)
+    if name.endswith(".yaml"):  # a recipe that still is one
+        path.write_text(path.read_text().replace("seed: 0", "seed: 1"))
+    for relisted in (False, True):
+        if relisted:
+            relist(own_run)
+        found = checked(own_run)
+        assert found.exit_code == 1
+        assert told in words(found, "fail")
+
+
+@pytest.mark.parametrize(
+    "name", ["finetune/model.safetensors", "certify/pruned-points.safetensors", "search/masks.safetensors"]
+)
+def test_a_file_that_is_gone_leaves_the_answer_open(name: str, own_run: Path) -> None:
+    (own_run / name).unlink()
+    found = checked(own_run)
+    assert (found.status, found.exit_code) == ("inconclusive", 3)
+    assert f"file {name} is missing" in words(found, "inconclusive")
+
+
+def test_a_survivor_that_falls_now_is_told_with_its_attack_seed(own_run: Path) -> None:
+    forge(own_run, **overstated(own_run))
+    found = checked(own_run, k=4)
+    assert found.exit_code == 1
+    assert found.attacked == 4
+    told = words(found, "fail")
+    assert "new attacks: 0 of 4 images withstand again" in told
+    assert "(seed 7)" in told
+    assert "digits/" in told
+    assert "Attacks are random" in told
+    assert "breaks: 0 of 0 reproduce" in words(found, "pass"), "everything else agrees"
+    assert checked(own_run, k=0).status == "pass", "without attacks, an overstatement is consistent"
+
+
+def test_a_survivor_that_withstands_again(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: 40 if name == "square" else 4 for name in protocols.ITERATIONS}
+    monkeypatch.setattr(protocols, "ITERATIONS", few)
+    old = Certificate.load(own_run / "certify" / "pruned.json")
+    forge(own_run, **overstated(own_run), threat=old.threat.model_copy(update={"eps": "1/100000"}))
+    found = checked(own_run, k=3)
+    assert (found.status, found.attacked) == ("pass", 3), words(found, "fail")
+    assert "new attacks: 3 of 3 images withstand again" in words(found, "pass")
+
+
+def test_stored_points_that_break_nothing(own_run: Path) -> None:
+    old = Certificate.load(own_run / "certify" / "pruned.json")
+    assert old.points is not None
+    clean, attacked = points.load(own_run / "certify" / old.points.name, old.points)
+    index = next(i for i, sample in enumerate(old.samples) if sample.broken_by == "apgd-ce")
+    attacked[index] = clean[index]
+    forge(own_run, attacked=attacked)
+    found = checked(own_run)
+    assert found.exit_code == 1
+    assert f"breaks: {old.clean.k - 1} of {old.clean.k} reproduce" in words(found, "fail")
+    assert f"not so {old.samples[index].id}" in words(found, "fail")
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, float("nan"), None])
+def test_stored_points_outside_of_the_threat_model(value: float | None, own_run: Path) -> None:
+    old = Certificate.load(own_run / "certify" / "pruned.json")
+    assert old.points is not None
+    clean, attacked = points.load(own_run / "certify" / old.points.name, old.points)
+    index = next(i for i, sample in enumerate(old.samples) if sample.broken_by == "apgd-ce")
+    # Without a value: a pixel that goes from one end of [0, 1] to the other, farther than eps.
+    attacked[index, 0, 0, 0] = 1 - clean[index, 0, 0, 0].round() if value is None else value
+    forge(own_run, attacked=attacked)
+    found = checked(own_run)
+    assert found.exit_code == 1
+    assert "points: 1 are not within Linf eps 0.5 and [0, 1]" in words(found, "fail")
+
+
+def test_images_that_are_not_the_data_sets(own_run: Path) -> None:
+    old = Certificate.load(own_run / "certify" / "pruned.json")
+    assert old.points is not None
+    path = own_run / "certify" / old.points.name
+    clean, attacked = points.load(path, old.points)
+    forge(own_run, points=points.save(path, clean * 0.999, attacked * 0.999))
+    assert "images: the stored ones are not those of the data set" in words(checked(own_run), "fail")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [
+        ("sample_ids", "test/99999", "1 are not in digits: test/99999"),
+        ("labels", 99, "1 have another label in the data"),
+    ],
+)
+def test_samples_that_are_not_the_data_sets(column: str, value: Any, told: str, own_run: Path) -> None:
+    old = Certificate.load(own_run / "certify" / "pruned.json")
+    index = next(i for i, sample in enumerate(old.samples) if sample.broken_by == "clean")
+    name = {"sample_ids": "id", "labels": "label"}[column]
+    values = [getattr(sample, name) for sample in old.samples]
+    values[index] = value
+    forge(own_run, **{column: values})
+    found = checked(own_run)
+    assert found.exit_code == 1
+    assert told in words(found, "fail")
+
+
+def test_answers_that_were_made_up(own_run: Path) -> None:
+    old = Certificate.load(own_run / "certify" / "pruned.json")
+    index = next(i for i, sample in enumerate(old.samples) if sample.broken_by == "apgd-ce")
+    made_up = [sample.adversarial_prediction for sample in old.samples]
+    made_up[index] = 12345  # no class at all
+    forge(own_run, adversarial_prediction=made_up)
+    assert f"{old.n - 1} of {old.n} attacked images as recorded" in words(checked(own_run), "fail")
+    forge(own_run, flags=("randomized",))
+    found = checked(own_run)
+    assert found.exit_code == 3, "a network that answers at random proves nothing either way"
+
+
+def test_weights_outside_of_the_mask(own_run: Path) -> None:
+    masks = own_run / "search" / "masks.safetensors"
+    tensors = safetensors.torch.load(masks.read_bytes())
+    name = next(iter(tensors))
+    tensors[name] = torch.zeros_like(tensors[name])
+    masks.write_bytes(safetensors.torch.save(tensors))
+    forge(own_run, mask_sha256=files.sha256(masks))
+    assert "weights outside of them are not zero" in words(checked(own_run), "fail")
+
+
+def test_weights_that_are_not_the_certified_ones(own_run: Path) -> None:
+    old = Certificate.load(own_run / "certify" / "pruned.json")
+    forge(own_run, subject=old.subject.model_copy(update={"weights_sha256": "0" * 64}))
+    found = checked(own_run)
+    assert "weights: not the ones that were attacked" in words(found, "fail")
+    assert found.attacked == 0
+
+
+def test_a_certificate_that_the_run_does_not_know(own_run: Path) -> None:
+    forge(own_run, relisted=False, attack_seed=99)
+    assert "not the one that the run recorded" in words(checked(own_run), "fail")
+    path = own_run / "certify" / "pruned.json"
+    path.write_text(path.read_text().replace("\n", "\n "))
+    assert "not the canonical text" in words(checked(own_run), "fail")
+
+
+def test_a_certificate_of_before_is_read(own_run: Path) -> None:
+    """Without the hashes that came later, and without the recipe beside it."""
+    (own_run / "certify" / "recipe.yaml").unlink()
+    content = json.loads((own_run / "manifest.json").read_text())
+    outputs = content["stages"]["certify"]["outputs"]
+    content["stages"]["certify"]["outputs"] = [o for o in outputs if not o["path"].endswith(".yaml")]
+    (own_run / "manifest.json").write_text(json.dumps(content))
+    forge(own_run, mask_sha256=None, recipe_sha256=None)
+    text = (own_run / "certify" / "pruned.json").read_text()
+    assert "mask_sha256" not in text
+    assert "recipe_sha256" not in text
+    found = checked(own_run)
+    assert found.status == "pass", words(found, "fail")
+
+
+def test_a_name_in_a_certificate_that_leads_elsewhere(own_run: Path) -> None:
+    forge(own_run, points=PointsFile(name="../../secret", sha256="0" * 64))
+    with pytest.raises(Exception, match="not the name of something inside"):
+        checked(own_run)
+
+
+def test_data_that_are_not_here_leave_the_answer_open(own_run: Path) -> None:
+    """The stored points are judged all the same."""
+    for path in (own_run / "recipe.yaml", own_run / "certify" / "recipe.yaml"):
+        path.write_text(path.read_text().replace("name: digits", "name: mnist"))
+    forge(own_run, recipe_sha256=files.sha256(own_run / "certify" / "recipe.yaml"))
+    found = verify(
+        own_run / "certify" / "pruned.json",
+        own_run,
+        k=2,
+        seed=0,
+        machine=ExecutionConfig(device=torch.device("cpu"), data_root=own_run / "nowhere"),
+        recorder=Silent(),
+    )
+    assert found.exit_code == 3
+    assert "samples: the data cannot be read here" in words(found, "inconclusive")
+    assert "reproduce from their stored points" in words(found, "pass")
+
+
+def test_the_manifest_is_read_without_a_lock(own_run: Path) -> None:
+    from s2ap_deploy.runs.folder import Run
+
+    with Run.open(own_run, create=False, command="somebody at work"):
+        assert checked(own_run).status == "pass"
+    assert Manifest.load(own_run).commands[-1] == "somebody at work"
