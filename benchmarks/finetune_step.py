@@ -3,7 +3,7 @@
     python benchmarks/finetune_step.py --steps 3
     python benchmarks/finetune_step.py --network digits-conv --steps 20
 
-What is timed is ``robust.training.train`` itself under the mask of 90 %, TRADES with PGD-10 at 8/255; the
+What is timed is ``training.loop.train`` itself under the mask of 90 %, TRADES with PGD-10 at 8/255; the
 plain loop trains the weights of layers that sort their resting scores anew in every forward pass. Random
 images and weights: time does not depend on them. ``--awp`` switches adversarial weight perturbation on, which
 the plain loop has not; ``--lean`` and ``--loader`` are as in ``search_step.py``.

@@ -28,8 +28,6 @@ def __getattr__(name: str) -> Any:
     """The Python interface, imported when it is first used; torch comes with the first call that needs it."""
     import importlib
 
-    if name == "certify":  # the room of that name, which can be called; see there
-        return importlib.import_module("s2ap_deploy.certify")
     if name in __all__:
         return getattr(importlib.import_module("s2ap_deploy.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -184,12 +184,14 @@ PAPER = re.compile(
     r"\b(1[89]|20)\d\d\b|arXiv|eq\. ?\d|section \d|HYDRA|HARP|FMN|Golub|Adversarial Pruning Benchmark"
 )
 NUMERICAL = (
-    "certify/statistics.py", "certify/curve/descent.py", "certify/curve/fmn.py", "certify/bounds/bounds.py",
-    "certify/attacks/apgd.py", "certify/attacks/fab.py", "certify/attacks/square.py",
+    "evaluation/statistics.py", "evaluation/minimum_norm/fmn_state.py", "evaluation/minimum_norm/fmn.py",
+    "evaluation/bounds/propagation.py", "evaluation/autoattack/apgd.py",
+    "evaluation/autoattack/fab.py", "evaluation/autoattack/square.py",
     "pruning/budgets.py", "pruning/allocation.py", "pruning/curvature.py", "pruning/lanczos.py",
-    "pruning/scores.py", "pruning/sharpness.py", "robust/attack.py", "robust/awp.py", "robust/batchnorm.py",
-    "robust/distillation.py", "robust/losses.py", "robust/objective.py", "robust/schedule.py",
-    "exporting/storage/elias_fano.py", "exporting/storage/prediction.py",
+    "pruning/scores.py", "pruning/sharpness.py", "training/pgd.py", "training/awp.py",
+    "training/batchnorm.py",
+    "training/distillation.py", "training/losses.py", "training/objective.py", "training/schedule.py",
+    "onnx_export/codecs/elias_fano.py", "onnx_export/codecs/prediction.py",
 )  # fmt: skip
 
 

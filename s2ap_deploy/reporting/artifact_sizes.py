@@ -1,6 +1,6 @@
 """Sizes by encoding: what each way to store the weights should take, beside what was written. No torch.
 
-The formulas are those of a plan (``exporting.storage.prediction``), here with the counts of the file itself.
+The formulas are those of a plan (``onnx_export.codecs.prediction``), here with the counts of the file itself.
 """
 
 from __future__ import annotations

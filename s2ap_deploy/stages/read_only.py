@@ -28,7 +28,7 @@ class StagePending(Exception):
 
 
 class ReadOnlyRun(Run):
-    """A run folder without its lock, in which nothing is written: a stage that is not done raises StagePending."""
+    """A run folder opened without its lock and never written to; unfinished stages raise StagePending."""
 
     def __init__(self, path: Path) -> None:
         """``path`` may be absent. Raises RunFolderError when it holds something else or is damaged."""

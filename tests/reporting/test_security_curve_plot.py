@@ -89,7 +89,14 @@ def test_without_matplotlib_the_error_says_what_to_install(
     assert caught.value.hint == "pip install matplotlib"
 
 
-@pytest.mark.parametrize("name", ["reporting.curve", "certify.curve.curve", "certify.curve.ap_benchmark"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reporting.security_curve_plot",
+        "evaluation.minimum_norm.security_curve",
+        "evaluation.minimum_norm.ap_benchmark",
+    ],
+)
 def test_neither_torch_nor_matplotlib_is_imported_before_it_is_needed(name: str) -> None:
     heavy = {"torch", "numpy", "matplotlib"}
     probe = f"import sys, s2ap_deploy.{name}; print(sorted({heavy} & set(sys.modules)))"

@@ -202,7 +202,8 @@ def _installed() -> dict[str, Architecture]:
             raise ArchitectureError(f"{what} fails while it is imported: {imported.reason(error)}") from error
         if not isinstance(offered, Architecture):
             raise ArchitectureError(
-                f"{what} is {type(offered).__name__}, not an s2ap_deploy.models.architectures.architecture.Architecture"
+                f"{what} is {type(offered).__name__}, not an "
+                "s2ap_deploy.models.architectures.architecture.Architecture"
             )
         found[entry.name] = imported.run_cli(offered, entry.name)
     return found

@@ -28,7 +28,8 @@ def compacted(
     """A copy of ``network`` that has only the channels ``kept`` (numbers by name of group), in their order.
 
     The copy computes what ``network`` computes when nothing reads the other channels. Also returns the
-    changed :data:`Numbers` of every layer. Errors as for :func:`~s2ap_deploy.models.channels.layer_channels.sliced`.
+    changed :data:`Numbers` of every layer. Errors as for
+    :func:`~s2ap_deploy.models.channels.layer_channels.sliced`.
     """
     tensors = sliced(network.state_dict(), tuple(groups), kept)
     tensors |= {name: tensors[first] for name, first in tied(network).items()}

@@ -29,7 +29,8 @@ class _Tally:
 def compact(model: ModelProto) -> tuple[ModelProto, Compaction]:
     """A model with fewer channels that computes the same, and what was removed.
 
-    Works on dense float graphs, as :func:`~s2ap_deploy.onnx_export.graph.to_onnx` returns them. Removes, until
+    Works on dense float graphs, as :func:`~s2ap_deploy.onnx_export.graph.to_onnx` returns them. Removes,
+    until
     nothing more is found: channels that are zero for every input or that nobody reads, and constant channels,
     which go into the bias of a reader without padding or are merged into one where borders read zeros.
     Channels tied by residual sums, concatenations and the like leave together or not at all. Inputs and

@@ -110,7 +110,8 @@ def test_a_file_of_ours_cannot_choose_what_is_imported(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     code = tmp_path / "net.py"
     code.write_text(
-        f"open({str(marker)!r}, 'w')\nfrom s2ap_deploy.models.architectures.small import digits_conv as make\n"
+        f"open({str(marker)!r}, 'w')\n"
+        "from s2ap_deploy.models.architectures.small import digits_conv as make\n"
     )
     save(tmp_path / "m.pt", Classifier(digits()), facts(arch=f"{code}:make", normalization=None))
     with pytest.raises(ArchitectureError, match="imported only when you say so") as caught:
