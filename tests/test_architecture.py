@@ -19,6 +19,7 @@ FLOORS = {
     "recorder": 1,
     "files": 1,
     "plugins": 1,
+    "records": 2,
     "runtime": 2,
     "tracking": 2,
     "distributed": 3,
