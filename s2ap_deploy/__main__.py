@@ -13,6 +13,12 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except BaseException as error:
+        from s2ap_deploy.requirements import install_incomplete
+
+        incomplete = install_incomplete(error) if isinstance(error, ImportError) else None
+        if incomplete is not None:
+            sys.stderr.write(f"error: {incomplete.message}\n  hint: {incomplete.hint}\n")
+            sys.exit(incomplete.exit_code)
         sys.stderr.write(f"error: s2ap-deploy cannot start: {type(error).__name__}: {error}\n")
         sys.exit(70)
     command_line()

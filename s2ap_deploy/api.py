@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from s2ap_deploy.gating.policy import Verdict
     from s2ap_deploy.onnx_export.export_report import ExportReport
     from s2ap_deploy.recipe.schema import Recipe
+    from s2ap_deploy.stages.certified_files import Verification
     from s2ap_deploy.stages.context import RunContext
     from s2ap_deploy.stages.open_run import Session
-    from s2ap_deploy.stages.verify import Verification
 
 DEFAULT_RUN = "s2ap-run"
 
@@ -341,6 +341,7 @@ def verify(
     certificate: Path | str,
     *,
     run: Path | str | None = None,
+    files_only: bool = False,
     k: int = 10,
     seed: int | None = None,
     arch: str | None = None,
@@ -348,18 +349,23 @@ def verify(
 ) -> Verification:
     """Hold a certificate's file against every file it names, and attack ``k`` of its survivors anew.
 
-    ``seed`` None is drawn, so that whoever made the certificate could not know it. Nothing is written. Raises
-    InputError for what is no certificate, UsageError where no run folder is found.
+    ``files_only`` checks hashes, counts, intervals and the recipe alone, which needs no torch. ``seed`` None
+    is drawn, so that whoever made the certificate could not know it. Nothing is written. Raises InputError
+    for what is no certificate, UsageError where no run folder is found.
     """
     import secrets
 
-    from s2ap_deploy.recorder import Silent
-    from s2ap_deploy.stages import open_run
-    from s2ap_deploy.stages.verify import run_folder
-    from s2ap_deploy.stages.verify import verify as work
+    from s2ap_deploy.stages.certified_files import run_folder, verify_files
 
     path = Path(certificate)
     folder = run_folder(path, Path(run) if run is not None else None)
+    if files_only:
+        return verify_files(path, folder)
+
+    from s2ap_deploy.recorder import Silent
+    from s2ap_deploy.stages import open_run
+    from s2ap_deploy.stages.verify import verify as work
+
     return work(
         path,
         folder,
@@ -402,7 +408,7 @@ def _said(settings: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _trained(job: RunContext, stage: Any) -> Trained:
-    from s2ap_deploy.stages.context import MODEL
+    from s2ap_deploy.runs.folder import MODEL
 
     results: Any = job.run.manifest.stages[stage].results or {}
     best = results.get("best") or {}

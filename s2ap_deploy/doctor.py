@@ -18,25 +18,9 @@ from s2ap_deploy import plugins
 from s2ap_deploy.errors import DeployError
 from s2ap_deploy.plugins import KINDS, Kind
 from s2ap_deploy.recorder import Recorder
+from s2ap_deploy.requirements import DISTRIBUTION, MODULES
 from s2ap_deploy.spec import Record
 
-DISTRIBUTION = "s2ap-deploy"
-# What is imported to see whether it can be: distributions whose libraries may miss a system's own.
-MODULES = {
-    "numpy": "numpy",
-    "scipy": "scipy",
-    "torch": "torch",
-    "torchvision": "torchvision",
-    "onnx": "onnx",
-    "onnxruntime": "onnxruntime",
-    "onnxscript": "onnxscript",
-    "torch-pruning": "torch_pruning",
-    "pyautoattack": "pyautoattack",
-    "scikit-learn": "sklearn",
-    "safetensors": "safetensors",
-    "Pillow": "PIL",
-    "matplotlib": "matplotlib",
-}
 EXTRAS = {"tracking": ("tensorboard", "mlflow"), "openvino": ("openvino",)}
 INSTRUCTIONS = (
     "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve"
@@ -131,7 +115,7 @@ def examine(folder: Path, recorder: Recorder, *, data_root: Path | None = None) 
 def versions() -> dict[str, str]:
     """Python's, ours, and those of every distribution that we need."""
     found = {"python": platform.python_version()}
-    for name in (DISTRIBUTION, *MODULES, "click", "rich", "pydantic", "PyYAML", "Jinja2"):
+    for name in (DISTRIBUTION, *MODULES):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -215,13 +199,13 @@ def look_around(folder: Path) -> tuple[Computer, list[Problem]]:
 
 
 def data_sets(root: Path | None) -> tuple[Path, tuple[DataSet, ...]]:
-    """Where data sets are looked for, and which are there; digits come with scikit-learn."""
+    """Where data sets are looked for, and which are there; the digits are a file of the package."""
     try:
         from s2ap_deploy.data.published import FOOTPRINTS, data_root
     except (Exception, SystemExit):  # torch may be what is broken
         return root or Path("data"), ()
     place = data_root(root)
-    found = [DataSet(name="digits", where="scikit-learn" if _installed("scikit-learn") else None)]
+    found = [DataSet(name="digits", where=DISTRIBUTION)]
     for name, traces in FOOTPRINTS.items():
         whole = all((place / trace).exists() for trace in traces)
         found.append(DataSet(name=name, where=str(place / traces[0]) if whole else None))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from s2ap_deploy.requirements import GATE
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,11 +29,16 @@ def built(target: str, folder: Path) -> Path:
     return found
 
 
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built("wheel", tmp_path_factory.mktemp("wheel") / "dist")
+
+
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_recipes_and_targets(tmp_path: Path) -> None:
-    with zipfile.ZipFile(built("wheel", tmp_path / "dist")) as wheel:
-        names = set(wheel.namelist())
-        (metadata,) = (wheel.read(name).decode() for name in names if name.endswith("/METADATA"))
+def test_the_wheel_holds_the_package_recipes_and_targets(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (text,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
     assert "s2ap_deploy/py.typed" in names
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         assert f"s2ap_deploy/shipped/recipes/{recipe.name}" in names
@@ -35,8 +47,10 @@ def test_the_wheel_holds_the_package_recipes_and_targets(tmp_path: Path) -> None
     for module in (ROOT / "s2ap_deploy").rglob("*.py"):
         assert module.relative_to(ROOT).as_posix() in names
     assert not any(name.startswith(("tests/", "docs/", "benchmarks/", "examples/")) for name in names)
-    for extra in ("tracking", "openvino", "report", "test", "dev"):
-        assert f"Provides-Extra: {extra}" in metadata
+    for extra in ("tracking", "openvino", "test", "dev"):
+        assert f"Provides-Extra: {extra}" in text
+    assert "s2ap_deploy/data/digits.npz" in names
+    assert "License-File: s2ap_deploy/data/digits-license.txt" in text
 
 
 @pytest.mark.slow
@@ -55,3 +69,53 @@ def test_the_installed_package_works_from_outside_of_the_tree() -> None:
     done = subprocess.run(["bash", ".ci/smoke", interpreter], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "run, export and report: done" in done.stdout
+
+
+def copied(names: tuple[str, ...], site: Path) -> None:
+    """Copy installed distributions and what they require: ``pip install`` without an index."""
+    waiting, done = [*names], set()
+    while waiting:
+        name = re.split(r"[^\w.-]", waiting.pop(), maxsplit=1)[0]
+        if name in done:
+            continue
+        done.add(name)
+        found = metadata.distribution(name)
+        waiting += [each for each in found.requires or [] if "extra ==" not in each]
+        for file in found.files or []:
+            if ".." not in file.parts:
+                (site / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(found.locate_file(file), site / file)
+
+
+@pytest.mark.slow
+def test_gate_runs_in_an_environment_without_torch(wheel: Path, own_run: Path, tmp_path: Path) -> None:
+    """The wheel with nothing but the libraries on its own short list, at most 60 MB in all."""
+    place = tmp_path / "venv"
+    venv.create(place, with_pip=True)
+    python, program = place / "bin" / "python", place / "bin" / "s2ap-deploy"
+
+    def ran(*command: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(
+            [*map(str, command)], cwd=own_run.parent, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    ran(python, "-m", "pip", "install", "--no-index", "--no-deps", wheel)
+    bare = ran(program, "gate", code=2)
+    assert "pip install" in bare.stderr
+    listed = ran(python, "-m", "s2ap_deploy.requirements", "gate").stdout.split()
+    assert [re.split(r"[^\w.-]", each)[0] for each in listed] == [name.lower() for name in GATE]
+    (site,) = place.glob("lib/python*/site-packages")
+    copied(GATE, site)
+
+    ran(program, "gate", "--min-robust", "0", "--rule", "point", "--junit", "gate.xml")
+    found = json.loads(
+        ran(program, "verify", "--files", own_run / "certify" / "pruned.json", "--json").stdout
+    )
+    assert (found["status"], found["scope"], found["attacked"]) == ("pass", "files", 0)
+    refused = ran(program, "certify", "--json", code=2)
+    assert "pip install s2ap-deploy" in refused.stderr
+    size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file() and not path.is_symlink())
+    assert size < 60e6

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from s2ap_deploy import requirements
 from s2ap_deploy.cli import signs
 from s2ap_deploy.distributed import environment
 from s2ap_deploy.errors import INCONCLUSIVE, INTERRUPTED, UNFORESEEN, UNUSABLE, DeployError
@@ -64,6 +65,8 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise OutputClosed from None
+        except ModuleNotFoundError as error:
+            raise requirements.install_incomplete(error) or error from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

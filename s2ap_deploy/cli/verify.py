@@ -10,10 +10,11 @@ import click
 
 from s2ap_deploy.cli import options
 from s2ap_deploy.cli.gate import SIGNS, _say
+from s2ap_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from s2ap_deploy.stages.certified_files import Verification
     from s2ap_deploy.stages.execution import ExecutionConfig
-    from s2ap_deploy.stages.verify import Verification
 
 WORDS = {"pass": "CONFIRMED", "fail": "CONTRADICTED", "inconclusive": "INCONCLUSIVE"}
 
@@ -27,11 +28,15 @@ WORDS = {"pass": "CONFIRMED", "fail": "CONTRADICTED", "inconclusive": "INCONCLUS
     help="The run folder.  [default: the one around CERT]",
 )
 @click.option(
+    "--files",
+    "files_only",
+    is_flag=True,
+    help="Check files alone: hashes, counts, intervals and the recipe. Runs no network; needs no torch.",
+)
+@click.option(
     "--k",
     type=click.IntRange(min=0),
-    default=10,
-    show_default=True,
-    help="Images recorded as robust to attack anew.",
+    help="Images recorded as robust to attack anew.  [default: 10]",
 )
 @click.option(
     "--seed",
@@ -53,7 +58,8 @@ WORDS = {"pass": "CONFIRMED", "fail": "CONTRADICTED", "inconclusive": "INCONCLUS
 def command(
     certificate: Path,
     folder: Path | None,
-    k: int,
+    files_only: bool,
+    k: int | None,
     seed: int | None,
     in_toto: Path | None,
     arch: str | None,
@@ -73,9 +79,18 @@ def command(
 
     \b
     s2ap-deploy verify s2ap-run/certify/pruned.json
+    s2ap-deploy verify s2ap-run/certify/pruned.json --files
     s2ap-deploy verify s2ap-run/certify/pruned.json --k 50 --in-toto statement.json
     s2ap-deploy verify s2ap-run/artifact/certificate.json
     """
+    if files_only:
+        if (k, seed, in_toto) != (None, None, None):
+            raise UsageError(
+                "--files attacks nothing, so --k, --seed and --in-toto do not go with it",
+                code="verify-files-excludes-attacks",
+            )
+        return _check_files(certificate, folder, as_json=as_json, quiet=quiet)
+
     import secrets
 
     import torch
@@ -83,9 +98,9 @@ def command(
     from s2ap_deploy import runtime
     from s2ap_deploy.cli import session
     from s2ap_deploy.cli.progress import recorder
-    from s2ap_deploy.errors import UsageError
+    from s2ap_deploy.stages.certified_files import run_folder
     from s2ap_deploy.stages.execution import ExecutionConfig, remembered_data_root
-    from s2ap_deploy.stages.verify import run_folder, verify
+    from s2ap_deploy.stages.verify import verify
 
     session.only_import_path(arch, "the certificate")
     session.check_output(in_toto, (".json",), overwrite=True)
@@ -104,6 +119,7 @@ def command(
     )
     # Whoever made the certificate must not know which images will be drawn.
     seed = secrets.randbelow(2**31) if seed is None else seed
+    k = 10 if k is None else k
     with recorder(quiet) as progress:
         if options.told("verbose", False) and not quiet:
             for line in _opening(place, seed, machine):
@@ -118,6 +134,17 @@ def command(
     if options.told("verbose", False) and not quiet:
         for line in _closing(found):
             click.echo(line, err=True)
+    return found.exit_code
+
+
+def _check_files(certificate: Path, folder: Path | None, *, as_json: bool, quiet: bool) -> int:
+    from s2ap_deploy.stages.certified_files import verify_files
+
+    found = verify_files(certificate, folder)
+    if as_json:
+        click.echo(found.model_dump_json())
+    elif not quiet:
+        _show(found, None)
     return found.exit_code
 
 
@@ -166,7 +193,8 @@ def _show(found: Verification, in_toto: Path | None) -> None:
         sign, color = SIGNS[check.status]
         _say(f"{click.style(sign, fg=color)} {check.words}")
     _, color = SIGNS[found.status]
-    _say(f"certificate: {click.style(WORDS[found.status], fg=color, bold=True)}")
+    of = "files of the certificate" if found.scope == "files" else "certificate"
+    _say(f"{of}: {click.style(WORDS[found.status], fg=color, bold=True)}")
     if in_toto is not None and found.status == "pass":
         _say(f"in-toto statement, not yet signed: {in_toto}")
     elif in_toto is not None:

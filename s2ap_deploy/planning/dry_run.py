@@ -14,8 +14,8 @@ from s2ap_deploy.recipe.methods import METHODS
 from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.recorder import Recorder, Silent
+from s2ap_deploy.runs.folder import MODEL
 from s2ap_deploy.stages.certify import certify
-from s2ap_deploy.stages.context import MODEL
 from s2ap_deploy.stages.execution import ExecutionConfig
 from s2ap_deploy.stages.export import export
 from s2ap_deploy.stages.export_target import target_of

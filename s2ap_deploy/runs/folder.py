@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from s2ap_deploy.recipe.schema import Recipe
 
 RECIPE_FILE = "recipe.yaml"
+MODEL = "model.safetensors"
+MASKS = "masks.safetensors"
+CERTIFICATE = "certificate.json"  # of an exported file
+COPY = "model.onnx"  # of an exported file from outside the folder
 _OVERWRITE = "add --overwrite to start again, or choose another folder with --run"
 _COMMANDS: dict[StageName, str] = {
     "pretrain": "pretrain or prune",

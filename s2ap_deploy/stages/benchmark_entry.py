@@ -14,8 +14,9 @@ from s2ap_deploy.evaluation.minimum_norm.security_curve import SecurityCurve
 from s2ap_deploy.evaluation.samples import Share
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.recipe.prune_section import PruneSection
+from s2ap_deploy.runs.folder import MODEL
 from s2ap_deploy.spec import Normalization
-from s2ap_deploy.stages.context import MODEL, RunContext, read_classifier
+from s2ap_deploy.stages.context import RunContext, read_classifier
 
 _ARCHITECTURES = {"cifar-resnet18": "resnet18", "cifar-vgg16-bn": "vgg16"}
 _STRUCTURES = {"weight": "US", "channel": "S"}

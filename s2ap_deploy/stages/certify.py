@@ -25,13 +25,12 @@ from s2ap_deploy.gating.sample_size import Plan
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, weights_hash
 from s2ap_deploy.recipe import catalog
-from s2ap_deploy.runs.folder import RECIPE_FILE
+from s2ap_deploy.runs.folder import MASKS, RECIPE_FILE
 from s2ap_deploy.stages import early_certify
 from s2ap_deploy.stages.attack_reuse import bring
 from s2ap_deploy.stages.context import RunContext
 from s2ap_deploy.stages.evidence import check_curve, prove, trace_curve
 from s2ap_deploy.stages.issue_certificate import Samples, certificate_of
-from s2ap_deploy.stages.prune import MASKS
 
 DENSE, PRUNED = "dense", "pruned"
 

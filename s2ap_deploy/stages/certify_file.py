@@ -33,15 +33,13 @@ from s2ap_deploy.onnx_export.onnx_file import OnnxFile
 from s2ap_deploy.onnx_export.quantization import quantized_weights
 from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxTwin
 from s2ap_deploy.onnx_export.verification import compare_twin
-from s2ap_deploy.runs.folder import Run
+from s2ap_deploy.runs.folder import CERTIFICATE, COPY, Run
 from s2ap_deploy.stages.certify import DENSE, PRUNED
 from s2ap_deploy.stages.context import RunContext
 from s2ap_deploy.stages.issue_certificate import Samples, certificate_of
 from s2ap_deploy.training.pgd import pgd
 
-CERTIFICATE = "certificate.json"
 POINTS = "points.safetensors"
-COPY = "model.onnx"
 _TWIN_STEPS = 10
 
 

@@ -16,8 +16,8 @@ from s2ap_deploy.pruning.masks import kept, sparsity
 from s2ap_deploy.pruning.stability import Likeness, layerwise, likeness
 from s2ap_deploy.pruning.tensors import load_tensors
 from s2ap_deploy.runs import manifest
+from s2ap_deploy.runs.folder import MASKS
 from s2ap_deploy.runs.manifest import Manifest, StageName, StageRecord
-from s2ap_deploy.stages.prune import MASKS
 
 ACCURACIES = ("clean_accuracy", "robust_accuracy")
 NOTE = (

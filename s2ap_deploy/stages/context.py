@@ -18,13 +18,12 @@ from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.recipe.train_section import Objective as ObjectiveSection
 from s2ap_deploy.recorder import Recorder
-from s2ap_deploy.runs.folder import Run
+from s2ap_deploy.runs.folder import MODEL, Run
 from s2ap_deploy.runs.manifest import StageName
 from s2ap_deploy.runs.stage import Stage
 from s2ap_deploy.stages.execution import ExecutionConfig
 from s2ap_deploy.training.objective import Objective
 
-MODEL = "model.safetensors"
 HISTORY = "history.json"
 
 

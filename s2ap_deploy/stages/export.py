@@ -24,11 +24,12 @@ from s2ap_deploy.onnx_export.verification import CertifiedPoints
 from s2ap_deploy.pruning.masks import sparsity
 from s2ap_deploy.pruning.tensors import load_tensors
 from s2ap_deploy.recipe.schema import ExportSection
+from s2ap_deploy.runs.folder import MASKS
 from s2ap_deploy.stages import export_channels, export_target
 from s2ap_deploy.stages.bench import measured
 from s2ap_deploy.stages.certify import DENSE, PRUNED
 from s2ap_deploy.stages.context import RunContext
-from s2ap_deploy.stages.prune import MASKS, SCORES
+from s2ap_deploy.stages.prune import SCORES
 
 ONNX = "model.onnx"
 INT8_ONNX = "model-int8.onnx"

@@ -17,11 +17,12 @@ from s2ap_deploy.recipe.methods import origins
 from s2ap_deploy.recipe.schema import ModelSection
 from s2ap_deploy.recipe.train_section import TrainSection
 from s2ap_deploy.recorder import Silent
+from s2ap_deploy.runs.folder import MODEL
 from s2ap_deploy.runs.manifest import tool_version
 from s2ap_deploy.runtime import derive_seed
 from s2ap_deploy.spec import DataSpec
 from s2ap_deploy.stages import input_spec
-from s2ap_deploy.stages.context import HISTORY, MODEL, RunContext
+from s2ap_deploy.stages.context import HISTORY, RunContext
 from s2ap_deploy.training.evaluation import pgd_accuracy
 from s2ap_deploy.training.loop import train
 from s2ap_deploy.training.schedule import validation_sample

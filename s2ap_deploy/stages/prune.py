@@ -23,14 +23,13 @@ from s2ap_deploy.pruning.tensors import load_tensors, save_tensors
 from s2ap_deploy.recipe.methods import METHODS, origins
 from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.recorder import Silent
-from s2ap_deploy.runs.folder import Run
+from s2ap_deploy.runs.folder import MASKS, MODEL, Run
 from s2ap_deploy.runs.stage import Stage
-from s2ap_deploy.stages.context import HISTORY, MODEL, RunContext
+from s2ap_deploy.stages.context import HISTORY, RunContext
 from s2ap_deploy.stages.scoring import score, scores_file
 from s2ap_deploy.training.distillation import Teacher
 from s2ap_deploy.training.loop import train
 
-MASKS = "masks.safetensors"
 SCORES = "scores.safetensors"
 DENOMINATOR = "weights of the convolutions and linear layers that a forward pass uses"
 

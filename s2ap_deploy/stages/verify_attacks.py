@@ -17,6 +17,7 @@ from s2ap_deploy.gating.check import Check, Status
 from s2ap_deploy.gating.policy import DOUBTS
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.runtime import derive_seed
+from s2ap_deploy.stages.certified_files import check
 from s2ap_deploy.stages.evidence import prove
 from s2ap_deploy.stages.execution import ExecutionConfig
 from s2ap_deploy.stages.verification_target import VerificationTarget
@@ -183,8 +184,3 @@ def listed(ids: Sequence[str]) -> str:
     """The first few ids, made harmless: they come out of a file."""
     shown = ", ".join(plain(each, 60) for each in ids[:_NAMED])
     return shown + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
-
-
-def check(name: str, status: Status, words: str) -> Check:
-    """A question and its answer, which no threshold decides."""
-    return Check(name=name, status=status, words=words)

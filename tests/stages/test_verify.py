@@ -18,8 +18,9 @@ from s2ap_deploy.evaluation.certificate import Certificate, PointsFile
 from s2ap_deploy.evaluation.issuing import issue
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.runs.manifest import Manifest
+from s2ap_deploy.stages.certified_files import Verification
 from s2ap_deploy.stages.execution import ExecutionConfig
-from s2ap_deploy.stages.verify import Verification, verify
+from s2ap_deploy.stages.verify import verify
 
 CPU = ExecutionConfig(device=torch.device("cpu"), workers=1)
 
@@ -86,6 +87,7 @@ def overstated(run: Path) -> dict[str, Any]:
         "attacked": clean,
         "broken_by": [by if (by := sample.broken_by) == "clean" else None for sample in old.samples],
         "adversarial_prediction": [sample.clean_prediction for sample in old.samples],
+        "attacks": [row.model_copy(update={"n_broken": 0}) for row in old.attacks],
     }
 
 

@@ -1,0 +1,94 @@
+"""The libraries that the package needs, and the commands that install missing ones.
+
+``gate`` and ``verify --files`` need three small libraries. This installs the package with these alone::
+
+    pip install --no-deps s2ap-deploy && pip install $(python -m s2ap_deploy.requirements gate)
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import metadata
+
+from s2ap_deploy.errors import UsageError
+
+DISTRIBUTION = "s2ap-deploy"
+# Distribution → the module by which it is imported.
+MODULES = {
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "onnx": "onnx",
+    "onnxruntime": "onnxruntime",
+    "onnxscript": "onnxscript",
+    "torch-pruning": "torch_pruning",
+    "pyautoattack": "pyautoattack",
+    "safetensors": "safetensors",
+    "Pillow": "PIL",
+    "matplotlib": "matplotlib",
+    "click": "click",
+    "rich": "rich",
+    "pydantic": "pydantic",
+    "PyYAML": "yaml",
+    "Jinja2": "jinja2",
+    "MarkupSafe": "markupsafe",
+    "packaging": "packaging",
+}
+GATE = ("click", "pydantic", "PyYAML")
+"""The distributions that ``gate`` and ``verify --files`` import."""
+
+
+def gate_requirements() -> list[str]:
+    """List the requirements in :data:`GATE` with the version bounds that the package declares.
+
+    Returns:
+        One requirement per distribution, such as ``click<9,>=8.2``; bare names where the package is imported
+        from a source tree without being installed.
+    """
+    try:
+        declared = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return list(GATE)
+    found = {_name(each): each for each in declared if "extra ==" not in each}
+    return [found.get(_name(name), name) for name in GATE]
+
+
+def install_incomplete(error: ImportError) -> UsageError | None:
+    """Turn the failed import of a library in :data:`MODULES` into an error that says how to install it.
+
+    Returns:
+        The error, or None where the import failed for another reason.
+    """
+    distribution = next((name for name, module in MODULES.items() if module == error.name), None)
+    if distribution is None or not isinstance(error, ModuleNotFoundError):
+        return None
+    hint = f"for all commands: pip install {DISTRIBUTION}"
+    if distribution in GATE:
+        hint += f"; for gate and verify --files: pip install {' '.join(map(_quoted, gate_requirements()))}"
+    return UsageError(
+        f"this command needs {distribution}, which is not installed", code="install-incomplete", hint=hint
+    )
+
+
+def _name(requirement: str) -> str:
+    """The distribution's name as pip compares it: ``py-yaml`` for ``Py_YAML<7``."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
+
+
+def _quoted(requirement: str) -> str:
+    return f'"{requirement}"'
+
+
+def main(arguments: list[str]) -> int:
+    """Print what ``gate`` needs, one requirement per line."""
+    if arguments != ["gate"]:
+        sys.stderr.write("usage: python -m s2ap_deploy.requirements gate\n")
+        return 2
+    print("\n".join(gate_requirements()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
