@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).parents[1] / "s2ap_deploy"
 
 # A room may import from rooms of a lower floor, and from itself.
@@ -139,7 +137,7 @@ def test_each_library_is_imported_behind_its_own_door() -> None:
 
 
 def test_what_must_start_at_once_pulls_no_torch() -> None:
-    """In the list's order, in one process: the first module after which one of them is there is the culprit."""
+    """All in one process; the message names the first module that imports one of them."""
     probe = f"""
 import importlib, sys
 for name in {TORCH_FREE!r}:

@@ -23,7 +23,7 @@ def load() -> tuple[MemorySplit, MemorySplit]:
     Images are uint8 [n, 1, 8, 8]: the file's levels 0 to 16, scaled to 0 to 255. Ids number the images in
     the file's order, which is that of scikit-learn's ``load_digits``.
 
-    Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI ExecutionConfig Learning Repository,
+    Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository,
     1998 (its test part; CC BY 4.0).
     """
     with np.load(FILE, allow_pickle=False) as arrays:
