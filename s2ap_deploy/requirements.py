@@ -2,7 +2,8 @@
 
 ``gate`` and ``verify --files`` need three small libraries. This installs the package with these alone::
 
-    pip install --no-deps s2ap-deploy && pip install $(python -m s2ap_deploy.requirements gate)
+    pip install --no-deps s2ap-deploy
+    pip install --no-warn-conflicts $(python -m s2ap_deploy.requirements gate)
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def install_incomplete(error: ImportError) -> UsageError | None:
         return None
     hint = f"for all commands: pip install {DISTRIBUTION}"
     if distribution in GATE:
-        hint += f"; for gate and verify --files: pip install {' '.join(map(_quoted, gate_requirements()))}"
+        listed = " ".join(f'"{each}"' for each in gate_requirements())
+        hint += f"; for gate and verify --files: pip install --no-warn-conflicts {listed}"
     return UsageError(
         f"this command needs {distribution}, which is not installed", code="install-incomplete", hint=hint
     )
@@ -75,10 +77,6 @@ def install_incomplete(error: ImportError) -> UsageError | None:
 def _name(requirement: str) -> str:
     """The distribution's name as pip compares it: ``py-yaml`` for ``Py_YAML<7``."""
     return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
-
-
-def _quoted(requirement: str) -> str:
-    return f'"{requirement}"'
 
 
 def main(arguments: list[str]) -> int:

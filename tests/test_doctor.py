@@ -33,7 +33,7 @@ def test_a_healthy_machine(s2ap: Callable[..., Any]) -> None:
     assert found.computer.cores >= 1
     assert found.computer.disk_free_bytes is not None
     assert [each.name for each in found.data][:2] == ["digits", "mnist"]
-    assert found.data[0].where == "scikit-learn"
+    assert found.data[0].where == "s2ap-deploy"
     assert not any(problem.blocks for problem in found.problems)
 
 

@@ -87,6 +87,8 @@ def test_a_copy_needs_the_name_of_its_run(s2ap: Callable[..., Any], own_run: Pat
         ([CERT, "--in-toto", "no/st.json"], "there is no folder no"),
         ([CERT, "--in-toto", "st.txt"], "cannot tell the format of st.txt"),
         ([CERT, "--in-toto", CERT], "is no place for a statement"),
+        ([CERT, "--files", "--k", "5"], "--files attacks nothing"),
+        ([CERT, "--files", "--in-toto", "st.json"], "--files attacks nothing"),
         ([CERT, "--arch", "digits-conv"], "the certificate decides on the architecture"),
         ([CERT, "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         ([], "Missing argument 'CERT'"),

@@ -4,8 +4,9 @@ import hashlib
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
-from s2ap_deploy.data import datasets
+from s2ap_deploy.data import datasets, digits
 from s2ap_deploy.data.known import KNOWN
 from s2ap_deploy.errors import DataError, UsageError
 from s2ap_deploy.spec import DataSpec
@@ -27,11 +28,14 @@ def test_digits_test_set_never_moves() -> None:
     assert hashlib.sha256(",".join(sets[0]).encode()).hexdigest().startswith("af525ba50855bfad")
 
 
-def test_digits_gray_levels_fill_the_range() -> None:
-    images, _ = datasets.load("digits").train.tensors()
-    levels = (images * 255).unique()
-    assert len(levels) == 17
-    assert torch.equal(levels.round(), (torch.arange(17) * 255 / 16).round())
+def test_digits_are_those_of_scikit_learn() -> None:
+    bundled = load_digits()
+    train, test = digits.load()
+    for part in (train, test):
+        rows = [int(name.removeprefix("digits/")) for name in part.ids]
+        levels = torch.from_numpy(bundled.images[rows])
+        assert torch.equal(part.images, levels.mul(255 / 16).round().to(torch.uint8).unsqueeze(1))
+        assert torch.equal(part.labels, torch.from_numpy(bundled.target[rows]).long())
 
 
 def test_validation_moves_with_the_seed_only() -> None:

@@ -18,7 +18,7 @@ from s2ap_deploy.evaluation.certificate import Certificate, PointsFile
 from s2ap_deploy.evaluation.issuing import issue
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.runs.manifest import Manifest
-from s2ap_deploy.stages.certified_files import Verification
+from s2ap_deploy.stages.certified_files import Verification, verify_files
 from s2ap_deploy.stages.execution import ExecutionConfig
 from s2ap_deploy.stages.verify import verify
 
@@ -309,3 +309,68 @@ def test_the_manifest_is_read_without_a_lock(own_run: Path) -> None:
     with Run.open(own_run, create=False, command="somebody at work"):
         assert checked(own_run).status == "pass"
     assert Manifest.load(own_run).commands[-1] == "somebody at work"
+
+
+def test_files_alone_confirm_an_honest_run(
+    own_run: Path, files_in: Callable[[Path], dict[str, bytes]]
+) -> None:
+    before = files_in(own_run)
+    path = own_run / "certify" / "pruned.json"
+    found = verify_files(path, None)
+    assert (found.status, found.scope, found.seed, found.attacked) == ("pass", "files", None, 0)
+    assert {"certificate", "figures", "points", "recipe"} <= {check.name for check in found.checks}
+    assert found.subjects == checked(own_run).subjects
+    assert files_in(own_run) == before
+
+
+def wider(old: Certificate) -> dict[str, Any]:
+    low, high = old.clean.interval
+    return {"clean": old.clean.model_copy(update={"interval": (low / 2, high)})}
+
+
+def lost_break(old: Certificate) -> dict[str, Any]:
+    first, *rest = old.attacks
+    return {"attacks": (first.model_copy(update={"n_broken": first.n_broken - 1}), *rest)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        (wider, "figures"),
+        (lost_break, "figures"),
+        (lambda old: {"attack_seed": 99}, "recipe"),
+        (lambda old: {"threat": old.threat.model_copy(update={"eps": "0.1"})}, "recipe"),
+        (lambda old: {"data": "mnist"}, "recipe"),
+    ],
+)
+def test_a_relisted_certificate_that_its_own_files_contradict(
+    changes: Callable[[Certificate], dict[str, Any]], name: str, own_run: Path
+) -> None:
+    path = own_run / "certify" / "pruned.json"
+    old = Certificate.load(path)
+    old.model_copy(update=changes(old)).save(path)
+    relist(own_run)
+    found = verify_files(path, None)
+    assert [check.name for check in found.checks if check.status == "fail"] == [name]
+    assert found.exit_code == 1
+
+
+@pytest.mark.parametrize("damage", ["shorter", "header"])
+def test_a_points_file_with_another_number_of_points(damage: str, own_run: Path) -> None:
+    old = Certificate.load(own_run / "certify" / "pruned.json")
+    assert old.points is not None
+    path = own_run / "certify" / old.points.name
+    clean, attacked = points.load(path, old.points)
+    if damage == "shorter":
+        forge(own_run, points=points.save(path, clean[1:], attacked[1:]))
+    else:
+        path.write_bytes((3).to_bytes(8, "little") + b"no!")
+        forge(own_run, points=PointsFile(name=path.name, sha256=files.sha256(path)))
+    found = verify_files(own_run / "certify" / "pruned.json", None)
+    assert [check.name for check in found.checks if check.status == "fail"] == ["points"]
+
+
+def test_files_that_are_missing_leave_the_answer_open(own_run: Path) -> None:
+    (own_run / "certify" / "pruned-points.safetensors").unlink()
+    found = verify_files(own_run / "certify" / "pruned.json", None)
+    assert (found.status, found.exit_code) == ("inconclusive", 3)
