@@ -41,7 +41,7 @@ def network() -> nn.Sequential:
 @pytest.fixture(scope="module")
 def plain() -> ModuleType:
     """The benchmark's independent loop."""
-    path = Path(__file__).parents[2] / "benchmarks" / "plain.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "training" / "plain.py"
     if not path.exists():
         pytest.skip("the benchmarks are not beside the tests")
     spec = importlib.util.spec_from_file_location("plain", path)

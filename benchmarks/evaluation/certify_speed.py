@@ -1,0 +1,147 @@
+"""Compare our cascade with pyautoattack's own run_standard_evaluation: wall time and survivors.
+
+    python -m benchmarks certify-speed --shared ../shared --demo s2ap-run [--n 200] [--resnet18 2]
+
+``--demo`` is a run folder of the demo; its dense network and the shared MNIST checkpoint are attacked at Linf
+0.1 on the first n test images. Ours runs with ``--workers`` processes of one thread and no provable bound.
+The package gets the network in eval mode, as its users pass it (``--frozen``: without gradients of
+parameters, which ours never has). It first runs with 1 and 2 threads and several batch sizes; its fastest
+setting then alternates with ours for ``--rounds`` rounds. Its noise is the points that two of its seeds
+disagree on (not measured for equal ``--seeds``). ``--resnet18 N`` adds a CIFAR ResNet-18 of random weights on
+N random images, at a radius so small that nothing breaks: the full cost of an image that survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.lib import arguments, attacks, results
+from s2ap_deploy.data import datasets
+from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.models.checkpoints import checkpoint
+
+clock = time.perf_counter
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One network, its images, and the radius (Linf)."""
+
+    name: str
+    network: nn.Module
+    images: Tensor
+    labels: Tensor
+    eps: str
+
+
+def main() -> None:
+    parser = arguments.parser(__doc__, "certify-speed")
+    parser.add_argument("--shared", type=Path)
+    parser.add_argument("--demo", type=Path, help="a run folder of the demo")
+    parser.add_argument("--n", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs=2, default=[0, 1])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--batches", type=int, nargs="+", default=[100, 250])
+    parser.add_argument("--frozen", action="store_true", help="freeze the package's network too")
+    parser.add_argument("--resnet18", type=int, default=0, metavar="N")
+    parser.add_argument("--processor-time", action="store_true", help="with --workers 1 --threads 1")
+    args = parser.parse_args()
+    if args.processor_time:
+        if args.workers != 1 or args.threads != [1]:
+            parser.error("--processor-time counts this process alone: add --workers 1 --threads 1")
+        global clock
+        clock = time.process_time
+    networks: dict[str, Any] = {}
+    for task in tasks(args):
+        networks[task.name] = measure(task, args)
+        figures = {
+            **{name: getattr(args, name) for name in ("n", "workers", "rounds")},
+            "package_network_frozen": args.frozen,
+            "clock": "processor time" if args.processor_time else "wall time",
+            "networks": networks,
+        }
+        results.write(args.name, figures)
+
+
+def tasks(args: argparse.Namespace) -> Iterator[Task]:
+    if args.demo is not None:
+        network, _, _ = checkpoint.load(args.demo / "pretrain/model.safetensors")
+        images, labels = datasets.load("digits").test.tensors()
+        yield Task("demo digits", network, images[: args.n], labels[: args.n], "0.1")
+    if args.shared is not None:
+        network, _, _ = checkpoint.load(args.shared / "checkpoints/mnist_convex_eps0.1.pth")
+        images, labels = datasets.load("mnist", root=args.shared / "data").test.tensors()
+        yield Task("shared MNIST", network, images[: args.n], labels[: args.n], "0.1")
+    if args.resnet18:
+        torch.manual_seed(0)
+        random = registry.build("cifar-resnet18", 10).eval()
+        images = torch.rand(args.resnet18, 3, 32, 32)
+        with torch.no_grad():
+            labels = random(images).argmax(1)
+        yield Task("ResNet-18, nothing breaks", random, images, labels, "1e-6")
+
+
+def measure(task: Task, args: argparse.Namespace) -> dict[str, Any]:
+    """Times of both, and the points that each leaves standing."""
+    n = len(task.labels)
+    settings = list(itertools.product(args.threads, sorted({min(size, n) for size in (n, *args.batches)})))
+    trials = []
+    for threads, batch in settings if len(settings) > 1 else []:
+        seconds, _ = package(task, threads, batch, args.seeds[0], args.frozen)
+        trials.append({"threads": threads, "batch_size": batch, "seconds": seconds})
+        print(f"{task.name}: package, {threads} threads, batches of {batch}: {seconds:.1f} s", flush=True)
+    only = {"threads": settings[0][0], "batch_size": settings[0][1]}
+    best = min(trials, key=lambda each: each["seconds"], default=only)
+    setting = (best["threads"], best["batch_size"])
+    pairs = []
+    for _ in range(args.rounds):
+        started = clock()
+        left = attacks.ours(
+            task.network, task.images, task.labels, task.eps, seed=args.seeds[0], workers=args.workers
+        )
+        seconds = clock() - started
+        reference, survivors = package(task, *setting, args.seeds[0], args.frozen)
+        pairs.append({"ours": seconds, "package": reference, "ratio": reference / seconds})
+        print(f"{task.name}: ours {seconds:.1f} s, package {reference:.1f} s", flush=True)
+    other_seed = survivors
+    if args.seeds[1] != args.seeds[0]:
+        _, other_seed = package(task, *setting, args.seeds[1], args.frozen)
+    return {
+        "n": n,
+        "norm": "Linf",
+        "eps": task.eps,
+        "package_trials": trials,
+        "package_best": best,
+        "pairs": pairs,
+        "ratio_median": statistics.median(pair["ratio"] for pair in pairs),
+        "survivors_ours": len(left),
+        "survivors_package": len(survivors),
+        "differing_points": sorted(left ^ survivors),
+        "package_seed_noise_points": sorted(survivors ^ other_seed),
+    }
+
+
+def package(task: Task, threads: int, batch: int, seed: int, frozen: bool) -> tuple[float, set[int]]:
+    """Seconds and survivors of the package's own driver."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    started = clock()
+    left = attacks.package(
+        task.network, task.images, task.labels, task.eps, seed=seed, batch=batch, frozen=frozen
+    )
+    seconds = clock() - started
+    torch.set_num_threads(before)
+    return seconds, left

@@ -1,0 +1,1 @@
+"""Size, speed and equality of exported files."""

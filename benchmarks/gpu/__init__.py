@@ -1,0 +1,1 @@
+"""The whole path on one GPU."""

@@ -1,0 +1,1 @@
+"""What the benchmarks share: options, result files, timing, networks, images, commands and processes."""

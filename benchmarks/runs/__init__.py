@@ -1,0 +1,1 @@
+"""Whole runs: the demo, start-up, kills, and equality of two checkouts."""

@@ -1,0 +1,1 @@
+"""Steps and whole runs of mask search and fine-tuning, and the data pipeline."""

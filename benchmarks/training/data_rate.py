@@ -1,0 +1,83 @@
+"""Images per second of the data pipeline: shuffled, augmented float32 batches, nothing done with them.
+
+    python -m benchmarks data-rate
+    python -m benchmarks data-rate --size 224 --files 2000 --workers 1 2 4
+
+In memory: random images as CIFAR's are (32 x 32, shifted and mirrored). Image folder: JPEG files in a
+temporary folder, decoded into memory at the start, and streamed by worker processes in every epoch. Rates are
+medians over epochs; the first epoch is reported apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.lib import arguments, images, networks, results, timing
+from s2ap_deploy.data import datasets
+from s2ap_deploy.data.splits import Split
+
+
+def main() -> None:
+    parser = arguments.parser(__doc__, "data-rate", "threads")
+    parser.add_argument("--images", type=int, default=50_000, help="in memory")
+    parser.add_argument("--files", type=int, default=5_000, help="in the image folder")
+    parser.add_argument("--size", type=int, default=32, help="side of the files' images, in pixels")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pictures = images.noise(args.files, args.size, coarse=8)
+        images.write_folder(folder, pictures, args.files, images.CLASSES, "jpg")
+        figures = {
+            **{each: getattr(args, each) for each in ("batch", "device", "threads")},
+            "memory": {
+                "images": args.images,
+                "size": 32,
+                **rates(networks.images(args.images, networks.CIFAR), args),
+            },
+            "image_folder": {
+                "files": args.files,
+                "size": args.size,
+                "decoded": [decoded(folder, args, workers) for workers in args.workers],
+                "streamed": [
+                    {"workers": workers, **rates(load(folder, args, workers, limit=0), args)}
+                    for workers in args.workers
+                ],
+            },
+        }
+    results.write(args.name, figures)
+
+
+def rates(split: Split, args: argparse.Namespace) -> dict[str, Any]:
+    """Images per second of every epoch but the first, which warms up."""
+    device = torch.device(args.device)
+    found = []
+    for epoch in range(args.epochs + 1):
+        start = timing.now(device)
+        batches = split.train_batches(args.batch, seed=0, epoch=epoch, augment=True, device=device)
+        seen = sum(len(pixels) for pixels, _ in batches)
+        found.append(seen / timing.since(start, device).clock)
+    return {"first_epoch": round(found[0], 1), "images_per_second": round(statistics.median(found[1:]), 1)}
+
+
+def decoded(folder: Path, args: argparse.Namespace, workers: int) -> dict[str, Any]:
+    """Images per second of reading the folder into memory."""
+    cpu = torch.device("cpu")
+    seconds = timing.timed(lambda: load(folder, args, workers, limit=2 << 30), cpu).clock
+    return {"workers": workers, "images_per_second": round((args.files + images.CLASSES) / seconds, 1)}
+
+
+def load(folder: Path, args: argparse.Namespace, workers: int, limit: int) -> Split:
+    """The folder's training split, in memory where ``limit`` bytes hold it."""
+    options = {"memory_limit_bytes": limit, "workers": workers, "validation_fraction": 0.1}
+    return datasets.load(f"imagefolder:{folder}", size=(3, args.size, args.size), **options).train

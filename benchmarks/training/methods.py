@@ -1,0 +1,306 @@
+"""Compare base methods with and without S2AP on one dense network, at equal data, epochs and attack.
+
+    python -m benchmarks methods --data mnist --shared ../shared --work work
+    python -m benchmarks methods --data cifar --shared ../shared --work work --sparsity 0.99 0.9 --seeds 0
+    python -m benchmarks methods --data mnist --shared ../shared --work work --tested 0 --seeds 0 \\
+        --sparsity 0.99 0.9 --configs hydra-erk harp --gamma 0.0003 0.0005 0.001 0.003 0.01 0.03 \\
+        --name mnist-gamma
+
+Each finished run is a file in ``--work``: it is not run again, and the table is written from all. With
+``--tested 0`` no test image is used: gamma is chosen so, on the validation split alone. ``mnist`` prunes the
+shared checkpoint. ``cifar`` takes the shared JPEGs and first trains a small dense network: its figures are
+comparable with each other only, neither with papers nor with a ResNet-18.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.lib import arguments, commands, results
+from benchmarks.lib.images import ARCHIVE, unpack
+from s2ap_deploy import files
+from s2ap_deploy.data import datasets
+from s2ap_deploy.data.sampling import choose
+from s2ap_deploy.data.splits import Split
+from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.models.checkpoints import checkpoint
+from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
+from s2ap_deploy.models.classifier import Classifier, prunable
+from s2ap_deploy.pruning.diagnosis import diagnosis
+from s2ap_deploy.pruning.masks import kept
+from s2ap_deploy.pruning.search import Perturbation, choose_once, search
+from s2ap_deploy.pruning.tensors import save_tensors
+from s2ap_deploy.recipe.methods import METHODS
+from s2ap_deploy.recipe.prune_section import PruneSection
+from s2ap_deploy.recorder import NoSnapshots, Silent
+from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.stages.scoring import score
+from s2ap_deploy.training.evaluation import pgd_accuracy
+from s2ap_deploy.training.loop import train
+from s2ap_deploy.training.objective import Objective
+
+GAMMA = 0.0005  # the default: the ball of the sharpness in every row, and of S2AP where it is on
+CPU = torch.device("cpu")
+VALIDATED = 3_000  # validation images under PGD-10, apart from the 1,000 that choose the epoch
+TRAINING = (
+    "images", "epochs", "attack_steps", "batch_size", "warmup_epochs", "awp", "search_rate", "finetune_rate"
+)  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "hydra-erk": {"method": "hydra", "budget": "erk"},
+    "magnitude-erk": {"method": "magnitude", "budget": "erk"},
+    "hydra-uniform": {"method": "hydra", "budget": "uniform"},
+    "harp": {"method": "harp", "budget": "learned"},
+    "harp-from-erk": {"method": "harp", "budget": "learned", "quota_start": "erk"},
+    "harp-tight": {"method": "harp", "budget": "learned", "compression_weight": 0.1},
+    "harp-tighter": {"method": "harp", "budget": "learned", "compression_weight": 1.0},
+}
+CIFAR_ARCH = "cifar-conv"
+THREATS = {"mnist": ThreatModel(norm="Linf", eps="0.1"), "cifar": ThreatModel(norm="Linf", eps="4/255")}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The dense robust checkpoint, its data, its threat, and PGD-50's step.
+
+    ``by_class``: the images are ordered by class, so that the first ones are no sample of all.
+    """
+
+    checkpoint: Path
+    data: str
+    root: Path | None
+    threat: ThreatModel
+    step_size: float
+    by_class: bool
+
+
+def main() -> None:
+    parser = arguments.parser(__doc__, "DATA-methods", "shared", "work", "jobs")
+    parser.add_argument("--data", choices=list(THREATS), required=True)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.99, 0.95, 0.9])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS)[:4])
+    parser.add_argument("--gamma", type=float, nargs="+", default=[GAMMA])
+    parser.add_argument("--images", type=int, help="training images, stratified [default: 6000, 10000]")
+    parser.add_argument("--epochs", type=int, default=4, help="of the search, and of fine-tuning")
+    parser.add_argument("--attack-steps", type=int, default=5, help="of the attack in training")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--warmup-epochs", type=int, help="before S2AP is on [default: a quarter]")
+    parser.add_argument("--awp", type=float, default=0.0, help="AWP's gamma in fine-tuning")
+    parser.add_argument("--search-rate", type=float, default=0.1, help="learning rate of the scores")
+    parser.add_argument("--finetune-rate", type=float, default=0.01)
+    parser.add_argument("--tested", type=int, help="first test images under PGD-50 [default: 10000, 5000]")
+    parser.add_argument("--dense-images", type=int, default=20_000, help="that train CIFAR's dense network")
+    parser.add_argument("--dense-epochs", type=int, default=12)
+    args = parser.parse_args()
+    mnist = args.data == "mnist"
+    args.images = args.images or (6_000 if mnist else 10_000)
+    args.tested = (10_000 if mnist else 5_000) if args.tested is None else args.tested
+    args.work.mkdir(parents=True, exist_ok=True)
+    base = mnist_base(args) if mnist else cifar_base(args)
+    facts = {} if mnist else {"network": CIFAR_ARCH, "dense": dense_accuracy(base, args.tested)}
+    write_table(args, base, args.name.replace("DATA", args.data), facts)
+
+
+def mnist_base(args: argparse.Namespace) -> Base:
+    model = args.shared / "checkpoints/mnist_convex_eps0.1.pth"
+    return Base(model, "mnist", args.shared / "data", THREATS["mnist"], step_size=0.01, by_class=False)
+
+
+def cifar_base(args: argparse.Namespace) -> Base:
+    """Unpack the photographs and train the dense network, unless an earlier call did."""
+    data = f"imagefolder:{unpack(args.shared / ARCHIVE, args.work / 'cifar10')}"
+    model = args.work / f"dense-{args.dense_images}-{args.dense_epochs}.safetensors"
+    threat = THREATS["cifar"]
+    base = Base(model, data, None, threat, step_size=threat.radius / 8, by_class=True)
+    if not model.exists():
+        train_dense(base, args.dense_images, args.dense_epochs, args.attack_steps)
+    return base
+
+
+def train_dense(base: Base, count: int, epochs: int, attack_steps: int) -> None:
+    """Adversarial training from scratch, saved as a checkpoint."""
+    images = datasets.load(base.data, seed=0)
+    subset = images.train.subset(choose(images.train.labels, count, seed=0))
+    torch.manual_seed(0)
+    classifier = Classifier(registry.build(CIFAR_ARCH, 10), None)
+    train(
+        classifier,
+        subset,
+        images.validation,
+        stage="pretrain",
+        objective=Objective(base.threat, attack_steps=attack_steps),
+        epochs=epochs,
+        learning_rate=0.05,
+        momentum=0.9,
+        weight_decay=5e-4,
+        batch_size=128,
+        seed=0,
+        device=CPU,
+        snapshots=NoSnapshots(),
+        recorder=Silent(),
+    )
+    preprocessing = images.spec.preprocessing
+    info = CheckpointInfo(
+        arch=CIFAR_ARCH, num_classes=10, preprocessing=preprocessing, stage="pretrain", tool_version="0"
+    )
+    checkpoint.save(base.checkpoint, classifier, info)
+
+
+def dense_accuracy(base: Base, tested: int) -> dict[str, float]:
+    """The dense network under the attack of the table."""
+    if not tested:
+        return {}
+    classifier, _, _ = checkpoint.load(base.checkpoint)
+    test = first(datasets.load(base.data, seed=0).test, tested, base.by_class)
+    found = pgd_accuracy(
+        classifier, test, threat=base.threat, steps=50, step_size=base.step_size, seed=0, device=CPU
+    )
+    return {"clean": found.clean_accuracy, "robust": found.robust_accuracy}
+
+
+def write_table(args: argparse.Namespace, base: Base, name: str, facts: dict[str, Any]) -> None:
+    """Run what is missing and write the result file ``name``."""
+    jobs = [
+        (args, base, config, sparsity, gamma, seed)
+        for seed, sparsity, config in itertools.product(args.seeds, args.sparsity, args.configs)
+        for gamma in ([0.0, *args.gamma] if METHODS[CONFIGS[config]["method"]].learns else [0.0])
+    ]
+    with ProcessPoolExecutor(args.jobs, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+        rows = list(pool.map(run, jobs))
+    sample = "a stratified" if base.by_class else "the first"
+    step = f"step {base.step_size:g}, random start"
+    figures = {
+        "attack": f"PGD-50, {base.threat}, {step}, {sample} {args.tested} test images",
+        "training": {name: getattr(args, name) for name in TRAINING},
+        "runs": rows,
+        "means": means(rows),
+    }
+    results.write(name, {**facts, **figures})
+
+
+def run(job: tuple[argparse.Namespace, Base, str, float, float, int]) -> dict[str, Any]:
+    """One row; ``gamma`` 0 is without S2AP."""
+    args, base, config, sparsity, gamma, seed = job
+    threat = base.threat
+    settings = "-".join(f"{getattr(args, setting)}" for setting in TRAINING)
+    name = f"{config}-{sparsity}-{gamma:g}-{seed}-{settings}"
+    done = args.work / f"{name}.json"
+    if done.exists():
+        return commands.read(done)  # type: ignore[no-any-return]
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    section = PruneSection(
+        **CONFIGS[config], sparsity=sparsity, s2ap=gamma > 0, **({"gamma": gamma} if gamma > 0 else {}),
+        warmup_epochs=args.warmup_epochs,
+        search={"epochs": args.epochs, "learning_rate": args.search_rate},
+        finetune={"epochs": args.epochs, "learning_rate": args.finetune_rate, "awp_gamma": args.awp},
+    )  # fmt: skip
+    images = datasets.load(base.data, root=base.root, seed=seed)
+    subset = images.train.subset(choose(images.train.labels, args.images, seed=seed))
+    classifier, info, _ = checkpoint.load(base.checkpoint)
+    size = info.preprocessing.size
+    scoring = score(classifier, prunable(classifier, size), size, section, seed)
+    objective = Objective(threat, attack_steps=args.attack_steps)
+    common: dict[str, Any] = {
+        "objective": objective, "batch_size": args.batch_size, "seed": seed, "device": CPU
+    }  # fmt: skip
+    quiet: dict[str, Any] = {"snapshots": NoSnapshots(), "recorder": Silent()}
+    # Search the mask, or choose it once for methods that do not learn.
+    if METHODS[section.method].learns:
+        found = search(
+            scoring.scored,
+            subset,
+            images.validation,
+            epochs=args.epochs,
+            learning_rate=section.search.learning_rate,
+            momentum=section.search.momentum,
+            perturbation=Perturbation(gamma, section.warmup) if gamma > 0 else None,
+            diagnose=diagnosis(
+                subset, Objective(threat), images=256, gamma=GAMMA, iterations=16, directions=4,
+                every=args.epochs, seed=seed, device=CPU, recorder=Silent(),
+            ),
+            **common,
+            **quiet,
+        )  # fmt: skip
+    else:
+        found = choose_once(scoring.scored, subset, **common)
+    save_tensors(args.work / f"{name}-scores.safetensors", found.scores)
+    save_tensors(args.work / f"{name}-masks.safetensors", found.masks)
+    judged = first(images.validation, VALIDATED, base.by_class)
+    of_mask = pgd_accuracy(classifier, judged, threat=threat, steps=10, seed=seed, device=CPU)
+    # Fine-tune under the mask, then attack validation and test images.
+    trained = train(
+        classifier,
+        subset,
+        images.validation,
+        stage="finetune",
+        epochs=args.epochs,
+        learning_rate=section.finetune.learning_rate,
+        momentum=section.finetune.momentum,
+        weight_decay=section.finetune.weight_decay,
+        masks=found.masks,
+        awp_gamma=args.awp,
+        **common,
+        **quiet,
+    )
+    validation = pgd_accuracy(classifier, judged, threat=threat, steps=10, seed=seed, device=CPU)
+    tested = None
+    if args.tested:
+        test = first(images.test, args.tested, base.by_class)
+        tested = pgd_accuracy(
+            classifier, test, threat=threat, steps=50, step_size=base.step_size, seed=0, device=CPU
+        )
+    checkpoint.save(args.work / f"{name}.safetensors", classifier, info)
+    row = {
+        "config": config,
+        "sparsity": sparsity,
+        "gamma": gamma,
+        "seed": seed,
+        "clean": tested.clean_accuracy if tested else None,
+        "robust": tested.robust_accuracy if tested else None,
+        "validation_mask_robust": of_mask.robust_accuracy,
+        "validation_clean": validation.clean_accuracy,
+        "validation_robust": validation.robust_accuracy,
+        "best_epoch": trained.best_epoch,
+        "last_epoch": found.history[-1].figures() if found.history else None,
+        "kept": kept(found.masks),
+        "kept_requested": scoring.kept,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    files.write_json(done, row)
+    shown = tested or validation
+    print(f"{name}: {shown.clean_accuracy:.2%} clean, {shown.robust_accuracy:.2%} robust", flush=True)
+    return row
+
+
+def first(split: Split, count: int, by_class: bool) -> Split:
+    """The first ``count`` images, or a stratified sample of images that are ordered by class."""
+    return split.subset(choose(split.labels, count, seed=0) if by_class else range(count))
+
+
+def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds, of what was measured."""
+    found = []
+    for config, sparsity, gamma in sorted({(row["config"], row["sparsity"], row["gamma"]) for row in rows}):
+        mine = [r for r in rows if (r["config"], r["sparsity"], r["gamma"]) == (config, sparsity, gamma)]
+        found.append({"config": config, "sparsity": sparsity, "gamma": gamma, "seeds": len(mine)})
+        final = ("clean", "robust", "validation_mask_robust", "validation_robust")
+        figures = {figure: [row[figure] for row in mine] for figure in final}
+        for figure in ("hamming", "replaced", "flip_rate", "sharpness", "eigenvalue"):
+            figures[figure] = [(row["last_epoch"] or {}).get(figure) for row in mine]
+        for figure, values in figures.items():
+            measured = [value for value in values if value is not None]
+            if measured:
+                found[-1][figure] = statistics.mean(measured)
+                found[-1][f"{figure}_sd"] = statistics.stdev(measured) if len(measured) > 1 else None
+    return found

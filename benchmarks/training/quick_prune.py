@@ -1,0 +1,115 @@
+"""Prune the shared MNIST checkpoint with S2AP on and off, through the command line, and attack with PGD-50.
+
+    python -m benchmarks quick-prune --shared ../shared --work work
+
+Runs that are finished in ``--work`` are not run again; killed ones continue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.lib import arguments, commands, results
+from s2ap_deploy.data import datasets
+from s2ap_deploy.models.checkpoints import checkpoint
+from s2ap_deploy.pruning.budgets import total_kept
+from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.evaluation import pgd_accuracy
+
+THREAT = ThreatModel(norm="Linf", eps="0.1")
+IMAGES = 2000
+DENSE = "checkpoints/mnist_convex_eps0.1.pth"
+
+
+def main() -> None:
+    parser = arguments.parser(__doc__, "mnist-prune", "shared", "work", "jobs")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.99])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=["s2ap", "base"], default=["s2ap", "base"])
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    jobs = list(itertools.product(args.sparsity, args.seeds, [method == "s2ap" for method in args.methods]))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda job: prune(args, *job), jobs))
+    torch.set_num_threads(1)
+    test = datasets.load("mnist", root=args.shared / "data").test.subset(range(IMAGES))
+    rows = [row(args, test, *job) for job in jobs]
+    figures = {
+        "attack": f"PGD-50, {THREAT}, step 0.01, random start, first {IMAGES} test images",
+        "dense": attacked(args.shared / DENSE, test),
+        "runs": rows,
+        "means": means(rows),
+    }
+    results.write(args.name, figures)
+
+
+def folder(args: argparse.Namespace, sparsity: float, seed: int, s2ap: bool) -> Path:
+    run: Path = args.work / f"mnist-prune-{sparsity}-{'s2ap' if s2ap else 'base'}-{seed}"
+    return run
+
+
+def prune(args: argparse.Namespace, sparsity: float, seed: int, s2ap: bool) -> None:
+    run = folder(args, sparsity, seed, s2ap)
+    options = ["--data", "mnist", "--data-root", args.shared / "data", "--eps", "0.1", "--preset", "quick"]
+    options += ["--s2ap" if s2ap else "--no-s2ap", "--sparsity", sparsity, "--seed", seed]
+    command = commands.deploy(
+        "prune", args.shared / DENSE, *options, "--run", run, "--threads", 1, "--resume"
+    )
+    with run.with_suffix(".log").open("ab") as stream:
+        subprocess.run(command, check=True, stderr=stream)
+    print(f"{run.name}: pruned", flush=True)
+
+
+def attacked(path: Path, test: datasets.Split) -> dict[str, float]:
+    classifier, _, _ = checkpoint.load(path)
+    cpu = torch.device("cpu")
+    found = pgd_accuracy(classifier, test, threat=THREAT, steps=50, step_size=0.01, seed=0, device=cpu)
+    return {"clean": found.clean_accuracy, "robust": found.robust_accuracy}
+
+
+def row(
+    args: argparse.Namespace, test: datasets.Split, sparsity: float, seed: int, s2ap: bool
+) -> dict[str, Any]:
+    """Accuracies before and after fine-tuning, the flip rate, and the budget counted in the file itself."""
+    run = folder(args, sparsity, seed, s2ap)
+    last = commands.read(run / "search/history.json")[-1]
+    masks = load_file(run / "search/masks.safetensors")
+    weights = load_file(run / "finetune/model.safetensors")
+    prunable = sum(mask.numel() for mask in masks.values())
+    return {
+        "sparsity": sparsity,
+        "seed": seed,
+        "s2ap": s2ap,
+        **attacked(run / "finetune/model.safetensors", test),
+        "mask": attacked(run / "search/model.safetensors", test),
+        "flip_rate_last_epoch": last.get("flip_rate"),
+        "replaced_last_epoch": last["replaced"],
+        "kept": sum(int(mask.sum()) for mask in masks.values()),
+        "kept_requested": total_kept(prunable, sparsity),
+        "prunable": prunable,
+        "nonzero_outside_mask": sum(
+            int((weights[name][~mask.bool()] != 0).sum()) for name, mask in masks.items()
+        ),
+    }
+
+
+def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds, per sparsity and method."""
+    found = []
+    for sparsity, s2ap in sorted({(row["sparsity"], row["s2ap"]) for row in rows}):
+        mine = [row for row in rows if (row["sparsity"], row["s2ap"]) == (sparsity, s2ap)]
+        found.append({"sparsity": sparsity, "s2ap": s2ap, "seeds": len(mine)})
+        for figure in ("clean", "robust"):
+            values = [row[figure] for row in mine]
+            found[-1][figure] = statistics.mean(values)
+            found[-1][f"{figure}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+    return found
