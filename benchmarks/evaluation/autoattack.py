@@ -1,4 +1,4 @@
-"""AutoAttack on MNIST networks: the shared dense checkpoint, or the best network per sparsity of a table.
+"""Attack MNIST networks with AutoAttack: the shared dense checkpoint, or the best per sparsity of a table.
 
     python -m benchmarks autoattack --shared ../shared --work work --dense --n 500
     python -m benchmarks autoattack --shared ../shared --work work

@@ -1,4 +1,4 @@
-"""Time and memory of a search step as a formula, fitted to measurements and checked on a size not fitted.
+"""Fit time and memory of a search step to a formula, and check it on a size that was not fitted.
 
     python -m benchmarks cost-model
 

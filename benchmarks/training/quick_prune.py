@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from benchmarks.lib import arguments, commands, results
 from s2ap_deploy.data import datasets
+from s2ap_deploy.data.splits import Split
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.pruning.budgets import total_kept
 from s2ap_deploy.spec import ThreatModel
@@ -69,16 +70,14 @@ def prune(args: argparse.Namespace, sparsity: float, seed: int, s2ap: bool) -> N
     print(f"{run.name}: pruned", flush=True)
 
 
-def attacked(path: Path, test: datasets.Split) -> dict[str, float]:
+def attacked(path: Path, test: Split) -> dict[str, float]:
     classifier, _, _ = checkpoint.load(path)
     cpu = torch.device("cpu")
     found = pgd_accuracy(classifier, test, threat=THREAT, steps=50, step_size=0.01, seed=0, device=cpu)
     return {"clean": found.clean_accuracy, "robust": found.robust_accuracy}
 
 
-def row(
-    args: argparse.Namespace, test: datasets.Split, sparsity: float, seed: int, s2ap: bool
-) -> dict[str, Any]:
+def row(args: argparse.Namespace, test: Split, sparsity: float, seed: int, s2ap: bool) -> dict[str, Any]:
     """Accuracies before and after fine-tuning, the flip rate, and the budget counted in the file itself."""
     run = folder(args, sparsity, seed, s2ap)
     last = commands.read(run / "search/history.json")[-1]

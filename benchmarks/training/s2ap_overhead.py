@@ -1,4 +1,4 @@
-"""What a search step costs with S2AP over one without: paired, interleaved, in one process.
+"""Measure the cost of a search step with S2AP over one without: paired, interleaved, in one process.
 
     python -m benchmarks s2ap-overhead --steps 15
 

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.lib import arguments, results
 from s2ap_deploy.data import datasets
+from s2ap_deploy.data.splits import Split
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.granularity import Weights
@@ -44,7 +45,7 @@ def main() -> None:
     results.write(args.name, {"batches": BATCHES, "batch_size": 128, "rows": rows})
 
 
-def sharpness(shared: Path, run: Path, gamma: float, validation: datasets.Split) -> dict[str, float]:
+def sharpness(shared: Path, run: Path, gamma: float, validation: Split) -> dict[str, float]:
     """Mean adversarial cross-entropy (PGD-10) at s, at s + z, and at s + a random z of the same length."""
     classifier, _, _ = checkpoint.load(shared / "checkpoints/mnist_convex_eps0.1.pth")
     masks = load_tensors(run / "search/masks.safetensors")

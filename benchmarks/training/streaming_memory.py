@@ -1,4 +1,4 @@
-"""Memory while a folder of image files streams: an epoch over 100,000 files, resident memory sampled.
+"""Sample resident memory while a folder of 100,000 image files streams for an epoch.
 
     python -m benchmarks streaming-memory --work work
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def child() -> None:
 
 def main() -> None:
     parser = arguments.parser(__doc__, "two-ranks")
-    parser.add_argument("--work", type=arguments.Path)
+    parser.add_argument("--work", type=Path)
     parser.add_argument("--epochs", type=int, default=5, help="of dense training, search and fine-tuning")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
