@@ -125,6 +125,30 @@ def test_the_page_is_reached_from_another(page: str) -> None:
     assert linked, f"nothing links to {page}"
 
 
+# The start of words that are spelled otherwise in American English.
+BRITISH = re.compile(
+    r"artefact|colour|behaviour|neighbour|favour|flavour|honour|licence|catalogue|cheque|modelling|labelled"
+    r"|cancell(?:ed|ing)|judgement|\bcentre|\bgrey|\bprogramme\b|analys(?:e|ing)\b"
+    r"|(?:general|initial|minim|maxim|normal|optim|organ|parametr|quant|random|recogn|regular|serial|stabil"
+    r"|summar|synchron|util|vector)is(?:e|es|ed|ing|er|ers|ation|ations)\b",
+    re.IGNORECASE,
+)
+NOT_PROSE = {".npz", ".json", ".xsd"}
+
+
+def test_the_spelling_is_american() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a checkout: git lists no files here")
+    found = []
+    for name in listed.stdout.rstrip("\0").split("\0"):
+        path = ROOT / name
+        if path.suffix not in NOT_PROSE and path.is_file() and path != Path(__file__):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            found += [f"{name}: {word}" for word in BRITISH.findall(text)]
+    assert found == []
+
+
 # What torch, Click, Rich and pyautoattack call: their names and their contracts.
 FOREIGN = frozenset(
     {"forward", "list_commands", "get_command", "invoke", "format_commands", "convert", "render"}
