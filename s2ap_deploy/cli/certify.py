@@ -206,6 +206,8 @@ def command(
             certify_file(job, opened, time_budget=time_budget)
         else:
             certify(job, time_budget=time_budget, policy=asked)
+        if not job.first:
+            return
         stage = job.run.manifest.stages["certify" if opened is None else "artifact"]
         results = stage.results
         if opened is None and job.recipe.certify.curve:

@@ -115,7 +115,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     signs.prepare()
     try:
-        code = ranked(sys.argv[1:])
+        code = on_every_rank(sys.argv[1:])
     except KeyboardInterrupt:  # a second signal, while the first was being reported
         code = INTERRUPTED
     except Terminated:
@@ -123,24 +123,21 @@ def main() -> NoReturn:
     sys.exit(_flushed(code))
 
 
-def ranked(arguments: list[str]) -> int:
-    """:func:`run_cli`, for rank 0 alone where there are several: the others serve it, or are not needed."""
+def on_every_rank(arguments: list[str]) -> int:
+    """Run the command line as :func:`run_cli` does, on all ranks for a command that shares its work."""
     try:
         rank, shared = environment.rank(), environment.shares(arguments)
     except DeployError as error:
-        return _report(error.message, error.hint, error.exit_code, "--json" in arguments)
+        return _report(error.message, error.hint, error.exit_code, "--json" in arguments, error.code)
     if not shared:
         return run_cli(arguments) if rank == 0 else 0
-    if rank > 0:
-        from s2ap_deploy.distributed.follower import serve
+    environment.prepare()
+    code = run_cli(arguments)
+    if code == 0:
+        from s2ap_deploy.distributed.process_group import shutdown
 
-        return serve()
-    try:
-        return run_cli(arguments)
-    finally:
-        from s2ap_deploy.distributed.meeting import farewell
-
-        farewell()
+        shutdown()
+    return code
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
@@ -162,13 +159,16 @@ def run_cli(arguments: list[str]) -> int:
         code = cli.main(arguments, prog_name="s2ap-deploy", standalone_mode=False, color=color)
         return code if isinstance(code, int) else 0
     except DeployError as error:
-        return _report(error.message, error.hint, error.exit_code, as_json)
+        return _report(error.message, error.hint, error.exit_code, as_json, error.code)
     except click.UsageError as error:
         help_option = f"{error.ctx.command_path} --help" if error.ctx is not None else "s2ap-deploy --help"
         return _report(error.format_message(), f"see: {help_option}", UNUSABLE, as_json)
     except Terminated:
-        again = "run the same command with --resume"
-        return _report("terminated by SIGTERM; what was finished is saved", again, INCONCLUSIVE, as_json)
+        again, saved = (
+            "run the same command with --resume",
+            "terminated by SIGTERM; what was finished is saved",
+        )
+        return _report(saved, again, INCONCLUSIVE, as_json, "terminated")
     except (KeyboardInterrupt, click.Abort) as error:
         if isinstance(error, click.Abort) and not isinstance(error.__cause__, KeyboardInterrupt):
             return _report("aborted", None, UNFORESEEN, as_json)
@@ -185,8 +185,10 @@ def run_cli(arguments: list[str]) -> int:
         return _report(f"unforeseen error: {what}", hint, UNFORESEEN, as_json)
 
 
-def _report(message: str, hint: str | None, code: int, as_json: bool) -> int:
-    """Say what went wrong on stderr; with ``--json`` also as the one object on stdout."""
+def _report(message: str, hint: str | None, code: int, as_json: bool, name: str = "internal") -> int:
+    """Print what went wrong on stderr; with ``--json`` also as the one object on stdout."""
+    if environment.takes_error(message, hint, name, code):
+        return code
     with contextlib.suppress(OSError):  # nobody is left to tell
         click.echo(f"error: {message}", err=True)
         if hint is not None:

@@ -149,8 +149,8 @@ precision_options = stacked(
 )
 
 
-def _spread(ctx: click.Context, _option: click.Parameter, devices: int | None) -> None:
-    """Start the ranks and leave with what they leave, unless this process is one of them."""
+def _launch_ranks(ctx: click.Context, _option: click.Parameter, devices: int | None) -> None:
+    """Start the ranks and exit with the command's exit code, unless this process is one of them."""
     from s2ap_deploy.distributed import environment, launch
 
     if devices is None or ctx.resilient_parsing or environment.size() == devices:
@@ -165,7 +165,7 @@ devices_option = click.option(
     metavar="N",
     is_eager=True,
     expose_value=False,
-    callback=_spread,
+    callback=_launch_ranks,
     help="Ranks that share the work: GPUs, or processes on a CPU.  [default: 1, or torchrun's]",
 )
 

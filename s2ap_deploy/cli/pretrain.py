@@ -82,6 +82,8 @@ def command(
     )
     with session.open_job(folder, recipe, create=True, arch=arch, **session_options) as job:
         dense(job)
+        if not job.first:
+            return
         classifier, info, path = job.classifier("pretrain")
         if output is not None:
             checkpoint.save(output, classifier, info)

@@ -190,6 +190,8 @@ def command(
     ) as job:
         dense(job)
         prune(job)
+        if not job.first:
+            return
         job.recorder.note(f"how the search went: {draw_search(job.run)}")
         results = {name: job.run.manifest.stages[name].results for name in ("pretrain", "search", "finetune")}
         job.recorder.note(f"pruned network: {folder / 'finetune' / 'model.safetensors'}")

@@ -70,6 +70,8 @@ def command(
         folder, resolved, create=True, arch=arch, trust_pickle=trust_pickle, **session_options
     ) as job:
         verdict = whole(job, time_budget=time_budget)
+        if not job.first:
+            return 0
         if resolved.prune is not None:
             draw_search(job.run)
         if resolved.certify.curve:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -18,7 +19,9 @@ from s2ap_deploy import runtime
 from s2ap_deploy.cli import options
 from s2ap_deploy.cli.progress import recorder
 from s2ap_deploy.cli.verbosity import explained
-from s2ap_deploy.distributed import environment, meeting
+from s2ap_deploy.distributed import environment
+from s2ap_deploy.distributed.collectives import SINGLE_PROCESS
+from s2ap_deploy.distributed.process_group import current_group
 from s2ap_deploy.errors import RunFolderError, UsageError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.recipe import target
@@ -84,7 +87,10 @@ def open_job(
         precision=precision,
         compiled=compiled,
     )
-    with recorder(quiet) as progress, Run.open(folder, create=create, command=command_line()) as run:
+    with (
+        recorder(quiet) as progress,
+        Run.open(folder, create=create, command=command_line(), ranks=here.ranks) as run,
+    ):
         if recipe is None:
             recipe = run.load_recipe()
             if recipe is None:
@@ -129,7 +135,7 @@ def machine(
     chosen = runtime.device(device)
     return ExecutionConfig(
         device=chosen,
-        ranks=meeting.present(chosen),
+        ranks=current_group(chosen),
         data_root=given or remembered_data_root(folder),
         download=download,
         workers=workers,
@@ -157,10 +163,13 @@ def dry_run_report(
 
     with recorder(quiet) as progress:
         progress.note("timing a few steps of each kind")
+        here = machine(folder, **machine_options)
+        if not here.ranks.first:
+            return
         outlook = dry_run.dry_run_report(
             recipe,
             folder,
-            machine(folder, **machine_options),
+            dataclasses.replace(here, ranks=SINGLE_PROCESS),
             resume=resume,
             overwrite=overwrite,
             stages=stages or dry_run.STAGES,

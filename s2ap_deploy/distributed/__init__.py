@@ -1,1 +1,1 @@
-"""Ranks: the processes that share one command's work, on one machine or on many."""
+"""Distributed execution: every rank runs the same command, rank 0 writes and prints."""

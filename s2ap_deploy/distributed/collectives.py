@@ -1,44 +1,49 @@
-"""The ranks that share a training loop, as that loop sees them. One rank alone does nothing here.
+"""Collective operations of a training loop; with one process each of them does nothing.
 
-A loop is written once: it asks its :class:`Ranks` to sum what each rank found in its own rows of the
-batch. With one rank a sum over ranks is what is already there, to the bit.
+A loop is written once: it asks its :class:`Ranks` to sum what each rank found in its own rows of the batch.
+With one rank a sum over ranks is what is already there, to the bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor
+from s2ap_deploy.errors import DeployError
 
-from s2ap_deploy.recorder import Snapshots
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Result = TypeVar("Result")
 
 
 class Ranks:
-    """This process as the only rank, and the base of those that have company.
+    """The only rank of a command, and the base of :class:`process_group.DistributedGroup`.
 
-    ``rank`` counts from 0. Rank r of ``size`` works on the rows r, r + size, r + 2 size, ... of every
-    batch, so that a row stays with its rank whatever the length of a batch. ``present`` says whether this
-    rank's rows count in the batch at hand (see ``robust.sharing``).
+    ``rank`` counts from 0. Rank r of ``size`` works on the rows r, r + size, r + 2 size, ... of every batch, so
+    that a row stays with its rank whatever the length of a batch. ``present`` says whether this rank's rows
+    count in the batch at hand (see ``robust.sharing``), and ``leading`` whether rank 0 is inside :meth:`on_first`,
+    without the others.
 
-    The verbs are collective: every rank calls them, in the same order. They raise InconclusiveError
-    when a rank is gone.
+    The methods are collective: every rank calls them, in the same order. They raise InconclusiveError when a
+    rank is lost.
     """
 
     rank = 0
     size = 1
     present = True
+    leading = False
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes and speaks."""
+        """Whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over ranks, in one message per type of number."""
+        """Replace each tensor by its sum over ranks, in one message per dtype and device."""
+        import torch
+
         if self.size == 1:
             return
         alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
@@ -52,58 +57,54 @@ class Ranks:
                 for tensor, part in zip(group, parts, strict=True):
                     tensor.copy_(part.view_as(tensor))
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """The ranks' tensors, equal in shape, stacked: [size, ...]."""
-        return tensor.unsqueeze(0)
-
     def reduce(self, flat: Tensor) -> None:
         """Replace a contiguous tensor by its sum over ranks."""
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Stack the ranks' tensors, equal in shape: [size, ...]."""
+        return tensor.unsqueeze(0)
+
     def broadcast(self, content: Result) -> Result:
-        """Rank 0's ``content``, on every rank; the others' own is ignored. Tensors arrive on the CPU."""
+        """Return rank 0's ``content`` on every rank. Tensors in it are on the CPU."""
         return content
 
-    def call(
-        self,
-        function: Callable[..., Result],
-        *,
-        snapshots: Snapshots | None = None,
-        **arguments: Any,
-    ) -> Result:
-        """Run ``function`` on every rank, from rank 0, and return what it gave here.
+    def scatter(self, contents: Sequence[Any]) -> Any:
+        """Return on each rank its own item of rank 0's ``contents``; the other ranks' argument is ignored."""
+        return contents[0]
 
-        ``function`` lives in a module; it takes ``ranks`` beside ``arguments``. With ``snapshots`` it
-        takes these too: rank 0 keeps them, the others get what it loads. Arguments that only rank 0 can
-        have (a recorder that draws) go through :meth:`Ranks.own`.
+    def collect(self, content: Result) -> list[Result]:
+        """Return every rank's ``content`` on rank 0, in the order of ranks, and nothing on the others."""
+        return [content]
+
+    def copy_from_first_(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite ``tensors`` with those of rank 0, so that replicas start equal."""
+
+    def on_first(self, function: Callable[[], Result]) -> Result:
+        """Call ``function`` on rank 0; return its result, or raise its error, on every rank.
+
+        Inside ``function`` a call of this method is a plain call. The result is pickled.
         """
-        given = {name: value.here if isinstance(value, Own) else value for name, value in arguments.items()}
-        if snapshots is not None:
-            given["snapshots"] = snapshots
-        return function(**given, ranks=self)
+        if self.size == 1 or self.leading:
+            return function()
+        result: Any = None
+        error: Exception | None = None
+        if self.first:
+            self.leading = True
+            try:
+                result = function()
+            except Exception as caught:
+                error = caught
+            finally:
+                self.leading = False
+        sent = error if error is None or isinstance(error, DeployError) else _unforeseen(error)
+        result, sent = self.broadcast((result, sent))
+        if sent is not None:
+            raise error or sent
+        return result  # type: ignore[no-any-return]
 
 
-class Own:
-    """An argument of which rank 0 has ``here`` and the other ranks have ``elsewhere``."""
-
-    def __init__(self, here: Any, elsewhere: Any) -> None:
-        self.here = here
-        self.elsewhere = elsewhere
-
-
-class SharedSnapshots:
-    """Snapshots that rank 0 keeps: what it loads reaches every rank, what the others save is dropped."""
-
-    def __init__(self, ranks: Ranks, kept: Snapshots | None) -> None:
-        self.ranks = ranks
-        self.kept = kept
-
-    def load_snapshot(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        loaded = self.kept.load_snapshot() if self.kept is not None else None
-        return self.ranks.broadcast(loaded)
-
-    def save_snapshot(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        if self.kept is not None:
-            self.kept.save_snapshot(tensors, state)
+def _unforeseen(error: Exception) -> DeployError:
+    return DeployError(f"rank 0 failed with {type(error).__name__}: {error}")
 
 
 SINGLE_PROCESS = Ranks()

@@ -1,151 +1,192 @@
-"""Start the ranks of one command on this machine, and end them together. No torch."""
+"""Start the ranks of ``--devices N`` on this machine with torch's elastic launcher."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from types import FrameType
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from s2ap_deploy.distributed import environment
-from s2ap_deploy.errors import InconclusiveError, UsageError
+from s2ap_deploy.errors import DeployError, InconclusiveError, UsageError
 
-MOST = 1024
-# For rank 0 to say what happened, and again to leave in order; twice this is below the timeout.
-GRACE_SECONDS = 20.0
-_POLL_SECONDS = 0.05
-_PR_SET_PDEATHSIG = 1
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
+
+_LOOPBACK = "127.0.0.1"
+_BACKEND = "s2ap-loopback"
+_CONSEQUENCES = ("rank-lost", "terminated")  # what a rank reports because another one has failed
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_SHUTDOWN_SECONDS = 20  # from SIGTERM to SIGKILL; with NCCL a rank cannot answer the first
 
 
 def launch(arguments: Sequence[str], count: int) -> int:
-    """Run the command line ``arguments`` on ``count`` ranks; the exit code is that of rank 0.
+    """Run the command line ``arguments`` on ``count`` ranks and return the exit code of the command.
 
-    Signals reach all ranks. When one ends early, all do. Raises InconclusiveError when rank 0 was killed,
-    UsageError when this process is a rank itself or the system cannot do it.
+    When a rank fails, all end. Signals reach all ranks.
+
+    Raises:
+        UsageError: this process is a rank itself, or the system is not POSIX.
+        KeyboardInterrupt: after SIGINT.
+        DeployError: the first error of a rank, with that error's exit code.
+        InconclusiveError: a rank was killed, or the launcher got SIGTERM.
     """
     if environment.size() > 1:
         raise UsageError(
             f"--devices {count} inside a group of {environment.size()} ranks",
+            code="devices-nested",
             hint="leave --devices out under torchrun",
         )
     if sys.platform == "win32":
-        raise UsageError("--devices needs a POSIX system", hint="use WSL, or leave --devices out")
-    with socket.create_server(("127.0.0.1", 0), backlog=2 * count) as listener:
-        ranks: list[subprocess.Popen[bytes]] = []
-        with _forwarding(ranks):
-            try:
-                for rank in range(count):
-                    ranks.append(_start(arguments, rank, count, listener))
-                listener.close()  # rank 0 has it now: it must not outlive rank 0
-                return _watch(ranks)
-            finally:
-                _end(ranks)
+        raise UsageError(
+            "--devices needs a POSIX system",
+            code="system-unsupported",
+            hint="use WSL, or leave --devices out",
+        )
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-
-def _start(
-    arguments: Sequence[str], rank: int, count: int, listener: socket.socket
-) -> subprocess.Popen[bytes]:
+    if _BACKEND not in rendezvous_handler_registry._registry:
+        rendezvous_handler_registry.register(_BACKEND, _loopback_rendezvous)
+    os.environ.update(_environment(count))
     code = (
         f"import sys; sys.path[:] = {sys.path!r}; "
-        f"from s2ap_deploy.distributed.launch import die_with; die_with({os.getpid()}); "
+        "from s2ap_deploy.distributed.environment import exit_with_parent; import signal; "
+        f"exit_with_parent({os.getpid()}, by=signal.SIGTERM); "
         "from s2ap_deploy.__main__ import main; main()"
     )
-    host, port = listener.getsockname()
-    own = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": host,
-        "MASTER_PORT": str(port),
-        "S2AP_LISTENER": str(listener.fileno()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count)),
-        # gloo would look up the machine's name, which need not resolve; the ranks are all here.
-        "GLOO_SOCKET_IFNAME": os.environ.get(
-            "GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo"
-        ),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        env=os.environ | own,
-        stdin=subprocess.DEVNULL,
-        pass_fds=(listener.fileno(),) if rank == 0 else (),
-        process_group=0,  # Ctrl-C comes from us, once, and not from the terminal as well
+    with tempfile.TemporaryDirectory(prefix="s2ap-ranks-") as folder, _quiet_agent():
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=str(os.getpid()),
+            rdzv_backend=_BACKEND,
+            rdzv_endpoint=_LOOPBACK,
+            local_addr=_LOOPBACK,
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            shutdown_timeout=_SHUTDOWN_SECONDS,
+        )
+        # The agent fills in ${local_rank}: a dollar sign of the user's is written twice.
+        command = [each.replace("$", "$$") for each in ("-c", code, *arguments)]
+        try:
+            elastic_launch(config, sys.executable)(*command)
+        except ChildFailedError as error:
+            return exit_code_of(error.failures)
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            name = signal.Signals(error.sigval).name
+            raise InconclusiveError(
+                f"terminated by {name}; what was finished is saved",
+                code="terminated",
+                hint="run the same command with --resume",
+            ) from None
+    return 0
+
+
+def exit_code_of(failures: Mapping[int, ProcessFailure]) -> int:
+    """Raise the error of the rank that failed first, or return the exit code of a rank 0 that had none.
+
+    Errors and signals that follow from another rank's failure count only where there is no other.
+    """
+    earliest = sorted(failures.items(), key=lambda each: (each[1].timestamp, each[0]))
+    rank, failure = min(earliest, key=lambda each: _follows(each[1]))
+    report: Any = failure.error_file_data.get("message")
+    if isinstance(report, dict):
+        error = DeployError(report["message"], code=report.get("code"), hint=report.get("hint"))
+        error.exit_code = report.get("exit_code", DeployError.exit_code)
+        raise error
+    if rank == 0 and failure.exitcode > 0:  # a verdict rather than an error
+        return failure.exitcode
+    how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+    raise InconclusiveError(
+        f"rank {rank} ended with {how}, and with it the whole group; what was finished is saved",
+        code="rank-killed",
+        hint="run the same command with --resume; another --devices is fine",
     )
 
 
-def die_with(parent: int) -> None:
-    """Have the system end this process when the launcher, process ``parent``, is gone (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before the request above was made
-        os._exit(InconclusiveError.exit_code)
+def _follows(failure: ProcessFailure) -> bool:
+    """Whether a failure may be the consequence of another rank's."""
+    report: Any = failure.error_file_data.get("message")
+    if isinstance(report, dict):
+        return report.get("code") in _CONSEQUENCES
+    return failure.exitcode == -signal.SIGTERM
 
 
-@contextlib.contextmanager
-def _forwarding(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to every rank; we stay until they have answered."""
+def _environment(count: int) -> dict[str, str]:
+    """What the ranks find in their environment, where the user has not set it."""
+    own = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
+        # gloo would look up the machine's name, which need not resolve; the ranks are all here.
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }
+    return {name: os.environ.get(name) or value for name, value in own.items()} | {environment.LAUNCHED: "1"}
 
-    def forward(number: int, _frame: FrameType | None) -> None:
-        for rank in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                rank.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+@contextmanager
+def _quiet_agent() -> Iterator[None]:
+    """Keep the agent's log off stderr, and give back the signal handlers that it replaces."""
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        logging.disable(before)
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _watch(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for rank 0; give it a moment when another rank has ended before it.
+def _loopback_rendezvous(parameters: RendezvousParameters) -> RendezvousHandler:
+    """Make a rendezvous whose store listens on the loopback interface only.
 
-    A rank that ended well was dismissed: rank 0 has done its work and is leaving, which may take a while on a
-    busy machine.
+    torch's own backends listen on every interface, and whoever reaches the store can join the group, where
+    objects are unpickled.
     """
-    first, deadline = ranks[0], None
-    fallen, broken = 0, False
-    while first.poll() is None:
-        codes = {rank: each.poll() for rank, each in enumerate(ranks)}
-        left = [rank for rank, code in codes.items() if code is not None]
-        badly = [rank for rank in left if codes[rank] != 0]
-        if badly and not broken:
-            fallen, broken, deadline = badly[0], True, time.monotonic() + GRACE_SECONDS
-        elif left and deadline is None:
-            fallen, deadline = left[0], time.monotonic() + environment.TIMEOUT_SECONDS
-        if deadline is not None and time.monotonic() > deadline:
-            first.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                first.wait(GRACE_SECONDS)
-            break
-        time.sleep(_POLL_SECONDS)
-    code = first.poll()
-    if code is not None and code >= 0:
-        return code
-    raise InconclusiveError(
-        f"{_how(fallen, ranks[fallen])}, and with it the whole group; what was finished is saved",
-        hint="run the same command with --resume; another --devices will do",
-    )
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
+    class Loopback(RendezvousHandler):
+        use_agent_store = True
 
-def _how(number: int, rank: subprocess.Popen[bytes]) -> str:
-    code = rank.poll()
-    if code is None:
-        return f"rank {number} hung"
-    return f"rank {number} ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+        def next_rendezvous(self) -> RendezvousInfo:
+            with socket.create_server((_LOOPBACK, 0), backlog=1024) as listener:
+                port = listener.getsockname()[1]
+                store = TCPStore(
+                    _LOOPBACK,
+                    port,
+                    is_master=True,
+                    wait_for_workers=False,
+                    master_listen_fd=listener.detach(),
+                )
+            return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(_LOOPBACK, port))
 
+        def get_backend(self) -> str:
+            return _BACKEND
 
-def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """No rank outlives the command."""
-    for rank in ranks:
-        with contextlib.suppress(ProcessLookupError):
-            rank.kill()
-    for rank in ranks:
-        rank.wait()
+        def get_run_id(self) -> str:
+            return parameters.run_id
+
+        def num_nodes_waiting(self) -> int:
+            return 0
+
+        def is_closed(self) -> bool:
+            return False
+
+        def set_closed(self) -> None: ...
+
+        def shutdown(self) -> bool:
+            return True
+
+    return Loopback()

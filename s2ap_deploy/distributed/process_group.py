@@ -1,142 +1,141 @@
-"""Several ranks over torch.distributed: gloo between CPUs, NCCL between GPUs, a store for small talk.
+"""The ranks of one command over torch.distributed: gloo between CPUs, NCCL between GPUs.
 
-Two kinds of waiting are kept apart. Inside a shared function every rank does the same work, so whoever
-is silent for a minute in a collective is lost. Between functions rank 0 works alone, for hours perhaps: the
-others look into the store for what comes next, and a heartbeat in it tells who is still there.
+There are two groups. Collectives of a training step, in which all ranks do equal work, give up on a silent rank
+after a minute. Control messages between stages wait for as long as rank 0 works alone, which may be hours; a
+rank that died is noticed there by its closed connection, and by the launcher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed import Store  # type: ignore[attr-defined]
+from torch import Tensor
 
-from s2ap_deploy.distributed import parcel
-from s2ap_deploy.distributed.collectives import Own, Ranks, SharedSnapshots
-from s2ap_deploy.distributed.mail import MessageQueue
-from s2ap_deploy.distributed.presence import Heartbeat
-from s2ap_deploy.errors import UsageError
-from s2ap_deploy.recorder import Snapshots
+from s2ap_deploy.distributed import environment
+from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
+from s2ap_deploy.errors import InconclusiveError, UsageError
 
 Result = TypeVar("Result")
 
+RESUME = "run the same command with --resume; another number of ranks is fine"
+LOST = "rank-lost"
+_CONTROL_TIMEOUT = timedelta(days=365)
+
+_group: DistributedGroup | None = None
+
 
 class DistributedGroup(Ranks):
-    """One of several ranks. Made by :func:`s2ap_deploy.distributed.meeting.join`."""
+    """One of several ranks, made by :func:`init_process_group`."""
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
-        self.store = store
-        self.presence = Heartbeat(store, rank, size)
-        self.mailbox = MessageQueue(self.presence)
-        self._calls = 0
-
-    # Collectives.
+        self._control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
 
     def reduce(self, flat: Tensor) -> None:
-        with self.presence.talk():
+        with self._collective_errors():
             dist.all_reduce(flat)
 
     def gather(self, tensor: Tensor) -> Tensor:
         whole = tensor.new_empty((self.size, *tensor.shape))
-        with self.presence.talk():
+        with self._collective_errors():
             dist.all_gather(list(whole.unbind()), tensor.contiguous())
         return whole
 
+    def copy_from_first_(self, tensors: Iterable[Tensor]) -> None:
+        with self._collective_errors():
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
+
     def broadcast(self, content: Result) -> Result:
-        sent = [parcel.pack(content) if self.first else b""]
-        return parcel.unpack(self._bytes(sent[0]))  # type: ignore[no-any-return]
+        box = [content if self.first else None]
+        with self._collective_errors():
+            dist.broadcast_object_list(box, src=0, group=self._control)
+        return content if self.first else box[0]  # type: ignore[return-value]
 
-    def _bytes(self, content: bytes) -> bytes:
-        """Rank 0's ``content`` on every rank."""
-        length = torch.tensor(len(content))
-        with self.presence.talk():
-            dist.broadcast(length, src=0)
-            message = (
-                torch.frombuffer(bytearray(content), dtype=torch.uint8)
-                if self.first
-                else torch.empty(int(length), dtype=torch.uint8)
-            )
-            dist.broadcast(message, src=0)
-        return content if self.first else message.numpy().tobytes()
+    def scatter(self, contents: Sequence[Any]) -> Any:
+        box: list[Any] = [None]
+        with self._collective_errors():
+            dist.scatter_object_list(box, list(contents) if self.first else None, group=self._control)
+        return box[0]
 
-    # Calls: rank 0 names a function, the others run it too.
+    def collect(self, content: Result) -> list[Result]:
+        box: list[Any] | None = [None] * self.size if self.first else None
+        with self._collective_errors():
+            dist.gather_object(content, box, group=self._control)
+        return box or []
 
-    def call(
-        self,
-        function: Callable[..., Result],
-        *,
-        snapshots: Snapshots | None = None,
-        **arguments: Any,
-    ) -> Result:
-        elsewhere = {n: v.elsewhere if isinstance(v, Own) else v for n, v in arguments.items()}
-        networks = [value for value in map(_network, arguments.values()) if value is not None]
-        message = (function, elsewhere, snapshots is not None, torch.get_num_threads())
+    @contextmanager
+    def _collective_errors(self) -> Iterator[None]:
+        """Turn a closed connection, or a rank that is silent for a minute, into InconclusiveError."""
         try:
-            content = parcel.pack(message, networks)
-        except Exception as error:  # whatever a stranger's module raises while it is being pickled
-            raise UsageError(
-                f"the network cannot be sent to the other ranks: {error}", hint="leave --devices out"
+            yield
+        except RuntimeError as error:
+            raise InconclusiveError(
+                f"one of the {self.size} ranks has ended; what was finished is saved", code=LOST, hint=RESUME
             ) from error
-        self._calls += 1
-        self.store.set(f"call/{self._calls}", "1")
-        # Others may still be busy with what rank 0 no longer needs: no collective before all are here.
-        for other in range(1, self.size):
-            self.presence.await_key(f"ready/{self._calls}/{other}", other)
-        self._bytes(content)
-        here = {name: value.here if isinstance(value, Own) else value for name, value in arguments.items()}
-        if snapshots is not None:
-            here["snapshots"] = SharedSnapshots(self, snapshots)
-        return function(**here, ranks=self)
-
-    def answer(self, device: torch.device) -> bool:
-        """Wait for rank 0's next call and take part in it; False when there will be none."""
-        self._calls += 1
-        self.presence.await_key(f"call/{self._calls}", 0)
-        if self.store.get(f"call/{self._calls}") == b"0":
-            return False
-        self.store.set(f"ready/{self._calls}/{self.rank}", "1")
-        function, arguments, snaps, threads = parcel.unpack(self._bytes(b""), device)
-        torch.set_num_threads(threads)
-        if snaps:
-            arguments["snapshots"] = SharedSnapshots(self, None)
-        function(**arguments, ranks=self)
-        return True
-
-    def dismiss(self) -> None:
-        """Rank 0 has no further call: the others may leave."""
-        self.store.set(f"call/{self._calls + 1}", "0")
-        self.store.set("end", "1")
-
-    def leave(self) -> None:
-        """Let go of the others: a thread that still talks would disturb the end of this process."""
-        self.presence.leave()
-
-    def fail(self, error: BaseException) -> None:
-        """Tell rank 0 why this rank leaves."""
-        self.presence.fail(error)
-
-    # Work that is not done in step: see ``mail``.
-
-    def send(self, to: int, message: object) -> None:
-        """Leave ``message`` for another rank; it is read in the order of sending."""
-        self.mailbox.send(to, message)
-
-    def has_mail(self, sender: int) -> bool:
-        """Whether :meth:`receive` would return at once. Raises InconclusiveError when the sender is gone."""
-        return self.mailbox.waiting(sender)
-
-    def receive(self, sender: int) -> Any:
-        """The next message of ``sender``; waits for it as long as the sender lives."""
-        return self.mailbox.receive(sender)
 
 
-def _network(argument: Any) -> nn.Module | None:
-    """The network in an argument, whose classes the other ranks may have to import from a file."""
-    candidates = (argument, getattr(argument, "network", None), getattr(argument, "judge", None))
-    return next((each for each in candidates if isinstance(each, nn.Module)), None)
+def current_group(device: torch.device) -> Ranks:
+    """Return the ranks that work on ``device``: this process alone where it was started alone.
+
+    Raises UsageError where a rank cannot have a GPU of its own.
+    """
+    if environment.size() == 1:
+        return SINGLE_PROCESS
+    if device.type == "cuda":
+        if device.index is not None:
+            raise UsageError(
+                f"--device {device} is one GPU, and there are {environment.size()} ranks",
+                code="device-shared",
+                hint="give --device cuda, and choose GPUs with CUDA_VISIBLE_DEVICES",
+            )
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", environment.size()))
+        if here > torch.cuda.device_count():
+            raise UsageError(
+                f"{here} ranks need as many GPUs, and there are {torch.cuda.device_count()}",
+                code="gpus-too-few",
+                hint="use fewer --devices, or --device cpu",
+            )
+    return init_process_group()
+
+
+def init_process_group() -> DistributedGroup:
+    """Return the group that this process belongs to by its environment, joined on the first call.
+
+    Raises InconclusiveError when the ranks do not find each other within a minute.
+    """
+    global _group
+    if _group is not None:
+        return _group
+    rank, size = environment.rank(), environment.size()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus:
+        torch.cuda.set_device(environment.local_rank() % gpus)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpus > environment.local_rank() else "gloo",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=environment.TIMEOUT_SECONDS),
+        )
+        _group = DistributedGroup(rank, size)
+    except (RuntimeError, ValueError) as error:
+        raise InconclusiveError(
+            f"rank {rank} of {size} cannot reach the others: {error}", code="ranks-unreachable", hint=RESUME
+        ) from None
+    return _group
+
+
+def shutdown() -> None:
+    """Leave the group, if this process is in one, after work that all ranks have finished."""
+    global _group
+    if _group is not None:
+        _group = None
+        dist.destroy_process_group()

@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import JsonValue
 
 from s2ap_deploy import files
+from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
 from s2ap_deploy.errors import RunFolderError, StorageError
 from s2ap_deploy.runs import lock, manifest, snapshot
 from s2ap_deploy.runs.lock import FolderLock
 from s2ap_deploy.runs.manifest import STAGES, Manifest, Output, Session, StageName, StageRecord, now
-from s2ap_deploy.runs.stage import Stage
+from s2ap_deploy.runs.stage import Stage, State
 
 if TYPE_CHECKING:
     from s2ap_deploy.recipe.schema import Recipe
@@ -53,22 +54,40 @@ _RESUME = "add --resume to continue, or --overwrite to start again"
 
 
 class Run:
-    """An open, locked run folder. Use it as a context manager: leaving it releases the lock."""
+    """An open, locked run folder. Use it as a context manager: leaving it releases the lock.
 
-    def __init__(self, path: Path, held: FolderLock, contents: Manifest) -> None:
+    Where several ranks share a run, rank 0 locks and writes the folder; the others read it, and get every
+    decision about it from rank 0.
+    """
+
+    ranks = SINGLE_PROCESS
+
+    def __init__(self, path: Path, held: FolderLock | None, contents: Manifest, ranks: Ranks) -> None:
         """Not for callers: see :meth:`open`."""
         self.path = path
         self.manifest = contents
+        self.ranks = ranks
         self._lock = held
 
     @classmethod
-    def open(cls, path: Path | str, *, create: bool, command: str) -> Run:
+    def open(cls, path: Path | str, *, create: bool, command: str, ranks: Ranks = SINGLE_PROCESS) -> Run:
         """Lock the run folder at ``path`` and note ``command`` in its manifest.
 
         ``create`` makes the folder (and its parents) when nothing is there. Raises RunFolderError when
         ``path`` is a file, holds something else, holds no run (without ``create``) or is in use.
         """
         path = Path(path)
+        own: list[Run] = []
+
+        def lock_and_load() -> Manifest:
+            own.append(cls._open(path, create=create, command=command, ranks=ranks))
+            return own[0].manifest
+
+        contents = ranks.on_first(lock_and_load)
+        return own[0] if own else cls(path, None, contents, ranks)
+
+    @classmethod
+    def _open(cls, path: Path, *, create: bool, command: str, ranks: Ranks) -> Run:
         _check_is_run_folder(path, create=create)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -81,7 +100,7 @@ class Run:
             else:
                 contents = Manifest(tool_version=manifest.tool_version(), created=now())
             files.remove_leftovers(path)
-            run = cls(path, held, contents)
+            run = cls(path, held, contents, ranks)
             run.save(contents.with_command(command))
         except BaseException:
             held.release()
@@ -95,7 +114,8 @@ class Run:
 
     def close(self) -> None:
         """Release the lock."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -126,6 +146,22 @@ class Run:
 
         Raises RunFolderError, and StorageError when the disk refuses.
         """
+
+        def enter() -> tuple[State, str | None, Manifest]:
+            stage = self._enter(name, inputs, resume, overwrite, environment)
+            return stage.state, stage.note, self.manifest
+
+        state, note, self.manifest = self.ranks.on_first(enter)
+        return Stage(self, name, state, note)
+
+    def _enter(
+        self,
+        name: StageName,
+        inputs: Mapping[str, Any],
+        resume: bool,
+        overwrite: bool,
+        environment: Mapping[str, Any] | None,
+    ) -> Stage:
         folder = self.folder(name)
         wanted = manifest.as_json(inputs)
         session = Session(started=now(), environment=manifest.as_json(environment or {}))

@@ -17,6 +17,8 @@ from s2ap_deploy.runs.manifest import Manifest, Output, StageName, StageRecord, 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from s2ap_deploy.distributed.collectives import Ranks
+
 State = Literal["finished", "resumable", "fresh"]
 
 
@@ -24,6 +26,7 @@ class Keeper(Protocol):
     """What a stage needs of the run that it belongs to: the manifest, and where its files go."""
 
     manifest: Manifest
+    ranks: Ranks
 
     def save(self, contents: Manifest) -> None:
         """Write the manifest."""
@@ -59,6 +62,8 @@ class Stage:
 
     def save_snapshot(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Replace the snapshot, from which ``--resume`` continues; ``state`` is JSON. Raises StorageError."""
+        if not self._run.ranks.first:
+            return
         header = {
             "inputs_sha256": self._record.inputs_sha256,
             "seconds": self._seconds(),
@@ -71,7 +76,7 @@ class Stage:
 
         Raises RunFolderError when it is damaged or was copied here from a stage with other inputs.
         """
-        loaded = snapshot.load(self.folder)
+        loaded = self._run.ranks.on_first(lambda: snapshot.load(self.folder))
         if loaded is None:
             return None
         tensors, header = loaded
@@ -90,18 +95,23 @@ class Stage:
         Every output lies in :attr:`folder`, so that starting the stage again removes it. Raises
         StorageError when one cannot be read, ValueError for one elsewhere or results that are not JSON.
         """
-        record = self._record.model_copy(
-            update={
-                "status": "finished",
-                "outputs": tuple(self._describe(path) for path in outputs),
-                "results": as_json({"results": results})["results"],
-                "finished": now(),
-                "seconds": self._seconds(),
-            }
-        )
-        self._run.save(self._run.manifest.with_stage(self.name, record))
+
+        def finish() -> Manifest:
+            record = self._record.model_copy(
+                update={
+                    "status": "finished",
+                    "outputs": tuple(self._describe(path) for path in outputs),
+                    "results": as_json({"results": results})["results"],
+                    "finished": now(),
+                    "seconds": self._seconds(),
+                }
+            )
+            self._run.save(self._run.manifest.with_stage(self.name, record))
+            snapshot.remove(self.folder)
+            return self._run.manifest
+
+        self._run.manifest = self._run.ranks.on_first(finish)
         self.state = "finished"
-        snapshot.remove(self.folder)
 
     @property
     def _record(self) -> StageRecord:

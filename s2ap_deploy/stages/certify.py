@@ -28,7 +28,7 @@ from s2ap_deploy.recipe import catalog
 from s2ap_deploy.runs.folder import MASKS, RECIPE_FILE
 from s2ap_deploy.stages import early_certify
 from s2ap_deploy.stages.attack_reuse import bring
-from s2ap_deploy.stages.context import RunContext
+from s2ap_deploy.stages.context import RunContext, on_first_rank
 from s2ap_deploy.stages.evidence import check_curve, prove, trace_curve
 from s2ap_deploy.stages.issue_certificate import Samples, certificate_of
 
@@ -55,6 +55,7 @@ class Attempt:
     started: float
 
 
+@on_first_rank
 def certify(
     job: RunContext,
     *,

@@ -35,7 +35,7 @@ from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxTwin
 from s2ap_deploy.onnx_export.verification import compare_twin
 from s2ap_deploy.runs.folder import CERTIFICATE, COPY, Run
 from s2ap_deploy.stages.certify import DENSE, PRUNED
-from s2ap_deploy.stages.context import RunContext
+from s2ap_deploy.stages.context import RunContext, on_first_rank
 from s2ap_deploy.stages.issue_certificate import Samples, certificate_of
 from s2ap_deploy.training.pgd import pgd
 
@@ -61,6 +61,7 @@ class _TransferResult(NamedTuple):
     transfer: Transfer
 
 
+@on_first_rank
 def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None = None) -> Certificate:
     """Leave the file's own certificate in the ``artifact`` stage, beside its adversarial points.
 

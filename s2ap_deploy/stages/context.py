@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from s2ap_deploy import runtime
 from s2ap_deploy.data import datasets
 from s2ap_deploy.data.datasets import ImageData
 from s2ap_deploy.data.splits import Split
 from s2ap_deploy.errors import ArchitectureError
+from s2ap_deploy.evaluation.workers.executors import closing_units, serve_units
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
@@ -19,12 +21,14 @@ from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.recipe.train_section import Objective as ObjectiveSection
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.runs.folder import MODEL, Run
-from s2ap_deploy.runs.manifest import StageName
+from s2ap_deploy.runs.manifest import Manifest, StageName
 from s2ap_deploy.runs.stage import Stage
 from s2ap_deploy.stages.execution import ExecutionConfig
 from s2ap_deploy.training.objective import Objective
 
 HISTORY = "history.json"
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 class RunContext:
@@ -71,8 +75,15 @@ class RunContext:
 
     def remember(self) -> None:
         """Keep the recipe, and where data lies, in the run folder. Raises StorageError."""
+        if not self.first:
+            return
         self.run.save_recipe(self.recipe)
         self.machine.save(self.run.path)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and prints: rank 0."""
+        return self.machine.ranks.first
 
     @property
     def result(self) -> StageName:
@@ -84,8 +95,14 @@ class RunContext:
 
         A size in the recipe comes first: it is how an image folder learns it from a user.
         """
-        if self._images is None:
-            self._images = read_images(self.recipe, self.machine, size, self.recorder)
+
+        def read() -> None:
+            if self._images is None:
+                self._images = read_images(self.recipe, self.machine, size, self.recorder)
+
+        self.machine.ranks.on_first(read)  # rank 0 downloads what the others then find
+        read()
+        assert self._images is not None
         return self._images
 
     def data_inputs(self, *splits: Split) -> dict[str, Any]:
@@ -119,6 +136,29 @@ class RunContext:
             beta=section.beta,
             replays=section.replays,
         )
+
+
+def on_first_rank(
+    stage: Callable[Concatenate[RunContext, Parameters], Result],
+) -> Callable[Concatenate[RunContext, Parameters], Result]:
+    """Make a stage run on rank 0, with all ranks for the attacks in it; every rank gets its result."""
+
+    @functools.wraps(stage)
+    def led(job: RunContext, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        ranks = job.machine.ranks
+        if ranks.size == 1 or ranks.leading:
+            return stage(job, *arguments, **options)
+
+        def lead() -> tuple[Result, Manifest]:
+            with closing_units(ranks):
+                return stage(job, *arguments, **options), job.run.manifest
+
+        if not ranks.first:
+            serve_units(ranks, job.machine.device)
+        result, job.run.manifest = ranks.on_first(lead)
+        return result
+
+    return led
 
 
 def read_images(

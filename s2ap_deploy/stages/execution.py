@@ -9,7 +9,6 @@ import torch
 
 from s2ap_deploy import files
 from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
-from s2ap_deploy.distributed.process_group import DistributedGroup
 from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.evaluation.workers.pool import WorkerSpec
 from s2ap_deploy.training.precision import FLOAT32, Precision
@@ -44,8 +43,8 @@ class ExecutionConfig:
 
     @property
     def workforce(self) -> WorkerSpec:
-        """Who runs attacks."""
-        return self.ranks if isinstance(self.ranks, DistributedGroup) else self.workers
+        """The ranks or worker processes that run attacks."""
+        return self.ranks if self.ranks.size > 1 else self.workers
 
     def save(self, folder: Path) -> None:
         """Keep in ``folder`` where data lies, for the commands that follow. Raises StorageError."""

@@ -8,7 +8,7 @@ from s2ap_deploy.gating.policy import GatePolicy, Verdict
 from s2ap_deploy.onnx_export.onnx_file import read
 from s2ap_deploy.stages.certify import certify
 from s2ap_deploy.stages.certify_file import certify_file
-from s2ap_deploy.stages.context import RunContext
+from s2ap_deploy.stages.context import RunContext, on_first_rank
 from s2ap_deploy.stages.export import export
 from s2ap_deploy.stages.gate import gate
 from s2ap_deploy.stages.pretrain import dense
@@ -27,6 +27,12 @@ def whole(
     dense(job)
     if job.recipe.prune is not None:
         prune(job)
+    return deliver(job, time_budget, dense_record)
+
+
+@on_first_rank
+def deliver(job: RunContext, time_budget: float | None, dense_record: Path | None) -> Verdict | None:
+    """Certify, export and judge the trained network; see :func:`whole`."""
     certify(job, time_budget=time_budget, dense_record=dense_record)
     report = export(job)
     section = job.recipe.export

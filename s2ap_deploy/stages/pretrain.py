@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from s2ap_deploy import files
-from s2ap_deploy.distributed.collectives import Own
 from s2ap_deploy.errors import DataError, RecipeError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
@@ -16,7 +15,6 @@ from s2ap_deploy.models.classifier import Classifier, dry_run
 from s2ap_deploy.recipe.methods import origins
 from s2ap_deploy.recipe.schema import ModelSection
 from s2ap_deploy.recipe.train_section import TrainSection
-from s2ap_deploy.recorder import Silent
 from s2ap_deploy.runs.folder import MODEL
 from s2ap_deploy.runs.manifest import tool_version
 from s2ap_deploy.runtime import derive_seed
@@ -72,11 +70,12 @@ def pretrain(job: RunContext, section: TrainSection) -> None:
     )
     if stage.state == "finished":
         return
-    result = job.machine.ranks.call(
-        train,
-        network=classifier.to(job.machine.device),
-        train=images.train,
-        validation=images.validation,
+    classifier.to(job.machine.device)
+    job.machine.ranks.copy_from_first_(classifier.state_dict().values())
+    result = train(
+        classifier,
+        images.train,
+        images.validation,
         stage="pretrain",
         objective=job.objective(section.objective),
         epochs=section.epochs,
@@ -87,7 +86,8 @@ def pretrain(job: RunContext, section: TrainSection) -> None:
         seed=recipe.seed,
         device=job.machine.device,
         snapshots=stage,
-        recorder=Own(job.recorder, Silent()),
+        recorder=job.recorder,
+        ranks=job.machine.ranks,
         accumulate=job.machine.accumulate,
         precision=job.machine.precision,
         awp_gamma=section.awp_gamma,
@@ -106,8 +106,9 @@ def pretrain(job: RunContext, section: TrainSection) -> None:
         source_sha256=None,
         tool_version=tool_version(),
     )
-    checkpoint.save(stage.folder / MODEL, classifier, info)
-    files.write_json(stage.folder / HISTORY, [row.figures() for row in result.history])
+    if job.first:
+        checkpoint.save(stage.folder / MODEL, classifier, info)
+        files.write_json(stage.folder / HISTORY, [row.figures() for row in result.history])
     best = result.history[result.best_epoch - 1].figures()
     stage.finish([stage.folder / MODEL, stage.folder / HISTORY], {"best": best})
 
@@ -150,14 +151,14 @@ def adopt(job: RunContext, path: Path) -> None:
     )
     if stage.state == "finished":
         return
-    accuracy = job.machine.ranks.call(
-        pgd_accuracy,
-        network=classifier.to(job.machine.device),
-        split=validation_sample(images.validation, recipe.seed),
+    accuracy = pgd_accuracy(
+        classifier.to(job.machine.device),
+        validation_sample(images.validation, recipe.seed),
         threat=recipe.threat,
         steps=10,
         seed=recipe.seed,
         device=job.machine.device,
+        ranks=job.machine.ranks,
     )
     recorder.note(
         f"dense network: {info.arch}, {accuracy.clean_accuracy:.1%} clean, {accuracy.robust_accuracy:.1%} "
@@ -181,7 +182,8 @@ def adopt(job: RunContext, path: Path) -> None:
             "source_sha256": files.sha256(path),
         }
     )
-    checkpoint.save(stage.folder / MODEL, classifier, info)
+    if job.first:
+        checkpoint.save(stage.folder / MODEL, classifier, info)
     best = {"clean_accuracy": accuracy.clean_accuracy, "robust_accuracy": accuracy.robust_accuracy}
     stage.finish([stage.folder / MODEL], {"best": best, "validation_images": accuracy.n})
 

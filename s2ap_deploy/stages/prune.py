@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from s2ap_deploy import files
 from s2ap_deploy.data.datasets import ImageData
-from s2ap_deploy.distributed.collectives import Own
 from s2ap_deploy.errors import RecipeError
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.classifier import prunable
@@ -22,7 +20,6 @@ from s2ap_deploy.pruning.search import Perturbation, SearchResult, choose_once, 
 from s2ap_deploy.pruning.tensors import load_tensors, save_tensors
 from s2ap_deploy.recipe.methods import METHODS, origins
 from s2ap_deploy.recipe.prune_section import PruneSection
-from s2ap_deploy.recorder import Silent
 from s2ap_deploy.runs.folder import MASKS, MODEL, Run
 from s2ap_deploy.runs.stage import Stage
 from s2ap_deploy.stages.context import HISTORY, RunContext
@@ -59,7 +56,8 @@ def prune_to(job: RunContext, section: PruneSection, lower: float, begin: Path, 
         }
     )
     job.recorder.note(f"pruning to {lower:g} on the way to {section.sparsity:g}")
-    with Run.open(job.run.path / "steps" / f"{lower:g}", create=True, command="step") as run:
+    folder = job.run.path / "steps" / f"{lower:g}"
+    with Run.open(folder, create=True, command="step", ranks=job.machine.ranks) as run:
         inner = RunContext(run, recipe, job.machine, job.recorder, resume=job.resume, overwrite=job.overwrite)
         search_mask(inner, step, begin)
         finetune(inner, step, dense)
@@ -96,12 +94,12 @@ def search_mask(job: RunContext, section: PruneSection, begin: Path) -> None:
     everywhere = {name: torch.ones_like(p, dtype=torch.bool) for name, p in classifier.named_parameters()}
     masks = {name: result.masks.get(name, everywhere[name]) for name in names}
     achieved = sparsity(masks)
-    save_tensors(stage.folder / MASKS, masks)
-    save_tensors(stage.folder / SCORES, result.scores)
-    checkpoint.save(
-        stage.folder / MODEL, classifier, info.model_copy(update={"stage": "search", "sparsity": achieved})
-    )
-    files.write_json(stage.folder / HISTORY, [row.figures() for row in result.history])
+    if job.first:
+        info = info.model_copy(update={"stage": "search", "sparsity": achieved})
+        save_tensors(stage.folder / MASKS, masks)
+        save_tensors(stage.folder / SCORES, result.scores)
+        checkpoint.save(stage.folder / MODEL, classifier, info)
+        files.write_json(stage.folder / HISTORY, [row.figures() for row in result.history])
     outputs = [stage.folder / name for name in (MASKS, SCORES, MODEL, HISTORY)]
     stage.finish(
         outputs,
@@ -147,11 +145,12 @@ def find_mask(
         recorder=job.recorder,
         **section.diagnostics.model_dump(),
     )
-    return job.machine.ranks.call(
-        search,
-        scored=scored,
-        train=images.train,
-        validation=images.validation,
+    ranks = job.machine.ranks
+    ranks.copy_from_first_([*scored.network.state_dict().values(), *scored.scores.values()])
+    return search(
+        scored,
+        images.train,
+        images.validation,
         objective=job.objective(section.search.objective),
         epochs=section.search.epochs,
         learning_rate=section.search.learning_rate,
@@ -161,8 +160,9 @@ def find_mask(
         seed=job.recipe.seed,
         device=job.machine.device,
         snapshots=stage,
-        recorder=Own(job.recorder, Silent()),
-        diagnose=Own(measure, dataclasses.replace(measure, recorder=Silent())),
+        recorder=job.recorder,
+        diagnose=measure,
+        ranks=ranks,
         accumulate=job.machine.accumulate,
         precision=job.machine.precision,
     )
@@ -198,7 +198,8 @@ def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:
     outcome = {"kept": kept(masks), "sparsity": sparsity(masks)}
     info = info.model_copy(update={"stage": "finetune", "sparsity": sparsity(masks)})
     if not METHODS[section.method].finetunes:
-        checkpoint.save(stage.folder / MODEL, classifier, info)
+        if job.first:
+            checkpoint.save(stage.folder / MODEL, classifier, info)
         job.recorder.note(f"{section.method} does not fine-tune: its weights stay as they were drawn")
         stage.finish([stage.folder / MODEL], {**outcome, "best": None, "nonzero": nonzero(classifier, masks)})
         return
@@ -207,11 +208,10 @@ def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:
         teacher = Teacher(
             job.load(dense)[0], weight=distillation.weight, temperature=distillation.temperature
         )
-    result = job.machine.ranks.call(
-        train,
-        network=classifier,
-        train=images.train,
-        validation=images.validation,
+    result = train(
+        classifier,
+        images.train,
+        images.validation,
         stage="finetune",
         objective=job.objective(section.finetune.objective),
         epochs=section.finetune.epochs,
@@ -222,7 +222,8 @@ def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:
         seed=recipe.seed,
         device=job.machine.device,
         snapshots=stage,
-        recorder=Own(job.recorder, Silent()),
+        recorder=job.recorder,
+        ranks=job.machine.ranks,
         accumulate=job.machine.accumulate,
         precision=job.machine.precision,
         masks=masks,
@@ -230,8 +231,9 @@ def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:
         awp_warmup_epochs=section.finetune.awp_warmup_epochs,
         teacher=teacher,
     )
-    checkpoint.save(stage.folder / MODEL, classifier, info)
-    files.write_json(stage.folder / HISTORY, [row.figures() for row in result.history])
+    if job.first:
+        checkpoint.save(stage.folder / MODEL, classifier, info)
+        files.write_json(stage.folder / HISTORY, [row.figures() for row in result.history])
     best = result.history[result.best_epoch - 1].figures()
     stage.finish(
         [stage.folder / MODEL, stage.folder / HISTORY],

@@ -1,31 +1,111 @@
-"""One worker process: it dies with its parent, and holds nothing of it but two pipes."""
+"""A worker process, and the pickled messages between it and its parent.
+
+Both ends of the pipe belong to one command, so unpickling runs no foreign code. Importing this module is cheap:
+a worker must arrange its own end before it spends seconds on importing torch.
+"""
 
 from __future__ import annotations
 
-import ctypes
+import importlib.util
+import io
 import os
-import signal
+import pickle
 import sys
-import threading
-import time
-from typing import TYPE_CHECKING
+import traceback
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from s2ap_deploy.evaluation.workers.messages import Failure, NotPicklable, PickledAttacker, read, write
+from s2ap_deploy.distributed.environment import exit_with_parent
+from s2ap_deploy.errors import DeployError
 
 if TYPE_CHECKING:
-    from s2ap_deploy.evaluation.autoattack.attacker import Unit
+    import torch
+    from torch import nn
 
-_PR_SET_PDEATHSIG = 1
-_WATCH_SECONDS = 0.5
+    from s2ap_deploy.evaluation.workers.executors import UnitRunner
 
 
-def serve(parent: int) -> None:
-    """The life of a worker whose parent has the process id ``parent``: load, then units until the end."""
-    _die_with(parent)
-    # Replies own the pipe; whatever a classifier prints goes to the error stream instead.
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    requests = os.fdopen(os.dup(0), "rb")
+class NotPicklable(Exception):
+    """The classifier cannot be rebuilt in another process (its class lives in ``__main__``, say)."""
+
+
+class PickledAttacker:
+    """An attacker as bytes, with the files of the modules that a plain import may not find."""
+
+    def __init__(self, content: bytes, sources: Mapping[str, str]) -> None:
+        self.content = content
+        self.sources = sources
+
+    @classmethod
+    def pack(cls, attacker: UnitRunner) -> PickledAttacker:
+        """Raises NotPicklable when the classifier cannot be pickled."""
+        import torch
+
+        buffer = io.BytesIO()
+        try:
+            torch.save(attacker, buffer)
+        except Exception as error:  # whatever a user's module raises while it is being pickled
+            raise NotPicklable(f"the classifier cannot be sent to another process: {error}") from error
+        return cls(buffer.getvalue(), source_files(attacker.judge))
+
+    def unpack(self, device: torch.device | str = "cpu") -> UnitRunner:
+        """Rebuild the attacker; tensors that were on a GPU are put on ``device``.
+
+        Raises NotPicklable when a class cannot be imported here.
+        """
+        import torch
+
+        place = torch.device(device)
+        if place.type == "cuda":
+            place = torch.device("cuda", torch.cuda.current_device())
+        try:
+            for name, file in self.sources.items():
+                import_file(name, file)
+            attacker: UnitRunner = torch.load(
+                io.BytesIO(self.content),
+                weights_only=False,
+                map_location=lambda storage, origin: storage if origin == "cpu" else storage.to(place),
+            )
+        except Exception as error:  # whatever a user's module raises while it is being rebuilt
+            raise NotPicklable(
+                f"the classifier cannot be rebuilt in another process: {type(error).__name__}: {error}"
+            ) from error
+        return attacker
+
+
+class RemoteError:
+    """An exception on its way to the process that waits for the result."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error if isinstance(error, DeployError | NotPicklable) else None
+        self.summary = f"{type(error).__name__}: {error}"
+        self.trace = traceback.format_exc()
+
+    def raise_again(self) -> NoReturn:
+        """Raise our own errors as they were, any other as DeployError with the traceback as its note."""
+        error = self.error or DeployError(
+            f"an attack worker failed with {self.summary}", code="worker-failed"
+        )
+        error.add_note(self.trace)
+        raise error
+
+
+def send(connection: Connection, message: object) -> None:
+    """Send one message. Raises OSError when the other side is gone."""
+    connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+def receive(connection: Connection) -> Any:
+    """Wait for one message. Raises EOFError or OSError when the other side is gone."""
+    return pickle.loads(connection.recv_bytes())
+
+
+def serve(parent: int, descriptor: int) -> None:
+    """Run units for the process with the id ``parent`` until it closes the pipe or ends."""
+    exit_with_parent(parent)
+    os.dup2(2, 1)  # whatever a classifier prints must not mix with the parent's results
+    connection = Connection(descriptor)
 
     import torch
 
@@ -33,35 +113,40 @@ def serve(parent: int) -> None:
 
     torch.set_num_threads(1)
     try:
-        shipment: PickledAttacker = read(requests)
+        packed: PickledAttacker = receive(connection)
         try:
-            attacker = shipment.unpack()
+            attacker = packed.unpack()
         except NotPicklable as error:
-            write(replies, Failure(error))
+            send(connection, RemoteError(error))
             return
-        write(replies, None)
+        send(connection, None)
         while True:
-            unit: Unit = read(requests)
+            unit = receive(connection)
             try:
                 with exact_arithmetic(attacker.device):
                     reply: object = attacker.run(unit)
             except Exception as error:  # the parent decides what it means
-                reply = Failure(error)
-            write(replies, reply)
-    except (EOFError, BrokenPipeError):
+                reply = RemoteError(error)
+            send(connection, reply)
+    except (EOFError, OSError):
         return
 
 
-def _die_with(parent: int) -> None:
-    """End this process when its parent ends: at once on Linux, within half a second elsewhere."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def source_files(network: nn.Module) -> dict[str, str]:
+    """Return the file of every module in which a class of ``network`` or of its parts is defined."""
+    names = {type(part).__module__ for part in network.modules()}
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
+    return {name: file for name, file in files.items() if file}
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_WATCH_SECONDS)
-        os._exit(1)
 
-    if os.getppid() != parent:  # it ended before the request above was made
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
+def import_file(name: str, file: str) -> None:
+    """Make ``import name`` work for a module that is on no path, as of an architecture given as a file."""
+    try:
+        found = name in sys.modules or importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        found = False
+    spec = None if found else importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        return
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from s2ap_deploy.evaluation.workers.across import DistributedExecutor, serve_units
 
 from s2ap_deploy.distributed.process_group import DistributedGroup
 from s2ap_deploy.errors import DeployError
 from s2ap_deploy.evaluation.workers import across
-from s2ap_deploy.evaluation.workers.across import DistributedExecutor, serve_units
 
 
 class Desk(DistributedGroup):

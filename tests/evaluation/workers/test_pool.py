@@ -16,6 +16,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from s2ap_deploy.evaluation.workers.messages import NotPicklable, PickledAttacker
 from torch import nn
 
 from s2ap_deploy.errors import CheckpointError, DeployError, InconclusiveError
@@ -23,7 +24,6 @@ from s2ap_deploy.evaluation.autoattack.attacker import Attacker, Unit
 from s2ap_deploy.evaluation.autoattack.cascade import attack
 from s2ap_deploy.evaluation.autoattack.frozen_model import FrozenModel
 from s2ap_deploy.evaluation.workers.executors import InProcess
-from s2ap_deploy.evaluation.workers.messages import NotPicklable, PickledAttacker
 from s2ap_deploy.evaluation.workers.pool import Workers, count
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import ThreatModel
