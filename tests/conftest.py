@@ -130,7 +130,18 @@ class ThreadRanks(Ranks):
         return torch.stack(self._exchange(tensor.clone()))
 
     def broadcast(self, content: Any) -> Any:
-        return copy.deepcopy(self._exchange(content)[0])  # as over a wire: nothing is shared
+        return copy.deepcopy(self._exchange(content)[0]) if self.rank else self._exchange(content)[0]
+
+    def scatter(self, contents: Any) -> Any:
+        return copy.deepcopy(self._exchange(contents)[0][self.rank])
+
+    def collect(self, content: Any) -> list[Any]:
+        found = copy.deepcopy(self._exchange(content))
+        return found if self.first else []
+
+    def copy_from_first_(self, tensors: Any) -> None:
+        for tensor in tensors:
+            tensor.data.copy_(self._exchange(tensor.detach().clone())[0])
 
 
 def in_company(size: int, work: Callable[[Ranks], Any]) -> list[Any]:

@@ -81,7 +81,7 @@ TORCH_FREE = (
     "s2ap_deploy.reporting.security_curve_plot",
     "s2ap_deploy.evaluation.certificate",
     "s2ap_deploy.onnx_export.export_report",
-    "s2ap_deploy.evaluation.workers.messages",
+    "s2ap_deploy.evaluation.workers.worker",
     "s2ap_deploy",
     "s2ap_deploy.api",
     "s2ap_deploy.plugins",

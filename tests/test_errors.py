@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from s2ap_deploy.evaluation.workers.messages import Failure
 from torch import nn
 
 import s2ap_deploy
 from s2ap_deploy import errors
 from s2ap_deploy.cli import main
 from s2ap_deploy.errors import DeployError, VerificationError
+from s2ap_deploy.evaluation.workers.worker import RemoteError
 from s2ap_deploy.models.architectures.registry import build
 from s2ap_deploy.recipe import catalog
 from s2ap_deploy.recipe.schema import Recipe
@@ -115,7 +115,7 @@ def hurried(folder: Path) -> object:
 
 MET: dict[type[DeployError], Met] = {
     errors.DeployError: Met(
-        lambda folder: Failure(ZeroDivisionError("by nothing")).raise_again(),
+        lambda folder: RemoteError(ZeroDivisionError("by nothing")).raise_again(),
         "an attack worker failed with ZeroDivisionError: by nothing",
         None,
     ),

@@ -21,10 +21,10 @@ Result = TypeVar("Result")
 class Ranks:
     """The only rank of a command, and the base of :class:`process_group.DistributedGroup`.
 
-    ``rank`` counts from 0. Rank r of ``size`` works on the rows r, r + size, r + 2 size, ... of every batch, so
-    that a row stays with its rank whatever the length of a batch. ``present`` says whether this rank's rows
-    count in the batch at hand (see ``robust.sharing``), and ``leading`` whether rank 0 is inside :meth:`on_first`,
-    without the others.
+    ``rank`` counts from 0. Rank r of ``size`` works on the rows r, r + size, r + 2 size, ... of every batch,
+    so that a row stays with its rank whatever the length of a batch. ``present`` says whether its rows
+    count in the batch at hand (see ``training.batching``), and ``leading`` whether rank 0 is inside
+    :meth:`on_first`, without the others.
 
     The methods are collective: every rank calls them, in the same order. They raise InconclusiveError when a
     rank is lost.

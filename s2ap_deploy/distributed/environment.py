@@ -63,14 +63,14 @@ def prepare() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115: until the process ends
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def takes_error(message: str, hint: str | None, code: str, exit_code: int) -> bool:
     """Leave an error to the launcher; False where this process has to print it itself.
 
-    Every rank writes its error into the file that torch's elastic agent reads. The agent's process reports the
-    first one: ``launch`` as an error of its own, torchrun in its summary, beside what rank 0 prints.
+    Every rank writes its error into the file that torch's elastic agent reads. The agent's process reports
+    the first one: ``launch`` as an error of its own, torchrun in its summary, beside what rank 0 prints.
     """
     if size() == 1:
         return False

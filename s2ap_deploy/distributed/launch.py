@@ -154,7 +154,7 @@ def _loopback_rendezvous(parameters: RendezvousParameters) -> RendezvousHandler:
     torch's own backends listen on every interface, and whoever reaches the store can join the group, where
     objects are unpickled.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
     class Loopback(RendezvousHandler):

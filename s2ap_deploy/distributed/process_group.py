@@ -1,8 +1,8 @@
 """The ranks of one command over torch.distributed: gloo between CPUs, NCCL between GPUs.
 
-There are two groups. Collectives of a training step, in which all ranks do equal work, give up on a silent rank
-after a minute. Control messages between stages wait for as long as rank 0 works alone, which may be hours; a
-rank that died is noticed there by its closed connection, and by the launcher.
+There are two groups. Collectives of a training step, in which all ranks do equal work, give up on a silent
+rank after a minute. Control messages between stages wait for as long as rank 0 works alone, which may be
+hours; a rank that died is noticed there by its closed connection, and by the launcher.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class DistributedGroup(Ranks):
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
-        self._control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+        self._control: Any = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
 
     def reduce(self, flat: Tensor) -> None:
         with self._collective_errors():

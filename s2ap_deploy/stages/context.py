@@ -144,7 +144,7 @@ def on_first_rank(
     """Make a stage run on rank 0, with all ranks for the attacks in it; every rank gets its result."""
 
     @functools.wraps(stage)
-    def led(job: RunContext, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+    def led(job: RunContext, /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
         ranks = job.machine.ranks
         if ranks.size == 1 or ranks.leading:
             return stage(job, *arguments, **options)

@@ -50,7 +50,7 @@ def test_it_parses(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> 
     words = shlex.split(command)[1:]
     if "--devices" in words:  # as if the ranks had been started already
         ranks = int(words[words.index("--devices") + 1])
-        monkeypatch.setattr("s2ap_deploy.distributed.membership.size", lambda: ranks)
+        monkeypatch.setattr("s2ap_deploy.distributed.environment.size", lambda: ranks)
     if words[0] in ("--help", "--version"):
         return
     context = cli.make_context("s2ap-deploy", words)

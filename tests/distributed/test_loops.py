@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks, SharedSnapshots
+from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
 from s2ap_deploy.pruning.allocation import Fixed, Quotas
 from s2ap_deploy.pruning.budgets import floors
 from s2ap_deploy.pruning.granularity import Weights
@@ -95,6 +95,20 @@ def test_one_step_of_s2ap_on_given_adversarial_images_gives_the_same_scores(
             torch.testing.assert_close(found.network.get_buffer(name), buffer, rtol=1e-5, atol=1e-6)
 
 
+class FirstRanks:
+    """Snapshots as ``runs.Stage`` keeps them: rank 0's."""
+
+    def __init__(self, ranks: Ranks, kept: Any) -> None:
+        self.ranks, self.kept = ranks, kept
+
+    def load_snapshot(self) -> Any:
+        return self.ranks.on_first(self.kept.load_snapshot)
+
+    def save_snapshot(self, tensors: Any, state: Any) -> None:
+        if self.ranks.first:
+            self.kept.save_snapshot(tensors, state)
+
+
 def run_search(model: nn.Module, stripes: Any, ranks: Ranks, loss: Any, **changes: Any) -> SearchResult:
     settings: dict[str, Any] = {"epochs": 2, "snapshots": NoSnapshots(), "accumulate": 1, **changes}
     kept = settings.pop("snapshots")
@@ -109,7 +123,7 @@ def run_search(model: nn.Module, stripes: Any, ranks: Ranks, loss: Any, **change
         perturbation=Perturbation(0.02, 0),
         seed=0,
         device=CPU,
-        snapshots=SharedSnapshots(ranks, kept if ranks.first else None),
+        snapshots=FirstRanks(ranks, kept),
         recorder=Silent(),
         ranks=ranks,
         **settings,

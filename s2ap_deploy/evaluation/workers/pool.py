@@ -62,8 +62,8 @@ class WorkerPool:
     """``count`` processes, each with its own copy of ``attacker``. Use as a context manager.
 
     Raises NotPicklable when a process cannot rebuild the attacker, InconclusiveError when one was killed. An
-    error inside a unit is raised as itself when it is a DeployError, otherwise as DeployError with the traceback
-    as note.
+    error inside a unit is raised as itself when it is a DeployError, otherwise as DeployError with the
+    traceback as note.
     """
 
     def __init__(self, attacker: UnitRunner, count: int) -> None:

@@ -1,7 +1,7 @@
 """A worker process, and the pickled messages between it and its parent.
 
-Both ends of the pipe belong to one command, so unpickling runs no foreign code. Importing this module is cheap:
-a worker must arrange its own end before it spends seconds on importing torch.
+Both ends of the pipe belong to one command, so unpickling runs no foreign code. Importing this module is
+cheap: a worker must arrange its own end before it spends seconds on importing torch.
 """
 
 from __future__ import annotations
@@ -50,22 +50,19 @@ class PickledAttacker:
         return cls(buffer.getvalue(), source_files(attacker.judge))
 
     def unpack(self, device: torch.device | str = "cpu") -> UnitRunner:
-        """Rebuild the attacker; tensors that were on a GPU are put on ``device``.
+        """Rebuild the attacker; what was on the first GPU is put on this rank's, if ``device`` is CUDA.
 
         Raises NotPicklable when a class cannot be imported here.
         """
         import torch
 
-        place = torch.device(device)
-        if place.type == "cuda":
-            place = torch.device("cuda", torch.cuda.current_device())
+        gpu = torch.device(device).type == "cuda"
+        place = {"cuda:0": f"cuda:{torch.cuda.current_device()}"} if gpu else "cpu"
         try:
             for name, file in self.sources.items():
                 import_file(name, file)
             attacker: UnitRunner = torch.load(
-                io.BytesIO(self.content),
-                weights_only=False,
-                map_location=lambda storage, origin: storage if origin == "cpu" else storage.to(place),
+                io.BytesIO(self.content), weights_only=False, map_location=place
             )
         except Exception as error:  # whatever a user's module raises while it is being rebuilt
             raise NotPicklable(

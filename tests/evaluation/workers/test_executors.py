@@ -1,0 +1,101 @@
+"""Units on several ranks: every result once, errors as themselves, attack after attack."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from s2ap_deploy.distributed.collectives import Ranks
+from s2ap_deploy.errors import DeployError, InconclusiveError, UsageError
+from s2ap_deploy.evaluation.workers.executors import DistributedExecutor, closing_units, serve_units
+
+Company = Callable[[int, Callable[[Ranks], Any]], list[Any]]
+CPU = torch.device("cpu")
+WORKED: set[int] = set()
+
+
+class Doubler:
+    """An attacker that notes its thread; unit -1 fails."""
+
+    device = CPU
+    judge = nn.Identity()
+
+    def run(self, unit: int) -> Any:
+        if unit == -1:
+            raise UsageError("cannot double", code="some-code")
+        if unit == -2:
+            raise ZeroDivisionError("own fault")
+        WORKED.add(threading.get_ident())
+        return SimpleNamespace(unit=unit, twice=2 * unit)
+
+
+def doubled(ranks: Ranks, attacks: Sequence[Sequence[int]]) -> list[list[int]] | None:
+    """What rank 0 gets of each attack's units; the other ranks serve."""
+    if not ranks.first:
+        serve_units(ranks, CPU)
+        return None
+    found = []
+    with closing_units(ranks):
+        for units in attacks:
+            waiting, results = list(units), []
+            with DistributedExecutor(Doubler(), ranks) as executor:  # type: ignore[arg-type]
+                while waiting or executor.busy:
+                    while waiting and executor.idle:
+                        executor.submit(waiting.pop(0))  # type: ignore[arg-type]
+                    results.append(executor.next())
+            assert all(each.twice == 2 * each.unit for each in results)  # type: ignore[attr-defined]
+            found.append([each.unit for each in results])
+    return found  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("count", [0, 1, 25])
+def test_every_unit_comes_back_once_and_in_order(company: Company, size: int, count: int) -> None:
+    WORKED.clear()
+    found = company(size, lambda ranks: doubled(ranks, [range(count), [100, 101, 102]]))
+    assert found == [[[*range(count)], [100, 101, 102]]] + [None] * (size - 1)
+    assert len(WORKED) == min(size, max(count, 3))
+
+
+@pytest.mark.parametrize(
+    ("unit", "kind", "code"), [(-1, UsageError, "some-code"), (-2, DeployError, "worker-failed")]
+)
+@pytest.mark.parametrize("units_before", [[], [1]])
+def test_an_error_of_any_rank_is_raised_on_rank_0_and_lets_the_others_go(
+    company: Company, unit: int, kind: type[DeployError], code: str, units_before: list[int]
+) -> None:
+    def work(ranks: Ranks) -> Any:
+        if not ranks.first:
+            return doubled(ranks, [])
+        with pytest.raises(kind, check=lambda error: error.code == code):
+            doubled(ranks, [[*units_before, unit]])
+        return "raised"
+
+    assert company(2, work) == ["raised", None]
+
+
+def test_after_a_signal_nothing_more_is_sent() -> None:
+    """The other ranks may be in the middle of a unit; they end with the command."""
+    sent: list[Any] = []
+
+    class Recording(Ranks):
+        size = 2
+
+        def broadcast(self, content: Any) -> Any:
+            sent.append(content)
+            return content
+
+        def scatter(self, contents: Any) -> Any:
+            raise InconclusiveError("nothing more")
+
+    ranks = Recording()
+    executor = DistributedExecutor(Doubler(), ranks)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt), closing_units(ranks), executor:
+        raise KeyboardInterrupt
+    assert len(sent) == 1, "the attacker"
