@@ -26,9 +26,8 @@ from torchvision.models import resnet50
 
 from benchmarks.lib import arguments, commands, networks, results
 from benchmarks.lib.processes import peak_bytes
-from s2ap_deploy.distributed import meeting
+from s2ap_deploy.distributed import process_group
 from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
-from s2ap_deploy.distributed.process_group import DistributedGroup
 from s2ap_deploy.pruning.search import update
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
 from s2ap_deploy.spec import ThreatModel
@@ -102,7 +101,7 @@ def passes(steps: int, *, trades: bool = True, s2ap: bool = True) -> int:
 def child(size: Size, repeats: int, ranked: bool) -> None:
     """Print the seconds of the quickest step, the one least disturbed, and the MiB it added to the peak."""
     torch.set_num_threads(1)
-    ranks: Ranks = meeting.join() if ranked else SINGLE_PROCESS
+    ranks: Ranks = process_group.init_process_group() if ranked else SINGLE_PROCESS
     torch.manual_seed(0)
     base = peak_bytes()
     model = network(size.width)
@@ -125,8 +124,7 @@ def child(size: Size, repeats: int, ranked: bool) -> None:
         found["messages"] = {str(count): message_seconds(ranks, count) for count in MESSAGES}
     if ranks.first:
         print(json.dumps(found), flush=True)
-    if isinstance(ranks, DistributedGroup):
-        ranks.leave()
+    process_group.shutdown()
 
 
 def message_seconds(ranks: Ranks, count: int) -> float:

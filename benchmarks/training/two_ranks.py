@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.lib import arguments, commands, networks, results
-from s2ap_deploy.distributed import meeting
+from s2ap_deploy.distributed import process_group
 from s2ap_deploy.distributed.collectives import Ranks
 from s2ap_deploy.models.architectures.small import digits_conv
 from s2ap_deploy.pruning.search import update
@@ -78,7 +78,7 @@ def one_step(ranks: Ranks, build: Any) -> dict[str, Tensor]:
 
 def child() -> None:
     """Work as one of two ranks; rank 0 prints each layer's distance from one process."""
-    ranks = meeting.join()
+    ranks = process_group.init_process_group()
     found: dict[str, dict[str, float]] = {}
     for name, build in NETWORKS.items():
         together, alone = one_step(ranks, build), one_step(Ranks(), build)
@@ -87,7 +87,7 @@ def child() -> None:
         }
     if ranks.first:
         print(json.dumps(found), flush=True)
-    ranks.leave()
+    process_group.shutdown()
 
 
 def main() -> None:

@@ -132,12 +132,7 @@ def on_every_rank(arguments: list[str]) -> int:
     if not shared:
         return run_cli(arguments) if rank == 0 else 0
     environment.prepare()
-    code = run_cli(arguments)
-    if code == 0:
-        from s2ap_deploy.distributed.process_group import shutdown
-
-        shutdown()
-    return code
+    return run_cli(arguments)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
@@ -157,12 +152,16 @@ def run_cli(arguments: list[str]) -> int:
             return UNUSABLE
         color = False if os.environ.get("NO_COLOR") else None  # None: where it is a terminal
         code = cli.main(arguments, prog_name="s2ap-deploy", standalone_mode=False, color=color)
+        if environment.shares(arguments):
+            from s2ap_deploy.distributed.process_group import shutdown
+
+            shutdown()
         return code if isinstance(code, int) else 0
     except DeployError as error:
         return _report(error.message, error.hint, error.exit_code, as_json, error.code)
     except click.UsageError as error:
         help_option = f"{error.ctx.command_path} --help" if error.ctx is not None else "s2ap-deploy --help"
-        return _report(error.format_message(), f"see: {help_option}", UNUSABLE, as_json)
+        return _report(error.format_message(), f"see: {help_option}", UNUSABLE, as_json, "usage")
     except Terminated:
         again, saved = (
             "run the same command with --resume",
@@ -172,14 +171,16 @@ def run_cli(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort) as error:
         if isinstance(error, click.Abort) and not isinstance(error.__cause__, KeyboardInterrupt):
             return _report("aborted", None, UNFORESEEN, as_json)
-        return _report("interrupted", "run the same command with --resume", INTERRUPTED, as_json)
+        return _report(
+            "interrupted", "run the same command with --resume", INTERRUPTED, as_json, "interrupted"
+        )
     except OutputClosed:
         return UNFORESEEN
     except BaseException as error:  # SystemExit too: nobody but a stranger's code raises it
         if isinstance(error, OSError) and error.errno in DISK_REFUSES:
             return _report(f"the disk refuses a write: {error}", "free some space", UNUSABLE, as_json)
         if os.environ.get("S2AP_DEBUG"):
-            traceback.print_exc()
+            traceback.print_exc(file=sys.__stderr__)  # also on ranks that print nothing else
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         hint = "S2AP_DEBUG=1 shows the traceback; please report it"
         return _report(f"unforeseen error: {what}", hint, UNFORESEEN, as_json)

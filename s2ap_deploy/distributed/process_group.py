@@ -134,8 +134,9 @@ def init_process_group() -> DistributedGroup:
 
 
 def shutdown() -> None:
-    """Leave the group, if this process is in one, after work that all ranks have finished."""
+    """Leave the group, if this process is in one, when all ranks have finished their work."""
     global _group
     if _group is not None:
-        _group = None
+        _group.broadcast(None)
         dist.destroy_process_group()
+        _group = None
