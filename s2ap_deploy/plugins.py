@@ -1,4 +1,4 @@
-"""What installed packages add by entry point: base methods, robust losses and targets. No torch.
+"""Find and load what installed packages add by entry point: base methods, robust losses and targets.
 
 ::
 
@@ -6,9 +6,8 @@
     [project.entry-points."s2ap_deploy.losses"]      →  s2ap_deploy.training.plugin_losses.RobustLoss
     [project.entry-points."s2ap_deploy.targets"]     →  s2ap_deploy.recipe.target.Target
 
-Nothing is imported before somebody names it. The tool's own names come first, and whatever goes wrong in a
-plug-in is told with the distribution that brought it. Architectures have a group of their own, which
-``models.registry`` reads.
+A plug-in is imported only when it is named. The tool's own names come first, and an error in a plug-in names
+its distribution. Architectures have a group of their own, which ``models.architectures.registry`` reads.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ WORDS: dict[Kind, str] = {
     "architectures": "architecture",
 }
 
-PluginChoice = TypeVar("PluginChoice")
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """One entry point: the ``module:attribute`` behind it, and whose it is (distribution and version)."""
+    """One entry point: its ``module:attribute``, and its distribution and version (``origin``)."""
 
     kind: Kind
     name: str
@@ -48,12 +47,12 @@ class Plugin:
 
 
 def group(kind: Kind) -> str:
-    """The entry-point group of a kind."""
+    """Return the entry-point group of a kind."""
     return f"s2ap_deploy.{kind}"
 
 
 def offered(kind: Kind) -> tuple[Plugin, ...]:
-    """Every plug-in of a kind, by name. Imports none of them."""
+    """Return every plug-in of a kind, by name. Imports none of them."""
     found = (
         Plugin(kind, entry.name, entry.value, _origin(entry))
         for entry in metadata.entry_points(group=group(kind))
@@ -62,32 +61,36 @@ def offered(kind: Kind) -> tuple[Plugin, ...]:
 
 
 def names(kind: Kind) -> tuple[str, ...]:
-    """The names under which plug-ins of a kind can be chosen."""
+    """Return the names under which plug-ins of a kind can be chosen."""
     return tuple(dict.fromkeys(each.name for each in offered(kind)))
 
 
 def find(kind: Kind, name: str) -> Plugin | None:
-    """The plug-in of that name, or None. Raises PluginError when two distributions offer it."""
+    """Return the plug-in of that name, or None. Raises PluginError when two distributions offer it."""
     found = [each for each in offered(kind) if each.name == name]
     if len(found) > 1:
         raise PluginError(
             f"{len(found)} plug-ins offer a {WORDS[kind]} called {name!r}: "
             f"{' and '.join(each.origin for each in found)}",
+            code="plugin-ambiguous",
             hint="uninstall all but one of them",
         )
     return found[0] if found else None
 
 
 @functools.cache
-def load(kind: Kind, name: str, expected: type[PluginChoice]) -> PluginChoice:
+def load(kind: Kind, name: str, expected: type[Loaded]) -> Loaded:
     """Import the plug-in of that name, once per process.
 
-    Raises PluginError when there is none, when importing it fails, and when it is not an ``expected``.
+    Raises:
+        PluginError: when there is none, when importing it fails, and when it is not an ``expected``.
     """
     plugin = find(kind, name)
     if plugin is None:
         raise PluginError(
-            f"no {WORDS[kind]} {name!r} is installed", hint="s2ap-deploy doctor lists what plug-ins offer"
+            f"no {WORDS[kind]} {name!r} is installed",
+            code="plugin-missing",
+            hint="s2ap-deploy doctor lists what plug-ins offer",
         )
     (entry,) = (
         each
@@ -96,14 +99,17 @@ def load(kind: Kind, name: str, expected: type[PluginChoice]) -> PluginChoice:
     )
     try:
         found: object = entry.load()
-    except (Exception, SystemExit) as error:  # a stranger's code
+    except (Exception, SystemExit) as error:  # foreign code
         raise PluginError(
-            f"{plugin} fails while it is imported: {reason(error)}", hint=_ask(plugin)
+            f"{plugin} fails while it is imported: {reason(error)}",
+            code="plugin-import-failed",
+            hint=_contact(plugin),
         ) from error
     if not isinstance(found, expected):
         raise PluginError(
             f"{plugin} is {type(found).__name__}, not an {expected.__module__}.{expected.__qualname__}",
-            hint=_ask(plugin),
+            code="plugin-type-invalid",
+            hint=_contact(plugin),
         )
     return found
 
@@ -117,15 +123,17 @@ def blamed(kind: Kind, name: str) -> Iterator[Plugin | None]:
         raise
     except Exception as error:
         plugin = find(kind, name)
-        hint = _ask(plugin) if plugin is not None else None
-        raise PluginError(f"{plugin or name} fails: {reason(error)}", hint=hint) from error
+        hint = _contact(plugin) if plugin is not None else None
+        raise PluginError(
+            f"{plugin or name} fails: {reason(error)}", code="plugin-failed", hint=hint
+        ) from error
 
 
 def origins(**chosen: str | None) -> dict[str, dict[str, str]]:
-    """What a stage records beside a name that a plug-in stands behind: another version is another input.
+    """Return the plug-ins behind the names in a stage's inputs, since another version is another input.
 
-    ``origins(methods="mine", losses="at")`` is ``{"plugins": {"methods/mine": "acme 1.0"}}``, and nothing at
-    all where the tool itself stands behind every name.
+    ``origins(methods="mine", losses="at")`` is ``{"plugins": {"methods/mine": "acme 1.0"}}``, and empty where
+    every name is the tool's own.
     """
     found: dict[str, str] = {}
     for kind, name in chosen.items():
@@ -136,15 +144,15 @@ def origins(**chosen: str | None) -> dict[str, dict[str, str]]:
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line."""
+    """Return the type of an exception and the first line of its message."""
     first = str(error).strip().splitlines()
     return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
 
 
 def _origin(entry: metadata.EntryPoint) -> str:
-    """``acme-pruning 1.2``."""
+    """Return distribution and version, such as ``acme-pruning 1.2``."""
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else "an unknown distribution"
 
 
-def _ask(plugin: Plugin) -> str:
-    return f"ask whoever makes {plugin.origin.rpartition(' ')[0]}, or uninstall it"
+def _contact(plugin: Plugin) -> str:
+    return f"report it to the maintainers of {plugin.origin.rpartition(' ')[0]}, or uninstall it"

@@ -26,7 +26,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from s2ap_deploy.data.augmentation import Augmentation
-from s2ap_deploy.data.memory import MemorySplit
+from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.distributed.collectives import Ranks
 
 # Started in the background of a shell, this process ignores Ctrl-C, and so would every process it starts.

@@ -148,7 +148,7 @@ MET: dict[type[DeployError], Met] = {
     errors.DataError: Met(
         lambda folder: s2ap_deploy.pretrain("mnist-conv", "mnist", "0.1", run=folder / "r", data_root=folder),
         "mnist was not found under FOLDER",
-        "say where it lies with --data-root (or ...), or add --download to fetch it",
+        "give its folder with --data-root (or ...), or add --download",
     ),
     errors.RecipeError: Met(
         lambda folder: catalog.load("demo", overrides=["prune.gama=1"]),
@@ -159,7 +159,7 @@ MET: dict[type[DeployError], Met] = {
         broken_plugin,
         "the base method 'acme-method' of acme 1.0 (no_such_module:FOUND) fails while it is imported: "
         "ModuleNotFoundError: No module named 'no_such_module'",
-        "ask whoever makes acme, or uninstall it",
+        "report it to the maintainers of acme, or uninstall it",
     ),
     errors.RunFolderError: Met(
         lambda folder: s2ap_deploy.export(folder / "empty"),

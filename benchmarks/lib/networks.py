@@ -7,7 +7,7 @@ from torch import nn
 
 from s2ap_deploy import runtime
 from s2ap_deploy.data.augmentation import Augmentation
-from s2ap_deploy.data.memory import MemorySplit
+from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.classifier import Classifier, prunable
 from s2ap_deploy.pruning.allocation import Fixed

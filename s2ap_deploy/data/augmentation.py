@@ -1,4 +1,4 @@
-"""Random shifts and mirror images of a whole batch at once, on whichever device holds it."""
+"""Random shifts and mirroring of a whole batch at once, on its device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Augmentation:
     flip: bool = False
 
     def draw(self, n: int, stream: torch.Generator) -> Tensor:
-        """One move per sample from a CPU stream: int64 [n, 3] of row offset, column offset, mirrored."""
+        """Draw one move per sample from a CPU stream: int64 [n, 3] of row offset, column offset, mirrored."""
         offsets = torch.randint(0, 2 * self.padding + 1, (n, 2), generator=stream)
         mirrored = torch.randint(0, 2, (n, 1), generator=stream)
         return torch.cat([offsets, mirrored if self.flip else torch.zeros_like(mirrored)], dim=1)

@@ -10,12 +10,10 @@ from pathlib import Path
 
 from s2ap_deploy.data import digits, published
 from s2ap_deploy.data.augmentation import Augmentation
-from s2ap_deploy.data.imagefolder import Files, ImageFolder, scan
-from s2ap_deploy.data.images import decode_all
-from s2ap_deploy.data.known import KNOWN
-from s2ap_deploy.data.memory import MemorySplit
+from s2ap_deploy.data.imagefolder import ImageFiles, ImageFolder, decode_all, scan
+from s2ap_deploy.data.published import KNOWN
 from s2ap_deploy.data.sampling import hold_out
-from s2ap_deploy.data.splits import Split
+from s2ap_deploy.data.splits import MemorySplit, Split
 from s2ap_deploy.data.streaming import StreamedSplit
 from s2ap_deploy.errors import DataError, UsageError
 from s2ap_deploy.recorder import Recorder, Silent
@@ -29,8 +27,10 @@ NAMES = (*KNOWN, f"{FOLDER_PREFIX}PATH")
 class ImageData:
     """A data set in three disjoint parts.
 
-    ``train`` and ``validation`` are for every choice that training makes; ``test`` is only for judging.
-    ``suggested`` is the usual normalization, where there is one.
+    Attributes:
+        train, validation: for every choice that training makes.
+        test: for evaluation only.
+        suggested: the usual normalization, where there is one.
     """
 
     spec: DataSpec
@@ -41,9 +41,10 @@ class ImageData:
 
 
 def spec(name: str, *, root: Path | None = None, size: tuple[int, int, int] | None = None) -> DataSpec:
-    """Classes and preprocessing of ``name``; reads at most the listing and one header of an image folder.
+    """Return classes and preprocessing of ``name``; reads at most the listing and one header of a folder.
 
-    Raises DataError when the name is unknown, the folder is unusable, or the data cannot have ``size``.
+    Raises:
+        DataError: when the name is unknown, the folder is unusable, or the data cannot have ``size``.
     """
     if name.startswith(FOLDER_PREFIX):
         return _folder(name, root).spec(size)
@@ -51,6 +52,7 @@ def spec(name: str, *, root: Path | None = None, size: tuple[int, int, int] | No
     if size is not None and tuple(size) != facts.preprocessing.size:
         raise DataError(
             f"the model takes images of {_text(size)}, but {name} has {_text(facts.preprocessing.size)}",
+            code="data-size-mismatch",
             hint="choose data of the model's size, or an imagefolder:PATH, whose images are resized",
         )
     return facts
@@ -70,16 +72,25 @@ def load(
 ) -> ImageData:
     """Read a data set and hold a validation set out of its training images.
 
-    ``size`` is the (C, H, W) that a model takes. The validation set is stratified by class and depends on
-    ``seed`` and ``validation_fraction`` only; an image folder that has both ``val/`` and ``test/`` brings
-    its own. An image folder is decoded into memory when its pixels fit in ``memory_limit_bytes``, by
-    ``workers`` threads, and is streamed by ``workers`` processes otherwise; the batches are the same.
+    The validation set is stratified by class and depends on ``seed`` and ``validation_fraction`` only; an
+    image folder that has both ``val/`` and ``test/`` has its own. An image folder is decoded into memory when
+    its pixels fit in ``memory_limit_bytes``, by ``workers`` threads, and is streamed by ``workers`` processes
+    otherwise; the batches are the same.
 
-    Raises DataError for data that is unknown, missing, damaged or of another size, UsageError for an
-    impossible validation fraction, StorageError when a download finds no space.
+    Args:
+        root: the folder of the data sets.
+        download: fetch one that is missing.
+        size: the (C, H, W) that a model takes.
+
+    Raises:
+        DataError: for data that is unknown, missing, damaged or of another size.
+        UsageError: for an impossible validation fraction.
+        StorageError: when a download finds no space.
     """
     if workers < 0:
-        raise UsageError(f"cannot decode with {workers} workers", hint="give 0 or more")
+        raise UsageError(
+            f"cannot decode with {workers} workers", code="worker-count-out-of-range", hint="give 0 or more"
+        )
     if not name.startswith(FOLDER_PREFIX):
         facts = spec(name, size=size)
         if name == "digits":
@@ -97,7 +108,7 @@ def load(
     augmentation = Augmentation(padding=height // 8, flip=channels == 3)
     fits = math.prod(facts.preprocessing.size) * len(folder) <= memory_limit_bytes
 
-    def split(files: Files) -> Split:
+    def split(files: ImageFiles) -> Split:
         if not fits:
             return StreamedSplit(files, facts.preprocessing, augmentation, workers=workers)
         images = decode_all(files.paths, facts.preprocessing, threads=workers, recorder=recorder or Silent())
@@ -110,8 +121,10 @@ def load(
 def _folder(name: str, root: Path | None) -> ImageFolder:
     path = Path(os.path.expanduser(name.removeprefix(FOLDER_PREFIX)))
     if path == Path():
-        raise DataError("imagefolder: needs a path", hint="write imagefolder:PATH")
-    # A checkpoint remembers the folder's last name only, so a relative one may also lie in the data root.
+        raise DataError(
+            "imagefolder: needs a path", code="image-folder-path-missing", hint="write imagefolder:PATH"
+        )
+    # A checkpoint records the folder's last name only, so a relative path may also be in the data root.
     below_root = published.data_root(root) / path
     return scan(below_root if not path.exists() and below_root.exists() else path)
 
@@ -121,6 +134,7 @@ def _known(name: str) -> DataSpec:
         close = difflib.get_close_matches(name, KNOWN, n=1)
         raise DataError(
             f"unknown data set {name!r}",
+            code="data-unknown",
             hint=f"did you mean {close[0]}?" if close else f"known are {', '.join(NAMES)}",
         )
     return KNOWN[name].spec

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from s2ap_deploy.data.known import KNOWN
-from s2ap_deploy.data.memory import MemorySplit
+from s2ap_deploy.data.published import KNOWN
 from s2ap_deploy.data.sampling import choose
+from s2ap_deploy.data.splits import MemorySplit
 
 FILE = Path(__file__).with_name("digits.npz")
 TEST_IMAGES = 500

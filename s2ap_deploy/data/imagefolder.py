@@ -1,34 +1,46 @@
-"""A folder of images, one sub-folder per class, under ``train/`` and ``test/`` or ``val/``."""
+"""List and decode image folders: one sub-folder per class, under ``train/`` and ``test/`` or ``val/``."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from s2ap_deploy.data import images
 from s2ap_deploy.data.sampling import hold_out
 from s2ap_deploy.errors import DataError
+from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.spec import DataSpec, Preprocessing
 
 LAYOUT = "expected train/<class>/ and test/<class>/ (or val/<class>/) with images inside"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
+CHUNK = 64
+
+# What Pillow's readers raise on damaged files, besides OSError (truncated, unknown or unreadable).
+DAMAGE = (OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
-class Files:
-    """Image files of one part: labels int64 [n], ids (POSIX paths relative to the data folder), paths."""
+class ImageFiles:
+    """The image files of one part: labels int64 [n], ids (POSIX paths relative to the data folder), paths."""
 
     labels: Tensor
     ids: tuple[str, ...]
     paths: tuple[str, ...]
 
-    def subset(self, indices: Sequence[int]) -> Files:
-        """The files at these positions, in this order."""
-        return Files(
+    def subset(self, indices: Sequence[int]) -> ImageFiles:
+        """Return the files at these positions, in this order."""
+        return ImageFiles(
             self.labels[torch.as_tensor(indices, dtype=torch.int64)],
             tuple(self.ids[index] for index in indices),
             tuple(self.paths[index] for index in indices),
@@ -37,35 +49,36 @@ class Files:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """What lies in the folder. ``validation`` is None unless both ``val/`` and ``test/`` exist."""
+    """The parts of the folder. ``validation`` is None unless both ``val/`` and ``test/`` exist."""
 
     name: str
     classes: tuple[str, ...]
-    train: Files
-    validation: Files | None
-    test: Files
+    train: ImageFiles
+    validation: ImageFiles | None
+    test: ImageFiles
 
     def __len__(self) -> int:
         parts = (self.train, self.validation, self.test)
         return sum(len(files.ids) for files in parts if files is not None)
 
-    def parts(self, validation_fraction: float, *, seed: int) -> tuple[Files, Files, Files]:
-        """(train, validation, test); validation is held out of train unless the folder brings its own."""
+    def parts(self, validation_fraction: float, *, seed: int) -> tuple[ImageFiles, ImageFiles, ImageFiles]:
+        """Return (train, validation, test); validation is held out of train unless the folder has its own."""
         if self.validation is not None:
             return self.train, self.validation, self.test
         kept, held = hold_out(self.train.labels, validation_fraction, seed=seed)
         return self.train.subset(kept), self.train.subset(held), self.test
 
     def spec(self, size: tuple[int, int, int] | None) -> DataSpec:
-        """The facts, with ``size`` (C, H, W) or else the size of the first training image.
+        """Return the facts, with ``size`` (C, H, W) or else the size of the first training image.
 
-        A square size resizes the shorter side to it and crops the center, which leaves an image of
-        that size as it is; any other size has to be the size of every image.
+        With a square size the shorter side of each image is resized to it and the center is cropped, which
+        does not change an image of that size; any other size must be the size of every image.
         """
-        channels, height, width = size or images.size(self.train.paths[0])
+        channels, height, width = size or image_size(self.train.paths[0])
         if channels not in (1, 3) or min(height, width) < 1:
             raise DataError(
                 f"images of size {channels}x{height}x{width} cannot be read from {self.name}",
+                code="image-size-invalid",
                 hint="the size is channels x height x width with 1 or 3 channels",
             )
         side = height if height == width else None
@@ -81,30 +94,44 @@ class ImageFolder:
 def scan(folder: Path) -> ImageFolder:
     """List the folder without opening an image; classes and files in sorted order.
 
-    Files are found at any depth below a class; hidden files and folders are passed over.
-    Raises DataError when the layout is another one, a class is empty, the parts differ in classes, or
-    a folder cannot be read.
+    Files are found at any depth below a class; hidden files and folders are skipped.
+
+    Raises:
+        DataError: when the layout differs, a class is empty, the parts differ in classes, or a folder cannot
+            be read.
     """
     try:
         return _scan(folder)
     except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error}", hint="check its permissions") from None
+        raise DataError(
+            f"{folder} cannot be read: {error}", code="image-folder-unreadable", hint="check its permissions"
+        ) from None
 
 
 def _scan(folder: Path) -> ImageFolder:
     if not folder.is_dir():
         raise DataError(
-            f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}", hint=LAYOUT
+            f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}",
+            code="image-folder-missing",
+            hint=LAYOUT,
         )
     present = [part for part in ("train", "val", "test") if (folder / part).is_dir()]
     if "train" not in present or len(present) < 2:
-        raise DataError(f"{folder} holds {' and '.join(present) or 'no part'} only", hint=LAYOUT)
+        raise DataError(
+            f"{folder} holds {' and '.join(present) or 'no part'} only",
+            code="image-folder-part-missing",
+            hint=LAYOUT,
+        )
 
     classes = _classes(folder / "train")
     for part in present[1:]:
         _same_classes(folder / part, classes)
     if len(classes) < 2:
-        raise DataError(f"train/ in {folder} has {len(classes)} class folder(s), two are needed", hint=LAYOUT)
+        raise DataError(
+            f"train/ in {folder} has {len(classes)} class folder(s), two are needed",
+            code="class-count-too-small",
+            hint=LAYOUT,
+        )
 
     files = {part: _files(folder, part, classes) for part in present}
     return ImageFolder(
@@ -127,10 +154,14 @@ def _same_classes(part: Path, classes: tuple[str, ...]) -> None:
     if missing or extra:
         parts = [("lacks", missing), ("has in addition", extra)]
         difference = " and ".join(f"{verb} {_some(names)}" for verb, names in parts if names)
-        raise DataError(f"train/ and {part.name}/ differ in classes: {part} {difference}", hint=LAYOUT)
+        raise DataError(
+            f"train/ and {part.name}/ differ in classes: {part} {difference}",
+            code="image-folder-classes-differ",
+            hint=LAYOUT,
+        )
 
 
-def _files(folder: Path, part: str, classes: tuple[str, ...]) -> Files:
+def _files(folder: Path, part: str, classes: tuple[str, ...]) -> ImageFiles:
     labels: list[int] = []
     ids: list[str] = []
     for label, name in enumerate(classes):
@@ -138,18 +169,20 @@ def _files(folder: Path, part: str, classes: tuple[str, ...]) -> Files:
         if not found:
             raise DataError(
                 f"class folder {folder / part / name} holds no image",
-                hint=f"images end in {', '.join(images.SUFFIXES)}",
+                code="image-folder-class-empty",
+                hint=f"images end in {', '.join(SUFFIXES)}",
             )
         try:
             "".join((name, *found)).encode()
         except UnicodeEncodeError:
             raise DataError(
                 f"a file name below {str(folder / part / name)!a} is not valid UTF-8",
+                code="file-name-not-utf8",
                 hint="rename it: results list samples by file name",
             ) from None
         labels += [label] * len(found)
         ids += [f"{part}/{name}/{relative}" for relative in found]
-    return Files(torch.tensor(labels), tuple(ids), tuple(os.path.join(folder, i) for i in ids))
+    return ImageFiles(torch.tensor(labels), tuple(ids), tuple(os.path.join(folder, i) for i in ids))
 
 
 def _images_below(folder: Path) -> list[str]:
@@ -160,7 +193,7 @@ def _images_below(folder: Path) -> list[str]:
         found += [
             (relative / name).as_posix()
             for name in names
-            if name[0] != "." and name.lower().endswith(images.SUFFIXES)
+            if name[0] != "." and name.lower().endswith(SUFFIXES)
         ]
     return found
 
@@ -168,3 +201,91 @@ def _images_below(folder: Path) -> list[str]:
 def _some(names: list[str], most: int = 5) -> str:
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def image_size(path: str) -> tuple[int, int, int]:
+    """Return (C, H, W) of an image file from its header: C is 1 for gray, 3 for everything else."""
+    with _opened(path) as image:
+        return (1 if image.mode in ("1", "L", "LA") else 3), image.height, image.width
+
+
+def decode(path: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Decode one image file to uint8 [C, H, W], resized and cropped by torchvision.transforms.v2.
+
+    As in torchvision, the EXIF rotation is not applied.
+
+    Raises:
+        DataError: naming the file, when it cannot be read, has more than 8 bits per channel, or is not of the
+            expected size where no resize is set.
+    """
+    channels, height, width = preprocessing.size
+    with _opened(path) as image:
+        pixels = image.convert("L" if channels == 1 else "RGB")
+        pixels = squared(pixels, preprocessing.resize, preprocessing.crop)
+    if (pixels.height, pixels.width) != (height, width):
+        raise DataError(
+            f"{path} is {pixels.height}x{pixels.width} pixels, where {height}x{width} is expected",
+            code="image-size-mismatch",
+            hint="give a square size, such as 3x32x32: images are then resized and cropped to it",
+        )
+    array = np.asarray(pixels)
+    return array[np.newaxis] if channels == 1 else array.transpose(2, 0, 1)
+
+
+def decode_all(
+    paths: Sequence[str], preprocessing: Preprocessing, *, threads: int, recorder: Recorder
+) -> Tensor:
+    """Decode all files to uint8 [n, C, H, W]. Pillow releases the interpreter lock, so threads help."""
+    images = torch.empty((len(paths), *preprocessing.size), dtype=torch.uint8)
+    target = images.numpy()
+
+    def fill(start: int) -> int:
+        chunk = paths[start : start + CHUNK]
+        for position, path in enumerate(chunk, start):
+            target[position] = decode(path, preprocessing)
+        return len(chunk)
+
+    recorder.begin("decode", len(paths), "image")
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        for done in pool.map(fill, range(0, len(paths), CHUNK)):
+            recorder.advance(done)
+    recorder.end()
+    return images
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                # Pillow's conversion to 8 bits clips such values instead of scaling them.
+                raise DataError(
+                    f"{path} has more than 8 bits per channel (mode {image.mode})",
+                    code="image-depth-unsupported",
+                    hint="convert the images to 8 bits per channel",
+                )
+            yield image
+    except DAMAGE as error:
+        raise DataError(
+            f"{path} cannot be read as an image: {error}",
+            code="image-unreadable",
+            hint="repair or remove the file",
+        ) from None
+
+
+def squared(image: Image.Image, resize: int | None, crop: int | None) -> Image.Image:
+    """Resize the shorter side of ``image`` to ``resize`` (bilinear) and crop the center to ``crop``.
+
+    None leaves a step out. torchvision is imported only where a step changes something.
+    """
+    if resize is not None and min(image.size) != resize:
+        image = _transforms().resize(image, [resize])
+    if crop is not None and image.size != (crop, crop):
+        image = _transforms().center_crop(image, [crop])
+    return image
+
+
+def _transforms() -> Any:
+    from torchvision.transforms.v2 import functional
+
+    return functional

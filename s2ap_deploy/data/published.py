@@ -1,4 +1,7 @@
-"""MNIST, CIFAR-10, CIFAR-100 and SVHN as torchvision stores them, checked and read whole."""
+"""The data sets known by name: their facts, and the files of MNIST, CIFAR-10, CIFAR-100 and SVHN.
+
+Files are read as torchvision stores them, whole, and checked.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import os
 import sys
 import tarfile
 import zlib
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -17,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2ap_deploy.data.known import KNOWN
-from s2ap_deploy.data.memory import MemorySplit
+from s2ap_deploy.data.augmentation import Augmentation
+from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.errors import DataError, StorageError
+from s2ap_deploy.spec import DataSpec, Normalization, Preprocessing
 
 ROOT_VARIABLE = "S2AP_DATA_ROOT"
 DEFAULT_ROOT = Path("data")
@@ -51,17 +56,92 @@ MNIST_MD5 = {
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
 
+TEN_DIGITS = tuple("0123456789")
+
+CIFAR10_LABELS = "airplane automobile bird cat deer dog frog horse ship truck"
+
+# The hundred fine labels in their alphabetical order, which is the order of the label numbers.
+CIFAR100_LABELS = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
+lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark
+shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
+
+
+@dataclass(frozen=True)
+class PublishedFacts:
+    """Size, classes, usual normalization (per channel, over the training images) and augmentation."""
+
+    spec: DataSpec
+    normalization: Normalization
+    augmentation: Augmentation
+
+
+def _facts(
+    name: str,
+    size: tuple[int, int, int],
+    class_names: tuple[str, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    augmentation: Augmentation,
+) -> PublishedFacts:
+    preprocessing = Preprocessing(size=size, channel_order="L" if size[0] == 1 else "RGB")
+    return PublishedFacts(
+        DataSpec(name=name, preprocessing=preprocessing, class_names=class_names),
+        Normalization(mean=mean, std=std),
+        augmentation,
+    )
+
+
+# Digits are not augmented (a mirrored 2 is no 2); house numbers are shifted, photographs also mirrored.
+KNOWN = {
+    facts.spec.name: facts
+    for facts in (
+        _facts("digits", (1, 8, 8), TEN_DIGITS, (0.3054,), (0.3758,), Augmentation()),
+        _facts("mnist", (1, 28, 28), TEN_DIGITS, (0.1307,), (0.3081,), Augmentation()),
+        _facts(
+            "cifar10",
+            (3, 32, 32),
+            tuple(CIFAR10_LABELS.split()),
+            (0.4914, 0.4822, 0.4465),
+            (0.2470, 0.2435, 0.2616),
+            Augmentation(padding=4, flip=True),
+        ),
+        _facts(
+            "cifar100",
+            (3, 32, 32),
+            tuple(CIFAR100_LABELS.split()),
+            (0.5071, 0.4865, 0.4409),
+            (0.2673, 0.2564, 0.2762),
+            Augmentation(padding=4, flip=True),
+        ),
+        _facts(
+            "svhn",
+            (3, 32, 32),
+            TEN_DIGITS,
+            (0.4377, 0.4438, 0.4728),
+            (0.1980, 0.2010, 0.1970),
+            Augmentation(padding=4),
+        ),
+    )
+}
+
 
 def data_root(root: Path | None) -> Path:
-    """Where data sets lie: the argument, else the environment variable S2AP_DATA_ROOT, else ``data``."""
+    """Return the folder of the data sets: the argument, else S2AP_DATA_ROOT, else ``data``."""
     return Path(root or os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT).expanduser()
 
 
 def load(name: str, root: Path, *, download: bool) -> tuple[MemorySplit, MemorySplit]:
-    """(train, test) of ``name``, one of FOOTPRINTS; ids count in the published order.
+    """Return (train, test) of ``name``, one of FOOTPRINTS; ids count in the published order.
 
-    Raises DataError when files are missing, damaged or cannot be fetched, StorageError when they do not
-    fit on the disk.
+    Raises:
+        DataError: when files are missing, damaged or cannot be downloaded.
+        StorageError: when they do not fit on the disk.
     """
     try:
         if name == "mnist":
@@ -72,26 +152,31 @@ def load(name: str, root: Path, *, download: bool) -> tuple[MemorySplit, MemoryS
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise StorageError(
-                f"no space left under {root} for {name}", hint="free some space or give another --data-root"
+                f"no space left under {root} for {name}",
+                code="disk-full",
+                hint="free some space or give another --data-root",
             ) from error
-        raise _explained(name, root, download, error) from error
+        raise _data_error(name, root, download, error) from error
     return _split(name, "train", *train), _split(name, "test", *test)
 
 
-def _explained(name: str, root: Path, download: bool, error: Exception) -> DataError:
+def _data_error(name: str, root: Path, download: bool, error: Exception) -> DataError:
     if download:
         return DataError(
-            f"{name} could not be fetched into {root}: {error}",
+            f"{name} could not be downloaded into {root}: {error}",
+            code="data-download-failed",
             hint="check the network, or copy the files there and leave out --download",
         )
     if any((root / trace).exists() for trace in FOOTPRINTS[name]):
         return DataError(
             f"{name} under {root} is damaged or incomplete: {error}",
-            hint="run once more with --download to fetch it anew",
+            code="data-damaged",
+            hint="run once more with --download to replace it",
         )
     return DataError(
         f"{name} was not found under {root}",
-        hint=f"say where it lies with --data-root (or {ROOT_VARIABLE}), or add --download to fetch it",
+        code="data-missing",
+        hint=f"give its folder with --data-root (or {ROOT_VARIABLE}), or add --download",
     )
 
 
@@ -101,12 +186,13 @@ def _check_mnist(folder: Path) -> None:
         if path.is_file() and hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != expected:
             raise DataError(
                 f"mnist is damaged: {path} is not the published file",
+                code="data-damaged",
                 hint="delete that file and run once more with --download",
             )
 
 
 def _read(name: str, root: Path, *, train: bool, download: bool) -> tuple[Tensor, Tensor]:
-    """uint8 [n, C, H, W] and int64 [n] from the arrays of torchvision's data set, without decoding items."""
+    """Return uint8 [n, C, H, W] and int64 [n] from torchvision's arrays, without decoding single items."""
     from torchvision import datasets
 
     found: Any

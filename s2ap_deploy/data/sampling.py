@@ -1,4 +1,4 @@
-"""Which samples: a class-stratified choice, and the validation set held out of training."""
+"""Choose samples stratified by class, and hold a validation set out of training."""
 
 from __future__ import annotations
 
@@ -13,19 +13,26 @@ from s2ap_deploy.runtime import derive_seed
 
 
 def choose(labels: Tensor | Sequence[int] | int, n: int | None, *, seed: int | None) -> list[int]:
-    """Positions of ``n`` samples, ascending.
+    """Return the positions of ``n`` samples, ascending.
 
-    ``labels`` holds one class per sample; a plain number means that many samples of unknown class.
-    Without a seed these are the first ``n``. With one, each class gets its share of ``n`` rounded by
-    largest remainder (equal remainders drawn by lot), and the samples within a class are drawn at random.
-    The choice depends on labels, n and seed alone, not on the machine or library versions.
-    ``n`` of None, or at least the number of samples, takes all of them.
+    Without a seed these are the first ``n``. With one, each class gets its share of ``n`` rounded by largest
+    remainder (equal remainders in random order), and the samples within a class are drawn at random. The
+    choice depends on labels, n and seed alone, not on the machine or library versions.
 
-    Raises UsageError when ``n`` is below 1.
+    Args:
+        labels: one class per sample; a plain number means that many samples of unknown class.
+        n: None, or at least the number of samples, takes all of them.
+
+    Raises:
+        UsageError: when ``n`` is below 1.
     """
     classes = _classes(labels)
     if n is not None and n < 1:
-        raise UsageError(f"cannot choose {n} samples", hint="give a number of at least 1")
+        raise UsageError(
+            f"cannot choose {n} samples",
+            code="sample-count-out-of-range",
+            hint="give a number of at least 1",
+        )
     if n is None or n >= len(classes):
         return list(range(len(classes)))
     if seed is None:
@@ -51,14 +58,19 @@ def choose(labels: Tensor | Sequence[int] | int, n: int | None, *, seed: int | N
 def hold_out(labels: Tensor | Sequence[int], fraction: float, *, seed: int) -> tuple[list[int], list[int]]:
     """Split positions into (kept, held out): disjoint, stratified by class, both ascending and not empty.
 
-    Raises UsageError unless 0 < ``fraction`` < 1 and there are at least two samples.
+    Raises:
+        UsageError: unless 0 < ``fraction`` < 1 and there are at least two samples.
     """
     if not 0 < fraction < 1:
         raise UsageError(
-            f"the validation fraction must lie between 0 and 1, not {fraction}", hint="0.1 is the default"
+            f"the validation fraction must be between 0 and 1, not {fraction}",
+            code="validation-fraction-out-of-range",
+            hint="0.1 is the default",
         )
     if len(labels) < 2:
-        raise UsageError(f"cannot hold a validation set out of {len(labels)} sample(s)")
+        raise UsageError(
+            f"cannot hold a validation set out of {len(labels)} sample(s)", code="training-set-too-small"
+        )
     n = min(max(round(fraction * len(labels)), 1), len(labels) - 1)
     held = choose(labels, n, seed=derive_seed("validation", seed))
     taken = set(held)

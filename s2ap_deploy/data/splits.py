@@ -1,4 +1,4 @@
-"""One part of a data set (train, validation or test): labels, ids, and its images in batches."""
+"""One part of a data set (train, validation or test): its labels, ids, and images in batches."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ CHUNK = 256
 
 
 class Split(ABC):
-    """Images of one part of a data set.
+    """The images of one part of a data set.
 
-    ``labels`` is int64 [n] on the CPU; ``ids`` names each sample for good ("test/00042", or the path of
-    an image relative to its folder). Images come as float32 [b, C, H, W] in [0, 1], labels as int64 [b],
-    both on the device that was asked for.
+    Batches are images float32 [b, C, H, W] in [0, 1] and labels int64 [b], both on the requested device.
+
+    Attributes:
+        labels: int64 [n] on the CPU.
+        ids: a permanent name of each sample ("test/00042", or the path of an image relative to its folder).
     """
 
     def __init__(self, labels: Tensor, ids: Sequence[str], augmentation: Augmentation) -> None:
@@ -40,18 +42,18 @@ class Split(ABC):
 
     @abstractmethod
     def subset(self, indices: Sequence[int]) -> Split:
-        """The samples at these positions, in this order."""
+        """Return the samples at these positions, in this order."""
 
     @abstractmethod
     def pixels(self, batches: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-        """For each int64 batch of positions (on the CPU) its images, uint8 [b, C, H, W] on ``device``."""
+        """Yield the images of each int64 batch of positions (on the CPU), uint8 [b, C, H, W] on a device."""
 
     @abstractmethod
     def contents(self) -> Iterator[bytes]:
-        """What the images are made of, piece by piece, for :meth:`fingerprint`."""
+        """Yield the bytes that identify the images, for :meth:`fingerprint`."""
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over ids, labels and :meth:`contents`: another one means other data."""
+        """Return the SHA-256 (hex) over ids, labels and :meth:`contents`, which identifies the data."""
         digest = hashlib.sha256("\0".join(self.ids).encode())
         digest.update(self.labels.numpy().tobytes())
         for piece in self.contents():
@@ -68,14 +70,15 @@ class Split(ABC):
         device: torch.device | str,
         share: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
-        """One epoch in random order.
+        """Yield one epoch in random order.
 
         Order and augmentation depend on ``seed`` and ``epoch`` only, a sample's augmentation not even on
-        the batch size: an epoch that is run again after a kill sees the same images. A last batch of
+        the batch size, so that an epoch repeated after an interruption gets the same images. A last batch of
         one sample is left out, because BatchNorm has no variance there.
 
-        With ``share`` (r, of) only the rows r, r + of, ... of each batch are read; where a batch has none
-        for r, its first sample stands in.
+        Args:
+            share: (r, of) reads only the rows r, r + of, ... of each batch; where a batch has none for r, its
+                first sample is used as padding.
         """
         order = torch.randperm(len(self), generator=generator(seed, "order", epoch))
         batches = _cut(order, batch_size)
@@ -89,13 +92,13 @@ class Split(ABC):
     def batches(
         self, batch_size: int, device: torch.device | str, share: tuple[int, int] = (0, 1)
     ) -> Iterator[Batch]:
-        """All samples in fixed order, as they are; of each batch the rows of ``share``, if it has any."""
+        """Yield all samples in fixed order, not augmented; of each batch the rows of ``share``, if any."""
         rank, of = share
         cut = [batch[rank::of] for batch in _cut(torch.arange(len(self)), batch_size) if rank < len(batch)]
         return self._labeled(cut, torch.device(device), None)
 
     def tensors(self) -> Batch:
-        """All images and labels at once on the CPU; meant for subsets (float32 takes 4 bytes a value)."""
+        """Return all images and labels on the CPU; meant for subsets (float32 takes 4 bytes a value)."""
         images = [images for images, _ in self.batches(CHUNK, "cpu")]
         return torch.cat(images), self.labels
 
@@ -109,17 +112,48 @@ class Split(ABC):
             yield images.to(torch.float32).div_(255), labels[positions]
 
 
+class MemorySplit(Split):
+    """Images as one uint8 tensor [n, C, H, W], on the compute device from its first use there."""
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, ids: Sequence[str], augmentation: Augmentation
+    ) -> None:
+        super().__init__(labels, ids, augmentation)
+        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
+            raise ValueError(
+                f"expected uint8 [{len(labels)}, C, H, W], got {images.dtype} {list(images.shape)}"
+            )
+        self.images = images
+
+    def subset(self, indices: Sequence[int]) -> MemorySplit:
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        ids = [self.ids[index] for index in chosen.tolist()]
+        images = self.images[chosen.to(self.images.device)]
+        return MemorySplit(images, self.labels[chosen], ids, self.augmentation)
+
+    def contents(self) -> Iterator[bytes]:
+        yield str(tuple(self.images.shape)).encode()
+        for start in range(0, len(self), CHUNK):
+            yield self.images[start : start + CHUNK].cpu().numpy().tobytes()
+
+    def pixels(self, batches: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+        # Moved once and kept: later epochs then copy nothing but positions to the device.
+        images = self.images = self.images.to(device)
+        for positions in placed(batches, device):
+            yield images[positions]
+
+
 def train_steps(samples: int, batch_size: int) -> int:
-    """How many batches :meth:`Split.train_batches` gives."""
+    """Return how many batches :meth:`Split.train_batches` yields."""
     _check(batch_size)
     whole, rest = divmod(samples, batch_size)
     return whole + (rest > 1)
 
 
 def placed(batches: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-    """Positions of each batch on ``device``, all moved there at once.
+    """Return the positions of each batch on ``device``, moved there in one copy.
 
-    A copy per batch would wait for whatever the device still has to do for the batch before.
+    A copy per batch would wait until the device has finished the batch before.
     """
     if device.type == "cpu" or not batches:
         return batches
@@ -133,4 +167,8 @@ def _cut(order: Tensor, batch_size: int) -> list[Tensor]:
 
 def _check(batch_size: int) -> None:
     if batch_size < 1:
-        raise UsageError(f"a batch cannot hold {batch_size} images", hint="give a batch size of at least 1")
+        raise UsageError(
+            f"a batch cannot hold {batch_size} images",
+            code="batch-size-out-of-range",
+            hint="give a batch size of at least 1",
+        )

@@ -15,24 +15,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from s2ap_deploy.data.augmentation import Augmentation
-from s2ap_deploy.data.imagefolder import Files
-from s2ap_deploy.data.images import decode
+from s2ap_deploy.data.imagefolder import ImageFiles, decode
 from s2ap_deploy.data.splits import Split
 from s2ap_deploy.errors import DataError
 from s2ap_deploy.spec import Preprocessing
 
 
 class StreamedSplit(Split):
-    """Images read from files anew in every epoch.
+    """Images read from their files in every epoch.
 
     Workers decode, resize and crop (``torchvision.transforms.v2``); shuffling and augmentation happen here,
-    by the code that :class:`MemorySplit` uses. Both splits therefore give the same batches, and memory
-    decides nothing but speed.
+    in the code that :class:`~s2ap_deploy.data.splits.MemorySplit` uses: both splits yield the same batches.
     """
 
     def __init__(
         self,
-        files: Files,
+        files: ImageFiles,
         preprocessing: Preprocessing,
         augmentation: Augmentation,
         *,
@@ -48,14 +46,16 @@ class StreamedSplit(Split):
         return StreamedSplit(files, self.preprocessing, self.augmentation, workers=self.workers)
 
     def contents(self) -> Iterator[bytes]:
-        """Size and time of change of each file: reading all of a set this large would take too long."""
+        """Yield size and modification time of each file: reading all of a large set would take too long."""
         yield self.preprocessing.model_dump_json().encode()
         for path in self.files.paths:
             try:
                 facts = os.stat(path)
             except OSError as error:
                 raise DataError(
-                    f"{path} cannot be read as an image: {error}", hint="restore the file or start anew"
+                    f"{path} cannot be read as an image: {error}",
+                    code="image-unreadable",
+                    hint="restore the file or start again",
                 ) from None
             yield f"{facts.st_size} {facts.st_mtime_ns}\n".encode()
 
@@ -80,7 +80,7 @@ class StreamedSplit(Split):
 
 
 class _Decoder(Dataset[Any]):
-    """Paths of a batch to uint8 [b, C, H, W]; an error is returned, because a raised one arrives as text."""
+    """Maps a batch of paths to uint8 [b, C, H, W]; returns errors, because a raised one arrives as text."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
@@ -102,16 +102,17 @@ def _watched(batches: Iterator[Tensor | DataError]) -> Iterator[Tensor | DataErr
             # DataLoader notices a dead worker itself, or fails to take over the memory of its last batch.
             raise DataError(
                 f"a process that decodes images ended: {error!r}",
+                code="image-worker-lost",
                 hint="it may have been out of memory; in a container, raise its shared memory (--shm-size)",
             ) from error
         yield batch
 
 
 def _clean_context() -> BaseContext:
-    """Processes that inherit neither locks nor open files of ours.
+    """Return a context whose processes inherit neither locks nor open files.
 
     The fork server starts once from a fresh interpreter and imports torch and torchvision once; plain fork
-    would copy our threads' locks and the run folder's lock file.
+    would copy the locks of this process's threads and the run folder's lock file.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -121,10 +122,10 @@ def _clean_context() -> BaseContext:
 
 
 def _die_with_parent(worker: int) -> None:
-    """Leave as soon as the process that reads our batches is gone, even if it was killed.
+    """Exit as soon as the process that reads the batches has ended, even if it was killed.
 
-    torch's own watchdog waits for the parent in the system's sense, which here is the fork server, and
-    the fork server lives as long as its children.
+    torch's own watchdog waits for the operating system's parent, which here is the fork server, and the fork
+    server runs as long as its children.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,7 +1,8 @@
-"""The classifier: a network together with its normalization, so that its input is an image in [0, 1]."""
+"""The classifier: a network with its input normalization, so that its input is an image in [0, 1]."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from s2ap_deploy.errors import ArchitectureError, CheckpointError
+from s2ap_deploy.plugins import reason
 from s2ap_deploy.spec import Normalization
 
 
@@ -28,10 +30,14 @@ class Normalize(nn.Module):
         super().__init__()
         if len(mean) != len(std):
             raise CheckpointError(
-                f"the normalization has {len(mean)} means and {len(std)} standard deviations"
+                f"the normalization has {len(mean)} means and {len(std)} standard deviations",
+                code="normalization-length-mismatch",
             )
         if not all(math.isfinite(value) for value in mean) or not all(0 < value < math.inf for value in std):
-            raise CheckpointError(f"the normalization mean {tuple(mean)}, std {tuple(std)} cannot be applied")
+            raise CheckpointError(
+                f"the normalization mean {tuple(mean)}, std {tuple(std)} cannot be applied",
+                code="normalization-invalid",
+            )
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).reshape(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).reshape(1, -1, 1, 1))
 
@@ -40,9 +46,9 @@ class Normalize(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images float32 [B, C, H, W] in [0, 1] to logits [B, K].
+    """Maps images float32 [B, C, H, W] in [0, 1] to logits [B, K].
 
-    Normalization lies inside, because an attack's radius is measured on the image itself.
+    Normalization is inside, because an attack's radius is measured on the image itself.
     """
 
     def __init__(self, network: nn.Module, normalization: Normalization | None = None) -> None:
@@ -58,9 +64,9 @@ class Classifier(nn.Module):
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of all parameters and buffers, in order of their names.
+    """Return the SHA-256 of names, types, shapes and bytes of all parameters and buffers, ordered by name.
 
-    The same on every device and for every memory layout; a single changed bit changes it.
+    It is the same on every device and for every memory layout; a single changed bit changes it.
     """
     digest = hashlib.sha256()
     state = module.state_dict()
@@ -72,12 +78,14 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def prunable(classifier: nn.Module, input_size: tuple[int, int, int]) -> tuple[str, ...]:
-    """Names of the Conv2d and Linear weights that a forward pass uses, in the order of their first use.
+    """Return the names of the Conv2d and Linear weights that a forward pass uses, in the order of first use.
 
     A weight counts when it is an argument of an operation, not when its module is called: attention layers
-    hand their projections to a functional.  Registered but unused layers are left out.  The network runs once
-    on a black image in eval mode; modes and statistics are as before afterwards.  Raises ArchitectureError
-    when the network cannot run on ``input_size`` (C, H, W).
+    pass their projections to a functional. Registered but unused layers are left out. The network runs once
+    on a black image in eval mode; modes and statistics are restored.
+
+    Raises:
+        ArchitectureError: when the network cannot run on ``input_size`` (C, H, W).
     """
     held = {
         id(module.weight) for module in classifier.modules() if isinstance(module, (nn.Conv2d, nn.Linear))
@@ -92,33 +100,31 @@ def prunable(classifier: nn.Module, input_size: tuple[int, int, int]) -> tuple[s
 def dry_run(
     classifier: nn.Module, input_size: tuple[int, int, int], *, watch: TorchFunctionMode | None = None
 ) -> Tensor:
-    """The logits [1, K] of one black image, in eval mode, leaving every module's mode as it was.
+    """Return the logits [1, K] of one black image in eval mode, and restore every module's mode.
 
-    Raises ArchitectureError when the network fails on that size or does not answer with logits [1, K].
+    Raises:
+        ArchitectureError: when the network fails on that size or does not return logits [1, K].
     """
     modes = {module: module.training for module in classifier.modules()}
     tensor = next(classifier.parameters(), torch.empty(0))
     image = torch.zeros(1, *input_size, dtype=tensor.dtype, device=tensor.device)
     classifier.eval()
     try:
-        with torch.no_grad():
-            if watch is None:
-                logits = classifier(image)
-            else:
-                with watch:
-                    logits = classifier(image)
+        with torch.no_grad(), watch or contextlib.nullcontext():
+            logits = classifier(image)
     except Exception as error:  # the network may be the user's own code
-        reason = str(error).strip().splitlines()
         raise ArchitectureError(
-            f"the network cannot run on an input of size {_text(input_size)}: "
-            f"{reason[0] if reason else type(error).__name__}"
+            f"the network cannot run on an input of size {_text(input_size)}: {reason(error)}",
+            code="network-cannot-run",
         ) from error
     finally:
         for module, training in modes.items():
             module.training = training
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        answer = f"shape {_text(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ArchitectureError(f"the network answers with {answer} instead of logits [batch, classes]")
+        found = f"shape {_text(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ArchitectureError(
+            f"the network returns {found} instead of logits [batch, classes]", code="logits-invalid"
+        )
     return logits
 
 
@@ -127,7 +133,7 @@ def _text(shape: Sequence[int]) -> str:
 
 
 class _UsedTensors(TorchFunctionMode):
-    """Identities of the tensors that were arguments of a torch function, in the order of their first use."""
+    """Records the identities of tensors that are arguments of a torch function, in the order of first use."""
 
     def __init__(self) -> None:
         super().__init__()

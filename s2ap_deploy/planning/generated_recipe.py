@@ -11,7 +11,7 @@ from typing import Any
 
 from s2ap_deploy.data import published
 from s2ap_deploy.data.datasets import FOLDER_PREFIX
-from s2ap_deploy.data.known import KNOWN
+from s2ap_deploy.data.published import KNOWN
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint

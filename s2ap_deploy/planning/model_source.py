@@ -10,8 +10,8 @@ from torch import nn
 
 from s2ap_deploy.errors import ArchitectureError, UsageError
 from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.models.architectures.architecture import WithoutStorage
 from s2ap_deploy.models.checkpoints import checkpoint
-from s2ap_deploy.models.checkpoints.state_dict_spec import WithoutStorage
 from s2ap_deploy.models.classifier import dry_run
 from s2ap_deploy.spec import Preprocessing
 from s2ap_deploy.stages import input_spec

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import RunFolderError, UsageError, VerificationError
-from s2ap_deploy.models.channels.channel_plan import make_plan
 from s2ap_deploy.models.channels.coupling import Coupling, channel_groups
 from s2ap_deploy.models.channels.layer_channels import macs
-from s2ap_deploy.models.channels.narrowing import Numbers, check_equal, compacted
+from s2ap_deploy.models.channels.narrowing import LayerConfig, check_equal, compacted, make_plan
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, weights_hash
@@ -54,7 +53,7 @@ class NarrowNetwork:
     masks: dict[str, Tensor]
     coupling: Coupling
     kept: dict[str, Tensor]
-    changed: dict[str, Numbers]
+    changed: dict[str, LayerConfig]
     record: Narrowed
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from s2ap_deploy import runtime
 from s2ap_deploy.data import datasets
 from s2ap_deploy.errors import RunFolderError, UsageError
-from s2ap_deploy.models.architectures import in_memory, registry
+from s2ap_deploy.models.architectures import custom, registry
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, Normalize, dry_run
@@ -175,7 +175,7 @@ def content_of(
         classes = int(dry_run(classifier, preprocessing.size).shape[1])
         info = CheckpointInfo(
             arch=arch
-            or in_memory.give(classifier.network, input_size=preprocessing.size, num_classes=classes),
+            or custom.register(classifier.network, input_size=preprocessing.size, num_classes=classes),
             num_classes=classes,
             preprocessing=preprocessing,
             normalization=_normalization(classifier),

@@ -119,8 +119,6 @@ def adopt(job: RunContext, path: Path) -> None:
     classifier, info, notes = checkpoint.load(
         path,
         arch=job.machine.arch or recipe.model.arch,
-        threat=recipe.threat,
-        data=recipe.data.name,
         preprocessing=input_spec.preprocessing(
             path,
             job.machine.arch,

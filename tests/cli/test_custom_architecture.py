@@ -107,7 +107,7 @@ def test_pretrain_of_an_own_network_and_its_checkpoint(s2ap: Callable[..., Any],
     [
         ("", "7", "mine.py:net tells 7 classes apart, but digits has 10"),
         ("num_classes=10", "num_classes // 0", "mine.py:net fails: ZeroDivisionError"),
-        ("num_classes=10", "num_classes), nn.Unflatten(1, (5, 2)", "answers with shape 1x5x2"),
+        ("num_classes=10", "num_classes), nn.Unflatten(1, (5, 2)", "returns shape 1x5x2"),
     ],
 )
 def test_an_own_network_that_does_not_fit_is_refused_before_any_work(

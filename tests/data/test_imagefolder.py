@@ -11,7 +11,7 @@ from PIL import Image
 
 from s2ap_deploy.data import datasets
 from s2ap_deploy.data.imagefolder import scan
-from s2ap_deploy.data.memory import MemorySplit
+from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.errors import DataError, UsageError
 
 MakeFolder = Callable[..., Path]
@@ -103,7 +103,7 @@ def test_images_that_are_not_square_have_to_agree(make_folder: MakeFolder) -> No
     assert data.spec.preprocessing.resize is None
     assert data.test.tensors()[0].shape == (6, 3, 6, 9)
     Image.new("RGB", (9, 7)).save(folder / "test" / "dog" / "01.png")
-    with pytest.raises(DataError, match=r"01\.png is 7x9 pixels, where 6x9 is expected"):
+    with pytest.raises(DataError, check=lambda error: error.code == "image-size-mismatch"):
         datasets.load(f"imagefolder:{folder}")
 
 
@@ -123,45 +123,38 @@ def test_a_relative_folder_may_lie_in_the_data_root(
     empty.mkdir()
     monkeypatch.chdir(empty)
     assert datasets.load(remembered, root=tmp_path).train.ids
-    with pytest.raises(DataError, match="there is no folder pets"):
+    with pytest.raises(DataError, match="pets", check=lambda error: error.code == "image-folder-missing"):
         datasets.load(remembered)
     monkeypatch.chdir(tmp_path)
     assert datasets.load(remembered).spec.name == remembered == "imagefolder:pets"
 
 
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        (("train",), "holds train only"),
-        (("test",), "holds test only"),
-        (("val", "test"), "holds val and test only"),
-    ],
-)
-def test_missing_parts(make_folder: MakeFolder, parts: tuple[str, ...], message: str) -> None:
-    with pytest.raises(DataError, match=message) as caught:
+@pytest.mark.parametrize("parts", [("train",), ("test",), ("val", "test")])
+def test_missing_parts(make_folder: MakeFolder, parts: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, check=lambda error: error.code == "image-folder-part-missing") as caught:
         scan(make_folder(parts=parts, per_class=1))
     assert "train/<class>/" in (caught.value.hint or "")
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no part only"):
+    with pytest.raises(DataError, check=lambda error: error.code == "image-folder-part-missing"):
         scan(tmp_path)
 
 
 def test_no_folder_or_a_file_instead(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no folder"):
+    with pytest.raises(DataError, check=lambda error: error.code == "image-folder-missing"):
         datasets.load(f"imagefolder:{tmp_path / 'nowhere'}")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(DataError, check=lambda error: error.code == "image-folder-missing"):
         datasets.load(f"imagefolder:{tmp_path / 'file'}")
-    with pytest.raises(DataError, match="needs a path"):
+    with pytest.raises(DataError, check=lambda error: error.code == "image-folder-path-missing"):
         datasets.load("imagefolder:")
 
 
 def test_parts_that_differ_in_classes(make_folder: MakeFolder) -> None:
     folder = make_folder(classes=("cat", "dog", "emu"), per_class=1)
     (folder / "test" / "emu").rename(folder / "test" / "fox")
-    with pytest.raises(DataError, match=r"differ in classes: .*test lacks emu and has in addition fox"):
+    with pytest.raises(DataError, check=lambda error: error.code == "image-folder-classes-differ"):
         scan(folder)
 
 
@@ -170,19 +163,19 @@ def test_a_long_difference_is_cut(make_folder: MakeFolder) -> None:
     shutil.rmtree(folder / "test")
     for name in ("class0", "class8"):
         (folder / "test" / name).mkdir(parents=True)
-    with pytest.raises(DataError, match="lacks class1, class2, class3, class4, class5 and 2 more"):
+    with pytest.raises(DataError, check=lambda error: error.code == "image-folder-classes-differ"):
         scan(folder)
 
 
 def test_a_single_class(make_folder: MakeFolder) -> None:
-    with pytest.raises(DataError, match=r"has 1 class folder\(s\), two are needed"):
+    with pytest.raises(DataError, check=lambda error: error.code == "class-count-too-small"):
         scan(make_folder(classes=("cat",)))
 
 
 def test_an_empty_class_is_named(make_folder: MakeFolder) -> None:
     folder = make_folder(per_class=1)
     (folder / "test" / "dog" / "00.png").rename(folder / "test" / "dog" / "00.gif")
-    with pytest.raises(DataError, match=r"test/dog holds no image") as caught:
+    with pytest.raises(DataError, check=lambda error: error.code == "image-folder-class-empty") as caught:
         scan(folder)
     assert ".png" in (caught.value.hint or "")
 
@@ -192,14 +185,14 @@ def test_a_name_that_is_no_text(make_folder: MakeFolder) -> None:
     folder = make_folder(per_class=1)
     where = os.fsencode(folder / "train" / "dog")
     os.rename(where + b"/00.png", where + b"/\xff.png")
-    with pytest.raises(DataError, match="not valid UTF-8"):
+    with pytest.raises(DataError, check=lambda error: error.code == "file-name-not-utf8"):
         scan(folder)
 
 
 def test_an_unreadable_image_is_named(make_folder: MakeFolder) -> None:
     folder = make_folder()
     (folder / "train" / "dog" / "03.png").write_bytes(b"rubbish")
-    with pytest.raises(DataError, match=r"train/dog/03\.png cannot be read"):
+    with pytest.raises(DataError, check=lambda error: error.code == "image-unreadable"):
         datasets.load(f"imagefolder:{folder}")
 
 
@@ -209,25 +202,25 @@ def test_a_folder_that_may_not_be_read(make_folder: MakeFolder, monkeypatch: pyt
 
     folder = make_folder(per_class=1)
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match=r"pets cannot be read: .*Permission denied") as caught:
+    with pytest.raises(DataError, check=lambda error: error.code == "image-folder-unreadable") as caught:
         scan(folder)
     assert caught.value.hint == "check its permissions"
 
 
 def test_a_home_that_does_not_exist() -> None:
-    with pytest.raises(DataError, match="there is no folder ~nobody-of-that-name"):
+    with pytest.raises(DataError, check=lambda error: error.code == "image-folder-missing"):
         datasets.load("imagefolder:~nobody-of-that-name/pets")
 
 
 def test_a_size_that_images_cannot_have(make_folder: MakeFolder) -> None:
     folder = make_folder(per_class=1)
     for size in ((2, 8, 8), (3, 0, 8)):
-        with pytest.raises(DataError, match=r"of size .* cannot be read"):
+        with pytest.raises(DataError, check=lambda error: error.code == "image-size-invalid"):
             datasets.spec(f"imagefolder:{folder}", size=size)
 
 
 def test_negative_workers(make_folder: MakeFolder) -> None:
-    with pytest.raises(UsageError, match="-1 workers"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "worker-count-out-of-range"):
         datasets.load(f"imagefolder:{make_folder()}", workers=-1)
 
 

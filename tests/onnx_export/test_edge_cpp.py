@@ -26,9 +26,9 @@ from onnx import ModelProto, TensorProto, helper
 from PIL import Image
 from torch import Tensor, nn
 
-from s2ap_deploy.data import images as evaluation
+from s2ap_deploy.data import imagefolder as evaluation
 from s2ap_deploy.data.augmentation import Augmentation
-from s2ap_deploy.data.memory import MemorySplit
+from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.onnx_export.codecs import encoding
 from s2ap_deploy.onnx_export.dead_channels.compact import compact
 from s2ap_deploy.onnx_export.graph import to_onnx

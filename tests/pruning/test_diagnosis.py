@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from s2ap_deploy.data.memory import MemorySplit
+from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.diagnosis import Diagnosis, diagnosis

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2ap_deploy.data.memory import MemorySplit
+from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.pruning import allocation
 from s2ap_deploy.pruning.allocation import Allocation, Fixed, Global, Quotas
 from s2ap_deploy.pruning.granularity import NOfM, Weights

@@ -128,7 +128,7 @@ keyed = runtime.generator
 runtime.generator = lambda *keys, device="cpu": keyed(*keys)
 
 from s2ap_deploy.data.augmentation import Augmentation  # noqa: E402
-from s2ap_deploy.data.memory import MemorySplit  # noqa: E402
+from s2ap_deploy.data.splits import MemorySplit  # noqa: E402
 from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks  # noqa: E402
 from s2ap_deploy.pruning.allocation import Allocation, Fixed, Global, Quotas  # noqa: E402
 from s2ap_deploy.pruning.budgets import floors  # noqa: E402

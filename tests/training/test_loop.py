@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from s2ap_deploy.data.augmentation import Augmentation
-from s2ap_deploy.data.memory import MemorySplit
+from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.errors import InputError, UsageError
 from s2ap_deploy.recorder import NoSnapshots, Silent
 from s2ap_deploy.runtime import generator

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from s2ap_deploy.data.memory import MemorySplit
+from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.granularity import Weights

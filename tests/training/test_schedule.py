@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from s2ap_deploy.data.memory import MemorySplit
+from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.errors import InputError
 from s2ap_deploy.training.schedule import VALIDATION_IMAGES, Epoch, cosine, validation_sample
 

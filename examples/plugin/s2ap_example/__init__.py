@@ -1,1 +1,1 @@
-"""An example of a plug-in for s2ap-deploy: nothing here is imported before somebody names it."""
+"""An example plug-in for s2ap-deploy; a module is imported only when a command or recipe names its object."""

@@ -9,7 +9,7 @@ from s2ap_deploy.training.plugin_losses import RobustLoss
 
 
 def smoothed(clean: Tensor | None, adversarial: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """Cross-entropy on logits [B, K], the share ``beta`` of each label spread over all classes; the mean."""
+    """Return the mean cross-entropy on logits [B, K] with the fraction ``beta`` of each label on all."""
     return F.cross_entropy(adversarial, labels, label_smoothing=beta)
 
 

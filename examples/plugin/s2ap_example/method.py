@@ -9,9 +9,9 @@ from s2ap_deploy.recipe.methods import Method
 
 
 def lamp(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """w² over the sum of all squares in the layer that are not smaller (eq. 1), one per weight.
+    """Return w² over the sum of all squares in the layer that are not smaller (eq. 1), one per weight.
 
-    ``generator`` is there for methods that draw; this one does not.
+    ``generator`` is for methods with random scores and is not used here.
     """
     squares, order = weights.flatten().square().sort(descending=True)
     scores = torch.empty_like(squares)
@@ -19,5 +19,5 @@ def lamp(weights: Tensor, generator: torch.Generator) -> Tensor:
     return scores.view_as(weights)
 
 
-# One ranking over all layers is what the scores are made for. They do not learn, so S2AP has no part in it.
+# The scores are comparable across layers, so the budget is global. They do not learn, so S2AP does not apply.
 LAMP = Method(learns=False, scores=lamp, budgets=("global",))

@@ -2,8 +2,8 @@
 
 Weights are never downloaded: torchvision's own tables give the number of parameters and the input size.
 GoogLeNet and Inception v3 are built without the auxiliary heads, which only training uses, and without the
-rescaling that torchvision adds for its own weights of them (the same as a normalization of mean 0.5, std
-0.5).
+rescaling that torchvision adds for its own weights of them (the same as a normalization with mean 0.5 and
+standard deviation 0.5).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
 @functools.cache
 def architectures() -> dict[str, Architecture]:
-    """Every entry by its full name. Imports torchvision."""
+    """Return every entry by its full name. Imports torchvision."""
     from torchvision import models
 
     found = {}

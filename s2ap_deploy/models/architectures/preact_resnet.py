@@ -1,8 +1,8 @@
 """Pre-activation ResNet-18 for 32x32 images (He et al. 2016, arXiv 1603.05027).
 
-Two versions are in circulation: without anything between the last block and the linear layer, and with a
-last batch normalization and ReLU there (the one that fast and early-stopped adversarial training
-published).  Their parameter names differ by ``bn``, so a checkpoint says which one it is.
+Two versions are in circulation: one with nothing between the last block and the linear layer, and one with a
+last batch normalization and ReLU there (published with fast and with early-stopped adversarial training).
+Their parameter names differ by ``bn``, so a checkpoint shows which one it is.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from s2ap_deploy.models.architectures.architecture import Architecture
 
 
-class PreActBlock(nn.Module):
-    """Normalize, activate, convolve, twice; a shape change projects the first activation."""
+class PreActivationBlock(nn.Module):
+    """Normalize, activate, convolve, twice; a projection, where there is one, reads the first activation.
+
+    Subclasses register the projection, under their family's name for it.
+    """
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -22,16 +25,31 @@ class PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, width, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
+
+    def projection(self) -> nn.Module | None:
+        """Return the layer that changes the shortcut's shape; None where the shape stays."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        projection = self.projection()
+        shortcut = x if projection is None else projection(active)
+        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return out + shortcut
+
+
+class PreActBlock(PreActivationBlock):
+    """The block of the narrow family; its projection is named ``shortcut.0``."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__(inputs, width, stride)
         self.shortcut: nn.Module | None = None
         if stride != 1 or inputs != width:
             projection = nn.Conv2d(inputs, width, kernel_size=1, stride=stride, bias=False)
             self.shortcut = nn.Sequential(projection)
 
-    def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.bn1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(active)
-        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
-        return out + shortcut
+    def projection(self) -> nn.Module | None:
+        return self.shortcut
 
 
 class PreActResNet18(nn.Module):
@@ -48,7 +66,7 @@ class PreActResNet18(nn.Module):
         self.linear = nn.Linear(512, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to logits [B, K]."""
+        """Map images [B, 3, H, W] to logits [B, K]."""
         out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
         if self.bn is not None:
             out = F.relu(self.bn(out))

@@ -1,44 +1,28 @@
-"""The networks that a name stands for, and the search for the one that a checkpoint fits.
+"""The networks that a name stands for.
 
-Names are our own families (``cifar-resnet18``), items that installed packages offer under the entry-point
-group ``s2ap_deploy.architectures``, and torchvision's classifiers (``torchvision/resnet50``).
+Names are the tool's own families (``cifar-resnet18``), items that installed packages offer under the
+entry-point group ``s2ap_deploy.architectures``, and torchvision's classifiers (``torchvision/resnet50``).
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 
-from torch import Tensor, nn
+from torch import nn
 
 from s2ap_deploy.errors import ArchitectureError
-from s2ap_deploy.models.architectures import (
-    imagenet,
-    imported,
-    in_memory,
-    preact_resnet,
-    resnet,
-    small,
-    vgg,
-    wide_resnet,
-)
-from s2ap_deploy.models.architectures.architecture import Architecture
-from s2ap_deploy.models.checkpoints.state_dict_spec import (
-    Difference,
+from s2ap_deploy.models.architectures import custom, imagenet, preact_resnet, resnet, small, vgg, wide_resnet
+from s2ap_deploy.models.architectures.architecture import (
+    Architecture,
     StateDictSpec,
-    compare,
-    could_fit,
-    learnable_values,
-    registered_skeleton,
-    skeleton_of,
+    registered_spec,
+    state_dict_spec,
 )
+from s2ap_deploy.plugins import reason
 
 ENTRY_POINTS = "s2ap_deploy.architectures"
-ADVICE = "give it as --arch NAME, --arch package.module:factory or --arch file.py:factory"
-Match = Difference
-"""A difference that is ``exact``: ``.architecture``, ``.num_classes`` and what was left aside."""
 
 _OWN: dict[str, Architecture] = {
     entry.name: entry
@@ -47,58 +31,45 @@ _OWN: dict[str, Architecture] = {
 }
 
 
-class _Registry(Mapping[str, Architecture]):
-    """Looks torchvision up only for a name that asks for it, or when everything is listed."""
-
-    def __getitem__(self, name: str) -> Architecture:
-        if name in _OWN:
-            return _OWN[name]
-        if name.startswith(imagenet.PREFIX):
-            return imagenet.architectures()[name]
-        if name.startswith(in_memory.PREFIX):
-            return in_memory.architectures()[name]
-        return _installed()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from _OWN
-        yield from _installed()
-        yield from imagenet.architectures()
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-ARCHITECTURES: Mapping[str, Architecture] = _Registry()
-
-
 def names() -> tuple[str, ...]:
-    """Every name; imports torchvision."""
-    return tuple(ARCHITECTURES)
+    """Return every name; imports torchvision."""
+    return (*_OWN, *_installed(), *imagenet.architectures())
+
+
+def own_and_installed() -> tuple[Architecture, ...]:
+    """Return the tool's own architectures and those of installed plug-ins."""
+    return (*_OWN.values(), *_installed().values())
 
 
 def is_import_path(reference: str) -> bool:
-    """True for ``package.module:factory`` and ``path/file.py:factory``, which run the user's code."""
-    return imported.is_import_path(reference)
+    """Return True for ``package.module:factory`` and ``path/file.py:factory``, which run the user's code."""
+    return custom.is_import_path(reference)
 
 
 def resolve(reference: str) -> Architecture:
-    """The architecture of a registered name or, for the command line, of an import path.
+    """Return the architecture of a registered name or, for the command line, of an import path.
 
-    Raises ArchitectureError with the nearest names when there is none.
+    Raises:
+        ArchitectureError: with the nearest names when there is none.
     """
     if is_import_path(reference):
-        return imported.architecture(reference)
-    try:
-        return ARCHITECTURES[reference]
-    except KeyError:
-        pass
-    if reference.startswith(in_memory.PREFIX):
+        return custom.architecture(reference)
+    # torchvision is imported only for a name that asks for it, or when everything is listed.
+    found = _OWN.get(reference)
+    if found is None and reference.startswith(imagenet.PREFIX):
+        found = imagenet.architectures().get(reference)
+    elif found is None:
+        found = custom.registered().get(reference) or _installed().get(reference)
+    if found is not None:
+        return found
+    if reference.startswith(custom.IN_MEMORY):
         raise ArchitectureError(
-            f"{reference} was a network of the Python program that made this, and is not known here",
+            f"{reference} was passed to this tool by another Python program, and is not known here",
+            code="architecture-in-memory-missing",
             hint="give the network again from Python (model=network), or --arch package.module:factory",
         )
     known = names()
-    # "resnet50" is nearer to "torchvision/resnet50" than spelling alone tells.
+    # "resnet50" is nearer to "torchvision/resnet50" than spelling alone shows.
     near = [name for name in known if name.endswith(("/" + reference, "-" + reference))]
     near += [
         name for name in difflib.get_close_matches(reference, known, n=3, cutoff=0.5) if name not in near
@@ -108,102 +79,60 @@ def resolve(reference: str) -> Architecture:
         if near
         else f"known: {', '.join(_OWN)}, {imagenet.PREFIX}..."
     )
-    raise ArchitectureError(f"no architecture is called {reference!r}", hint=hint)
+    raise ArchitectureError(
+        f"no architecture is called {reference!r}", code="architecture-unknown", hint=hint
+    )
 
 
 def build(name: str, num_classes: int | None = None) -> nn.Module:
-    """The network of a registered name, freshly initialized, without normalization.
+    """Build the network of a registered name, freshly initialized, without input normalization.
 
-    Import paths are refused: a recipe may call this.  Raises ArchitectureError.
+    Import paths are refused, because a recipe may call this.
+
+    Raises:
+        ArchitectureError: for an import path, an unknown name, or fewer than two classes.
     """
     if is_import_path(name):
         raise ArchitectureError(
             f"{name!r} is an import path, and those run code",
+            code="architecture-import-path",
             hint="pass it on the command line with --arch; a recipe names registered architectures",
         )
     architecture = resolve(name)
     if num_classes is not None and num_classes < 2:
         raise ArchitectureError(
-            f"{name} cannot be built for {num_classes} classes; a classifier has at least 2"
+            f"{name} cannot be built for {num_classes} classes; a classifier has at least 2",
+            code="class-count-too-small",
         )
     return architecture.build(architecture.num_classes if num_classes is None else num_classes)
 
 
-def skeleton(architecture: Architecture) -> StateDictSpec:
-    """Names and shapes of ``architecture``: cheap for ours and torchvision's, built for foreign code."""
+def spec(architecture: Architecture) -> StateDictSpec:
+    """Return names and shapes of ``architecture``; built for custom code, cheap for all others."""
     if architecture.name in _OWN or architecture.name.startswith(imagenet.PREFIX):
-        return registered_skeleton(architecture)
-    return skeleton_of(architecture.build, architecture.num_classes)
-
-
-def match(tensors: Mapping[str, Tensor]) -> Match:
-    """The one architecture whose names and shapes are exactly those of ``tensors``, at any number of classes.
-
-    Raises ArchitectureError when none fits, with the closest and what differs, and when several do.
-    """
-    fitting = exact_fits(tensors)
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        listed = ", ".join(found.architecture.name for found in fitting)
-        raise ArchitectureError(
-            f"{len(fitting)} architectures have exactly these names and shapes: {listed}",
-            hint=f"choose one, for example --arch {fitting[0].architecture.name}",
-        )
-    nearest = closest(tensors)
-    listed = "".join(f"\n  {found.architecture.name}: {found}" for found in nearest)
-    raise ArchitectureError(
-        f"no registered architecture fits the {len(tensors)} tensors of this checkpoint"
-        + (f"; closest:{listed}" if nearest else ""),
-        hint=ADVICE,
-    )
-
-
-def exact_fits(tensors: Mapping[str, Tensor]) -> list[Match]:
-    """Every architecture with exactly these names and shapes; none, one or several."""
-
-    def among(entries: Iterable[Architecture]) -> list[Match]:
-        compared = (
-            compare(entry, tensors, skeleton(entry)) for entry in entries if could_fit(entry, tensors)
-        )
-        return [found for found in compared if found.exact]
-
-    # No network of ours has the names of one of torchvision's, so those are looked at by need only.
-    return among([*_OWN.values(), *_installed().values()]) or among(imagenet.architectures().values())
-
-
-def closest(tensors: Mapping[str, Tensor], n: int = 3) -> tuple[Difference, ...]:
-    """The ``n`` architectures that share most names and shapes with ``tensors``, best first.
-
-    Of torchvision's many, only the six nearest in size are compared.
-    """
-    total = learnable_values(tensors)
-    distant = sorted(
-        (entry for entry in imagenet.architectures().values() if entry.parameters is not None),
-        key=lambda entry: abs((entry.parameters or 0) - total),
-    )
-    candidates = [*_OWN.values(), *_installed().values(), *distant[:6]]
-    compared = [compare(entry, tensors, skeleton(entry)) for entry in candidates]
-    ranked = sorted(compared, key=lambda found: -found.likeness)
-    return tuple(found for found in ranked[:n] if found.agreeing)
+        return registered_spec(architecture)
+    return state_dict_spec(architecture)
 
 
 @functools.cache
 def _installed() -> dict[str, Architecture]:
-    """What installed packages offer; our own names win over theirs."""
+    """Return what installed packages offer; the tool's own names win over theirs."""
     found = {}
     for entry in metadata.entry_points(group=ENTRY_POINTS):
         if entry.name in _OWN or entry.name.startswith(imagenet.PREFIX):
             continue
         what = f"the installed architecture {entry.name!r} ({entry.value})"
         try:
-            offered = entry.load()
+            loaded = entry.load()
         except Exception as error:  # a plug-in is foreign code
-            raise ArchitectureError(f"{what} fails while it is imported: {imported.reason(error)}") from error
-        if not isinstance(offered, Architecture):
             raise ArchitectureError(
-                f"{what} is {type(offered).__name__}, not an "
-                "s2ap_deploy.models.architectures.architecture.Architecture"
+                f"{what} fails while it is imported: {reason(error)}",
+                code="architecture-import-failed",
+            ) from error
+        if not isinstance(loaded, Architecture):
+            raise ArchitectureError(
+                f"{what} is {type(loaded).__name__}, not an {Architecture.__module__}.Architecture",
+                code="architecture-factory-invalid",
             )
-        found[entry.name] = imported.run_cli(offered, entry.name)
+        found[entry.name] = custom.checked(loaded, entry.name)
     return found

@@ -1,9 +1,9 @@
 """Residual networks for 32x32 images (He et al. 2016, arXiv 1512.03385).
 
-Two lineages share the names in the literature.  The wide one (64 to 512 channels, 1x1 shortcuts, section
+Two families share the names in the literature. The wide one (64 to 512 channels, 1x1 shortcuts, section
 4.1's blocks on small images) is what "ResNet-18" means in adversarial training; the narrow one (16 to 64
-channels, section 4.2, shortcuts without weights) is ResNet-20.  Parameter names follow the checkpoints in
-circulation: ``layer1.0.conv1``, ``shortcut.0``, ``linear``.
+channels, section 4.2, shortcuts without weights) is ResNet-20. Parameter names follow published checkpoints:
+``layer1.0.conv1``, ``shortcut.0``, ``linear``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 def _projection(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """A 1x1 convolution with batch normalization where the shape changes, nothing elsewhere."""
+    """Return a 1x1 convolution with batch normalization where the shape changes, nothing elsewhere."""
     if stride == 1 and inputs == outputs:
         return nn.Sequential()
     convolution = nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs))
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions."""
+class _TwoConvolutions(nn.Module):
+    """The residual branch of two 3x3 convolutions."""
 
     expansion = 1
 
@@ -39,12 +39,21 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = _conv3x3(width, width)
         self.bn2 = nn.BatchNorm2d(width)
+
+    def residual(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return out
+
+
+class BasicBlock(_TwoConvolutions):
+    """Two 3x3 convolutions; the shortcut is a projection where the shape changes."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__(inputs, width, stride)
         self.shortcut = _projection(inputs, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
+        return F.relu(self.residual(x) + self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
@@ -70,23 +79,16 @@ class Bottleneck(nn.Module):
         return F.relu(out + self.shortcut(x))
 
 
-class PaddedBlock(nn.Module):
+class PaddedBlock(_TwoConvolutions):
     """Two 3x3 convolutions; where the shape changes, the shortcut subsamples and pads with zero channels."""
 
-    expansion = 1
-
     def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = _conv3x3(inputs, width, stride)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv3x3(width, width)
-        self.bn2 = nn.BatchNorm2d(width)
+        super().__init__(inputs, width, stride)
         self.stride = stride
         self.extra = width - inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
+        out = self.residual(x)
         if self.stride != 1 or self.extra:
             before = self.extra // 2
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.extra - before))
@@ -117,7 +119,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to logits [B, K]."""
+        """Map images [B, 3, H, W] to logits [B, K]."""
         out = F.relu(self.bn1(self.conv1(x)))
         for index in range(self.stages):
             out = self.get_submodule(f"layer{index + 1}")(out)

@@ -1,4 +1,4 @@
-"""VGG-16 with batch normalization for 32x32 images, as adversarial pruning uses it.
+"""VGG-16 with batch normalization for 32x32 images, as in the adversarial pruning literature.
 
 The thirteen convolutions of Simonyan & Zisserman (arXiv 1409.1556, configuration D) with four poolings
 instead of five, so that a 2x2 map remains, and a head of 2048-256-256-K (HYDRA, arXiv 2002.10509).
@@ -38,7 +38,7 @@ class VGG16(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to logits [B, K]."""
+        """Map images [B, 3, H, W] to logits [B, K]."""
         logits: Tensor = self.classifier(self.avgpool(self.features(x)).flatten(1))
         return logits
 

@@ -1,6 +1,7 @@
 """Wide residual networks for 32x32 images (Zagoruyko & Komodakis 2016, arXiv 1605.07146).
 
-Named as in TRADES and most robust checkpoints: ``block1.layer.0.bn1``, ``convShortcut``, ``bn1``, ``fc``.
+Parameters are named as in TRADES and most robust checkpoints: ``block1.layer.0.bn1``, ``convShortcut``,
+``bn1``, ``fc``.
 """
 
 from __future__ import annotations
@@ -11,31 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ap_deploy.models.architectures.architecture import Architecture
+from s2ap_deploy.models.architectures.preact_resnet import PreActivationBlock
 
 
-class WideBlock(nn.Module):
-    """A pre-activation block; the projection, where there is one, reads the activated input."""
+class WideBlock(PreActivationBlock):
+    """The block of the wide family; its projection is named ``convShortcut``."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, width, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
+        super().__init__(inputs, width, stride)
         # The published projection depends on the widths alone; the stride changes only together with them.
         self.convShortcut = (
             None if inputs == width else nn.Conv2d(inputs, width, kernel_size=1, stride=stride, bias=False)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.bn1(x))
-        shortcut = x if self.convShortcut is None else self.convShortcut(active)
-        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
-        return out + shortcut
+    def projection(self) -> nn.Module | None:
+        return self.convShortcut
 
 
 class WideStage(nn.Module):
-    """``depth`` blocks, of which the first carries the stride."""
+    """``depth`` blocks; the first one has the stride."""
 
     def __init__(self, depth: int, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -62,7 +57,7 @@ class WideResNet(nn.Module):
         self.fc = nn.Linear(wide, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to logits [B, K]."""
+        """Map images [B, 3, H, W] to logits [B, K]."""
         out = self.block3(self.block2(self.block1(self.conv1(x))))
         out = F.adaptive_avg_pool2d(F.relu(self.bn1(out)), 1).flatten(1)
         logits: Tensor = self.fc(out)

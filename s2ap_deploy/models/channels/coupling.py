@@ -1,8 +1,8 @@
-"""Which channels of a network must vanish together.
+"""Find the channels of a network that can only be removed together.
 
 Torch-Pruning's dependency graph (Fang et al. 2023, arXiv 2301.12900) proposes which rows and columns belong
-to one channel.  It takes every operation that it does not know for an element-wise one, so nothing is
-believed unchecked: every proposal is put to the ``trial``, and what fails is left out and named.
+to one channel. It treats every operation that it does not know as an element-wise one, so every proposal is
+verified by ``coupling_check``, and what fails is left out and named.
 """
 
 from __future__ import annotations
@@ -20,59 +20,47 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from s2ap_deploy.models.channels.coupling_check import Trial, first_line
+from s2ap_deploy.models.channels.coupling_check import CouplingCheck
 from s2ap_deploy.models.channels.layer_channels import (
     ChannelGroup,
     Coupling,
     Slice,
     is_depthwise,
-    macs,
-    macs_kept,
     places,
-    sliced,
     tensor_names,
-    unread,
-    weights_kept,
 )
 from s2ap_deploy.models.classifier import prunable
+from s2ap_deploy.plugins import reason
 
-__all__ = [
-    "ChannelGroup",
-    "Coupling",
-    "Slice",
-    "channel_groups",
-    "macs",
-    "macs_kept",
-    "sliced",
-    "unread",
-    "weights_kept",
-]
+__all__ = ["Coupling", "Slice", "channel_groups"]
 
-Numbers = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 Side = tuple[str, int]
 """A tensor's name and one of its dimensions."""
 _NOTHING = np.empty(0, dtype=np.int64)
 
 
 def channel_groups(network: nn.Module, input_size: tuple[int, int, int]) -> Coupling:
-    """The groups of ``network`` for images of ``input_size`` (C, H, W); the network itself is not touched.
+    """Return the groups of ``network`` for images of ``input_size`` (C, H, W); the network is not changed.
 
-    The image's own channels and the logits are in no group.  Raises ArchitectureError when the network
-    cannot run on ``input_size`` or cannot be copied.
+    The image's own channels and the logits are in no group.
+
+    Raises:
+        ArchitectureError: when the network cannot run on ``input_size`` or cannot be copied.
     """
     names = tensor_names(network)
     weights = tuple(names[id(network.get_parameter(name))] for name in prunable(network, input_size))
     positions = places(network, input_size)
     with torch.inference_mode(False):
-        trial = Trial(network, input_size)
-        proposal = _propose(trial, weights)
+        check = CouplingCheck(network, input_size)
+        proposal = _propose(check, weights)
         accepted: list[ChannelGroup] = []
-        for group, reason in trial.judge(proposal.groups, accepted):
-            proposal.skip((touched.parameter for touched in group.writers), reason)
+        for group, fault in check.verify(proposal.groups, accepted):
+            proposal.skip((touched.parameter for touched in group.writers), fault)
     rows: Counter[str] = Counter()
     for group in accepted:
         rows.update({touched.parameter: touched.index.numel() for touched in group.writers})
-    lost = (name for name in weights if rows[name] < trial.tensors[name].shape[0])
+    lost = (name for name in weights if rows[name] < check.tensors[name].shape[0])
     proposal.skip(lost, "Torch-Pruning does not see where its outputs go")
     return Coupling(
         groups=tuple(accepted),
@@ -85,21 +73,21 @@ def channel_groups(network: nn.Module, input_size: tuple[int, int, int]) -> Coup
 
 @dataclass
 class _Proposal:
-    """Groups as Torch-Pruning sees them, not yet tried; what is left out of them, and why."""
+    """Groups as Torch-Pruning proposes them, not yet verified; what is left out of them, and why."""
 
     groups: list[ChannelGroup] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     classifier: set[str] = field(default_factory=set)
 
-    def skip(self, names: Iterable[str], reason: str) -> None:
-        """Say ``reason`` for those of ``names`` about which nothing is known yet."""
+    def skip(self, names: Iterable[str], fault: str) -> None:
+        """Record ``fault`` for those of ``names`` that have no record yet."""
         for name in names:
             if name not in self.classifier:
-                self.skipped.setdefault(name, reason)
+                self.skipped.setdefault(name, fault)
 
 
-class _Numbering:
-    """One number for every row and column: rows of weights in forward order, other rows, columns."""
+class _Indexing:
+    """One index for every row and column: rows of weights in forward order, other rows, columns."""
 
     def __init__(self, tensors: Mapping[str, Tensor], weights: tuple[str, ...]) -> None:
         others = (name for name, tensor in tensors.items() if name not in weights and tensor.dim() > 0)
@@ -108,28 +96,28 @@ class _Numbering:
         self.starts = np.cumsum([0, *self.sizes.values()])
         self._start = dict(zip(self.sides, self.starts.tolist(), strict=False))
 
-    def of(self, side: Side, positions: list[int]) -> Numbers:
-        """Numbers of ``positions`` on ``side``; raises ValueError for one that is not there."""
+    def of(self, side: Side, positions: list[int]) -> Indices:
+        """Return the indices of ``positions`` on ``side``; raises ValueError for one that is not there."""
         found = np.asarray(positions, dtype=np.int64)
         if found.size and not 0 <= found.min() <= found.max() < self.sizes[side]:
-            raise ValueError(f"it leads them to places that {side[0]} does not have")
+            raise ValueError(f"it maps them to positions that {side[0]} does not have")
         return np.asarray(found + self._start[side], dtype=np.int64)
 
-    def split(self, numbers: Numbers) -> tuple[list[int], list[int]]:
-        """For each number which entry of ``sides`` it belongs to, and its position there."""
-        side = np.searchsorted(self.starts, numbers, side="right") - 1
-        return side.tolist(), (numbers - self.starts[side]).tolist()
+    def split(self, indices: Indices) -> tuple[list[int], list[int]]:
+        """Return for each index the entry of ``sides`` that it belongs to, and its position there."""
+        side = np.searchsorted(self.starts, indices, side="right") - 1
+        return side.tolist(), (indices - self.starts[side]).tolist()
 
 
 class _Channel:
-    """Positions that must vanish together: ``positions[i]`` on ``sides[i]``, rows of weights first.
+    """Positions that can only be removed together: ``positions[i]`` on ``sides[i]``, rows of weights first.
 
-    ``fault`` says why they cannot; ``answers`` whether they are among the logits.
+    ``fault`` says why they cannot; ``is_logit`` whether they are among the logits.
     """
 
-    def __init__(self, fault: str | None, answers: bool) -> None:
+    def __init__(self, fault: str | None, is_logit: bool) -> None:
         self.fault = fault
-        self.answers = answers
+        self.is_logit = is_logit
         self.places: list[tuple[Side, int]] = []
 
     @property
@@ -152,72 +140,72 @@ class _Channel:
 class _Links:
     """What Torch-Pruning finds when it follows the rows of one layer after the other.
 
-    ``pairs`` are numbers of positions of one channel; ``faults`` rows that reach something whose channels
-    cannot vanish, with the reason; ``answers`` rows that reach the logits.
+    ``pairs`` are indices of positions of one channel; ``faults`` rows that reach something whose channels
+    cannot be removed, with the reason; ``logits`` rows that reach the logits.
     """
 
-    def __init__(self, trial: Trial, numbering: _Numbering) -> None:
-        self.pairs: list[tuple[Numbers, Numbers]] = []
-        self.faults: list[tuple[Numbers, str]] = []
-        self.answers: list[Numbers] = []
-        self._names = tensor_names(trial.twin)
-        self._numbering = numbering
+    def __init__(self, check: CouplingCheck, indexing: _Indexing) -> None:
+        self.pairs: list[tuple[Indices, Indices]] = []
+        self.faults: list[tuple[Indices, str]] = []
+        self.logits: list[Indices] = []
+        self._names = tensor_names(check.network)
+        self._indexing = indexing
         self._followed: dict[nn.Module, set[int]] = {}
         # Not its own way of calling the network, which tries an image without a batch first.
         self._graph = torch_pruning.DependencyGraph().build_dependency(
-            trial.twin, trial.image, forward_fn=lambda network, image: network(image), verbose=False
+            check.network, check.image, forward_fn=lambda network, image: network(image), verbose=False
         )
         self._ends = [node for node in self._graph.module2node.values() if not node.outputs]
 
     def follow(self, name: str, layer: nn.Module) -> None:
         """Add what the rows of ``layer``, whose weight is called ``name``, are connected with."""
-        count = self._numbering.sizes[name, 0]
+        count = self._indexing.sizes[name, 0]
         if layer not in self._graph.module2node or len(self._followed.get(layer, ())) == count:
             return
-        every = self._numbering.of((name, 0), list(range(count)))
+        every = self._indexing.of((name, 0), list(range(count)))
         try:
             rows = self._graph.get_pruner_of_module(layer).prune_out_channels
             for item in self._graph.get_pruning_group(layer, rows, list(range(count))):
                 self._add(item, (name, 0))
         except Exception as error:  # it fails in many ways on what it does not know
-            self.faults.append((every, f"Torch-Pruning cannot follow its channels: {first_line(error)}"))
+            self.faults.append((every, f"Torch-Pruning cannot follow its channels: {reason(error)}"))
 
     def channels(self) -> list[_Channel]:
-        """Everything that was followed, channel by channel, in order of the rows."""
+        """Return everything that was followed, channel by channel, in order of the rows."""
         pairs = [*self.pairs, *((rows, rows) for rows, _ in self.faults), (_NOTHING, _NOTHING)]
         one, other = (np.concatenate(ends) for ends in zip(*pairs, strict=True))
-        total = int(self._numbering.starts[-1])
+        total = int(self._indexing.starts[-1])
         matrix = coo_array((np.ones(len(one), dtype=bool), (one, other)), shape=(total, total))
         label = connected_components(matrix, directed=False)[1]
         faults = {found: reason for rows, reason in reversed(self.faults) for found in label[rows].tolist()}
-        answers = {found for rows in self.answers for found in label[rows].tolist()}
+        logits = {found for rows in self.logits for found in label[rows].tolist()}
         reached = np.unique(np.concatenate([one, other]))
         members: dict[int, _Channel] = {}
         for found, number, position in zip(
-            label[reached].tolist(), *self._numbering.split(reached), strict=True
+            label[reached].tolist(), *self._indexing.split(reached), strict=True
         ):
-            channel = members.setdefault(found, _Channel(faults.get(found), found in answers))
-            channel.places.append((self._numbering.sides[number], position))
+            channel = members.setdefault(found, _Channel(faults.get(found), found in logits))
+            channel.places.append((self._indexing.sides[number], position))
         return list(members.values())
 
     def _add(self, item: Any, root: Side) -> None:
-        """One member of a group: ``item.idxs`` are its positions, ``item.root_idxs`` the rows of the root."""
+        """Add one member of a group: its positions ``item.idxs``, and the root's rows ``item.root_idxs``."""
         node, module = item.dep.target, item.dep.target.module
-        origins = self._numbering.of(root, item.root_idxs)
+        origins = self._indexing.of(root, item.root_idxs)
         reads = not self._graph.is_out_channel_pruning_fn(item.dep.handler)
         if not reads and any(node is end for end in self._ends):
-            self.answers.append(origins)
+            self.logits.append(origins)
         try:
             sides = self._sides(module, reads)
         except _NotSeparable as obstacle:
             self.faults.append((origins, str(obstacle)))
             return
-        self.pairs += [(origins, self._numbering.of(side, item.idxs)) for side in sides]
+        self.pairs += [(origins, self._indexing.of(side, item.idxs)) for side in sides]
         if not reads:
             self._followed.setdefault(module, set()).update(item.idxs)
 
     def _sides(self, module: Any, reads: bool) -> list[Side]:
-        """The dimensions of tensors on which ``module`` keeps the channels that it reads or writes."""
+        """Return the dimensions of tensors on which ``module`` keeps the channels that it reads or writes."""
         if isinstance(module, nn.Parameter):
             raise _NotSeparable(f"its channels meet {self._name(module)}, which belongs to no layer")
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -244,28 +232,28 @@ class _Links:
 
 
 class _NotSeparable(Exception):
-    """A module through which channels cannot vanish one by one."""
+    """A module through which channels cannot be removed one by one."""
 
 
-def _propose(trial: Trial, weights: tuple[str, ...]) -> _Proposal:
-    """Groups as Torch-Pruning sees them, not yet tried."""
+def _propose(check: CouplingCheck, weights: tuple[str, ...]) -> _Proposal:
+    """Return the groups that Torch-Pruning proposes, not yet verified."""
     proposal = _Proposal()
-    numbering = _Numbering(trial.tensors, weights)
-    names = tensor_names(trial.twin)
+    indexing = _Indexing(check.tensors, weights)
+    names = tensor_names(check.network)
     try:
         with torch.enable_grad():  # Torch-Pruning reads the graph of the backward pass
-            links = _Links(trial, numbering)
+            links = _Links(check, indexing)
     except Exception as error:  # it fails in many ways on what it does not know
-        proposal.skip(weights, f"Torch-Pruning cannot trace the network: {first_line(error)}")
+        proposal.skip(weights, f"Torch-Pruning cannot trace the network: {reason(error)}")
         return proposal
-    layers = [module for module in trial.twin.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    layers = [module for module in check.network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     for name in weights:
         for layer in layers:
             if names.get(id(layer.weight)) == name:
                 links.follow(name, layer)
     channels = links.channels()
     for channel in channels:
-        if channel.answers:
+        if channel.is_logit:
             proposal.classifier.update(channel.writers)
     alike: dict[tuple[Side, ...], list[list[int]]] = {}
     for channel in channels:
@@ -273,14 +261,14 @@ def _propose(trial: Trial, weights: tuple[str, ...]) -> _Proposal:
             proposal.skip(channel.writers, channel.fault)
         elif not channel.is_read:
             proposal.skip(channel.writers, "Torch-Pruning finds no layer that reads its outputs")
-        elif not channel.answers:
+        elif not channel.is_logit:
             alike.setdefault(channel.sides, []).append(channel.positions)
     proposal.groups = _groups(alike)
     return proposal
 
 
 def _groups(alike: Mapping[tuple[Side, ...], list[list[int]]]) -> list[ChannelGroup]:
-    """One group for channels that lie on the same sides; ``alike`` gives the positions of each there."""
+    """Return one group for channels on the same sides; ``alike`` gives the positions of each there."""
     shared = Counter(sides[0][0] for sides in alike)
     groups = []
     for sides, channels in alike.items():

@@ -1,4 +1,4 @@
-"""A network with channels taken out must compute what the whole network computes when nothing reads them."""
+"""Check that a network without some channels computes what the full one does with them unread."""
 
 from __future__ import annotations
 
@@ -21,57 +21,60 @@ from s2ap_deploy.models.channels.layer_channels import (
     unread,
 )
 from s2ap_deploy.models.classifier import dry_run
+from s2ap_deploy.plugins import reason
 from s2ap_deploy.runtime import generator
 
 
-class Trial:
-    """A copy of the network with random weights, on which proposals are tried.
+class CouplingCheck:
+    """A copy of the network with random weights, on which proposed groups are verified.
 
-    The weights are not the network's own, because a pruned network does not use all of its connections; the
-    precision is double where the network allows it, so that a wrong coupling stands out from rounding.
+    The weights are random, because a pruned network does not use all of its connections; the precision is
+    double where the network allows it, so that a wrong coupling is not hidden by rounding.
     """
 
     def __init__(self, network: nn.Module, input_size: tuple[int, int, int]) -> None:
-        self.twin, self.tolerance = _random_twin(network, torch.float64), 1e-9
+        self.network, self.tolerance = _randomized(network, torch.float64), 1e-9
         try:
-            dry_run(self.twin, input_size)
-        except ArchitectureError:  # its forward pass insists on single precision
-            self.twin, self.tolerance = _random_twin(network, torch.float32), 1e-4
-            dry_run(self.twin, input_size)
-        dtype = next((tensor.dtype for tensor in self.twin.parameters()), torch.float32)
-        self.tensors: dict[str, Tensor] = dict((*self.twin.named_parameters(), *self.twin.named_buffers()))
+            dry_run(self.network, input_size)
+        except ArchitectureError:  # its forward pass needs single precision
+            self.network, self.tolerance = _randomized(network, torch.float32), 1e-4
+            dry_run(self.network, input_size)
+        dtype = next((tensor.dtype for tensor in self.network.parameters()), torch.float32)
+        self.tensors: dict[str, Tensor] = dict(
+            (*self.network.named_parameters(), *self.network.named_buffers())
+        )
         self.image = torch.randn(1, *input_size, generator=generator("coupling", "image"), dtype=dtype)
 
-    def judge(
+    def verify(
         self, groups: Sequence[ChannelGroup], accepted: list[ChannelGroup]
     ) -> Iterator[tuple[ChannelGroup, str]]:
-        """Append the ``groups`` that stand the trial to ``accepted``; yields the others, with the reason."""
+        """Append the ``groups`` that pass to ``accepted``; yield the others, with the reason."""
         if not groups:
             return
-        reason = self._fault([*accepted, *groups])
-        if reason is None:
+        fault = self._fault([*accepted, *groups])
+        if fault is None:
             accepted += groups
         elif len(groups) == 1:
-            yield groups[0], reason
+            yield groups[0], fault
         else:
             middle = len(groups) // 2
-            yield from self.judge(groups[:middle], accepted)
-            yield from self.judge(groups[middle:], accepted)
+            yield from self.verify(groups[:middle], accepted)
+            yield from self.verify(groups[middle:], accepted)
 
     def _fault(self, groups: Sequence[ChannelGroup]) -> str | None:
-        """Why the network cannot do without some channels of all these groups; None if it can."""
+        """Return why channels of all these groups cannot be removed together; None if they can."""
         faults = (self._fault_of(groups, kept) for kept in _choices(groups))
         return next((fault for fault in faults if fault is not None), None)
 
     def _fault_of(self, groups: Sequence[ChannelGroup], kept: Mapping[str, Tensor]) -> str | None:
         small = sliced(self.tensors, groups, kept)
         with torch.no_grad():
-            expected = functional_call(self.twin, unread(self.tensors, groups, kept), self.image)
+            expected = functional_call(self.network, unread(self.tensors, groups, kept), self.image)
             try:
-                with _narrowed(self.twin, small):
-                    found = functional_call(self.twin, small, self.image)
+                with _narrowed(self.network, small):
+                    found = functional_call(self.network, small, self.image)
             except Exception as error:  # the network may be the user's own code
-                return f"without some of its channels the network does not run: {first_line(error)}"
+                return f"without some of its channels the network does not run: {reason(error)}"
         bound = self.tolerance * expected.abs().max()
         if found.shape != expected.shape or not (found - expected).abs().max() <= bound:
             return "taking channels out changes what the others compute"
@@ -79,53 +82,55 @@ class Trial:
 
 
 def _choices(groups: Sequence[ChannelGroup]) -> Iterator[dict[str, Tensor]]:
-    """Which channels of each group to keep, one experiment after the other.
+    """Yield the channels of each group to keep, one experiment after the other.
 
-    Channels are numbered at random, and every experiment divides them by one binary digit.  So any two of up
-    to sixteen are told apart, and a mistake among more would have to respect sixteen random classes.
+    Channels are numbered at random, and every experiment divides them by one binary digit. So any two of up
+    to sixteen are distinguished, and an error among more would have to respect sixteen random classes.
     """
     codes = {
         group.name: torch.randperm(group.channels, generator=generator("coupling", group.name))
         for group in groups
     }
-    # The first digit both ways, because a channel that a ReLU keeps at 0 does not show what depends on it.
+    # The first digit both ways: a channel that a ReLU keeps at 0 does not show what depends on it.
     for digit, value in ((0, 0), (0, 1), (1, 0), (2, 1), (3, 0)):
         kept = {name: ((code >> digit) & 1 == value).nonzero().squeeze(1) for name, code in codes.items()}
         # A group with too few channels for this digit may have none left, and stays whole.
         yield {name: channels for name, channels in kept.items() if len(channels)}
 
 
-def _random_twin(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _randomized(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     try:
-        twin = copy.deepcopy(network).to("cpu", dtype).eval().requires_grad_(True)
+        network = copy.deepcopy(network).to("cpu", dtype).eval().requires_grad_(True)
     except Exception as error:  # computed weights, modules that refuse
-        raise ArchitectureError(f"the network cannot be copied: {first_line(error)}") from error
+        raise ArchitectureError(
+            f"the network cannot be copied: {reason(error)}", code="network-not-copyable"
+        ) from error
     draws = generator("coupling", "weights")
 
     def uniform(tensor: Tensor) -> None:
         tensor.copy_(torch.rand(tensor.shape, generator=draws, dtype=dtype) + 0.5)
 
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in network.parameters():
             if parameter.dim() < 2:
                 uniform(parameter)
                 continue
             # He et al. 2015 (arXiv 1502.01852), equation 10: what happens early still shows at the end.
             gain = math.sqrt(2 / max(1, math.prod(parameter.shape[1:])))
             parameter.copy_(torch.randn(parameter.shape, generator=draws, dtype=dtype) * gain)
-        for module in twin.modules():
+        for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._NormBase):
                 for statistic in (module.running_mean, module.running_var):
                     if statistic is not None:
                         uniform(statistic)
-    return twin
+    return network
 
 
 @contextlib.contextmanager
-def _narrowed(twin: nn.Module, small: Mapping[str, Tensor]) -> Iterator[None]:
-    """Depthwise convolutions of ``twin`` have as many groups as their weights in ``small`` have rows."""
-    names = tensor_names(twin)
-    depthwise: list[Any] = [module for module in twin.modules() if is_depthwise(module)]
+def _narrowed(network: nn.Module, small: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give depthwise convolutions of ``network`` as many groups as their weights in ``small`` have rows."""
+    names = tensor_names(network)
+    depthwise: list[Any] = [module for module in network.modules() if is_depthwise(module)]
     widths = [module.groups for module in depthwise]
     for module in depthwise:
         module.groups = small[names[id(module.weight)]].shape[0]
@@ -134,9 +139,3 @@ def _narrowed(twin: nn.Module, small: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for module, width in zip(depthwise, widths, strict=True):
             module.groups = width
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what ``error`` says, or its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,7 +1,7 @@
-"""Groups of channels that vanish together, and what is left of a network when some do.
+"""Groups of channels that can only be removed together, and the size of a network without some of them.
 
 A channel is a row of the layer that writes it and a column of every layer that reads it; a residual addition
-makes one channel of the rows of all its branches.  ``coupling`` finds the groups of a network.
+makes one channel of the rows of all its branches. ``coupling`` finds the groups of a network.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from s2ap_deploy.models.classifier import dry_run
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """Where a group touches one tensor of the network.
+    """The positions of a group in one tensor of the network.
 
-    ``parameter`` is its name among the parameters and buffers; ``dim`` 0 is the output side (rows), 1 the
-    input side (columns).  ``index`` is int64 [channels, width]: the positions that belong to each channel.
-    The width is above 1 where a channel has several, as the pixels of a flattened map.
+    Attributes:
+        parameter: the tensor's name among the parameters and buffers.
+        dim: 0 is the output side (rows), 1 the input side (columns).
+        index: int64 [channels, width], the positions of each channel; the width is above 1 where a channel
+            has several, as the pixels of a flattened map.
     """
 
     parameter: str
@@ -34,11 +36,14 @@ class Slice:
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """``channels`` channels, of which each can vanish only from all slices at once.
+    """``channels`` channels, of which each can only be removed from all slices at once.
 
-    ``writers`` are rows of convolutions and linear layers, their biases, and what normalization, PReLU and
-    depthwise convolutions keep per channel; ``readers`` are columns.  ``name`` is the weight among the
-    writers that a forward pass uses first, with its first row in brackets where groups share that weight.
+    Attributes:
+        name: the weight among the writers that a forward pass uses first, with its first row in brackets
+            where groups share that weight.
+        writers: rows of convolutions and linear layers, their biases, and what normalization, PReLU and
+            depthwise convolutions hold per channel.
+        readers: columns.
     """
 
     name: str
@@ -49,11 +54,13 @@ class ChannelGroup:
 
 @dataclass(frozen=True, eq=False)
 class Coupling:
-    """The groups of a network in forward order; no position of a tensor lies in two of them.
+    """The groups of a network in forward order; no position of a tensor is in two of them.
 
-    ``skipped`` names every weight that has rows in no group, with the reason.  ``classifier`` names those
-    whose rows are the logits.  ``weights`` are the prunable weights in forward order; ``positions`` is, for
-    each layer that is called, the number of places per image where its weights are applied.
+    Attributes:
+        skipped: every weight that has rows in no group, with the reason.
+        classifier: the weights whose rows are the logits.
+        weights: the prunable weights in forward order.
+        positions: for each layer that is called, how often per image its weights are applied.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -64,23 +71,25 @@ class Coupling:
 
 
 def tensor_names(network: nn.Module) -> dict[int, str]:
-    """Names of parameters and buffers by identity; a shared tensor has its first name everywhere."""
+    """Map identities of parameters and buffers to names; a shared tensor has its first name."""
     named = (*network.named_parameters(), *network.named_buffers())
     return {id(tensor): name for name, tensor in named}
 
 
 def is_depthwise(module: object) -> bool:
-    """True where every output channel is made of the input channel of the same number."""
+    """Return True where every output channel is computed from the input channel of the same number."""
     return isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1
 
 
 def sliced(
     tensors: Mapping[str, Tensor], groups: Iterable[ChannelGroup], kept: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """``tensors`` of a network with only the channels ``kept`` (numbers by name of group), in their order.
+    """Return ``tensors`` with only the channels ``kept`` (indices by name of group), in their order.
 
-    Groups that ``kept`` does not name stay whole.  A depthwise convolution also needs its ``groups`` changed.
-    Raises UsageError for a name that is no group, a channel that is not there and a group without any.
+    Groups that ``kept`` does not name stay whole. A depthwise convolution also needs its ``groups`` changed.
+
+    Raises:
+        UsageError: for a name that is no group, a channel that does not exist and a group without any.
     """
     small = dict(tensors)
     for (name, dim), gone in positions_gone(groups, kept).items():
@@ -93,9 +102,9 @@ def sliced(
 def unread(
     tensors: Mapping[str, Tensor], groups: Iterable[ChannelGroup], kept: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """``tensors`` of the same shapes, with zeros where a layer reads a channel that is not ``kept``.
+    """Return ``tensors`` of the same shapes, with zeros where a layer reads a channel that is not ``kept``.
 
-    The network computes with them what it computes with those of :func:`sliced`.  Errors as there.
+    The network computes with them what it computes with those of :func:`sliced`. Errors as there.
     """
     masked = dict(tensors)
     for (name, dim), gone in positions_gone(groups, kept, writers=False).items():
@@ -106,12 +115,12 @@ def unread(
 def positions_gone(
     groups: Iterable[ChannelGroup], kept: Mapping[str, Tensor], *, writers: bool = True
 ) -> dict[tuple[str, int], Tensor]:
-    """Positions int64 [n] that go, by tensor and dimension, when only the channels ``kept`` stay.
+    """Return the positions int64 [n] to remove, by tensor and dimension, so that the channels ``kept`` stay.
 
-    ``writers`` says whether rows go as well as columns.  Errors as for :func:`sliced`.
+    ``writers``: remove rows as well as columns. Errors as for :func:`sliced`.
     """
     groups = tuple(groups)
-    _refuse_strangers(kept, groups)
+    _check_group_names(kept, groups)
     found: dict[tuple[str, int], list[Tensor]] = {}
     for group in groups:
         if group.name not in kept:
@@ -125,7 +134,7 @@ def positions_gone(
 
 
 def places(network: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
-    """How often per image each Conv2d and Linear weight is applied, by name, in order of their first call.
+    """Count how often per image each Conv2d and Linear weight is applied, by name, in order of first call.
 
     Raises ArchitectureError when the network cannot run on ``input_size`` (C, H, W).
     """
@@ -148,9 +157,9 @@ def places(network: nn.Module, input_size: tuple[int, int, int]) -> dict[str, in
 
 
 def macs(network: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Multiply-accumulates per image in the Conv2d and Linear layers that are called.
+    """Count multiply-accumulates per image in the Conv2d and Linear layers that are called.
 
-    Attention's projections, which are handed to a functional, and products of two activations do not count.
+    Attention's projections, which are passed to a functional, and products of two activations do not count.
     Raises ArchitectureError when the network cannot run on ``input_size`` (C, H, W).
     """
     applied = places(network, input_size)
@@ -158,29 +167,32 @@ def macs(network: nn.Module, input_size: tuple[int, int, int]) -> int:
 
 
 def weights_kept(coupling: Coupling, keep: Mapping[str, int], network: nn.Module) -> int:
-    """Prunable weights that remain when each group keeps ``keep`` channels: rows x columns x kernel.
+    """Count the prunable weights that remain when each group keeps ``keep`` channels.
 
-    Groups that ``keep`` does not name stay whole.  ``network`` is the one that was coupled, at full width.
-    Raises UsageError for a name that is no group and for a number outside 1..channels.
+    Groups that ``keep`` does not name stay whole. ``network`` is the one that was coupled, at full width.
+
+    Raises:
+        UsageError: for a name that is no group and for a number outside 1..channels.
     """
     return sum(_sizes(coupling, keep, network).values())
 
 
 def macs_kept(coupling: Coupling, keep: Mapping[str, int], network: nn.Module) -> int:
-    """:func:`macs` when each group keeps ``keep`` channels; the rest as for :func:`weights_kept`."""
+    """Count :func:`macs` when each group keeps ``keep`` channels; arguments as for :func:`weights_kept`."""
     sizes = _sizes(coupling, keep, network)
     return sum(size * coupling.positions.get(name, 0) for name, size in sizes.items())
 
 
 def _sizes(coupling: Coupling, keep: Mapping[str, int], network: nn.Module) -> dict[str, int]:
-    """Values of every prunable weight when each group keeps that many channels."""
-    _refuse_strangers(keep, coupling.groups)
+    """Count the values of every prunable weight when each group keeps that many channels."""
+    _check_group_names(keep, coupling.groups)
     sides = {name: list(network.get_parameter(name).shape) for name in coupling.weights}
     for group in coupling.groups:
         count = keep.get(group.name, group.channels)
         if not 1 <= count <= group.channels:
             raise UsageError(
                 f"{group.name} cannot keep {count} of its {group.channels} channels",
+                code="channel-count-out-of-range",
                 hint=f"keep between 1 and {group.channels}",
             )
         for touched in (*group.writers, *group.readers):
@@ -190,18 +202,24 @@ def _sizes(coupling: Coupling, keep: Mapping[str, int], network: nn.Module) -> d
     return {name: math.prod(shape) for name, shape in sides.items()}
 
 
-def _channels(numbers: Tensor, group: ChannelGroup) -> Tensor:
-    if numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
-        raise UsageError(f"the channels of {group.name} are numbers in one dimension, not a mask")
-    if numbers.numel() == 0 or not 0 <= int(numbers.min()) <= int(numbers.max()) < group.channels:
-        raise UsageError(f"{group.name} must keep at least one of its channels 0..{group.channels - 1}")
-    return numbers.to("cpu", torch.int64)
-
-
-def _refuse_strangers(named: Mapping[str, object], groups: Iterable[ChannelGroup]) -> None:
-    strangers = named.keys() - {group.name for group in groups}
-    if strangers:
+def _channels(indices: Tensor, group: ChannelGroup) -> Tensor:
+    if indices.dim() != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
         raise UsageError(
-            f"no group of channels is called {min(strangers)!r}",
-            hint="the names are those of Coupling.groups; its skipped says what is in none",
+            f"the channels of {group.name} are indices in one dimension, not a mask", code="channels-invalid"
+        )
+    if indices.numel() == 0 or not 0 <= int(indices.min()) <= int(indices.max()) < group.channels:
+        raise UsageError(
+            f"{group.name} must keep at least one of its channels 0..{group.channels - 1}",
+            code="channels-invalid",
+        )
+    return indices.to("cpu", torch.int64)
+
+
+def _check_group_names(named: Mapping[str, object], groups: Iterable[ChannelGroup]) -> None:
+    unknown = named.keys() - {group.name for group in groups}
+    if unknown:
+        raise UsageError(
+            f"no group of channels is called {min(unknown)!r}",
+            code="channel-group-unknown",
+            hint="the names are those of Coupling.groups; Coupling.skipped lists what is in none",
         )

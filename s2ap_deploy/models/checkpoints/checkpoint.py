@@ -1,34 +1,46 @@
-"""Checkpoint files in and out: the public face of this room.
+"""Load, save and describe checkpoint files.
 
-A file of this tool needs no option; for anybody else's, the architecture is matched and the missing facts are
-arguments.  Loading ends strictly: every tensor has its place or is named in an error.
+A file of this tool needs no option; for any other, the architecture is matched and missing facts are
+arguments. Loading is strict: every tensor is used, or is named in a note or an error.
 """
 
 from __future__ import annotations
 
-import copy
 import io
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor, nn
 
-from s2ap_deploy import files, runtime
-from s2ap_deploy.errors import CheckpointError, UsageError
+from s2ap_deploy import files
+from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError
 from s2ap_deploy.models.architectures import registry
-from s2ap_deploy.models.architectures.architecture import Architecture
-from s2ap_deploy.models.channels.channel_plan import Plan
-from s2ap_deploy.models.channels.narrowing import narrow
-from s2ap_deploy.models.checkpoints import fitting, masked
-from s2ap_deploy.models.checkpoints.description import describe
-from s2ap_deploy.models.checkpoints.fitting import Fitted
+from s2ap_deploy.models.checkpoints import masked
+from s2ap_deploy.models.checkpoints.build import build_classifier, build_network, count_nonfinite
 from s2ap_deploy.models.checkpoints.info import CheckpointInfo
-from s2ap_deploy.models.checkpoints.reading import FORMAT, METADATA_KEY, RawCheckpoint, read_tensors
-from s2ap_deploy.models.classifier import Classifier, dry_run, prunable
-from s2ap_deploy.spec import Normalization, Preprocessing, ThreatModel
+from s2ap_deploy.models.checkpoints.key_mapping import is_normalization
+from s2ap_deploy.models.checkpoints.masked import DenseFromMasks
+from s2ap_deploy.models.checkpoints.match import (
+    NETWORK,
+    Match,
+    closest,
+    key_readings,
+    learnable_values,
+    match_architecture,
+    match_dense,
+)
+from s2ap_deploy.models.checkpoints.read import FORMAT, METADATA_KEY, RawCheckpoint, read_tensors
+from s2ap_deploy.models.classifier import Classifier, prunable
+from s2ap_deploy.spec import Normalization, Preprocessing
 
 __all__ = ["CheckpointInfo", "RawCheckpoint", "describe", "load", "read_tensors", "save"]
+
+REACHED = "weights of the convolutions and linear layers that a forward pass uses"
+REGISTERED = "weights of all convolutions and linear layers (no input size known to run the network on)"
+SHAPED = "tensors of two or more dimensions called weight (no architecture known)"
 
 
 def load(
@@ -36,71 +48,47 @@ def load(
     *,
     arch: str | None = None,
     num_classes: int | None = None,
-    data: str | None = None,
     preprocessing: Preprocessing | None = None,
     normalization: Normalization | None = None,
-    threat: ThreatModel | None = None,
-    class_names: Sequence[str] | None = None,
     trust_pickle: bool = False,
     keep: float | None = None,
     alpha: float | None = None,
 ) -> tuple[Classifier, CheckpointInfo, tuple[str, ...]]:
-    """The classifier in eval mode on the CPU in float32, its facts, and notes for the user.
+    """Return the classifier in eval mode on the CPU in float32, its facts, and notes for the user.
 
-    Arguments that are not None override what a file of ours says and complete what another one does not;
-    ``num_classes`` only checks.  ``threat`` and ``data`` may stay unknown.  ``source_sha256`` of the facts is
-    the hash of this file.  ``keep`` (fraction kept) and HARP's ``alpha`` rebuild the masks of a pruned file
-    that holds scores; its weights come out dense, and ``sparsity`` of the facts is measured on them.  A
-    compacted network of ours gets its smaller layers, and the plan beside it, if any, is checked.  Raises
-    CheckpointError (also for non-finite weights, and for another number of classes), UnsafePickleError,
-    ArchitectureError, and UsageError for a ``keep`` or ``alpha`` that is missing or has no use.
+    Args:
+        arch: a registered name or an import path; None finds it by names and shapes.
+        num_classes: what the file must have; None accepts any number.
+        preprocessing: overrides what the file or the architecture states.
+        normalization: overrides what the file states.
+        trust_pickle: unpickle a file that requests more than tensors, which may run code in it.
+        keep: the fraction kept, which rebuilds the masks of a pruned file that holds scores. Weights come out
+            dense, and ``sparsity`` of the facts is measured on them.
+        alpha: HARP's k_min / ``keep``.
+
+    Raises:
+        CheckpointError: for a file that cannot be read, weights that are not finite, another number of
+            classes, and a compacted network that the plan beside it does not describe.
+        UnsafePickleError: for a pickle that requests more than tensors, without ``trust_pickle``.
+        ArchitectureError: when no architecture, or more than one, matches.
+        UsageError: for a ``keep`` or ``alpha`` that is missing or has no use.
     """
     raw = read_tensors(path, trust_pickle=trust_pickle)
-    raw, unmasked = masked.opened(raw, str(path), keep=keep, alpha=alpha)
-    fitted = fitting.fit(raw, str(path), arch=arch)
-    stated = raw.info
-    notes = [*raw.notes, *unmasked.notes(fitted.unused), *fitted.notes]
-    if preprocessing is None:
-        preprocessing = stated.preprocessing if stated else _meant_for(fitted.architecture, path)
-    normalization = normalization or fitted.normalization
-    if normalization is None and stated is None:
-        notes.append(
-            "no normalization in the file or the options: the network gets images in [0, 1] as they are"
-        )
-    network = fitting.build(fitted)
-    notes += fitting.fill(network, fitted.tensors, str(path))
-    classifier = Classifier(network, normalization).eval()
-    _check_channels(normalization, preprocessing, path)
-    found = fitted.num_classes
-    if found is None or registry.is_import_path(fitted.architecture.name):
-        # The answer tells what the user's code does not say, and that it runs at all.
-        found = dry_run(classifier, preprocessing.size).shape[1]
-    names = tuple(class_names) if class_names is not None else (stated.class_names if stated else ())
-    _check_classes(found, num_classes, names, path)
-    info = CheckpointInfo(
-        arch=fitted.architecture.name,
-        num_classes=found,
-        data=data or (stated.data if stated else None),
-        preprocessing=preprocessing,
-        normalization=normalization,
-        threat=threat or (stated.threat if stated else None),
-        class_names=names,
-        stage=stated.stage if stated else "foreign",
-        sparsity=stated.sparsity if stated else _sparsity(classifier, preprocessing.size),
-        source_sha256=raw.sha256,
-        tool_version=runtime.versions().get("s2ap-deploy", "unknown"),
+    match = match_architecture(raw, arch=arch, keep=keep, alpha=alpha)
+    return build_classifier(
+        raw, match, num_classes=num_classes, preprocessing=preprocessing, normalization=normalization
     )
-    if fitted.compacted and stated is not None:
-        _check_compacted(classifier, fitted, stated, raw.sha256, Path(path))
-    return classifier, info, tuple(notes)
 
 
 def save(path: Path | str, classifier: Classifier, info: CheckpointInfo) -> None:
-    """Write weights and facts to one file, whole or not at all.
+    """Write weights and facts to one file, atomically.
 
     ``.safetensors`` keeps the facts as JSON in its header; ``.pt`` and ``.pth`` hold a dictionary that
-    ``torch.load(weights_only=True)`` reads.  Equal contents give equal bytes.  Raises UsageError for another
-    suffix and StorageError when the disk refuses.
+    ``torch.load(weights_only=True)`` reads. Equal contents give equal bytes.
+
+    Raises:
+        UsageError: for another suffix.
+        StorageError: when the disk refuses.
     """
     path = Path(path)
     facts = info.model_dump_json()
@@ -114,66 +102,140 @@ def save(path: Path | str, classifier: Classifier, info: CheckpointInfo) -> None
         torch.save({"format": FORMAT, "info": facts, "state_dict": state}, stream)
         files.write_bytes(path, stream.getvalue())
     else:
-        raise UsageError(f"cannot tell the format of {path}", hint="end its name in .safetensors or .pt")
-
-
-def _check_compacted(
-    classifier: Classifier, fitted: Fitted, stated: CheckpointInfo, sha256: str, path: Path
-) -> None:
-    """Shapes that a file chose must at least run together; a plan must be that of this file."""
-    dry_run(classifier, stated.preprocessing.size)
-    plan = path.with_suffix(".json")
-    if not plan.is_file():
-        return
-    full = Classifier(fitting.build(fitted, full=True), stated.normalization).eval()
-    shapes = {name: tuple(tensor.shape) for name, tensor in classifier.state_dict().items()}
-    changed = narrow(copy.deepcopy(full), shapes)
-    as_stored = Classifier(
-        classifier.network, stated.normalization
-    )  # the user may have another normalization
-    Plan.load(plan).check(full, as_stored, changed, stated, sha256)
-
-
-def _meant_for(architecture: Architecture, path: Path | str) -> Preprocessing:
-    """The input that the architecture is meant for, where neither file nor user says."""
-    if architecture.input_size is None:
-        raise CheckpointError(
-            f"the input size of {architecture.name} is unknown, and {path} does not tell it",
-            hint="name the data with --data, or give the factory an attribute input_size = (C, H, W)",
-        )
-    size = architecture.input_size
-    return Preprocessing(size=size, channel_order="L" if size[0] == 1 else "RGB")
-
-
-def _sparsity(classifier: Classifier, size: tuple[int, int, int]) -> float | None:
-    """The fraction of zeros among the weights that a forward pass uses; None for a network without zeros."""
-    weights = [tensor for tensor in classifier.network.parameters() if tensor.dim() >= 2]
-    if all(bool(tensor.all()) for tensor in weights):
-        return None
-    used = [classifier.get_parameter(name) for name in prunable(classifier, size)]
-    zeros = sum(tensor.numel() - int(tensor.count_nonzero()) for tensor in used)
-    return zeros / sum(tensor.numel() for tensor in used) if zeros else None
-
-
-def _check_channels(
-    normalization: Normalization | None, preprocessing: Preprocessing, path: Path | str
-) -> None:
-    channels = preprocessing.size[0]
-    if normalization is not None and len(normalization.mean) not in {1, channels}:
-        raise CheckpointError(
-            f"{path}: the normalization is for {len(normalization.mean)} channels, the input has {channels}"
+        raise UsageError(
+            f"cannot tell the format of {path}",
+            code="checkpoint-suffix-unknown",
+            hint="end its name in .safetensors or .pt",
         )
 
 
-def _check_classes(found: int, asked: int | None, names: tuple[str, ...], path: Path | str) -> None:
-    if asked is not None and asked != found:
-        raise CheckpointError(
-            f"{path} is a network of {found} classes, but {asked} are asked for",
-            hint="choose the data that it was trained on",
-        )
-    if found < 2:
-        raise CheckpointError(f"{path} is a network of {found} class; a classifier has at least 2")
-    if names and len(names) != found:
-        raise CheckpointError(
-            f"{path} is a network of {found} classes, but {len(names)} class names are given"
-        )
+def describe(
+    path: Path | str,
+    *,
+    trust_pickle: bool = False,
+    arch: str | None = None,
+    keep: float | None = None,
+    alpha: float | None = None,
+) -> dict[str, Any]:
+    """Return what ``path`` holds as plain values: format, hash, architecture (or the closest), layers.
+
+    A checkpoint that cannot be loaded (no architecture matches, values are NaN, its masks need ``keep``) is
+    described as well, with the reason under ``warnings``. ``sparsity`` is zeros / ``prunable_weights``, of
+    the weights that ``denominator`` names; ``layout`` is how a file pruned elsewhere keeps its masks;
+    ``not_compared`` lists what a match by names and shapes does not show.
+
+    Raises:
+        CheckpointError, UnsafePickleError: for a file that cannot be read.
+        ArchitectureError: when ``arch`` is no architecture at all.
+        UsageError: for a ``keep`` or ``alpha`` that has no use.
+    """
+    raw = read_tensors(path, trust_pickle=trust_pickle)
+    if arch is not None:
+        registry.resolve(arch)
+    match: Match | None = None
+    warnings = [
+        f"{name}: {count} of {tensor.numel()} values are NaN or infinite"
+        for name, tensor in raw.tensors.items()
+        if (count := count_nonfinite(tensor))
+    ]
+    dense = _dense(raw, keep, alpha, warnings)
+    try:
+        match = match_dense(raw, dense, arch=arch)
+    except ArchitectureError as error:
+        # The closest architectures have a key of their own.
+        hint = f"; {error.hint}" if error.hint else ""
+        warnings.append(f"{error.message.partition('; closest:')[0]}{hint}")
+    tensors = dense.tensors if match is None else match.tensors
+    names, denominator = _prunable(raw, dense, match)
+    layers = [_layer(name, tensors[name]) for name in names if name in tensors]
+    weights = sum(layer["weights"] for layer in layers)
+    zeros = sum(layer["zeros"] for layer in layers)
+    normalization = match.normalization if match else None
+    return {
+        "file": str(path),
+        "sha256": raw.sha256,
+        "format": raw.format,
+        "wrapper": raw.wrapper,
+        "prefix": match.prefix if match else None,
+        "architecture": match.architecture.name if match else None,
+        "matched_by": match.matched_by if match else None,
+        "not_compared": list(match.not_compared) if match else [],
+        "layout": dense.layout,
+        "closest": [] if match or arch is not None else _closest(dense.tensors),
+        "num_classes": match.num_classes if match else None,
+        "parameters": learnable_values(tensors),
+        "prunable_weights": weights,
+        "zeros": zeros,
+        "sparsity": zeros / weights if weights else None,
+        "denominator": denominator,
+        "layers": layers,
+        "dtypes": dict(Counter(_dtype(tensor) for tensor in raw.tensors.values())),
+        "devices": list(raw.locations),
+        "normalization": normalization.model_dump(mode="json") if normalization else None,
+        "info": raw.info.model_dump(mode="json") if raw.info else None,
+        "notes": list(match.notes if match else (*raw.notes, *dense.notes())),
+        "warnings": warnings,
+        "tensors": [
+            {"name": name, "shape": list(tensor.shape), "dtype": _dtype(tensor)}
+            for name, tensor in raw.tensors.items()
+        ],
+    }
+
+
+def _dense(
+    raw: RawCheckpoint, keep: float | None, alpha: float | None, warnings: list[str]
+) -> DenseFromMasks:
+    """Return the dense weights of ``raw``; unmasked, with a warning, where the masks cannot be rebuilt.
+
+    An error about an option that was given is raised: the option is wrong, or the file contradicts it.
+    """
+    try:
+        return masked.dense_from_masks(raw, keep=keep, alpha=alpha)
+    except (CheckpointError, UsageError) as error:
+        if keep is not None or alpha is not None:
+            raise
+        hint = f"; {error.hint}" if error.hint else ""
+        reason = error.message.removeprefix(f"{raw.path}: ")
+        warnings.append(f"the weights below are not masked: {reason}{hint}")
+    try:
+        layout = masked.layout_of(raw.tensors)
+    except CheckpointError:  # two layouts at once, as the warning says
+        layout = None
+    return DenseFromMasks(masked.without_scores(raw.tensors), layout)
+
+
+def _prunable(raw: RawCheckpoint, dense: DenseFromMasks, match: Match | None) -> tuple[list[str], str]:
+    """Return the names of the prunable weights, in forward order where possible, and what they are."""
+    if match is None:
+        shaped = [n for n, t in dense.tensors.items() if t.dim() >= 2 and n.endswith("weight")]
+        return shaped, SHAPED
+    network = build_network(match)
+    size = raw.info.preprocessing.size if raw.info else match.architecture.input_size
+    if size is None:
+        layers = network.named_modules()
+        return [f"{n}.weight" for n, m in layers if isinstance(m, (nn.Conv2d, nn.Linear))], REGISTERED
+    names = prunable(Classifier(network), size)
+    return [name.removeprefix(NETWORK) for name in names], REACHED
+
+
+def _layer(name: str, tensor: Tensor) -> dict[str, Any]:
+    weights = tensor.numel()
+    zeros = int((tensor == 0).sum())
+    return {
+        "name": name,
+        "shape": list(tensor.shape),
+        "weights": weights,
+        "zeros": zeros,
+        "sparsity": zeros / weights if weights else None,
+    }
+
+
+def _closest(tensors: dict[str, Tensor]) -> list[dict[str, str]]:
+    """Return the nearest architectures and what differs, for the names without any common prefix."""
+    names = key_readings(tensors)[-1].tensors
+    weights = {name: tensor for name, tensor in names.items() if not is_normalization(name)}
+    return [{"architecture": d.architecture.name, "differs": str(d)} for d in closest(weights)]
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,12 +1,11 @@
-"""Pruned checkpoints of others, which keep dense weights and say beside them which ones count.
+"""Dense weights of checkpoints pruned elsewhere, which hold dense weights with scores or masks beside them.
 
-HYDRA (``popup_scores``), HARP (also ``k_score``) and RST (``scores``) keep what ranks the weights, and
+HYDRA (``popup_scores``), HARP (also ``k_score``) and RST (``scores``) store what ranks the weights, and
 torch.nn.utils.prune the mask itself. Here they become what their network computes with: w ⊙ M, named as w.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +15,8 @@ from torch import Tensor
 
 from s2ap_deploy.errors import CheckpointError, InputError, UsageError
 from s2ap_deploy.models.checkpoints import scored
-from s2ap_deploy.models.checkpoints.reading import RawCheckpoint
-from s2ap_deploy.models.checkpoints.scored import QUOTA
-from s2ap_deploy.models.checkpoints.subnet import Layer, beside, ending, masked
+from s2ap_deploy.models.checkpoints.read import RawCheckpoint
+from s2ap_deploy.models.checkpoints.scored import QUOTA, MaskedLayer, apply_mask, layer_tensor, tensors_named
 
 HYDRA, HARP, RST = "HYDRA", "HARP", "RST"
 HARP_DENSE = "HARP, dense"
@@ -27,22 +25,22 @@ TORCH_PRUNE = "torch.nn.utils.prune"
 
 @dataclass(frozen=True)
 class DenseFromMasks:
-    """Plain dense tensors as ``layout``'s network computes with them, and the rule in ``words``."""
+    """Plain dense tensors, as the network of ``layout`` computes with them, and sentences on the ``rule``."""
 
     tensors: dict[str, Tensor] = field(repr=False)
     layout: str | None = None
-    words: tuple[str, ...] = ()
-    layers: tuple[Layer, ...] = ()
+    rule: tuple[str, ...] = ()
+    layers: tuple[MaskedLayer, ...] = ()
 
     def notes(self, unused: Collection[str] = ()) -> tuple[str, ...]:
-        """For the user; layers of ``unused`` are not counted, as no forward pass reaches them."""
+        """Return notes for the user; layers that no forward pass reaches (``unused``) are not counted."""
         layers = [layer for layer in self.layers if layer.name not in unused]
         if not layers:
-            return self.words
+            return self.rule
         kept, entries = sum(layer.kept for layer in layers), sum(layer.entries for layer in layers)
         shares = [layer.share for layer in layers]
         notes = [
-            *self.words,
+            *self.rule,
             f"masks follow the file's own budget of each layer: {kept:,} of {entries:,} weights kept in "
             f"{len(layers)} layers, from {min(shares):.2%} to {max(shares):.2%}",
         ]
@@ -52,59 +50,66 @@ class DenseFromMasks:
         return tuple(notes)
 
 
-def opened(
-    raw: RawCheckpoint, path: str, *, keep: float | None, alpha: float | None
-) -> tuple[RawCheckpoint, DenseFromMasks]:
-    """``raw`` with plain dense weights in the place of scores and masks, and what was done to get them.
+def dense_from_masks(raw: RawCheckpoint, *, keep: float | None, alpha: float | None) -> DenseFromMasks:
+    """Return the plain dense weights of ``raw``, in place of scores and masks.
 
-    ``keep`` is k, the fraction that HYDRA and HARP keep and that RST calls prune rate; ``alpha`` is HARP's.
-    A file of ours is left as it is. Raises UsageError where an option is missing, useless or no fraction,
-    and CheckpointError for scores and masks that do not belong to their weights.
+    A file of this tool is left as it is.
+
+    Args:
+        keep: k, the fraction that HYDRA and HARP keep and that RST calls prune rate.
+        alpha: HARP's k_min / k.
+
+    Raises:
+        UsageError: where an option is missing, has no use or is no fraction.
+        CheckpointError: for scores and masks that do not belong to their weights.
     """
     try:
-        found = unmask({} if raw.info else raw.tensors, keep=keep, alpha=alpha)
+        found = apply_masks({} if raw.info else raw.tensors, keep=keep, alpha=alpha)
     except InputError as error:
-        raise type(error)(f"{path}: {error.message}", hint=error.hint) from None
-    return (raw if raw.info else dataclasses.replace(raw, tensors=found.tensors)), found
+        raise type(error)(f"{raw.path}: {error.message}", code=error.code, hint=error.hint) from None
+    return DenseFromMasks(raw.tensors) if raw.info else found
 
 
-def unmask(
+def apply_masks(
     tensors: Mapping[str, Tensor], *, keep: float | None = None, alpha: float | None = None
 ) -> DenseFromMasks:
-    """The dense tensors of a file in any of the layouts, or plain ones as they are; see :func:`opened`."""
+    """Return the dense tensors of any layout, or plain ones as they are; see :func:`dense_from_masks`."""
     _check_fractions(keep, alpha)
     layout = layout_of(tensors)
     if layout in (HYDRA, HARP, RST):
-        weights, words, layers = scored.rebuild(tensors, layout, keep=keep, alpha=alpha)
-        return DenseFromMasks(without_scores(tensors) | weights, layout, words, layers)
+        weights, rule, layers = scored.rebuild(tensors, layout, keep=keep, alpha=alpha)
+        return DenseFromMasks(without_scores(tensors) | weights, layout, rule, layers)
     if keep is not None or alpha is not None:
         raise UsageError(
-            "it holds no pruning scores, so --keep and --alpha have no use", hint="leave them out"
+            "it holds no pruning scores, so --keep and --alpha have no use",
+            code="keep-unused",
+            hint="leave them out",
         )
     if layout == TORCH_PRUNE:
-        return _by_masks(tensors)
+        return _multiply_masks(tensors)
     if layout == HARP_DENSE:
-        words = (
+        rule = (
             "HARP's dense file: k_score is left aside. HARP masks these with the global k in every layer, "
             "not with the quotas it learned: another network than the one in its file with popup_scores",
         )
-        return DenseFromMasks(without_scores(tensors), layout, words)
+        return DenseFromMasks(without_scores(tensors), layout, rule)
     return DenseFromMasks(dict(tensors))
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """Whose habit the names show; None for plain weights. Raises CheckpointError for two habits at once."""
-    quotas, found = ending(tensors, QUOTA), []
-    if ending(tensors, "popup_scores"):
+    """Return the layout that the names show; None for plain weights. Raises CheckpointError for several."""
+    quotas, found = tensors_named(tensors, QUOTA), []
+    if tensors_named(tensors, "popup_scores"):
         found.append(HARP if quotas else HYDRA)
     # A parameter called `scores` without a weight beside it is part of some other network.
-    if any(beside(name, "weight") in tensors for name in ending(tensors, "scores")):
+    if any(layer_tensor(name, "weight") in tensors for name in tensors_named(tensors, "scores")):
         found.append(RST)
     if _mask_names(tensors):
         found.append(TORCH_PRUNE)
     if len(found) > 1:
         raise CheckpointError(
-            f"it mixes the layouts of {' and '.join(found)}, which no network reads together"
+            f"it mixes the layouts of {' and '.join(found)}, which no network reads together",
+            code="mask-layouts-mixed",
         )
     if quotas and not found:
         return HARP_DENSE
@@ -112,45 +117,55 @@ def layout_of(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def without_scores(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights alone and unmasked, under their plain names."""
+    """Return the weights alone and unmasked, under their plain names."""
     masks = set(_mask_names(tensors))
     plain = {}
     for name, tensor in tensors.items():
         last = name.rpartition(".")[2]
         if name in masks or last in {"popup_scores", QUOTA}:
             continue
-        if last == "scores" and beside(name, "weight") in tensors:
+        if last == "scores" and layer_tensor(name, "weight") in tensors:
             continue
         base = name.removesuffix("_orig")
         plain[base if base + "_mask" in masks else name] = tensor
     return plain
 
 
-def _by_masks(tensors: Mapping[str, Tensor]) -> DenseFromMasks:
-    """w = w_orig ⊙ w_mask, as torch computes it before every forward pass."""
+def _multiply_masks(tensors: Mapping[str, Tensor]) -> DenseFromMasks:
+    """Compute w = w_orig ⊙ w_mask, as torch does before every forward pass."""
     plain, layers = without_scores(tensors), []
     for name in _mask_names(tensors):
         base = name.removesuffix("_mask")
         mask, original = tensors[name], tensors.get(base + "_orig")
         if original is None:
-            raise CheckpointError(f"it holds {name}, but no {base}_orig")
+            raise CheckpointError(f"it holds {name}, but no {base}_orig", code="masked-weight-missing")
         if base in tensors:
-            raise CheckpointError(f"it holds both {base} and {base}_orig, and only one can be the weight")
+            raise CheckpointError(
+                f"it holds both {base} and {base}_orig, and only one can be the weight",
+                code="masked-weight-ambiguous",
+            )
         if mask.shape != original.shape:
-            raise CheckpointError(f"{name} is {list(mask.shape)}, {base}_orig is {list(original.shape)}")
+            raise CheckpointError(
+                f"{name} is {list(mask.shape)}, {base}_orig is {list(original.shape)}",
+                code="mask-shape-mismatch",
+            )
         if not bool(((mask == 0) | (mask == 1)).all()):
-            raise CheckpointError(f"{name} holds other values than 0 and 1, so it is no mask")
+            raise CheckpointError(
+                f"{name} holds other values than 0 and 1, so it is no mask", code="mask-not-binary"
+            )
         if not bool(torch.isfinite(original).all()):
-            raise CheckpointError(f"{base}_orig holds values that are NaN or infinite")
-        plain[base] = masked(original, mask.bool())
+            raise CheckpointError(
+                f"{base}_orig holds values that are NaN or infinite", code="weights-nonfinite"
+            )
+        plain[base] = apply_mask(original, mask.bool())
         if original.dim() >= 2:
-            layers.append(Layer(base, mask.numel(), int(mask.bool().sum())))
-    words = f"{TORCH_PRUNE}'s layout: the weights are weight_orig * weight_mask"
-    return DenseFromMasks(plain, TORCH_PRUNE, (words,), tuple(layers))
+            layers.append(MaskedLayer(base, mask.numel(), int(mask.bool().sum())))
+    rule = f"{TORCH_PRUNE}'s layout: the weights are weight_orig * weight_mask"
+    return DenseFromMasks(plain, TORCH_PRUNE, (rule,), tuple(layers))
 
 
 def _mask_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """`X_mask` beside `X_orig`, and any `weight_mask`; other networks have an `attn_mask` of their own."""
+    """List `X_mask` beside `X_orig`, and any `weight_mask`; other networks have an `attn_mask`."""
     return [
         name
         for name in tensors
@@ -161,6 +176,14 @@ def _mask_names(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _check_fractions(keep: float | None, alpha: float | None) -> None:
     if keep is not None and not (math.isfinite(keep) and 0 < keep <= 1):
-        raise UsageError(f"--keep {keep:g} is no fraction of weights", hint="90 % sparsity is --keep 0.1")
+        raise UsageError(
+            f"--keep {keep:g} is no fraction of weights",
+            code="keep-out-of-range",
+            hint="90 % sparsity is --keep 0.1",
+        )
     if alpha is not None and not (math.isfinite(alpha) and 0 <= alpha <= 1):
-        raise UsageError(f"--alpha {alpha:g} is not between 0 and 1", hint="HARP's published value is 0.1")
+        raise UsageError(
+            f"--alpha {alpha:g} is not between 0 and 1",
+            code="alpha-out-of-range",
+            hint="HARP's published value is 0.1",
+        )

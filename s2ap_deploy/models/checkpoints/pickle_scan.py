@@ -1,9 +1,8 @@
-"""What a pickle asks Python to import, read from its opcodes. Nothing is executed.
+"""List what the pickles of a file would import, from their opcodes; nothing is executed.
 
-``torch.load(weights_only=True)`` already refuses whatever is not on its list; this says *what* was asked
-for, all of it at once and also in files from before PyTorch 1.6, so that a user can judge it.  It explains
-a refusal and is no proof of safety: a pickle can be written so that a name is computed, and then it appears
-here as such.
+``torch.load(weights_only=True)`` already refuses everything that is not on its list. This module reports what
+was requested, all of it at once, in every format and protocol, so that a user can judge the file. It explains
+a refusal and proves no safety: a pickle can compute a name, which is then listed as computed.
 """
 
 from __future__ import annotations
@@ -11,15 +10,13 @@ from __future__ import annotations
 import io
 import pickletools
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 
-from s2ap_deploy import files
 from s2ap_deploy.errors import CheckpointError
 
 COMPUTED = "(a name computed while loading)"
@@ -41,7 +38,7 @@ _FETCH = {"GET", "BINGET", "LONG_BINGET"}
 
 
 def numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """Names that numpy numbers and arrays need, harmless and common: a learning rate that numpy computed.
+    """Return the harmless names that numpy values need, such as a learning rate that numpy computed.
 
     In the form that ``torch.serialization.safe_globals`` takes: (object, the name that a pickle uses).
     """
@@ -63,9 +60,9 @@ def numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]
 
 @dataclass(frozen=True)
 class Scan:
-    """What a file asks for: sorted ``module.name`` beyond what tensors and numbers need.
+    """What a file requests: sorted ``module.name`` beyond what tensors and numbers need.
 
-    ``protocol`` is the pickle's; ``torch_save`` tells a file of torch.save from a plain pickle.
+    ``protocol`` is the pickle's; ``torch_save`` distinguishes a file of torch.save from a plain pickle.
     """
 
     requested: tuple[str, ...]
@@ -73,17 +70,12 @@ class Scan:
     torch_save: bool
 
 
-def requested_globals(path: Path | str) -> tuple[str, ...]:
-    """Sorted ``module.name`` of everything that unpickling ``path`` would import beyond tensors and numbers.
-
-    Reads both formats of ``torch.save`` and plain pickles.  Raises CheckpointError when the file is no pickle
-    or breaks off, StorageError when it cannot be read.
-    """
-    return scan(files.read_bytes(path)).requested
-
-
 def scan(data: bytes) -> Scan:
-    """What the pickles in the bytes of a file ask for. Raises CheckpointError when that cannot be told."""
+    """Return what the pickles in the bytes of a file request.
+
+    Raises:
+        CheckpointError: when the bytes are no pickle or break off.
+    """
     zipped = data.startswith(b"PK")
     try:
         pickles, legacy = (_in_zip(data), False) if zipped else _in_stream(data)
@@ -96,10 +88,10 @@ def scan(data: bytes) -> Scan:
         zipfile.BadZipFile,
         NotImplementedError,
     ) as error:
-        raise CheckpointError(f"the pickle cannot be followed: {error}") from error
+        raise CheckpointError(f"the pickle cannot be followed: {error}", code="pickle-unreadable") from error
     requested = {name for opcodes in pickles for name in _globals(opcodes)}
     protocols = [int(str(argument)) for opcodes in pickles for name, argument in opcodes if name == "PROTO"]
-    return Scan(tuple(sorted(requested - _allowed())), max(protocols, default=0), zipped or legacy)
+    return Scan(tuple(sorted(_refused(requested))), max(protocols, default=0), zipped or legacy)
 
 
 Opcodes = list[tuple[str, object]]
@@ -121,12 +113,12 @@ def _in_stream(data: bytes) -> tuple[list[Opcodes], bool]:
 
 
 def _opcodes(stream: IO[bytes]) -> Opcodes:
-    """One pickle, up to its STOP; the stream is left behind it."""
+    """Read one pickle, up to its STOP; the stream is then at the next one."""
     return [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(stream)]
 
 
 def _globals(opcodes: Opcodes) -> Iterator[str]:
-    """The names that one pickle imports."""
+    """Yield the names that one pickle imports."""
     memo: dict[int, str | None] = {}
     pushed: list[str | None] = []  # what the opcodes so far left on the stack, as far as they are strings
     for name, argument in opcodes:
@@ -152,9 +144,20 @@ def _globals(opcodes: Opcodes) -> Iterator[str]:
             pushed.append(None)
 
 
-def _allowed() -> set[str]:
-    # Private, but the only full list of what weights_only accepts; torch's public check reads only zip files.
-    from torch._weights_only_unpickler import _get_allowed_globals, _get_user_allowed_globals
+def _refused(names: Iterable[str]) -> set[str]:
+    """Return those of ``names`` that weights-only loading does not import.
 
+    torch's public check reads zip archives of pickle protocol 2 only. Our scan reads everything else too, so
+    the names that it found are written into such an archive, one GLOBAL opcode each, for torch to judge.
+    """
+    # Names of another form cannot be a GLOBAL, and torch allows none of them.
+    plain = {name for name in names if "." in name and name.isascii() and name.isprintable()}
+    opcodes = "".join("c{}\n{}\n".format(*name.rsplit(".", 1)) for name in sorted(plain))
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + opcodes.encode() + b".")
+        archive.writestr("archive/version", b"3\n")
+    stream.seek(0)
     with torch.serialization.safe_globals(numpy_globals()):
-        return {*_get_allowed_globals(), *_get_user_allowed_globals()}  # type: ignore[no-untyped-call]
+        judged = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
+    return (set(names) - plain) | set(judged)

@@ -152,7 +152,7 @@ def test_hooks_and_modes_are_gone_afterwards() -> None:
     macs(network, SIZE)
     assert not any(module._forward_hooks for module in network.modules())
     assert all(module.training for module in network.modules())
-    with pytest.raises(ArchitectureError, match="cannot run"):
+    with pytest.raises(ArchitectureError, check=lambda error: error.code == "network-cannot-run"):
         macs(network, (3, 6, 6))
     assert not any(module._forward_hooks for module in network.modules())
 
@@ -161,16 +161,16 @@ def test_hooks_and_modes_are_gone_afterwards() -> None:
 def test_an_impossible_number_of_channels_is_refused(count: int) -> None:
     network = Inverted(4, 6)
     coupling = channel_groups(network, SIZE)
-    with pytest.raises(UsageError, match=r"widen\.weight cannot keep .* of its 6 channels"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "channel-count-out-of-range"):
         weights_kept(coupling, {"widen.weight": count}, network)
 
 
 def test_an_unknown_group_is_refused() -> None:
     network = Inverted(4, 6)
     coupling = channel_groups(network, SIZE)
-    with pytest.raises(UsageError, match=r"no group of channels is called 'head\.weight'"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "channel-group-unknown"):
         macs_kept(coupling, {"head.weight": 1}, network)
-    with pytest.raises(UsageError, match="no group"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "channel-group-unknown"):
         sliced(network.state_dict(), coupling.groups, {"nothing": torch.tensor([0])})
 
 
@@ -189,7 +189,7 @@ def test_an_unknown_group_is_refused() -> None:
 def test_impossible_channels_are_refused(channels: Tensor) -> None:
     network = Inverted(4, 6)
     groups = channel_groups(network, SIZE).groups
-    with pytest.raises(UsageError, match=r"widen\.weight"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "channels-invalid"):
         sliced(network.state_dict(), groups, {"widen.weight": channels})
 
 

@@ -161,28 +161,28 @@ def small_network() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "code"),
     [
-        ({"0.weight": None}, "lacks 0.weight"),
-        ({"9.weight": (1,)}, "has 9.weight, which the network lacks"),
-        ({"0.weight": (5, 1, 3, 3)}, r"0.weight is \[5, 1, 3, 3\]"),
-        ({"0.weight": (0, 1, 3, 3)}, r"0.weight is \[0, 1, 3, 3\]"),
-        ({"0.weight": (-2, 1, 3, 3)}, "cannot be the whole"),
-        ({"0.weight": (2, 1, 1, 1)}, "cannot be the whole"),
-        ({"0.weight": (2, 9)}, "cannot be the whole"),
-        ({"0.weight": (2, 1, 3, 3)}, "the tensors of 0 have 2 and 4 rows"),
-        ({"1.running_var": (2,)}, "the tensors of 1 have 2 and 4 rows"),
-        ({"2.weight": (2, 2, 1, 1), "2.bias": (2,)}, "2 is Conv2d, whose channels cannot go"),
-        ({"3.weight": (2, 6, 6), "3.bias": (2, 6, 6)}, "3 is LayerNorm, whose channels cannot go"),
+        ({"0.weight": None}, "tensor-missing"),
+        ({"9.weight": (1,)}, "tensor-unexpected"),
+        ({"0.weight": (5, 1, 3, 3)}, "tensor-shape-mismatch"),
+        ({"0.weight": (0, 1, 3, 3)}, "tensor-shape-mismatch"),
+        ({"0.weight": (-2, 1, 3, 3)}, "tensor-shape-mismatch"),
+        ({"0.weight": (2, 1, 1, 1)}, "tensor-shape-mismatch"),
+        ({"0.weight": (2, 9)}, "tensor-shape-mismatch"),
+        ({"0.weight": (2, 1, 3, 3)}, "tensor-shape-mismatch"),
+        ({"1.running_var": (2,)}, "tensor-shape-mismatch"),
+        ({"2.weight": (2, 2, 1, 1), "2.bias": (2,)}, "layer-not-separable"),
+        ({"3.weight": (2, 6, 6), "3.bias": (2, 6, 6)}, "layer-not-separable"),
     ],
 )
 def test_shapes_that_no_layer_can_have_are_refused(
-    change: dict[str, tuple[int, ...] | None], message: str
+    change: dict[str, tuple[int, ...] | None], code: str
 ) -> None:
     network = small_network()
     before = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     shapes = {name: shape for name, shape in {**before, **change}.items() if shape is not None}
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, check=lambda error: error.code == code):
         narrow(network, shapes)
     assert {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == before
     assert network[0].out_channels == 4
@@ -191,7 +191,7 @@ def test_shapes_that_no_layer_can_have_are_refused(
 def test_a_tied_tensor_cannot_have_two_shapes() -> None:
     network = Tied()
     shapes: dict[str, tuple[int, ...]] = {n: tuple(t.shape) for n, t in network.state_dict().items()}
-    with pytest.raises(CheckpointError, match="one tensor"):
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "tied-weights-differ"):
         narrow(network, {**shapes, "two.weight": (3, 6, 1, 1)})
 
 
@@ -207,5 +207,5 @@ def test_another_function_is_noticed(wrong: float) -> None:
     assert check_equal(one, other, torch.rand(3, 1, 2, 2)) == 0
     with torch.no_grad():
         other[1].bias[0] += wrong
-    with pytest.raises(VerificationError, match="the logits differ"):
+    with pytest.raises(VerificationError, check=lambda error: error.code == "compacted-logits-differ"):
         check_equal(one, other, torch.rand(3, 1, 2, 2))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from s2ap_deploy.errors import ArchitectureError
 from s2ap_deploy.models.architectures import registry
+from s2ap_deploy.models.architectures.architecture import WithoutStorage
 from s2ap_deploy.models.channels.coupling import channel_groups
 from s2ap_deploy.models.channels.layer_channels import macs
-from s2ap_deploy.models.checkpoints.state_dict_spec import WithoutStorage
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export.codecs.onnx_shapes import narrowed, outline
 from s2ap_deploy.onnx_export.graph import to_onnx

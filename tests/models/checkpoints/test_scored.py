@@ -11,7 +11,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from s2ap_deploy.models.checkpoints.subnet import Layer, ScoredLayer, already_masked, layer_keep, masked
+from s2ap_deploy.models.checkpoints.scored import (
+    MaskedLayer,
+    ScoredLayer,
+    already_masked,
+    apply_mask,
+    layer_keep,
+)
 
 FRACTIONS = st.floats(0.001, 1.0)
 SIZES = st.integers(1, 300)
@@ -21,29 +27,29 @@ def scores(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def subnet(size: int, *, seed: int = 0, quota: float | None = None) -> ScoredLayer:
+def scored_layer(size: int, *, seed: int = 0, quota: float | None = None) -> ScoredLayer:
     weight = scores(seed + 1, size, 1)
     return ScoredLayer("w", weight, scores(seed, size, 1), None if quota is None else torch.tensor(quota))
 
 
 def masked_at(layer: ScoredLayer, keep: float, alpha: float = 0.0) -> ScoredLayer:
     """The layer with the weights of a dense export."""
-    weight = masked(layer.weight, layer.mask(layer.pruned_units(keep, alpha)))
+    weight = apply_mask(layer.weight, layer.mask(layer.pruned_units(keep, alpha)))
     return ScoredLayer(layer.name, weight, layer.scores, layer.quota, layer.rounded)
 
 
 def test_the_floor_is_that_of_floating_point() -> None:
     """A tenth of ten weights, kept at k = 0.9, is not pruned: 1 - 0.9 is less than 0.1 in doubles."""
-    assert subnet(10).pruned_units(0.9, 0.0) == int((1 - 0.9) * 10) == 0
-    assert subnet(1_000).pruned_units(0.9, 0.0) == 99
-    assert subnet(1_000).pruned_units(0.1, 0.0) == 900
-    assert subnet(5_120).pruned_units(0.001, 0.0) == 5_114
+    assert scored_layer(10).pruned_units(0.9, 0.0) == int((1 - 0.9) * 10) == 0
+    assert scored_layer(1_000).pruned_units(0.9, 0.0) == 99
+    assert scored_layer(1_000).pruned_units(0.1, 0.0) == 900
+    assert scored_layer(5_120).pruned_units(0.001, 0.0) == 5_114
 
 
 @given(size=SIZES, keep=FRACTIONS)
 @settings(max_examples=200, deadline=None)
 def test_never_more_is_pruned_than_asked_and_at_most_one_too_few(size: int, keep: float) -> None:
-    pruned = subnet(size).pruned_units(keep, 0.0)
+    pruned = scored_layer(size).pruned_units(keep, 0.0)
     exact = (1 - Fraction(keep)) * size
     assert pruned <= exact + Fraction(1, 10**9)
     assert pruned > exact - 1 - Fraction(1, 10**9)
@@ -52,7 +58,7 @@ def test_never_more_is_pruned_than_asked_and_at_most_one_too_few(size: int, keep
 @given(size=SIZES, keep=FRACTIONS, seed=st.integers(0, 5))
 @settings(max_examples=100, deadline=None)
 def test_the_mask_keeps_the_largest_absolute_scores(size: int, keep: float, seed: int) -> None:
-    layer = subnet(size, seed=seed)
+    layer = scored_layer(size, seed=seed)
     pruned = layer.pruned_units(keep, 0.0)
     mask = layer.mask(pruned)
     assert int((~mask).sum()) == pruned
@@ -80,12 +86,12 @@ def test_harps_quota_lies_between_its_minimum_and_one(quota: float, least: float
 
 
 def test_harp_prunes_by_the_layers_own_quota_in_float32() -> None:
-    layer = subnet(1_000, quota=-1.0)
+    layer = scored_layer(1_000, quota=-1.0)
     kept = 0.01 + 0.99 / (1 + math.exp(1.0))
     assert layer.pruned_units(0.1, 0.1) == int((1 - kept) * 1_000) == 723
     assert layer.pruned_units(1.0, 0.1) == 0
-    assert subnet(1_000, quota=40.0).pruned_units(0.5, 0.1) == 0
-    assert subnet(1_000, quota=-40.0).pruned_units(0.1, 0.1) == 990
+    assert scored_layer(1_000, quota=40.0).pruned_units(0.5, 0.1) == 0
+    assert scored_layer(1_000, quota=-40.0).pruned_units(0.1, 0.1) == 990
 
 
 def test_harps_channels_are_rounded_and_whole() -> None:
@@ -109,7 +115,7 @@ def test_harps_channels_are_rounded_and_whole() -> None:
 def test_a_dense_export_is_recognized_with_the_fraction_it_was_made_with(
     keep: float, sizes: list[int], seed: int
 ) -> None:
-    layers = [masked_at(subnet(size, seed=seed + i), keep) for i, size in enumerate(sizes)]
+    layers = [masked_at(scored_layer(size, seed=seed + i), keep) for i, size in enumerate(sizes)]
     assume(sum(int((layer.weight == 0).sum()) for layer in layers) >= 0.1 * sum(sizes))
     found = already_masked(layers)
     assert found is not None
@@ -123,7 +129,9 @@ def test_a_dense_export_is_recognized_with_the_fraction_it_was_made_with(
 )
 @settings(max_examples=60, deadline=None)
 def test_a_dense_export_by_quotas_is_recognized_too(keep: float, alpha: float, quotas: list[float]) -> None:
-    layers = [masked_at(subnet(300, seed=i, quota=quota), keep, alpha) for i, quota in enumerate(quotas)]
+    layers = [
+        masked_at(scored_layer(300, seed=i, quota=quota), keep, alpha) for i, quota in enumerate(quotas)
+    ]
     assume(sum(int((layer.weight == 0).sum()) for layer in layers) >= 0.1 * 300 * len(quotas))
     found = already_masked(layers)
     assert found is not None
@@ -131,12 +139,12 @@ def test_a_dense_export_by_quotas_is_recognized_too(keep: float, alpha: float, q
 
 
 def test_zeros_that_are_no_mask_are_not_taken_for_one() -> None:
-    plain, other = subnet(200), subnet(300, seed=5)
+    plain, other = scored_layer(200), scored_layer(300, seed=5)
     assert already_masked([plain]) is None, "no zeros"
     few = ScoredLayer("w", plain.weight.clone(), plain.scores)
     few.weight[plain.scores.abs().argmin()] = 0
     assert already_masked([few]) is None, "one dead weight"
-    wrong = ScoredLayer("w", masked(plain.weight, other.mask(150)[:200]), plain.scores)
+    wrong = ScoredLayer("w", apply_mask(plain.weight, other.mask(150)[:200]), plain.scores)
     assert already_masked([wrong]) is None, "zeros of large score"
     assert already_masked([masked_at(plain, 0.1), masked_at(other, 0.1)]) is not None
     assert already_masked([masked_at(plain, 0.1), masked_at(other, 0.3)]) is None, "two fractions"
@@ -145,9 +153,10 @@ def test_zeros_that_are_no_mask_are_not_taken_for_one() -> None:
 
 def test_harps_own_export_with_one_k_for_all_contradicts_its_quotas() -> None:
     """Defect: the export masks with the global k and not with k_l."""
-    layers = [subnet(500, seed=i, quota=quota) for i, quota in enumerate((-4.0, 0.0))]
+    layers = [scored_layer(500, seed=i, quota=quota) for i, quota in enumerate((-4.0, 0.0))]
     uniform = [
-        ScoredLayer("w", masked(layer.weight, layer.mask(450)), layer.scores, layer.quota) for layer in layers
+        ScoredLayer("w", apply_mask(layer.weight, layer.mask(450)), layer.scores, layer.quota)
+        for layer in layers
     ]
     assert already_masked(uniform) is None
     assert already_masked([masked_at(layer, 0.1, 0.1) for layer in layers]) is not None
@@ -157,12 +166,12 @@ def test_empty_layers_are_no_obstacle() -> None:
     empty = ScoredLayer("w", torch.zeros(0, 4), torch.zeros(0, 4))
     assert empty.mask(empty.pruned_units(0.1, 0.0)).shape == (0, 4)
     assert already_masked([empty]) is None
-    assert already_masked([empty, masked_at(subnet(100), 0.1)]) is not None
-    assert Layer("w", 0, 0).share == 0
+    assert already_masked([empty, masked_at(scored_layer(100), 0.1)]) is not None
+    assert MaskedLayer("w", 0, 0).share == 0
 
 
 def test_what_is_masked_is_a_positive_zero_and_the_rest_keeps_its_bits() -> None:
     weight = torch.tensor([-1.0, -0.0, 3.0, -2.0])
-    found = masked(weight, torch.tensor([False, True, True, True]))
+    found = apply_mask(weight, torch.tensor([False, True, True, True]))
     assert torch.equal(torch.signbit(found), torch.tensor([False, True, False, True]))
-    assert masked(weight.half(), torch.ones(4, dtype=torch.bool)).dtype == torch.float16
+    assert apply_mask(weight.half(), torch.ones(4, dtype=torch.bool)).dtype == torch.float16

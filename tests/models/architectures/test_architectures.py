@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s2ap_deploy.models.architectures import imagenet, registry
-from s2ap_deploy.models.checkpoints.state_dict_spec import WithoutStorage, registered_skeleton
+from s2ap_deploy.models.architectures.architecture import WithoutStorage, registered_spec
 from s2ap_deploy.models.classifier import prunable
 
 OWN = [name for name in registry.names() if "/" not in name]
@@ -54,7 +54,7 @@ def test_every_family_is_listed() -> None:
 
 @pytest.mark.parametrize("name", OWN)
 def test_maps_images_to_logits(name: str) -> None:
-    size = registry.ARCHITECTURES[name].input_size
+    size = registry.resolve(name).input_size
     assert size is not None
     network = meta(name, 7).eval()
     assert network(torch.empty(2, *size, device="meta")).shape == (2, 7)
@@ -72,7 +72,7 @@ def test_carries_the_names_of_published_checkpoints(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mnist-conv", "digits-conv", "cifar-resnet20"])
 def test_small_ones_give_finite_logits_on_real_storage(name: str) -> None:
-    size = registry.ARCHITECTURES[name].input_size
+    size = registry.resolve(name).input_size
     assert size is not None
     logits = registry.build(name)(torch.rand(2, *size))
     assert logits.shape == (2, 10)
@@ -127,9 +127,7 @@ def test_torchvision_holds_everything_up_to_100_million_parameters() -> None:
 
 @pytest.mark.parametrize("name", ["torchvision/inception_v3", "torchvision/googlenet"])
 def test_auxiliary_heads_are_not_built(name: str) -> None:
-    assert not [
-        key for key in registered_skeleton(registry.resolve(name)).shapes if "ux" in key.split(".")[0]
-    ]
+    assert not [key for key in registered_spec(registry.resolve(name)).shapes if "ux" in key.split(".")[0]]
 
 
 @pytest.mark.parametrize(

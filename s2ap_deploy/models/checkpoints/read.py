@@ -1,0 +1,358 @@
+"""Read a checkpoint file into named tensors on the CPU; its code runs only where the user trusts it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from s2ap_deploy import files, records
+from s2ap_deploy.errors import CheckpointError, UnsafePickleError
+from s2ap_deploy.models.checkpoints import pickle_scan
+from s2ap_deploy.models.checkpoints.info import CheckpointInfo
+
+FORMAT = "s2ap-deploy"
+METADATA_KEY = "s2ap_deploy"
+LARGEST_HEADER = 100_000_000  # the limit of safetensors itself
+SAFE_PROTOCOLS = (2, 3)  # what torch.load(weights_only=True) reads
+# In this order: a file with both `state_dict` and `ema` means the first.
+WRAPPERS = ("state_dict", "net", "model_state_dict", "model", "ema")
+STATE_DICT_HINT = "save it with torch.save(model.state_dict(), 'model.pt')"
+COPY_HINT = "copy or download it again"
+
+# MadryLab's robustness saves the network twice, the second time inside its attacker.
+_COPY = re.compile(r"((?:module\.)*)attacker\.(?:normalize\.|model\.)")
+
+
+@dataclass(frozen=True)
+class RawCheckpoint:
+    """A file's tensors, before any architecture is considered.
+
+    Attributes:
+        path: the file, as errors name it.
+        tensors: strided, on the CPU, under the file's names without its wrapper. Prefixes such as
+            ``module.`` remain, because only an architecture shows whether they belong to the names.
+        info: the facts of a file of this tool; None for any other.
+        locations: devices that the storages were tagged with.
+        notes: which wrapper was opened and what was left aside.
+    """
+
+    path: str
+    tensors: dict[str, Tensor] = field(repr=False)
+    info: CheckpointInfo | None
+    sha256: str
+    format: str
+    wrapper: str | None
+    locations: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a reader of one format found: an object, and the facts of a file of this tool."""
+
+    value: object
+    format: str
+    info: CheckpointInfo | None = None
+    locations: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_tensors(path: Path | str, *, trust_pickle: bool = False) -> RawCheckpoint:
+    """Read a torch.save file (zip or older) or safetensors; the content decides, not the suffix.
+
+    Args:
+        trust_pickle: unpickle a file that requests more than tensors, which may run code in it.
+
+    Raises:
+        UnsafePickleError: with everything that the pickle requests.
+        CheckpointError: for a file that is missing, a folder, empty, cut off, or no checkpoint.
+    """
+    path = Path(path)
+    # Read once: what is hashed is what is checked and loaded, even if the file is replaced meanwhile.
+    data = _file_bytes(path)
+    if _looks_like_safetensors(data):
+        content = _read_safetensors(path, data)
+    else:
+        content = _read_torch(path, data, trust_pickle=trust_pickle)
+    try:
+        found = unwrap(content.value)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error.message}", code=error.code, hint=error.hint) from None
+    return RawCheckpoint(
+        path=str(path),
+        tensors={name: _plain(name, tensor, path) for name, tensor in found.tensors.items()},
+        info=content.info,
+        sha256=hashlib.sha256(data).hexdigest(),
+        format=content.format if content.info is None else f"{FORMAT}, {content.format}",
+        # The layout of this tool's own files needs no note.
+        wrapper=found.wrapper if content.info is None else None,
+        locations=content.locations,
+        notes=(*content.notes, *(found.notes if content.info is None else ())),
+    )
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """The tensors of a file under the names it gives them, and where they were found."""
+
+    tensors: dict[str, Tensor]
+    wrapper: str | None
+    notes: tuple[str, ...]
+
+
+def unwrap(content: object) -> StateDict:
+    """Find the state dict in what a file holds.
+
+    Raises:
+        CheckpointError: when there is none, naming what was found instead.
+    """
+    path: list[str] = []
+    notes: list[str] = []
+    while True:
+        if isinstance(content, nn.Module):
+            content = content.state_dict()
+        if not isinstance(content, Mapping):
+            raise CheckpointError(
+                f"the file holds {_kind(content)}, not a dictionary of tensors",
+                code="state-dict-missing",
+                hint=STATE_DICT_HINT,
+            )
+        present = [key for key in WRAPPERS if isinstance(content.get(key), (Mapping, nn.Module))]
+        if not present:
+            break
+        if len(present) > 1:
+            notes.append(f"the file holds {', '.join(present)}; read {present[0]}")
+        path.append(present[0])
+        content = content[present[0]]
+    if path:
+        notes.insert(0, f"weights found under {'.'.join(path)}")
+    tensors = {
+        key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    if not tensors:
+        found = ", ".join(map(str, list(content)[:8])) or "nothing"
+        raise CheckpointError(
+            f"it has no tensors, neither at the top nor under {', '.join(WRAPPERS)}; it holds: {found}",
+            code="tensors-missing",
+            hint=STATE_DICT_HINT,
+        )
+    dropped = [str(key) for key in content if key not in tensors]
+    if dropped:
+        notes.append(f"left aside, as they are no tensors: {', '.join(dropped[:8])}")
+    copies = [name for name in tensors if _is_copy(name, tensors)]
+    if copies:
+        tensors = {name: value for name, value in tensors.items() if name not in copies}
+        notes.append(f"left aside: a second copy of the network ({len(copies)} tensors under attacker)")
+    return StateDict(tensors, ".".join(path) or None, tuple(notes))
+
+
+def _is_copy(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    matched = _COPY.match(name)
+    if matched is None:
+        return False
+    rest = name[matched.end() :]
+    return any(matched[1] + start + rest in tensors for start in ("model.", "normalizer."))
+
+
+def _kind(content: Any) -> str:
+    kind = type(content)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def _file_bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} is a folder, not a checkpoint",
+            code="checkpoint-is-folder",
+            hint="name the file inside it",
+        )
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}", code="checkpoint-missing")
+    if not path.is_file():  # a pipe or a device may never end
+        raise CheckpointError(f"{path} is not a regular file", code="checkpoint-not-regular")
+    data = files.read_bytes(path)
+    if not data:
+        raise CheckpointError(f"{path} is empty", code="checkpoint-empty")
+    if data.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the file itself",
+            code="checkpoint-lfs-pointer",
+            hint="run git lfs pull",
+        )
+    if data[:256].lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise CheckpointError(
+            f"{path} is a web page, not a checkpoint",
+            code="checkpoint-web-page",
+            hint="the server answered the download with a page; repeat it",
+        )
+    return data
+
+
+def _looks_like_safetensors(data: bytes) -> bool:
+    """Eight bytes of header length, then JSON; the start of a zip or a pickle is no such length."""
+    return data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= LARGEST_HEADER
+
+
+def _read_safetensors(path: Path, data: bytes) -> _Content:
+    try:
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or cut off: {error}", code="checkpoint-damaged", hint=COPY_HINT
+        ) from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    text = header.get("__metadata__", {}).get(METADATA_KEY)
+    return _Content(tensors, "safetensors", None if text is None else _parse_info(text, path))
+
+
+def _read_torch(path: Path, data: bytes, *, trust_pickle: bool) -> _Content:
+    if _is_torchscript(data):
+        raise CheckpointError(
+            f"{path} is a TorchScript archive",
+            code="checkpoint-torchscript",
+            hint="save the original network's state dict",
+        )
+    kind = "torch zip" if data.startswith(b"PK") else "torch, before 1.6"
+    value, locations, notes = _unpickle(path, data, trust_pickle=trust_pickle)
+    own = None
+    if isinstance(value, Mapping) and value.get("format") == FORMAT:
+        text = value.get("info")
+        if not isinstance(text, str):
+            raise CheckpointError(
+                f"the description inside {path} is missing", code="checkpoint-description-missing"
+            )
+        own = _parse_info(text, path)
+    return _Content(value, kind, own, locations, notes)
+
+
+def _parse_info(text: str, path: Path) -> CheckpointInfo:
+    source = f"the description inside {path}"
+    return records.parse(text, CheckpointInfo, CheckpointError, source=source)
+
+
+def _unpickle(
+    path: Path, data: bytes, *, trust_pickle: bool
+) -> tuple[object, tuple[str, ...], tuple[str, ...]]:
+    """Return the object in a torch.save file, its device tags, and a note when code of the file could run."""
+    try:
+        with torch.serialization.safe_globals(pickle_scan.numpy_globals()):
+            return *_torch_load(data, weights_only=True), ()
+    except Exception as error:  # damaged bytes make the reader raise nearly anything
+        refusal = _refusal(path, data, error)
+        if not (trust_pickle and isinstance(refusal, UnsafePickleError)):
+            raise refusal from error
+    try:
+        value, locations = _torch_load(data, weights_only=False)
+    except Exception as error:  # the file's own code may raise anything
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        raise CheckpointError(
+            f"{path} cannot be unpickled: {type(error).__name__}: {error}",
+            code="checkpoint-unpickling-failed",
+            hint=None
+            if missing is None
+            else f"put the folder with {missing.partition('.')[0]} on PYTHONPATH; better, save the weights "
+            "alone: torch.save(model.state_dict(), 'model.pt')",
+        ) from error
+    return value, locations, (f"trusted, so that its code could run: {refusal.message}",)
+
+
+def _torch_load(data: bytes, *, weights_only: bool) -> tuple[Any, tuple[str, ...]]:
+    locations: set[str] = set()
+
+    def onto_cpu(storage: Any, location: str) -> Any:
+        locations.add(location)
+        return storage
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")
+        value = torch.load(io.BytesIO(data), map_location=onto_cpu, weights_only=weights_only)
+    return value, tuple(sorted(locations))
+
+
+def _refusal(path: Path, data: bytes, error: Exception) -> CheckpointError:
+    """Explain why the weights-only reader failed on ``data``, and what to do."""
+    # Torch's own text begins with advice to switch the protection off; what went wrong comes last.
+    lines = [
+        line for line in str(error).rpartition("WeightsUnpickler error:")[2].splitlines() if line.strip()
+    ]
+    reason = lines[0].strip() if lines else type(error).__name__
+    try:
+        seen = pickle_scan.scan(data)
+    except CheckpointError:
+        if data.startswith((b"PK", b"\x80")) or not _is_text(data):
+            return CheckpointError(
+                f"{path} is damaged, cut off or no checkpoint: {reason}",
+                code="checkpoint-damaged",
+                hint=COPY_HINT,
+            )
+        return CheckpointError(
+            f"{path} is text, neither a torch.save file nor safetensors", code="checkpoint-is-text"
+        )
+    if seen.requested:
+        whole = any(name.startswith(("torch.nn.modules.", "torch.fx.")) for name in seen.requested)
+        return UnsafePickleError(
+            f"{path} asks to import and run more than tensors: {', '.join(seen.requested)}",
+            code="pickle-unsafe",
+            hint=(
+                "it is a whole pickled module; save its weights: torch.save(model.state_dict(), 'model.pt'), "
+                "or, if you trust where the file comes from, add --trust-pickle"
+                if whole
+                else "if you trust where the file comes from, add --trust-pickle"
+            ),
+        )
+    if not seen.torch_save:
+        return CheckpointError(
+            f"{path} was not written by torch.save", code="checkpoint-not-torch", hint=STATE_DICT_HINT
+        )
+    if seen.protocol not in SAFE_PROTOCOLS:
+        return UnsafePickleError(
+            f"{path} is written in pickle protocol {seen.protocol}, which cannot be read weights-only",
+            code="pickle-protocol-unsupported",
+            hint="save it again without pickle_protocol; if you trust its source, add --trust-pickle",
+        )
+    return CheckpointError(
+        f"{path} is damaged or cut off: {reason}", code="checkpoint-damaged", hint=COPY_HINT
+    )
+
+
+def _is_torchscript(data: bytes) -> bool:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+        return False
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data[:1024].decode("ascii")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _plain(name: str, tensor: Tensor, path: Path) -> Tensor:
+    """Return a strided tensor with values; a checkpoint may also hold sparse, quantized or meta tensors."""
+    if tensor.is_quantized:
+        raise CheckpointError(
+            f"{path}: {name} is quantized; give the floating-point checkpoint", code="tensor-quantized"
+        )
+    if tensor.is_meta:
+        raise CheckpointError(
+            f"{path}: {name} was saved from the meta device and has no values", code="tensor-without-values"
+        )
+    tensor = tensor.detach()
+    return tensor.to_dense() if tensor.layout != torch.strided else tensor
