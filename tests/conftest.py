@@ -111,7 +111,7 @@ def memory_snapshots() -> type[MemorySnapshots]:
 
 
 class ThreadRanks(Ranks):
-    """A rank whose company are threads of this process: as strict about order, and quick to start."""
+    """One of several ranks that are threads of this process: strict about order, and quick to start."""
 
     def __init__(self, rank: int, size: int, meeting: threading.Barrier, table: list[Any]) -> None:
         self.rank, self.size, self.meeting, self.table = rank, size, meeting, table

@@ -104,7 +104,7 @@ class Ranks:
 
 
 def _unforeseen(error: Exception) -> DeployError:
-    return DeployError(f"rank 0 failed with {type(error).__name__}: {error}")
+    return DeployError(f"rank 0 failed with {type(error).__name__}: {error}", code="rank-failed")
 
 
 SINGLE_PROCESS = Ranks()

@@ -18,6 +18,7 @@ from s2ap_deploy.errors import DeployError, InconclusiveError, UsageError
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
+    from torch.distributed.launcher.api import LaunchConfig
 
 _LOOPBACK = "127.0.0.1"
 _BACKEND = "s2ap-loopback"
@@ -49,13 +50,10 @@ def launch(arguments: Sequence[str], count: int) -> int:
             code="system-unsupported",
             hint="use WSL, or leave --devices out",
         )
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
-    if _BACKEND not in rendezvous_handler_registry._registry:
-        rendezvous_handler_registry.register(_BACKEND, _loopback_rendezvous)
     os.environ.update(_environment(count))
     code = (
         f"import sys; sys.path[:] = {sys.path!r}; "
@@ -64,22 +62,10 @@ def launch(arguments: Sequence[str], count: int) -> int:
         "from s2ap_deploy.__main__ import main; main()"
     )
     with tempfile.TemporaryDirectory(prefix="s2ap-ranks-") as folder, _quiet_agent():
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            run_id=str(os.getpid()),
-            rdzv_backend=_BACKEND,
-            rdzv_endpoint=_LOOPBACK,
-            local_addr=_LOOPBACK,
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-            shutdown_timeout=_SHUTDOWN_SECONDS,
-        )
         # The agent fills in ${local_rank}: a dollar sign of the user's is written twice.
         command = [each.replace("$", "$$") for each in ("-c", code, *arguments)]
         try:
-            elastic_launch(config, sys.executable)(*command)
+            elastic_launch(_configuration(count, folder), sys.executable)(*command)
         except ChildFailedError as error:
             return exit_code_of(error.failures)
         except SignalException as error:
@@ -92,6 +78,28 @@ def launch(arguments: Sequence[str], count: int) -> int:
                 hint="run the same command with --resume",
             ) from None
     return 0
+
+
+def _configuration(count: int, folder: str) -> LaunchConfig:
+    """Return the agent's settings: ranks of this machine alone, never restarted, logs in ``folder``."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if _BACKEND not in rendezvous_handler_registry._registry:
+        rendezvous_handler_registry.register(_BACKEND, _loopback_rendezvous)
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=str(os.getpid()),
+        rdzv_backend=_BACKEND,
+        rdzv_endpoint=_LOOPBACK,
+        local_addr=_LOOPBACK,
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
+        shutdown_timeout=_SHUTDOWN_SECONDS,
+    )
 
 
 def exit_code_of(failures: Mapping[int, ProcessFailure]) -> int:
