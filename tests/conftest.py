@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import os
 import shutil
@@ -11,7 +12,7 @@ import signal
 import sys
 import threading
 import unittest.mock
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from PIL import Image
 
 from s2ap_deploy.data.augmentation import Augmentation
 from s2ap_deploy.data.splits import MemorySplit
@@ -67,6 +69,29 @@ def shared() -> Path:
 def _one_thread() -> None:
     """Small tensors gain nothing from threads, and sums stay in one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_search_plot() -> Iterator[None]:
+    """Write one pixel as search.png: drawing takes half the time of a small run. Its own tests draw."""
+    from s2ap_deploy.reporting import search_plot
+
+    pixel = io.BytesIO()
+    Image.new("L", (1, 1)).save(pixel, "PNG")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_plot, "drawn", lambda *_: pixel.getvalue())
+        yield
+
+
+@pytest.fixture(scope="session")
+def one_operator_table() -> Iterator[None]:
+    """Build torch's table of ONNX operators once; exports only read it, and it is half of a small one."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        shared = functools.cache(ONNXRegistry.from_torchlib)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(shared))
+        yield
 
 
 def striped(n: int) -> MemorySplit:
@@ -215,7 +240,9 @@ def digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished_run(digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(
+    digits_model: Path, tmp_path_factory: pytest.TempPathFactory, one_operator_table: None
+) -> Path:
     """A run folder after prune, certify and export; copy it before changing anything in it.
 
     At this radius every image falls to the first attack, so that certifying takes a second, not minutes.

@@ -16,6 +16,11 @@ from s2ap_deploy.spec import Normalization
 SIZE = (3, 8, 8)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_operator_table(one_operator_table: None) -> None:
+    """Every test here may export."""
+
+
 class Residual(nn.Module):
     """Stem, one residual block and a linear layer; every convolution is followed by a BatchNorm."""
 

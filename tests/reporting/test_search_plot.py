@@ -18,7 +18,8 @@ from PIL import Image
 
 from s2ap_deploy.errors import InputError, StorageError
 from s2ap_deploy.reporting import search_plot
-from s2ap_deploy.reporting.search_plot import Row, search_figure, short_names
+from s2ap_deploy.reporting.search_plot import Row, draw_search, drawn, search_figure, short_names
+from s2ap_deploy.runs.folder import Run
 
 DENSITY = {"network.0.weight": 0.4, "network.2.weight": 0.1, "network.5.weight": 0.07}
 
@@ -39,6 +40,12 @@ def _no_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
+
+
+@pytest.fixture(autouse=True)
+def _real_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All other tests write a pixel instead: tests/conftest.py."""
+    monkeypatch.setattr(search_plot, "drawn", drawn)
 
 
 @pytest.fixture
@@ -66,20 +73,20 @@ def curve(figure: Figure, panel: int, label: str) -> list[float]:
 
 def test_every_quantity_is_drawn_as_it_is(tmp_path: Path, figure: list[Figure]) -> None:
     search_figure(full(5), DENSITY, tmp_path / "search.png")
-    (drawn,) = figure
-    assert titles(drawn) == [panel.title for panel in search_plot.PANELS] + ["Density of every layer"]
-    assert curve(drawn, 0, "loss") == [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]
-    assert curve(drawn, 1, "robust (PGD)") == [60] * 5
-    flips = curve(drawn, 2, "flipped by S2AP's perturbation (of kept)")
+    (found,) = figure
+    assert titles(found) == [panel.title for panel in search_plot.PANELS] + ["Density of every layer"]
+    assert curve(found, 0, "loss") == [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]
+    assert curve(found, 1, "robust (PGD)") == [60] * 5
+    flips = curve(found, 2, "flipped by S2AP's perturbation (of kept)")
     assert [math.isnan(y) for y in flips] == [True, True, False, False, False]
     assert flips[2:] == [1, 1, 1]
-    assert curve(drawn, 3, "lower bound") == [0.01] * 5
-    assert curve(drawn, 4, "eigenvalue ± residual") == [3] * 5
-    bars = drawn.get_axes()[5].patches
+    assert curve(found, 3, "lower bound") == [0.01] * 5
+    assert curve(found, 4, "eigenvalue ± residual") == [3] * 5
+    bars = found.get_axes()[5].patches
     assert [bar.get_width() for bar in bars] == pytest.approx([40, 10, 7])  # type: ignore[attr-defined]
     with Image.open(tmp_path / "search.png") as image:
         assert image.format == "PNG"
-        assert image.size == tuple(int(120 * inches) for inches in drawn.get_size_inches())
+        assert image.size == tuple(int(120 * inches) for inches in found.get_size_inches())
     assert [path.name for path in tmp_path.iterdir()] == ["search.png"]
 
 
@@ -150,6 +157,13 @@ def test_a_value_between_gaps_is_still_seen(tmp_path: Path, figure: list[Figure]
     assert line.get_markevery() == list(range(9, 100, 10))
     (loss,) = figure[0].get_axes()[0].lines
     assert loss.get_marker() == "None"
+
+
+def test_a_finished_search_is_drawn(own_run: Path) -> None:
+    with Run.open(own_run, create=False, command="test") as run:
+        path = draw_search(run)
+    with Image.open(path) as image:
+        assert min(image.size) > 500
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
