@@ -1,4 +1,4 @@
-"""Fixtures that every room's tests may use."""
+"""Fixtures shared by all tests."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ settings.load_profile("busy")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """For ``-n auto``: a worker for each core, four at most; none where nothing is shared out.
+    """For ``-n auto``: one worker per core, four at most.
 
-    That is on one core, and where single files are asked for: workers take seconds to start.
+    None on one core, and none where single files are named: workers take seconds to start.
     """
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None  # xdist reads it
@@ -59,7 +59,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data and foreign checkpoints that lies beside a developer's checkout."""
+    """The folder of real data and foreign checkpoints beside a developer's checkout."""
     if not (SHARED / "checkpoints").is_dir():
         pytest.skip("needs ../shared (real MNIST and a robust checkpoint), which is not beside this checkout")
     return SHARED
@@ -107,7 +107,7 @@ def striped(n: int) -> MemorySplit:
 
 
 class MemorySnapshots:
-    """Snapshots that live in memory and pull the plug after ``lives`` of them."""
+    """Snapshots in memory that interrupt the loop after ``lives`` of them."""
 
     def __init__(self, lives: int = -1) -> None:
         self.lives = lives
@@ -199,7 +199,7 @@ def company() -> Callable[[int, Callable[[Ranks], Any]], list[Any]]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left: its exit code and what it printed."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str

@@ -1,4 +1,4 @@
-"""What helps the next person: tests lie beside their modules, words are there, packaging is true."""
+"""Check the repository: tests mirror the package, packaging metadata, documentation and spelling."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 def test_tests_mirror_the_package() -> None:
-    """Every room has its folder of tests, and every folder of tests its room; the pages have one too."""
+    """Every package has a folder of tests and the other way round; ``docs`` has one too."""
     rooms = {path.parent.name for path in (ROOT / "s2ap_deploy").glob("*/__init__.py")}
     folders = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("test_*.py"))}
     assert rooms - folders == set()
@@ -158,14 +158,14 @@ Definition = ast.FunctionDef | ast.ClassDef
 
 
 def public(body: list[ast.stmt]) -> Iterator[Definition]:
-    """The functions and classes of a module or a class that are not its own business."""
+    """Yield the public functions and classes of a module or a class."""
     for node in body:
         if isinstance(node, Definition) and not node.name.startswith("_"):
             yield node
 
 
 def definitions() -> Iterator[tuple[Path, str, Definition | ast.Module]]:
-    """Every public module, class, function and method of the package, by a name for people."""
+    """Yield every public module, class, function and method of the package with a readable name."""
     for path in sorted((ROOT / "s2ap_deploy").rglob("*.py")):
         module = ast.parse(path.read_text(encoding="utf-8"))
         yield path, "", module
@@ -177,7 +177,7 @@ def definitions() -> Iterator[tuple[Path, str, Definition | ast.Module]]:
 
 
 def test_everything_public_is_explained() -> None:
-    """A method may go without words where it is one statement or keeps a promise written elsewhere."""
+    """A method needs no docstring where it is one statement or overrides a documented one."""
     promised = {
         node.name
         for _, name, node in definitions()
@@ -194,7 +194,7 @@ def test_everything_public_is_explained() -> None:
 
 @pytest.mark.parametrize("name", [name for name in s2ap_deploy.__all__ if name[0].islower()])
 def test_the_python_interface_tells_arguments_errors_and_sources(name: str) -> None:
-    """Every argument that is not explained once for all functions is named, and so are errors."""
+    """Each function documents its errors, and the training ones cite their papers."""
     function = getattr(s2ap_deploy.api, name)
     words = inspect.getdoc(function) or ""
     assert "Raises" in words

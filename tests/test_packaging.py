@@ -1,4 +1,4 @@
-"""The wheel and the sdist hold what they must, and the installed package works away from the checkout."""
+"""Check the contents of wheel and sdist, and the installed package outside of the source tree."""
 
 from __future__ import annotations
 

@@ -90,8 +90,9 @@ def test_gate_and_verify_files_import_nothing_but_what_the_list_names(own_run: P
 def test_no_name_in_the_list_is_superfluous(dropped: str, own_run: Path) -> None:
     """The gate of a run with a recipe imports each of them, and says so where one is missing."""
     present = tuple(name for name in GATE if name != dropped)
-    done = with_only(present, ["gate"], cwd=own_run.parent)
-    assert done.stdout == "exit code 2\n", done.stderr
+    done = with_only(present, ["gate", "--json"], cwd=own_run.parent)
+    told, code = done.stdout.splitlines()
+    assert (json.loads(told)["exit_code"], code) == (2, "exit code 2"), done.stderr
     assert f"error: this command needs {dropped}, which is not installed" in done.stderr
     assert "for gate and verify --files: pip install" in done.stderr
     assert all(f'"{each}"' in done.stderr for each in gate_requirements())

@@ -60,14 +60,6 @@ def test_it_parses(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> 
         found.make_context(words[0], words[1:], parent=context)
 
 
-def test_the_readmes_python_runs(finished_run: Path) -> None:
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    assert block is not None
-    space: dict[str, Any] = {}
-    exec(block.group(1).replace("s2ap-run/export", f"{finished_run}/export"), space)
-    assert space["logits"].shape == (1, 10)
-
-
 def test_the_tree_in_the_readme_is_what_a_run_leaves(s2ap: Callable[..., Any], own_run: Path) -> None:
     s2ap("gate", "--min-robust", 0, "--rule", "point", "--run", own_run)
     block = re.search(r"```\ns2ap-run/\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
