@@ -4,8 +4,6 @@ python -m benchmarks list
 python -m benchmarks NAME [options]
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import sys

@@ -8,8 +8,6 @@ the table that ``methods --data mnist`` wrote, and at each sparsity the network 
 attacked. What linear relaxation proves is not attacked, as nothing can break it.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from pathlib import Path

@@ -2,18 +2,17 @@
 
     python -m benchmarks certify-speed --shared ../shared --demo s2ap-run [--n 200] [--resnet18 2]
 
-``--demo`` is a run folder of the demo; its dense network and the shared MNIST checkpoint are attacked at Linf
-0.1 on the first n test images. Ours runs with ``--workers`` processes of one thread and no provable bound.
-The package gets the network in eval mode, as its users pass it (``--frozen``: without gradients of
-parameters, which ours never has). It first runs with 1 and 2 threads and several batch sizes; its fastest
-setting then alternates with ours for ``--rounds`` rounds. Its noise is the points that two of its seeds
-disagree on (not measured for equal ``--seeds``). ``--resnet18 N`` adds a CIFAR ResNet-18 of random weights on
-N random images, at a radius so small that nothing breaks: the full cost of an image that survives.
+``--demo`` is a run folder of the demo: its dense network and the shared MNIST checkpoint are attacked at Linf
+0.1 on the first n test images. ``--model`` adds a checkpoint on random test images of ``--data`` at 8/255, on
+``--device``; ``--resnet18 N`` a CIFAR ResNet-18 of random weights on N random images, at a radius so small
+that nothing breaks: the full cost of a survivor. The package runs with each number of threads and batch size;
+its fastest setting then alternates with ours (``--workers`` processes of one thread) for ``--rounds`` rounds.
+It gets the network in eval mode, as its users pass it (``--frozen``: without gradients of parameters, which
+ours never has). Its noise is the points that two of its ``--seeds`` disagree on.
 """
 
-from __future__ import annotations
-
 import argparse
+import copy
 import itertools
 import os
 import statistics
@@ -24,12 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
-from benchmarks.lib import arguments, attacks, results
+from benchmarks.lib import arguments, results
 from s2ap_deploy.data import datasets
+from s2ap_deploy.evaluation.autoattack import cascade
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
+from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.precision import allow_tf32
 
 clock = time.perf_counter
 
@@ -57,6 +60,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[100, 250])
     parser.add_argument("--frozen", action="store_true", help="freeze the package's network too")
     parser.add_argument("--resnet18", type=int, default=0, metavar="N")
+    parser.add_argument("--model", type=Path, help="a checkpoint, with --data")
+    parser.add_argument("--data")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--processor-time", action="store_true", help="with --workers 1 --threads 1")
     args = parser.parse_args()
     if args.processor_time:
@@ -64,6 +70,7 @@ def main() -> None:
             parser.error("--processor-time counts this process alone: add --workers 1 --threads 1")
         global clock
         clock = time.process_time
+    allow_tf32(False, False)
     networks: dict[str, Any] = {}
     for task in tasks(args):
         networks[task.name] = measure(task, args)
@@ -85,6 +92,11 @@ def tasks(args: argparse.Namespace) -> Iterator[Task]:
         network, _, _ = checkpoint.load(args.shared / "checkpoints/mnist_convex_eps0.1.pth")
         images, labels = datasets.load("mnist", root=args.shared / "data").test.tensors()
         yield Task("shared MNIST", network, images[: args.n], labels[: args.n], "0.1")
+    if args.model is not None:
+        network, _, _ = checkpoint.load(args.model)
+        images, labels = datasets.load(args.data).test.tensors()
+        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: args.n]
+        yield Task(args.model.stem, network.to(args.device).eval(), images[chosen], labels[chosen], "8/255")
     if args.resnet18:
         torch.manual_seed(0)
         random = registry.build("cifar-resnet18", 10).eval()
@@ -100,7 +112,7 @@ def measure(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     settings = list(itertools.product(args.threads, sorted({min(size, n) for size in (n, *args.batches)})))
     trials = []
     for threads, batch in settings if len(settings) > 1 else []:
-        seconds, _ = package(task, threads, batch, args.seeds[0], args.frozen)
+        seconds, _ = package(task, threads, batch, args.seeds[0], args)
         trials.append({"threads": threads, "batch_size": batch, "seconds": seconds})
         print(f"{task.name}: package, {threads} threads, batches of {batch}: {seconds:.1f} s", flush=True)
     only = {"threads": settings[0][0], "batch_size": settings[0][1]}
@@ -108,17 +120,13 @@ def measure(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     setting = (best["threads"], best["batch_size"])
     pairs = []
     for _ in range(args.rounds):
-        started = clock()
-        left = attacks.ours(
-            task.network, task.images, task.labels, task.eps, seed=args.seeds[0], workers=args.workers
-        )
-        seconds = clock() - started
-        reference, survivors = package(task, *setting, args.seeds[0], args.frozen)
+        seconds, left = ours(task, args)
+        reference, survivors = package(task, *setting, args.seeds[0], args)
         pairs.append({"ours": seconds, "package": reference, "ratio": reference / seconds})
         print(f"{task.name}: ours {seconds:.1f} s, package {reference:.1f} s", flush=True)
     other_seed = survivors
     if args.seeds[1] != args.seeds[0]:
-        _, other_seed = package(task, *setting, args.seeds[1], args.frozen)
+        _, other_seed = package(task, *setting, args.seeds[1], args)
     return {
         "n": n,
         "norm": "Linf",
@@ -134,14 +142,38 @@ def measure(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def package(task: Task, threads: int, batch: int, seed: int, frozen: bool) -> tuple[float, set[int]]:
-    """Seconds and survivors of the package's own driver."""
+def ours(task: Task, args: argparse.Namespace) -> tuple[float, set[int]]:
+    """Seconds of our cascade, and the indices of the points that it does not break."""
+    started = clock()
+    outcome = cascade.attack(
+        task.network,
+        task.images,
+        task.labels,
+        threat=ThreatModel(eps=task.eps),
+        seed=args.seeds[0],
+        device=torch.device(args.device),
+        workers=args.workers,
+    )
+    return clock() - started, {index for index, by in enumerate(outcome.broken_by) if by is None}
+
+
+def package(
+    task: Task, threads: int, batch: int, seed: int, args: argparse.Namespace
+) -> tuple[float, set[int]]:
+    """The same for the package's own driver."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    started = clock()
-    left = attacks.package(
-        task.network, task.images, task.labels, task.eps, seed=seed, batch=batch, frozen=frozen
+    network = copy.deepcopy(task.network).eval().requires_grad_(not args.frozen)
+    images, labels, radius = (
+        task.images.to(args.device),
+        task.labels.to(args.device),
+        ThreatModel(eps=task.eps).radius,
     )
+    started = clock()
+    driver = AutoAttack(network, norm="Linf", eps=radius, seed=seed, version="standard", device=args.device)
+    moved, _ = driver.run_standard_evaluation(images, labels, batch_size=batch)
     seconds = clock() - started
     torch.set_num_threads(before)
-    return seconds, left
+    with torch.no_grad():
+        standing = (network(images).argmax(1) == labels) & (network(moved).argmax(1) == labels)
+    return seconds, set(standing.nonzero().flatten().tolist())

@@ -2,16 +2,14 @@
 
     python -m benchmarks early-decision --work work --shared ../shared
 
-One process of one thread. Costs are forward passes of single images (a pass with a gradient counts as 3), all
-of them: clean pass, reliability checks, attacks. Each network is attacked once to its end, in the order of a
-run that seeks a decision; as nothing but the stop depends on the threshold, that one run shows when every
-threshold is decided and what had been spent by then. ``unbroken`` is a full run at a radius so small that no
-attack succeeds, which costs most. ``hopeless`` is the network at three times the radius it was trained for.
-The digits network is trained here unless WORK holds ``digits.pt``; without --shared, MNIST is left out.
+One process of one thread. Costs are forward passes of single images (a pass with a gradient counts as 3).
+Each network is attacked once to its end, in the order of a run that seeks a decision: that run shows when
+every threshold is decided, and at what cost. ``unbroken`` is a full run at a radius so small that no attack
+succeeds, which costs most; ``hopeless`` is the network at three times the radius of its training. The digits
+network is trained here unless WORK has ``digits.pt``; without --shared, MNIST is left out.
 """
 
-from __future__ import annotations
-
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +27,7 @@ from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.spec import ThreatModel
 
 EPS = "0.1"
-HOPELESS_EPS = "0.3"
-TINY_EPS = "1e-6"
+RADII = {"unbroken": "1e-6", "robust": EPS, "hopeless": "0.3"}
 THRESHOLDS = (0.2, 0.3, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 LIMIT = 1 / 30
 
@@ -77,29 +74,20 @@ def measured(classifier: nn.Module, data: str, root: Path | None, n: int) -> dic
     test = datasets.load(data, root=root).test
     images, labels = test.subset(choose(test.labels, min(n, len(test.labels)), seed=0)).tensors()
     classifier.register_forward_pre_hook(count)
-    unbroken = attacked(classifier, images, labels, TINY_EPS)
-    robust = attacked(classifier, images, labels, EPS)
-    hopeless = attacked(classifier, images, labels, HOPELESS_EPS)
-    most = unbroken[-1]
-    figures: dict[str, Any] = {
-        "n": len(labels),
-        "unbroken": {"eps": TINY_EPS, "survivors": most.progress.settled, **cost(most)},
-    }
-    for name, eps, moments in (("robust", EPS, robust), ("hopeless", HOPELESS_EPS, hopeless)):
+    figures: dict[str, Any] = {"n": len(labels)}
+    for name, eps in RADII.items():
+        moments = attacked(classifier, images, labels, eps)
         end = moments[-1]
-        figures[name] = {
-            "eps": eps,
-            "survivors": end.progress.settled,
-            **cost(end),
-            "decisions": [
-                decision(threshold, rule, moments, most, labels.tolist())
-                for rule in ("lower", "point")
-                for threshold in THRESHOLDS
-            ],
-        }
-    gate = next(
-        row for row in figures["hopeless"]["decisions"] if (row["threshold"], row["rule"]) == (0.45, "lower")
-    )
+        figures[name] = {"eps": eps, "survivors": end.progress.settled, **cost(end)}
+        if name == "unbroken":  # the first: what a full run costs at most
+            most = end
+            continue
+        figures[name]["decisions"] = [
+            decision(threshold, rule, moments, most, labels.tolist())
+            for rule, threshold in itertools.product(("lower", "point"), THRESHOLDS)
+        ]
+    rows = figures["hopeless"]["decisions"]
+    gate = next(row for row in rows if (row["threshold"], row["rule"]) == (0.45, "lower"))
     figures["hopeless_gate"] = {**gate, "under_limit": gate["of_unbroken"] < LIMIT}
     print(f"{data}: hopeless gate {gate}")
     return figures

@@ -2,17 +2,15 @@
 
     python -m benchmarks channel-latency
 
-ONNX Runtime, one thread, one image. Each smaller file runs beside the dense one in turns of ten inferences,
-so that a busy neighbor slows both alike and each finds its own weights in the cache, as on a device that
-runs one model; the same back to back, one inference each, is told as well. A round goes over all ratios, and
-the figure is the median over the rounds of the median ratio. The network is random, with BatchNorm statistics
-measured on noise, and its channels are chosen by the L1 norm of what reads them: shapes and time are real,
-accuracy means nothing.
+ONNX Runtime, one thread, one image. Each smaller file runs beside the dense one in turns of ten inferences:
+other load slows both alike, and each finds its own weights in the cache, as on a device that runs one model.
+The same back to back, one inference each, is reported as well. The figure is the median over rounds of the
+median ratio. The network is random, its channels are chosen by the L1 norm of what reads them: only shapes
+and time are real.
 """
 
-from __future__ import annotations
-
 import copy
+import itertools
 import statistics
 import time
 from typing import Any
@@ -108,28 +106,25 @@ def main() -> None:
     torch.manual_seed(0)
     network = networks.calibrate(registry.build("cifar-resnet18"), batches=2)
     dense = running(network)
-    rows, files = [], []
+    rows, measured = [], []
     for ratio in options.ratio:
         small, row = smaller(network, ratio)
         rows.append(row)
-        files.append(running(small))
-    measured: list[list[list[tuple[float, float]]]] = [[] for _ in options.ratio]
-    cold: list[list[float]] = [[] for _ in options.ratio]
+        measured.append((running(small), [], []))
     for _ in range(options.rounds):
-        for number, file in enumerate(files):
-            measured[number].append(steady(file, dense, image, options.seconds / 2))
-            pair = paired_latency(file, dense, image, repeats=10_000, seconds=options.seconds / 2)
-            cold[number].append(1 / pair.ratio)
-    for row, rounds, pairs in zip(rows, measured, cold, strict=True):
-        speedups = [statistics.median(theirs / mine for mine, theirs in turns) for turns in rounds]
+        for file, turns, cold in measured:
+            turns.append(steady(file, dense, image, options.seconds / 2))
+            cold.append(
+                1 / paired_latency(file, dense, image, repeats=10_000, seconds=options.seconds / 2).ratio
+            )
+    for row, (_, turns, cold) in zip(rows, measured, strict=True):
+        speedups = [statistics.median(theirs / mine for mine, theirs in each) for each in turns]
         row["speedup"] = statistics.median(speedups)
         row["speedup_of_rounds"] = sorted(speedups)
-        row["latency_ms"] = statistics.median(mine for turns in rounds for mine, _ in turns)
-        row["dense_latency_ms"] = statistics.median(theirs for turns in rounds for _, theirs in turns)
-        row["speedup_back_to_back"] = statistics.median(pairs)
-        print(
-            f"keep {row['keep_ratio']}: {row['speedup']:.1f} times faster, {row['latency_ms']:.3f} ms; "
-            f"{row['speedup_back_to_back']:.1f} where the dense file takes the cache in between"
+        row["latency_ms"], row["dense_latency_ms"] = (
+            statistics.median(times) for times in zip(*itertools.chain(*turns), strict=True)
         )
+        row["speedup_back_to_back"] = statistics.median(cold)
+        print({key: row[key] for key in ("keep_ratio", "speedup", "latency_ms", "speedup_back_to_back")})
     figures = {"network": "cifar-resnet18", "align": ALIGN, "threads": 1, "batch": 1, "rows": rows}
     results.write(options.name, {**figures, "rounds": options.rounds, "seconds": options.seconds})

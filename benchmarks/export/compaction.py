@@ -7,8 +7,6 @@ The network is random: He-initialized weights whose output channels are scaled b
 inside each layer the largest weights kept. Work and size are real, accuracy means nothing here.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

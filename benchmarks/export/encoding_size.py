@@ -2,19 +2,13 @@
 
 Random weights under random masks, uniform and with ERK's share per layer, at 90, 95 and 99 %; with
 --checkpoint also under the mask that a search left in a pruned file of this tool. Sizes and equality of bits
-do not depend on the weights; accuracy is not asked. Without --sizes-only the times are measured at 90 % and
-for the search's mask, each file beside the dense one in turn: they mean something on an idle machine only.
+do not depend on the weights. Without --sizes-only, times are measured at 90 % and for the search's mask, each
+file beside the dense one: on an idle machine only.
 
-    python -m benchmarks encoding-size
     python -m benchmarks encoding-size --sizes-only
     python -m benchmarks encoding-size --checkpoint s2ap-run/finetune/model.safetensors
 """
 
-from __future__ import annotations
-
-import statistics
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +16,16 @@ import numpy as np
 import torch
 from onnx import ModelProto
 
+from benchmarks.export.edge_latency import beside
 from benchmarks.lib import arguments, networks, results
 from s2ap_deploy.errors import VerificationError
 from s2ap_deploy.models.checkpoints import checkpoint
-from s2ap_deploy.onnx_export.benchmark.latency import paired_latency
 from s2ap_deploy.onnx_export.codecs.elias_fano import entropy_bits
 from s2ap_deploy.onnx_export.codecs.encoding import Encoding, decode, encode, tensors
 from s2ap_deploy.onnx_export.codecs.values import Values, round_weights
 from s2ap_deploy.onnx_export.codecs.weights import weights
 from s2ap_deploy.onnx_export.export_report import EncodedTensor
 from s2ap_deploy.onnx_export.graph import check, to_onnx
-from s2ap_deploy.onnx_export.inference import session
 from s2ap_deploy.onnx_export.verification import folded
 
 BUDGETS = {"random": "uniform", "erk": "erk"}  # by the name of the mask
@@ -42,10 +35,8 @@ WIDTHS: dict[Values, int] = {"f32": 32, "f16": 16, "int8": 8}  # bits of a store
 # Asked of random masks and float32 values under auto.
 MAX_BYTES = {0.9: 5_300_000, 0.95: 2_800_000, 0.99: 620_000}
 MAX_OVER_ENTROPY = 1.25  # at 90 and 95 %
-MAX_LOAD_SECONDS = 0.3  # more than the dense file, at 90 %
+MAX_LOAD_MS = 300  # more than the dense file, at 90 %
 MAX_LATENCY_RATIO = 1.03
-LOADS = 15
-LATENCY_SECONDS = 6.0
 TIMED = 0.9  # the sparsity at which times are measured: the more entries are kept, the longer a load takes
 
 
@@ -67,14 +58,9 @@ def measured(model: ModelProto, *, timed: bool) -> dict[str, Any]:
             coded, table = encode(rounded, encoding=encoding, rounded=stored)
             files[f"{encoding} {values}"] = _row(coded, rounded, table, entropy, WIDTHS[values])
             if timed and values == "f32" and encoding != "coo":
-                files[f"{encoding} {values}"] |= _times(coded, model)
-    return {
-        "weights": entries,
-        "nonzeros": nonzeros,
-        "dense_bytes": model.ByteSize(),
-        "entropy_bits": entropy,
-        "files": files,
-    }
+                files[f"{encoding} {values}"] |= beside(coded, model, seconds=6.0, least=51, processes=1)
+    counts = {"weights": entries, "nonzeros": nonzeros, "dense_bytes": model.ByteSize()}
+    return {**counts, "entropy_bits": entropy, "files": files}
 
 
 def _row(
@@ -104,36 +90,6 @@ def _row(
     }
 
 
-def _times(coded: ModelProto, dense: ModelProto) -> dict[str, Any]:
-    """Load and inference beside the dense file: one thread, one image, pairs back to back in turn."""
-    image = np.random.default_rng(0).random((1, *networks.CIFAR), dtype=np.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        mine, theirs = Path(folder) / "coded.onnx", Path(folder) / "dense.onnx"
-        mine.write_bytes(coded.SerializeToString())
-        theirs.write_bytes(dense.SerializeToString())
-        pairs = []
-        for turn in range(LOADS):  # in turns, so that neither always comes second
-            order = (theirs, mine) if turn % 2 else (mine, theirs)
-            seconds = {path: _load(path) for path in order}
-            pairs.append((seconds[mine], seconds[theirs]))
-        latency = paired_latency(
-            session(mine), session(theirs), image, repeats=10_000, seconds=LATENCY_SECONDS
-        )
-    return {
-        "load_seconds": statistics.median(pair[0] for pair in pairs),
-        "load_more_seconds": statistics.median(mine - theirs for mine, theirs in pairs),
-        "load_ratio": statistics.median(mine / theirs for mine, theirs in pairs),
-        "latency_ratio": latency.ratio,
-        "latency_ms": latency.median_ms,
-    }
-
-
-def _load(path: Path) -> float:
-    start = time.perf_counter()
-    session(path)
-    return time.perf_counter() - start
-
-
 def missed(rows: list[dict[str, Any]], *, timed: bool) -> list[str]:
     """What does not keep to its target, in words."""
     words = []
@@ -151,8 +107,8 @@ def missed(rows: list[dict[str, Any]], *, timed: bool) -> list[str]:
             words.append(f"{row['mask']}: {best['bytes']:,} bytes, asked {limit:,}")
         if row.get("sparsity") in (0.9, 0.95) and best["over_entropy"] > MAX_OVER_ENTROPY:
             words.append(f"{row['mask']}: index bits {best['over_entropy']:.2f} times the entropy")
-        if timed and row.get("sparsity") == 0.9 and best["load_more_seconds"] > MAX_LOAD_SECONDS:
-            words.append(f"{row['mask']}: loads {best['load_more_seconds']:.2f} s later than dense")
+        if timed and row.get("sparsity") == 0.9 and best["load_difference_ms"] > MAX_LOAD_MS:
+            words.append(f"{row['mask']}: loads {best['load_difference_ms']:.0f} ms later than dense")
     return words
 
 
@@ -169,13 +125,13 @@ def main() -> None:
             model = to_onnx(networks.pruned("cifar-resnet18", sparsity, budget), networks.CIFAR)
             rows.append({"mask": f"{mask} {sparsity:.0%}", "sparsity": sparsity})
             rows[-1] |= measured(model, timed=sparsity == TIMED and not options.sizes_only)
-            _show(rows[-1])
+            show(rows[-1])
     if options.checkpoint is not None:
         classifier, info = checkpoint.load(options.checkpoint)[:2]
         model = to_onnx(classifier, info.preprocessing.size)
         rows.append({"mask": "search", "arch": info.arch})
         rows[-1] |= measured(model, timed=not options.sizes_only)
-        _show(rows[-1])
+        show(rows[-1])
     words = missed(rows, timed=not options.sizes_only)
     for word in words:
         print(f"missed: {word}")
@@ -185,20 +141,7 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def _show(row: dict[str, Any]) -> None:
+def show(row: dict[str, Any]) -> None:
     print(f"{row['mask']}: {row['nonzeros']:,} of {row['weights']:,}, entropy {row['entropy_bits']:.2f} bits")
     for name, file in row["files"].items():
-        if "refused" in file:
-            print(f"  {name:10} refused: {file['refused']}", flush=True)
-            continue
-        extra = (
-            f", loads {file['load_more_seconds']:+.3f} s ({file['load_ratio']:.1f} times), "
-            f"latency {file['latency_ratio']:.3f}"
-            if "load_ratio" in file
-            else ""
-        )
-        print(
-            f"  {name:10} {file['bytes']:>10,} bytes, {file['index_bits']:6.2f} bits "
-            f"({file['over_entropy']:.2f}), {'same bits' if file['bit_equal'] else 'OTHER BITS'}{extra}",
-            flush=True,
-        )
+        print(f"  {name:10} {file}", flush=True)

@@ -5,8 +5,6 @@
 ``--run`` is a run folder of the MNIST network that ``s2ap-deploy export`` has written to.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import onnxruntime as ort
 import torch

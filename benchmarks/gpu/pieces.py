@@ -1,7 +1,5 @@
 """Pieces of the GPU benchmark that are done in any number of calls: their folder, budget and result file."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import lzma
@@ -11,11 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
-from benchmarks.lib import commands
+import torch
+
+from benchmarks.lib import commands, results
 
 ROOT = Path(__file__).resolve().parents[2]
 PART = 15 * 2**20
@@ -31,69 +33,13 @@ class Failed(Exception):
     """A command of a piece ended with an error, which it has told on stderr."""
 
 
-class Scale(NamedTuple):
-    """How large everything is."""
-
-    arch: str
-    per_class: int | None  # images of each class that are unpacked, None: all
-    dense_epochs: int
-    search_epochs: int
-    finetune_epochs: int
-    batch: int
-    large_batch: int | None  # of the timed steps alone, None: neither that nor compilation
-    points: int
-    more_points: int
-    steps: int
-    warm_up: int
-    loader: int  # worker processes of the plain loop's data loader
-    speed_points: int
-    protocol: str
-    variants: int | None  # how many networks are pruned, None: all of the plan
-
-
-FULL = Scale(
-    arch="cifar-resnet18",
-    per_class=None,
-    dense_epochs=30,
-    search_epochs=5,
-    finetune_epochs=10,
-    batch=256,
-    large_batch=1024,
-    points=500,
-    more_points=2000,
-    steps=20,
-    warm_up=3,
-    loader=8,
-    speed_points=256,
-    protocol="standard",
-    variants=None,
-)
-SMOKE = Scale(
-    arch="cifar-resnet20",
-    per_class=8,
-    dense_epochs=1,
-    search_epochs=2,
-    finetune_epochs=1,
-    batch=16,
-    large_batch=None,
-    points=4,
-    more_points=6,
-    steps=1,
-    warm_up=1,
-    loader=1,
-    speed_points=2,
-    protocol="quick",
-    variants=2,
-)
-WANTED_FIRST = 4  # networks of the plan that come before everything else about speed
-
-
 class Bench:
     """Folders, the budget, and the pieces that are done; ``summarize`` condenses them for the result file."""
 
-    def __init__(self, args: argparse.Namespace, summarize: Callable[[Bench], dict[str, Any]]) -> None:
+    def __init__(self, args: argparse.Namespace, summarize: "Callable[[Bench], dict[str, Any]]") -> None:
         self.args, self.summarize = args, summarize
-        self.scale = SMOKE if args.smoke else FULL
+        scales = tomllib.loads(Path(__file__).with_name("scales.toml").read_text(encoding="utf-8"))
+        self.scale = SimpleNamespace(**scales["smoke" if args.smoke else "full"])
         self.end = time.monotonic() + 60 * args.budget
         self.work: Path = args.work.resolve() / ("smoke" if args.smoke else "full")
         self.pieces = self.work / "pieces"
@@ -141,10 +87,8 @@ class Bench:
 
     def write(self) -> None:
         """All pieces so far as one JSON, in ``results`` and in ``--out``."""
-        from benchmarks.lib import results  # needs the package, whose wheels may come with --wheels
-
         paths = sorted(self.pieces.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-        content = {"smoke": self.args.smoke, "scale": self.scale._asdict(), "device": self.device}
+        content = {"smoke": self.args.smoke, "scale": vars(self.scale), "device": self.device}
         content |= {
             "summary": self.summarize(self),
             "pieces": {path.stem: commands.read(path) for path in paths},
@@ -163,6 +107,16 @@ class Bench:
         options += ["--device", self.args.device] if device else []
         return json.loads(self.process(commands.deploy(*arguments, *options)))  # type: ignore[no-any-return]
 
+    def benchmark(self, name: str, *arguments: Any, accepted: tuple[int, ...] = (0,)) -> dict[str, Any]:
+        """Run another benchmark; its figures, whose own result file is removed."""
+        path = results.FOLDER / f"{self.name}-piece.json"
+        path.unlink(missing_ok=True)
+        words = map(str, [*arguments, "--name", path.stem])
+        self.process([sys.executable, "-m", "benchmarks", name, *words], accepted)
+        found: dict[str, Any] = commands.read(path)
+        path.unlink()
+        return found
+
     def process(self, command: list[str], accepted: tuple[int, ...] = (0,)) -> str:
         """Standard output of a process, which is stopped in time to save its state.
 
@@ -170,7 +124,10 @@ class Bench:
         """
         if self.left < LEAST:
             raise OutOfTime
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
             try:
                 output, _ = child.communicate(timeout=self.left)
@@ -188,8 +145,6 @@ class Bench:
 
 def device_facts(name: str) -> dict[str, Any]:
     """Name and memory of the device."""
-    import torch
-
     if not name.startswith("cuda"):
         return {"name": name}
     properties = torch.cuda.get_device_properties(torch.device(name))

@@ -1,7 +1,5 @@
 """Commands of the tool and benchmarks in processes of their own, and what they leave in a run folder."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

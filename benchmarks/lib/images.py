@@ -1,7 +1,5 @@
 """Images for measurements: CIFAR-10's photographs, folders of random files, random tensors."""
 
-from __future__ import annotations
-
 import io
 import shutil
 import tarfile
@@ -16,10 +14,7 @@ ARCHIVE = "data/cifar10-jpeg.tar.xz"  # below the shared folder
 
 
 def unpack(archive: Path, folder: Path, per_class: dict[str, int] | None = None) -> Path:
-    """Unpack an archive of PART/CLASS/NUMBER.jpg, of each part at most ``per_class`` images of a class.
-
-    The folder gets its name when it is complete. Returns it.
-    """
+    """Unpack an archive of PART/CLASS/NUMBER.jpg, of each part at most ``per_class`` images of a class."""
     if folder.exists():
         return folder
     partial = folder.with_name(f"{folder.name}.partial")
@@ -30,15 +25,12 @@ def unpack(archive: Path, folder: Path, per_class: dict[str, int] | None = None)
                 part, _, name = Path(member.name).parts
                 if per_class is None or int(Path(name).stem) < per_class[part]:
                     tar.extract(member, partial, filter="data")
-    partial.rename(folder)
+    partial.rename(folder)  # its name says that it is complete
     return folder
 
 
 def write_folder(folder: Path, pictures: Iterator[Image.Image], count: int, test: int, suffix: str) -> None:
-    """Write ``count`` training and ``test`` test images, spread evenly over class folders.
-
-    ``pictures`` that repeat cost a decoder the same as different ones.
-    """
+    """Write ``count`` training and ``test`` test images into class folders, from ``pictures`` in turn."""
     encoded = []
     for picture in pictures:
         buffer = io.BytesIO()

@@ -1,7 +1,5 @@
 """Random networks for measurements that do not depend on what weights mean: time, memory, size."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """Processes as Linux's /proc shows them, and peak memory."""
 
-from __future__ import annotations
-
 import resource
 import sys
 from pathlib import Path

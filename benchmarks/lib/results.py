@@ -1,14 +1,15 @@
 """Result files: one JSON file per measurement, with what is needed to read it later."""
 
-from __future__ import annotations
-
 import os
 import platform
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from s2ap_deploy import files, runtime
+from s2ap_deploy.onnx_export.benchmark import processor
 
 FOLDER = Path(__file__).parents[1] / "results"
 
@@ -19,7 +20,7 @@ def write(name: str, figures: dict[str, Any]) -> Path:
     path = FOLDER / f"{name}.json"
     # Only the last part of an absolute path: the rest says nothing on another machine.
     arguments = [Path(each).name if each.startswith("/") else each for each in sys.argv[1:]]
-    machine = {"cores": os.cpu_count(), "processor": processor(), "system": platform.system()}
+    machine = {"cores": os.cpu_count(), "processor": processor.name(), "system": platform.system()}
     head = {
         "command": " ".join([sys.argv[0], *arguments]),
         "machine": machine,
@@ -30,10 +31,12 @@ def write(name: str, figures: dict[str, Any]) -> Path:
     return path
 
 
-def processor() -> str:
-    """The model name of the processor, if the system has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+def mean_and_deviation(figures: dict[str, Sequence[float | None]]) -> dict[str, float | None]:
+    """Mean and standard deviation (``NAME_sd``) of each figure over runs, without what was not measured."""
+    found: dict[str, float | None] = {}
+    for name, values in figures.items():
+        measured = [value for value in values if value is not None]
+        if measured:
+            found[name] = statistics.mean(measured)
+            found[f"{name}_sd"] = statistics.stdev(measured) if len(measured) > 1 else None
+    return found

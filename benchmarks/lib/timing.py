@@ -4,8 +4,6 @@ On a CPU the processor time of this process is reported beside wall time: other 
 latter.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -69,27 +67,20 @@ class Turns(Silent):
         else:
             self.ours.append(ours)
             self.others.append(others)
-            print(f"ours {ours.clock:.3f} s, other {others.clock:.3f} s on the clock", flush=True)
-            print(f"ours {ours.processor:.3f} s, other {others.processor:.3f} s of the processor", flush=True)
+            print(f"ours {ours}, other {others}", flush=True)
         self.resumed = now(self.device)
 
 
 def compared(ours: Sequence[Span], others: Sequence[Span], device: torch.device) -> dict[str, Any]:
     """Quartiles of the seconds and of the paired ratios ours / other."""
-    pairs = list(zip(ours, others, strict=True))
-    figures: dict[str, Any] = {
-        "pairs": len(pairs),
-        "ratio": quartiles([a.clock / b.clock for a, b in pairs]),
-        "ours_seconds": quartiles([a.clock for a in ours]),
-        "other_seconds": quartiles([b.clock for b in others]),
-    }
-    if device.type == "cpu":
-        figures["processor"] = {
-            "ratio": quartiles([a.processor / b.processor for a, b in pairs]),
-            "ours_seconds": quartiles([a.processor for a in ours]),
-            "other_seconds": quartiles([b.processor for b in others]),
-        }
-    return figures
+    found: dict[str, Any] = {}
+    for name in Span._fields:
+        mine, theirs = ([getattr(span, name) for span in spans] for spans in (ours, others))
+        ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
+        figures = {"ratio": ratios, "ours_seconds": mine, "other_seconds": theirs}
+        found[name] = {key: quartiles(values) for key, values in figures.items()}
+    processor = {"processor": found["processor"]} if device.type == "cpu" else {}
+    return {"pairs": len(ours), **found["clock"], **processor}
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:

@@ -3,8 +3,6 @@
 python -m benchmarks demo --work work
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import time
@@ -23,6 +21,7 @@ def main() -> None:
 
 
 def figures(work: Path, sparsity: float) -> dict[str, Any]:
+    """Run the demo unless ``work`` has its record; what a reader looks for."""
     record = work / f"{sparsity}.json"
     if not record.exists():
         files.write_json(record, demo(work / str(sparsity), sparsity))
@@ -46,7 +45,6 @@ def demo(folder: Path, sparsity: float) -> dict[str, Any]:
     started = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     seconds = round(time.monotonic() - started, 1)
-    summary = json.loads(done.stdout)
-    if "error" in summary:
-        raise SystemExit(f"the demo at {sparsity} did not end: {summary['error']}")
-    return {"seconds": seconds, "exit_code": done.returncode, "summary": summary}
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"the demo at {sparsity} did not end: {done.stdout}")
+    return {"seconds": seconds, "exit_code": done.returncode, "summary": json.loads(done.stdout)}

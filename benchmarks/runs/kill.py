@@ -11,8 +11,6 @@ killed twice in one folder. Moments are drawn evenly over the time of an uninter
 tensors, exported graphs, verdicts per image and tables.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

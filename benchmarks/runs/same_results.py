@@ -9,8 +9,6 @@ a name is on one side only: renamed files and keys are no differences. The run o
 or, failing that, a distance from the run on one rank that did not grow.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -19,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,91 +36,23 @@ FINISHED = (0, 1, 3)  # exit codes of a finished command: passed, failed, inconc
 KINDS = ("tensors", "verdicts", "onnx", "gate")
 DISTANCE = 1.1  # how much further apart one and two ranks may be than before
 PHOTOGRAPHS = {"train": 60, "test": 20}  # of each class
-GATE = "gate --min-robust 0.3 --max-drop 0.1 --rule point"
-CIFAR = "--data imagefolder:{work}/cifar10 --eps 2/255 --batch-size 32"
-DIGITS = "--data digits --arch digits-conv --eps 0.1 --learning-rate 0.05 --batch-size 64"
-# The commands of each run; without --run they work on the run's own folder.
-RUNS = {
-    "demo": ["run demo"],
-    "demo-two-ranks": ["run demo --devices 2"],
-    "int8": [
-        "run demo",
-        "export --int8 --overwrite",
-        "certify --artifact {run}/export/model-int8.onnx --n 8",
-        "gate",
-    ],
-    "channels": [
-        f"pretrain {DIGITS} --epochs 20 --output {{work}}/digits-20.safetensors --run {{work}}/digits-20",
-        "prune {work}/digits-20.safetensors --granularity channel --keep-ratio 0.5 --search-epochs 10"
-        " --finetune-epochs 10 --batch-size 64",
-        "certify --n 50",
-        "export --torch --align 4",
-        GATE,
-    ],
-    "batchnorm": [
-        f"pretrain {CIFAR} --arch cifar-resnet20 --epochs 1 --output {{work}}/resnet20.safetensors"
-        " --run {work}/resnet20",
-        f"prune {{work}}/resnet20.safetensors {CIFAR} --sparsity 0.9 --search-epochs 1 --finetune-epochs 1",
-        "certify --n 8",
-        "export",
-        GATE,
-    ],
-    "mnist": [
-        "prune {shared}/checkpoints/mnist_convex_eps0.1.pth --sparsity 0.9 --data mnist --eps 0.1"
-        " --preset quick --s2ap --seed 0",
-        "certify --n 100 --full",
-        "export",
-        GATE,
-    ],
-}
-# Short runs on the digits for every base method, loss, budget, granularity, norm, protocol and encoding:
-# options of prune, of certify, of export.
-TUNE = "--finetune-epochs 2 --batch-size 64"
-SEARCH = f"--search-epochs 3 --warmup-epochs 1 {TUNE}"
-VARIANTS = {
-    "harp": (f"--sparsity 0.9 --method harp {SEARCH}", "--protocol plus", "--encoding gaps"),
-    "hydra-trades-global": (
-        f"--sparsity 0.9 --method hydra --budget global --loss trades {SEARCH}",
-        "--provable --curve",
-        "--encoding mask",
-    ),
-    "rst-accumulate": (
-        f"--sparsity 0.8 --method rst --accumulate 2 {SEARCH}",
-        "--protocol rand",
-        "--encoding coo",
-    ),
-    "magnitude-mart": (
-        f"--sparsity 0.9 --method magnitude --loss mart {TUNE}",
-        "--protocol quick",
-        "--values f16",
-    ),
-    "random-fast-awp": (
-        f"--sparsity 0.8 --method random --loss fast --awp-gamma 0.01 {TUNE}",
-        "--first",
-        "--encoding dense",
-    ),
-    "steps-free-distill": (
-        f"--steps 0.5,0.8 --sparsity 0.9 --method hydra --loss free --distill 0.5 --dense-ends {SEARCH}",
-        "--attack-seed 1",
-        "--values int8",
-    ),
-    "macs-bf16": (
-        f"--sparsity 0.9 --method hydra --budget macs --precision bf16 {SEARCH}",
-        "--sample-seed 3",
-        "--encoding ef",
-    ),
-    "n-of-m": (f"--granularity 2:4 {SEARCH}", "--protocol quick", "--no-compact --batch 1"),
-    "l2": (f"--sparsity 0.9 --norm L2 --eps 0.5 {SEARCH}", "", "--int8"),
-    "l1": (f"--sparsity 0.9 --norm L1 --eps 1.5 --no-s2ap {SEARCH}", "", "--opset 18"),
-}
-for _name, (_prune, _certify, _export) in VARIANTS.items():
-    RUNS[_name] = [
-        f"pretrain {DIGITS} --epochs 4 --output {{work}}/digits-4.safetensors --run {{work}}/digits-4",
-        f"prune {{work}}/digits-4.safetensors {_prune}",
-        f"certify --n 20 {_certify}",
-        f"export {_export}",
-        GATE,
-    ]
+
+
+def commands_of_runs() -> dict[str, list[str]]:
+    """The commands of each run, from ``same_results.toml``."""
+    table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    variants = table["variants"]
+    found: dict[str, list[str]] = table["runs"]
+    for name, options in variants["runs"].items():
+        filled = dict(zip(("prune", "certify", "export"), options, strict=True))
+        filled |= {key: variants[key] for key in ("search", "tune")}  # schedules, which options name
+        found[name] = variants["commands"]
+        for key, value in filled.items():
+            found[name] = [command.replace(f"{{{key}}}", value) for command in found[name]]
+    return found
+
+
+RUNS = commands_of_runs()
 
 
 def record(args: argparse.Namespace) -> None:

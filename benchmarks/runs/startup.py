@@ -5,8 +5,6 @@
 ``--run`` is a finished run folder for ``gate`` to judge.
 """
 
-from __future__ import annotations
-
 import statistics
 import subprocess
 import sys

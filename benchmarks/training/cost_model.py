@@ -8,8 +8,6 @@ last part of the output extrapolates to ResNet-50 on ImageNet on GPUs: the formu
 nothing of which was measured here.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics
@@ -54,9 +52,11 @@ FITTED = (
 HELD_OUT = Size(40, 48, 7)
 MESSAGES = (10_000, 1_000_000, 8_000_000)  # float32 numbers per all-reduce
 # Assumed, not measured: what one GPU and its links achieve on this work.
-GPU_MACS_PER_SECOND = 30e12
-GPU_LINK_BYTES_PER_SECOND = {1: 1.0, 8: 150e9, 64: 25e9}
-GPU_CALL_SECONDS = 5e-3
+ASSUMED: dict[str, Any] = {
+    "macs_per_second_and_gpu": 30e12,
+    "link_bytes_per_second": {1: 1.0, 8: 150e9, 64: 25e9},
+    "seconds_per_pass": 5e-3,
+}
 IMAGENET = 1_281_167
 
 
@@ -163,40 +163,27 @@ def fit(rows: list[list[float]], measured: list[float]) -> list[float]:
     return [float(value) for value in coefficients]
 
 
-def predicted(row: list[float], coefficients: list[float]) -> float:
-    return sum(term * value for term, value in zip(row, coefficients, strict=True))
-
-
 def extrapolate() -> dict[str, Any]:
     """Hours on ImageNet at assumed rates; see the docstring above."""
     known = facts(resnet50(), 224)
     plans = {  # epochs of search and of fine-tuning, passes of a step of each
         "TRADES, PGD-10, 20 + 100 epochs": (20, passes(10), 100, passes(10, s2ap=False)),
         "AT, PGD-3, 20 + 100 epochs": (20, passes(3, trades=False), 100, passes(3, trades=False, s2ap=False)),
-        "fast (one step), 10 + 30 epochs": (
-            10,
-            passes(1, trades=False),
-            30,
-            passes(1, trades=False, s2ap=False),
-        ),
+        "fast, 10 + 30 epochs": (10, passes(1, trades=False), 30, passes(1, trades=False, s2ap=False)),
     }
     rows: dict[str, Any] = {}
+    call = ASSUMED["seconds_per_pass"]
     for plan, (search, search_passes, tune, tune_passes) in plans.items():
-        for gpus, link in GPU_LINK_BYTES_PER_SECOND.items():
+        for gpus, link in ASSUMED["link_bytes_per_second"].items():
             batch = 256 * max(1, gpus // 8)
             steps = IMAGENET / batch
             message = 0.0 if gpus == 1 else 2 * (gpus - 1) / gpus * known["parameters"] * 4 / link
             hours = 0.0
             for epochs, each, messages in ((search, search_passes, 2), (tune, tune_passes, 1)):
-                work = known["macs"] * batch / gpus * each / GPU_MACS_PER_SECOND
-                hours += epochs * steps * (work + each * GPU_CALL_SECONDS + messages * message) / 3600
+                work = known["macs"] * batch / gpus * each / ASSUMED["macs_per_second_and_gpu"]
+                hours += epochs * steps * (work + each * call + messages * message) / 3600
             rows.setdefault(plan, {})[str(gpus)] = {"global_batch": batch, "hours": round(hours, 1)}
-    assumed = {
-        "macs_per_second_and_gpu": GPU_MACS_PER_SECOND,
-        "link_bytes_per_second": GPU_LINK_BYTES_PER_SECOND,
-        "seconds_per_pass": GPU_CALL_SECONDS,
-    }
-    return {"facts": known, "assumed": assumed, "hours": rows}
+    return {"facts": known, "assumed": ASSUMED, "hours": rows}
 
 
 def main() -> None:
@@ -214,22 +201,20 @@ def main() -> None:
     held_out, ranked = measure(HELD_OUT, args.repeats), measure(HELD_OUT, args.repeats, ranks=2)
     messages = {int(count): value for count, value in ranked["messages"].items()}
     link = fit([[1.0, count * 4 / 1e6] for count in messages], list(messages.values()))
-    results.write(
-        args.name,
-        {
-            "seconds_per": dict(zip(("pass", "gmac", "million_parameters"), seconds, strict=True)),
-            "mib_per": dict(zip(("process", "mib_of_parameters", "mib_of_activations"), mib, strict=True)),
-            "message_seconds_per": dict(zip(("message", "megabyte"), link, strict=True)),
-            "fitted": [row(size, found, seconds, mib) for size, found in zip(FITTED, measured, strict=True)],
-            "held_out": row(HELD_OUT, held_out, seconds, mib),
-            "held_out_on_two_ranks": ranked_row(ranked, seconds, link),
-            "extrapolation_to_resnet50_on_imagenet": extrapolate(),
-        },
-    )
+    figures = {
+        "seconds_per": dict(zip(("pass", "gmac", "million_parameters"), seconds, strict=True)),
+        "mib_per": dict(zip(("process", "mib_of_parameters", "mib_of_activations"), mib, strict=True)),
+        "message_seconds_per": dict(zip(("message", "megabyte"), link, strict=True)),
+        "fitted": [row(size, found, seconds, mib) for size, found in zip(FITTED, measured, strict=True)],
+        "held_out": row(HELD_OUT, held_out, seconds, mib),
+        "held_out_on_two_ranks": ranked_row(ranked, seconds, link),
+        "extrapolation_to_resnet50_on_imagenet": extrapolate(),
+    }
+    results.write(args.name, figures)
 
 
 def row(size: Size, found: dict[str, Any], seconds: list[float], mib: list[float]) -> dict[str, Any]:
-    expected = predicted(time_terms(size), seconds), predicted(memory_terms(size), mib)
+    expected = np.dot(time_terms(size), seconds), np.dot(memory_terms(size), mib)
     return {
         **asdict(size),
         "seconds": round(found["seconds"], 4),
@@ -245,9 +230,8 @@ def ranked_row(found: dict[str, Any], seconds: list[float], link: list[float]) -
     """Half the batch per rank, two messages of gradients, and 4 forward passes through 4 BatchNorm layers."""
     known = facts(network(HELD_OUT.width), SIDE)
     talk = 2 * (link[0] + link[1] * known["parameters"] * 4 / 1e6) + link[0] * 2 * 4 * 4
-    expected = (
-        predicted(time_terms(Size(HELD_OUT.width, HELD_OUT.batch // 2, HELD_OUT.steps)), seconds) + talk
-    )
+    half = Size(HELD_OUT.width, HELD_OUT.batch // 2, HELD_OUT.steps)
+    expected = np.dot(time_terms(half), seconds) + talk
     return {
         "seconds": round(found["seconds"], 4),
         "seconds_predicted": round(expected, 4),

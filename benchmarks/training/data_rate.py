@@ -8,8 +8,6 @@ temporary folder, decoded into memory at the start, and streamed by worker proce
 medians over epochs; the first epoch is reported apart.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile
@@ -38,23 +36,17 @@ def main() -> None:
         folder = Path(name)
         pictures = images.noise(args.files, args.size, coarse=8)
         images.write_folder(folder, pictures, args.files, images.CLASSES, "jpg")
-        figures = {
-            **{each: getattr(args, each) for each in ("batch", "device", "threads")},
-            "memory": {
-                "images": args.images,
-                "size": 32,
-                **rates(networks.images(args.images, networks.CIFAR), args),
-            },
-            "image_folder": {
-                "files": args.files,
-                "size": args.size,
-                "decoded": [decoded(folder, args, workers) for workers in args.workers],
-                "streamed": [
-                    {"workers": workers, **rates(load(folder, args, workers, limit=0), args)}
-                    for workers in args.workers
-                ],
-            },
-        }
+        memory = rates(networks.images(args.images, networks.CIFAR), args)
+        decoded = [decode(folder, args, workers) for workers in args.workers]
+        streamed = [
+            {"workers": workers, **rates(load(folder, args, workers, limit=0), args)}
+            for workers in args.workers
+        ]
+    figures = {
+        **{each: getattr(args, each) for each in ("batch", "device", "threads")},
+        "memory": {"images": args.images, "size": 32, **memory},
+        "image_folder": {"files": args.files, "size": args.size, "decoded": decoded, "streamed": streamed},
+    }
     results.write(args.name, figures)
 
 
@@ -70,7 +62,7 @@ def rates(split: Split, args: argparse.Namespace) -> dict[str, Any]:
     return {"first_epoch": round(found[0], 1), "images_per_second": round(statistics.median(found[1:]), 1)}
 
 
-def decoded(folder: Path, args: argparse.Namespace, workers: int) -> dict[str, Any]:
+def decode(folder: Path, args: argparse.Namespace, workers: int) -> dict[str, Any]:
     """Images per second of reading the folder into memory."""
     cpu = torch.device("cpu")
     seconds = timing.timed(lambda: load(folder, args, workers, limit=2 << 30), cpu).clock

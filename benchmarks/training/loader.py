@@ -1,7 +1,5 @@
 """Batches as a plain PyTorch script makes them: image by image, in worker processes, moved when due."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 

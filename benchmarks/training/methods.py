@@ -2,9 +2,6 @@
 
     python -m benchmarks methods --data mnist --shared ../shared --work work
     python -m benchmarks methods --data cifar --shared ../shared --work work --sparsity 0.99 0.9 --seeds 0
-    python -m benchmarks methods --data mnist --shared ../shared --work work --tested 0 --seeds 0 \\
-        --sparsity 0.99 0.9 --configs hydra-erk harp --gamma 0.0003 0.0005 0.001 0.003 0.01 0.03 \\
-        --name mnist-gamma
 
 Each finished run is a file in ``--work``: it is not run again, and the table is written from all. With
 ``--tested 0`` no test image is used: gamma is chosen so, on the validation split alone. ``mnist`` prunes the
@@ -12,11 +9,8 @@ shared checkpoint. ``cifar`` takes the shared JPEGs and first trains a small den
 comparable with each other only, neither with papers nor with a ResNet-18.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
-import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -45,7 +39,7 @@ from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.recorder import NoSnapshots, Silent
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.stages.scoring import score
-from s2ap_deploy.training.evaluation import pgd_accuracy
+from s2ap_deploy.training.evaluation import Accuracy, pgd_accuracy
 from s2ap_deploy.training.loop import train
 from s2ap_deploy.training.objective import Objective
 
@@ -55,14 +49,15 @@ VALIDATED = 3_000  # validation images under PGD-10, apart from the 1,000 that c
 TRAINING = (
     "images", "epochs", "attack_steps", "batch_size", "warmup_epochs", "awp", "search_rate", "finetune_rate"
 )  # fmt: skip
+HARP = {"method": "harp", "budget": "learned"}
 CONFIGS: dict[str, dict[str, Any]] = {
     "hydra-erk": {"method": "hydra", "budget": "erk"},
     "magnitude-erk": {"method": "magnitude", "budget": "erk"},
     "hydra-uniform": {"method": "hydra", "budget": "uniform"},
-    "harp": {"method": "harp", "budget": "learned"},
-    "harp-from-erk": {"method": "harp", "budget": "learned", "quota_start": "erk"},
-    "harp-tight": {"method": "harp", "budget": "learned", "compression_weight": 0.1},
-    "harp-tighter": {"method": "harp", "budget": "learned", "compression_weight": 1.0},
+    "harp": HARP,
+    "harp-from-erk": {**HARP, "quota_start": "erk"},
+    "harp-tight": {**HARP, "compression_weight": 0.1},
+    "harp-tighter": {**HARP, "compression_weight": 1.0},
 }
 CIFAR_ARCH = "cifar-conv"
 THREATS = {"mnist": ThreatModel(norm="Linf", eps="0.1"), "cifar": ThreatModel(norm="Linf", eps="4/255")}
@@ -81,6 +76,11 @@ class Base:
     threat: ThreatModel
     step_size: float
     by_class: bool
+
+    def attack(self, network: Classifier, split: Split) -> Accuracy:
+        """PGD-50 on test images."""
+        options = {"steps": 50, "step_size": self.step_size, "seed": 0, "device": CPU}
+        return pgd_accuracy(network, split, threat=self.threat, **options)
 
 
 def main() -> None:
@@ -150,9 +150,8 @@ def train_dense(base: Base, count: int, epochs: int, attack_steps: int) -> None:
         recorder=Silent(),
     )
     preprocessing = images.spec.preprocessing
-    info = CheckpointInfo(
-        arch=CIFAR_ARCH, num_classes=10, preprocessing=preprocessing, stage="pretrain", tool_version="0"
-    )
+    facts: dict[str, Any] = {"arch": CIFAR_ARCH, "num_classes": 10, "stage": "pretrain", "tool_version": "0"}
+    info = CheckpointInfo(preprocessing=preprocessing, **facts)
     checkpoint.save(base.checkpoint, classifier, info)
 
 
@@ -160,11 +159,8 @@ def dense_accuracy(base: Base, tested: int) -> dict[str, float]:
     """The dense network under the attack of the table."""
     if not tested:
         return {}
-    classifier, _, _ = checkpoint.load(base.checkpoint)
     test = first(datasets.load(base.data, seed=0).test, tested, base.by_class)
-    found = pgd_accuracy(
-        classifier, test, threat=base.threat, steps=50, step_size=base.step_size, seed=0, device=CPU
-    )
+    found = base.attack(checkpoint.load(base.checkpoint)[0], test)
     return {"clean": found.clean_accuracy, "robust": found.robust_accuracy}
 
 
@@ -256,10 +252,7 @@ def run(job: tuple[argparse.Namespace, Base, str, float, float, int]) -> dict[st
     validation = pgd_accuracy(classifier, judged, threat=threat, steps=10, seed=seed, device=CPU)
     tested = None
     if args.tested:
-        test = first(images.test, args.tested, base.by_class)
-        tested = pgd_accuracy(
-            classifier, test, threat=threat, steps=50, step_size=base.step_size, seed=0, device=CPU
-        )
+        tested = base.attack(classifier, first(images.test, args.tested, base.by_class))
     checkpoint.save(args.work / f"{name}.safetensors", classifier, info)
     row = {
         "config": config,
@@ -293,14 +286,10 @@ def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for config, sparsity, gamma in sorted({(row["config"], row["sparsity"], row["gamma"]) for row in rows}):
         mine = [r for r in rows if (r["config"], r["sparsity"], r["gamma"]) == (config, sparsity, gamma)]
-        found.append({"config": config, "sparsity": sparsity, "gamma": gamma, "seeds": len(mine)})
         final = ("clean", "robust", "validation_mask_robust", "validation_robust")
         figures = {figure: [row[figure] for row in mine] for figure in final}
         for figure in ("hamming", "replaced", "flip_rate", "sharpness", "eigenvalue"):
             figures[figure] = [(row["last_epoch"] or {}).get(figure) for row in mine]
-        for figure, values in figures.items():
-            measured = [value for value in values if value is not None]
-            if measured:
-                found[-1][figure] = statistics.mean(measured)
-                found[-1][f"{figure}_sd"] = statistics.stdev(measured) if len(measured) > 1 else None
+        head = {"config": config, "sparsity": sparsity, "gamma": gamma, "seeds": len(mine)}
+        found.append({**head, **results.mean_and_deviation(figures)})
     return found

@@ -1,4 +1,4 @@
-"""Peak memory of a search against plain adversarial training of the same network, each in its own process.
+"""Measure peak memory of a search against plain adversarial training, each in its own process.
 
     python -m benchmarks peak-memory
     python -m benchmarks peak-memory --network digits-conv
@@ -8,8 +8,6 @@ one trains the dense network with the plain loop of ``plain.py``; both on the sa
 PGD. Figures are the system's peak resident sizes, less that of the imports.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 
@@ -17,15 +15,12 @@ import torch
 
 from benchmarks.lib import arguments, commands, networks, processes, results
 from benchmarks.training import plain
-from s2ap_deploy.pruning.search import Perturbation, search
-from s2ap_deploy.recorder import NoSnapshots, Silent
-from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training.objective import Objective
+from benchmarks.training.training_step import THREAT, ours
+from s2ap_deploy.recorder import Silent
 
 CPU = torch.device("cpu")
 MIB = 2**20
 PARTS = ("imports", "search", "training")
-THREAT = ThreatModel(eps="8/255")
 
 
 def main() -> None:
@@ -35,10 +30,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--attack-steps", type=int, default=2, help="memory does not grow with their number")
     parser.add_argument("--part", choices=PARTS, help="only this, here; print its peak")
+    parser.set_defaults(stage="search", s2ap=True, warm_up=0, precision="auto", compile=False)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.part is not None:
-        {"imports": lambda _: None, "search": searched, "training": trained}[args.part](args)
+        if args.part == "search":
+            ours(args, CPU, Silent())
+        elif args.part == "training":
+            trained(args)
         print(processes.peak_bytes())
         return
     peaks = {part: commands.child("peak-memory", *sys.argv[1:], "--part", part) for part in PARTS}
@@ -52,27 +51,6 @@ def main() -> None:
         "target": 1.3,
     }
     results.write(args.name, figures)
-
-
-def searched(args: argparse.Namespace) -> None:
-    """Search for ``--steps`` steps."""
-    classifier, size = networks.network(args.network)
-    keep = networks.quotas(classifier, size, budget="uniform")
-    search(
-        networks.scored(classifier, keep),
-        networks.images(args.steps * args.batch, size),
-        networks.images(10, size),
-        objective=Objective(THREAT, loss="trades", attack_steps=args.attack_steps),
-        epochs=1,
-        learning_rate=0.1,
-        momentum=0.9,
-        batch_size=args.batch,
-        perturbation=Perturbation(0.0005, 0),
-        seed=0,
-        device=CPU,
-        snapshots=NoSnapshots(),
-        recorder=Silent(),
-    )
 
 
 def trained(args: argparse.Namespace) -> None:

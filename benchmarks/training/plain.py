@@ -6,8 +6,6 @@ parameters keep requiring gradients during the attack, the clean images pass onc
 the accuracy of the log), and the loss runs them twice. ``lean`` leaves the last two out.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -2,14 +2,12 @@
 
     python -m benchmarks quick-prune --shared ../shared --work work
 
-Runs that are finished in ``--work`` are not run again; killed ones continue.
+Runs that are finished in ``--work`` are not run again; killed ones continue. ``--sharpness`` adds, for radii,
+the loss in score space at the scores, at the top of the ball and in a random direction.
 """
-
-from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +20,21 @@ from benchmarks.lib import arguments, commands, results
 from s2ap_deploy.data import datasets
 from s2ap_deploy.data.splits import Split
 from s2ap_deploy.models.checkpoints import checkpoint
+from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.budgets import total_kept
+from s2ap_deploy.pruning.granularity import Weights
+from s2ap_deploy.pruning.masks import departed
+from s2ap_deploy.pruning.scores import ScoredNetwork
+from s2ap_deploy.pruning.sharpness import ScorePerturbation
+from s2ap_deploy.pruning.tensors import load_tensors
+from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training.evaluation import pgd_accuracy
+from s2ap_deploy.training.objective import Objective
 
 THREAT = ThreatModel(norm="Linf", eps="0.1")
 IMAGES = 2000
+BATCHES = 12  # of the sharpness
 DENSE = "checkpoints/mnist_convex_eps0.1.pth"
 
 
@@ -36,6 +43,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.99])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=["s2ap", "base"], default=["s2ap", "base"])
+    parser.add_argument("--sharpness", type=float, nargs="+", default=[], metavar="GAMMA")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     jobs = list(itertools.product(args.sparsity, args.seeds, [method == "s2ap" for method in args.methods]))
@@ -51,6 +59,15 @@ def main() -> None:
         "means": means(rows),
     }
     results.write(args.name, figures)
+    if args.sharpness:
+        validation = datasets.load("mnist", root=args.shared / "data").validation
+        sharp = [
+            {"sparsity": job[0], "seed": job[1], "s2ap": job[2], "gamma": gamma}
+            | sharpness(args, folder(args, *job), gamma, validation)
+            for job in jobs
+            for gamma in args.sharpness
+        ]
+        results.write("mnist-sharpness", {"batches": BATCHES, "batch_size": 128, "rows": sharp})
 
 
 def folder(args: argparse.Namespace, sparsity: float, seed: int, s2ap: bool) -> Path:
@@ -106,9 +123,44 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for sparsity, s2ap in sorted({(row["sparsity"], row["s2ap"]) for row in rows}):
         mine = [row for row in rows if (row["sparsity"], row["s2ap"]) == (sparsity, s2ap)]
-        found.append({"sparsity": sparsity, "s2ap": s2ap, "seeds": len(mine)})
-        for figure in ("clean", "robust"):
-            values = [row[figure] for row in mine]
-            found[-1][figure] = statistics.mean(values)
-            found[-1][f"{figure}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+        figures = {figure: [row[figure] for row in mine] for figure in ("clean", "robust")}
+        head = {"sparsity": sparsity, "s2ap": s2ap, "seeds": len(mine)}
+        found.append({**head, **results.mean_and_deviation(figures)})
     return found
+
+
+def sharpness(args: argparse.Namespace, run: Path, gamma: float, validation: Split) -> dict[str, float]:
+    """Mean adversarial cross-entropy (PGD-10) at s, at s + z, and at s + a random z of the same length."""
+    classifier, _, _ = checkpoint.load(args.shared / DENSE)
+    masks = load_tensors(run / "search/masks.safetensors")
+    scores = load_tensors(run / "search/scores.safetensors")
+    keep = {name: int(mask.sum()) for name, mask in masks.items()}
+    scored = ScoredNetwork(classifier, Weights(tuple(masks)), Fixed(keep), scores)
+    objective = Objective(THREAT)
+    batches = validation.train_batches(128, seed=0, epoch=0, augment=False, device="cpu")
+    losses: dict[str, list[float]] = {"at_rest": [], "at_top": [], "in_random_direction": []}
+    flips = []
+    for step, (images, labels) in enumerate(itertools.islice(batches, BATCHES)):
+        before = scored.select()
+        scored.wear(before)
+        adversarial = objective.attack(classifier, images, labels, generator("sharpness", step))
+        loss, _ = objective.robust_loss(classifier, images, adversarial, labels)
+        gradients = scored.gradients(loss)
+        noise = {
+            name: torch.randn(score.shape, generator=generator("sharpness", step, name))
+            for name, score in scores.items()
+        }
+        losses["at_rest"].append(float(loss.detach()))
+        for direction, place in ((gradients, "at_top"), (noise, "in_random_direction")):
+            ball = ScorePerturbation(scored.scores, gamma)
+            ball.perturb(direction)
+            after = scored.select()
+            scored.wear(after)
+            with torch.no_grad():
+                loss, _ = objective.robust_loss(classifier, images, adversarial, labels)
+            losses[place].append(float(loss))
+            ball.restore()
+            if direction is gradients:
+                flips.append(float(departed(before, after)) / sum(keep.values()))
+    means = {f"loss_{place}": sum(values) / len(values) for place, values in losses.items()}
+    return {**means, "flip_rate": sum(flips) / len(flips)}

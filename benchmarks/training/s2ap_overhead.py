@@ -5,8 +5,6 @@
 Random images and weights: time does not depend on them. The breakdown is of the step with S2AP.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections import defaultdict
@@ -110,20 +108,17 @@ def ratios(steps: int, arch: str, batch: int) -> dict[str, Any]:
             if loss == "at":
                 with keeping_parameter_gradients():
                     kept.append(stepper.step(0.0))
-        total = sum(s2ap) + sum(base)
         rows[loss] = {
             "ratio": statistics.median(b / a for a, b in zip(base, s2ap, strict=True)),
             "base_ms": 1e3 * statistics.median(base),
             "s2ap_ms": 1e3 * statistics.median(s2ap),
-            "ratio_to_base_with_parameter_gradients": statistics.median(
-                b / a for a, b in zip(kept, s2ap, strict=True)
-            )
-            if kept
-            else None,
-            "share_of_both": {name: seconds / total for name, seconds in stepper.parts.items()}
-            if not kept
-            else None,
         }
+        if kept:
+            ratio = statistics.median(b / a for a, b in zip(kept, s2ap, strict=True))
+            rows[loss]["ratio_to_base_with_parameter_gradients"] = ratio
+        else:
+            total = sum(s2ap) + sum(base)
+            rows[loss]["share_of_both"] = {name: part / total for name, part in stepper.parts.items()}
     return rows
 
 

@@ -7,8 +7,6 @@ that of this process and of its decoding workers. Flat means: the epoch's last q
 first, up to what one batch in flight takes.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import statistics

@@ -3,24 +3,21 @@
     python -m benchmarks training-step --stage search --steps 3
     python -m benchmarks training-step --stage finetune --network digits-conv --steps 20
 
-What is timed is ``search`` (uniform budget) or ``train`` (under the mask of 90 %) itself, batches and
-augmentation included, under TRADES with PGD-10 at 8/255, on random images and weights. ``--s2ap`` switches
-S2AP on, ``--awp`` adversarial weight perturbation; the plain loop has neither. ``--backward`` lets the plain
-attack compute the gradients of all parameters too. ``--lean`` leaves two clean passes out of the plain step
-that change nothing but BatchNorm's statistics. ``--loader N`` feeds the plain loop from a data loader with N
-workers; without it, its one batch stays on the device.
-
-Equality: fed the same adversarial batch, budget and BatchNorm mode, both must have the same masks, and
-gradients (of scores, or of the kept weights) that differ by at most 1e-5 of their L2 norm in any layer.
+Timed is ``search`` (uniform budget) or ``train`` (under the mask of 90 %) itself, batches and augmentation
+included, under TRADES with PGD-10 at 8/255, on random images and weights. ``--s2ap`` and ``--awp`` switch on
+what the plain loop does not have. ``--backward`` lets the plain attack compute the gradients of all
+parameters too, ``--lean`` leaves out two clean passes that change nothing but BatchNorm's statistics,
+``--loader N`` feeds the plain loop from a data loader with N workers (without it, its one batch stays on the
+device). Equality: on one adversarial batch, both have the same masks, and gradients that differ by at most
+1e-5 of their L2 norm per layer.
 """
-
-from __future__ import annotations
 
 import argparse
 import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,16 +27,17 @@ from benchmarks.lib import arguments, networks, results, timing
 from benchmarks.training import loader, plain
 from s2ap_deploy.pruning.masks import Masks, top_k
 from s2ap_deploy.pruning.search import Perturbation, search
-from s2ap_deploy.recorder import NoSnapshots
+from s2ap_deploy.recorder import NoSnapshots, Recorder
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training.loop import train
 from s2ap_deploy.training.objective import Objective
-from s2ap_deploy.training.precision import Precision, allow_tf32, choose
+from s2ap_deploy.training.precision import allow_tf32, choose
 
 THREAT = ThreatModel(eps="8/255")
 ATTACK_STEPS = 10
 PLAIN_BATCHES = 4  # in an epoch of the plain loop with a loader
 TOLERANCE = 1e-5
+RATES = {"search": 0.1, "finetune": 0.01}
 TARGET = {"search": 0.35, "finetune": None}
 
 
@@ -106,40 +104,18 @@ def relative(found: Tensor, expected: Tensor | None) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def measured(args: argparse.Namespace, device: torch.device, precision: Precision) -> dict[str, Any]:
-    """Paired seconds of our step and the plain one, which take turns."""
+def ours(args: argparse.Namespace, device: torch.device, recorder: Recorder) -> None:
+    """Take ``--warm-up`` and ``--steps`` steps of the product's search or fine-tuning."""
     classifier, size = networks.network(args.network)
     keep = networks.quotas(classifier, size, budget="uniform")
     classifier = classifier.to(device)
-    reference = copy.deepcopy(classifier)
-    layers = plain.masked(reference, keep)
-    rate = 0.1 if args.stage == "search" else 0.01
-    if args.stage == "search":
-        optimizer = torch.optim.SGD([layer.scores for layer in layers.values()], lr=rate, momentum=0.9)
-    else:
-        learning = trainable(reference, layers)
-        optimizer = torch.optim.SGD(learning, lr=rate, momentum=0.9, weight_decay=1e-4)
-    noise = torch.Generator(device=device).manual_seed(0)
-    split = networks.images(PLAIN_BATCHES * args.batch, size)
-    batches = loader.feed(split, args.batch, args.loader, device)
-    attack = {"eps": THREAT.radius, "step_size": THREAT.radius / 4, "steps": ATTACK_STEPS, "noise": noise}
-    choices = {"backward": args.backward, "lean": args.lean}
-    turns = timing.Turns(
-        lambda: plain.step(reference, optimizer, *next(batches), **attack, **choices), device, args.warm_up
-    )
     splits = networks.images((args.steps + args.warm_up) * args.batch, size), networks.images(10, size)
+    precision = choose(args.precision, device, compiled=args.compile)
     common: dict[str, Any] = {
-        "objective": Objective(THREAT, loss="trades", attack_steps=ATTACK_STEPS),
-        "epochs": 1,
-        "learning_rate": rate,
-        "momentum": 0.9,
-        "batch_size": args.batch,
-        "seed": 0,
-        "device": device,
-        "snapshots": NoSnapshots(),
-        "recorder": turns,
-        "precision": precision,
-    }
+        "objective": Objective(THREAT, loss="trades", attack_steps=args.attack_steps),
+        "epochs": 1, "learning_rate": RATES[args.stage], "momentum": 0.9, "batch_size": args.batch, "seed": 0,
+        "device": device, "snapshots": NoSnapshots(), "recorder": recorder, "precision": precision,
+    }  # fmt: skip
     if args.stage == "search":
         precision.arrange(classifier)
         perturbation = Perturbation(0.0005, 0) if args.s2ap else None
@@ -147,6 +123,31 @@ def measured(args: argparse.Namespace, device: torch.device, precision: Precisio
     else:
         masks, awp = magnitude(classifier, keep), 0.01 if args.awp else 0.0
         train(classifier, *splits, stage="finetune", weight_decay=1e-4, masks=masks, awp_gamma=awp, **common)
+
+
+def measured(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Paired seconds of our step and the plain one, which take turns."""
+    reference, size = networks.network(args.network)
+    reference = reference.to(device)
+    layers = plain.masked(reference, networks.quotas(reference, size, budget="uniform"))
+    learning = [layer.scores for layer in layers.values()]
+    optimizer = torch.optim.SGD(learning, lr=RATES["search"], momentum=0.9)
+    if args.stage == "finetune":
+        learning = trainable(reference, layers)
+        optimizer = torch.optim.SGD(learning, lr=RATES["finetune"], momentum=0.9, weight_decay=1e-4)
+    split = networks.images(PLAIN_BATCHES * args.batch, size)
+    batches = loader.feed(split, args.batch, args.loader, device)
+    options: dict[str, Any] = {
+        "eps": THREAT.radius,
+        "step_size": THREAT.radius / 4,
+        "steps": args.attack_steps,
+        "noise": torch.Generator(device=device).manual_seed(0),
+        "backward": args.backward,
+        "lean": args.lean,
+    }
+    other = partial(plain.step, reference, optimizer)
+    turns = timing.Turns(lambda: other(*next(batches), **options), device, args.warm_up)
+    ours(args, device, turns)
     return timing.compared(turns.ours, turns.others, device)
 
 
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3, help="pairs that count")
     parser.add_argument("--warm-up", type=int, default=1, help="pairs before them")
+    parser.add_argument("--attack-steps", type=int, default=ATTACK_STEPS)
     parser.add_argument("--equality-batch", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bf16"])
@@ -177,15 +179,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    precision = choose(args.precision, device, compiled=args.compile)
     with full_float32():
         same = equality(args, device)
-    settings = ("stage", "network", "batch", "threads", "device", "s2ap", "awp")
+    settings = ("stage", "network", "batch", "threads", "device", "s2ap", "awp", "attack_steps")
     figures = {
         **{name: getattr(args, name) for name in settings},
-        "precision": precision.facts(),
+        "precision": choose(args.precision, device, compiled=args.compile).facts(),
         "loss": "trades",
-        "attack_steps": ATTACK_STEPS,
         "sparsity": 0.9,
         "plain_is_lean": args.lean,
         "plain_attack_computes_parameter_gradients": args.backward,
@@ -195,7 +195,7 @@ def main() -> None:
             "convolutions": torch.backends.cudnn.allow_tf32,
         },
         "target": TARGET[args.stage],
-        "step": measured(args, device, precision),
+        "step": measured(args, device),
         "equality": same,
     }
     results.write(args.name.replace("STAGE", args.stage), figures)

@@ -7,8 +7,6 @@ relative distance per layer. Whole runs of ``prune`` on digits: masks and accura
 process, beside what another seed gives. Times are of two processes that share this machine's cores.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import time
@@ -63,16 +61,10 @@ def one_step(ranks: Ranks, build: Any) -> dict[str, Tensor]:
     adversary = Given(Objective(ThreatModel(eps="0.1"), "trades"), ranks)
     adversary.images = (images + 0.1 * torch.randn(images.shape).sign()).clamp(0, 1)
     mine = slice(ranks.rank, None, ranks.size)
-    update(
-        scored,
-        torch.optim.SGD(scored.parameters(), lr=0.1, momentum=0.9),
-        adversary,
-        images[mine],
-        labels[mine],
-        torch.Generator().manual_seed(0),
-        ScorePerturbation(scored.scores, 0.01),
-        Share(BATCH, ranks.rank, ranks.size),
-    )
+    optimizer = torch.optim.SGD(scored.parameters(), lr=0.1, momentum=0.9)
+    noise = torch.Generator().manual_seed(0)
+    ball, share = ScorePerturbation(scored.scores, 0.01), Share(BATCH, ranks.rank, ranks.size)
+    update(scored, optimizer, adversary, images[mine], labels[mine], noise, ball, share)
     return scored.scores
 
 
