@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,30 @@ from hypothesis import strategies as st
 from s2ap_deploy import runtime
 from s2ap_deploy.errors import UsageError
 
+STREAMS = ("generator", "derive_seed", "seed_layers")
+STREAM_KEYS = (
+    "augmentation", "bench", "calibrate", "choose", "clean", "compact", "coupling", "curvature", "diagnose",
+    "evaluate", "fmn", "image", "images", "initialise", "layers", "order", "probe", "scores", "search",
+    "sharpness", "untrain", "val", "validation", "verify", "weights",
+)  # fmt: skip
 KEYS = st.lists(st.one_of(st.integers(), st.text(max_size=8)), min_size=1, max_size=4)
 
 
 def test_a_seed_is_the_same_on_every_machine() -> None:
     assert runtime.derive_seed(0, "search", 3, 17) == 7_054_003_316_784_227_682
+
+
+def test_the_keys_of_random_streams_are_as_ever() -> None:
+    """A key that is renamed gives other weights, masks or attacks from the same seed."""
+    found = set()
+    for path in Path(runtime.__file__).parent.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] in STREAMS:
+                words = [
+                    ast.unparse(key) for key in call.args if isinstance(key, ast.Constant | ast.JoinedStr)
+                ]
+                found.update(word for word in words if not word.isdigit())
+    assert found == {repr(key) for key in STREAM_KEYS}
 
 
 @given(KEYS)

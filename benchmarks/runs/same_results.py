@@ -75,6 +75,9 @@ def results(checkout: Path, name: str, work: Path, shared: Path) -> dict[str, An
     shutil.rmtree(run, ignore_errors=True)
     for command in RUNS[name]:
         words = [word.format(run=run, work=work, shared=shared) for word in command.split()]
+        if words[0] == "copy":
+            shutil.copytree(work / words[1], run)
+            continue
         words += [] if "--run" in words else ["--run", str(run)]
         words += ["--overwrite"] if words[0] == "pretrain" else []
         words += [] if words[0] == "gate" else ["--threads", "1"]
