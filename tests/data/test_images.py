@@ -96,6 +96,8 @@ def test_another_size_without_resize_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, check=lambda error: error.code == "image-size-mismatch") as caught:
         imagefolder.decode(saved(tmp_path, PIXELS), as_it_is(3, 9, 15))
     assert "square size" in (caught.value.hint or "")
+    assert "9x14" in caught.value.message
+    assert "9x15" in caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -107,6 +109,7 @@ def test_rubbish_is_named(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DataError, check=lambda error: error.code == "image-unreadable") as caught:
         imagefolder.decode(str(path), as_it_is(3, 9, 14))
     assert caught.value.hint == "repair or remove the file"
+    assert "broken.png" in caught.value.message
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

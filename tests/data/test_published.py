@@ -74,6 +74,7 @@ def test_a_flipped_bit_in_mnist_is_found(shared: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, check=lambda error: error.code == "data-damaged") as caught:
         datasets.load("mnist", root=tmp_path)
     assert "--download" in (caught.value.hint or "")
+    assert "t10k-images-idx3-ubyte" in caught.value.message
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100", "svhn"])
@@ -147,6 +148,7 @@ def test_a_failed_download(
     with pytest.raises(DataError, check=lambda error: error.code == "data-download-failed") as caught:
         datasets.load("cifar100", root=tmp_path, download=True)
     assert "network" in (caught.value.hint or "")
+    assert "no network" in caught.value.message
     assert capsys.readouterr().out == "", "stdout belongs to --json"
 
 

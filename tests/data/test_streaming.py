@@ -98,6 +98,7 @@ def test_workers_give_the_same_batches_and_readable_errors(make_folder: MakeFold
     with pytest.raises(DataError, check=lambda error: error.code == "image-unreadable") as caught:
         streamed.test.tensors()
     assert caught.value.hint == "repair or remove the file"
+    assert "test/dog/05.png" in caught.value.message
 
 
 def test_a_dead_worker_is_explained(make_folder: MakeFolder) -> None:

@@ -295,8 +295,11 @@ def test_a_factory_that_hides_its_input_size_needs_the_data(tmp_path: Path) -> N
 def test_a_given_architecture_that_does_not_fit_lists_what_differs(tmp_path: Path) -> None:
     state = digits().state_dict()
     state["surprise"] = state.pop("7.bias")
-    with pytest.raises(ArchitectureError, check=lambda error: error.code == "architecture-mismatch"):
+    with pytest.raises(
+        ArchitectureError, check=lambda error: error.code == "architecture-mismatch"
+    ) as caught:
         load(foreign(tmp_path / "m.pt", state), arch="digits-conv")
+    assert "1 missing: 7.bias; 1 unexpected: surprise" in caught.value.message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
