@@ -242,9 +242,9 @@ def certify(
     if model is not None and artifact is not None:
         raise UsageError("model and artifact exclude each other")
     if artifact is not None:
-        from s2ap_deploy.onnx_export.onnx_file import read
+        from s2ap_deploy.onnx_export.onnx_file import load
 
-        file = read(Path(artifact))
+        file = load(Path(artifact))
         recipe = resolve.foreign_recipe(file, Path(run), data=data, eps=eps, norm=norm, seed=seed)
         with open_run.opened(run, recipe, command="certify", changes=changes, **session) as job:
             return Certificates(job.run.path, file=certify_file(job, file, time_budget=time_budget))

@@ -23,7 +23,7 @@ from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.gating.policy import GatePolicy
 from s2ap_deploy.models.architectures.registry import build
 from s2ap_deploy.models.classifier import Classifier
-from s2ap_deploy.onnx_export.benchmark.performance import PairedTimes, Performance
+from s2ap_deploy.onnx_export.export_report import PairedTimes, Performance
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import Normalization
 from s2ap_deploy.stages import bench, open_run

@@ -173,8 +173,8 @@ MET: dict[type[DeployError], Met] = {
     ),
     errors.VerificationError: Met(
         too_large,
-        "...: asked at most 10, found ...",
-        "the file is removed; s2ap-deploy plan says what would fit, --overwrite exports again",
+        "...: at most 10 allowed, found ...",
+        "the file is removed; s2ap-deploy plan shows what would fit, --overwrite exports again",
     ),
     errors.InconclusiveError: Met(
         lambda folder: s2ap_deploy.gate(empty_run(folder), min_robust=0.4),

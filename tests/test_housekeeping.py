@@ -216,7 +216,7 @@ NUMERICAL = (
     "pruning/scores.py", "pruning/sharpness.py", "training/pgd.py", "training/awp.py",
     "training/batchnorm.py",
     "training/distillation.py", "training/losses.py", "training/objective.py", "training/schedule.py",
-    "onnx_export/codecs/elias_fano.py", "onnx_export/codecs/prediction.py",
+    "codecs/encodings/elias_fano.py",
 )  # fmt: skip
 
 

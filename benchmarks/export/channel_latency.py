@@ -26,7 +26,7 @@ from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.channels.coupling import channel_groups
 from s2ap_deploy.models.channels.layer_channels import macs, unread
 from s2ap_deploy.models.channels.narrowing import check_equal, compacted
-from s2ap_deploy.onnx_export.benchmark.latency import paired_latency
+from s2ap_deploy.onnx_export.benchmark import paired_latency
 from s2ap_deploy.onnx_export.graph import to_onnx
 from s2ap_deploy.onnx_export.inference import session
 from s2ap_deploy.pruning.alignment import Limit, aligned, chosen

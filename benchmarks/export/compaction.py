@@ -19,11 +19,10 @@ from torch import nn
 
 from benchmarks.lib import arguments, networks, results
 from s2ap_deploy.models.architectures import registry
-from s2ap_deploy.onnx_export.dead_channels.compact import compact
-from s2ap_deploy.onnx_export.dead_channels.parity import probes
+from s2ap_deploy.onnx_export.dead_channels.compact import compact, probes
 from s2ap_deploy.onnx_export.graph import check, to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
-from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxTwin
+from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxModule
 from s2ap_deploy.pruning import budgets
 from s2ap_deploy.pruning.masks import top_k
 
@@ -68,7 +67,8 @@ def measure(sparsity: float, spread: float, images: NDArray[np.float32]) -> dict
     exact = doubled(model)
     with torch.no_grad():
         reference, found = (
-            OnnxTwin(each).double()(torch.from_numpy(images).double()) for each in (exact, compact(exact)[0])
+            OnnxModule(each).double()(torch.from_numpy(images).double())
+            for each in (exact, compact(exact)[0])
         )
     return {
         "sparsity": sparsity,

@@ -17,13 +17,12 @@ import numpy as np
 from onnx import ModelProto
 
 from benchmarks.lib import arguments, networks, results
-from s2ap_deploy.onnx_export.benchmark import processor
-from s2ap_deploy.onnx_export.benchmark.bench import bench
-from s2ap_deploy.onnx_export.codecs.encoding import decode, encode
+from s2ap_deploy.onnx_export.benchmark import Effort, benchmark, int8_instructions
+from s2ap_deploy.onnx_export.encoding import decode, encode
 from s2ap_deploy.onnx_export.graph import to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
 from s2ap_deploy.onnx_export.quantization import quantize, quantized_weights
-from s2ap_deploy.onnx_export.verification import folded
+from s2ap_deploy.onnx_export.verification import decodes_at_load
 from s2ap_deploy.recorder import Silent
 
 NETWORK = "cifar-resnet18"
@@ -37,7 +36,8 @@ def beside(model: ModelProto, dense: ModelProto, **lengths: Any) -> dict[str, An
         file, twin = Path(folder) / "file.onnx", Path(folder) / "dense.onnx"
         file.write_bytes(model.SerializeToString())
         twin.write_bytes(dense.SerializeToString())
-        found = bench(file, twin, int8=False, threads=(1,), batches=(1,), recorder=Silent(), **lengths)
+        effort = Effort(threads=(1,), batches=(1,), **lengths)
+        found = benchmark(file, twin, int8=False, effort=effort, recorder=Silent())
     times, load, memory = found.inference[0].times, found.load, found.memory
     assert memory is not None
     sizes = ("load_bytes", "run_bytes", "dense_load_bytes", "dense_run_bytes")
@@ -65,7 +65,7 @@ def int8_facts(int8: ModelProto, coded: ModelProto, pixels: Any) -> dict[str, An
         "zeros": 1 - nonzeros / sum(tensor.size for tensor in weights),
         "limit_bytes": INT8_LIMIT,
         "outputs_identical": bool(np.array_equal(found, expected)),
-        "decoded_at_load": folded(coded),
+        "decoded_at_load": decodes_at_load(coded),
     }
 
 
@@ -75,9 +75,9 @@ def main() -> None:
     parser.add_argument("--sizes-only", action="store_true", help="measure no times")
     parser.add_argument("--smoke", action="store_true", help="few pairs")
     args = parser.parse_args()
-    lengths: dict[str, Any] = {"seconds": 12.0, "least": 51, "processes": 5}
+    lengths: dict[str, Any] = {"seconds": 12.0, "pairs": 51, "processes": 5}
     if args.smoke:
-        lengths = {"seconds": 0.0, "least": 3, "processes": 1}
+        lengths = {"seconds": 0.0, "pairs": 3, "processes": 1}
     pixels = np.random.default_rng(0).random((64, *networks.CIFAR), dtype=np.float32)
     dense = to_onnx(networks.network(NETWORK)[0].eval(), networks.CIFAR)
     models, figures = {"dense": dense}, {"architecture": NETWORK}
@@ -99,5 +99,5 @@ def main() -> None:
         rows[name] |= {} if args.sizes_only else beside(model, dense, **lengths)
         print(f"{name}: {rows[name]}", flush=True)
     results.write(
-        args.name, {**figures, "int8_instructions": processor.int8_instructions(), "variants": rows}
+        args.name, {**figures, "int8_instructions": int8_instructions(), "variants": rows}
     )

@@ -18,20 +18,18 @@ from onnx import ModelProto
 
 from benchmarks.export.edge_latency import beside
 from benchmarks.lib import arguments, networks, results
+from s2ap_deploy.codecs.codec import entropy_bits
+from s2ap_deploy.codecs.registry import CODECS, EncodingName
+from s2ap_deploy.codecs.values import FLOAT32, VALUES
 from s2ap_deploy.errors import VerificationError
 from s2ap_deploy.models.checkpoints import checkpoint
-from s2ap_deploy.onnx_export.codecs.elias_fano import entropy_bits
-from s2ap_deploy.onnx_export.codecs.encoding import Encoding, decode, encode, tensors
-from s2ap_deploy.onnx_export.codecs.values import Values, round_weights
-from s2ap_deploy.onnx_export.codecs.weights import weights
+from s2ap_deploy.onnx_export.encoding import arrays, decode, encode, round_weights, weights
 from s2ap_deploy.onnx_export.export_report import EncodedTensor
 from s2ap_deploy.onnx_export.graph import check, to_onnx
-from s2ap_deploy.onnx_export.verification import folded
+from s2ap_deploy.onnx_export.verification import decodes_at_load
 
 BUDGETS = {"random": "uniform", "erk": "erk"}  # by the name of the mask
-ENCODINGS: tuple[Encoding, ...] = ("auto", "ef", "gaps", "mask", "coo")
-VALUES: tuple[Values, ...] = ("f32", "f16", "int8")
-WIDTHS: dict[Values, int] = {"f32": 32, "f16": 16, "int8": 8}  # bits of a stored value
+ENCODINGS: tuple[EncodingName, ...] = ("auto", *(codec.name for codec in CODECS.values() if codec.sparse))
 # Asked of random masks and float32 values under auto.
 MAX_BYTES = {0.9: 5_300_000, 0.95: 2_800_000, 0.99: 620_000}
 MAX_OVER_ENTROPY = 1.25  # at 90 and 95 %
@@ -54,10 +52,10 @@ def measured(model: ModelProto, *, timed: bool) -> dict[str, Any]:
         except VerificationError as error:  # float16 cannot hold a value; the export refuses it as well
             files[f"auto {values}"] = {"refused": error.message}
             continue
-        for encoding in ENCODINGS if values == "f32" else ENCODINGS[:1]:
+        for encoding in ENCODINGS if values == FLOAT32 else ENCODINGS[:1]:
             coded, table = encode(rounded, encoding=encoding, rounded=stored)
-            files[f"{encoding} {values}"] = _row(coded, rounded, table, entropy, WIDTHS[values])
-            if timed and values == "f32" and encoding != "coo":
+            files[f"{encoding} {values}"] = _row(coded, rounded, table, entropy, 8 * VALUES[values].bytes)
+            if timed and values == FLOAT32 and not coded.graph.sparse_initializer:
                 files[f"{encoding} {values}"] |= beside(coded, model, seconds=6.0, least=51, processes=1)
     counts = {"weights": entries, "nonzeros": nonzeros, "dense_bytes": model.ByteSize()}
     return {**counts, "entropy_bits": entropy, "files": files}
@@ -69,7 +67,7 @@ def _row(
     """Sizes; ``index_bits`` is what is stored of the weights beside the values that are not zero, for each
     of those: positions, decode nodes, names, and the zeros of weights that stay dense."""
     check(coded)
-    decoded, expected = tensors(decode(coded)), tensors(dense)
+    decoded, expected = (arrays(each.graph.initializer) for each in (decode(coded), dense))
     equal = decoded.keys() == expected.keys() and all(
         decoded[name].tobytes() == array.tobytes() for name, array in expected.items()
     )
@@ -86,7 +84,7 @@ def _row(
         "over_entropy": bits / entropy,
         "forms": {kind: sum(row.encoding == kind for row in rows) for kind in kinds},
         "bit_equal": equal,
-        "decoded_at_load": folded(coded),
+        "decoded_at_load": decodes_at_load(coded),
     }
 
 
@@ -101,7 +99,7 @@ def missed(rows: list[dict[str, Any]], *, timed: bool) -> list[str]:
                 words.append(f"{row['mask']} {name}: not decoded to the same bits at load")
             if timed and file.get("latency_ratio", 0.0) > MAX_LATENCY_RATIO:
                 words.append(f"{row['mask']} {name}: latency ratio {file['latency_ratio']:.3f}")
-        best = row["files"]["auto f32"]
+        best = row["files"][f"auto {FLOAT32}"]
         limit = MAX_BYTES.get(row.get("sparsity", 0.0))
         if row["mask"].startswith("random") and limit is not None and best["bytes"] > limit:
             words.append(f"{row['mask']}: {best['bytes']:,} bytes, asked {limit:,}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from s2ap_deploy import files, runtime
-from s2ap_deploy.onnx_export.benchmark import processor
+from s2ap_deploy.onnx_export.benchmark import processor_name
 
 FOLDER = Path(__file__).parents[1] / "results"
 
@@ -20,7 +20,7 @@ def write(name: str, figures: dict[str, Any]) -> Path:
     path = FOLDER / f"{name}.json"
     # Only the last part of an absolute path: the rest says nothing on another machine.
     arguments = [Path(each).name if each.startswith("/") else each for each in sys.argv[1:]]
-    machine = {"cores": os.cpu_count(), "processor": processor.name(), "system": platform.system()}
+    machine = {"cores": os.cpu_count(), "processor": processor_name(), "system": platform.system()}
     head = {
         "command": " ".join([sys.argv[0], *arguments]),
         "machine": machine,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from s2ap_deploy.errors import UsageError
-from s2ap_deploy.onnx_export.onnx_file import OnnxFile, read
+from s2ap_deploy.onnx_export.onnx_file import OnnxFile, load
 from s2ap_deploy.stages.resolve import foreign_recipe as foreign_recipe
 
 
@@ -22,4 +22,4 @@ def open_artifact(path: Path, folder: Path, *, unfit: Mapping[str, object]) -> O
             f"{', '.join(given)}: not together with --artifact, which certifies the file as it is",
             hint="leave one of them out",
         )
-    return read(path if path.exists() or not (folder / path).exists() else folder / path)
+    return load(path if path.exists() or not (folder / path).exists() else folder / path)

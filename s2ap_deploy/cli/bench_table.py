@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from s2ap_deploy.onnx_export.benchmark.performance import Memory, PairedTimes, Performance
+    from s2ap_deploy.onnx_export.export_report import PairedTimes, PeakMemory, Performance
 
 _MIB = 2**20
 
@@ -55,7 +55,7 @@ def _times(times: PairedTimes) -> tuple[str | Text, ...]:
     )
 
 
-def _peaks(memory: Memory) -> tuple[tuple[str, int, int], ...]:
+def _peaks(memory: PeakMemory) -> tuple[tuple[str, int, int], ...]:
     return (
         ("peak memory, load", memory.load_bytes, memory.dense_load_bytes),
         (f"peak memory, {_count(memory.batch, 'image')}", memory.run_bytes, memory.dense_run_bytes),

@@ -28,10 +28,10 @@ def command(file: Path, output: Path, overwrite: bool, as_json: bool) -> None:
     """
     from s2ap_deploy.cli import session, tables
     from s2ap_deploy.onnx_export.decoding import decode_file
-    from s2ap_deploy.onnx_export.onnx_file import read
+    from s2ap_deploy.onnx_export.onnx_file import load
 
     session.check_output(output, (".onnx",), overwrite=overwrite)
-    decoded = decode_file(read(file), output)
+    decoded = decode_file(load(file), output)
     if as_json:
         click.echo(decoded.model_dump_json())
     else:

@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from s2ap_deploy.cli import options
+from s2ap_deploy.codecs.registry import ENCODINGS, describe
+from s2ap_deploy.codecs.values import VALUES
 
 
 def batch_size(text: str) -> int | str:
@@ -27,15 +29,14 @@ def batch_size(text: str) -> int | str:
 @click.option("--opset", type=int, help="ONNX operator set, 18 to 25.  [default: 20]")
 @click.option(
     "--encoding",
-    type=click.Choice(["auto", "ef", "gaps", "mask", "dense", "coo"]),
-    help="auto takes the smallest per tensor of ef (Elias-Fano), gaps (a byte per weight), mask (a bit per "
-    "entry) and dense; coo is for ONNX Runtime only.  [default: auto]",
+    type=click.Choice(ENCODINGS),
+    help=f"How weights are stored: {describe()}.  [default: auto]",
 )
 @click.option(
     "--values",
-    type=click.Choice(["f32", "f16", "int8"]),
-    help="How weights are stored; computing stays in float32. f16 and int8 round: such a file needs a "
-    "certificate anew.  [default: f32]",
+    type=click.Choice(list(VALUES)),
+    help="Type of the stored values; arithmetic stays in float32. float16 and int8 round: such a file needs "
+    "its own certificate.  [default: float32]",
 )
 @click.option(
     "--batch",
@@ -111,10 +112,9 @@ def command(
     The file decodes bit for bit to the pruned weights, gives PyTorch's logits in ONNX Runtime, and judges
     every clean and adversarial point of the certificate again. Whatever fails one of these is not written.
     Channels that cannot matter are left out first; a run on channels gets physically smaller layers.
-    With --int8, or --values f16 or int8, the file is another network: the certificate does not carry over,
-    and the command that certifies the file is printed.
-    With --encoding coo the file holds ONNX's own sparse tensors: ONNX's full check refuses them, ONNX Runtime
-    loads them, OpenVINO does not. s2ap-deploy decode makes a dense file of any other.
+    With --int8, or --values float16 or int8, the file is another network: the certificate does not carry
+    over, and the command that certifies the file is printed.
+    s2ap-deploy decode makes a dense file for runtimes that cannot decode weights at load.
     With --target, what no option says comes from a profile of the device; a budget that is missed leaves no
     file and exit code 1.
     With --keep-ratio, channels go that the run kept: nothing was trained since, and no certificate holds.
@@ -159,7 +159,7 @@ def command(
         report = export(job, output=output, bench=bench)
         job.recorder.note(f"ONNX file: {output or folder / 'export' / report.file}")
         rounded = report.quantization is not None or report.rounding is not None
-        if report.rejudgments and not rounded:  # the certificate speaks for the file: it can be judged
+        if report.points_checks and not rounded:  # the certificate speaks for the file: it can be judged
             job.recorder.note(session.following("gate --min-robust 0.40 --max-drop 0.05", folder))
     if as_json:
         click.echo(report.model_dump_json())

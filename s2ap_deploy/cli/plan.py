@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from s2ap_deploy.cli import options
+from s2ap_deploy.codecs.registry import ENCODINGS
+from s2ap_deploy.codecs.values import VALUES
 
 
 def image_size(text: str) -> tuple[int, int, int]:
@@ -48,13 +50,13 @@ def image_size(text: str) -> tuple[int, int, int]:
 @click.option("--dense-ends", is_flag=True, default=None, help="Leave the first and the last layer dense.")
 @click.option(
     "--encoding",
-    type=click.Choice(["auto", "ef", "gaps", "mask", "dense", "coo"]),
+    type=click.Choice(ENCODINGS),
     help="The encoding that budgets are held against.  [default: the target's, or auto]",
 )
 @click.option(
     "--values",
-    type=click.Choice(["f32", "f16", "int8"]),
-    help="The stored values that budgets are held against.  [default: the target's, or f32]",
+    type=click.Choice(list(VALUES)),
+    help="The stored values that budgets are held against.  [default: the target's, or float32]",
 )
 @click.option("--int8", is_flag=True, default=None, help="Hold budgets against a file of int8 arithmetic.")
 @options.target_options

@@ -1,4 +1,4 @@
-"""What a person sees of a plan."""
+"""Print a plan."""
 
 from __future__ import annotations
 
@@ -9,20 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from s2ap_deploy.codecs.registry import CODECS
+
 if TYPE_CHECKING:
     from s2ap_deploy.onnx_export.export_report import BudgetCheck
     from s2ap_deploy.stages.plan import Plan
 
 LOG_WIDTH = 200
-COLUMNS = ("float32", "float16", "int8 values", "int8")
-ENCODINGS = {
-    "auto": "auto, the smallest of each tensor",
-    "dense": "dense",
-    "ef": "Elias-Fano",
-    "gaps": "gaps",
-    "mask": "mask",
-    "coo": "coo, ONNX Runtime only",
-}
 WHAT = {"bytes": "bytes", "macs": "multiply-accumulates", "latency_ms": "milliseconds"}
 
 
@@ -36,15 +29,22 @@ def show_plan(plan: Plan) -> None:
     console.print(_facts(plan))
     table = Table(title="bytes of the ONNX file, predicted", title_justify="left")
     table.add_column("encoding")
-    for words in COLUMNS:
-        table.add_column("int8 arithmetic" if words == "int8" else words, justify="right")
-    for encoding, words in ENCODINGS.items():
-        table.add_row(words, *(_bytes(plan, encoding, values) for values in COLUMNS))
+    forms = list(dict.fromkeys((each.values, each.int8) for each in plan.files))
+    for values, int8 in forms:
+        table.add_column(_form(values, int8), justify="right")
+    for encoding in dict.fromkeys(each.encoding for each in plan.files):
+        sizes = (plan.file(encoding, values, int8=int8).bytes for values, int8 in forms)
+        table.add_row(_title(encoding), *(f"{size:,} ({plan.dense_bytes / size:.1f}x)" for size in sizes))
     console.print(table)
     for check in plan.budgets:
         console.print(budget(check))
     if plan.target is not None:
-        console.print(Text(f"for {plan.target.name}: {plan.chosen.encoding}, {plan.chosen.values}"))
+        console.print(
+            Text(
+                f"for {plan.target.name}: {plan.chosen.encoding}, "
+                f"{_form(plan.chosen.values, plan.chosen.int8)}"
+            )
+        )
     for note in plan.notes:
         console.print(Text(f"note: {note}"))
 
@@ -83,6 +83,9 @@ def _change(before: int, after: int) -> str:
     return f"{before:,} → {after:,} ({before / max(after, 1):.2f} times fewer)"
 
 
-def _bytes(plan: Plan, encoding: str, values: str) -> str:
-    size = plan.file(encoding, values).bytes
-    return f"{size:,} ({plan.dense_bytes / size:.1f}x)"
+def _form(values: str, int8: bool) -> str:
+    return "int8 arithmetic" if int8 else "int8 values" if values == "int8" else values
+
+
+def _title(encoding: str) -> str:
+    return CODECS[encoding].title if encoding in CODECS else f"{encoding}, the smallest of each tensor"

@@ -118,7 +118,7 @@ def show_export(report: ExportReport) -> None:
         "logits",
         f"differ from PyTorch's by at most {agreement.max_logit_difference:.1e} on {agreement.n} test images",
     )
-    for points in report.rejudgments:
+    for points in report.points_checks:
         table.add_row(
             "certificate",
             f"the file itself judged {points.n} points: {points.clean_correct} right clean, "

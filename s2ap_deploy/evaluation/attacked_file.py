@@ -16,7 +16,7 @@ class TwinAgreement(Record):
     """File and differentiable twin on the same clean and adversarial inputs, ``n`` together.
 
     ``ties`` are inputs on which only rounding decides between two classes; ``matches`` says whether the twin
-    speaks for the file, by the rule of ``exporting.verify.compare_twin``.
+    speaks for the file, by the rule of ``onnx_export.verification.compare_logits``.
     """
 
     n: int = Field(ge=1)

@@ -1,4 +1,4 @@
-"""A coded ONNX file made dense again, for a runtime or tool that cannot decode it at load."""
+"""Decode an ONNX file to a dense one, for a runtime or tool that cannot decode weights at load."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from onnx.reference import ReferenceEvaluator
 
+from s2ap_deploy.codecs.decode_graph import is_internal
+from s2ap_deploy.codecs.encodings.coo import dense_tensor
 from s2ap_deploy.errors import VerificationError
 from s2ap_deploy.files import atomic, sha256
-from s2ap_deploy.onnx_export.codecs import encoding as codec
-from s2ap_deploy.onnx_export.codecs.coo import dense_tensor
+from s2ap_deploy.onnx_export import encoding as codec
 from s2ap_deploy.onnx_export.graph import check
 from s2ap_deploy.onnx_export.inference import logits, session
 from s2ap_deploy.onnx_export.onnx_file import OnnxFile
@@ -26,7 +27,7 @@ TOLERANCE = 1e-5  # x max(1, largest |logit|): rounding of float32 sums in anoth
 class Decoded(Record):
     """One dense file and the one it was made from.
 
-    ``tensors`` counts the weights that were coded, ``entries`` and ``nonzeros`` what they hold.
+    ``tensors`` counts the weights that were encoded, ``entries`` and ``nonzeros`` what they hold.
     ``bit_equal``: ONNX Runtime and ONNX's reference evaluator decode them to the same bits, which the dense
     file has. ``max_logit_difference`` is that of both files on random images, in ONNX Runtime.
     """
@@ -47,20 +48,22 @@ class Decoded(Record):
 def decode_file(opened: OnnxFile, output: Path) -> Decoded:
     """Write the dense form of ``opened`` to ``output``, over what is there; metadata stays as it is.
 
-    A file without coded weights is written as it was read. Raises VerificationError when two
-    implementations decode to different bits, when ONNX's full check refuses the result, or when it answers
-    differently, and then leaves ``output`` as it was; StorageError when the disk refuses.
+    A file without encoded weights is written as it was read. Raises VerificationError when two
+    implementations decode to different bits, when ONNX's full check refuses the result, or when its logits
+    differ, and then leaves ``output`` as it was; StorageError when the disk refuses.
     """
     expected = _by_reference(opened.model)
     dense = codec.decode(opened.model)
-    found = codec.tensors(dense)
+    found = codec.arrays(dense.graph.initializer)
     _compare(expected, {name: found[name] for name in expected})
     check(dense)
     data = dense.SerializeToString() if expected else opened.content
     with atomic(output) as temporary:
         temporary.write_bytes(data)
         if temporary.read_bytes() != data:
-            raise VerificationError("the disk returns other bytes than were written")
+            raise VerificationError(
+                "the disk returns other bytes than were written", code="written-bytes-differ"
+            )
         difference = _difference(opened, temporary)
         digest = sha256(temporary)
     return Decoded(
@@ -78,10 +81,10 @@ def decode_file(opened: OnnxFile, output: Path) -> Decoded:
 
 
 def _by_reference(model: ModelProto) -> dict[str, NDArray[np.generic]]:
-    """The coded weights, by ONNX's reference evaluator: not the implementation that :func:`decode` asks."""
+    """The encoded weights, by ONNX's reference evaluator: :func:`decode` uses ONNX Runtime instead."""
     decoded = codec.run_decoder(codec.decoder(model), _evaluate)
     for sparse in map(dense_tensor, model.graph.sparse_initializer):
-        if not codec.is_internal(sparse.name):
+        if not is_internal(sparse.name):
             decoded |= codec.arrays([sparse])
     return decoded
 
@@ -89,9 +92,11 @@ def _by_reference(model: ModelProto) -> dict[str, NDArray[np.generic]]:
 def _evaluate(part: ModelProto, outputs: list[str]) -> list[NDArray[np.generic]]:
     try:
         return [np.asarray(array) for array in ReferenceEvaluator(part).run(outputs, {})]
-    except Exception as error:  # pure Python on a stranger's numbers: it fails as Python does
+    except Exception as error:  # pure Python on untrusted numbers: any exception is possible
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise VerificationError(f"the weights cannot be decoded: {reason}") from error
+        raise VerificationError(
+            f"the weights cannot be decoded: {reason}", code="weights-not-decodable"
+        ) from error
 
 
 def _compare(expected: dict[str, NDArray[np.generic]], found: dict[str, NDArray[np.generic]]) -> None:
@@ -99,7 +104,8 @@ def _compare(expected: dict[str, NDArray[np.generic]], found: dict[str, NDArray[
         same = array.dtype == found[name].dtype and array.shape == found[name].shape
         if not same or array.tobytes() != found[name].tobytes():
             raise VerificationError(
-                f"{name}: ONNX Runtime decodes other bits than ONNX's reference evaluator"
+                f"{name}: ONNX Runtime decodes other bits than ONNX's reference evaluator",
+                code="decoders-differ",
             )
 
 
@@ -108,10 +114,12 @@ def _difference(opened: OnnxFile, path: Path) -> float:
     images = np.random.default_rng(0).random((PROBES, *opened.input_size), dtype=np.float32)
     before, after = opened.answers(images), logits(session(path), images)
     if not np.isfinite(before).all():
-        raise VerificationError("its logits are not finite, so that nothing can be compared")
+        raise VerificationError(
+            "its logits are not finite, so that nothing can be compared", code="logits-not-finite"
+        )
     difference, largest = float(np.abs(after - before).max()), float(np.abs(before).max())
     if not difference <= TOLERANCE * max(1.0, largest) < np.inf:  # written so that NaN fails
         raise VerificationError(
-            f"the dense file answers differently: its logits are up to {difference:.3g} away"
+            f"the logits of the dense file differ by up to {difference:.3g}", code="logits-differ"
         )
     return difference

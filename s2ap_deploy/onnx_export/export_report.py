@@ -1,57 +1,51 @@
-"""What an export leaves behind: the record that ties a file to its weights and its checks. No torch."""
+"""The record of one exported file: where its weights came from, its sizes and every check it passed."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
-
+from s2ap_deploy import records
+from s2ap_deploy.codecs.registry import CODECS, DENSE, EncodingName, StoredEncoding
+from s2ap_deploy.codecs.values import FLOAT32, VALUES, ValuesName
 from s2ap_deploy.errors import RunFolderError
-from s2ap_deploy.files import LARGEST_JSON, parse_json, read_bytes, write_json
-from s2ap_deploy.onnx_export.benchmark.performance import Performance
-from s2ap_deploy.onnx_export.dead_channels.compaction_report import Compaction
-from s2ap_deploy.onnx_export.dead_channels.narrowing_report import Narrowed
+from s2ap_deploy.records import Agreement, ExportFacts
 from s2ap_deploy.spec import Record
-
-SCHEMA_VERSION: Literal[1] = 1
-TensorEncoding = Literal["dense", "ef", "zeros", "gaps", "mask", "coo"]
 
 LATENCY_STATEMENT = (
     "Unstructured sparsity shrinks the file, not CPU latency: the runtime decodes the weights once at load "
     "and then computes at dense speed with dense memory."
 )
-
+INT8_STATEMENT = (
+    f"{LATENCY_STATEMENT} The speed-up of an int8 file comes from its arithmetic, at any sparsity."
+)
 ROUNDED_STATEMENT = (
     "Its weights are rounded to {kind}: it is another network than the float32 one, "
     "and a certificate of that one does not carry over."
 )
-
-COO_STATEMENT = (
-    "Its weights are ONNX sparse initializers, which no standard operator takes: ONNX's full check refuses "
-    "the file, so it was checked without; ONNX Runtime runs it, OpenVINO does not load it."
+RESELECTED_STATEMENT = (
+    "These channels were chosen anew by the scores of the run, without any training since: no certificate "
+    "covers the accuracy and the robustness of this network."
 )
-
-INT8_STATEMENT = f"{LATENCY_STATEMENT} What gains speed in an int8 file is its arithmetic, at any sparsity."
-
-
-# Came later: a report without them keeps the text that it always had.
-_UNSAID = ("narrowed", "target", "budgets", "predicted", "performance")
+PERFORMANCE_STATEMENT = (
+    "Ratios are medians of pairs run back to back, in brackets their quartiles. "
+    "Unstructured sparsity does not speed up CPU inference."
+)
+NOTICEABLE = 0.98  # a larger remaining fraction of the multiply-accumulates saves no measurable time
 
 
 class EncodedTensor(Record):
     """How one weight tensor is stored.
 
     ``bytes`` counts its data and its own decode nodes; the few constants that all tensors share are
-    left out. ``index_bits`` is what of that is not values, per non-zero entry; ``entropy_bits`` is the
+    left out. ``index_bits`` are the bits beside the values, per non-zero entry; ``entropy_bits`` is the
     least that any code needs when positions are independent, ``N H(k/N) / k``.
     """
 
     name: str
     shape: tuple[int, ...]
-    encoding: TensorEncoding
+    encoding: StoredEncoding
     entries: int
     nonzeros: int
     bytes: int
@@ -60,69 +54,10 @@ class EncodedTensor(Record):
     entropy_bits: float | None = None
 
 
-def left_dense(encoding: str, tensors: Iterable[EncodedTensor]) -> tuple[str, ...]:
-    """Names of the weights that stayed dense although ``encoding`` is a sparse one; biases are not meant."""
-    if encoding == "dense":
-        return ()
-    return tuple(row.name for row in tensors if row.encoding == "dense" and len(row.shape) > 1)
-
-
-class Agreement(Record):
-    """How closely the exported file follows the classifier on ``n`` inputs.
-
-    A tie is an input on which the two choose differently although the classes they choose lie closer
-    together than the tolerance allows to tell apart. ``tolerance`` None puts no limit on the logits;
-    ``required`` is the least share of equal classes, ties included.
-    """
-
-    n: int
-    max_logit_difference: float
-    largest_logit: float
-    tolerance: float | None
-    argmax_agree: int
-    ties: int
-    required: float = 1.0
-
-    @property
-    def passed(self) -> bool:
-        """Whether the logits are close enough, and the classes the same but for ties."""
-        # Written so that NaN fails, and infinite logits, which would make the tolerance infinite.
-        close = self.max_logit_difference < math.inf
-        if self.tolerance is not None:
-            close = self.max_logit_difference <= self.tolerance < math.inf
-        return close and self.argmax_agree + self.ties >= self.required * self.n
-
-
-class PointsCheck(Record):
-    """A certificate's points, judged by the exported file itself.
-
-    ``survived`` counts samples that the file classifies correctly both clean and attacked. The
-    disagreements count points on which the file's class differs from the one the certificate recorded;
-    ``ties`` of them lie where rounding alone decides between the two.
-    """
-
-    certificate_sha256: str
-    n: int
-    clean_correct: int
-    survived: int
-    clean_disagreements: int
-    adversarial_disagreements: int
-    ties: int = 0
-    agreement: Agreement | None = None
-
-    @property
-    def disagreements(self) -> int:
-        return self.clean_disagreements + self.adversarial_disagreements
-
-    @property
-    def same_predictions(self) -> bool:
-        return self.disagreements == 0
-
-
 class Quantization(Record):
     """How a file became int8; ``float_bytes`` is the size of the same file in float32, equally encoded.
 
-    ``instructions``: what the processor that timed it has for int8, such as VNNI; None where it does not say.
+    ``instructions``: the int8 instructions of the processor that timed it, such as VNNI; None where unknown.
     """
 
     scheme: str
@@ -132,24 +67,159 @@ class Quantization(Record):
 
 
 class Rounding(Record):
-    """What storing weights in fewer bits did to them.
+    """How storing weights in fewer bits changed them.
 
     ``tensors`` counts the rounded ones, ``flushed`` the values that became zero, ``max_weight_difference``
-    is the largest change of any. What it did to the logits stands in the report's ``agreement``.
+    is the largest change of any. The report's ``agreement`` has the change of the logits.
     """
 
-    values: Literal["f16", "int8"]
+    values: ValuesName
     tensors: int
     flushed: int
     max_weight_difference: float
 
     @property
     def kind(self) -> str:
-        return "float16" if self.values == "f16" else "int8 with a scale per output channel"
+        return VALUES[self.values].description
+
+
+class CompactedTensor(Record):
+    """Channels that the weight ``name`` writes, before and after.
+
+    ``merged`` counts the removed ones that were, or were tied to, constants other than zero that a later
+    layer read: their part moved into its bias or into another constant channel. The rest was zero or unread.
+    """
+
+    name: str
+    channels_before: int
+    channels_after: int
+    merged: int
+
+
+class SkippedNodes(Record):
+    """Nodes of one operator whose channels were left as they are, and why."""
+
+    operator: str
+    reason: str
+    nodes: tuple[str, ...]
+
+
+class Compaction(Record):
+    """Removal of dead channels from a graph.
+
+    ``macs``: multiply-accumulates of all convolutions and matrix products for one image.
+    ``parameters``: entries of all floating-point tensors that the file stores.
+    ``tensors`` lists the weights that lost channels. ``max_logit_difference``, where it was measured, is
+    between the graphs before and after on real and artificial images, ``tolerance`` what was allowed.
+    """
+
+    channels_before: int
+    channels_after: int
+    merged: int
+    macs_before: int
+    macs_after: int
+    parameters_before: int
+    parameters_after: int
+    tensors: tuple[CompactedTensor, ...] = ()
+    skipped: tuple[SkippedNodes, ...] = ()
+    max_logit_difference: float | None = None
+    tolerance: float | None = None
+
+    @property
+    def statement(self) -> str:
+        """What removing channels means for speed, in one sentence."""
+        share = self.macs_after / max(self.macs_before, 1)
+        speed = "which does save time" if share < NOTICEABLE else "so hardly any time is saved"
+        return (
+            f"Compaction left out {self.removed:,} of {self.channels_before:,} channels, no output changed: "
+            f"{share:.0%} of the multiply-accumulates remain, {speed}."
+        )
+
+    @property
+    def removed(self) -> int:
+        return self.channels_before - self.channels_after
+
+
+class NarrowedGroup(Record):
+    """Channels that can only be removed together, and how many the search and this export kept.
+
+    ``wanted`` is the requested number before alignment.
+    """
+
+    name: str
+    channels: int
+    searched: int
+    wanted: int
+    kept: int
+
+
+class SkippedWeight(Record):
+    """A weight with rows in no group, and why."""
+
+    name: str
+    reason: str
+
+
+class CostChange(Record):
+    """Prunable weights or multiply-accumulates per image: of the whole network, wanted, and achieved."""
+
+    before: int
+    wanted: int
+    achieved: int
+
+
+class CompactFile(Record):
+    """A file beside the ONNX file."""
+
+    name: str
+    sha256: str
+
+
+class Narrowing(Record):
+    """A network with physically smaller layers.
+
+    ``keep_ratio`` None means the channels of the run's mask; otherwise they were chosen anew, and no
+    certificate covers the result. ``align`` divides the counts of ``groups`` wherever they have so many
+    channels. ``skipped`` are weights that stayed as wide as they were, ``classifier`` those that write the
+    classes. ``max_logit_difference`` is against the whole network with the other channels masked.
+    """
+
+    keep_ratio: float | None = None
+    align: int = 1
+    groups: tuple[NarrowedGroup, ...]
+    skipped: tuple[SkippedWeight, ...] = ()
+    classifier: tuple[str, ...] = ()
+    weights: CostChange
+    macs: CostChange
+    max_logit_difference: float
+    files: tuple[CompactFile, ...] = ()
+
+    @property
+    def reselected(self) -> bool:
+        return self.keep_ratio is not None
+
+    @property
+    def summary(self) -> str:
+        """What was achieved, in one sentence."""
+        kept, channels = sum(g.kept for g in self.groups), sum(g.channels for g in self.groups)
+        text = (
+            f"{kept:,} of {channels:,} channels in {len(self.groups)} groups: "
+            f"{self.macs.achieved / self.macs.before:.1%} of the multiply-accumulates, "
+            f"{self.weights.achieved / self.weights.before:.1%} of the weights"
+        )
+        if self.align > 1:
+            odd = sum(g.kept % self.align != 0 for g in self.groups)
+            exactly = (self.macs.wanted, self.weights.wanted)
+            text += f", in multiples of {self.align}"
+            text += f" but for {odd} {'group' if odd == 1 else 'groups'}" if odd else ""
+            if exactly != (self.macs.achieved, self.weights.achieved):
+                shares = (part.wanted / part.before for part in (self.macs, self.weights))
+                text += " (without alignment {:.1%} and {:.1%})".format(*shares)
+        return text
 
 
 class ExportTarget(Record):
-    """What the file is for; ``sha256`` is the hash of the target's profile."""
+    """The target of the file; ``sha256`` is the hash of the target's profile."""
 
     name: str
     sha256: str
@@ -168,87 +238,143 @@ class BudgetCheck(Record):
         return None if self.found is None else self.found <= self.asked
 
 
-class Predicted(Record):
-    """What shapes and the recipe alone gave reason to expect: bytes of the file, and macs per image."""
+class PredictedSize(Record):
+    """Bytes of the file and macs per image, predicted from shapes and the recipe alone."""
 
     bytes: int
     macs: int
 
 
-class ExportReport(Record):
+class PairedTimes(Record):
+    """The same work by the file and by its dense baseline, back to back, ``pairs`` times.
+
+    ``p50_ms`` and ``p95_ms`` are quantiles of the file's times in milliseconds. ``ratio`` is the median over
+    the pairs of (file / baseline), ``ratio_q1`` and ``ratio_q3`` its quartiles, which show the noise.
+    ``difference_ms`` is the median of (file - baseline).
+    """
+
+    pairs: int
+    p50_ms: float
+    p95_ms: float
+    dense_p50_ms: float
+    dense_p95_ms: float
+    ratio: float
+    ratio_q1: float
+    ratio_q3: float
+    difference_ms: float
+
+
+class Inference(Record):
+    """Times of one inference of ``batch`` images on ``threads`` threads."""
+
+    threads: int
+    batch: int
+    times: PairedTimes
+
+
+class PeakMemory(Record):
+    """Peak resident memory in bytes that loading, and then running once, add to a bare process.
+
+    Medians of ``processes`` fresh processes for each of the two; a bare one, of ``bare_bytes``, has
+    Python, NumPy and ONNX Runtime loaded and no model.
+    """
+
+    processes: int
+    batch: int
+    bare_bytes: int
+    load_bytes: int
+    run_bytes: int
+    dense_load_bytes: int
+    dense_run_bytes: int
+
+
+class Performance(Record):
+    """The times of a file, its load and its memory, on the machine that exported it.
+
+    ``load`` is opening the file: reading, decoding, optimizing. ``int8_instructions`` are the processor's
+    own for sums of int8 products, such as VNNI's; None where the system does not say, or where they do not
+    matter because the file computes in float32.
+    """
+
+    inference: tuple[Inference, ...]
+    load: PairedTimes
+    memory: PeakMemory | None = None
+    processor: str
+    int8_instructions: tuple[str, ...] | None = None
+    statement: str = PERFORMANCE_STATEMENT
+
+
+class ExportReport(ExportFacts):
     """One exported file: its hash, its sizes, where its weights came from and every check it passed.
 
     ``sparsity`` is the share of zeros among ``weights``, the entries of all tensors that a
-    convolution or matrix product of the graph reads as its weight. ``latency_ratio`` is the time of
-    the file divided by the time of its dense twin, one image on one thread, and ``latency_ms`` its own
-    median in milliseconds; None where not measured. The dense twin is float32, also of an int8 file, and has
-    all its channels: ``compaction`` says which the file lacks. Their weights count as zeros. ``narrowed`` is
-    there for a run on channels: what each group of them kept. ``performance`` is what --bench measured.
+    convolution or matrix product of the graph reads as its weight. The dense baseline of ``latency_ratio`` is
+    float32, also of an int8 file, and has all its channels: ``compaction`` says which the file lacks. Their
+    weights count as zeros. ``narrowed``, of a run on channels, says what each group of them kept.
+    ``performance`` is the result of --bench. ``batch`` is the only batch size that the file takes, None for
+    any.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
-    file: str
-    sha256: str
-    bytes: int
+    schema_version: Literal[1] = 1
     dense_bytes: int
     opset: int
-    encoding: str
+    encoding: EncodingName
     tensors: tuple[EncodedTensor, ...]
-    weights: int
-    nonzeros: int
     sparsity: float
-    kept_but_zero: int | None = Field(default=None, description="kept by the mask, yet exactly zero")
     agreement: Agreement
-    rejudgments: tuple[PointsCheck, ...] = ()
     source_weights_sha256: str
-    latency_ratio: float | None = None
-    latency_ms: float | None = None
     quantization: Quantization | None = None
     compaction: Compaction | None = None
-    narrowed: Narrowed | None = None
+    narrowed: Narrowing | None = None
     rounding: Rounding | None = None
-    batch: int | None = Field(default=None, description="the only batch size that the file takes")
+    batch: int | None = None
     target: ExportTarget | None = None
     budgets: tuple[BudgetCheck, ...] = ()
-    predicted: Predicted | None = None
+    predicted: PredictedSize | None = None
     performance: Performance | None = None
     statement: str = LATENCY_STATEMENT
     warnings: tuple[str, ...] = ()
     versions: dict[str, str]
 
     @property
-    def values(self) -> str:
-        """How the values of the weights are stored: ``f32``, ``f16`` or ``int8``."""
-        return "f32" if self.rounding is None else self.rounding.values
+    def values(self) -> ValuesName:
+        """How the values of the weights are stored."""
+        return FLOAT32 if self.rounding is None else self.rounding.values
 
     @property
     def left_dense(self) -> tuple[str, ...]:
-        """Weights that a sparse encoding was asked for and that have too few zeros for one."""
+        """Weights with too few zeros for the sparse encoding that was requested."""
         return left_dense(self.encoding, self.tensors)
 
     def save(self, path: Path) -> None:
         """Write canonical JSON, atomically. Raises StorageError."""
-        unsaid = {name for name in _UNSAID if not getattr(self, name)}
-        write_json(path, self.model_dump(mode="json", exclude=unsaid))
+        records.save(path, self)
 
     @classmethod
     def load(cls, path: Path) -> ExportReport:
         """Read what :meth:`save` wrote. Raises StorageError, or RunFolderError for other content."""
-        try:
-            content = parse_json(read_bytes(path, limit=LARGEST_JSON))
-        except ValueError:
-            raise RunFolderError(f"{path}: is not JSON", hint="export again with --overwrite") from None
-        found = content.get("schema_version") if isinstance(content, dict) else None
-        if found != SCHEMA_VERSION:
-            raise RunFolderError(
-                f"{path}: schema_version is {found!r}, this version reads {SCHEMA_VERSION}",
-                hint="export again with --overwrite, or use the version of s2ap-deploy that wrote it",
-            )
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise RunFolderError(
-                f"{path}: {where}: {first['msg']}", hint="export again with --overwrite"
-            ) from None
+        return records.load(path, cls, RunFolderError, hint="export again with --overwrite")
+
+
+def left_dense(encoding: EncodingName, tensors: Iterable[EncodedTensor]) -> tuple[str, ...]:
+    """Return the names of weights that stayed dense although ``encoding`` is sparse; biases do not count."""
+    if encoding == DENSE.name:
+        return ()
+    return tuple(row.name for row in tensors if row.encoding == DENSE.name and len(row.shape) > 1)
+
+
+def statement(
+    quantized: bool,
+    compaction: Compaction | None,
+    rounding: Rounding | None,
+    tensors: Iterable[EncodedTensor],
+) -> str:
+    """Say in a few sentences what the form of a file means for its speed, its robustness and its readers."""
+    sentences = [INT8_STATEMENT if quantized else LATENCY_STATEMENT]
+    if compaction is not None and compaction.removed:
+        sentences.append(compaction.statement)
+    if rounding is not None:
+        sentences.append(ROUNDED_STATEMENT.format(kind=rounding.kind))
+    used = {row.encoding for row in tensors}
+    sentences += [codec.statement for name, codec in CODECS.items() if name in used and codec.statement]
+    return " ".join(sentences)

@@ -1,4 +1,4 @@
-"""From a PyTorch classifier to a dense ONNX graph that carries nothing but the model."""
+"""Trace a PyTorch classifier into a dense ONNX graph that holds nothing but the model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, numpy_help
 from torch import nn
 
 from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError, VerificationError
-from s2ap_deploy.onnx_export.codecs.coo import has_sparse
-from s2ap_deploy.onnx_export.codecs.encoding import default_opset
+from s2ap_deploy.onnx_export.encoding import default_opset
 
 INPUT = "image"
 OUTPUT = "logits"
@@ -33,7 +32,7 @@ def to_onnx(
     batch: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> ModelProto:
-    """The classifier in evaluation mode as one float32 ONNX model.
+    """Trace the classifier in evaluation mode into one float32 ONNX model.
 
     Input ``image`` [batch, C, H, W] in [0, 1], output ``logits`` [batch, K], any batch size, or only
     ``batch`` where it is given; normalization is part of the graph and BatchNorm is folded where a
@@ -48,10 +47,14 @@ def to_onnx(
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise UsageError(
             f"opset {opset} cannot be exported, only {MIN_OPSET} to {MAX_OPSET}",
+            code="opset-unsupported",
             hint=f"try --opset {max(MIN_OPSET, min(opset, MAX_OPSET))}",
         )
     if batch is not None and not 1 <= batch <= MAX_BATCH:
-        raise UsageError(f"a batch of {batch} cannot be exported, only dynamic or 1 to {MAX_BATCH}")
+        raise UsageError(
+            f"a batch of {batch} cannot be exported, only dynamic or 1 to {MAX_BATCH}",
+            code="batch-unsupported",
+        )
     network = _frozen_copy(classifier)
     example = torch.full((batch or 2, *input_size), 0.5)
     _check_output(network, example)
@@ -59,7 +62,8 @@ def to_onnx(
     written = default_opset(model)
     if written != opset:
         raise UsageError(
-            f"opset {opset} was asked for, but torch {torch.__version__} writes {written}",
+            f"opset {opset} was requested, but torch {torch.__version__} writes {written}",
+            code="opset-unsupported",
             hint=f"try --opset {written}",
         )
     _strip(model.graph)
@@ -74,26 +78,35 @@ def to_onnx(
 
 
 def check(model: ModelProto) -> None:
-    """ONNX's own full check, shapes included. Raises VerificationError.
+    """Run ONNX's own full check, shapes included. Raises VerificationError.
 
     A model with sparse initializers is checked without its shapes: no operator accepts their type there.
     """
     try:
-        onnx.checker.check_model(model, full_check=not has_sparse(model))
+        onnx.checker.check_model(model, full_check=not model.graph.sparse_initializer)
     except UnicodeDecodeError as error:  # the checker quotes a damaged name
-        raise VerificationError("ONNX refuses the model: a name in it is not text") from error
+        raise VerificationError(
+            "ONNX refuses the model: a name in it is not text", code="onnx-invalid"
+        ) from error
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise VerificationError(f"ONNX refuses the model: {str(error).splitlines()[0]}") from error
+        raise VerificationError(
+            f"ONNX refuses the model: {str(error).splitlines()[0]}", code="onnx-invalid"
+        ) from error
 
 
 def _frozen_copy(classifier: nn.Module) -> nn.Module:
     tensors = {**dict(classifier.named_parameters()), **dict(classifier.named_buffers())}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{name} holds values that are not finite; it cannot be exported")
+            raise CheckpointError(
+                f"{name} holds values that are not finite; it cannot be exported", code="weights-not-finite"
+            )
     size = sum(tensor.numel() for tensor in tensors.values()) * 4
     if size > MAX_BYTES:
-        raise UsageError(f"the weights take {size / 2**30:.1f} GiB; one ONNX file holds less than 2 GiB")
+        raise UsageError(
+            f"the weights take {size / 2**30:.1f} GiB; one ONNX file holds less than 2 GiB",
+            code="weights-too-large",
+        )
     return copy.deepcopy(classifier).cpu().float().eval().requires_grad_(False)
 
 
@@ -103,11 +116,15 @@ def _check_output(network: nn.Module, example: torch.Tensor) -> None:
             output = network(example)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ArchitectureError(
-            f"the network does not accept a {list(example.shape[1:])} image: {error}"
+            f"the network does not accept a {list(example.shape[1:])} image: {error}",
+            code="input-size-unsupported",
         ) from error
     if not isinstance(output, torch.Tensor) or output.ndim != 2 or len(output) != len(example):
         found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise ArchitectureError(f"a classifier returns logits of shape [batch, classes], this one {found}")
+        raise ArchitectureError(
+            f"a classifier returns logits of shape [batch, classes], this one {found}",
+            code="output-not-logits",
+        )
 
 
 def _trace(network: nn.Module, example: torch.Tensor, opset: int, *, dynamic: bool) -> ModelProto:
@@ -129,6 +146,7 @@ def _trace(network: nn.Module, example: torch.Tensor, opset: int, *, dynamic: bo
         reason = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise ArchitectureError(
             f"the network cannot be exported: {reason}",
+            code="network-not-traceable",
             hint="its forward must not branch on the values of its input, nor on the batch size",
         ) from error
     assert program is not None  # dynamo=True always returns one
@@ -137,7 +155,7 @@ def _trace(network: nn.Module, example: torch.Tensor, opset: int, *, dynamic: bo
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress off stdout, which belongs to ``--json``, and hide its warnings.
+    """Keep the exporter's progress off stdout, which ``--json`` needs, and hide its warnings.
 
     Among them an overflow while folding, which ``_settle_values`` turns into an error.
     """
@@ -168,5 +186,8 @@ def _settle_values(graph: GraphProto) -> None:
             continue
         array = numpy_helper.to_array(tensor)
         if not np.isfinite(array).all():
-            raise CheckpointError(f"{tensor.name}: folding BatchNorm gives values that are not finite")
+            raise CheckpointError(
+                f"{tensor.name}: folding BatchNorm gives values that are not finite",
+                code="weights-not-finite",
+            )
         tensor.CopyFrom(numpy_helper.from_array(array + np.float32(0), tensor.name))

@@ -1,4 +1,4 @@
-"""Running an exported model in ONNX Runtime, on the CPU. No torch."""
+"""Run ONNX models in ONNX Runtime, on the CPU."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def session(
     optimized: Path | None = None,
     entries: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
-    """A CPU session with the runtime's default optimizations.
+    """Open a CPU session with the runtime's default optimizations.
 
-    ``optimized``: where the runtime writes the graph that it will really run. ``entries``: further settings
+    ``optimized``: where the runtime writes its optimized graph. ``entries``: further settings
     by the runtime's own keys.
     Raises VerificationError when the runtime refuses the model.
     """
@@ -58,16 +58,18 @@ def session(
         # The fallback would try again, and say so on stdout.
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except RUNTIME_ERRORS as error:
-        raise VerificationError(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
+        raise VerificationError(
+            f"ONNX Runtime refuses the model: {_first_line(error)}", code="onnx-not-loadable"
+        ) from error
 
 
 def logits(
     running: ort.InferenceSession, images: NDArray[np.float32], batch_size: int = 64
 ) -> NDArray[np.float32]:
-    """Logits [n, K] of ``images`` [n, C, H, W], float32 in [0, 1].
+    """Compute the logits [n, K] of ``images`` [n, C, H, W], float32 in [0, 1].
 
     A model of a fixed batch size is run in batches of that size, the last one filled up with copies.
-    Raises VerificationError when the model cannot run on them, or answers with anything but float32 [n, K].
+    Raises VerificationError when the model cannot run on them, or returns anything but float32 [n, K].
     """
     entry = running.get_inputs()[0]
     fixed = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else None
@@ -90,7 +92,7 @@ class FileAnswers:
     """
 
     def __init__(self, content: bytes) -> None:
-        """Raises VerificationError, when first asked, for what ONNX Runtime refuses."""
+        """Raises VerificationError at the first call for a file that ONNX Runtime refuses."""
         self._content = content
         self._running: ort.InferenceSession | None = None
 
@@ -99,7 +101,7 @@ class FileAnswers:
 
     @property
     def running(self) -> ort.InferenceSession:
-        """The open session."""
+        """The session, opened at the first use."""
         if self._running is None:
             self._running = session(self._content)
         return self._running
@@ -112,7 +114,7 @@ class FileAnswers:
 
 
 def evaluate(model: ModelProto, outputs: list[str]) -> list[NDArray[np.generic]]:
-    """The named outputs of a model that has no inputs. Raises VerificationError when it cannot run."""
+    """Compute the named outputs of a model without inputs. Raises VerificationError when it cannot run."""
     return list(_run(session(model.SerializeToString()), outputs, {}))
 
 
@@ -122,17 +124,22 @@ def _run(
     try:
         return list(running.run(outputs, feed))
     except RUNTIME_ERRORS as error:
-        raise VerificationError(f"the exported model does not run: {_first_line(error)}") from error
+        raise VerificationError(
+            f"the exported model does not run: {_first_line(error)}", code="onnx-not-runnable"
+        ) from error
 
 
 def _check_answer(answer: object, images: int) -> None:
     if not isinstance(answer, np.ndarray) or answer.dtype != np.float32:
         kind = answer.dtype if isinstance(answer, np.ndarray) else type(answer).__name__
-        raise VerificationError(f"the model answers with {kind}, not with float32 logits")
+        raise VerificationError(
+            f"the model returns {kind}, not float32 logits", code="onnx-output-unexpected"
+        )
     if answer.ndim != 2 or len(answer) != images:
         raise VerificationError(
-            f"the model answers {images} images with a tensor of shape {list(answer.shape)}, "
-            "not with logits [batch, classes]"
+            f"the model returns a tensor of shape {list(answer.shape)} for {images} images, "
+            "not logits [batch, classes]",
+            code="onnx-output-unexpected",
         )
 
 

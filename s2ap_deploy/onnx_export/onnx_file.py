@@ -1,4 +1,4 @@
-"""An ONNX file that somebody gives us: what it says of itself, checked before anything relies on it."""
+"""Load an untrusted ONNX file: its content is checked before anything relies on it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import CheckpointError, VerificationError
-from s2ap_deploy.onnx_export.codecs.footprint import check_footprint, stored_elsewhere
 from s2ap_deploy.onnx_export.inference import FileAnswers
 from s2ap_deploy.onnx_export.quantization import is_quantized
-from s2ap_deploy.onnx_export.resource_limits import check_demand
+from s2ap_deploy.onnx_export.resource_limits import check_decoding, check_execution, has_external_data
 
 _MAX_BYTES = 2**31
 
@@ -39,12 +38,12 @@ class OnnxFile:
 
     @property
     def answers(self) -> FileAnswers:
-        """The file in ONNX Runtime."""
+        """The file as a function, run by ONNX Runtime."""
         return FileAnswers(self.content)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """As the file states them; none when it does not, or not readably."""
+        """As the file states them; empty when it does not, or not readably."""
         try:
             names = json.loads(self.metadata.get("s2ap.class_names", "[]"))
         except (ValueError, RecursionError):
@@ -61,8 +60,8 @@ class OnnxFile:
         return stated if 0.0 <= stated <= 1.0 else None
 
 
-def read(path: Path) -> OnnxFile:
-    """Read and check the file at ``path``.
+def load(path: Path) -> OnnxFile:
+    """Load and check the file at ``path``.
 
     Raises StorageError when it cannot be read and CheckpointError when it is not one whole ONNX model that
     maps one float32 tensor [batch, C, H, W] of known size to logits [batch, K] of at least two classes, or
@@ -70,25 +69,28 @@ def read(path: Path) -> OnnxFile:
     """
     content = files.read_bytes(path, limit=_MAX_BYTES)
     if len(content) > _MAX_BYTES:
-        raise _refused(path, "is larger than 2 GiB, the most that one ONNX file holds")
+        raise _refused(path, "is larger than 2 GiB, the most that one ONNX file holds", "onnx-too-large")
     try:
         model = ModelProto.FromString(content)
     except DecodeError:
-        raise _refused(path, "is not an ONNX file") from None
+        raise _refused(path, "is not an ONNX file", "file-not-onnx") from None
     if not model.graph.node:
-        raise _refused(path, "is not an ONNX file")
-    if stored_elsewhere(model):
-        raise _refused(path, "keeps its weights in another file, which its hash does not cover")
+        raise _refused(path, "is not an ONNX file", "file-not-onnx")
+    if has_external_data(model):
+        raise _refused(
+            path, "keeps its weights in another file, which its hash does not cover", "onnx-data-external"
+        )
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
-        raise _refused(path, f"is not a valid ONNX model: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise _refused(path, f"is not a valid ONNX model: {reason}", "onnx-invalid") from None
     input_size = _input_size(path, model)
     try:
-        check_footprint(model)
-        check_demand(model)
+        check_decoding(model)
+        check_execution(model)
     except VerificationError as error:
-        raise _refused(path, f"is refused: {error.message}") from None
+        raise _refused(path, f"is refused: {error.message}", error.code) from None
     opened = OnnxFile(
         path=path,
         content=content,
@@ -101,9 +103,9 @@ def read(path: Path) -> OnnxFile:
     try:
         classes = opened.answers(np.zeros((2, *input_size), np.float32)).shape[1]
     except VerificationError as error:
-        raise _refused(path, f"cannot be run: {error.message}") from None
+        raise _refused(path, f"cannot be run: {error.message}", error.code) from None
     if classes < 2:
-        raise _refused(path, f"tells {classes} classes apart; a classifier has at least two")
+        raise _refused(path, f"has {classes} classes; a classifier has at least two", "onnx-classes-too-few")
     return opened
 
 
@@ -114,10 +116,15 @@ def _input_size(path: Path, model: ModelProto) -> tuple[int, int, int]:
         raise _refused(
             path,
             f"has {len(entries)} inputs and {len(model.graph.output)} outputs; a classifier has one each",
+            "onnx-not-classifier",
         )
     sizes = _sizes(entries[0])
     if entries[0].type.tensor_type.elem_type != TensorProto.FLOAT or len(sizes) != 4 or 0 in sizes[1:]:
-        raise _refused(path, "does not take one float32 tensor [batch, C, H, W] with C, H and W fixed")
+        raise _refused(
+            path,
+            "does not take one float32 tensor [batch, C, H, W] with C, H and W fixed",
+            "onnx-not-classifier",
+        )
     return sizes[1], sizes[2], sizes[3]
 
 
@@ -126,8 +133,9 @@ def _sizes(value: ValueInfoProto) -> list[int]:
     return [max(0, dimension.dim_value) for dimension in value.type.tensor_type.shape.dim]
 
 
-def _refused(path: Path, reason: str) -> CheckpointError:
+def _refused(path: Path, reason: str, code: str) -> CheckpointError:
     return CheckpointError(
         f"{path} {reason}",
+        code=code,
         hint="give one ONNX file of a classifier, such as export/model.onnx of a run folder",
     )

@@ -1,4 +1,4 @@
-"""A float32 ONNX model as int8: static quantization in QDQ form, by ONNX Runtime's own quantizer.
+"""Quantize a float32 ONNX model to int8: static quantization in QDQ form, by ONNX Runtime's quantizer.
 
 Weights are symmetric int8, one scale per output channel, so that a pruned weight stays exactly zero;
 activations are uint8 with ranges from calibration images (Jacob et al. 2018, arXiv 1712.05877): a ReLU is
@@ -22,12 +22,12 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from s2ap_deploy.errors import DataError, UsageError, VerificationError
+from s2ap_deploy.onnx_export.encoding import WEIGHT_INPUTS
 from s2ap_deploy.onnx_export.inference import RUNTIME_ERRORS
 
 SCHEME = "static QDQ: weights symmetric int8 per channel (7 bits used), activations uint8, logits float32"
 CALIBRATION_BATCH = 64
 _INTEGER_OPERATORS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinear", "Integer")
-_WEIGHT_READERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # The quantizer is Python all through, and fails as such on graphs that it does not expect.
 _REFUSALS: tuple[type[Exception], ...] = (
     *RUNTIME_ERRORS,
@@ -41,7 +41,7 @@ _REFUSALS: tuple[type[Exception], ...] = (
 
 
 def quantize(model: ModelProto, images: NDArray[np.float32]) -> ModelProto:
-    """The int8 form of ``model``, calibrated on ``images`` [n, C, H, W] in [0, 1], n >= 1.
+    """Quantize ``model``, calibrated on ``images`` [n, C, H, W] in [0, 1], n >= 1.
 
     Scales come from the smallest and largest activation over the images; the same model and images give
     the same bytes. Weights take 7 of the 8 bits: processors without VNNI add products of int8 in pairs
@@ -50,11 +50,15 @@ def quantize(model: ModelProto, images: NDArray[np.float32]) -> ModelProto:
     quantizer refuses the model or its scales are not finite.
     """
     if not len(images):
-        raise UsageError("int8 needs at least one image to calibrate on")
+        raise UsageError("int8 needs at least one image to calibrate on", code="calibration-images-missing")
     if not np.isfinite(images).all():
-        raise DataError("the images to calibrate on hold values that are not finite")
+        raise DataError(
+            "the images to calibrate on hold values that are not finite", code="calibration-not-finite"
+        )
     if not model.graph.input:
-        raise VerificationError("the network cannot be quantized: it takes no images")
+        raise VerificationError(
+            "the network cannot be quantized: it takes no images", code="quantization-failed"
+        )
     with tempfile.TemporaryDirectory(prefix="s2ap-") as folder, _quiet():
         path = Path(folder) / "int8.onnx"
         try:
@@ -75,14 +79,16 @@ def quantize(model: ModelProto, images: NDArray[np.float32]) -> ModelProto:
             )
         except _REFUSALS as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise VerificationError(f"the network cannot be quantized: {reason}") from error
+            raise VerificationError(
+                f"the network cannot be quantized: {reason}", code="quantization-failed"
+            ) from error
         found = onnx.load(path)
     _tidy(found, model)
     return found
 
 
 def is_quantized(model: ModelProto) -> bool:
-    """Whether any node of the graph computes with, or unpacks, integers in place of real numbers."""
+    """Return whether any node of the graph computes with, or unpacks, integers in place of real numbers."""
     return any(
         node.op_type in _INTEGER_OPERATORS[:3] or any(word in node.op_type for word in _INTEGER_OPERATORS[3:])
         for node in model.graph.node
@@ -90,14 +96,14 @@ def is_quantized(model: ModelProto) -> bool:
 
 
 def quantized_weights(model: ModelProto) -> dict[str, NDArray[np.generic]]:
-    """The int8 tensors that a convolution or matrix product reads through DequantizeLinear, by name."""
+    """Return the int8 tensors that a convolution or product reads through DequantizeLinear, by name."""
     unpacked = {
         node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"
     }
     read = {
         unpacked[name]
         for node in model.graph.node
-        if node.op_type in _WEIGHT_READERS
+        if node.op_type in WEIGHT_INPUTS
         for name in node.input[:2]
         if name in unpacked
     }
@@ -109,7 +115,7 @@ def quantized_weights(model: ModelProto) -> dict[str, NDArray[np.generic]]:
 
 
 class _Images(CalibrationDataReader):  # type: ignore[misc]
-    """Hands the calibration images out in batches; a model of a fixed batch gets the last one filled up."""
+    """Reads the calibration images in batches; a model of a fixed batch gets the last one filled up."""
 
     def __init__(self, entry: ValueInfoProto, images: NDArray[np.float32]) -> None:
         first = entry.type.tensor_type.shape.dim[:1]
@@ -125,7 +131,7 @@ class _Images(CalibrationDataReader):  # type: ignore[misc]
 
 
 def _shaped(model: ModelProto) -> ModelProto:
-    """A copy with the shapes of all values, from which the quantizer tells weights from activations."""
+    """A copy with the shapes of all values, by which the quantizer distinguishes weights from activations."""
     return onnx.shape_inference.infer_shapes(model)
 
 
@@ -137,12 +143,14 @@ def _tidy(found: ModelProto, source: ModelProto) -> None:
     for tensor in found.graph.initializer:
         values = numpy_helper.to_array(tensor)
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise VerificationError(f"{tensor.name}: calibration gives values that are not finite")
+            raise VerificationError(
+                f"{tensor.name}: calibration gives values that are not finite", code="calibration-not-finite"
+            )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the quantizer's advice on the root logger, which is for people who call it by hand."""
+    """Silence the quantizer's advice on the root logger."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

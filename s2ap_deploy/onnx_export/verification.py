@@ -1,11 +1,11 @@
-"""Whether an exported file is the model it was made from: its graph, its logits, its verdicts."""
+"""Compare an exported file with the model it was made from: its graph, its logits, its classes."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,24 +17,19 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from torch import nn
 
-from s2ap_deploy.onnx_export.codecs.decoder import decodes
-from s2ap_deploy.onnx_export.export_report import Agreement, PointsCheck
+from s2ap_deploy.codecs.decode_graph import decodes
+from s2ap_deploy.codecs.registry import OPERATORS
+from s2ap_deploy.errors import VerificationError
+from s2ap_deploy.onnx_export.encoding import weights
 from s2ap_deploy.onnx_export.inference import logits, session
-
-__all__ = [
-    "CertifiedPoints",
-    "compare",
-    "compare_quantized",
-    "compare_twin",
-    "folded",
-    "logits",
-    "rejudge",
-    "session",
-]
+from s2ap_deploy.records import Agreement, PointsCheck
 
 RELATIVE_TOLERANCE = 1e-5
 QUANTIZED_FLOOR = 0.9
-DECODE_OPERATORS = ("BitwiseAnd", "CumSum", "ScatterElements")
+# Operators that classifiers have as well, and that ONNX Runtime may add to them.
+_ORDINARY = frozenset(
+    {"Add", "Cast", "ConstantOfShape", "Gather", "MatMul", "Mul", "Reshape", "Slice", "Sub"}
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +48,10 @@ class CertifiedPoints:
     adversarial_prediction: NDArray[np.integer]
 
 
-def folded(model: ModelProto) -> bool:
-    """Whether ONNX Runtime computes every coded weight at load, leaving no decode step per inference.
+def decodes_at_load(model: ModelProto) -> bool:
+    """Return whether ONNX Runtime computes every encoded weight at load, with no decode step per inference.
 
-    Judged on the graph that the runtime itself writes after its default optimizations.
+    Decided on the graph that the runtime itself writes after its default optimizations.
     """
     decoding = [node for node in model.graph.node if decodes(node)]
     if not decoding:
@@ -70,7 +65,7 @@ def folded(model: ModelProto) -> bool:
         return False
     own = Counter(node.op_type for node in model.graph.node if not decodes(node))
     left = Counter(node.op_type for node in running)
-    return all(left[operator] <= own[operator] for operator in DECODE_OPERATORS)
+    return all(left[operator] <= own[operator] for operator in OPERATORS - _ORDINARY)
 
 
 def compare(
@@ -80,7 +75,7 @@ def compare(
     *,
     batch_sizes: Sequence[int] = (1, 2, 7, 64),
 ) -> Agreement:
-    """Logits of the session ``running`` against those of the classifier on ``images`` [n, C, H, W].
+    """Compare the logits of the session ``running`` with those of the classifier on ``images`` [n, C, H, W].
 
     All images, at least one, are run at the largest batch size, the first two batches of each smaller
     size as well.
@@ -101,58 +96,41 @@ def compare(
 def compare_quantized(
     classifier: nn.Module, running: ort.InferenceSession, images: NDArray[np.float32]
 ) -> Agreement:
-    """Logits of an int8 session against those of its float classifier on ``images`` [n, C, H, W].
+    """Compare an int8 or rounded session with its float32 classifier on ``images`` [n, C, H, W].
 
-    Rounding to 8 bits is meant to move logits: only the share of equal classes is held against a floor.
+    Rounding changes logits: only the share of equal classes has a limit.
     """
     reference = _reference(classifier, images, 64)
     return _agreement(reference, logits(running, images), tolerance=None, required=QUANTIZED_FLOOR)
 
 
-def compare_twin(
-    twin_logits: NDArray[np.float32], file_logits: NDArray[np.float32], *, quantized: bool
+def compare_logits(
+    found: NDArray[np.float32], reference: NDArray[np.float32], *, quantized: bool
 ) -> Agreement:
-    """Whether a differentiable twin speaks for its file: logits [n, K] of both on the same inputs.
+    """Compare two implementations of the same file: logits [n, K] of both on the same inputs.
 
     In float32 they may differ by 1e-3 x max(1, largest |logit|), and classes only where that leaves a tie.
     A quantized file rounds in another order of operations, and one rounding that falls the other way moves
     what follows by steps: logits may differ by four steps of an 8-bit scale over the largest of them, and
     99 % of the classes must be equal, classes within one step of each other apart.
     """
-    largest = _largest(file_logits)
+    largest = _largest(reference)
     if not quantized:
-        return _agreement(file_logits, twin_logits, tolerance=1e-3 * max(1.0, largest))
+        return _agreement(reference, found, tolerance=1e-3 * max(1.0, largest))
     step = largest / 127
-    tied = _agreement(file_logits, twin_logits, tolerance=step / 2, required=0.99)
+    tied = _agreement(reference, found, tolerance=step / 2, required=0.99)
     return tied.model_copy(update={"tolerance": 4 * step})
 
 
-def _agreement(
-    reference: NDArray[np.float32],
-    found: NDArray[np.float32],
-    *,
-    tolerance: float | None,
-    required: float = 1.0,
-) -> Agreement:
-    differs, ties = _against(reference, found.argmax(1), tolerance or 0.0)
-    return Agreement(
-        n=len(reference),
-        max_logit_difference=_largest(found - reference),
-        largest_logit=_largest(reference),
-        tolerance=tolerance,
-        argmax_agree=len(reference) - differs,
-        ties=ties,
-        required=required,
-    )
-
-
-def rejudge(running: ort.InferenceSession, points: CertifiedPoints, *, batch_size: int = 64) -> PointsCheck:
+def check_points(
+    running: ort.InferenceSession, points: CertifiedPoints, *, batch_size: int = 64
+) -> PointsCheck:
     """Let the exported file itself classify every clean and adversarial point of a certificate."""
     clean = logits(running, points.clean, batch_size)
     attacked = logits(running, points.adversarial, batch_size)
     tolerance = _tolerance(max(_largest(clean), _largest(attacked)))
-    clean_differs, clean_tied = _against(clean, points.clean_prediction, tolerance)
-    attacked_differs, attacked_tied = _against(attacked, points.adversarial_prediction, tolerance)
+    clean_differs, clean_tied = _differences(clean, points.clean_prediction, tolerance)
+    attacked_differs, attacked_tied = _differences(attacked, points.adversarial_prediction, tolerance)
     correct = clean.argmax(1) == points.labels
     return PointsCheck(
         certificate_sha256=points.certificate_sha256,
@@ -165,7 +143,60 @@ def rejudge(running: ort.InferenceSession, points: CertifiedPoints, *, batch_siz
     )
 
 
-def _against(scores: NDArray[np.float32], classes: NDArray[np.integer], tolerance: float) -> tuple[int, int]:
+def check_masks(model: ModelProto, masks: Mapping[str, NDArray[np.bool_]]) -> None:
+    """Check that every exported weight is zero outside its mask.
+
+    The exporter may transpose a linear layer's weight, and stores equal tensors once: a mask whose
+    parameter has no tensor of that name is compared with the tensors of its shape.
+
+    Args:
+        model: a graph without encoded weights.
+        masks: parameter name -> bool, True where a weight is kept, in the parameter's own shape.
+
+    Raises:
+        VerificationError: a weight outside its mask is not zero, or a masked weight is not found.
+    """
+    tensors = weights(model)
+    for name, mask in masks.items():
+        named = tensors.get(name)
+        if named is not None and named.shape == mask.shape:
+            outside = np.count_nonzero(named[~mask])
+            if outside:
+                raise VerificationError(
+                    f"{name}: {outside} exported weights outside the mask are not zero", code="mask-violated"
+                )
+        elif not any(
+            tensor.shape == mask.shape and not np.any(tensor[~mask])
+            for stored in tensors.values()
+            for tensor in (stored, stored.T)
+        ):
+            raise VerificationError(
+                f"{name}: no exported tensor has its shape and keeps to its mask", code="mask-violated"
+            )
+
+
+def _agreement(
+    reference: NDArray[np.float32],
+    found: NDArray[np.float32],
+    *,
+    tolerance: float | None,
+    required: float = 1.0,
+) -> Agreement:
+    differs, ties = _differences(reference, found.argmax(1), tolerance or 0.0)
+    return Agreement(
+        n=len(reference),
+        max_logit_difference=_largest(found - reference),
+        largest_logit=_largest(reference),
+        tolerance=tolerance,
+        argmax_agree=len(reference) - differs,
+        ties=ties,
+        required=required,
+    )
+
+
+def _differences(
+    scores: NDArray[np.float32], classes: NDArray[np.integer], tolerance: float
+) -> tuple[int, int]:
     """How many rows of ``scores`` [n, K] peak elsewhere than at ``classes`` [n], and how many of
     these give both classes the same score within twice the tolerance (each may be off by one)."""
     chosen = scores.argmax(1)

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from s2ap_deploy.codecs.registry import AUTO, EncodingName
+from s2ap_deploy.codecs.values import FLOAT32, ValuesName
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.recipe import target
 from s2ap_deploy.recipe.field_types import (
@@ -85,8 +87,8 @@ class ExportSection(Record):
     """
 
     opset: Annotated[int, Field(strict=True, ge=18, le=25)] = 20
-    encoding: Literal["auto", "ef", "gaps", "mask", "dense", "coo"] = "auto"
-    values: Literal["f32", "f16", "int8"] = "f32"
+    encoding: EncodingName = AUTO
+    values: ValuesName = FLOAT32
     batch: Literal["dynamic"] | Annotated[int, Field(strict=True, ge=1, le=1024)] = "dynamic"
     int8: Annotated[bool, Field(strict=True)] = False
     calibration: Count = 256
@@ -103,6 +105,16 @@ class ExportSection(Record):
     @classmethod
     def _taken_back(cls, value: str | None) -> str | None:
         return None if value == target.NONE else value
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The only batch size that the file takes; None for any."""
+        return None if self.batch == "dynamic" else self.batch
+
+    @property
+    def covered_by_certificate(self) -> bool:
+        """Whether a certificate of the run covers the file: it is neither rounded nor has fewer channels."""
+        return not (self.int8 or self.reselects) and self.values == FLOAT32
 
     @property
     def reselects(self) -> bool:

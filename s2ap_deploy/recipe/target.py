@@ -1,7 +1,7 @@
-"""Targets: what one device or runtime takes, as data that comes along or lies in a file. No torch.
+"""Export targets: the settings, requirements and budgets of one device or runtime, as data.
 
-A target fills in what an export was not told (a flag beats the target, the target beats the recipe), says
-what it cannot do without, and may bring budgets. Reading one never runs code.
+A target sets what the command line leaves out (an option overrides the target, the target overrides the
+recipe), states requirements, and may have budgets. Reading one never runs code.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from s2ap_deploy import files, plugins
+from s2ap_deploy.codecs.registry import AUTO, EncodingName
+from s2ap_deploy.codecs.values import FLOAT32, ValuesName
 from s2ap_deploy.errors import RecipeError, UsageError
 from s2ap_deploy.recipe import yaml_document
 from s2ap_deploy.recipe.diagnosis import explain
+from s2ap_deploy.recipe.field_types import Count, Granularity, Positive
 from s2ap_deploy.recipe.methods import n_of_m
 from s2ap_deploy.spec import Record
 
 NONE = "none"
-"""What takes a target back that a run folder remembers."""
+"""Removes the target that a run folder remembers."""
 
-Dtype = Literal["float32", "float16", "int8"]
-EncodingName = Literal["auto", "ef", "gaps", "mask", "coo", "dense"]
 BudgetName = Literal["bytes", "macs", "latency_ms"]
 OPTIONS: Mapping[BudgetName, str] = {
     "bytes": "--max-bytes",
@@ -33,16 +34,8 @@ OPTIONS: Mapping[BudgetName, str] = {
     "latency_ms": "--max-latency-ms",
 }
 
-_Count = Annotated[int, Field(strict=True, ge=1)]
-_Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 _Opset = Annotated[int, Field(strict=True, ge=18, le=25)]
 _Flag = Annotated[bool, Field(strict=True)]
-
-
-def _unit(value: str) -> str:
-    if value not in ("weight", "channel") and n_of_m(value) is None:
-        raise ValueError("must be weight, channel, or n:m with n below m, such as 2:4")
-    return value
 
 
 def _images(value: Any) -> Any:
@@ -60,19 +53,19 @@ def _pattern(value: str) -> str:
 class TargetBudgets(Record):
     """The most that a file may take: its bytes, multiply-accumulates per image, ms per inference."""
 
-    bytes: _Count | None = None
-    macs: _Count | None = None
-    latency_ms: _Positive | None = None
+    bytes: Count | None = None
+    macs: Count | None = None
+    latency_ms: Positive | None = None
 
 
 class Requirements(Record):
-    """What the target cannot do without; empty means that anything goes.
+    """The requirements of a target; empty means that anything is allowed.
 
-    ``granularity`` is a pattern that the weights must keep to. ``compact`` false says that dead channels must
-    stay where they are. ``budgets`` names those that somebody has to give.
+    ``granularity`` is a pattern that the weights must have. ``compact`` false means that dead channels must
+    stay in the file. ``budgets`` names those that must be set.
     """
 
-    dtypes: tuple[Dtype, ...] = ()
+    dtypes: tuple[ValuesName, ...] = ()
     encodings: tuple[EncodingName, ...] = ()
     granularity: Annotated[str, AfterValidator(_pattern)] | None = None
     compact: _Flag | None = None
@@ -84,20 +77,20 @@ class Target(Record):
 
     ``dtype`` int8 means int8 arithmetic, float16 values that are stored so and computed with in float32.
     ``batch`` is ``dynamic`` or a number of images; ``alignment`` the multiple that channel counts should be;
-    ``granularity`` what has to go for the network to become faster there. ``compact`` leaves out channels
-    that cannot matter. ``notes`` say what the runtime does with zeros.
+    ``granularity`` the unit of pruning that makes a network faster there. ``compact`` removes dead channels.
+    ``notes`` describe how the runtime handles zeros.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=80)]
     description: Annotated[str, Field(min_length=1)]
     runtime: str = ""
     opset: _Opset = 20
-    dtype: Dtype = "float32"
+    dtype: ValuesName = FLOAT32
     layout: Literal["NCHW"] = "NCHW"
-    encoding: EncodingName = "auto"
+    encoding: EncodingName = AUTO
     batch: Annotated[Literal["dynamic"] | int, BeforeValidator(_images)] = "dynamic"
     alignment: Annotated[int, Field(strict=True, ge=1, le=1024)] = 1
-    granularity: Annotated[str, AfterValidator(_unit)] = "channel"
+    granularity: Granularity = "channel"
     compact: _Flag = True
     budgets: TargetBudgets = TargetBudgets()
     requires: Requirements = Requirements()
@@ -113,12 +106,12 @@ class Target(Record):
         return self
 
     def settings(self) -> dict[str, Any]:
-        """Keys of a recipe's export section, with what this target wants there."""
+        """Return the settings of a recipe's export section for this target."""
         return {
             "opset": self.opset,
             "encoding": self.encoding,
             "int8": self.dtype == "int8",
-            "values": "f16" if self.dtype == "float16" else "f32",
+            "values": FLOAT32 if self.dtype == "int8" else self.dtype,
             "batch": self.batch,
             "align": self.alignment,
             "compact": self.compact,
@@ -134,19 +127,19 @@ class Found(Record):
 
 
 def shipped() -> Path:
-    """The folder of the targets that come with the tool: inside the wheel, or in the checkout."""
+    """Return the folder of the shipped targets: inside the wheel, or in the checkout."""
     package = Path(__file__).parents[1]
     installed = package / "shipped" / "export" / "targets"
     return installed if installed.is_dir() else package.parent / "export" / "targets"
 
 
 def names() -> tuple[str, ...]:
-    """Names of the shipped targets."""
+    """List the names of the shipped targets."""
     return tuple(sorted(path.stem for path in shipped().glob("*.yaml")))
 
 
 def find(name: str) -> Found:
-    """A target by name (shipped, or a plug-in's), or by path (a slash, or .yaml or .yml at the end).
+    """Find a target by name (shipped, or a plug-in's), or by path (a slash, or .yaml or .yml at the end).
 
     Raises RecipeError, which names the file and line, the key and the nearest valid one, and StorageError.
     """
@@ -156,18 +149,25 @@ def find(name: str) -> Found:
             if plugins.find("targets", name) is not None:
                 return _installed(name)
             raise RecipeError(
-                f"no target {name!r} comes with the tool{_nearest(name)}",
+                f"there is no target {name!r}{_nearest(name)}",
+                code="target-unknown",
                 hint=f"there are {', '.join((*names(), *plugins.names('targets')))}; "
                 f"your own file is written with its suffix: {name}.yaml",
             )
         path = shipped() / f"{name}.yaml"
     if not path.exists():
-        raise RecipeError(f"there is no target at {path}", hint=f"targets by name: {', '.join(names())}")
+        raise RecipeError(
+            f"there is no target at {path}",
+            code="target-unknown",
+            hint=f"targets by name: {', '.join(names())}",
+        )
     if not path.is_file():
-        raise RecipeError(f"{path} is not a file")
+        raise RecipeError(f"{path} is not a file", code="target-not-file")
     document = yaml_document.read(path)
     if not isinstance(document.content, dict):
-        raise RecipeError(f"{path} holds no target: it must be a mapping that starts with name:")
+        raise RecipeError(
+            f"{path} is not a target: it must be a mapping that starts with name:", code="target-not-mapping"
+        )
     try:
         target = Target.model_validate(document.content)
     except ValidationError as error:
@@ -176,7 +176,7 @@ def find(name: str) -> Found:
 
 
 def _installed(name: str) -> Found:
-    """A target that a plug-in offers; its hash is that of its canonical JSON. Raises PluginError."""
+    """Load a target of a plug-in; its hash is that of its canonical JSON. Raises PluginError."""
     target = plugins.load("targets", name, Target)
     text = files.canonical_json(target.model_dump(mode="json"))
     return Found(
@@ -189,18 +189,18 @@ def _installed(name: str) -> Found:
 def fill(
     section: Mapping[str, Any], target: Target, known: Iterable[str], granularity: str | None
 ) -> dict[str, Any]:
-    """``section`` (keys of an export section to values, None for what nobody said) completed by ``target``.
+    """Complete ``section`` (keys of an export section to values, None for unset ones) by ``target``.
 
-    ``known`` are the keys that the section can have. int8 and the type of values are one choice: who makes
-    one of them has made both. Widths are aligned only where ``granularity`` says that channels went.
+    ``known`` are the keys that the section can have. int8 and the type of values are one choice: setting one
+    of them sets both. Widths are aligned only where ``granularity`` is channel.
     """
     known = set(known) - (set() if granularity == "channel" else {"align"})
-    said = {key for key, value in section.items() if value is not None}
+    given = {key for key, value in section.items() if value is not None}
     if section.get("compact") is False:
         known -= {"align"}
-    if said & {"int8", "values"}:
-        said |= {"int8", "values"}
-    wanted = {key: value for key, value in target.settings().items() if key in known and key not in said}
+    if given & {"int8", "values"}:
+        given |= {"int8", "values"}
+    wanted = {key: value for key, value in target.settings().items() if key in known and key not in given}
     return {**section, **wanted}
 
 
@@ -212,30 +212,33 @@ def check(target: Target, section: Mapping[str, Any]) -> None:
         how = "add --int8" if "int8" in needs.dtypes else f"export as {needs.dtypes[0]}"
         raise UsageError(
             f"{target.name} takes {_listed(needs.dtypes)}, not {kind}",
+            code="target-dtype-unsupported",
             hint=f"{how}, or choose another target ({_others(target)})",
         )
     encoding = section["encoding"]
     if needs.encodings and encoding not in needs.encodings:
         raise UsageError(
             f"{target.name} takes the encoding {_listed(needs.encodings)}, not {encoding}",
+            code="target-encoding-unsupported",
             hint=f"leave --encoding out, or choose another target ({_others(target)})",
         )
     if needs.compact is not None and section["compact"] != needs.compact:
         wanted = "--compact" if needs.compact else "--no-compact"
         raise UsageError(
-            f"{target.name} needs channels that cannot matter to "
-            f"{'be left out' if needs.compact else 'stay where they are'}",
-            hint=f"leave it out, or say {wanted}",
+            f"{target.name} needs dead channels to {'be removed' if needs.compact else 'stay in the file'}",
+            code="target-compact-unsupported",
+            hint=f"use {wanted}, or leave the option out",
         )
     for budget in needs.budgets:
         if budgets(target, section)[budget] is None:
             raise UsageError(
-                f"{target.name} needs a limit on {WORDS[budget]}, and its profile gives none",
-                hint=f"add {OPTIONS[budget]} with what the device has",
+                f"{target.name} needs a limit on {UNITS[budget]}, and its profile has none",
+                code="target-budget-missing",
+                hint=f"add {OPTIONS[budget]} with the limit of the device",
             )
 
 
-WORDS: Mapping[BudgetName, str] = {
+UNITS: Mapping[BudgetName, str] = {
     "bytes": "the bytes of the file",
     "macs": "multiply-accumulates per image",
     "latency_ms": "milliseconds per inference",
@@ -243,7 +246,7 @@ WORDS: Mapping[BudgetName, str] = {
 
 
 def budgets(target: Target | None, section: Mapping[str, Any]) -> dict[BudgetName, float | None]:
-    """The limits that hold for an export: those of the section come before those of the target."""
+    """Return the limits of an export: those of the section override those of the target."""
     given = target.budgets if target is not None else TargetBudgets()
     chosen: dict[BudgetName, float | None] = {}
     for name in OPTIONS:
@@ -253,10 +256,11 @@ def budgets(target: Target | None, section: Mapping[str, Any]) -> dict[BudgetNam
 
 
 def dtype(section: Mapping[str, Any]) -> str:
-    """In what an exported file computes or stores its weights: ``int8`` is int8 arithmetic."""
+    """Return the type in which a file computes or stores its weights: ``int8`` is int8 arithmetic."""
     if section.get("int8"):
         return "int8"
-    return {"f32": "float32", "f16": "float16", "int8": "int8 values in float32"}[section["values"]]
+    values: str = section["values"]
+    return "int8 values in float32" if values == "int8" else values
 
 
 def _others(target: Target) -> str:
@@ -268,7 +272,7 @@ def _listed(words: tuple[str, ...]) -> str:
 
 
 def _nearest(name: str) -> str:
-    """Part of a name is as common a slip as a misspelt one: ``arm64``, ``tensorrt``."""
+    """Suggest targets whose name contains ``name``, such as arm64, or resembles it."""
     near = [each for each in names() if name and name in each]
     near += [each for each in difflib.get_close_matches(name, names(), 1) if each not in near]
     return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,33 +1,19 @@
-"""Sizes by encoding: what each way to store the weights should take, beside what was written. No torch.
+"""Sizes by encoding: the predicted bytes of each, beside the bytes that were written.
 
-The formulas are those of a plan (``onnx_export.codecs.prediction``), here with the counts of the file itself.
+The formulas are those of a plan (``codecs.prediction``), here with the counts of the file itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from s2ap_deploy.onnx_export.codecs.elias_fano import entropy_bits
-from s2ap_deploy.onnx_export.codecs.prediction import (
-    VALUE_BYTES,
-    Encoding,
-    Stored,
-    Values,
-    WeightTensor,
-    choose,
-    tensor_bytes,
-)
+from s2ap_deploy.codecs.codec import Codec, entropy_bits
+from s2ap_deploy.codecs.prediction import WeightTensor, choose, tensor_bytes
+from s2ap_deploy.codecs.registry import CODECS, DENSE, StoredEncoding
+from s2ap_deploy.codecs.values import FLOAT32, VALUES, ValuesName
 from s2ap_deploy.onnx_export.export_report import EncodedTensor, ExportReport
 
-ROWS: tuple[tuple[Encoding, str, str], ...] = (
-    ("dense", "dense", "every entry"),
-    ("coo", "COO", "ONNX sparse_initializer"),
-    ("mask", "mask", "one bit per weight"),
-    ("gaps", "gaps", "one byte per step"),
-    ("ef", "Elias-Fano", "for every tensor"),
-)
 WHOLE_FILE = "whole file"
 
 
@@ -55,14 +41,18 @@ class StoredTensor:
 
 
 def sizes(report: ExportReport) -> tuple[Size, ...]:
-    """The listed weights under every encoding, in bytes, and the whole file as a plan foresaw it.
+    """Predict the bytes of the listed weights under every encoding, and add those of the whole file.
 
     Nearly dense tensors stay dense under each of them. Entropy: the values, and N H(k/N) bits of positions,
     which no code of independent positions beats on average; it has no names and no nodes.
     """
     tensors = report.tensors
     written = sum(tensor.bytes for tensor in tensors)
-    rows = [Size(words, *_under(report, encoding, written), note) for encoding, words, note in ROWS]
+    rows = [
+        Size(codec.title, *_under(report, codec, written), codec.summary)
+        for codec in CODECS.values()
+        if codec.selectable
+    ]
     rows.append(
         Size("entropy", sum(_entropy(t, values(report, t)) for t in tensors), None, "a limit, not a format")
     )
@@ -75,7 +65,7 @@ def sizes(report: ExportReport) -> tuple[Size, ...]:
 
 
 def stored_tensors(report: ExportReport) -> tuple[StoredTensor, ...]:
-    """Every listed tensor, in the file's order."""
+    """Return every listed tensor, in the file's order."""
     return tuple(
         StoredTensor(
             name=tensor.name,
@@ -90,44 +80,38 @@ def stored_tensors(report: ExportReport) -> tuple[StoredTensor, ...]:
     )
 
 
-def values(report: ExportReport, tensor: EncodedTensor) -> Values:
-    """The type in which a tensor's values are stored; only what has rows and columns is rounded."""
+def values(report: ExportReport, tensor: EncodedTensor) -> ValuesName:
+    """Return the type in which a tensor's values are stored; only what has rows and columns is rounded."""
     if report.quantization is not None:
         return "int8"
-    if report.rounding is None or len(tensor.shape) < 2:
-        return "float32"
-    return "float16" if report.rounding.values == "f16" else "int8"
+    return FLOAT32 if len(tensor.shape) < 2 else report.values
 
 
-def _under(report: ExportReport, encoding: Encoding, written: int) -> tuple[float, int | None]:
+def _under(report: ExportReport, codec: Codec, written: int) -> tuple[float, int | None]:
     """Bytes under one encoding, and those that were written if that is how every tensor is stored."""
     chosen = [
-        choose(_weight(tensor), encoding, values(report, tensor), index)
+        choose(_weight(tensor), codec.name, values(report, tensor), index)
         for index, tensor in enumerate(report.tensors)
     ]
-    same = _same(chosen, report.tensors)
+    same = all(stored == each.encoding for stored, each in zip(chosen, report.tensors, strict=True))
     predicted = sum(
         _bytes(report, tensor, stored, index)
         for index, (tensor, stored) in enumerate(zip(report.tensors, chosen, strict=True))
     )
-    if encoding == "dense" and not same:
+    if codec is DENSE and not same:
         return predicted, sum(tensor.dense_bytes for tensor in report.tensors)
     return predicted, written if same else None
 
 
-def _same(chosen: Sequence[Stored], tensors: Sequence[EncodedTensor]) -> bool:
-    return all(stored == tensor.encoding for stored, tensor in zip(chosen, tensors, strict=True))
-
-
-def _bytes(report: ExportReport, tensor: EncodedTensor, stored: Stored, index: int) -> float:
+def _bytes(report: ExportReport, tensor: EncodedTensor, stored: StoredEncoding, index: int) -> float:
     scaled = report.quantization is None
     return tensor_bytes(_weight(tensor), stored, values(report, tensor), index, scaled=scaled)
 
 
-def _entropy(tensor: EncodedTensor, kind: Values) -> float:
+def _entropy(tensor: EncodedTensor, kind: ValuesName) -> float:
     weight = _weight(tensor)
     kept = weight.nonzeros
-    return VALUE_BYTES[kind] * kept + (kept * entropy_bits(kept, weight.entries) / 8 if kept else 0.0)
+    return VALUES[kind].bytes * kept + (kept * entropy_bits(kept, weight.entries) / 8 if kept else 0.0)
 
 
 def _weight(tensor: EncodedTensor) -> WeightTensor:

@@ -154,7 +154,7 @@ class CertifiedRun(NamedTuple):
             answer.certificate_sha256 == self.digest
             and answer.n == self.certificate.n
             and answer.disagreements <= answer.ties
-            for answer in report.rejudgments
+            for answer in report.points_checks
         )
         if covered and path.is_file() and files.sha256(path) == report.sha256:
             found.append(SubjectFile(name=f"export/{report.file}", sha256=report.sha256))

@@ -27,12 +27,11 @@ from s2ap_deploy.evaluation.autoattack.scheduler import default_block_size
 from s2ap_deploy.evaluation.certificate import Certificate, Subject
 from s2ap_deploy.evaluation.samples import ids_sha256
 from s2ap_deploy.models.classifier import weights_hash
-from s2ap_deploy.onnx_export.codecs.encoding import decode
-from s2ap_deploy.onnx_export.codecs.weights import weights
+from s2ap_deploy.onnx_export.encoding import decode, weights
 from s2ap_deploy.onnx_export.onnx_file import OnnxFile
 from s2ap_deploy.onnx_export.quantization import quantized_weights
-from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxTwin
-from s2ap_deploy.onnx_export.verification import compare_twin
+from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxModule
+from s2ap_deploy.onnx_export.verification import compare_logits
 from s2ap_deploy.runs.folder import CERTIFICATE, COPY, Run
 from s2ap_deploy.stages.certify import DENSE, PRUNED
 from s2ap_deploy.stages.context import RunContext, on_first_rank
@@ -87,7 +86,7 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
     subset = images.test.subset(chosen)
     samples = Samples(*subset.tensors(), subset.ids)
     started = time.monotonic()
-    twin = OnnxTwin(opened.model)
+    twin = OnnxModule(opened.model)
     judge = OnnxModel(twin, opened.answers, job.machine.device)
     made = _made(job.run, samples, job.recipe.threat.model_dump())
     moved = None if made is None else _moved(job, judge, samples, made)
@@ -131,7 +130,7 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
 def _attack(
     job: RunContext,
     opened: OnnxFile,
-    twin: OnnxTwin,
+    twin: OnnxModule,
     samples: Samples,
     moved: _TransferResult | None,
     folder: Path,
@@ -260,7 +259,7 @@ def _agreement(
                 start=clean,
             ).cpu()
     both = torch.cat([samples.images, adversarial])
-    found = compare_twin(
+    found = compare_logits(
         _twin_logits(judge, both, device), judge.logits(both, 64).numpy(), quantized=quantized
     )
     assert found.tolerance is not None

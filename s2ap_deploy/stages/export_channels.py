@@ -1,9 +1,8 @@
-"""From a run that pruned channels to a network whose layers are that much smaller."""
+"""Build the network with smaller layers from a run that pruned channels."""
 
 from __future__ import annotations
 
 import copy
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,12 @@ from s2ap_deploy.models.channels.narrowing import LayerConfig, check_equal, comp
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, weights_hash
-from s2ap_deploy.onnx_export.dead_channels.narrowing_report import (
-    RESELECTED,
+from s2ap_deploy.onnx_export.export_report import (
     CompactFile,
-    Cost,
-    Narrowed,
+    CostChange,
     NarrowedGroup,
-    Skipped,
+    Narrowing,
+    SkippedWeight,
 )
 from s2ap_deploy.pruning import channels as units
 from s2ap_deploy.pruning.alignment import Limit, aligned, chosen, filled, survivors
@@ -54,7 +52,7 @@ class NarrowNetwork:
     coupling: Coupling
     kept: dict[str, Tensor]
     changed: dict[str, LayerConfig]
-    record: Narrowed
+    record: Narrowing
 
 
 def by_channels(job: RunContext) -> bool:
@@ -63,7 +61,7 @@ def by_channels(job: RunContext) -> bool:
 
 
 def refuse_unfit(job: RunContext, section: ExportSection) -> None:
-    """Raise UsageError for options that only a run on channels has a use for."""
+    """Raise UsageError for options that need a run on channels."""
     given = {
         "--keep-ratio": section.reselects,
         "--align": section.align > 1,
@@ -74,6 +72,7 @@ def refuse_unfit(job: RunContext, section: ExportSection) -> None:
         how = f"by {job.recipe.prune.granularity}" if job.recipe.prune is not None else "not at all"
         raise UsageError(
             f"{', '.join(asked)}: the run was pruned {how}, so its layers keep their shapes",
+            code="channels-not-pruned",
             hint="prune with --granularity channel, or leave the option out",
         )
 
@@ -85,12 +84,12 @@ def narrowed(
     masks: Mapping[str, Tensor],
     section: ExportSection,
 ) -> NarrowNetwork:
-    """The network that ``classifier`` is without its lost channels.
+    """Remove the pruned channels from ``classifier``.
 
     ``masks`` are the run's. With a keep ratio the channels are chosen anew by the run's scores, among those
     that the search kept. Raises UsageError for a ratio that leaves nothing to choose, empties a group or
     cannot be aligned, RunFolderError for scores of another network, and VerificationError when the smaller
-    network computes something else or is not of the size that was asked for.
+    network computes something else or does not have the requested size.
     """
     size = info.preprocessing.size
     whole = copy.deepcopy(classifier).cpu().eval()
@@ -103,6 +102,7 @@ def narrowed(
         "weights": units.Cost.of(coupling, granularity.shapes, "weights"),
         "multiply-accumulates": units.Cost.of(coupling, granularity.shapes, "macs"),
     }
+    # Count the channels to keep in every group.
     alive = survivors(coupling, masks)
     searched = {name: max(1, int(reads.sum())) for name, reads in alive.items()}
     if not section.reselects:
@@ -111,9 +111,10 @@ def narrowed(
         scores = {name: torch.zeros(count) for name, count in channels.items()}
     else:
         wanted = _wanted(channels, searched, section.keep_ratio or 1)
-        limits = tuple(Limit(words, cost, cost(wanted)) for words, cost in costs.items())
+        limits = tuple(Limit(unit, cost, cost(wanted)) for unit, cost in costs.items())
         counts = aligned(wanted, channels, section.align, limits)
         scores = _scores(job, channels)
+    # Choose them by score, and build the smaller layers.
     kept = chosen(scores, alive, counts)
     own_masks = {name: mask.bool().cpu() for name, mask in masks.items()}
     if section.reselects:
@@ -121,7 +122,7 @@ def narrowed(
     small, changed = compacted(whole, coupling.groups, kept)
     assert isinstance(small, Classifier)
     images = torch.rand(PROBES, *size, generator=generator("compact", "images"))
-    record = Narrowed(
+    record = Narrowing(
         keep_ratio=section.keep_ratio if section.reselects else None,
         align=section.align,
         groups=tuple(
@@ -134,7 +135,7 @@ def narrowed(
             )
             for name, count in channels.items()
         ),
-        skipped=tuple(Skipped(name=name, reason=reason) for name, reason in coupling.skipped),
+        skipped=tuple(SkippedWeight(name=name, reason=reason) for name, reason in coupling.skipped),
         classifier=coupling.classifier,
         weights=_cost(costs["weights"], channels, wanted, counts),
         macs=_cost(costs["multiply-accumulates"], channels, wanted, counts),
@@ -147,10 +148,10 @@ def narrowed(
 def save_pair(
     onnx_file: Path, narrow: NarrowNetwork, classifier: nn.Module, info: CheckpointInfo, job: RunContext
 ) -> list[Path]:
-    """Leave the smaller network beside ``onnx_file``: weights as safetensors, and the plan.
+    """Write the smaller network beside ``onnx_file``: weights as safetensors, and the plan.
 
     ``classifier`` and ``info`` are those of the network that it was made from. Both files are read again.
-    Raises VerificationError when they do not give back the network, and then none of the three is left.
+    Raises VerificationError when they do not restore the network, and then removes all three files.
     """
     weights, plan = onnx_file.with_name(WEIGHTS), onnx_file.with_name(PLAN)
     zeros = sum(int((narrow.network.get_parameter(name) == 0).sum()) for name in narrow.coupling.weights)
@@ -170,7 +171,9 @@ def save_pair(
         ).save(plan)
         read, _, _ = checkpoint.load(weights, arch=job.machine.arch)
         if weights_hash(read) != weights_hash(narrow.network):
-            raise VerificationError(f"{weights} does not give back the network that was written")
+            raise VerificationError(
+                f"{weights} does not restore the network that was written", code="compact-file-differs"
+            )
     except BaseException:
         for path in (onnx_file, weights, plan):
             files.remove(path)
@@ -179,14 +182,8 @@ def save_pair(
 
 
 def described(paths: list[Path]) -> tuple[CompactFile, ...]:
-    """The files with their hashes."""
+    """Return the files with their hashes."""
     return tuple(CompactFile(name=path.name, sha256=files.sha256(path)) for path in paths)
-
-
-def not_covered(onnx_file: Path, run: Path) -> str:
-    """What a network of channels that were chosen anew needs."""
-    command = ["s2ap-deploy", "certify", "--artifact", str(onnx_file), "--run", str(run)]
-    return f"{RESELECTED} Certify the file itself: {shlex.join(command)}"
 
 
 def _wanted(channels: Mapping[str, int], searched: Mapping[str, int], ratio: float) -> dict[str, int]:
@@ -198,6 +195,7 @@ def _wanted(channels: Mapping[str, int], searched: Mapping[str, int], ratio: flo
         raise UsageError(
             f"keep ratio {ratio:g} leaves nothing to choose: the run keeps {share:.1%} of its channels, and "
             "in no group more than that ratio",
+            code="keep-ratio-too-high",
             hint="take a lower --keep-ratio, or leave it out to export the channels of the run",
         )
     return wanted
@@ -209,6 +207,7 @@ def _scores(job: RunContext, channels: Mapping[str, int]) -> dict[str, Tensor]:
     if {name: tuple(score.shape) for name, score in scores.items()} != {n: (c,) for n, c in channels.items()}:
         raise RunFolderError(
             f"the scores in {path} are not those of this network's groups of channels",
+            code="scores-not-matching",
             hint="prune again with --overwrite",
         )
     return scores
@@ -232,20 +231,26 @@ def _mask(
 
 def _cost(
     cost: units.Cost, channels: Mapping[str, int], wanted: Mapping[str, int], counts: Mapping[str, int]
-) -> Cost:
-    return Cost(before=cost(channels), wanted=cost(wanted), achieved=cost(counts))
+) -> CostChange:
+    return CostChange(before=cost(channels), wanted=cost(wanted), achieved=cost(counts))
 
 
-def _check_size(network: nn.Module, coupling: Coupling, record: Narrowed, size: tuple[int, int, int]) -> None:
-    """Count what was built, rather than believe what was computed."""
+def _check_size(
+    network: nn.Module, coupling: Coupling, record: Narrowing, size: tuple[int, int, int]
+) -> None:
+    """Compare the size of the network that was built with the computed one."""
     built = {
         "weights": (sum(network.get_parameter(name).numel() for name in coupling.weights), record.weights),
         "multiply-accumulates": (macs(network, size), record.macs),
     }
-    for words, (found, cost) in built.items():
+    for unit, (found, cost) in built.items():
         if found != cost.achieved:
-            raise VerificationError(f"the smaller network has {found:,} {words}, not {cost.achieved:,}")
+            raise VerificationError(
+                f"the smaller network has {found:,} {unit}, not {cost.achieved:,}",
+                code="compact-size-differs",
+            )
         if record.reselected and found > cost.wanted:
             raise VerificationError(
-                f"the smaller network has {found:,} {words}, more than the {cost.wanted:,} of the keep ratio"
+                f"the smaller network has {found:,} {unit}, more than the {cost.wanted:,} of the keep ratio",
+                code="compact-size-differs",
             )

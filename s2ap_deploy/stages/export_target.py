@@ -1,8 +1,9 @@
-"""An export held against its target: what it cannot take is refused, what misses a budget is not kept."""
+"""Check an export against its target: its requirements before the export, its budgets afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +14,37 @@ from s2ap_deploy import files
 from s2ap_deploy.errors import InputError, UsageError, VerificationError
 from s2ap_deploy.models.channels.layer_channels import Coupling, macs
 from s2ap_deploy.models.classifier import prunable
-from s2ap_deploy.onnx_export.benchmark.latency import paired_latency
-from s2ap_deploy.onnx_export.export_report import BudgetCheck, ExportReport, ExportTarget, Predicted
-from s2ap_deploy.onnx_export.verification import session
+from s2ap_deploy.onnx_export.benchmark import paired_latency
+from s2ap_deploy.onnx_export.export_report import BudgetCheck, ExportReport, ExportTarget, PredictedSize
+from s2ap_deploy.onnx_export.inference import session
 from s2ap_deploy.recipe.methods import n_of_m
-from s2ap_deploy.recipe.prune_section import PruneSection
-from s2ap_deploy.recipe.schema import ExportSection
-from s2ap_deploy.recipe.target import WORDS, Found, budgets, check, find
+from s2ap_deploy.recipe.schema import ExportSection, Recipe
+from s2ap_deploy.recipe.target import UNITS, Found, budgets, check, find
 from s2ap_deploy.stages.plan import plan
 
 Size = tuple[int, int, int]
 
 
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """The network of an exported file, at full width, and an image [1, C, H, W] to time the file with.
+
+    ``coupling`` are its groups of channels, where they are known already.
+    """
+
+    network: nn.Module
+    size: Size
+    image: NDArray[np.float32]
+    coupling: Coupling | None = None
+
+
 def target_of(section: ExportSection) -> Found | None:
-    """The section's target, read again. Raises RecipeError when it is not there any more."""
+    """Read the section's target again. Raises RecipeError when it does not exist any more."""
     return find(section.target) if section.target is not None else None
 
 
 def inputs(found: Found | None) -> dict[str, str]:
-    """What a stage records of the target: another profile under the same name is another input."""
+    """Return what a stage records of the target: another profile under the same name is another input."""
     return {} if found is None else {"target": found.sha256}
 
 
@@ -48,17 +61,18 @@ def refuse_misfit(found: Found | None, section: ExportSection, network: nn.Modul
     weights = {name: network.get_parameter(name).detach() for name in names}
     misfit = off_pattern(weights, *pattern, ends=(names[0], names[-1]) if names else ())
     if misfit is not None:
-        words = f"{pattern[0]}:{pattern[1]}"
+        wanted = f"{pattern[0]}:{pattern[1]}"
         raise UsageError(
-            f"{found.target.name} needs weights of the pattern {words} along their input channels: {misfit}",
-            hint=f"s2ap-deploy prune --granularity {words}",
+            f"{found.target.name} needs weights of the pattern {wanted} along their input channels: {misfit}",
+            code="target-pattern-missing",
+            hint=f"s2ap-deploy prune --granularity {wanted}",
         )
 
 
 def off_pattern(weights: Mapping[str, Tensor], n: int, m: int, *, ends: tuple[str, ...] = ()) -> str | None:
-    """Why ``weights`` [out, in, ...], by name, do not keep ``n`` of every ``m`` consecutive inputs; or None.
+    """Say why ``weights`` [out, in, ...] do not keep ``n`` of every ``m`` consecutive inputs, or None.
 
-    Weights whose inputs ``m`` does not divide cannot, and need not; those among ``ends`` may be left dense.
+    Weights whose inputs ``m`` does not divide are exempt; those among ``ends`` may be left dense.
     """
     able = {name: weight for name, weight in weights.items() if weight.shape[1] % m == 0}
     if not able:
@@ -77,23 +91,13 @@ def off_pattern(weights: Mapping[str, Tensor], n: int, m: int, *, ends: tuple[st
 
 
 def completed(
-    report: ExportReport,
-    file: Path,
-    found: Found | None,
-    section: ExportSection,
-    prune: PruneSection | None,
-    network: nn.Module,
-    size: Size,
-    image: NDArray[np.float32],
-    *,
-    coupling: Coupling | None = None,
+    report: ExportReport, file: Path, exported: Exported, recipe: Recipe, found: Found | None
 ) -> ExportReport:
-    """The report with its target, what was predicted, and every budget beside what was found.
+    """Add the target, the predicted size and every budget with its result to the report of ``file``.
 
-    ``network`` is the one that was exported, at full width; ``image`` [1, C, H, W] is what a time is measured
-    on where the export measured none; ``coupling`` saves finding the groups of channels again. Raises
-    VerificationError for a budget that is missed, and then removes ``file``.
+    Raises VerificationError for a budget that is missed, and then removes ``file``.
     """
+    section = recipe.export
     checks = []
     for what, limit in budgets(found.target if found is not None else None, section.model_dump()).items():
         if limit is None:
@@ -102,55 +106,63 @@ def completed(
             case "bytes":
                 value: float = report.bytes
             case "macs":
-                value = _macs(report, network, size)
+                value = _macs(report, exported)
             case "latency_ms":
-                value = report.latency_ms if report.latency_ms is not None else _latency(file, image, report)
+                value = (
+                    report.latency_ms
+                    if report.latency_ms is not None
+                    else _latency(file, exported.image, report)
+                )
         checks.append(BudgetCheck(what=what, asked=limit, found=value))
     missed = [each for each in checks if not each.holds]
     if missed:
         files.remove(file)
         raise VerificationError(
             "; ".join(
-                f"{WORDS[each.what]}: asked at most {number(each.asked)}, found {number(each.found)}"
+                f"{UNITS[each.what]}: at most {number(each.asked)} allowed, found {number(each.found)}"
                 for each in missed
             ),
-            hint="the file is removed; s2ap-deploy plan says what would fit, --overwrite exports again",
+            code="budget-missed",
+            hint="the file is removed; s2ap-deploy plan shows what would fit, --overwrite exports again",
         )
     aim = None if found is None else ExportTarget(name=found.target.name, sha256=found.sha256)
     return report.model_copy(
         update={
             "target": aim,
             "budgets": tuple(checks),
-            "predicted": _predicted(network, size, prune, section, coupling),
+            "predicted": _predicted(exported, recipe),
         }
     )
 
 
 def number(value: float | None) -> str:
-    """A count in full, a time to the microsecond."""
+    """Format a count in full, a time to the microsecond."""
     return "nothing" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
 
 
-def _predicted(
-    network: nn.Module,
-    size: Size,
-    prune: PruneSection | None,
-    section: ExportSection,
-    coupling: Coupling | None,
-) -> Predicted | None:
-    """What a plan would have said; None for a network that no plan can be made for."""
+def _predicted(exported: Exported, recipe: Recipe) -> PredictedSize | None:
+    """The prediction of a plan; None for a network that no plan can be made for."""
     try:
-        expected = plan(network, size, prune, section, name="network", coupling=coupling)
+        expected = plan(
+            exported.network,
+            exported.size,
+            recipe.prune,
+            recipe.export,
+            name="network",
+            coupling=exported.coupling,
+        )
     except InputError:
         return None
-    return Predicted(bytes=expected.chosen.bytes, macs=expected.macs_after)
+    return PredictedSize(bytes=expected.chosen.bytes, macs=expected.macs_after)
 
 
-def _macs(report: ExportReport, network: nn.Module, size: Size) -> int:
+def _macs(report: ExportReport, exported: Exported) -> int:
     """Of the file's graph, where it was counted, else of the network."""
     if report.compaction is not None:
         return report.compaction.macs_after
-    return report.narrowed.macs.achieved if report.narrowed is not None else macs(network, size)
+    if report.narrowed is not None:
+        return report.narrowed.macs.achieved
+    return macs(exported.network, exported.size)
 
 
 def _latency(file: Path, image: NDArray[np.float32], report: ExportReport) -> float:

@@ -228,7 +228,7 @@ def _rejudged(report: ExportReport | None) -> tuple[Rejudged, ...]:
             disagreements=points.disagreements,
             ties=points.ties,
         )
-        for points in (report.rejudgments if report is not None else ())
+        for points in (report.points_checks if report is not None else ())
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from s2ap_deploy.gating.policy import GatePolicy, Verdict
-from s2ap_deploy.onnx_export.onnx_file import read
+from s2ap_deploy.onnx_export.onnx_file import load
 from s2ap_deploy.stages.certify import certify
 from s2ap_deploy.stages.certify_file import certify_file
 from s2ap_deploy.stages.context import RunContext, on_first_rank
@@ -35,9 +35,8 @@ def deliver(job: RunContext, time_budget: float | None, dense_record: Path | Non
     """Certify, export and judge the trained network; see :func:`whole`."""
     certify(job, time_budget=time_budget, dense_record=dense_record)
     report = export(job)
-    section = job.recipe.export
-    if section.int8 or section.values != "f32" or section.reselects:  # not the network that was certified
-        certify_file(job, read(job.run.output("export", report.file)), time_budget=time_budget)
+    if not job.recipe.export.covered_by_certificate:
+        certify_file(job, load(job.run.output("export", report.file)), time_budget=time_budget)
     job.remember()
     if job.recipe.gate is None:
         return None

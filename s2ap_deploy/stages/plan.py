@@ -1,18 +1,20 @@
-"""A plan: what pruning and export will come to, from shapes alone and before anything runs."""
+"""Plan: predict the result of pruning and export from shapes alone, before anything runs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import nn
 
+from s2ap_deploy.codecs.prediction import Contents
+from s2ap_deploy.codecs.registry import DENSE, ENCODINGS, EncodingName
+from s2ap_deploy.codecs.values import VALUES, ValuesName
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.channels.coupling import Coupling, channel_groups
-from s2ap_deploy.onnx_export.codecs.onnx_shapes import Outline, narrowed, outline
-from s2ap_deploy.onnx_export.codecs.prediction import Contents, Encoding, Values
 from s2ap_deploy.onnx_export.export_report import BudgetCheck, ExportTarget
+from s2ap_deploy.onnx_export.onnx_shapes import Outline, narrowed, outline
 from s2ap_deploy.pruning.alignment import Limit, aligned, filled
 from s2ap_deploy.pruning.allocation import Fixed, Global, Quotas
 from s2ap_deploy.pruning.budgets import floors, uniform
@@ -21,10 +23,12 @@ from s2ap_deploy.pruning.granularity import NOfM
 from s2ap_deploy.recipe.methods import n_of_m
 from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.recipe.schema import ExportSection
-from s2ap_deploy.recipe.target import OPTIONS, WORDS, BudgetName, Found, Target, budgets
+from s2ap_deploy.recipe.target import OPTIONS, UNITS, BudgetName, Found, Target, budgets
 from s2ap_deploy.spec import Record
 from s2ap_deploy.stages.scoring import allocation, share_channels
 
+# Types of values, and whether the file computes in int8.
+FORMS: tuple[tuple[ValuesName, bool], ...] = (*((name, False) for name in VALUES), ("int8", True))
 Speed = Literal["none", "int8", "compact", "compact and int8", "2:4"]
 
 BY_DATA = (
@@ -51,11 +55,16 @@ class PlannedLayer(Record):
 
 
 class PlannedFile(Record):
-    """A file under one encoding. ``values`` are stored so; ``int8`` arithmetic is a kind of its own."""
+    """A file under one encoding. ``values`` are stored so; ``int8`` is int8 arithmetic."""
 
-    encoding: Encoding
-    values: Literal["float32", "float16", "int8 values", "int8"]
+    encoding: EncodingName
+    values: ValuesName
+    int8: bool = False
     bytes: int
+
+    @property
+    def form(self) -> tuple[EncodingName, ValuesName, bool]:
+        return self.encoding, self.values, self.int8
 
 
 class Plan(Record):
@@ -64,7 +73,7 @@ class Plan(Record):
     ``sparsity`` counts zeros among the prunable weights, those of channels that are gone included. ``macs``
     are multiply-accumulates per image in the layers that are called, ``parameters`` learnable values; zeros
     that stay where they are still count as both. ``chosen`` is the file that the export's settings ask for,
-    against which ``budgets`` are held; ``target`` is what it is for, with the hash of its profile.
+    and is compared with ``budgets``; ``target`` has the hash of its profile.
     """
 
     network: str
@@ -94,9 +103,9 @@ class Plan(Record):
         answers = [check.holds for check in self.budgets]
         return False if False in answers else None if None in answers else True
 
-    def file(self, encoding: str, values: str) -> PlannedFile:
-        """The file under one encoding and type of values."""
-        return next(each for each in self.files if (each.encoding, each.values) == (encoding, values))
+    def file(self, encoding: EncodingName, values: ValuesName, *, int8: bool = False) -> PlannedFile:
+        """Return the file under one encoding and type of values."""
+        return next(each for each in self.files if each.form == (encoding, values, int8))
 
 
 def plan(
@@ -109,38 +118,40 @@ def plan(
     found: Found | None = None,
     coupling: Coupling | None = None,
 ) -> Plan:
-    """The plan for ``network`` under a recipe's prune and export sections.
+    """Predict the file of ``network`` under a recipe's prune and export sections.
 
-    ``network`` may lie on the meta device, unless ``section`` prunes channels: which of them belong together
-    is tried out, unless ``coupling`` says it. ``found`` is the export's target. Raises UsageError for a
-    request that does not fit the network, ArchitectureError when it cannot run on ``input_size`` (C, H, W).
+    ``network`` may be on the meta device, unless ``section`` prunes channels: its groups of channels are
+    found by running it, unless ``coupling`` is given. ``found`` is the export's target. Raises UsageError for
+    a request that does not fit the network, ArchitectureError when it cannot run on ``input_size`` (C, H, W).
     """
     whole = outline(network, input_size)
     if not whole.layers:
-        raise UsageError(f"{name} has no convolution and no linear layer to plan for")
-    left = whole
-    kept: dict[str, int] = {}
-    notes: list[str] = []
-    if section is not None and section.granularity == "channel":
+        raise UsageError(
+            f"{name} has no convolution and no linear layer to plan for", code="nothing-to-prune"
+        )
+    granularity = section.granularity if section is not None else "none"
+    # What is left of the layers, and of the weights in them.
+    remaining, kept, notes = whole, dict[str, int](), list[str]()
+    if section is not None and granularity == "channel":
         smaller = _channels(whole, coupling or channel_groups(network, input_size), section, export)
         if export.compact:
-            left = smaller
+            remaining = smaller
         else:  # rows and columns stay, as zeros
             kept = {layer.name: math.prod(layer.shape) for layer in smaller.layers}
     elif section is not None:
         kept, notes = _weights(whole, section)
-    contents = left.contents(kept)
+    contents = remaining.contents(kept)
     nonzeros = sum(weight.nonzeros for weight in contents.weights)
     entries = sum(math.prod(layer.shape) for layer in whole.layers)
-    granularity = section.granularity if section is not None else "none"
-    speed, words = _speed(granularity, whole, left, export)
+    speed, reason = _speed(granularity, whole, remaining, export)
+    # What that takes in every encoding, and whether it fits.
     files = _files(contents)
-    chosen = next(
-        each for each in files if (each.encoding, each.values) == (export.encoding, stored_as(export))
-    )
+    values: ValuesName = "int8" if export.int8 else export.values
+    chosen = next(each for each in files if each.form == (export.encoding, values, export.int8))
     target = found.target if found is not None else None
-    asked = budgets(target, export.model_dump())
-    predicted: dict[str, float | None] = {"bytes": chosen.bytes, "macs": left.macs, "latency_ms": None}
+    limits = budgets(target, export.model_dump())
+    if target is not None:
+        notes += _missing(target, granularity, limits)
     return Plan(
         network=name,
         input_size=input_size,
@@ -150,58 +161,57 @@ def plan(
         weights=entries,
         nonzeros=nonzeros,
         parameters_before=whole.size,
-        parameters_after=left.size,
+        parameters_after=remaining.size,
         macs_before=whole.macs,
-        macs_after=left.macs,
-        dense_bytes=whole.contents({}).bytes("dense"),
+        macs_after=remaining.macs,
+        dense_bytes=whole.contents({}).bytes(DENSE.name),
         files=files,
-        layers=tuple(
-            PlannedLayer(
-                name=before.name, shape=before.shape, shape_after=weight.shape, nonzeros=weight.nonzeros
-            )
-            for before, weight in zip(whole.layers, contents.weights, strict=True)
-        ),
+        layers=_layers(whole, contents),
         speed=speed,
-        speed_words=words,
+        speed_words=reason,
         chosen=chosen,
         target=ExportTarget(name=found.target.name, sha256=found.sha256) if found is not None else None,
-        budgets=tuple(
-            BudgetCheck(what=what, asked=limit, found=predicted[what])
-            for what, limit in asked.items()
-            if limit is not None
-        ),
-        notes=(*notes, *(_wishes(target, granularity, asked) if target is not None else ())),
+        budgets=_budget_checks(limits, {"bytes": chosen.bytes, "macs": remaining.macs, "latency_ms": None}),
+        notes=tuple(notes),
     )
 
 
 def _files(contents: Contents) -> tuple[PlannedFile, ...]:
-    plain: tuple[Values, ...] = get_args(Values)
-    rows = []
-    for encoding in get_args(Encoding):
-        for values in plain:
-            words = "int8 values" if values == "int8" else values
-            size = contents.bytes(encoding, values)
-            rows.append(PlannedFile(encoding=encoding, values=words, bytes=size))
-        rows.append(PlannedFile(encoding=encoding, values="int8", bytes=contents.bytes(encoding, int8=True)))
-    return tuple(rows)
+    return tuple(
+        PlannedFile(
+            encoding=encoding, values=values, int8=int8, bytes=contents.bytes(encoding, values, int8=int8)
+        )
+        for encoding in ENCODINGS
+        for values, int8 in FORMS
+    )
 
 
-def stored_as(export: ExportSection) -> str:
-    """How an export section stores values, in the words of :class:`PlannedFile`."""
-    if export.int8:
-        return "int8"
-    return {"f32": "float32", "f16": "float16", "int8": "int8 values"}[export.values]
+def _layers(whole: Outline, contents: Contents) -> tuple[PlannedLayer, ...]:
+    return tuple(
+        PlannedLayer(name=before.name, shape=before.shape, shape_after=weight.shape, nonzeros=weight.nonzeros)
+        for before, weight in zip(whole.layers, contents.weights, strict=True)
+    )
+
+
+def _budget_checks(
+    limits: Mapping[BudgetName, float | None], predicted: Mapping[BudgetName, float | None]
+) -> tuple[BudgetCheck, ...]:
+    return tuple(
+        BudgetCheck(what=what, asked=limit, found=predicted[what])
+        for what, limit in limits.items()
+        if limit is not None
+    )
 
 
 def _weights(whole: Outline, section: PruneSection) -> tuple[dict[str, int], list[str]]:
-    """Weights that stay in each layer, as far as shapes can tell, and what they cannot."""
+    """Weights that stay in each layer, and notes on what shapes alone do not determine."""
     shapes, names = whole.shapes, tuple(whole.shapes)
     ends = (names[0], names[-1]) if section.dense_ends else ()
     pattern = n_of_m(section.granularity)
     if pattern is not None:
         fitting, dense = NOfM.divide({n: s for n, s in shapes.items() if n not in ends}, *pattern)
-        words = f"stay dense, as {pattern[1]} does not divide their inputs: {', '.join(dense)}"
-        return NOfM(fitting, *pattern).kept(shapes), [words] if dense else []
+        note = f"stay dense, as {pattern[1]} does not divide their inputs: {', '.join(dense)}"
+        return NOfM(fitting, *pattern).kept(shapes), [note] if dense else []
     assert section.sparsity is not None
     shared = allocation(shapes, section, classifier=names[-1], dense=ends)
     if isinstance(shared, (Global, Quotas)):
@@ -212,7 +222,7 @@ def _weights(whole: Outline, section: PruneSection) -> tuple[dict[str, int], lis
 
 
 def _channels(whole: Outline, coupling: Coupling, section: PruneSection, export: ExportSection) -> Outline:
-    """What is left when channels go, each with its rows and columns."""
+    """What is left without the pruned channels, each with its rows and columns."""
     if export.reselects:
         section = section.model_copy(update={"keep_ratio": export.keep_ratio, "sparsity": None})
     channels = {group.name: group.channels for group in coupling.groups}
@@ -220,6 +230,7 @@ def _channels(whole: Outline, coupling: Coupling, section: PruneSection, export:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in coupling.skipped) or "it has one layer"
         raise UsageError(
             f"no channel of this network can be removed: {reasons}",
+            code="nothing-to-prune",
             hint="--granularity weight prunes any layer",
         )
     shapes = whole.shapes
@@ -234,9 +245,9 @@ def _channels(whole: Outline, coupling: Coupling, section: PruneSection, export:
     if section.keep_ratio is None or export.align == 1:
         return narrowed(whole, coupling, filled(wanted, channels, export.align))
     limits = []
-    for measure, words in (("weights", "weights"), ("macs", "multiply-accumulates")):
+    for measure, unit in (("weights", "weights"), ("macs", "multiply-accumulates")):
         cost = Cost.of(coupling, shapes, measure)  # type: ignore[arg-type]
-        limits.append(Limit(words, cost, cost(wanted)))
+        limits.append(Limit(unit, cost, cost(wanted)))
     return narrowed(whole, coupling, aligned(wanted, channels, export.align, tuple(limits)))
 
 
@@ -253,13 +264,13 @@ def _speed(granularity: str, whole: Outline, left: Outline, export: ExportSectio
     return "none", NO_SPEED
 
 
-def _wishes(target: Target, granularity: str, asked: Mapping[BudgetName, float | None]) -> Iterator[str]:
-    """What the target wants and this plan does not give."""
+def _missing(target: Target, granularity: str, limits: Mapping[BudgetName, float | None]) -> Iterator[str]:
+    """The requirements of the target that this plan does not meet."""
     pattern = target.requires.granularity
     if pattern is not None and granularity != pattern:
         yield f"{target.name} needs {pattern}: s2ap-deploy prune --granularity {pattern}"
     elif target.granularity == "channel" and granularity not in ("channel", "none"):
         yield f"{target.name} gains speed from channels that are gone: --granularity channel --keep-ratio 0.5"
     for name in target.requires.budgets:
-        if asked[name] is None:
-            yield f"{target.name} needs a limit on {WORDS[name]}: {OPTIONS[name]}"
+        if limits[name] is None:
+            yield f"{target.name} needs a limit on {UNITS[name]}: {OPTIONS[name]}"

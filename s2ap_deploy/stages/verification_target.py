@@ -10,8 +10,8 @@ from torch import nn
 
 from s2ap_deploy.evaluation.autoattack.frozen_model import FrozenModel, LogitsFn, OnnxModel
 from s2ap_deploy.models.classifier import weights_hash
-from s2ap_deploy.onnx_export.onnx_file import read
-from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxTwin
+from s2ap_deploy.onnx_export.onnx_file import load
+from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxModule
 from s2ap_deploy.stages.context import read_classifier
 from s2ap_deploy.stages.execution import ExecutionConfig
 
@@ -42,7 +42,7 @@ def suspect_network(path: Path, machine: ExecutionConfig) -> VerificationTarget:
 
 def suspect_file(path: Path) -> VerificationTarget:
     """The exported file at ``path``: it gives the answers, its twin the gradients."""
-    opened = read(path)
-    twin = OnnxTwin(opened.model)
+    opened = load(path)
+    twin = OnnxModule(opened.model)
     judge = OnnxModel(twin, opened.answers, torch.device("cpu"))
     return VerificationTarget(twin, opened.answers, opened.input_size, weights_hash(judge.network))

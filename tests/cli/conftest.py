@@ -12,7 +12,8 @@ from s2ap_deploy import files
 from s2ap_deploy.evaluation.certificate import Certificate, PointsFile, Subject
 from s2ap_deploy.evaluation.issuing import issue
 from s2ap_deploy.evaluation.samples import AttackRow
-from s2ap_deploy.onnx_export.export_report import Agreement, ExportReport, PointsCheck
+from s2ap_deploy.onnx_export.export_report import ExportReport
+from s2ap_deploy.records import Agreement, PointsCheck
 from s2ap_deploy.runs.folder import Run
 from s2ap_deploy.spec import ThreatModel
 
@@ -76,7 +77,7 @@ def report_of(onnx: Path, certificate: Certificate, **changes: Any) -> ExportRep
         "agreement": Agreement(
             n=1, max_logit_difference=0.0, largest_logit=1.0, tolerance=1.0, argmax_agree=1, ties=0
         ),
-        "rejudgments": (
+        "points_checks": (
             PointsCheck(
                 certificate_sha256=certificate.sha256,
                 n=certificate.n,

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from s2ap_deploy.cli.bench_table import int8_words, performance_table
-from s2ap_deploy.onnx_export.benchmark.performance import Inference, Memory, PairedTimes, Performance
+from s2ap_deploy.onnx_export.export_report import Inference, PairedTimes, PeakMemory, Performance
 
 MIB = 2**20
 
@@ -36,7 +36,7 @@ def performance(**changes: Any) -> Performance:
             for batch in (1, 32)
         ),
         "load": times(3.5),
-        "memory": Memory(
+        "memory": PeakMemory(
             processes=3,
             batch=1,
             bare_bytes=60 * MIB,
@@ -97,10 +97,10 @@ def test_bench_measures_a_finished_export_and_leaves_its_file_alone(
 ) -> None:
     import json
 
-    from s2ap_deploy.onnx_export.benchmark.bench import bench
+    from s2ap_deploy.onnx_export import benchmark
 
-    for name, value in (("seconds", 0.0), ("least", 5), ("processes", 1)):
-        monkeypatch.setitem(bench.__kwdefaults__, name, value)
+    short = benchmark.Effort(seconds=0.0, pairs=5, processes=1)
+    monkeypatch.setattr(benchmark, "DEFAULT_EFFORT", short)
     file = own_run / "export" / "model.onnx"
     before = file.read_bytes()
     done = s2ap("export", "--bench", "--run", own_run)
@@ -116,7 +116,3 @@ def test_bench_measures_a_finished_export_and_leaves_its_file_alone(
     assert answer["performance"]["load"]["pairs"] == 5
     assert {row["batch"] for row in answer["performance"]["inference"]} == {1, 32}
     assert s2ap("gate", "--min-robust", 0, "--rule", "point", "--max-drop", 1, "--run", own_run).code == 0
-
-
-def test_a_report_without_it_keeps_its_text(finished_run: Path) -> None:
-    assert '"performance"' not in (finished_run / "export" / "report.json").read_text()

@@ -20,7 +20,7 @@ from s2ap_deploy.data import datasets
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.channels.narrowing import check_equal
 from s2ap_deploy.models.checkpoints import checkpoint
-from s2ap_deploy.onnx_export.codecs.encoding import decode
+from s2ap_deploy.onnx_export.encoding import decode
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--preset", "quick", "--search-epochs", 1, "--finetune-epochs", 1, "--batch-size", 512]
@@ -65,7 +65,7 @@ def real_images(n: int = 64) -> np.ndarray[Any, np.dtype[np.float32]]:
 def test_the_certificates_network_is_exported_with_half_the_layers(channel_run: Path) -> None:
     told = report(channel_run)
     assert conv_widths(channel_run / "export" / "model.onnx") == [16, 32]
-    assert told["rejudgments"][0]["clean_disagreements"] == 0
+    assert told["points_checks"][0]["clean_disagreements"] == 0
     narrowed = told["narrowed"]
     assert [group["kept"] for group in narrowed["groups"]] == [16, 32, 64]
     assert narrowed["keep_ratio"] is None
@@ -127,7 +127,7 @@ def test_alignment_fills_up_and_keeps_the_function(s2ap: Callable[..., Any], own
     told = json.loads(done.out)
     assert [group["kept"] for group in told["narrowed"]["groups"]] == [24, 48, 72]
     assert conv_widths(own / "export" / "model.onnx") == [24, 48]
-    assert told["rejudgments"][0]["adversarial_disagreements"] == 0
+    assert told["points_checks"][0]["adversarial_disagreements"] == 0
     assert "in multiples of 24 (without alignment" in done.err
     weights = checkpoint.load(own / "export" / "compact.safetensors")[0].get_parameter("network.2.weight")
     assert weights.shape == (48, 24, 3, 3)
@@ -140,7 +140,7 @@ def test_fewer_channels_are_another_network(s2ap: Callable[..., Any], own: Path)
     assert told["file"] == "model-compact.onnx"
     assert not (own / "export" / "model.onnx").exists()
     assert conv_widths(own / "export" / "model-compact.onnx") == [8, 16]
-    assert told["rejudgments"] == []
+    assert told["points_checks"] == []
     assert "those of no certificate" in done.err
     assert "s2ap-deploy certify --artifact" in done.err
     narrowed = told["narrowed"]
@@ -179,7 +179,7 @@ def test_a_ratio_of_one_takes_a_remembered_one_back(s2ap: Callable[..., Any], ow
     assert "already done with the same inputs" in again.err
     done = s2ap("export", "--keep-ratio", 1, "--overwrite", "--json", cwd=own.parent)
     assert json.loads(done.out)["file"] == "model.onnx"
-    assert json.loads(done.out)["rejudgments"] != []
+    assert json.loads(done.out)["points_checks"] != []
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_budgets_are_told_and_a_miss_is_no_failure(s2ap: Callable[..., Any]) -> 
         (["plan", "nowhere.pt", "--sparsity", 0.9], "nowhere.pt"),
         ([*CHANNELS, "--keep-ratio", 0.001], "would leave none"),
         ([*CHANNELS, "--keep-ratio", 0.5, "--sparsity", 0.5], "in place of sparsity"),
-        (["targets", "show", "nope"], "no target 'nope'"),
+        (["targets", "show", "nope"], "there is no target 'nope'"),
         (["targets", "shwo"], "No such command"),
     ],
 )
@@ -131,7 +131,7 @@ def test_a_missed_budget_is_exit_code_1_and_leaves_no_file(
     copy = tmp_path / "copy.onnx"
     done = s2ap("export", "--max-bytes", 1000, "--output", copy, "--run", again(own_run), "--json")
     assert done.code == 1
-    assert "asked at most 1,000, found" in json.loads(done.out)["error"]
+    assert "at most 1,000 allowed, found" in json.loads(done.out)["error"]
     assert not copy.exists()
     assert not list((own_run / "export").glob("*.onnx"))
     assert not (own_run / "export" / "report.json").exists()
@@ -144,7 +144,7 @@ def test_a_missed_budget_is_exit_code_1_and_leaves_no_file(
     [
         (["--target", "tensorrt-2-4"], "needs weights of the pattern 2:4", "prune --granularity 2:4"),
         (["--target", "microcontroller"], "needs a limit on the bytes", "--max-bytes"),
-        (["--target", "microcontroller", "--values", "f16"], "takes int8, not float16", "--int8"),
+        (["--target", "microcontroller", "--values", "float16"], "takes int8, not float16", "--int8"),
         (["--target", "openvino", "--encoding", "coo"], "not coo", "leave --encoding out"),
         (["--target", "opnvino"], "did you mean openvino?", "your own file"),
     ],

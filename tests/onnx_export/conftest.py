@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +15,11 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from s2ap_deploy.models.classifier import Classifier
+from s2ap_deploy.onnx_export.export_onnx import ExportSource, export_onnx
+from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.onnx_export.graph import to_onnx
+from s2ap_deploy.recipe.schema import ExportSection
+from s2ap_deploy.recorder import Recorder, Silent
 from s2ap_deploy.spec import Normalization
 
 SIZE = (3, 8, 8)
@@ -82,3 +91,28 @@ def dense_model(classifier: Classifier) -> ModelProto:
 @pytest.fixture(scope="session")
 def images() -> NDArray[np.float32]:
     return np.random.default_rng(0).random((70, *SIZE), dtype=np.float32)
+
+
+@pytest.fixture(scope="session")
+def write_onnx() -> Callable[..., ExportReport]:
+    """Export a classifier; settings are fields of the source or keys of a recipe's export section."""
+    of_source = {field.name for field in dataclasses.fields(ExportSource)}
+
+    def write(
+        classifier: nn.Module,
+        *,
+        output: Path,
+        overwrite: bool = False,
+        recorder: Recorder | None = None,
+        **settings: Any,
+    ) -> ExportReport:
+        source = {name: settings.pop(name) for name in of_source & settings.keys()}
+        return export_onnx(
+            ExportSource(classifier, **source),
+            ExportSection(**settings),
+            output,
+            overwrite=overwrite,
+            recorder=recorder or Silent(),
+        )
+
+    return write

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper
 from PIL import Image
 
-from s2ap_deploy.onnx_export.codecs import encoding
+from s2ap_deploy.onnx_export import encoding
 from s2ap_deploy.onnx_export.inference import logits, session
 from s2ap_deploy.spec import Preprocessing
 

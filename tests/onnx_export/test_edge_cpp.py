@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from s2ap_deploy.data import imagefolder as evaluation
 from s2ap_deploy.data.augmentation import Augmentation
 from s2ap_deploy.data.splits import MemorySplit
-from s2ap_deploy.onnx_export.codecs import encoding
+from s2ap_deploy.onnx_export import encoding
 from s2ap_deploy.onnx_export.dead_channels.compact import compact
 from s2ap_deploy.onnx_export.graph import to_onnx
 from s2ap_deploy.onnx_export.quantization import quantize

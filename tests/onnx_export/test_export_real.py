@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,7 @@ from numpy.typing import NDArray
 
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.classifier import Classifier
-from s2ap_deploy.onnx_export.export_onnx import export_onnx
-from s2ap_deploy.recorder import Silent
+from s2ap_deploy.onnx_export.export_report import ExportReport
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,11 @@ def robust(shared: Path) -> Classifier:
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.9])
 def test_same_class_on_every_mnist_test_image(
-    robust: Classifier, digits: NDArray[np.float32], tmp_path: Path, sparsity: float
+    write_onnx: Callable[..., ExportReport],
+    robust: Classifier,
+    digits: NDArray[np.float32],
+    tmp_path: Path,
+    sparsity: float,
 ) -> None:
     classifier = Classifier(registry.build("mnist-conv")).eval()
     classifier.load_state_dict(robust.state_dict())
@@ -41,13 +45,12 @@ def test_same_class_on_every_mnist_test_image(
         if parameter.ndim > 1:
             masks[name] = parameter.abs() >= torch.quantile(parameter.detach().abs().flatten(), sparsity)
             parameter.data *= masks[name]
-    report = export_onnx(
+    report = write_onnx(
         classifier,
         input_size=(1, 28, 28),
         output=tmp_path / "mnist.onnx",
         images=digits,
         masks=masks,
-        recorder=Silent(),
     )
     assert report.agreement.argmax_agree == report.agreement.n == 10_000
     assert report.agreement.max_logit_difference <= 1e-5 * max(1.0, report.agreement.largest_logit)

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from s2ap_deploy.errors import RunFolderError, StorageError
-from s2ap_deploy.onnx_export.export_report import Agreement, EncodedTensor, ExportReport, PointsCheck
+from s2ap_deploy.onnx_export.export_report import Compaction, EncodedTensor, ExportReport
+from s2ap_deploy.records import Agreement, PointsCheck
 
 AGREEMENT = Agreement(
     n=3, max_logit_difference=1e-6, largest_logit=2.0, tolerance=2e-5, argmax_agree=3, ties=0
@@ -48,7 +46,7 @@ def report(**changes: Any) -> ExportReport:
         "nonzeros": 90,
         "sparsity": 0.9,
         "agreement": AGREEMENT,
-        "rejudgments": (judged,),
+        "points_checks": (judged,),
         "source_weights_sha256": "ef" * 32,
         "versions": {"onnx": "1"},
     }
@@ -68,13 +66,6 @@ def test_every_report_says_what_sparsity_does_not_do() -> None:
     assert "not CPU latency" in report().statement
 
 
-def test_a_report_cannot_be_changed_or_extended() -> None:
-    with pytest.raises(ValidationError):
-        report().bytes = 1
-    with pytest.raises(ValidationError, match="surprise"):
-        report(surprise=1)
-
-
 @pytest.mark.parametrize(
     ("change", "passed"),
     [
@@ -90,24 +81,12 @@ def test_agreement_passes_only_when_everything_agrees(change: dict[str, Any], pa
     assert AGREEMENT.model_copy(update=change).passed is passed
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        ('{"schema_version": 1, "bytes": NaN}', "is not JSON"),
-        ('{"schema_version": 1, "bytes": 1' + "0" * 400 + "}", "is not JSON"),
-        ("[]", "schema_version is None"),
-        ('{"schema_version": 9}', "schema_version is 9, this version reads 1"),
-        ('{"schema_version": 1}', "file: Field required"),
-    ],
-)
-def test_other_content_is_refused(tmp_path: Path, text: str, message: str) -> None:
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 1}'])
+def test_other_content_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "report.json"
     path.write_text(text)
-    with pytest.raises(RunFolderError, match=message) as caught:
+    with pytest.raises(RunFolderError, check=lambda error: error.code.startswith("record-")) as caught:
         ExportReport.load(path)
-    assert str(path) in caught.value.message
     assert "export again" in caught.value.hint
 
 
@@ -116,9 +95,25 @@ def test_a_missing_report_is_a_storage_error(tmp_path: Path) -> None:
         ExportReport.load(tmp_path / "none.json")
 
 
-def test_reading_reports_needs_neither_torch_nor_onnx() -> None:
-    code = (
-        "import sys, s2ap_deploy.onnx_export.export_report\n"
-        "sys.exit(any(name in sys.modules for name in ('torch', 'onnx', 'onnxruntime')))"
+@pytest.mark.parametrize(
+    ("macs_after", "words"),
+    [
+        (430, "43% of the multiply-accumulates remain, which does save time."),
+        (979, "98% of the multiply-accumulates remain, which does save time."),
+        (980, "98% of the multiply-accumulates remain, so hardly any time is saved."),
+        (1000, "100% of the multiply-accumulates remain, so hardly any time is saved."),
+        (0, "0% of the multiply-accumulates remain, which does save time."),
+    ],
+)
+def test_time_is_promised_only_where_work_is_gone(macs_after: int, words: str) -> None:
+    removal = Compaction(
+        channels_before=115,
+        channels_after=67,
+        merged=0,
+        macs_before=1000,
+        macs_after=macs_after,
+        parameters_before=100,
+        parameters_after=50,
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert removal.removed == 48
+    assert removal.statement == f"Compaction left out 48 of 115 channels, no output changed: {words}"

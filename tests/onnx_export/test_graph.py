@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError
 from s2ap_deploy.models.classifier import Classifier, weights_hash
 from s2ap_deploy.onnx_export import graph
-from s2ap_deploy.onnx_export.codecs.encoding import default_opset
+from s2ap_deploy.onnx_export.encoding import default_opset
 from s2ap_deploy.onnx_export.inference import logits, session
 
 
@@ -109,21 +109,21 @@ def test_every_offered_opset_is_written(opset: int) -> None:
 
 @pytest.mark.parametrize(("opset", "nearest"), [(11, 18), (17, 18), (26, 25)])
 def test_other_opsets_are_refused(opset: int, nearest: int) -> None:
-    with pytest.raises(UsageError, match=f"opset {opset} cannot be exported, only 18 to 25") as caught:
+    with pytest.raises(UsageError, check=lambda error: error.code == "opset-unsupported") as caught:
         graph.to_onnx(tiny(), (1, 6, 6), opset=opset)
     assert f"--opset {nearest}" in caught.value.hint
 
 
 def test_an_exporter_that_writes_another_opset_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "default_opset", lambda model: 18)
-    with pytest.raises(UsageError, match=r"opset 20 was asked for, but torch .* writes 18"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "opset-unsupported"):
         graph.to_onnx(tiny(), (1, 6, 6))
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
     network = tiny()
     network[0].weight.data[0, 0, 0, 0] = float("nan")
-    with pytest.raises(CheckpointError, match=r"0\.weight holds values that are not finite"):
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "weights-not-finite"):
         graph.to_onnx(network, (1, 6, 6))
 
 
@@ -131,7 +131,7 @@ def test_folding_that_overflows_is_refused() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), nn.Flatten())
     network[0].weight.data.fill_(1e30)
     network[1].weight.data.fill_(1e30)
-    with pytest.raises(CheckpointError, match="folding BatchNorm gives values that are not finite"):
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "weights-not-finite"):
         graph.to_onnx(network, (1, 3, 3))
 
 
@@ -148,7 +148,7 @@ def test_a_fixed_batch_is_in_the_shape(batch: int) -> None:
 
 @pytest.mark.parametrize("batch", [0, -1, 1025])
 def test_other_batches_are_refused(batch: int) -> None:
-    with pytest.raises(UsageError, match=f"a batch of {batch} cannot be exported, only dynamic or 1 to 1024"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "batch-unsupported"):
         graph.to_onnx(tiny(), (1, 6, 6), batch=batch)
 
 
@@ -174,28 +174,30 @@ def test_weights_over_2_gib_are_refused_before_any_work(monkeypatch: pytest.Monk
             return iter([("weight", vast)])
 
     monkeypatch.setattr(graph, "_trace", lambda *args, **options: pytest.fail("work was begun"))
-    with pytest.raises(UsageError, match=r"the weights take 2\.0 GiB; one ONNX file holds less than 2 GiB"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "weights-too-large"):
         graph.to_onnx(Vast(), (1, 6, 6))
 
 
 def test_weights_beyond_one_file_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "MAX_BYTES", 100)
-    with pytest.raises(UsageError, match="one ONNX file holds less than 2 GiB"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "weights-too-large"):
         graph.to_onnx(tiny(), (1, 6, 6))
 
 
 def test_a_wrong_image_size_is_refused() -> None:
-    with pytest.raises(ArchitectureError, match=r"does not accept a \[3, 6, 6\] image"):
+    with pytest.raises(ArchitectureError, check=lambda error: error.code == "input-size-unsupported"):
         graph.to_onnx(tiny(), (3, 6, 6))
 
 
-@pytest.mark.parametrize(("network", "found"), [(Pair(), "tuple"), (nn.Identity(), r"\[2, 1, 4, 4\]")])
-def test_an_output_that_is_not_logits_is_refused(network: nn.Module, found: str) -> None:
-    with pytest.raises(ArchitectureError, match=rf"shape \[batch, classes\], this one {found}"):
+@pytest.mark.parametrize("network", [Pair(), nn.Identity()])
+def test_an_output_that_is_not_logits_is_refused(network: nn.Module) -> None:
+    with pytest.raises(ArchitectureError, check=lambda error: error.code == "output-not-logits"):
         graph.to_onnx(network, (1, 4, 4))
 
 
 def test_a_network_that_cannot_be_traced_is_refused() -> None:
-    with pytest.raises(ArchitectureError, match="cannot be exported") as caught:
+    with pytest.raises(
+        ArchitectureError, check=lambda error: error.code == "network-not-traceable"
+    ) as caught:
         graph.to_onnx(Branching(), (1, 3, 3))
     assert "branch" in caught.value.hint

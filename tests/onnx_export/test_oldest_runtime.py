@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from packaging.requirements import Requirement
 
-from s2ap_deploy.onnx_export.codecs.encoding import Encoding, encode
-from s2ap_deploy.onnx_export.codecs.values import Values, round_weights
+from s2ap_deploy.codecs.registry import CODECS, ENCODINGS, EncodingName
+from s2ap_deploy.codecs.values import VALUES, ValuesName
+from s2ap_deploy.onnx_export.encoding import encode, round_weights
 from s2ap_deploy.onnx_export.inference import logits, session
 from s2ap_deploy.onnx_export.quantization import quantize
 
@@ -23,6 +24,7 @@ UNREACHABLE = ("Retrying (", "NewConnectionError", "Temporary failure", "Network
 RUNNER = """
 import json, sys
 import numpy, onnxruntime
+
 folder, found = sys.argv[1], {"version": onnxruntime.__version__}
 images = numpy.load(folder + "/images.npy")
 options = onnxruntime.SessionOptions()
@@ -34,6 +36,8 @@ for name in sys.argv[2:]:
     found[name] = float(numpy.abs(running.run(None, {"image": images})[0] - expected).max())
 print(json.dumps(found))
 """
+
+AUTOMATIC = [codec.name for codec in CODECS.values() if codec.automatic]
 
 
 def lower_bound() -> str:
@@ -64,14 +68,14 @@ def oldest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_coded_files_run_in_the_oldest_stated_runtime(
     oldest: Path, dense_model: ModelProto, images: NDArray[np.float32], tmp_path: Path
 ) -> None:
-    kinds: list[tuple[Encoding, Values]] = [
-        (encoding, values) for encoding in ("ef", "gaps", "mask", "coo") for values in ("f32", "f16", "int8")
+    kinds: list[tuple[EncodingName, ValuesName]] = [
+        (encoding, values) for encoding in ENCODINGS[1:] for values in VALUES
     ]
     files = {}
     for encoding, values in kinds:
         rounded, stored, _ = round_weights(dense_model, values)
         files[f"{encoding}-{values}"] = encode(rounded, encoding=encoding, rounded=stored)[0]
-    for encoding in ("ef", "gaps", "mask"):
+    for encoding in AUTOMATIC:
         files[f"{encoding}-qdq"] = encode(quantize(dense_model, images), encoding=encoding)[0]
     np.save(tmp_path / "images.npy", images)
     for name, model in files.items():
@@ -81,7 +85,7 @@ def test_coded_files_run_in_the_oldest_stated_runtime(
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found.pop("version") + ".0").startswith(lower_bound() + ".")
-    largest = float(np.abs(np.load(tmp_path / "ef-f32.npy")).max())
+    largest = float(np.abs(np.load(tmp_path / "ef-float32.npy")).max())
     for name, difference in found.items():
         # One rounding of an int8 activation that falls the other way moves logits by a step.
         allowed = 0.05 if name.endswith("qdq") else 1e-5

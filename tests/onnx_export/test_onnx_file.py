@@ -14,14 +14,17 @@ import torch
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from s2ap_deploy.codecs.registry import CODECS, EncodingName
+from s2ap_deploy.codecs.values import VALUES, ValuesName
 from s2ap_deploy.errors import CheckpointError, StorageError
 from s2ap_deploy.files import sha256
-from s2ap_deploy.onnx_export.codecs.encoding import Encoding, encode
-from s2ap_deploy.onnx_export.codecs.values import Values, round_weights
+from s2ap_deploy.onnx_export.encoding import encode, round_weights
 from s2ap_deploy.onnx_export.inference import FileAnswers, logits, session
-from s2ap_deploy.onnx_export.onnx_file import read
-from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxTwin
-from s2ap_deploy.onnx_export.verification import compare_twin
+from s2ap_deploy.onnx_export.onnx_file import load
+from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxModule
+from s2ap_deploy.onnx_export.verification import compare_logits
+
+SPARSE = [codec.name for codec in CODECS.values() if codec.sparse]
 
 
 def written(path: Path, model: ModelProto) -> Path:
@@ -32,7 +35,7 @@ def written(path: Path, model: ModelProto) -> Path:
 def test_what_a_file_says(tmp_path: Path, dense_model: ModelProto, images: NDArray[np.float32]) -> None:
     model = ModelProto.FromString(encode(dense_model)[0].SerializeToString())
     onnx.helper.set_model_props(model, {"s2ap.sparsity": "0.9", "s2ap.class_names": '["a", "b"]'})
-    opened = read(written(tmp_path / "m.onnx", model))
+    opened = load(written(tmp_path / "m.onnx", model))
     assert (opened.input_size, opened.quantized) == ((3, 8, 8), False)
     assert opened.sha256 == sha256(tmp_path / "m.onnx")
     assert (opened.class_names, opened.sparsity) == (("a", "b"), 0.9)
@@ -44,7 +47,7 @@ def test_what_a_file_says(tmp_path: Path, dense_model: ModelProto, images: NDArr
 def test_damaged_metadata_is_no_fact(tmp_path: Path, dense_model: ModelProto, text: str) -> None:
     model = ModelProto.FromString(dense_model.SerializeToString())
     onnx.helper.set_model_props(model, {"s2ap.sparsity": text, "s2ap.class_names": text})
-    opened = read(written(tmp_path / "m.onnx", model))
+    opened = load(written(tmp_path / "m.onnx", model))
     assert (opened.class_names, opened.sparsity) == ((), None)
 
 
@@ -78,39 +81,42 @@ ONE = np.ones((1, 5), np.float32)
 
 
 @pytest.mark.parametrize(
-    ("model", "words"),
+    ("model", "code"),
     [
         (
             linear(ONE[0, 0], helper.make_node("ReduceMean", ["product"], ["out"], keepdims=0), w=W),
-            "shape \\[\\]",
+            "onnx-output-unexpected",
         ),
         (
             linear(ONE[:, :1], helper.make_node("Identity", ["product"], ["out"]), w=W[:, :1]),
-            "tells 1 classes",
+            "onnx-classes-too-few",
         ),
         (
             linear(ONE[:, :0], helper.make_node("Identity", ["product"], ["out"]), w=W[:, :0]),
-            "tells 0 classes",
+            "onnx-classes-too-few",
         ),
-        (linear(ONE, helper.make_node("Identity", ["w"], ["out"]), w=W), "shape \\[192, 5\\]"),
+        (linear(ONE, helper.make_node("Identity", ["w"], ["out"]), w=W), "onnx-output-unexpected"),
         (
             linear(ONE[0, :3], helper.make_node("ReduceMax", ["image"], ["out"]), w=W),
-            "shape \\[1, 1, 1, 1\\]",
+            "onnx-output-unexpected",
         ),
         (
             linear(ONE.astype(np.float64), helper.make_node("Cast", ["product"], ["out"], to=11), w=W),
-            "float64",
+            "onnx-output-unexpected",
         ),
-        (linear(ONE.astype(np.int64), helper.make_node("ArgMax", ["product"], ["out"]), w=W), "int64"),
+        (
+            linear(ONE.astype(np.int64), helper.make_node("ArgMax", ["product"], ["out"]), w=W),
+            "onnx-output-unexpected",
+        ),
         (
             linear(ONE, helper.make_node("Add", ["product", "c"], ["out"]), w=W, c=np.ones(7, np.float32)),
-            "run",
+            "onnx-not-loadable",
         ),
     ],
 )
-def test_other_answers_than_logits_are_refused(tmp_path: Path, model: ModelProto, words: str) -> None:
-    with pytest.raises(CheckpointError, match=words):
-        read(written(tmp_path / "m.onnx", model))
+def test_other_answers_than_logits_are_refused(tmp_path: Path, model: ModelProto, code: str) -> None:
+    with pytest.raises(CheckpointError, check=lambda error: error.code == code):
+        load(written(tmp_path / "m.onnx", model))
 
 
 @pytest.mark.parametrize("batch", [-1, 0])
@@ -119,38 +125,38 @@ def test_an_odd_batch_is_refused_or_works_everywhere(tmp_path: Path, batch: int)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
     path = written(tmp_path / "m.onnx", model)
     if batch == 0:
-        with pytest.raises(CheckpointError, match="cannot be run"):
-            read(path)
+        with pytest.raises(CheckpointError, check=lambda error: error.code.startswith("onnx-not-")):
+            load(path)
         return
-    opened = read(path)
+    opened = load(path)
     images = torch.rand(3, 3, 8, 8)
-    assert np.allclose(OnnxTwin(opened.model)(images).numpy(), opened.answers(images.numpy()))
+    assert np.allclose(OnnxModule(opened.model)(images).numpy(), opened.answers(images.numpy()))
 
 
 def test_an_endless_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("s2ap_deploy.onnx_export.onnx_file._MAX_BYTES", 1000)
-    with pytest.raises(CheckpointError, match="larger than 2 GiB"):
-        read(Path("/dev/zero"))
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "onnx-too-large"):
+        load(Path("/dev/zero"))
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
-        read(tmp_path / "none.onnx")
+        load(tmp_path / "none.onnx")
 
 
 @pytest.mark.parametrize("content", [b"", b"not ONNX at all", bytes(100)])
 def test_garbage(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="ONNX"):
-        read(path)
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "file-not-onnx"):
+        load(path)
 
 
 def test_a_torn_file(tmp_path: Path, dense_model: ModelProto) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(dense_model.SerializeToString()[:-5000])
     with pytest.raises(CheckpointError):
-        read(path)
+        load(path)
 
 
 def relu(shape: list[int | str], kind: int = TensorProto.FLOAT) -> ModelProto:
@@ -167,49 +173,46 @@ def relu(shape: list[int | str], kind: int = TensorProto.FLOAT) -> ModelProto:
     "model", [relu(["b", 3]), relu(["b", 3, "h", "w"]), relu(["b", 3, 8, 8], TensorProto.DOUBLE)]
 )
 def test_other_inputs_are_refused(tmp_path: Path, model: ModelProto) -> None:
-    with pytest.raises(CheckpointError, match=r"one float32 tensor \[batch, C, H, W\]"):
-        read(written(tmp_path / "m.onnx", model))
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "onnx-not-classifier"):
+        load(written(tmp_path / "m.onnx", model))
 
 
-def test_weights_elsewhere_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("constant", [False, True])
+def test_weights_elsewhere_are_refused(tmp_path: Path, constant: bool) -> None:
     model = relu(["b", 3, 8, 8])
     tensor = numpy_helper.from_array(np.ones(3, np.float32), "w")
     tensor.data_location = TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="w.bin")
     tensor.ClearField("raw_data")
-    model.graph.initializer.append(tensor)
-    with pytest.raises(CheckpointError, match="another file"):
-        read(written(tmp_path / "m.onnx", model))
-
-
-def test_weights_elsewhere_are_refused_in_constants_too(tmp_path: Path) -> None:
-    model = relu(["b", 3, 8, 8])
-    tensor = numpy_helper.from_array(np.ones(3, np.float32), "w")
-    tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="w.bin")
-    tensor.ClearField("raw_data")
-    model.graph.node.insert(0, helper.make_node("Constant", [], ["c"], value=tensor))
-    with pytest.raises(CheckpointError, match="another file"):
-        read(written(tmp_path / "m.onnx", model))
+    if constant:
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["c"], value=tensor))
+    else:
+        model.graph.initializer.append(tensor)
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "onnx-data-external"):
+        load(written(tmp_path / "m.onnx", model))
 
 
 def test_a_few_bytes_that_decode_to_many_are_refused_before_they_run(tmp_path: Path) -> None:
     model = relu(["b", 3, 8, 8])
     model.graph.initializer.append(numpy_helper.from_array(np.array([2**40]), "s2ap_1"))
     model.graph.node.insert(0, helper.make_node("ConstantOfShape", ["s2ap_1"], ["w"]))
-    with pytest.raises(CheckpointError, match="is refused: w would take"):
-        read(written(tmp_path / "m.onnx", model))
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "onnx-too-large"):
+        load(written(tmp_path / "m.onnx", model))
 
 
-@pytest.mark.parametrize("choice", ["ef", "gaps", "mask", "coo"])
-@pytest.mark.parametrize("values", ["f32", "f16", "int8"])
+@pytest.mark.parametrize("choice", SPARSE)
+@pytest.mark.parametrize("values", list(VALUES))
 def test_a_file_of_any_encoding_is_read_and_has_a_twin(
-    tmp_path: Path, dense_model: ModelProto, images: NDArray[np.float32], choice: Encoding, values: Values
+    tmp_path: Path,
+    dense_model: ModelProto,
+    images: NDArray[np.float32],
+    choice: EncodingName,
+    values: ValuesName,
 ) -> None:
     rounded, stored, _ = round_weights(dense_model, values)
-    opened = read(written(tmp_path / "m.onnx", encode(rounded, encoding=choice, rounded=stored)[0]))
+    opened = load(written(tmp_path / "m.onnx", encode(rounded, encoding=choice, rounded=stored)[0]))
     assert not opened.quantized
-    found = OnnxTwin(opened.model)(torch.from_numpy(images)).numpy()
-    agreement = compare_twin(found, opened.answers(images), quantized=False)
+    found = OnnxModule(opened.model)(torch.from_numpy(images)).numpy()
+    agreement = compare_logits(found, opened.answers(images), quantized=False)
     assert agreement.passed
     assert agreement.max_logit_difference < 1e-5

@@ -7,12 +7,16 @@ import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from s2ap_deploy.onnx_export.codecs.encoding import Encoding, encode
-from s2ap_deploy.onnx_export.codecs.values import Values, round_weights
+from s2ap_deploy.codecs.registry import CODECS, EncodingName
+from s2ap_deploy.codecs.values import VALUES, ValuesName
+from s2ap_deploy.onnx_export.encoding import encode, round_weights
 from s2ap_deploy.onnx_export.inference import logits, session
 from s2ap_deploy.onnx_export.quantization import quantize
 
 openvino = pytest.importorskip("openvino", reason="needs openvino: pip install openvino")
+
+
+AUTOMATIC = [codec.name for codec in CODECS.values() if codec.automatic]
 
 
 def answers(model: ModelProto, images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -24,10 +28,10 @@ def answers(model: ModelProto, images: NDArray[np.float32]) -> NDArray[np.float3
     return found
 
 
-@pytest.mark.parametrize("choice", ["ef", "gaps", "mask", "dense"])
-@pytest.mark.parametrize("values", ["f32", "f16", "int8"])
+@pytest.mark.parametrize("choice", AUTOMATIC)
+@pytest.mark.parametrize("values", list(VALUES))
 def test_coded_files_answer_alike(
-    dense_model: ModelProto, images: NDArray[np.float32], choice: Encoding, values: Values
+    dense_model: ModelProto, images: NDArray[np.float32], choice: EncodingName, values: ValuesName
 ) -> None:
     rounded, stored, _ = round_weights(dense_model, values)
     coded, _ = encode(rounded, encoding=choice, rounded=stored)
@@ -37,7 +41,7 @@ def test_coded_files_answer_alike(
 
 def test_coded_int8_tensors_load(dense_model: ModelProto, images: NDArray[np.float32]) -> None:
     int8 = quantize(dense_model, images)
-    for choice in ("ef", "gaps", "mask"):
+    for choice in AUTOMATIC:
         coded, _ = encode(int8, encoding=choice)
         assert np.array_equal(answers(coded, images), answers(int8, images)), choice
 

@@ -1,22 +1,31 @@
-"""What a file asks of memory and time is refused before a runtime sees it."""
+"""Files that would take too much memory or time are refused before a runtime sees them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
+from s2ap_deploy.codecs.decode_graph import decodes, is_internal
+from s2ap_deploy.codecs.registry import CODECS, ENCODINGS, EncodingName
+from s2ap_deploy.codecs.values import VALUES, ValuesName
 from s2ap_deploy.errors import VerificationError
-from s2ap_deploy.onnx_export.codecs.encoding import Encoding, encode
-from s2ap_deploy.onnx_export.codecs.footprint import check_footprint
-from s2ap_deploy.onnx_export.resource_limits import check_demand
+from s2ap_deploy.onnx_export import resource_limits
+from s2ap_deploy.onnx_export.encoding import encode, round_weights
+from s2ap_deploy.onnx_export.resource_limits import check_decoding, check_execution, has_external_data
 
 CLASSIFIER = [
     helper.make_node("Flatten", ["image"], ["flat"]),
     helper.make_node("MatMul", ["flat", "w"], ["out"]),
 ]
+
+
+def node(operator: str, *inputs: str, out: str = "zeros", **attributes: Any) -> NodeProto:
+    return helper.make_node(operator, list(inputs), [out], **attributes)
 
 
 def model(*nodes: NodeProto, shape: Any = ("b", 3, 8, 8), **stored: Any) -> ModelProto:
@@ -34,103 +43,186 @@ def model(*nodes: NodeProto, shape: Any = ("b", 3, 8, 8), **stored: Any) -> Mode
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-@pytest.mark.parametrize("choice", ["auto", "ef", "gaps", "mask", "dense", "coo"])
-def test_our_own_files_pass(dense_model: ModelProto, choice: Encoding) -> None:
-    check_demand(encode(dense_model, encoding=choice)[0])
-
-
-def test_what_an_exporter_leaves_to_be_computed_passes() -> None:
-    check_demand(
-        model(
-            helper.make_node("Shape", ["image"], ["size"]),
-            helper.make_node("Expand", ["one", "size"], ["ones"]),
-            helper.make_node("ConstantOfShape", ["small"], ["zeros"]),
-            one=np.ones(1, np.float32),
-            small=np.array([3, 4]),
-        )
-    )
-
-
-def test_a_small_file_that_asks_for_large_constants_is_refused() -> None:
-    node = helper.make_node("ConstantOfShape", ["n"], ["zeros"])
-    with pytest.raises(VerificationError, match="zeros would take 4 GiB"):
-        check_demand(model(node, n=np.array([2**30])))
-
-
-def test_many_constants_count_together() -> None:
-    nodes = [helper.make_node("ConstantOfShape", ["n"], [f"zeros{index}"]) for index in range(3)]
-    check_demand(model(nodes[0], n=np.array([2**28])))
-    with pytest.raises(VerificationError, match="constants alone would take 3 GiB"):
-        check_demand(model(*nodes, n=np.array([2**28])))
-
-
-def test_a_constant_whose_size_is_itself_computed_is_refused() -> None:
-    nodes = [
-        helper.make_node("Mul", ["n", "n"], ["many"]),
-        helper.make_node("ConstantOfShape", ["many"], ["zeros"]),
-    ]
-    with pytest.raises(VerificationError, match="zeros: the size that ConstantOfShape gives it"):
-        check_demand(model(*nodes, n=np.array([2**20])))
-
-
-def test_an_image_that_becomes_too_large_is_refused() -> None:
-    node = helper.make_node("Expand", ["image", "n"], ["wide"])
-    with pytest.raises(VerificationError, match="wide would take"):
-        check_demand(model(node, n=np.array([2**20, 1, 1, 1, 1])))
-
-
-@pytest.mark.parametrize("shape", [("b", 3, 2**20, 2**20), (2**40, 3, 8, 8), ("b", 2**62, 2**62, 1)])
-def test_images_that_are_too_large_are_refused(shape: tuple[object, ...]) -> None:
-    with pytest.raises(VerificationError, match="image would take"):
-        check_demand(model(shape=shape))
-
-
-@pytest.mark.parametrize("shape", [("b", 3, 8, 8), (-1, 3, 8, 8), (0, 3, 8, 8), (1024, 3, 8, 8)])
-def test_usual_batches_pass(shape: tuple[object, ...]) -> None:
-    check_demand(model(shape=shape))
+def decoded(operator: str, *stored: np.ndarray, domain: str = "", **attributes: object) -> ModelProto:
+    """A model in which one node makes a weight out of constants."""
+    names = [f"s2ap_{index}" for index in range(len(stored))]
+    arrays = dict(zip(names, stored, strict=True))
+    return model(helper.make_node(operator, names, ["v"], domain=domain, **attributes), **arrays)
 
 
 def body(*nodes: NodeProto) -> GraphProto:
     result = helper.make_tensor_value_info("end", TensorProto.FLOAT, [1])
-    return helper.make_graph([*nodes, helper.make_node("Identity", ["x"], ["end"])], "body", [], [result])
+    return helper.make_graph([*nodes, node("Identity", "x", out="end")], "body", [], [result])
 
 
-def test_repeated_graphs_are_refused_at_any_depth() -> None:
-    loop = helper.make_node("Loop", ["n", "yes", "x"], ["end2"], body=body())
-    stored: dict[str, Any] = {"n": np.array(10**12), "yes": np.array(True), "x": np.ones(1, np.float32)}
-    with pytest.raises(VerificationError, match="Loop repeats"):
-        check_demand(model(loop, **stored))
-    condition = helper.make_node("If", ["yes"], ["y"], then_branch=body(loop), else_branch=body())
-    with pytest.raises(VerificationError, match="Loop repeats"):
-        check_demand(model(condition, **stored))
-    whole = model(**stored)
-    whole.functions.append(
-        helper.make_function("own", "F", ["n", "yes", "x"], ["end2"], [loop], [helper.make_opsetid("", 20)])
+def condition(branch: GraphProto) -> NodeProto:
+    return node("If", "yes", out="y", then_branch=branch, else_branch=body())
+
+
+BODY: dict[str, Any] = {"yes": np.array(True), "x": np.ones(1, np.float32), "n": np.array([2**40])}
+LOOP = node("Loop", "n", "yes", "x", out="end2", body=body())
+
+
+def in_a_function() -> ModelProto:
+    whole = model(**BODY)
+    opsets = [helper.make_opsetid("", 20)]
+    whole.functions.append(helper.make_function("own", "F", ["n", "yes", "x"], ["end2"], [LOOP], opsets))
+    return whole
+
+
+def with_sparse(dims: list[int]) -> ModelProto:
+    result = model()
+    result.graph.sparse_initializer.append(
+        SparseTensorProto(
+            values=numpy_helper.from_array(np.ones(1, np.float32), "v"),
+            indices=numpy_helper.from_array(np.zeros(1, np.int64)),
+            dims=dims,
+        )
     )
-    with pytest.raises(VerificationError, match="Loop repeats"):
-        check_demand(whole)
+    return result
 
 
-def test_a_condition_passes_unless_it_hides_a_size() -> None:
-    stored: dict[str, Any] = {"yes": np.array(True), "x": np.ones(1, np.float32), "n": np.array([2**40])}
-    check_demand(
-        model(helper.make_node("If", ["yes"], ["y"], then_branch=body(), else_branch=body()), **stored)
-    )
-    hidden = body(helper.make_node("ConstantOfShape", ["n"], ["zeros"]))
-    node = helper.make_node("If", ["yes"], ["y"], then_branch=hidden, else_branch=body())
-    with pytest.raises(VerificationError, match="ConstantOfShape inside of a condition"):
-        check_demand(model(node, **stored))
-
-
-def test_a_decoder_may_not_take_far_more_than_what_it_decodes() -> None:
+def a_decoder_that_takes_far_more_than_it_decodes() -> ModelProto:
     """Found with a file of one kilobyte, over which ONNX's own inference took 9 GiB."""
-    parts = [helper.make_node("ConstantOfShape", ["s2ap_n"], [f"s2ap_{index}"]) for index in range(2)]
-    parts.append(helper.make_node("Add", ["s2ap_0", "s2ap_1"], ["s2ap_sum"]))
-    parts.append(helper.make_node("Slice", ["s2ap_sum", "s2ap_from", "s2ap_to"], ["v"]))
-    numbers: dict[str, Any] = {
-        "s2ap_n": np.array([2**29 - 1]),
-        "s2ap_from": np.array([0]),
-        "s2ap_to": np.array([960]),
-    }
-    with pytest.raises(VerificationError, match="decoding 960 weights would take 6 GiB"):
-        check_footprint(model(*parts, **numbers))
+    parts = [node("ConstantOfShape", "s2ap_n", out=f"s2ap_{index}") for index in range(2)]
+    parts.append(node("Add", "s2ap_0", "s2ap_1", out="s2ap_sum"))
+    parts.append(node("Slice", "s2ap_sum", "s2ap_from", "s2ap_to", out="v"))
+    numbers = {"s2ap_n": np.array([2**29 - 1]), "s2ap_from": np.array([0]), "s2ap_to": np.array([960])}
+    return model(*parts, **numbers)
+
+
+@pytest.mark.parametrize("choice", ENCODINGS)
+@pytest.mark.parametrize("values", list(VALUES))
+def test_our_own_files_pass(dense_model: ModelProto, choice: EncodingName, values: ValuesName) -> None:
+    rounded, stored, _ = round_weights(dense_model, values)
+    coded, _ = encode(rounded, encoding=choice, rounded=stored)
+    check_decoding(coded)
+    check_execution(coded)
+    assert not has_external_data(coded)
+
+
+@pytest.mark.parametrize("density", [1 / 300, 0.01, 0.1, 0.5, 0.74])
+@pytest.mark.parametrize("values", list(VALUES))
+def test_codecs_need_what_they_state(density: float, values: ValuesName) -> None:
+    """Operators and bytes of intermediate values, here for small tensors, where the share is largest."""
+    weight = np.zeros(300, np.float32)
+    weight[-max(1, round(300 * density)) :] = 1.5
+    plain, stored, _ = round_weights(
+        model(node("Identity", "image", out="i"), w=weight.reshape(4, 75)), values
+    )
+    for codec in CODECS.values():
+        if not codec.selectable:
+            continue
+        coded, (row,) = encode(plain, encoding=codec.name, rounded=stored)
+        nodes = [each for each in coded.graph.node if decodes(each)]
+        assert {each.op_type for each in nodes} <= codec.operators
+        sizes = [
+            math.prod(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+            * helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).itemsize
+            for value in resource_limits._decoded_values(coded, nodes)
+            if is_internal(value.name)
+        ]
+        assert sum(sizes) <= codec.intermediate_ratio * 4 * row.entries, codec.name
+
+
+@pytest.mark.parametrize(
+    ("check", "asked", "code"),
+    [
+        (check_decoding, decoded("ConstantOfShape", np.array([2**33])), "onnx-too-large"),
+        (check_decoding, decoded("ConstantOfShape", np.array([2**20, 2**20, 2**20])), "onnx-too-large"),
+        (
+            check_decoding,
+            decoded("Mul", np.ones((60_000, 1), np.float32), np.ones((1, 60_000), np.float32)),
+            "onnx-too-large",
+        ),
+        (check_decoding, decoded("NonZero", np.ones(3, np.float32)), "onnx-operator-unknown"),
+        (check_decoding, decoded("Tile", np.ones(3, np.float32), np.array([2])), "onnx-operator-unknown"),
+        (
+            check_decoding,
+            decoded("Cast", np.ones(3, np.float32), domain="com.stranger", to=1),
+            "onnx-operator-unknown",
+        ),
+        (
+            check_decoding,
+            decoded("MatMul", np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)),
+            "onnx-shapes-invalid",
+        ),
+        (check_decoding, with_sparse([2**40]), "onnx-too-large"),
+        (check_decoding, with_sparse([2**20, 2**20]), "onnx-too-large"),
+        (check_decoding, with_sparse([-1, 5]), "onnx-too-large"),
+        (check_decoding, a_decoder_that_takes_far_more_than_it_decodes(), "onnx-too-large"),
+        (check_execution, model(node("ConstantOfShape", "n"), n=np.array([2**30])), "onnx-too-large"),
+        (
+            check_execution,
+            model(node("Mul", "n", "n", out="many"), node("ConstantOfShape", "many"), n=np.array([2**20])),
+            "onnx-size-unknown",
+        ),
+        (
+            check_execution,
+            model(node("Expand", "image", "n"), n=np.array([2**20, 1, 1, 1, 1])),
+            "onnx-too-large",
+        ),
+        (check_execution, model(shape=("b", 3, 2**20, 2**20)), "onnx-too-large"),
+        (check_execution, model(shape=(2**40, 3, 8, 8)), "onnx-too-large"),
+        (check_execution, model(shape=("b", 2**62, 2**62, 1)), "onnx-too-large"),
+        (check_execution, model(LOOP, **BODY), "onnx-cost-unbounded"),
+        (check_execution, model(condition(body(LOOP)), **BODY), "onnx-cost-unbounded"),
+        (check_execution, in_a_function(), "onnx-cost-unbounded"),
+        (check_execution, model(condition(body(node("ConstantOfShape", "n"))), **BODY), "onnx-size-unknown"),
+    ],
+)
+def test_what_takes_too_much_is_refused(
+    check: Callable[[ModelProto], None], asked: ModelProto, code: str
+) -> None:
+    with pytest.raises(VerificationError, check=lambda error: error.code == code):
+        check(asked)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        model(
+            node("Shape", "image", out="size"),
+            node("Expand", "one", "size", out="ones"),
+            node("ConstantOfShape", "small"),
+            one=np.ones(1, np.float32),
+            small=np.array([3, 4]),
+        ),
+        *(model(shape=shape) for shape in [("b", 3, 8, 8), (-1, 3, 8, 8), (0, 3, 8, 8), (1024, 3, 8, 8)]),
+        model(condition(body()), **BODY),
+    ],
+)
+def test_what_exporters_write_passes(asked: ModelProto) -> None:
+    check_execution(asked)
+
+
+@pytest.mark.parametrize(("check", "name"), [(check_decoding, "s2ap_n"), (check_execution, "n")])
+def test_many_tensors_count_together(check: Callable[[ModelProto], None], name: str) -> None:
+    nodes = [node("ConstantOfShape", name, out=f"zeros{index}") for index in range(4)]
+    check(model(nodes[0], **{name: np.array([2**28])}))
+    with pytest.raises(VerificationError, check=lambda error: error.code == "onnx-too-large"):
+        check(model(*nodes, **{name: np.array([2**28])}))
+
+
+def external() -> TensorProto:
+    tensor = numpy_helper.from_array(np.ones(3, np.float32), "w")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    return tensor
+
+
+def test_tensors_in_other_files_are_found_at_any_depth() -> None:
+    assert not has_external_data(model())
+    branch = helper.make_graph([], "branch", [], [], [external()])
+    constant = helper.make_node("Constant", [], ["c"], value=external())
+    inner = helper.make_graph([constant], "inner", [], [])
+    for each in (constant, condition(branch), node("Loop", "c", body=inner)):
+        assert has_external_data(model(each))
+    sparse = model()
+    sparse.graph.sparse_initializer.append(SparseTensorProto(values=external(), dims=[3]))
+    assert has_external_data(sparse)
+    function = model()
+    function.functions.append(
+        helper.make_function("own", "F", [], ["c"], [constant], [helper.make_opsetid("", 20)])
+    )
+    assert has_external_data(function)

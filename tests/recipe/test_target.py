@@ -85,9 +85,9 @@ def test_an_installed_package_finds_its_own_copy(tmp_path: Path, monkeypatch: py
     [("arm64", "onnxruntime-arm64"), ("tensorrt", "tensorrt-2-4"), ("opnevino", "openvino")],
 )
 def test_a_slip_is_answered_with_the_nearest_target(name: str, meant: str) -> None:
-    with pytest.raises(RecipeError, match=f"did you mean {meant}") as caught:
+    with pytest.raises(RecipeError, match=meant) as caught:
         target.find(name)
-    assert "openvino" in (caught.value.hint or "")
+    assert caught.value.code == "target-unknown"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_slip_is_answered_with_the_nearest_target(name: str, meant: str) -> No
         ("name: x\ndescription: d\nrequires:\n  compact: false\n", "compact is not what requires"),
         ("name: x\ndescription: d\nfoo: 1\n", "a target has name"),
         ("description: d\n", "name is missing"),
-        ("- name\n", "holds no target"),
+        ("- name\n", "is not a target"),
         ("name: !!python/object/apply:os.system [id]\n", "line 1"),
         ("name: &a x\ndescription: *a\n", "line 1"),
     ],
@@ -145,7 +145,7 @@ def test_a_flag_beats_the_target() -> None:
     assert (filled["opset"], filled["encoding"], filled["batch"]) == (21, "dense", 1)
 
 
-@pytest.mark.parametrize("said", [{"values": "f16"}, {"int8": False}])
+@pytest.mark.parametrize("said", [{"values": "float16"}, {"int8": False}])
 def test_int8_and_the_type_of_values_are_one_choice(said: dict[str, Any]) -> None:
     filled = target.fill(said, target.find("microcontroller").target, KNOWN, "weight")
     assert {key: filled.get(key) for key in said} == said
@@ -193,25 +193,25 @@ def test_a_target_that_no_recipe_can_find_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "words", "hint"),
+    ("name", "changes", "code", "hint"),
     [
-        ("microcontroller", {"encoding": "dense", "max_bytes": 9}, "takes int8, not float32", "--int8"),
+        ("microcontroller", {"encoding": "dense", "max_bytes": 9}, "target-dtype-unsupported", "--int8"),
         (
             "microcontroller",
             {"encoding": "dense", "values": "int8", "max_bytes": 9},
-            "not int8 values in float32",
+            "target-dtype-unsupported",
             "--int8",
         ),
-        ("microcontroller", {"encoding": "dense", "int8": True}, "needs a limit on the bytes", "--max-bytes"),
-        ("openvino", {"encoding": "coo"}, "not coo", "leave --encoding out"),
-        ("coreml", {"encoding": "ef"}, "not ef", "leave --encoding out"),
-        ("tensorrt-2-4", {"encoding": "dense"}, "stay where they are", "--no-compact"),
+        ("microcontroller", {"encoding": "dense", "int8": True}, "target-budget-missing", "--max-bytes"),
+        ("openvino", {"encoding": "coo"}, "target-encoding-unsupported", "--encoding"),
+        ("coreml", {"encoding": "ef"}, "target-encoding-unsupported", "--encoding"),
+        ("tensorrt-2-4", {"encoding": "dense"}, "target-compact-unsupported", "--no-compact"),
     ],
 )
 def test_a_contradiction_is_an_error_with_a_hint(
-    name: str, changes: dict[str, Any], words: str, hint: str
+    name: str, changes: dict[str, Any], code: str, hint: str
 ) -> None:
-    with pytest.raises(UsageError, match=words) as caught:
+    with pytest.raises(UsageError, check=lambda error: error.code == code) as caught:
         target.check(target.find(name).target, section(**changes))
     assert hint in (caught.value.hint or "")
 

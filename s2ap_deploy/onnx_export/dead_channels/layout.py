@@ -1,4 +1,4 @@
-"""What an ONNX graph says about its tensors: shapes, channel counts and fixed contents. No torch.
+"""What an ONNX graph says about its tensors: shapes, channel counts and fixed contents.
 
 A *channel* is an index along axis 1. Every activation of rank 2 or more whose axis 1 has a known length
 has channels, whatever that axis means to the network.
@@ -112,3 +112,32 @@ def captured(model: ModelProto) -> set[str]:
             names.update(node.input)
             stack += [each.g for each in node.attribute if each.type == AttributeProto.GRAPH]
     return names
+
+
+def macs(model: ModelProto, known: Layout) -> int:
+    """Multiply-accumulates of convolutions and matrix products for one image; open dimensions count once."""
+    return sum(_macs(node, known) for node in model.graph.node)
+
+
+def parameters(model: ModelProto) -> int:
+    """Entries of all stored floating-point tensors."""
+    floating = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
+    return sum(math.prod(each.dims) for each in model.graph.initializer if each.data_type in floating)
+
+
+def _macs(node: NodeProto, known: Layout) -> int:
+    if node.op_type not in ("Conv", "Gemm", "MatMul"):
+        return 0
+    output = _entries(known.shapes.get(node.output[0], ()))
+    weights = _shape(node.input[1], known)
+    if node.op_type == "Conv":
+        return output * _entries(weights[1:])
+    return output * _entries(_shape(node.input[0], known)[-1:])
+
+
+def _shape(name: str, known: Layout) -> Shape:
+    return known.arrays[name].shape if name in known.arrays else known.shapes.get(name, ())
+
+
+def _entries(shape: Shape) -> int:
+    return math.prod(size or 1 for size in shape)

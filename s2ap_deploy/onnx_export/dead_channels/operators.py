@@ -1,7 +1,7 @@
-"""What compaction knows about an operator: which channels belong together, which are constant, how to narrow.
+"""The interface of a supported operator: which channels are tied, which are constant, how to narrow it.
 
-Channels of different tensors that can only go together are *tied*: channel 3 before and after a ReLU, both
-summands and the sum of a residual connection. An operator that mixes channels by weights ties nothing.
+Channels of different tensors that can only be removed together are *tied*: channel 3 before and after a ReLU,
+both summands and the sum of a residual connection. An operator that mixes channels by weights ties nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Unsupported(Exception):
 
 
 @dataclass
-class Narrowed:
+class NarrowedNode:
     """A node for fewer channels, and the new content of its fixed inputs by position."""
 
     node: NodeProto
@@ -50,29 +50,29 @@ class Operator(ABC):
 
     @abstractmethod
     def ties(self) -> Iterator[tuple[Span, Span]]:
-        """Pairs of equally long spans whose channels go together."""
+        """Yield pairs of equally long spans whose channels can only be removed together."""
 
     @abstractmethod
     def constants(self, values: Mapping[str, Values]) -> list[Values]:
-        """The values of each target, given those of the sources."""
+        """Return the values of each target, given those of the sources."""
 
-    @abstractmethod
-    def narrowed(self, kept: Mapping[str, Kept]) -> Narrowed:
-        """The node for the kept channels of its sources and targets."""
+    def narrow(self, kept: Mapping[str, Kept]) -> NarrowedNode:
+        """Return the node for the kept channels of its sources and targets."""
+        return NarrowedNode(self.copy())
 
     def span(self, name: str, start: int = 0, end: int | None = None) -> Span:
-        """Channels ``start`` to ``end`` of a tensor."""
+        """Return channels ``start`` to ``end`` of a tensor."""
         return name, np.arange(start, self.width(name) if end is None else end)
 
     def width(self, name: str) -> int:
-        """Channels of a tensor. Raises Unsupported where the graph does not say."""
+        """Count the channels of a tensor. Raises Unsupported where the graph does not say."""
         channels = self.layout.channels(name)
         if channels is None:
             raise Unsupported(f"the number of channels of {name} is not known")
         return channels
 
     def fixed(self, position: int) -> NDArray[np.generic] | None:
-        """The content of an optional input that must not be computed; None when it is absent."""
+        """Return the content of an optional input that must not be computed; None when it is absent."""
         if position >= len(self.node.input) or not self.node.input[position]:
             return None
         name = self.node.input[position]

@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from s2ap_deploy.onnx_export.dead_channels.layout import Layout, attributes
 from s2ap_deploy.onnx_export.dead_channels.operators import (
     Kept,
-    Narrowed,
+    NarrowedNode,
     Operator,
     Span,
     Unsupported,
@@ -49,9 +49,6 @@ class Channelwise(Operator):
 
     def constants(self, values: Mapping[str, Values]) -> list[Values]:
         return [values[self.sources[0]]]
-
-    def narrowed(self, kept: Mapping[str, Kept]) -> Narrowed:
-        return Narrowed(self.copy())
 
 
 class Unchanged(Channelwise):
@@ -100,8 +97,8 @@ class Elementwise(Channelwise):
         found[~np.isfinite(found)] = np.nan
         return [found]
 
-    def narrowed(self, kept: Mapping[str, Kept]) -> Narrowed:
-        result = Narrowed(self.copy())
+    def narrow(self, kept: Mapping[str, Kept]) -> NarrowedNode:
+        result = NarrowedNode(self.copy())
         for position, array in self.operands.items():
             axis = 1 - (self.rank - array.ndim)
             if axis >= 0 and array.shape[axis] == self.channels:
@@ -163,8 +160,8 @@ class Normalization(Channelwise):
         normal = (values[self.sources[0]] - mean) / np.sqrt(variance + epsilon)
         return [np.where(scale == 0, shift, normal * scale + shift)]
 
-    def narrowed(self, kept: Mapping[str, Kept]) -> Narrowed:
-        return Narrowed(
+    def narrow(self, kept: Mapping[str, Kept]) -> NarrowedNode:
+        return NarrowedNode(
             self.copy(), {position: part[kept[self.target]] for position, part in enumerate(self.parts, 1)}
         )
 

@@ -12,7 +12,7 @@ from onnx import NodeProto
 from s2ap_deploy.onnx_export.dead_channels.layout import Layout, attributes
 from s2ap_deploy.onnx_export.dead_channels.operators import (
     Kept,
-    Narrowed,
+    NarrowedNode,
     Operator,
     Span,
     Unsupported,
@@ -101,9 +101,9 @@ class Convolution(Product):
         self.source, self.target, self.shape, self.weights, self.bias = _convolution(self)
         self.padded = _padded(node)
 
-    def narrowed(self, kept: Mapping[str, Kept]) -> Narrowed:
+    def narrow(self, kept: Mapping[str, Kept]) -> NarrowedNode:
         weights, bias = self.narrow_weights(kept)
-        result = Narrowed(self.copy(), {1: weights.reshape(*weights.shape[:2], *self.shape[2:])})
+        result = NarrowedNode(self.copy(), {1: weights.reshape(*weights.shape[:2], *self.shape[2:])})
         if bias is not None:
             result.arrays[2] = bias
         return result
@@ -126,9 +126,9 @@ class GroupedConvolution(Weighted):
             for offset in range(size):
                 yield first, (name, group * size + offset)
 
-    def narrowed(self, kept: Mapping[str, Kept]) -> Narrowed:
+    def narrow(self, kept: Mapping[str, Kept]) -> NarrowedNode:
         rows = kept[self.target]
-        result = Narrowed(self.copy(), {1: self.weights[rows].reshape(-1, *self.shape[1:])})
+        result = NarrowedNode(self.copy(), {1: self.weights[rows].reshape(-1, *self.shape[1:])})
         if self.bias is not None:
             result.arrays[2] = self.bias[rows]
         left = int(kept[self.source].sum()) // (self.width(self.source) // self.groups)
@@ -154,10 +154,10 @@ class Matrix(Product):
         self.weights = (matrix if self.transposed else matrix.T)[:, :, None].copy()
         self.bias = _per_row(self.fixed(2), self.width(self.target))
 
-    def narrowed(self, kept: Mapping[str, Kept]) -> Narrowed:
+    def narrow(self, kept: Mapping[str, Kept]) -> NarrowedNode:
         weights, bias = self.narrow_weights(kept)
         matrix = weights[:, :, 0]
-        result = Narrowed(self.copy(), {1: matrix if self.transposed else np.ascontiguousarray(matrix.T)})
+        result = NarrowedNode(self.copy(), {1: matrix if self.transposed else np.ascontiguousarray(matrix.T)})
         if bias is not None:
             result.arrays[2] = bias
             result.node.op_type = "Gemm"  # a MatMul has no place for one

@@ -11,7 +11,7 @@ from onnx import NodeProto
 from s2ap_deploy.onnx_export.dead_channels.layout import Layout, attributes
 from s2ap_deploy.onnx_export.dead_channels.operators import (
     Kept,
-    Narrowed,
+    NarrowedNode,
     Operator,
     Span,
     Unsupported,
@@ -41,9 +41,6 @@ class Concatenation(Operator):
     def constants(self, values: Mapping[str, Values]) -> list[Values]:
         return [np.concatenate([values[name] for name in self.sources])]
 
-    def narrowed(self, kept: Mapping[str, Kept]) -> Narrowed:
-        return Narrowed(self.copy())
-
 
 class Division(Operator):
     """``Split`` along the channels."""
@@ -68,8 +65,8 @@ class Division(Operator):
         ends = np.cumsum([self.width(name) for name in self.targets])
         return np.split(values[self.source], ends[:-1])
 
-    def narrowed(self, kept: Mapping[str, Kept]) -> Narrowed:
-        result = Narrowed(self.copy())
+    def narrow(self, kept: Mapping[str, Kept]) -> NarrowedNode:
+        result = NarrowedNode(self.copy())
         if all(kept[name].all() for name in self.targets):
             return result
         result.arrays[1] = np.array([kept[name].sum() for name in self.targets], np.int64)
@@ -108,8 +105,8 @@ class Slicing(Operator):
     def constants(self, values: Mapping[str, Values]) -> list[Values]:
         return [values[self.source][self.run]]
 
-    def narrowed(self, kept: Mapping[str, Kept]) -> Narrowed:
-        result = Narrowed(self.copy())
+    def narrow(self, kept: Mapping[str, Kept]) -> NarrowedNode:
+        result = NarrowedNode(self.copy())
         if self.place is not None and not kept[self.source].all():
             start = int(kept[self.source][: self.run.start].sum())
             stop = start + int(kept[self.target].sum())
@@ -153,8 +150,8 @@ class Padding(Operator):
             source = np.where(source == self.value, source, np.nan)
         return [np.pad(source, (self.before, self.after), constant_values=self.value)]
 
-    def narrowed(self, kept: Mapping[str, Kept]) -> Narrowed:
-        result = Narrowed(self.copy())
+    def narrow(self, kept: Mapping[str, Kept]) -> NarrowedNode:
+        result = NarrowedNode(self.copy())
         rows = kept[self.target]
         if self.place is not None and not rows.all():
             changed = self.amounts.reshape(2, -1).copy()
@@ -200,8 +197,8 @@ class Reshaping(Operator):
         rows = source.reshape(self.new, -1)
         return [np.where((rows == rows[:, :1]).all(1), rows[:, 0], np.nan)]
 
-    def narrowed(self, kept: Mapping[str, Kept]) -> Narrowed:
-        result = Narrowed(self.copy())
+    def narrow(self, kept: Mapping[str, Kept]) -> NarrowedNode:
+        result = NarrowedNode(self.copy())
         rows = kept[self.target]
         if self.shape is not None and self.shape[CHANNEL_AXIS] > 0 and not rows.all():
             changed = self.shape.copy()
@@ -229,9 +226,9 @@ class Selection(Operator):
     def constants(self, values: Mapping[str, Values]) -> list[Values]:
         return [values[self.source][self.chosen]]
 
-    def narrowed(self, kept: Mapping[str, Kept]) -> Narrowed:
+    def narrow(self, kept: Mapping[str, Kept]) -> NarrowedNode:
         positions = np.cumsum(kept[self.source]) - 1
-        return Narrowed(self.copy(), {1: positions[self.chosen[kept[self.target]]]})
+        return NarrowedNode(self.copy(), {1: positions[self.chosen[kept[self.target]]]})
 
 
 def _axis(axis: object, rank: int) -> int | None:

@@ -1,1 +1,1 @@
-"""Differentiable twins of ONNX files."""
+"""ONNX files as differentiable torch modules."""

@@ -1,7 +1,7 @@
-"""The differentiable twin: a torch module that computes what an ONNX file computes, built from the file.
+"""A torch module that computes what an ONNX file computes, built from the file.
 
-White-box attacks need gradients, which a runtime does not give. The twin of a quantized file rounds as the
-file does and passes gradients through the rounding, so that the attack sees the network that ships.
+White-box attacks need gradients, which a runtime does not compute. The module of a quantized file rounds as
+the file does and passes gradients through the rounding, so that the attack sees the network that ships.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import ArchitectureError
-from s2ap_deploy.onnx_export.codecs.encoding import decode
+from s2ap_deploy.onnx_export.encoding import decode
 from s2ap_deploy.onnx_export.torch_backend.operators import OPERATORS, UNROUNDED, Unsupported
 
 _HINT = "the file can still be measured on a device, but not attacked here: export it with s2ap-deploy export"
 
 
 class Step(NamedTuple):
-    """One node: plain values only, so that a twin can be copied and sent to another process."""
+    """One node: plain values only, so that a module can be copied and sent to another process."""
 
     operator: str
     name: str
@@ -31,7 +31,7 @@ class Step(NamedTuple):
     attributes: dict[str, Any]
 
 
-class OnnxTwin(nn.Module):
+class OnnxModule(nn.Module):
     """Images float32 [B, C, H, W] to logits [B, K], as the file computes them.
 
     Weights are parameters without gradient, other constants buffers; what depends on constants alone is
@@ -49,7 +49,9 @@ class OnnxTwin(nn.Module):
         inputs = [value for value in graph.input if value.name not in constants]
         if len(inputs) != 1 or not graph.output:
             raise ArchitectureError(
-                f"the file takes {len(inputs)} inputs; a classifier takes one", hint=_HINT
+                f"the file takes {len(inputs)} inputs; a classifier takes one",
+                code="onnx-not-classifier",
+                hint=_HINT,
             )
         self._input = inputs[0].name
         self._output = graph.output[0].name
@@ -74,7 +76,7 @@ class OnnxTwin(nn.Module):
             parts.append(self._run(filled)[: len(part)])
         return torch.cat(parts)
 
-    def unrounded(self) -> OnnxTwin:
+    def unrounded(self) -> OnnxModule:
         """A copy that saturates where the file does but does not round: a network of real numbers."""
         other = copy.deepcopy(self)
         other._steps = [
@@ -105,15 +107,15 @@ def _step(node: NodeProto) -> Step:
         attributes = {"value": torch.from_numpy(numpy_helper.to_array(_constant(attributes)).copy())}
     elif node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS:
         name = f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
-        raise ArchitectureError(f"operator {name} has no differentiable counterpart here", hint=_HINT)
+        raise _unsupported(f"operator {name} has no differentiable counterpart here")
     if sum(map(bool, node.output[1:])):
-        raise ArchitectureError(f"operator {node.op_type} with {len(node.output)} outputs", hint=_HINT)
+        raise _unsupported(f"operator {node.op_type} with {len(node.output)} outputs")
     return Step(node.op_type, node.name, tuple(node.input), node.output[0], attributes)
 
 
 def _constant(attributes: Mapping[str, Any]) -> Any:
     if "value" not in attributes:
-        raise ArchitectureError(f"operator Constant of the kind {', '.join(attributes)}", hint=_HINT)
+        raise _unsupported(f"operator Constant of the kind {', '.join(attributes)}")
     return attributes["value"]
 
 
@@ -136,11 +138,17 @@ def _compute(step: Step, values: Mapping[str, Tensor]) -> Tensor:
         inputs = [values[name] if name else None for name in step.inputs]
         return OPERATORS[step.operator](step.attributes, inputs)
     except Unsupported as error:
-        raise ArchitectureError(
-            f"operator {step.operator} {error} has no differentiable counterpart here", hint=_HINT
+        raise _unsupported(
+            f"operator {step.operator} {error} has no differentiable counterpart here"
         ) from None
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ArchitectureError(f"operator {step.operator} ({step.name}) cannot be run: {reason}") from error
+        raise ArchitectureError(
+            f"operator {step.operator} ({step.name}) cannot be run: {reason}", code="operator-failed"
+        ) from error
+
+
+def _unsupported(message: str) -> ArchitectureError:
+    return ArchitectureError(message, code="operator-unsupported", hint=_HINT)

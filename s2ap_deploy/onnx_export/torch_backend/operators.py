@@ -1,4 +1,4 @@
-"""The ONNX operators that a twin can compute in torch, each differentiable where its definition is.
+"""ONNX operators in torch, each differentiable where its definition is.
 
 Semantics are those of the ONNX operator reference, opset 13 to 25. Rounding passes its gradient straight
 through (Bengio et al. 2013, arXiv 1308.3432; Jacob et al. 2018, arXiv 1712.05877), saturation stops it.

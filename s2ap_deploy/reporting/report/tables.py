@@ -9,8 +9,7 @@ from markupsafe import Markup
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.interval import ClassInterval
 from s2ap_deploy.evaluation.samples import ClassRow
-from s2ap_deploy.onnx_export.benchmark.performance import PairedTimes, Performance
-from s2ap_deploy.onnx_export.export_report import ExportReport
+from s2ap_deploy.onnx_export.export_report import ExportReport, PairedTimes, Performance
 from s2ap_deploy.reporting.artifact_sizes import sizes, stored_tensors
 from s2ap_deploy.reporting.report import charts, words
 from s2ap_deploy.reporting.run_facts import DENSE, PRUNED, Facts

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from s2ap_deploy.onnx_export.dead_channels.parity import probes
+from s2ap_deploy.onnx_export.dead_channels.compact import probes
 from s2ap_deploy.onnx_export.graph import to_onnx
 
 SIZE = (1, 8, 8)

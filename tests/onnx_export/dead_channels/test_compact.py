@@ -12,9 +12,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.helper import make_node
 from torch import Tensor, nn
 
-from s2ap_deploy.onnx_export.dead_channels.compact import compact
-from s2ap_deploy.onnx_export.dead_channels.compaction_report import Compaction
-from s2ap_deploy.onnx_export.dead_channels.parity import probes
+from s2ap_deploy.onnx_export.dead_channels.compact import compact, probes
+from s2ap_deploy.onnx_export.export_report import Compaction
 from s2ap_deploy.onnx_export.graph import check, to_onnx
 
 Array = NDArray[np.generic]

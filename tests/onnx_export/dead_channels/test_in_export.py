@@ -14,13 +14,11 @@ from onnx import ModelProto, numpy_helper
 from torch import nn
 
 from s2ap_deploy.errors import RecipeError, VerificationError
-from s2ap_deploy.onnx_export import export_onnx
-from s2ap_deploy.onnx_export.codecs import encoding
-from s2ap_deploy.onnx_export.dead_channels.compaction_report import Compaction
-from s2ap_deploy.onnx_export.export_report import ExportReport
+from s2ap_deploy.onnx_export import encoding, export_onnx
+from s2ap_deploy.onnx_export.dead_channels import compact as module
+from s2ap_deploy.onnx_export.export_report import Compaction, ExportReport
 from s2ap_deploy.onnx_export.graph import to_onnx
 from s2ap_deploy.recipe.catalog import load
-from s2ap_deploy.recorder import Silent
 
 SIZE = (1, 8, 8)
 Write = Callable[..., ExportReport]
@@ -47,7 +45,7 @@ def dense() -> ModelProto:
 
 
 @pytest.fixture
-def write(dense: ModelProto, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Write:
+def write(write_onnx: Write, dense: ModelProto, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Write:
     """Export a network whose graph is already traced."""
 
     def run(
@@ -58,12 +56,11 @@ def write(dense: ModelProto, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     ) -> ExportReport:
         monkeypatch.setattr(export_onnx, "to_onnx", lambda *_args, **_options: model)
         images = np.random.default_rng(0).random((10, *SIZE), np.float32)
-        return export_onnx.export_onnx(
+        return write_onnx(
             classifier or network(),
             input_size=SIZE,
             output=tmp_path / name,
             images=images,
-            recorder=Silent(),
             **options,
         )
 
@@ -79,7 +76,6 @@ def test_the_report_counts_what_went_as_zeros(write: Write, dense: ModelProto, t
     assert removal.macs_after == 64 * (9 * 7 + 9 * 7 * 8) + 1536
     assert removal.max_logit_difference <= removal.tolerance
     assert report.weights == 144 + 1152 + 1536
-    assert report.kept_but_zero == 0
     stored = {
         each.name: numpy_helper.to_array(each) for each in encoding.decode(read(tmp_path)).graph.initializer
     }
@@ -119,7 +115,7 @@ def test_where_nothing_is_dead_the_file_is_what_it_was(write: Write, tmp_path: P
 def test_a_compaction_that_changes_the_function_leaves_no_file(
     write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    original = export_onnx.compaction.compact
+    original = module.compact
 
     def wrong(model: ModelProto) -> tuple[ModelProto, Compaction]:
         smaller, removal = original(model)
@@ -129,10 +125,9 @@ def test_a_compaction_that_changes_the_function_leaves_no_file(
                 tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
         return smaller, removal
 
-    monkeypatch.setattr(export_onnx.compaction, "compact", wrong)
-    with pytest.raises(VerificationError, match="without its dead channels") as caught:
+    monkeypatch.setattr(module, "compact", wrong)
+    with pytest.raises(VerificationError, check=lambda error: error.code == "compaction-logits-differ"):
         write()
-    assert "--no-compact" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 

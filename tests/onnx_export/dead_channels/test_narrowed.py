@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,14 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from torch import nn
 
-from s2ap_deploy.errors import UsageError, VerificationError
+from s2ap_deploy.errors import VerificationError
 from s2ap_deploy.models.channels.coupling import channel_groups
 from s2ap_deploy.models.channels.layer_channels import macs, unread
 from s2ap_deploy.models.channels.narrowing import compacted
-from s2ap_deploy.onnx_export.dead_channels.compact import compact
-from s2ap_deploy.onnx_export.dead_channels.narrowed import narrowed_graph
-from s2ap_deploy.onnx_export.dead_channels.narrowing_report import Cost, Narrowed, NarrowedGroup
-from s2ap_deploy.onnx_export.export_onnx import export_onnx
+from s2ap_deploy.onnx_export.dead_channels.compact import compact, compare_narrowed
+from s2ap_deploy.onnx_export.export_report import CostChange, ExportReport, NarrowedGroup, Narrowing
 from s2ap_deploy.onnx_export.graph import to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
-from s2ap_deploy.recorder import Silent
 
 SIZE = (3, 8, 8)
 
@@ -55,7 +53,7 @@ def networks(classifier: nn.Module) -> Networks:
 def test_what_went_is_counted_and_the_logits_stay(
     networks: Networks, images: NDArray[np.float32], further: bool
 ) -> None:
-    graph, found = narrowed_graph(networks.plain, networks.narrow, images, further=further)
+    graph, found = compare_narrowed(networks.plain, networks.narrow, images, further=further)
     onnx.checker.check_model(graph, full_check=True)
     assert found.max_logit_difference is not None
     np.testing.assert_allclose(
@@ -79,7 +77,7 @@ def test_with_the_graphs_own_compaction_nothing_more_is_found(
     networks: Networks, images: NDArray[np.float32]
 ) -> None:
     """Slicing the network and compacting the graph of the masked one end at the same size."""
-    graph, found = narrowed_graph(networks.plain, networks.narrow, images, further=True)
+    graph, found = compare_narrowed(networks.plain, networks.narrow, images, further=True)
     _, direct = compact(networks.plain)
     assert found.macs_after <= direct.macs_after
     assert compact(graph)[1].removed == 0
@@ -89,27 +87,26 @@ def test_another_network_is_refused(networks: Networks, images: NDArray[np.float
     other = copy.deepcopy(networks.small)
     with torch.no_grad():
         next(other.parameters()).add_(0.1)
-    with pytest.raises(VerificationError, match="logits differ"):
-        narrowed_graph(networks.plain, to_onnx(other, SIZE), images, further=False)
+    with pytest.raises(VerificationError, check=lambda error: error.code == "compaction-logits-differ"):
+        compare_narrowed(networks.plain, to_onnx(other, SIZE), images, further=False)
 
 
 def test_another_architecture_is_refused(networks: Networks, images: NDArray[np.float32]) -> None:
     plain: ModelProto = to_onnx(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), SIZE)
-    with pytest.raises(VerificationError, match="has 3 weighted operations instead of 1"):
-        narrowed_graph(plain, networks.narrow, images, further=False)
+    with pytest.raises(VerificationError, check=lambda error: error.code == "compaction-graph-differs"):
+        compare_narrowed(plain, networks.narrow, images, further=False)
 
 
 def test_an_export_traces_the_smaller_network_and_compares_with_the_whole(
-    networks: Networks, images: NDArray[np.float32], tmp_path: Path
+    write_onnx: Callable[..., ExportReport], networks: Networks, images: NDArray[np.float32], tmp_path: Path
 ) -> None:
-    report = export_onnx(
+    report = write_onnx(
         networks.whole,
         input_size=SIZE,
         output=tmp_path / "model.onnx",
         images=images,
         compact=False,
         narrowed=networks.small,
-        recorder=Silent(),
     )
     assert report.agreement.passed
     assert report.compaction is not None
@@ -118,28 +115,16 @@ def test_an_export_traces_the_smaller_network_and_compares_with_the_whole(
     assert report.weights == sum(p.numel() for p in networks.whole.parameters() if p.dim() > 1)
 
 
-def test_the_report_keeps_quiet_about_what_is_not_there(
-    networks: Networks, images: NDArray[np.float32], tmp_path: Path
-) -> None:
-    settings = {"input_size": SIZE, "images": images, "recorder": Silent()}
-    report = export_onnx(networks.small, output=tmp_path / "model.onnx", **settings)  # type: ignore[arg-type]
-    report.save(tmp_path / "report.json")
-    assert "narrowed" not in (tmp_path / "report.json").read_text()
-    assert type(report).load(tmp_path / "report.json").narrowed is None
-    with pytest.raises(UsageError, match="exists"):
-        export_onnx(networks.small, output=tmp_path / "model.onnx", **settings)  # type: ignore[arg-type]
-
-
 def test_a_sentence_about_what_was_achieved() -> None:
     groups = tuple(
         NarrowedGroup(name=str(kept), channels=64, searched=64, wanted=6, kept=kept) for kept in (8, 5)
     )
-    narrowed = Narrowed(
+    narrowed = Narrowing(
         keep_ratio=0.1,
         align=8,
         groups=groups,
-        weights=Cost(before=1000, wanted=20, achieved=10),
-        macs=Cost(before=10_000, wanted=200, achieved=150),
+        weights=CostChange(before=1000, wanted=20, achieved=10),
+        macs=CostChange(before=10_000, wanted=200, achieved=150),
         max_logit_difference=0.0,
     )
     assert narrowed.reselected

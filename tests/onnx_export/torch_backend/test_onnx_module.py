@@ -18,11 +18,11 @@ from torch import nn
 from s2ap_deploy.errors import ArchitectureError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.classifier import Classifier
-from s2ap_deploy.onnx_export.codecs.encoding import encode
+from s2ap_deploy.onnx_export.encoding import encode
 from s2ap_deploy.onnx_export.graph import to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
 from s2ap_deploy.onnx_export.quantization import quantize
-from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxTwin
+from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxModule
 
 
 def answers(twin: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -43,7 +43,9 @@ def test_twin_of_registered_architectures(name: str) -> None:
     model, _ = encode(to_onnx(Classifier(architecture.build(10)).eval(), architecture.input_size))
     images = np.random.default_rng(0).random((3, *architecture.input_size), dtype=np.float32)
     expected = in_runtime(model, images)
-    assert np.abs(answers(OnnxTwin(model), images) - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
+    assert np.abs(answers(OnnxModule(model), images) - expected).max() <= 1e-5 * max(
+        1, np.abs(expected).max()
+    )
 
 
 class Odd(nn.Module):
@@ -69,12 +71,12 @@ def test_twin_of_odd_operators() -> None:
     torch.manual_seed(0)
     model = to_onnx(Odd().eval(), (3, 9, 8))
     images = np.random.default_rng(1).random((3, 3, 9, 8), dtype=np.float32)
-    assert np.abs(answers(OnnxTwin(model), images) - in_runtime(model, images)).max() < 1e-5
+    assert np.abs(answers(OnnxModule(model), images) - in_runtime(model, images)).max() < 1e-5
 
 
 def test_twin_of_int8_file_rounds_as_the_file(dense_model: ModelProto, images: NDArray[np.float32]) -> None:
     int8 = quantize(dense_model, images)
-    twin, expected = OnnxTwin(encode(int8)[0]), in_runtime(int8, images)
+    twin, expected = OnnxModule(encode(int8)[0]), in_runtime(int8, images)
     step = np.abs(expected).max() / 127
     assert np.abs(answers(twin, images) - expected).max() <= step
     # Without rounding it is another function: the twin above did not agree by chance.
@@ -85,7 +87,7 @@ def test_twin_of_int8_file_rounds_as_the_file(dense_model: ModelProto, images: N
 
 
 def test_twin_travels_and_is_left_alone(dense_model: ModelProto, images: NDArray[np.float32]) -> None:
-    twin = OnnxTwin(quantize(dense_model, images))
+    twin = OnnxModule(quantize(dense_model, images))
     before = answers(twin, images)
     twin.unrounded()
     assert np.array_equal(answers(pickle.loads(pickle.dumps(copy.deepcopy(twin))), images), before)
@@ -97,13 +99,13 @@ def test_gradient_of_twin_is_that_of_the_classifier(
     classifier: Classifier, dense_model: ModelProto, images: NDArray[np.float32]
 ) -> None:
     gradients = []
-    for network in (classifier, OnnxTwin(dense_model)):
+    for network in (classifier, OnnxModule(dense_model)):
         x = torch.from_numpy(images[:4]).requires_grad_()
         gradients.append(torch.autograd.grad(network(x).square().sum(), x)[0])
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
 
 
-def quantizer(zero: int, scale: float = 0.25) -> OnnxTwin:
+def quantizer(zero: int, scale: float = 0.25) -> OnnxModule:
     """Images [B, 1, 1, 4] through one pair of QuantizeLinear and DequantizeLinear to [B, 4]."""
     nodes = [
         helper.make_node("QuantizeLinear", ["image", "scale", "zero"], ["q"]),
@@ -114,7 +116,7 @@ def quantizer(zero: int, scale: float = 0.25) -> OnnxTwin:
         numpy_helper.from_array(np.array(scale, np.float32), "scale"),
         numpy_helper.from_array(np.array(zero, np.int8), "zero"),
     ]
-    return OnnxTwin(one_input(nodes, stored, ["batch", 1, 1, 4]))
+    return OnnxModule(one_input(nodes, stored, ["batch", 1, 1, 4]))
 
 
 def one_input(
@@ -160,24 +162,24 @@ def test_fixed_batch_runs_in_parts(images: NDArray[np.float32]) -> None:
     ]
     model = one_input(nodes, stored, [2, 3, 8, 8])
     expected = images[:5].reshape(5, -1) @ weight
-    assert np.allclose(answers(OnnxTwin(model), images[:5]), expected, atol=1e-4)
+    assert np.allclose(answers(OnnxModule(model), images[:5]), expected, atol=1e-4)
     assert np.allclose(in_runtime(model, images[:5]), expected, atol=1e-4)
 
 
 def test_unknown_operator_is_named() -> None:
     model = one_input([helper.make_node("Det", ["image"], ["logits"])], [], ["batch", 1, 4, 4])
-    with pytest.raises(ArchitectureError, match="operator Det has no differentiable counterpart"):
-        OnnxTwin(model)
+    with pytest.raises(ArchitectureError, check=lambda error: error.code == "operator-unsupported"):
+        OnnxModule(model)
 
 
 def test_unsupported_form_is_named() -> None:
     kernel = numpy_helper.from_array(np.ones((1, 1, 3, 3), np.float32), "k")
     node = helper.make_node("Conv", ["image", "k"], ["logits"], auto_pad="SAME_UPPER")
-    twin = OnnxTwin(one_input([node], [kernel], ["batch", 1, 4, 4]))
-    with pytest.raises(ArchitectureError, match="operator Conv with auto_pad SAME_UPPER"):
+    twin = OnnxModule(one_input([node], [kernel], ["batch", 1, 4, 4]))
+    with pytest.raises(ArchitectureError, check=lambda error: error.code == "operator-unsupported"):
         twin(torch.zeros(1, 1, 4, 4))
 
 
 def test_wrong_image_size_is_an_error_of_ours(dense_model: ModelProto) -> None:
-    with pytest.raises(ArchitectureError, match="cannot be run"):
-        OnnxTwin(dense_model)(torch.zeros(1, 7, 8, 8))
+    with pytest.raises(ArchitectureError, check=lambda error: error.code == "operator-failed"):
+        OnnxModule(dense_model)(torch.zeros(1, 7, 8, 8))

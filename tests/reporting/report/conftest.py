@@ -18,7 +18,8 @@ from s2ap_deploy.evaluation.minimum_norm.security_curve import security_curve
 from s2ap_deploy.evaluation.samples import AttackRow
 from s2ap_deploy.gating.check import Check
 from s2ap_deploy.gating.policy import Verdict
-from s2ap_deploy.onnx_export.export_report import Agreement, EncodedTensor, ExportReport
+from s2ap_deploy.onnx_export.export_report import EncodedTensor, ExportReport
+from s2ap_deploy.records import Agreement
 from s2ap_deploy.runs.folder import RECIPE_FILE, Run
 from s2ap_deploy.spec import ThreatModel
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from s2ap_deploy.onnx_export.benchmark.performance import Inference, Memory, PairedTimes, Performance
+from s2ap_deploy.onnx_export.export_report import Inference, PairedTimes, PeakMemory, Performance
 from s2ap_deploy.reporting.report import card, page
 from s2ap_deploy.reporting.run_facts import collect
 
@@ -159,7 +159,7 @@ def test_a_long_measurement_is_shown_with_its_quartiles(make_folder: Callable[..
         pairs=11, p50_ms=1.5, p95_ms=2.0, dense_p50_ms=3.0, dense_p95_ms=4.0,
         ratio=0.51, ratio_q1=0.48, ratio_q3=0.55, difference_ms=-1.5,
     )  # fmt: skip
-    memory = Memory(
+    memory = PeakMemory(
         processes=3, batch=1, bare_bytes=0, load_bytes=2**20, run_bytes=2**21,
         dense_load_bytes=2**22, dense_run_bytes=0,
     )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Encodings of sparse weights: their names, encoders, decode graphs and sizes."""

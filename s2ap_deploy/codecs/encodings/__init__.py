@@ -1,0 +1,1 @@
+"""One module per encoding; each defines ``CODEC``, and :mod:`s2ap_deploy.codecs.registry` finds it."""

@@ -1,1 +1,0 @@
-"""What a file costs on this machine: time and memory."""

@@ -1,0 +1,170 @@
+"""What of a network ends up in its file: shapes alone, so that weights may lie on the meta device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from s2ap_deploy.codecs.prediction import Contents, WeightTensor
+from s2ap_deploy.models.channels.layer_channels import Coupling, places, tensor_names
+from s2ap_deploy.models.classifier import dry_run, prunable
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One prunable weight [out, in, ...], how often an image applies it, and whether it gets a bias.
+
+    A BatchNorm that follows a convolution becomes its bias in the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    places: int
+    bias: bool
+
+    @property
+    def macs(self) -> int:
+        return math.prod(self.shape) * self.places
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The layers in forward order, other stored tensors by shape, and all shapes of learnable parameters.
+
+    ``sums`` counts the places where two branches are added.
+    """
+
+    layers: tuple[Layer, ...]
+    others: tuple[tuple[int, ...], ...]
+    parameters: Shapes
+    sums: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the prunable weights."""
+        return {layer.name: layer.shape for layer in self.layers}
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per image in convolutions and linear layers that are called."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def size(self) -> int:
+        """Learnable parameters."""
+        return sum(math.prod(shape) for shape in self.parameters.values())
+
+    def contents(self, kept: Mapping[str, int]) -> Contents:
+        """The file of this network with ``kept`` non-zero weights per layer; a layer not named is whole."""
+        weights = tuple(
+            WeightTensor(layer.name, layer.shape, kept.get(layer.name, math.prod(layer.shape)))
+            for layer in self.layers
+        )
+        biases = [layer.shape[0] for layer in self.layers if layer.bias]
+        return Contents(weights, (*biases, *(math.prod(shape) for shape in self.others)), self.sums)
+
+
+def outline(network: nn.Module, input_size: tuple[int, int, int]) -> Outline:
+    """The outline of ``network`` on images of ``input_size`` (C, H, W).
+
+    The network runs three times on one black image and is as before afterwards. Raises ArchitectureError
+    when it cannot run on that size.
+    """
+    names = prunable(network, input_size)
+    applied = places(network, input_size)
+    adds = _Sums()
+    folded, followed = _folded(network, input_size, adds)
+    owners = {id(module.weight): module for module in _layers(network)}
+    known = tensor_names(network)
+    layers = []
+    for weight in map(network.get_parameter, names):
+        name, owner = known[id(weight)], owners[id(weight)]
+        bias = owner.bias is not None or id(owner) in followed
+        layers.append(Layer(name, tuple(weight.shape), applied.get(name, 0), bias))
+    aside = {id(weight) for module in _layers(network) for weight in (module.weight, module.bias)}
+    aside |= {id(tensor) for norm in folded for tensor in norm.parameters()}
+    others = [tuple(tensor.shape) for tensor in network.parameters() if id(tensor) not in aside]
+    for module in network.modules():  # what a BatchNorm that cannot be folded keeps beside its parameters
+        if isinstance(module, _BatchNorm) and module not in folded and module.running_mean is not None:
+            others += [tuple(module.running_mean.shape)] * 2
+    parameters = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
+    return Outline(tuple(layers), tuple(others), parameters, adds.count)
+
+
+def narrowed(whole: Outline, coupling: Coupling, keep: Mapping[str, int]) -> Outline:
+    """The outline of what is left when each group of ``coupling`` keeps ``keep`` of its channels.
+
+    Groups that ``keep`` does not name stay whole. Other stored tensors are left as they are.
+    """
+    shapes = {name: list(shape) for name, shape in whole.parameters.items()}
+    for group in coupling.groups:
+        gone = group.channels - keep.get(group.name, group.channels)
+        for touched in (*group.writers, *group.readers):
+            if touched.parameter in shapes:
+                shapes[touched.parameter][touched.dim] -= gone * touched.index.shape[1]
+    parameters = {name: tuple(shape) for name, shape in shapes.items()}
+    layers = tuple(replace(layer, shape=parameters[layer.name]) for layer in whole.layers)
+    return replace(whole, layers=layers, parameters=parameters)
+
+
+def _layers(network: nn.Module) -> Iterable[nn.Conv2d | nn.Linear]:
+    return (module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
+
+
+class _Sums(TorchFunctionMode):
+    """Counts additions of two maps."""
+
+    ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        maps = [value for value in args if isinstance(value, Tensor) and value.dim() >= 2]
+        self.count += func in self.ADDITIONS and len(maps) == 2
+        return func(*args, **(kwargs or {}))
+
+
+def _folded(
+    network: nn.Module, input_size: tuple[int, int, int], watch: TorchFunctionMode
+) -> tuple[set[nn.Module], set[int]]:
+    """The BatchNorms that read a convolution's output as it is, and the identities of those convolutions."""
+    written: dict[int, tuple[nn.Module, Tensor, int]] = {}
+    folded: set[nn.Module] = set()
+    followed: set[int] = set()
+
+    def write(module: nn.Module, _: Any, output: Tensor) -> None:
+        # Held, so that no other tensor takes its identity.
+        written[id(output)] = (module, output, output._version)
+
+    def read(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        writer, tensor, version = written.get(id(inputs[0]), (None, None, 0)) if inputs else (None, None, 0)
+        if writer is not None and tensor is not None and tensor._version == version:  # not changed in place
+            folded.add(module)
+            followed.add(id(writer))
+
+    convolutions = (layer for layer in _layers(network) if isinstance(layer, nn.Conv2d))
+    hooks = [layer.register_forward_hook(write) for layer in convolutions]
+    hooks += [
+        module.register_forward_pre_hook(read)
+        for module in network.modules()
+        if isinstance(module, _BatchNorm)
+    ]
+    try:
+        dry_run(network, input_size, watch=watch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return folded, followed

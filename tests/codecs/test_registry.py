@@ -1,0 +1,60 @@
+"""The registry: every module of ``codecs.encodings`` is an encoding, and choices derive from it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from s2ap_deploy.codecs import encodings, registry
+from s2ap_deploy.codecs.registry import CODECS, DENSE, ENCODINGS, ZEROS, candidates
+
+MODULES = sorted(path.stem for path in Path(encodings.__path__[0]).glob("[a-z]*.py"))
+
+
+def test_every_module_is_an_encoding_with_a_test_of_its_own() -> None:
+    assert sorted(type(codec).__module__.rpartition(".")[2] for codec in CODECS.values()) == MODULES
+    tested = Path(__file__).parent / "encodings"
+    # Dense and zeros store no positions: the tests of all encodings are all there is to say of them.
+    assert {path.stem for path in tested.glob("test_*.py")} == {
+        f"test_{type(codec).__module__.rpartition('.')[2]}" for codec in CODECS.values() if codec.sparse
+    }
+
+
+def test_choices_are_literals() -> None:
+    assert get_args(registry.EncodingName) == ENCODINGS
+    assert get_args(registry.StoredEncoding) == tuple(CODECS)
+
+
+def test_no_two_encodings_share_a_place() -> None:
+    assert len({codec.order for codec in CODECS.values()}) == len(CODECS) == len(MODULES)
+
+
+def test_every_encoding_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "encodings.md").read_text(encoding="utf-8")
+    for codec in CODECS.values():
+        assert f"`{codec.name}`" in page
+        assert codec.name in registry.describe() or not codec.selectable
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_candidates(encoding: str) -> None:
+    sparse = candidates(encoding, 10, 1000)
+    assert all(codec.name == encoding or encoding == "auto" for codec in sparse)
+    assert candidates(encoding, 0, 1000) == ((DENSE,) if encoding == DENSE.name else (ZEROS,))
+    crowded = candidates(encoding, 751, 1000)
+    assert crowded[-1] is DENSE
+    assert len(crowded) == (1 if encoding != "auto" else sum(codec.any_density for codec in CODECS.values()))
+
+
+def test_listing_encodings_needs_no_numpy() -> None:
+    probe = (
+        "import sys; from s2ap_deploy.codecs import prediction; "
+        "prediction.Contents((prediction.WeightTensor('w', (64, 64), 400),), ()).bytes('auto'); "
+        "print(sorted({'torch', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
