@@ -16,12 +16,11 @@ from s2ap_deploy.errors import VerificationError
 from s2ap_deploy.files import atomic, sha256
 from s2ap_deploy.onnx_export import encoding as codec
 from s2ap_deploy.onnx_export.graph import check
-from s2ap_deploy.onnx_export.inference import logits, session
-from s2ap_deploy.onnx_export.onnx_file import OnnxFile
+from s2ap_deploy.onnx_export.inference import compare_sums, first_line, logits, session
+from s2ap_deploy.onnx_export.onnx_file import OnnxFile, write
 from s2ap_deploy.spec import Record
 
 PROBES = 8
-TOLERANCE = 1e-5  # x max(1, largest |logit|): rounding of float32 sums in another order
 
 
 class Decoded(Record):
@@ -59,11 +58,7 @@ def decode_file(opened: OnnxFile, output: Path) -> Decoded:
     check(dense)
     data = dense.SerializeToString() if expected else opened.content
     with atomic(output) as temporary:
-        temporary.write_bytes(data)
-        if temporary.read_bytes() != data:
-            raise VerificationError(
-                "the disk returns other bytes than were written", code="written-bytes-differ"
-            )
+        write(temporary, data)
         difference = _difference(opened, temporary)
         digest = sha256(temporary)
     return Decoded(
@@ -93,9 +88,8 @@ def _evaluate(part: ModelProto, outputs: list[str]) -> list[NDArray[np.generic]]
     try:
         return [np.asarray(array) for array in ReferenceEvaluator(part).run(outputs, {})]
     except Exception as error:  # pure Python on untrusted numbers: any exception is possible
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise VerificationError(
-            f"the weights cannot be decoded: {reason}", code="weights-not-decodable"
+            f"the weights cannot be decoded: {first_line(error)}", code="weights-not-decodable"
         ) from error
 
 
@@ -117,8 +111,8 @@ def _difference(opened: OnnxFile, path: Path) -> float:
         raise VerificationError(
             "its logits are not finite, so that nothing can be compared", code="logits-not-finite"
         )
-    difference, largest = float(np.abs(after - before).max()), float(np.abs(before).max())
-    if not difference <= TOLERANCE * max(1.0, largest) < np.inf:  # written so that NaN fails
+    difference, tolerance = compare_sums(before, after)
+    if not difference <= tolerance < np.inf:  # written so that NaN fails
         raise VerificationError(
             f"the logits of the dense file differ by up to {difference:.3g}", code="logits-differ"
         )

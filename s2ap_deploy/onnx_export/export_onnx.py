@@ -32,6 +32,7 @@ from s2ap_deploy.onnx_export.export_report import (
 )
 from s2ap_deploy.onnx_export.graph import check, to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
+from s2ap_deploy.onnx_export.onnx_file import write
 from s2ap_deploy.onnx_export.quantization import SCHEME, quantize, quantized_weights
 from s2ap_deploy.onnx_export.verification import (
     QUANTIZED_FLOOR,
@@ -106,8 +107,6 @@ def export_onnx(
     source: ExportSource,
     section: ExportSection,
     output: Path,
-    *,
-    overwrite: bool = False,
     recorder: Recorder,
 ) -> ExportReport:
     """Write a network to ``output`` as one sparse ONNX file and return the record of its checks.
@@ -121,16 +120,20 @@ def export_onnx(
     Args:
         source: the network, and the data to check its file with.
         section: the recipe's settings of the file: opset, encoding, values, batch, compact.
-        output: the file; it is as it was before when a check fails.
-        overwrite: whether an existing file is replaced.
+        output: the file, which may exist; it is as it was before when a check fails.
         recorder: receives progress, notes and warnings.
 
     Raises:
         VerificationError: a check failed.
-        UsageError: ``output`` exists, or the settings contradict each other.
+        UsageError: the settings contradict each other.
         StorageError: the disk refuses.
     """
-    _check_request(source, section, output, overwrite)
+    if source.calibration is not None and section.values != FLOAT32:
+        raise UsageError(
+            f"values {section.values} and int8 arithmetic cannot be combined: an int8 file has int8 weights",
+            code="values-with-int8",
+            hint="leave out --values or --int8",
+        )
     facts = {
         **source.metadata,
         "s2ap.weights_sha256": weights_hash(source.classifier),
@@ -178,25 +181,6 @@ def export_onnx(
     )
 
 
-def _check_request(source: ExportSource, section: ExportSection, output: Path, overwrite: bool) -> None:
-    if output.is_dir():
-        raise UsageError(
-            f"{output} is a folder",
-            code="output-is-folder",
-            hint="name the file, for example model.onnx inside it",
-        )
-    if output.exists() and not overwrite:
-        raise UsageError(
-            f"{output} exists", code="output-exists", hint="add --overwrite, or choose another name"
-        )
-    if source.calibration is not None and section.values != FLOAT32:
-        raise UsageError(
-            f"values {section.values} and int8 arithmetic cannot be combined: an int8 file has int8 weights",
-            code="values-with-int8",
-            hint="leave out --values or --int8",
-        )
-
-
 def _storage_facts(section: ExportSection) -> dict[str, str]:
     """Metadata on the form of the file, where it is not the default."""
     facts: dict[str, str] = {} if section.values == FLOAT32 else {"s2ap.values": section.values}
@@ -230,7 +214,9 @@ def _check_file(
     recorder: Recorder,
 ) -> _Checks:
     """Write ``model`` to ``path`` and check what is there. Raises VerificationError."""
-    check_model(_write(path, model), graphs.dense)
+    data = model.SerializeToString()
+    write(path, data)
+    check_model(ModelProto.FromString(data), graphs.dense)
     running = session(path)
     if source.calibration is None and graphs.rounding is None:
         agreement = _agreement(source.classifier, running, source.images, "the given images")
@@ -248,15 +234,6 @@ def _check_file(
         latency = paired_latency(running, baseline, np.repeat(source.images[:1], batch, axis=0))
     warnings = _warnings(running, source.images, points)
     return _Checks(sha256(path), path.stat().st_size, agreement, points, warnings, latency)
-
-
-def _write(path: Path, model: ModelProto) -> ModelProto:
-    """Write the model and return what a reader of the file gets."""
-    data = model.SerializeToString()
-    path.write_bytes(data)
-    if path.read_bytes() != data:
-        raise VerificationError("the disk returns other bytes than were written", code="written-bytes-differ")
-    return ModelProto.FromString(data)
 
 
 def check_model(model: ModelProto, dense: ModelProto) -> None:

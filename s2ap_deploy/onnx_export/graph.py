@@ -16,6 +16,7 @@ from torch import nn
 
 from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError, VerificationError
 from s2ap_deploy.onnx_export.encoding import default_opset
+from s2ap_deploy.onnx_export.inference import first_line
 
 INPUT = "image"
 OUTPUT = "logits"
@@ -90,7 +91,7 @@ def check(model: ModelProto) -> None:
         ) from error
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise VerificationError(
-            f"ONNX refuses the model: {str(error).splitlines()[0]}", code="onnx-invalid"
+            f"ONNX refuses the model: {first_line(error)}", code="onnx-invalid"
         ) from error
 
 
@@ -142,10 +143,8 @@ def _trace(network: nn.Module, example: torch.Tensor, opset: int, *, dynamic: bo
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        cause = error.__cause__ or error
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise ArchitectureError(
-            f"the network cannot be exported: {reason}",
+            f"the network cannot be exported: {first_line(error.__cause__ or error)}",
             code="network-not-traceable",
             hint="its forward must not branch on the values of its input, nor on the batch size",
         ) from error

@@ -29,6 +29,7 @@ RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     UnicodeDecodeError,  # a message that quotes a name of a damaged file
 )
 
+SUM_TOLERANCE = 1e-5
 _ONLY_ERRORS = 3
 
 
@@ -59,7 +60,7 @@ def session(
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except RUNTIME_ERRORS as error:
         raise VerificationError(
-            f"ONNX Runtime refuses the model: {_first_line(error)}", code="onnx-not-loadable"
+            f"ONNX Runtime refuses the model: {first_line(error)}", code="onnx-not-loadable"
         ) from error
 
 
@@ -113,6 +114,15 @@ class FileAnswers:
         self.__init__(content)  # type: ignore[misc]
 
 
+def compare_sums(expected: NDArray[np.floating], found: NDArray[np.floating]) -> tuple[float, float]:
+    """Return the largest difference of two arrays of logits and its tolerance, 1e-5 x max(1, largest |logit|).
+
+    That allows for the rounding of float32 sums in another order. NaN gives NaN.
+    """
+    largest = float(np.abs(expected).max())
+    return float(np.abs(found - expected).max()), SUM_TOLERANCE * max(1.0, largest)
+
+
 def evaluate(model: ModelProto, outputs: list[str]) -> list[NDArray[np.generic]]:
     """Compute the named outputs of a model without inputs. Raises VerificationError when it cannot run."""
     return list(_run(session(model.SerializeToString()), outputs, {}))
@@ -125,7 +135,7 @@ def _run(
         return list(running.run(outputs, feed))
     except RUNTIME_ERRORS as error:
         raise VerificationError(
-            f"the exported model does not run: {_first_line(error)}", code="onnx-not-runnable"
+            f"the exported model does not run: {first_line(error)}", code="onnx-not-runnable"
         ) from error
 
 
@@ -143,5 +153,6 @@ def _check_answer(answer: object, images: int) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, or its class for an empty one."""
     return (str(error).splitlines() or [type(error).__name__])[0]

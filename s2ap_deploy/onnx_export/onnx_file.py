@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import CheckpointError, VerificationError
-from s2ap_deploy.onnx_export.inference import FileAnswers
+from s2ap_deploy.onnx_export.inference import FileAnswers, first_line
 from s2ap_deploy.onnx_export.quantization import is_quantized
 from s2ap_deploy.onnx_export.resource_limits import check_decoding, check_execution, has_external_data
 
@@ -83,7 +83,7 @@ def load(path: Path) -> OnnxFile:
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise _refused(path, f"is not a valid ONNX model: {reason}", "onnx-invalid") from None
     input_size = _input_size(path, model)
     try:
@@ -107,6 +107,13 @@ def load(path: Path) -> OnnxFile:
     if classes < 2:
         raise _refused(path, f"has {classes} classes; a classifier has at least two", "onnx-classes-too-few")
     return opened
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write the bytes of a model and read them again. Raises VerificationError when they differ."""
+    path.write_bytes(content)
+    if path.read_bytes() != content:
+        raise VerificationError("the disk returns other bytes than were written", code="written-bytes-differ")
 
 
 def _input_size(path: Path, model: ModelProto) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 from s2ap_deploy.errors import DataError, UsageError, VerificationError
 from s2ap_deploy.onnx_export.encoding import WEIGHT_INPUTS
-from s2ap_deploy.onnx_export.inference import RUNTIME_ERRORS
+from s2ap_deploy.onnx_export.inference import RUNTIME_ERRORS, first_line
 
 SCHEME = "static QDQ: weights symmetric int8 per channel (7 bits used), activations uint8, logits float32"
 CALIBRATION_BATCH = 64
@@ -78,9 +78,8 @@ def quantize(model: ModelProto, images: NDArray[np.float32]) -> ModelProto:
                 },
             )
         except _REFUSALS as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise VerificationError(
-                f"the network cannot be quantized: {reason}", code="quantization-failed"
+                f"the network cannot be quantized: {first_line(error)}", code="quantization-failed"
             ) from error
         found = onnx.load(path)
     _tidy(found, model)

@@ -17,6 +17,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from s2ap_deploy.codecs.decode_graph import decodes, is_internal
 from s2ap_deploy.codecs.registry import CODECS, OPERATORS
 from s2ap_deploy.errors import VerificationError
+from s2ap_deploy.onnx_export.inference import first_line
 
 MAX_BYTES = 2**31  # a dense ONNX file holds no more
 BATCH = 64  # images that are run at a time, where the file does not fix their number
@@ -200,7 +201,7 @@ def _infer(model: ModelProto, part: GraphProto, *, strict: bool = False) -> Grap
     try:
         return onnx.shape_inference.infer_shapes(whole, strict_mode=strict).graph
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise _refused(
             f"the shapes of its tensors cannot be inferred: {reason}", "onnx-shapes-invalid"
         ) from error

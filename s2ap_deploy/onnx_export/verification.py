@@ -21,10 +21,9 @@ from s2ap_deploy.codecs.decode_graph import decodes
 from s2ap_deploy.codecs.registry import OPERATORS
 from s2ap_deploy.errors import VerificationError
 from s2ap_deploy.onnx_export.encoding import weights
-from s2ap_deploy.onnx_export.inference import logits, session
+from s2ap_deploy.onnx_export.inference import SUM_TOLERANCE, logits, session
 from s2ap_deploy.records import Agreement, PointsCheck
 
-RELATIVE_TOLERANCE = 1e-5
 QUANTIZED_FLOOR = 0.9
 # Operators that classifiers have as well, and that ONNX Runtime may add to them.
 _ORDINARY = frozenset(
@@ -206,7 +205,7 @@ def _differences(
 
 
 def _tolerance(largest: float) -> float:
-    return RELATIVE_TOLERANCE * max(1.0, largest)
+    return SUM_TOLERANCE * max(1.0, largest)
 
 
 def _reference(classifier: nn.Module, images: NDArray[np.float32], batch_size: int) -> NDArray[np.float32]:

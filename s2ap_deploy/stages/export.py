@@ -146,8 +146,7 @@ def _export(job: RunContext, request: _Request, file: Path) -> tuple[ExportRepor
         calibration=_calibration(job, info) if section.int8 else None,
         narrowed=None if narrow is None else narrow.network,
     )
-    # A kill may have left the file of an unfinished attempt.
-    report = export_onnx(source, section, file, overwrite=True, recorder=job.recorder)
+    report = export_onnx(source, section, file, job.recorder)
     if narrow is not None:
         report = report.model_copy(update={"narrowed": narrow.record})
     report = export_target.completed(

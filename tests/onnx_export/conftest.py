@@ -102,7 +102,6 @@ def write_onnx() -> Callable[..., ExportReport]:
         classifier: nn.Module,
         *,
         output: Path,
-        overwrite: bool = False,
         recorder: Recorder | None = None,
         **settings: Any,
     ) -> ExportReport:
@@ -111,8 +110,7 @@ def write_onnx() -> Callable[..., ExportReport]:
             ExportSource(classifier, **source),
             ExportSection(**settings),
             output,
-            overwrite=overwrite,
-            recorder=recorder or Silent(),
+            recorder or Silent(),
         )
 
     return write

@@ -269,7 +269,7 @@ def test_weights_with_too_few_zeros_stay_dense_and_that_is_said(
     assert report.left_dense == ("1.weight",)
     assert report.latency_ratio is None
     assert notes == ["too few zeros to gain anything, left dense: 1 weights (1.weight)"]
-    assert write_onnx(network, **settings, encoding="dense", overwrite=True).left_dense == ()
+    assert write_onnx(network, **settings, encoding="dense").left_dense == ()
 
 
 def corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +306,7 @@ def test_a_failed_export_keeps_what_was_there(
     settings["output"].write_bytes(b"earlier")
     corrupt(monkeypatch)
     with pytest.raises(VerificationError):
-        write_onnx(classifier, **settings, overwrite=True)
+        write_onnx(classifier, **settings)
     assert leftovers(settings) == ["model.onnx"]
     assert settings["output"].read_bytes() == b"earlier"
 
@@ -412,25 +412,6 @@ def test_a_collapsed_network_is_told(
     report = write_onnx(network, **settings)
     assert report.warnings == ("the logits do not depend on the input: the network has collapsed",)
     assert [row.encoding for row in report.tensors] == ["zeros"]
-
-
-def test_an_existing_file_is_not_overwritten_unasked(
-    write_onnx: Write, classifier: Classifier, settings: dict[str, Any]
-) -> None:
-    settings["output"].write_bytes(b"earlier")
-    with pytest.raises(UsageError, check=lambda error: error.code == "output-exists"):
-        write_onnx(classifier, **settings)
-    assert settings["output"].read_bytes() == b"earlier"
-    write_onnx(classifier, **settings, overwrite=True)
-    assert settings["output"].read_bytes() != b"earlier"
-
-
-def test_a_folder_in_place_of_the_file_is_refused(
-    write_onnx: Write, classifier: Classifier, settings: dict[str, Any]
-) -> None:
-    settings["output"].mkdir()
-    with pytest.raises(UsageError, check=lambda error: error.code == "output-is-folder"):
-        write_onnx(classifier, **settings, overwrite=True)
 
 
 def test_a_file_in_place_of_the_folder_is_refused(

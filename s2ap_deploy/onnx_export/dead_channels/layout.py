@@ -16,6 +16,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from s2ap_deploy.onnx_export.encoding import default_opset
+
 LARGE = 1024  # entries; no tensor that says a shape is as long
 Shape = tuple[int | None, ...]
 
@@ -66,8 +68,7 @@ def layout(model: ModelProto) -> Layout:
         value = attributes(node).get("value") if node.op_type == "Constant" else None
         if isinstance(value, TensorProto):
             arrays[node.output[0]] = numpy_helper.to_array(value)
-    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-    return Layout(opset, shapes, arrays)
+    return Layout(default_opset(model), shapes, arrays)
 
 
 def _without_weights(model: ModelProto) -> ModelProto:

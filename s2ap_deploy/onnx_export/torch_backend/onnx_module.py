@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from s2ap_deploy.errors import ArchitectureError
 from s2ap_deploy.onnx_export.encoding import decode
+from s2ap_deploy.onnx_export.inference import first_line
 from s2ap_deploy.onnx_export.torch_backend.operators import OPERATORS, UNROUNDED, Unsupported
 
 _HINT = "the file can still be measured on a device, but not attacked here: export it with s2ap-deploy export"
@@ -144,9 +145,9 @@ def _compute(step: Step, values: Mapping[str, Tensor]) -> Tensor:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ArchitectureError(
-            f"operator {step.operator} ({step.name}) cannot be run: {reason}", code="operator-failed"
+            f"operator {step.operator} ({step.name}) cannot be run: {first_line(error)}",
+            code="operator-failed",
         ) from error
 
 
