@@ -98,6 +98,4 @@ def main() -> None:
         rows[name] = {"bytes": model.ByteSize()}
         rows[name] |= {} if args.sizes_only else beside(model, dense, **lengths)
         print(f"{name}: {rows[name]}", flush=True)
-    results.write(
-        args.name, {**figures, "int8_instructions": int8_instructions(), "variants": rows}
-    )
+    results.write(args.name, {**figures, "int8_instructions": int8_instructions(), "variants": rows})

@@ -115,7 +115,7 @@ class FileAnswers:
 
 
 def compare_sums(expected: NDArray[np.floating], found: NDArray[np.floating]) -> tuple[float, float]:
-    """Return the largest difference of two arrays of logits and its tolerance, 1e-5 x max(1, largest |logit|).
+    """Return the largest difference of logits and its tolerance, 1e-5 x max(1, largest |logit|).
 
     That allows for the rounding of float32 sums in another order. NaN gives NaN.
     """
@@ -124,7 +124,7 @@ def compare_sums(expected: NDArray[np.floating], found: NDArray[np.floating]) ->
 
 
 def evaluate(model: ModelProto, outputs: list[str]) -> list[NDArray[np.generic]]:
-    """Compute the named outputs of a model without inputs. Raises VerificationError when it cannot run."""
+    """Compute named outputs of a model without inputs. Raises VerificationError when it cannot run."""
     return list(_run(session(model.SerializeToString()), outputs, {}))
 
 
