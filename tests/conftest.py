@@ -83,6 +83,14 @@ def _no_search_plot() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_fsync() -> Iterator[None]:
+    """Skip fsync: it protects from power cuts, which no test makes, and is slow on a busy disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def one_operator_table() -> Iterator[None]:
     """Build torch's table of ONNX operators once; exports only read it, and it is half of a small one."""
