@@ -28,7 +28,6 @@ MODULES = {
     "pyautoattack": "pyautoattack",
     "safetensors": "safetensors",
     "Pillow": "PIL",
-    "matplotlib": "matplotlib",
     "click": "click",
     "rich": "rich",
     "pydantic": "pydantic",

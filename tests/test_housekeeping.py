@@ -213,9 +213,10 @@ NUMERICAL = (
     "evaluation/bounds/propagation.py", "evaluation/autoattack/apgd.py",
     "evaluation/autoattack/fab.py", "evaluation/autoattack/square.py",
     "pruning/budgets.py", "pruning/allocation.py", "pruning/curvature.py", "pruning/lanczos.py",
-    "pruning/scores.py", "pruning/sharpness.py", "training/pgd.py", "training/awp.py",
+    "pruning/scores.py", "pruning/initial_scores.py", "pruning/sharpness.py", "training/pgd.py",
+    "training/awp.py",
     "training/batchnorm.py",
-    "training/distillation.py", "training/losses.py", "training/objective.py", "training/schedule.py",
+    "training/distillation.py", "training/losses.py", "training/objective.py", "training/loop.py",
     "codecs/encodings/elias_fano.py",
 )  # fmt: skip
 

@@ -23,8 +23,8 @@ from s2ap_deploy.recipe.methods import METHODS, OWN_NAMES, Method, origins
 from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.stages.scoring import start
+from s2ap_deploy.training.losses import RobustLoss
 from s2ap_deploy.training.objective import Objective
-from s2ap_deploy.training.plugin_losses import RobustLoss
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "plugin"
 PAGE = Path(__file__).parents[1] / "docs" / "plugins.md"
@@ -149,7 +149,7 @@ def test_a_start_that_is_none_is_told_with_its_distribution(body: str, words: st
         (
             "from s2ap_deploy.recipe.methods import Method\n"
             "FOUND = Method(learns=True, scores='magic', budgets=('erk',))",
-            "scores must start",
+            "scores must be one of",
         ),
     ],
 )
@@ -186,11 +186,11 @@ def test_no_plug_in_takes_the_place_of_our_own(install: Install) -> None:
 
 
 LOSS = """
-    from s2ap_deploy.training.plugin_losses import RobustLoss
+    from s2ap_deploy.training.losses import RobustLoss
     import torch.nn.functional as F
     def value(clean, adversarial, labels, beta):
         return {body}
-    FOUND = RobustLoss(value=value, compares={compares}, beta=0.25, ascent={ascent})
+    FOUND = RobustLoss(value=value, needs_clean_logits={clean}, beta=0.25, ascent={ascent})
 """
 
 
@@ -203,10 +203,10 @@ def batch() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Generato
 def test_a_loss_is_minimized_and_attacked_as_it_says(install: Install) -> None:
     mine = name()
     body = "F.cross_entropy(adversarial, labels) + beta * (clean - adversarial).square().mean()"
-    install("losses", mine, LOSS.format(body=body, compares=True, ascent="None"))
+    install("losses", mine, LOSS.format(body=body, clean=True, ascent="None"))
     network, images, labels, noise = batch()
     objective = Objective(THREAT, mine, attack_steps=2)
-    assert objective.compares
+    assert objective.needs_clean_logits
     assert objective.trade_off == 0.25
     assert Objective(THREAT, mine, beta=2.0).trade_off == 2.0
     moved = objective.attack(network, images, labels, noise)
@@ -225,7 +225,7 @@ def test_a_loss_may_bring_what_its_attack_maximizes(install: Install) -> None:
     mine = name()
     ascent = "lambda logits, labels: -F.cross_entropy(logits, labels, reduction='sum')"
     body = "F.cross_entropy(adversarial, labels)"
-    install("losses", mine, LOSS.format(body=body, compares=False, ascent=ascent))
+    install("losses", mine, LOSS.format(body=body, clean=False, ascent=ascent))
     network, images, labels, noise = batch()
     helped = Objective(THREAT, mine, attack_steps=3).attack(network, images, labels, noise)
     with torch.no_grad():
@@ -245,7 +245,7 @@ def test_a_loss_that_gives_no_number_is_told_with_its_distribution(
     body: str, words: str, install: Install
 ) -> None:
     mine = name()
-    origin = install("losses", mine, LOSS.format(body=body, compares=False, ascent="None"))
+    origin = install("losses", mine, LOSS.format(body=body, clean=False, ascent="None"))
     network, images, labels, _ = batch()
     with pytest.raises(PluginError, match=words) as caught:
         Objective(THREAT, mine).robust_loss(network, images, images, labels)
@@ -254,7 +254,7 @@ def test_a_loss_that_gives_no_number_is_told_with_its_distribution(
 
 def test_a_name_that_nobody_offers_is_refused_with_those_that_are(install: Install) -> None:
     mine = name()
-    install("losses", mine, LOSS.format(body="0", compares=False, ascent="None"))
+    install("losses", mine, LOSS.format(body="0", clean=False, ascent="None"))
     with pytest.raises(UsageError, match="no robust loss 'bogus'") as caught:
         Objective(THREAT, "bogus")
     assert mine in (caught.value.hint or "")

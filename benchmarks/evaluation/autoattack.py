@@ -22,7 +22,7 @@ from s2ap_deploy.evaluation.bounds.relaxation import provably_robust
 from s2ap_deploy.evaluation.statistics import clopper_pearson
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training.evaluation import pgd_accuracy
+from s2ap_deploy.training.pgd import pgd_accuracy
 
 THREAT = ThreatModel(norm="Linf", eps="0.1")
 CPU = torch.device("cpu")

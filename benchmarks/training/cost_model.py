@@ -30,7 +30,7 @@ from s2ap_deploy.pruning.search import update
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training.adversary import Adversary
-from s2ap_deploy.training.batching import Share
+from s2ap_deploy.training.batching import RankBatch
 from s2ap_deploy.training.objective import Objective
 
 SIDE = 16
@@ -116,8 +116,8 @@ def child(size: Size, repeats: int, ranked: bool) -> None:
         ball = ScorePerturbation(scored.scores, 1e-3)
         noise = torch.Generator().manual_seed(0)
         model.train()
-        share = Share(size.batch, ranks.rank, ranks.size)
-        update(scored, optimizer, adversary, images, labels, noise, ball, share)
+        batch = RankBatch(images, labels, size.batch, ranks.rank, ranks.size)
+        update(scored, optimizer, adversary, batch, noise, ball)
         seconds.append(time.perf_counter() - started)
     found: dict[str, Any] = {"seconds": min(seconds[1:]), "mib": (peak_bytes() - base) / 2**20}
     if ranked:

@@ -31,17 +31,18 @@ from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, prunable
 from s2ap_deploy.pruning.diagnosis import diagnosis
-from s2ap_deploy.pruning.masks import kept
+from s2ap_deploy.pruning.masks import kept, save_tensors
 from s2ap_deploy.pruning.search import Perturbation, choose_once, search
-from s2ap_deploy.pruning.tensors import save_tensors
 from s2ap_deploy.recipe.methods import METHODS
 from s2ap_deploy.recipe.prune_section import PruneSection
-from s2ap_deploy.recorder import NoSnapshots, Silent
+from s2ap_deploy.recipe.train_section import TrainSection
+from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.stages.scoring import score
-from s2ap_deploy.training.evaluation import Accuracy, pgd_accuracy
-from s2ap_deploy.training.loop import train
+from s2ap_deploy.training.loop import TrainingData, TrainingEnvironment
 from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.pgd import Accuracy, pgd_accuracy
+from s2ap_deploy.training.train import train
 
 GAMMA = 0.0005  # the default: the ball of the sharpness in every row, and of S2AP where it is on
 CPU = torch.device("cpu")
@@ -135,19 +136,11 @@ def train_dense(base: Base, count: int, epochs: int, attack_steps: int) -> None:
     classifier = Classifier(registry.build(CIFAR_ARCH, 10), None)
     train(
         classifier,
-        subset,
-        images.validation,
+        TrainingData(subset, images.validation),
+        TrainSection(epochs=epochs, learning_rate=0.05, weight_decay=5e-4),
+        Objective(base.threat, attack_steps=attack_steps),
+        TrainingEnvironment(CPU),
         stage="pretrain",
-        objective=Objective(base.threat, attack_steps=attack_steps),
-        epochs=epochs,
-        learning_rate=0.05,
-        momentum=0.9,
-        weight_decay=5e-4,
-        batch_size=128,
-        seed=0,
-        device=CPU,
-        snapshots=NoSnapshots(),
-        recorder=Silent(),
     )
     preprocessing = images.spec.preprocessing
     facts: dict[str, Any] = {"arch": CIFAR_ARCH, "num_classes": 10, "stage": "pretrain", "tool_version": "0"}
@@ -207,48 +200,31 @@ def run(job: tuple[argparse.Namespace, Base, str, float, float, int]) -> dict[st
     size = info.preprocessing.size
     scoring = score(classifier, prunable(classifier, size), size, section, seed)
     objective = Objective(threat, attack_steps=args.attack_steps)
-    common: dict[str, Any] = {
-        "objective": objective, "batch_size": args.batch_size, "seed": seed, "device": CPU
-    }  # fmt: skip
-    quiet: dict[str, Any] = {"snapshots": NoSnapshots(), "recorder": Silent()}
+    data, env = TrainingData(subset, images.validation), TrainingEnvironment(CPU, seed)
+    schedule = {"epochs": args.epochs, "batch_size": args.batch_size}
     # Search the mask, or choose it once for methods that do not learn.
     if METHODS[section.method].learns:
         found = search(
             scoring.scored,
-            subset,
-            images.validation,
-            epochs=args.epochs,
-            learning_rate=section.search.learning_rate,
-            momentum=section.search.momentum,
+            data,
+            section.search.model_copy(update=schedule),
+            objective,
+            env,
             perturbation=Perturbation(gamma, section.warmup) if gamma > 0 else None,
             diagnose=diagnosis(
                 subset, Objective(threat), images=256, gamma=GAMMA, iterations=16, directions=4,
                 every=args.epochs, seed=seed, device=CPU, recorder=Silent(),
             ),
-            **common,
-            **quiet,
         )  # fmt: skip
     else:
-        found = choose_once(scoring.scored, subset, **common)
+        found = choose_once(scoring.scored, subset, args.batch_size, objective, env)
     save_tensors(args.work / f"{name}-scores.safetensors", found.scores)
     save_tensors(args.work / f"{name}-masks.safetensors", found.masks)
     judged = first(images.validation, VALIDATED, base.by_class)
     of_mask = pgd_accuracy(classifier, judged, threat=threat, steps=10, seed=seed, device=CPU)
     # Fine-tune under the mask, then attack validation and test images.
-    trained = train(
-        classifier,
-        subset,
-        images.validation,
-        stage="finetune",
-        epochs=args.epochs,
-        learning_rate=section.finetune.learning_rate,
-        momentum=section.finetune.momentum,
-        weight_decay=section.finetune.weight_decay,
-        masks=found.masks,
-        awp_gamma=args.awp,
-        **common,
-        **quiet,
-    )
+    tuning = section.finetune.model_copy(update={**schedule, "awp_gamma": args.awp})
+    trained = train(classifier, data, tuning, objective, env, stage="finetune", masks=found.masks)
     validation = pgd_accuracy(classifier, judged, threat=threat, steps=10, seed=seed, device=CPU)
     tested = None
     if args.tested:

@@ -27,11 +27,14 @@ from benchmarks.lib import arguments, networks, results, timing
 from benchmarks.training import loader, plain
 from s2ap_deploy.pruning.masks import Masks, top_k
 from s2ap_deploy.pruning.search import Perturbation, search
-from s2ap_deploy.recorder import NoSnapshots, Recorder
+from s2ap_deploy.recipe.prune_section import SearchSection
+from s2ap_deploy.recipe.train_section import TrainSection
+from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training.loop import train
+from s2ap_deploy.training.loop import TrainingData, TrainingEnvironment
 from s2ap_deploy.training.objective import Objective
-from s2ap_deploy.training.precision import allow_tf32, choose
+from s2ap_deploy.training.precision import allow_tf32, choose_precision
+from s2ap_deploy.training.train import train
 
 THREAT = ThreatModel(eps="8/255")
 ATTACK_STEPS = 10
@@ -109,20 +112,23 @@ def ours(args: argparse.Namespace, device: torch.device, recorder: Recorder) -> 
     classifier, size = networks.network(args.network)
     keep = networks.quotas(classifier, size, budget="uniform")
     classifier = classifier.to(device)
-    splits = networks.images((args.steps + args.warm_up) * args.batch, size), networks.images(10, size)
-    precision = choose(args.precision, device, compiled=args.compile)
-    common: dict[str, Any] = {
-        "objective": Objective(THREAT, loss="trades", attack_steps=args.attack_steps),
-        "epochs": 1, "learning_rate": RATES[args.stage], "momentum": 0.9, "batch_size": args.batch, "seed": 0,
-        "device": device, "snapshots": NoSnapshots(), "recorder": recorder, "precision": precision,
+    count = (args.steps + args.warm_up) * args.batch
+    data = TrainingData(networks.images(count, size), networks.images(10, size))
+    precision = choose_precision(args.precision, device, compiled=args.compile)
+    objective = Objective(THREAT, loss="trades", attack_steps=args.attack_steps)
+    env = TrainingEnvironment(device, recorder=recorder, precision=precision)
+    schedule: dict[str, Any] = {
+        "epochs": 1, "learning_rate": RATES[args.stage], "batch_size": args.batch
     }  # fmt: skip
     if args.stage == "search":
-        precision.arrange(classifier)
+        precision.to_channels_last(classifier)
         perturbation = Perturbation(0.0005, 0) if args.s2ap else None
-        search(networks.scored(classifier, keep), *splits, perturbation=perturbation, **common)
+        section = SearchSection(**schedule)
+        search(networks.scored(classifier, keep), data, section, objective, env, perturbation=perturbation)
     else:
-        masks, awp = magnitude(classifier, keep), 0.01 if args.awp else 0.0
-        train(classifier, *splits, stage="finetune", weight_decay=1e-4, masks=masks, awp_gamma=awp, **common)
+        tuning = TrainSection(**schedule, awp_gamma=0.01 if args.awp else 0.0)
+        masks = magnitude(classifier, keep)
+        train(classifier, data, tuning, objective, env, stage="finetune", masks=masks)
 
 
 def measured(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -184,7 +190,7 @@ def main() -> None:
     settings = ("stage", "network", "batch", "threads", "device", "s2ap", "awp", "attack_steps")
     figures = {
         **{name: getattr(args, name) for name in settings},
-        "precision": choose(args.precision, device, compiled=args.compile).facts(),
+        "precision": choose_precision(args.precision, device, compiled=args.compile).facts(),
         "loss": "trades",
         "sparsity": 0.9,
         "plain_is_lean": args.lean,

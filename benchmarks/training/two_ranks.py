@@ -20,12 +20,12 @@ from benchmarks.lib import arguments, commands, networks, results
 from s2ap_deploy.distributed import process_group
 from s2ap_deploy.distributed.collectives import Ranks
 from s2ap_deploy.models.architectures.small import digits_conv
+from s2ap_deploy.pruning.masks import load_tensors
 from s2ap_deploy.pruning.search import update
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
-from s2ap_deploy.pruning.tensors import load_tensors
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training.adversary import Adversary
-from s2ap_deploy.training.batching import Share
+from s2ap_deploy.training.batching import RankBatch
 from s2ap_deploy.training.objective import Objective
 
 BATCH = 64
@@ -48,7 +48,7 @@ class Given(Adversary):
 
     images: Tensor
 
-    def attack(self, network: Any, images: Any, labels: Any, noise: Any, part: Any = None) -> Tensor:
+    def attack(self, network: Any, part: Any, noise: Any) -> Tensor:
         return self.images[part.index :: part.of]
 
 
@@ -63,8 +63,8 @@ def one_step(ranks: Ranks, build: Any) -> dict[str, Tensor]:
     mine = slice(ranks.rank, None, ranks.size)
     optimizer = torch.optim.SGD(scored.parameters(), lr=0.1, momentum=0.9)
     noise = torch.Generator().manual_seed(0)
-    ball, share = ScorePerturbation(scored.scores, 0.01), Share(BATCH, ranks.rank, ranks.size)
-    update(scored, optimizer, adversary, images[mine], labels[mine], noise, ball, share)
+    batch = RankBatch(images[mine], labels[mine], BATCH, ranks.rank, ranks.size)
+    update(scored, optimizer, adversary, batch, noise, ScorePerturbation(scored.scores, 0.01))
     return scored.scores
 
 

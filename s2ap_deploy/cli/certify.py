@@ -118,7 +118,7 @@ def command(
     """
     from s2ap_deploy.cli import session
     from s2ap_deploy.errors import UsageError
-    from s2ap_deploy.reporting.security_curve_plot import draw_curves
+    from s2ap_deploy.reporting.charts import draw_curves
     from s2ap_deploy.stages import early_certify
     from s2ap_deploy.stages.benchmark_entry import check_entry, write_entry
     from s2ap_deploy.stages.certify import certify

@@ -125,7 +125,7 @@ def command(
     from s2ap_deploy.errors import UsageError
     from s2ap_deploy.recipe.methods import n_of_m
     from s2ap_deploy.recipe.schema import with_preset
-    from s2ap_deploy.reporting.search_plot import draw_search
+    from s2ap_deploy.reporting.charts import draw_search
     from s2ap_deploy.stages.pretrain import dense
     from s2ap_deploy.stages.prune import prune
 

@@ -54,8 +54,7 @@ def command(
     """
     from s2ap_deploy.cli import session, tables
     from s2ap_deploy.recipe import catalog
-    from s2ap_deploy.reporting.search_plot import draw_search
-    from s2ap_deploy.reporting.security_curve_plot import draw_curves
+    from s2ap_deploy.reporting.charts import draw_curves, draw_search
     from s2ap_deploy.reporting.summary import summarize
     from s2ap_deploy.stages.pipeline import whole
 

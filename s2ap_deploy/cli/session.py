@@ -37,7 +37,7 @@ from s2ap_deploy.stages.resolve import from_checkpoint as from_checkpoint
 from s2ap_deploy.stages.resolve import normalization as normalization
 from s2ap_deploy.stages.resolve import resolve as resolve
 from s2ap_deploy.tracking import tracked
-from s2ap_deploy.training.precision import choose
+from s2ap_deploy.training.precision import choose_precision
 
 Section = TypeVar("Section", bound=Record)
 
@@ -142,7 +142,7 @@ def machine(
         arch=import_path(arch),
         trust_pickle=trust_pickle,
         accumulate=accumulate,
-        precision=choose(precision, chosen, compiled=compiled),
+        precision=choose_precision(precision, chosen, compiled=compiled),
     )
 
 

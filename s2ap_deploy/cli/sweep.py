@@ -92,7 +92,7 @@ def command(
     RECIPE is a shipped name or a YAML file, and an option that is left out keeps its value. Impossible
     combinations are named and skipped before work starts; one that fails is told, and the rest goes on.
     Pretraining and the attack on the dense network are done once per seed. The folder gets sweep.json,
-    sweep.csv, table.md and pareto.png, and a run folder for each combination under runs/. The exit code is 0
+    sweep.csv, table.md and pareto.svg, and a run folder for each combination under runs/. The exit code is 0
     when all finished; else that of the failures, the first of 70, 2, 1 and 3 that occurred.
 
     \b
@@ -157,7 +157,7 @@ def command(
 
 def _picture(folder: Path) -> str:
     """What :func:`_write` drew, if there was anything to draw."""
-    return "pareto.png and runs/" if (folder / "pareto.png").exists() else "and runs/"
+    return "pareto.svg and runs/" if (folder / "pareto.svg").exists() else "and runs/"
 
 
 def exit_code(report: SweepReport) -> int:

@@ -14,7 +14,7 @@ from s2ap_deploy.cli import tables
 from s2ap_deploy.reporting import sweep_report
 
 if TYPE_CHECKING:
-    from s2ap_deploy.planning.dry_run_report import DryRunReport, SweepDryRunReport
+    from s2ap_deploy.planning.dry_run import DryRunReport, SweepDryRunReport
     from s2ap_deploy.sweeps.results import SweepReport
 
 STATES = {"done": "green", "to do": "", "to continue": "yellow", "to repeat": "yellow", "refused": "red"}

@@ -1,4 +1,4 @@
-"""How long training will take, from a few of its steps on the machine that is to do it."""
+"""Time estimates: a few steps are timed on this machine, and scaled up to the stages of a run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,24 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from s2ap_deploy.data.sampling import choose
+from s2ap_deploy.data.splits import train_steps
+from s2ap_deploy.evaluation.autoattack.cost import expected_cost
+from s2ap_deploy.evaluation.autoattack.scheduler import default_block_size
 from s2ap_deploy.models.classifier import prunable
-from s2ap_deploy.pruning.search import update
+from s2ap_deploy.planning.model_source import ModelAndData
+from s2ap_deploy.pruning.search import RECALIBRATION_BATCHES, update
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
+from s2ap_deploy.recipe.methods import METHODS
 from s2ap_deploy.recipe.prune_section import PruneSection
+from s2ap_deploy.recipe.train_section import TrainSection
 from s2ap_deploy.runtime import generator
+from s2ap_deploy.stages.context import RunContext
+from s2ap_deploy.stages.execution import ExecutionConfig
 from s2ap_deploy.stages.scoring import score
 from s2ap_deploy.training.adversary import Adversary
+from s2ap_deploy.training.batching import RankBatch
+from s2ap_deploy.training.loop import VALIDATION_IMAGES
 from s2ap_deploy.training.objective import Objective
 
 _LONG = 0.15  # seconds of a step after which more images would tell no more
@@ -50,11 +61,11 @@ def training_cost(
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.0)
 
     def step(images: int, objective: Objective) -> None:
-        pixels, labels = _batch(images, size, classes, device)
+        (part,) = _batch(images, size, classes, device).micro_batches()
         adversary = Adversary(objective)
         for _ in range(adversary.replays):
-            adversarial = adversary.attack(trained, pixels, labels, generator(0, "probe", device=device))
-            loss, _ = objective.robust_loss(trained, pixels, adversarial, labels)
+            adversarial = adversary.attack(trained, part, generator(0, "probe", device=device))
+            loss, _ = objective.robust_loss(trained, part.images, adversarial, part.labels)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             adversary.follow()
@@ -82,12 +93,12 @@ def search_cost(
     optimizer = torch.optim.SGD(scored.parameters(), lr=0.0)
 
     def step(images: int, objective: Objective) -> None:
-        pixels, labels = _batch(images, size, classes, device)
+        batch = _batch(images, size, classes, device)
         ball = ScorePerturbation(scored.scores, section.gamma) if perturbed else None
         noise = generator(0, "probe", device=device)
         adversary = Adversary(objective)
         for _ in range(adversary.replays):
-            update(scored, optimizer, adversary, pixels, labels, noise, ball)
+            update(scored, optimizer, adversary, batch, noise, ball)
 
     return _scaled(step, objective, section.search.batch_size, device)
 
@@ -124,10 +135,120 @@ def _timed(step: Step, images: int, objective: Objective, device: torch.device) 
     return best
 
 
-def _batch(
-    images: int, size: tuple[int, int, int], classes: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise is as slow as photographs are."""
+def _batch(images: int, size: tuple[int, int, int], classes: int, device: torch.device) -> RankBatch:
+    """Random inputs are enough for timing."""
     stream = generator("probe", images)
     labels = torch.randint(classes, (images,), generator=stream)
-    return torch.rand((images, *size), generator=stream).to(device), labels.to(device)
+    return RankBatch(torch.rand((images, *size), generator=stream).to(device), labels.to(device))
+
+
+VALIDATION_STEPS = 10
+
+
+class Timing:
+    """How long a stage takes; steps of one kind are timed once for a whole sweep."""
+
+    def __init__(self, machine: ExecutionConfig) -> None:
+        self.machine = machine
+        self._costs: dict[object, StepCost] = {}
+        self._attacks: dict[object, float] = {}
+
+    def pretrain(self, scene: ModelAndData, job: RunContext, section: TrainSection) -> float | None:
+        """Seconds of training the dense network."""
+        return self._train(scene, job, section)
+
+    def finetune(self, scene: ModelAndData, job: RunContext, section: PruneSection) -> float | None:
+        """Seconds of fine-tuning, after each of the steps on the way."""
+        if not METHODS[section.method].finetunes:
+            return 0.0
+        seconds = self._train(scene, job, section.finetune)
+        return None if seconds is None else seconds * (1 + len(section.steps))
+
+    def search(self, scene: ModelAndData, job: RunContext, section: PruneSection) -> float | None:
+        """Seconds of the search, or of choosing once; after each of the steps on the way."""
+        if scene.images is None:
+            return None
+        part, objective = section.search, job.objective(section.search.objective)
+        steps = train_steps(len(scene.images.train), part.batch_size)
+        rest = self._search(scene, job, section, perturbed=False)
+        recalibration = (
+            min(steps, RECALIBRATION_BATCHES // 2) * rest.attack_step * part.batch_size * objective.steps
+        )
+        if not METHODS[section.method].learns:
+            return recalibration * (1 + len(section.steps))
+        seconds = part.epochs * steps * rest.step
+        if section.perturbs:
+            top = self._search(scene, job, section, perturbed=True)
+            seconds += (part.epochs - section.warmup) * steps * max(top.step - rest.step, 0.0)
+        seconds += part.epochs * self._validation(scene, rest)
+        told = section.diagnostics
+        if told.every:
+            # Lanczos differentiates twice, three passes per product; each direction is a forward pass or two.
+            passes = objective.steps + 3 * told.iterations + told.directions
+            seconds += part.epochs // told.every * told.images * passes * rest.attack_step
+        return (seconds + recalibration) * (1 + len(section.steps))
+
+    def certify(self, scene: ModelAndData, job: RunContext) -> float | None:
+        """At most so many seconds for one network."""
+        if scene.images is None:
+            return None
+        section, test = job.recipe.certify, scene.images.test
+        key = (scene.size, section.model_dump_json(), str(job.recipe.threat))
+        if key not in self._attacks:
+            chosen = choose(test.labels, section.n, seed=section.sample_seed)
+            images, _ = test.subset(chosen).tensors()
+            self._attacks[key] = expected_cost(
+                scene.classifier.to(self.machine.device).eval(),
+                images,
+                threat=job.recipe.threat,
+                device=self.machine.device,
+                block_size=default_block_size(images, self.machine.device),
+                workers=self.machine.workers,
+                version=section.version,
+            ).seconds
+        return self._attacks[key]
+
+    def _train(self, scene: ModelAndData, job: RunContext, section: TrainSection) -> float | None:
+        if scene.images is None:
+            return None
+        objective = job.objective(section.objective)
+        key = ("train", str(job.recipe.threat), section.objective.model_dump_json(), section.batch_size)
+        if key not in self._costs:
+            self._costs[key] = training_cost(
+                scene.classifier,
+                scene.size,
+                scene.classes,
+                objective,
+                section.batch_size,
+                self.machine.device,
+            )
+        cost, steps = self._costs[key], train_steps(len(scene.images.train), section.batch_size)
+        seconds = section.epochs * (steps * cost.step + self._validation(scene, cost))
+        if section.awp_gamma > 0:
+            seconds += (
+                (section.epochs - section.awp_warmup_epochs) * steps * cost.attack_step * section.batch_size
+            )
+        return seconds
+
+    def _search(
+        self, scene: ModelAndData, job: RunContext, section: PruneSection, *, perturbed: bool
+    ) -> StepCost:
+        kind = section.model_copy(update={"sparsity": None, "steps": ()}).model_dump_json()
+        key = ("search", str(job.recipe.threat), kind, perturbed)
+        if key not in self._costs:
+            objective = job.objective(section.search.objective)
+            self._costs[key] = search_cost(
+                scene.classifier,
+                scene.size,
+                scene.classes,
+                section,
+                objective,
+                self.machine.device,
+                perturbed=perturbed,
+            )
+        return self._costs[key]
+
+    def _validation(self, scene: ModelAndData, cost: StepCost) -> float:
+        """PGD-10 on the validation sample, once per epoch."""
+        assert scene.images is not None
+        return min(len(scene.images.validation), VALIDATION_IMAGES) * VALIDATION_STEPS * cost.attack_step

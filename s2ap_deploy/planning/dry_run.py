@@ -1,4 +1,4 @@
-"""A rehearsal of a run or of a sweep: what is done, what is due, how long it may take. Writes nothing."""
+"""Dry runs: what a run or a sweep would do, and how long it may take. Nothing is written."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from s2ap_deploy.errors import InputError
-from s2ap_deploy.planning.dry_run_report import DryRunReport, PlannedStage, SweepDryRunReport
-from s2ap_deploy.planning.scene import ModelAndData, scene_of
-from s2ap_deploy.planning.timing import Timing
+from s2ap_deploy.planning.cost_estimate import Timing
+from s2ap_deploy.planning.model_source import ModelAndData, scene_of
 from s2ap_deploy.recipe.methods import METHODS
 from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.recorder import Recorder, Silent
 from s2ap_deploy.runs.folder import MODEL
+from s2ap_deploy.spec import Record
 from s2ap_deploy.stages.certify import certify
 from s2ap_deploy.stages.execution import ExecutionConfig
 from s2ap_deploy.stages.export import export
@@ -24,8 +24,60 @@ from s2ap_deploy.stages.pretrain import dense
 from s2ap_deploy.stages.prune import finetune, search_mask
 from s2ap_deploy.stages.read_only import DryRunJob, ReadOnlyRun, StagePending, State
 from s2ap_deploy.sweeps.grid import Combination
-from s2ap_deploy.sweeps.runner import DENSE, RUNS
-from s2ap_deploy.sweeps.shared_stages import dense_recipe
+from s2ap_deploy.sweeps.runner import DENSE, RUNS, dense_recipe
+
+QUICK = ("export", "gate")
+"""Stages of seconds to a minute, which are not timed."""
+
+
+class PlannedStage(Record):
+    """One stage: whether it is done, what it would do, and its seconds, None where nobody can say."""
+
+    name: str
+    state: State
+    words: str
+    seconds: float | None = None
+    at_most: bool = False
+
+
+class DryRunReport(Record):
+    """What one run would do. ``seconds`` is the sum of what is not done and can be estimated.
+
+    ``bytes`` and ``dense_bytes`` are predicted sizes of the ONNX file and of its dense twin.
+    """
+
+    name: str
+    run: str
+    stages: tuple[PlannedStage, ...]
+    seconds: float
+    bytes: int | None = None
+    dense_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def refused(self) -> bool:
+        """Whether the command would end at a stage of the folder."""
+        return any(stage.state == "refused" for stage in self.stages)
+
+    @property
+    def untimed(self) -> tuple[str, ...]:
+        """The long stages that are not done and that nobody can time, for want of data."""
+        return tuple(
+            stage.name
+            for stage in self.stages
+            if stage.state != "done" and stage.seconds is None and stage.name not in QUICK
+        )
+
+
+class SweepDryRunReport(Record):
+    """What a sweep would do: the dense network of every seed first, and ``skipped`` with their reasons."""
+
+    run: str
+    shared: tuple[DryRunReport, ...]
+    combinations: tuple[DryRunReport, ...]
+    skipped: dict[str, str]
+    seconds: float
+
 
 STAGES = ("pretrain", "search", "finetune", "certify", "export", "gate")
 

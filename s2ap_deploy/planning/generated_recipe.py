@@ -16,6 +16,7 @@ from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
+from s2ap_deploy.recipe.methods import OWN_NAMES
 from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.recipe.writing import annotated
 from s2ap_deploy.recipe.yaml_document import Key
@@ -125,7 +126,7 @@ def draft(
 
 _COMMENTS: dict[Key, str] = {
     ("seed",): "of every random choice; the same seed gives the same bits",
-    ("prune", "method"): "harp, hydra, rst, magnitude or random: docs/methods.md",
+    ("prune", "method"): f"one of {', '.join(OWN_NAMES)}: docs/methods.md",
     ("prune", "sparsity"): "the fraction of zeros among the weights",
     ("prune", "s2ap"): "perturbs the scores, so that the mask stays good when they move a little",
     ("prune", "search"): "scores move, weights rest",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from s2ap_deploy.pruning.budgets import Shapes, affordable, apportion
+from s2ap_deploy.pruning.channel_budgets import ChannelCost, limit_of, within
 from s2ap_deploy.pruning.masks import top_k
 
 Importance = Mapping[str, Tensor]
@@ -196,3 +197,43 @@ class Quotas(Fixed):
         sizes = self.sizes.items()
         ideal = {name: k * size for (name, size), k in zip(sizes, self.fractions().tolist(), strict=True)}
         return Fixed(apportion(ideal, self.shapes, self.sparsity, self.least))
+
+
+class ChannelQuotas(Quotas):
+    """HARP's learned fractions of channels: the compression loss is on weights or MACs that remain."""
+
+    def __init__(
+        self,
+        channels: Mapping[str, int],
+        cost: ChannelCost,
+        sparsity: float,
+        *,
+        compression_weight: float,
+        device: torch.device | None = None,
+    ) -> None:
+        shapes = {name: (count,) for name, count in channels.items()}
+        super().__init__(
+            shapes,
+            sparsity,
+            dict.fromkeys(channels, 1),
+            compression_weight=compression_weight,
+            device=device,
+            # A tenth of the weights is about the root of a tenth of the channels.
+            start=math.sqrt(0.1),
+        )
+        self.cost = cost
+        self.full = cost(channels)
+
+    def excess(self, fractions: Tensor) -> Tensor:
+        keep = {
+            name: fraction * size
+            for (name, size), fraction in zip(self.sizes.items(), fractions, strict=True)
+        }
+        rate: Tensor = self.cost(keep) / self.full
+        return (rate / (1 - self.sparsity) - 1).relu()
+
+    def final(self) -> Allocation:
+        fractions = self.fractions().tolist()
+        ideal = {name: k * size for (name, size), k in zip(self.sizes.items(), fractions, strict=True)}
+        limit = limit_of(self.cost, self.sizes, self.sparsity)
+        return Fixed(within(self.sizes, ideal, self.cost, limit))

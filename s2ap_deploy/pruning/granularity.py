@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from s2ap_deploy.errors import UsageError
+from s2ap_deploy.models.channels.coupling import Coupling, Slice
 from s2ap_deploy.pruning.allocation import Counts
 from s2ap_deploy.pruning.budgets import Shapes
 from s2ap_deploy.pruning.masks import top_k
@@ -106,3 +107,84 @@ class NOfM(Weights):
     def kept(self, shapes: Shapes) -> dict[str, int]:
         """Weights that stay in each layer that takes the pattern."""
         return {name: math.prod(shapes[name]) // self.m * self.n for name in self.parameters}
+
+
+class Channels:
+    """One score per channel; a channel that goes, goes from the whole group that is coupled to it.
+
+    During the search only the columns that read a channel are masked, as in HARP's channel variant (Zhao and
+    Wressnegger, 2023): its writers still compute, so that its gradient says what the channel would be worth.
+    The finished masks take the writers' rows as well; nothing reads them, so the function is the same.
+    """
+
+    def __init__(self, coupling: Coupling, shapes: Shapes) -> None:
+        self.coupling = coupling
+        self.shapes = dict(shapes)
+        self.groups = {group.name: group for group in coupling.groups}
+        if not self.groups:
+            reasons = (
+                "; ".join(f"{name}: {reason}" for name, reason in coupling.skipped) or "it has one layer"
+            )
+            raise UsageError(
+                f"no channel of this network can be removed: {reasons}",
+                hint="--granularity weight prunes any layer",
+            )
+        self.readers: dict[str, list[tuple[str, Slice]]] = {}
+        for group in coupling.groups:
+            for touched in group.readers:
+                self.readers.setdefault(touched.parameter, []).append((group.name, touched))
+        self.parameters = tuple(self.readers)
+        self.placed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def index(self, touched: Slice, device: torch.device) -> Tensor:
+        """``touched.index`` on ``device``, moved there once: a copy at every step would wait for it."""
+        found = self.placed.get(id(touched.index))
+        # An identity may have been another tensor's before this object was copied to another process.
+        if found is None or found[0] is not touched.index or found[1].device != device:
+            found = self.placed[id(touched.index)] = (touched.index, touched.index.to(device))
+        return found[1]
+
+    def pool(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """L1 norm of the columns that read each channel."""
+        return self.gather({name: weight.abs().float() for name, weight in weights.items()})
+
+    def select(self, importance: Mapping[str, Tensor], counts: Counts) -> dict[str, Tensor]:
+        return {name: top_k(values, counts[name]) for name, values in importance.items()}
+
+    def spread(self, selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._side(name, 1, slices, selection) for name, slices in self.readers.items()}
+
+    def gather(self, products: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        for name, slices in self.readers.items():
+            columns = products[name].transpose(0, 1).flatten(1).sum(1)
+            for group, touched in slices:
+                part = columns[self.index(touched, columns.device)].sum(1)
+                sums[group] = sums[group] + part if group in sums else part
+        return {name: sums[name] for name in self.groups}
+
+    def final(self, selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks of every weight, without the rows that write a lost channel and the columns that read it."""
+        device = next(iter(selection.values())).device
+        masks = {
+            name: torch.ones(self.shapes[name], dtype=torch.bool, device=device)
+            for name in self.coupling.weights
+        }
+        for group in self.coupling.groups:
+            for touched in (*group.writers, *group.readers):
+                if touched.parameter in masks:
+                    side = self._side(touched.parameter, touched.dim, [(group.name, touched)], selection)
+                    masks[touched.parameter] &= side
+        return masks
+
+    def _side(
+        self, name: str, dim: int, slices: list[tuple[str, Slice]], selection: Mapping[str, Tensor]
+    ) -> Tensor:
+        """A bool mask of one dimension of a weight, shaped to broadcast against it."""
+        shape = self.shapes[name]
+        device = next(iter(selection.values())).device
+        stays = torch.ones(shape[dim], dtype=torch.bool, device=device)
+        for group, touched in slices:
+            index = self.index(touched, device)
+            stays[index] = selection[group].unsqueeze(1).expand_as(index)
+        return stays.view([-1 if axis == dim else 1 for axis in range(len(shape))])

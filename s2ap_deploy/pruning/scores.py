@@ -1,4 +1,4 @@
-"""Learnable importance scores, and the network that wears the mask they imply.
+"""Learnable importance scores, and the network under the mask that they imply.
 
 The network is never wrapped: its own weight tensors hold w ⊙ M(s) while the scores are learned. Its
 forward pass costs what a dense one costs, an attack needs no knowledge of masks, and the mask is
@@ -7,7 +7,6 @@ computed once per step however often the network runs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,30 +15,13 @@ from torch import Tensor, nn
 from s2ap_deploy.errors import InputError
 from s2ap_deploy.pruning.allocation import Allocation
 from s2ap_deploy.pruning.granularity import Granularity
+from s2ap_deploy.pruning.initial_scores import scaled
 
 Selection = Mapping[str, Tensor]
 
 
-def scaled(magnitude: Tensor) -> Tensor:
-    """s = sqrt(6 / fan_in) * w / max|w|: the order of |s| is the order of |w|.
-
-    Scaled initialization of HYDRA (Sehwag et al., 2020, section 3): the search starts from the
-    magnitude mask, at the scale of a Kaiming-uniform layer. For scores of channels [C], fan_in is C.
-    """
-    fan_in = magnitude[0].numel() if magnitude.dim() > 1 else magnitude.numel()
-    tiny = torch.finfo(magnitude.dtype).tiny
-    return math.sqrt(6 / fan_in) * magnitude / magnitude.abs().max().clamp_min(tiny)
-
-
-def random_scores(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Kaiming-uniform with a = sqrt(5), the start of robust scratch tickets (Fu et al., 2021)."""
-    fan_in = like[0].numel() if like.dim() > 1 else like.numel()
-    noise = torch.rand(like.shape, generator=generator, device=generator.device) * 2 - 1
-    return (noise / math.sqrt(fan_in)).to(like.device)
-
-
 class ScoredNetwork:
-    """A network with frozen weights and one score per unit that can be pruned.
+    """Hold a network with frozen weights and one score per unit that can be pruned.
 
     ``granularity`` says what a unit is and ``allocation`` how many each layer keeps. Rows of the layers in
     ``covered`` (the classifier's classes) keep at least one weight each. Biases and normalization stay as
@@ -63,18 +45,20 @@ class ScoredNetwork:
         self.worn = {name: parameters[name] for name in granularity.parameters}
         self.weights = {name: worn.detach().clone() for name, worn in self.worn.items()}
         units = granularity.pool(self.weights)
-        if scores is None:
-            scores = {name: scaled(magnitude) for name, magnitude in units.items()}
-        self.scores = own(scores, units)
-        self.update_signs()
+        self.start_from({name: scaled(unit) for name, unit in units.items()} if scores is None else scores)
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         for worn in self.worn.values():
             worn.requires_grad_(True)
 
+    def start_from(self, scores: Mapping[str, Tensor]) -> None:
+        """Take a copy of ``scores`` as those to learn. Raises InputError where they do not fit the units."""
+        self.scores = own(scores, self.granularity.pool(self.weights))
+        self.update_signs()
+
     @torch.no_grad()
     def update_signs(self) -> None:
-        """Note the sign of every score, in whose direction importance grows; 0 counts as positive.
+        """Record the sign of every score, in whose direction importance grows; 0 counts as positive.
 
         Call it after each step. While a perturbation is on, the signs stay those of the scores at rest: a
         score that is pushed across 0 has lost its importance, and |s + z| would call it important
@@ -84,7 +68,7 @@ class ScoredNetwork:
 
     @torch.no_grad()
     def select(self) -> dict[str, Tensor]:
-        """The units of largest importance, which is |s| at rest: bool tensors of the scores' shapes."""
+        """Select the units of largest importance, |s| at rest: bool tensors of the scores' shapes."""
         importance = {name: self.signs[name] * score for name, score in self.scores.items()}
         for name in self.covered:
             importance[name] = keep_one_per_row(importance[name])
@@ -97,12 +81,12 @@ class ScoredNetwork:
             torch.mul(self.weights[name], mask, out=self.worn[name].data)
 
     def masks(self) -> dict[str, Tensor]:
-        """The finished network's bool masks, by parameter name."""
+        """Return the finished network's bool masks, by parameter name."""
         return self.granularity.final(self.select())
 
     @torch.no_grad()
     def finish(self) -> dict[str, Tensor]:
-        """Meet the budget exactly, wear the final masks, and return them."""
+        """Meet the budget exactly, apply the final masks to the weights, and return them."""
         self.allocation = self.allocation.final()
         masks = self.masks()
         parameters = dict(self.network.named_parameters())
@@ -111,11 +95,13 @@ class ScoredNetwork:
         return masks
 
     def parameters(self) -> list[Tensor]:
-        """What the optimizer moves: the scores, and what the allocation learns."""
+        """Return what the optimizer moves: the scores, and what the allocation learns."""
         return [*self.scores.values(), *self.allocation.parameters()]
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        """dL/ds through the straight-through estimator: sgn(s) · w ⊙ dL/d(w ⊙ M), summed over a unit.
+        """Compute dL/ds by the straight-through estimator: sgn(s) · w ⊙ dL/d(w ⊙ M), summed over a unit.
+
+        HYDRA (Sehwag et al., 2020, section 3).
 
         Pruned weights get a gradient too, or none could ever return. sgn(0) is +1: torch's derivative
         of |s| at 0 is 0, and a score that starts there would stay there.
@@ -125,34 +111,36 @@ class ScoredNetwork:
         with torch.no_grad():
             for name, worn in self.worn.items():
                 if worn.grad is None:
-                    raise InputError(f"the loss does not depend on {name}: is the layer used?")
+                    raise InputError(
+                        f"the loss does not depend on {name}: is the layer used?", code="layer-unused"
+                    )
                 products[name] = self.weights[name] * worn.grad
                 worn.grad = None
             gathered = self.granularity.gather(products)
             return {name: self.signs[name] * gradient for name, gradient in gathered.items()}
 
     def assign(self, gradients: Mapping[str, Tensor]) -> None:
-        """Hand the optimizer its gradients: those of the scores, and what follows for the allocation."""
+        """Set the gradients of the scores, and those that follow for the allocation."""
         for name, score in self.scores.items():
             score.grad = gradients[name]
         self.allocation.assign({name: self.signs[name] * value for name, value in gradients.items()})
 
 
 def keep_one_per_row(importance: Tensor) -> Tensor:
-    """``importance`` [rows, ...] with the largest entry of every row raised above all others."""
+    """Raise the largest entry of every row of ``importance`` [rows, ...] above all others."""
     flat = importance.flatten(1)
     best = flat.argmax(dim=1, keepdim=True)
     return flat.scatter(1, best, torch.inf).view_as(importance)
 
 
 def own(scores: Mapping[str, Tensor], units: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A float32 copy of ``scores`` that fits ``units``. Raises InputError where it does not."""
+    """Copy ``scores`` as float32. Raises InputError where they do not fit ``units``."""
     for name, unit in units.items():
         if name not in scores:
-            raise InputError(f"there are no scores of {name}")
+            raise InputError(f"there are no scores of {name}", code="scores-missing")
         if scores[name].shape != unit.shape:
             shapes = f"{tuple(scores[name].shape)} for weights of shape {tuple(unit.shape)}"
-            raise InputError(f"scores of {name} have shape {shapes}")
+            raise InputError(f"scores of {name} have shape {shapes}", code="scores-shape-differs")
         if not torch.isfinite(scores[name]).all():
-            raise InputError(f"scores of {name} are not finite")
+            raise InputError(f"scores of {name} are not finite", code="scores-not-finite")
     return {name: scores[name].to(unit.device).float().clone() for name, unit in units.items()}

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from s2ap_deploy.data.splits import Split, train_steps
-from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
-from s2ap_deploy.errors import InputError, UsageError
-from s2ap_deploy.pruning.masks import departed, replaced
+from s2ap_deploy.data.splits import Split
+from s2ap_deploy.errors import InputError
+from s2ap_deploy.pruning.masks import departed, hamming, replaced
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
-from s2ap_deploy.pruning.stability import hamming
-from s2ap_deploy.recorder import Recorder, Snapshots
-from s2ap_deploy.runtime import derive_seed, generator, seed_layers
+from s2ap_deploy.recipe.prune_section import SearchSection
+from s2ap_deploy.recorder import Recorder
+from s2ap_deploy.runtime import generator, seed_layers
 from s2ap_deploy.training.adversary import Adversary
-from s2ap_deploy.training.batching import Part, Share, Total, mean_loss, shares
+from s2ap_deploy.training.batching import Accumulator, MicroBatch, RankBatch, rank_batches
 from s2ap_deploy.training.batchnorm import frozen_statistics, recalibrate, shared_statistics
-from s2ap_deploy.training.evaluation import pgd_accuracy
-from s2ap_deploy.training.loop import strip
+from s2ap_deploy.training.loop import (
+    Epoch,
+    EpochLoop,
+    TrainingData,
+    TrainingEnvironment,
+    load_loop,
+    load_momentum,
+    momentum,
+    save_loop,
+)
 from s2ap_deploy.training.objective import Objective
-from s2ap_deploy.training.precision import FLOAT32, Precision
-from s2ap_deploy.training.schedule import Epoch, cosine, validation_sample
 
 RECALIBRATION_BATCHES = 100
 INERT, NOISY = 1e-4, 0.2  # flip rates below and above which gamma does nothing useful
@@ -57,119 +61,94 @@ class SearchResult:
 
 def search(
     scored: ScoredNetwork,
-    train: Split,
-    validation: Split,
-    *,
+    data: TrainingData,
+    section: SearchSection,
     objective: Objective,
-    epochs: int,
-    learning_rate: float,
-    momentum: float,
-    batch_size: int,
-    perturbation: Perturbation | None,
-    seed: int,
-    device: torch.device,
-    snapshots: Snapshots,
-    recorder: Recorder,
+    env: TrainingEnvironment,
+    *,
+    perturbation: Perturbation | None = None,
     diagnose: Diagnose | None = None,
-    precision: Precision = FLOAT32,
-    accumulate: int = 1,
-    ranks: Ranks = SINGLE_PROCESS,
 ) -> SearchResult:
-    """Learn scores by robust training under M(s), with S2AP's perturbation if asked.
+    """Learn scores by robust training under the mask M(s), with S2AP's perturbation where one is given.
 
-    The network ends up wearing the final mask, which meets its budget exactly, with BatchNorm measured
-    under it. ``diagnose`` adds figures to the row of each epoch, whose number it is told; it and the last
-    measurement of BatchNorm compute in plain float32 whatever the ``precision`` of the steps. ``batch_size``
-    is that of all ``ranks`` together; each works through its rows of it in ``accumulate`` pieces. Raises
-    ``InputError`` when S2AP was asked for and never moved a score, or when the loss stops being finite.
+    Args:
+        scored: keeps the final mask, which meets its budget exactly, with BatchNorm measured under it.
+        section: the schedule. Scores have no weight decay.
+        objective: the loss, with its attack. Free training makes ``replays`` updates per batch.
+        perturbation: S2AP's radius and warm-up; None searches without it.
+        diagnose: returns more figures for an epoch, by its number. It and the last measurement of BatchNorm
+            compute in float32 whatever the precision of the steps.
+
+    Raises InputError when the loss stops being finite, or when S2AP never moved a score.
     """
-    check_perturbation(perturbation, epochs)
     network = scored.network
     # No weight decay: it would pull scores towards the mask's threshold, and quotas towards a half.
-    optimizer = torch.optim.SGD(scored.parameters(), lr=learning_rate, momentum=momentum)
-    adversary = Adversary(objective, ranks)
-    computing = precision.apply(network, recorder.warn)
-    history, perturbed_steps = resume(scored, optimizer, adversary, snapshots)
-    sample = validation_sample(validation, seed)
-    steps = train_steps(len(train), batch_size)
-    recorder.begin("search", epochs * steps, "step")
-    recorder.advance(len(history) * steps)
+    optimizer = torch.optim.SGD(scored.parameters(), lr=section.learning_rate, momentum=section.momentum)
+    adversary = Adversary(objective, env.ranks)
+    loop = EpochLoop("search", network, optimizer, adversary, data, section, env)
+    history, perturbed_steps = resume(scored, optimizer, adversary, env)
+    loop.begin(len(history))
 
-    for epoch in range(len(history), epochs):
-        started = time.monotonic()
-        ball = None
-        if perturbation is not None and epoch >= perturbation.warmup_epochs:
-            ball = ScorePerturbation(scored.scores, perturbation.gamma)
-        previous = scored.select()
-        losses: list[Tensor] = []
-        flips: list[Tensor] = []
-        moves: list[Tensor] = []
-        network.train()
-        seed_layers(seed, "search", "layers", epoch, ranks.rank)
-        batches = shares(
-            train, batch_size, ranks=ranks, seed=seed, epoch=epoch, device=device, accumulate=accumulate
-        )
-        for step, (images, labels, share) in enumerate(batches):
-            cosine(optimizer, learning_rate, epoch + step / steps, epochs)
-            noise = generator(seed, "search", epoch, step, device=device)
-            for _ in range(adversary.replays):
-                with computing:
-                    moved = update(scored, optimizer, adversary, images, labels, noise, ball, share)
-                losses.append(moved.loss)
-                if moved.flip_rate is not None and moved.perturbed is not None:
-                    flips.append(moved.flip_rate)
-                    moves.append(moved.perturbed)
-            recorder.advance()
-
+    for epoch in range(len(history), section.epochs):
+        # S2AP moves the scores only after its warm-up.
+        acts = perturbation is not None and epoch >= perturbation.warmup_epochs
+        ball = ScorePerturbation(scored.scores, perturbation.gamma) if perturbation and acts else None
+        before = scored.select()
+        steps: list[Update] = []
+        for batch, noise in loop.batches(epoch):
+            with loop.computing:
+                steps.append(update(scored, optimizer, adversary, batch, noise, ball))
+        # Let quotas that learn tighten, and measure the epoch under the mask that it ends with.
         scored.allocation.end_epoch()
         selection = scored.select()
         scored.wear(selection)
-        with computing:
-            accuracy = pgd_accuracy(
-                network,
-                sample,
-                threat=objective.threat,
-                steps=10,
-                seed=derive_seed(seed, "val"),
-                device=device,
-                ranks=ranks,
-            )
-        row = Epoch(
-            epoch=epoch + 1,
-            loss=mean_loss(losses, ranks),
-            clean_accuracy=accuracy.clean_accuracy,
-            robust_accuracy=accuracy.robust_accuracy,
-            replaced=replaced(previous, selection),
-            hamming=hamming(previous, selection),
-            flip_rate=float(torch.stack(flips).mean()) if flips else None,
-            **(diagnose(scored, epoch + 1) if diagnose is not None else {}),
-            seconds=time.monotonic() - started,
+        accuracy = loop.validate()
+        figures = diagnose(scored, epoch + 1) if diagnose is not None else {}
+        row = loop.row(
+            epoch,
+            [step.loss for step in steps],
+            accuracy,
+            replaced=replaced(before, selection),
+            hamming=hamming(before, selection),
+            flip_rate=mean([step.flip_rate for step in steps if step.flip_rate is not None]),
+            **figures,
         )
-        row.require_finite("search")
-        warn_of_gamma(row, recorder)
+        warn_of_gamma(row, env.recorder)
         history.append(row)
-        perturbed_steps += int(torch.stack(moves).sum()) if moves else 0
-        recorder.log("search", {**row.figures(), "epochs": epochs})
-        save(scored, optimizer, adversary, history, perturbed_steps, snapshots)
+        perturbed_steps += count([step.perturbed for step in steps if step.perturbed is not None])
+        loop.record(row)
+        save(scored, optimizer, adversary, history, perturbed_steps, env)
 
-    recorder.end()
+    env.recorder.end()
     if perturbation is not None and perturbed_steps == 0:
         raise InputError(
-            "S2AP was asked for but perturbed no step: every score gradient was zero",
+            "S2AP perturbed no step: every score gradient was zero",
+            code="s2ap-never-acted",
             hint="look at the loss in the history: the network may be dead at this sparsity",
         )
+    # Cut learned quotas to the exact budget, and measure BatchNorm under the final mask.
     learned = int(units(scored.select()))
     masks = scored.finish()
-    warn_of_quotas(learned, int(units(scored.select())), recorder)
-    seed_layers(seed, "search", "layers", epochs, ranks.rank)
-    with shared_statistics(network, ranks):
-        recalibrate(network, calibration(network, train, objective, batch_size, seed, device, ranks))
+    warn_of_quotas(learned, int(units(scored.select())), env.recorder)
+    seed_layers(env.seed, "search", "layers", section.epochs, env.ranks.rank)
+    with shared_statistics(network, env.ranks):
+        recalibrate(network, calibration(network, data.train, objective, section.batch_size, env))
     return SearchResult(scored.scores, masks, history, perturbed_steps)
+
+
+def mean(values: list[Tensor]) -> float | None:
+    """Average values that may be on a device; None where there are none."""
+    return float(torch.stack(values).mean()) if values else None
+
+
+def count(values: list[Tensor]) -> int:
+    """Count the true values, which may be on a device."""
+    return int(torch.stack(values).sum()) if values else 0
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one step did, in tensors of no dimension that stay on their device: reading one waits for it.
+    """The figures of one step, in tensors of no dimension that stay on their device.
 
     ``flip_rate`` is the share of kept units that leaves under S2AP, ``perturbed`` whether a score moved; both
     are None where S2AP is off.
@@ -184,23 +163,21 @@ def update(
     scored: ScoredNetwork,
     optimizer: torch.optim.Optimizer,
     adversary: Adversary,
-    images: Tensor,
-    labels: Tensor,
+    batch: RankBatch,
     noise: torch.Generator,
     ball: ScorePerturbation | None,
-    share: Share | None = None,
 ) -> Update:
-    """One step on a batch [B, C, H, W]; with ``ball``, one of S2AP. Nothing in it waits for the device.
+    """Take one step on a batch; with ``ball``, one of S2AP. Nothing in it waits for the device.
 
-    ``share`` says of which batch these are this rank's rows, and in how many pieces they are worked through
-    (None: the whole batch at once). Scores move by the gradient of the whole batch's mean.
+    Scores move by the gradient of the whole batch's mean, of which ``batch`` holds this rank's rows.
     """
     network, ranks = scored.network, adversary.ranks
     selection = scored.select()
     scored.wear(selection)
-    resting, attacked = Total(ranks), []
-    for part in (share or Share(len(images))).parts(images, labels):
-        adversarial = adversary.attack(network, part.images, part.labels, part.stream(noise), part)
+    resting, attacked = Accumulator(ranks), []
+    # Attack each micro-batch under the mask M(s), and add up the score gradients of its robust loss.
+    for part in batch.micro_batches():
+        adversarial = adversary.attack(network, part, noise)
         with shared_statistics(network, ranks):
             loss = contribution(adversary.objective, network, part, adversarial)
             resting.add(loss, scored.gradients(loss))
@@ -209,12 +186,12 @@ def update(
     gradients = resting.summed()
     flip_rate = perturbed = None
     if ball is not None:
-        # g above, of all ranks, is the ascent direction at s; the descent uses the gradient at s + z, on
-        # the same adversarial images, and is applied to s.
+        # S2AP: g above, of all ranks, is the ascent direction at s; the descent uses the gradient at s + z,
+        # on the same adversarial images, and is applied to s.
         perturbed = ball.perturb(gradients)
         shifted = scored.select()
         scored.wear(shifted)
-        top = Total(ranks)
+        top = Accumulator(ranks)
         with frozen_statistics(network), shared_statistics(network, ranks):
             for part, same in attacked:
                 loss_at_top = contribution(adversary.objective, network, part, same)
@@ -222,39 +199,35 @@ def update(
         gradients = top.summed()
         ball.restore()
         flip_rate = departed(selection, shifted) / units(selection)
+    # Descend in score space.
     scored.assign(gradients)
     optimizer.step()
     scored.update_signs()
     return Update(resting.loss, flip_rate, perturbed)
 
 
-def contribution(objective: Objective, network: nn.Module, part: Part, adversarial: Tensor) -> Tensor:
-    """What a part adds to the robust loss of its batch."""
+def contribution(objective: Objective, network: nn.Module, part: MicroBatch, adversarial: Tensor) -> Tensor:
+    """Compute a micro-batch's contribution to the robust loss of its batch."""
     return part.scaled(objective.robust_loss(network, part.images, adversarial, part.labels)[0])
 
 
 def choose_once(
-    scored: ScoredNetwork,
-    train: Split,
-    *,
-    objective: Objective,
-    batch_size: int,
-    seed: int,
-    device: torch.device,
+    scored: ScoredNetwork, train: Split, batch_size: int, objective: Objective, env: TrainingEnvironment
 ) -> SearchResult:
-    """The mask of scores that do not learn (magnitude, random), with BatchNorm measured under it."""
+    """Take the mask of scores that do not learn (magnitude, SNIP), and measure BatchNorm under it."""
     masks = scored.finish()
-    recalibrate(scored.network, calibration(scored.network, train, objective, batch_size, seed, device))
+    alone = TrainingEnvironment(env.device, env.seed)
+    recalibrate(scored.network, calibration(scored.network, train, objective, batch_size, alone))
     return SearchResult(scored.scores, masks, [], 0)
 
 
 def units(selection: Mapping[str, Tensor]) -> Tensor:
-    """How many units are selected, as a tensor that stays on its device."""
+    """Count the selected units, as a tensor that stays on its device."""
     return torch.stack([chosen.sum() for chosen in selection.values()]).sum()
 
 
 def warn_of_gamma(row: Epoch, recorder: Recorder) -> None:
-    """Tell when S2AP's perturbation moves no mask, or so much of it that it is noise."""
+    """Warn when S2AP's perturbation moves no mask, or so much of it that it is noise."""
     if row.flip_rate is None:
         return
     if row.flip_rate < INERT:
@@ -268,7 +241,7 @@ def warn_of_gamma(row: Epoch, recorder: Recorder) -> None:
 
 
 def warn_of_quotas(learned: int, allowed: int, recorder: Recorder) -> None:
-    """Tell when learned quotas were far from the budget, so that the last step took much at once."""
+    """Warn when learned quotas were far from the budget, so that the last step took much at once."""
     if learned > 1.2 * allowed:
         recorder.warn(
             f"the learned quotas still kept {learned:,} units where the budget is {allowed:,}: the mask was "
@@ -276,80 +249,61 @@ def warn_of_quotas(learned: int, allowed: int, recorder: Recorder) -> None:
         )
 
 
-def check_perturbation(perturbation: Perturbation | None, epochs: int) -> None:
-    """Refuse settings under which S2AP would be asked for and never act."""
-    if perturbation is None:
-        return
-    if not 0 < perturbation.gamma < float("inf"):
-        raise UsageError(
-            f"gamma must be a positive number, not {perturbation.gamma}",
-            hint="--no-s2ap searches without the perturbation",
-        )
-    if not 0 <= perturbation.warmup_epochs < epochs:
-        raise UsageError(
-            f"{perturbation.warmup_epochs} warm-up epochs leave no epoch of {epochs} for S2AP",
-            hint="lower --warmup-epochs, raise --search-epochs, or pass --no-s2ap",
-        )
-
-
 def calibration(
-    network: nn.Module,
-    train: Split,
-    objective: Objective,
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-    ranks: Ranks = SINGLE_PROCESS,
+    network: nn.Module, train: Split, objective: Objective, batch_size: int, env: TrainingEnvironment
 ) -> Iterator[Tensor]:
-    """Batches as training saw them: the clean image and its adversarial twin, in turn.
+    """Yield batches as training saw them: clean images, then adversarial ones.
 
     The attack runs on a copy, which keeps the statistics that are being measured anew.
     """
     target = copy.deepcopy(network)
-    batches = shares(train, batch_size, ranks=ranks, seed=seed, epoch=-1, device=device)
-    for step, (images, labels, share) in enumerate(batches):
+    batches = rank_batches(train, batch_size, ranks=env.ranks, seed=env.seed, epoch=-1, device=env.device)
+    for step, batch in enumerate(batches):
         if step == RECALIBRATION_BATCHES // 2:
             return
-        (part,) = share.parts(images, labels)
-        yield images
-        noise = generator(seed, "calibrate", step, device=device)
-        yield objective.attack(target, images, labels, part.stream(noise))
+        (part,) = batch.micro_batches()
+        yield part.images
+        noise = generator(env.seed, "calibrate", step, device=env.device)
+        yield objective.attack(target, part.images, part.labels, part.stream(noise))
 
 
 def save(
     scored: ScoredNetwork,
     optimizer: torch.optim.Optimizer,
     adversary: Adversary,
-    history: Sequence[Epoch],
+    history: list[Epoch],
     perturbed_steps: int,
-    snapshots: Snapshots,
+    env: TrainingEnvironment,
 ) -> None:
-    """Everything that the next epoch depends on: scores, quotas, momentum, adversary, BatchNorm's state."""
-    tensors = {f"score/{name}": score for name, score in scored.scores.items()}
-    tensors |= {f"allocation/{name}": value for name, value in scored.allocation.state().items()}
-    tensors |= {f"adversary/{name}": value for name, value in adversary.state().items()}
-    for index, parameter in enumerate(scored.parameters()):
-        tensors[f"momentum/{index}"] = optimizer.state[parameter]["momentum_buffer"]
-    tensors |= {f"buffer/{name}": buffer for name, buffer in scored.network.named_buffers()}
-    state = {"history": [row.figures() for row in history], "perturbed_steps": perturbed_steps}
-    snapshots.save_snapshot(tensors, state)
+    """Save everything that the next epoch depends on."""
+    groups = {
+        "score": scored.scores,
+        "allocation": scored.allocation.state(),
+        "adversary": adversary.state(),
+        "momentum": momentum(optimizer, numbered(scored)),
+        "buffer": dict(scored.network.named_buffers()),
+    }
+    save_loop(env.snapshots, groups, history, perturbed_steps=perturbed_steps)
 
 
 def resume(
-    scored: ScoredNetwork, optimizer: torch.optim.Optimizer, adversary: Adversary, snapshots: Snapshots
+    scored: ScoredNetwork, optimizer: torch.optim.Optimizer, adversary: Adversary, env: TrainingEnvironment
 ) -> tuple[list[Epoch], int]:
-    """Put a snapshot's tensors back; returns the epochs already done and their perturbed steps."""
-    snapshot = snapshots.load_snapshot()
-    if snapshot is None:
+    """Restore the last snapshot; return the epochs already done and their perturbed steps."""
+    saved = load_loop(env.snapshots)
+    if saved is None:
         return [], 0
-    tensors, state = snapshot
-    for name, score in scored.scores.items():
-        score.copy_(tensors[f"score/{name}"])
-    scored.allocation.load(strip("allocation/", tensors))
-    adversary.load(strip("adversary/", tensors))
-    for index, parameter in enumerate(scored.parameters()):
-        optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum/{index}"].to(parameter.device)
+    for name, score in saved.group("score").items():
+        scored.scores[name].copy_(score)
+    scored.allocation.load(saved.group("allocation"))
+    adversary.load(saved.group("adversary"))
+    load_momentum(optimizer, numbered(scored), saved.group("momentum"))
     scored.update_signs()
-    for name, buffer in scored.network.named_buffers():
-        buffer.copy_(tensors[f"buffer/{name}"])
-    return [Epoch.of(row) for row in state["history"]], int(state["perturbed_steps"])
+    for name, buffer in saved.group("buffer").items():
+        scored.network.get_buffer(name).copy_(buffer)
+    return saved.history, int(saved.state["perturbed_steps"])
+
+
+def numbered(scored: ScoredNetwork) -> dict[str, Tensor]:
+    """Return what the optimizer moves, by position: the parameters of an allocation have no names."""
+    return {str(index): parameter for index, parameter in enumerate(scored.parameters())}

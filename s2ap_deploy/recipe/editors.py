@@ -9,7 +9,7 @@ from s2ap_deploy.recipe.schema import Recipe
 
 _RADIUS = [{"type": "string"}, {"type": "number", "exclusiveMinimum": 0}]
 _ABSENT: dict[str, list[dict[str, Any]]] = {"eps": [], "step_size": [{"type": "null"}]}
-_RADII = (("ThreatModel", "eps"), ("Objective", "step_size"))  # 0.1 is as good as "0.1"
+_RADII = (("ThreatModel", "eps"), ("ObjectiveSection", "step_size"))  # 0.1 is as good as "0.1"
 
 
 def json_schema() -> dict[str, Any]:

@@ -16,9 +16,10 @@ from s2ap_deploy import plugins
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    Start: TypeAlias = Callable[[Tensor, Generator], Tensor]
+    Start: TypeAlias = Callable[[Tensor, Generator], Tensor] | Callable[[Tensor, Generator, Tensor], Tensor]
 
-MethodName = Literal["hydra", "harp", "rst", "magnitude", "random"]
+MethodName = Literal["hydra", "harp", "rst", "magnitude", "random", "snip"]
+StartName = Literal["scaled", "weights", "random", "snip"]
 BudgetName = Literal["uniform", "erk", "global", "learned", "macs"]
 
 
@@ -26,17 +27,19 @@ BudgetName = Literal["uniform", "erk", "global", "learned", "macs"]
 class Method:
     """One base method.
 
-    ``learns``: scores move by robust training, so S2AP can act. ``scores`` they start from: ``scaled``
-    weights (HYDRA), the plain ``weights``, or ``random`` ones; a plug-in may give a function instead, from
-    one layer's weights (channels: from their norms) and a seeded generator to scores of the same shape, of
-    which the largest by magnitude stay. ``untrained``: the weights are drawn anew (robust scratch tickets).
+    ``learns``: scores move by robust training, so S2AP can act. ``scores`` they start from: the name of a
+    function in ``pruning.initial_scores``; a plug-in may give a function instead, from one layer's weights
+    (channels: from their norms) and a seeded generator to scores of the same shape, of which the largest by
+    magnitude stay. ``gradients``: that function also takes dL/dM = w · dL/dw of the robust loss on training
+    batches, summed over a channel. ``untrained``: the weights are drawn anew (robust scratch tickets).
     ``finetunes``: the kept weights are trained afterwards. ``budgets``: how layers may share what is kept;
     the first is the default. Raises ValueError for a method that nothing could run.
     """
 
     learns: bool
-    scores: Literal["scaled", "weights", "random"] | Start
+    scores: StartName | Start
     budgets: tuple[BudgetName, ...]
+    gradients: bool = False
     untrained: bool = False
     finetunes: bool = True
 
@@ -44,8 +47,9 @@ class Method:
         known = get_args(BudgetName)
         if not self.budgets or any(budget not in known for budget in self.budgets):
             raise ValueError(f"budgets must be one or more of {', '.join(known)}, not {self.budgets!r}")
-        if not callable(self.scores) and self.scores not in ("scaled", "weights", "random"):
-            raise ValueError(f"scores must start scaled, weights, random or from a function: {self.scores!r}")
+        if not callable(self.scores) and self.scores not in get_args(StartName):
+            starts = ", ".join(get_args(StartName))
+            raise ValueError(f"scores must be one of {starts} or a function: {self.scores!r}")
         if "learned" in self.budgets and not self.learns:
             raise ValueError("budget learned needs scores that learn")
 
@@ -65,6 +69,8 @@ _OWN: Mapping[MethodName, Method] = {
     ),
     "magnitude": Method(learns=False, scores="weights", budgets=("erk", "uniform", "global", "macs")),
     "random": Method(learns=False, scores="random", budgets=("erk", "uniform", "global", "macs")),
+    # Lee et al. (2019), arXiv 1810.02340, at the dense network's weights and on the robust loss.
+    "snip": Method(learns=False, scores="snip", gradients=True, budgets=("global", "erk", "uniform", "macs")),
 }
 OWN_NAMES: tuple[str, ...] = tuple(_OWN)
 

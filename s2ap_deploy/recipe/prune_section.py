@@ -19,7 +19,7 @@ from s2ap_deploy.recipe.field_types import (
     Whole,
 )
 from s2ap_deploy.recipe.methods import METHODS, BudgetName, default_method, n_of_m
-from s2ap_deploy.recipe.train_section import Distillation, Objective, TrainSection
+from s2ap_deploy.recipe.train_section import Distillation, ObjectiveSection, TrainSection
 from s2ap_deploy.spec import Record
 
 
@@ -30,7 +30,7 @@ class SearchSection(Record):
     learning_rate: Positive = 0.1
     momentum: Momentum = 0.9
     batch_size: Count = 128
-    objective: Objective = Objective()
+    objective: ObjectiveSection = ObjectiveSection()
 
 
 class FinetuneSection(TrainSection):

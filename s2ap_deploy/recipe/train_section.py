@@ -8,7 +8,7 @@ from s2ap_deploy.recipe.field_types import Count, Fraction01, LossName, Momentum
 from s2ap_deploy.spec import Eps, Record
 
 
-class Objective(Record):
+class ObjectiveSection(Record):
     """The robust loss and the attack that belongs to it.
 
     ``at``: PGD adversarial training (Madry et al. 2018). ``trades``: Zhang et al. 2019. ``mart``: Wang et al.
@@ -27,7 +27,7 @@ class Objective(Record):
     replays: Count = 4
 
     @model_validator(mode="after")
-    def _steps_fit_loss(self) -> Objective:
+    def _steps_fit_loss(self) -> ObjectiveSection:
         if self.loss in ("fast", "free") and self.attack_steps is not None:
             raise ValueError(f"loss {self.loss} has no attack_steps: leave them out, or choose loss at")
         return self
@@ -52,7 +52,7 @@ class TrainSection(Record):
     momentum: Momentum = 0.9
     weight_decay: NotNegative = 1e-4
     batch_size: Count = 128
-    objective: Objective = Objective()
+    objective: ObjectiveSection = ObjectiveSection()
     awp_gamma: NotNegative = 0.0
     awp_warmup_epochs: Whole = 0
 

@@ -1,7 +1,9 @@
-"""Samples to look at: clean images, what the attacks made of them, and both networks' answers. No torch."""
+"""Samples for the report: clean images, what the attacks made of them, and both networks' predictions."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from s2ap_deploy.errors import RunFolderError
@@ -157,3 +160,11 @@ def picture(image: NDArray[np.float32]) -> Picture:
     channels, height, width = image.shape
     pixels = np.rint(255 * np.clip(np.nan_to_num(image), 0, 1)).astype(np.uint8)
     return Picture(width, height, channels, np.ascontiguousarray(pixels.transpose(1, 2, 0)).tobytes())
+
+
+def data_uri(shown: Picture) -> str:
+    """Return ``data:image/png;base64,...`` of a picture."""
+    buffer = io.BytesIO()
+    mode = "L" if shown.channels == 1 else "RGB"
+    Image.frombytes(mode, (shown.width, shown.height), shown.pixels).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,42 +1,36 @@
-"""Robust accuracy against what a file costs, as a picture. No torch; matplotlib draws without a display."""
+"""Robust accuracy against what a file costs, as a picture."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
 
 from s2ap_deploy import files
-from s2ap_deploy.errors import UsageError
-from s2ap_deploy.reporting import sweep_report
+from s2ap_deploy.reporting import svg, sweep_report
+from s2ap_deploy.reporting.svg import Canvas, Drawing
 from s2ap_deploy.sweeps.results import Group, SweepReport
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.transforms import Bbox
-
-FILE = "pareto.png"
-# Okabe and Ito's colors, which color-blind readers tell apart too; the shape says the same again.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#7E4A8C", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_DENSE = "#666666"
-# Where the words of a point may stand, in points away from it; the first place that is free is taken.
+FILE = "pareto.svg"
+WIDTH, HEIGHT = 420.0, 330.0
+# Where the note of a point may be written, in units from it; the first place that is free is taken.
 _PLACES = (
-    (6, 4, "left"), (6, -11, "left"), (-6, 4, "right"), (-6, -11, "right"),
-    (0, 8, "center"), (0, -15, "center"), (14, -3, "left"), (-14, -3, "right"),
+    (7, -5, "start"), (7, 13, "start"), (-7, -5, "end"), (-7, 13, "end"),
+    (0, -9, "middle"), (0, 19, "middle"), (17, 4, "start"), (-17, 4, "end"),
 )  # fmt: skip
-_SAME = 30.0  # points nearer than this, in points of 1/72 inch, share the words that they have in common
-_MARKER = 4.0
-# The largest size over the smallest: below the first, even steps are legible; from the second on, decades.
-_FEW_TIMES, _MANY_TIMES = 4.0, 100.0
+_SAME = 36.0  # points nearer than this share the note that they have in common
+_MARKER = 5.0
+_FEW_TIMES = 4.0  # largest over smallest size: below, even steps are legible
+
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One group: its ``cost`` (bytes, or a ratio of times), its mean robust accuracy and its deviation."""
+    """Hold one group: ``cost`` in bytes or as a ratio of times, mean robust accuracy and its deviation."""
 
     label: str
     note: str
@@ -46,7 +40,7 @@ class Point:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in one figure without losing in the other, by rising cost.
+    """Return the points that no other beats in one figure without losing in the other, by rising cost.
 
     Of equal points one is enough.
     """
@@ -58,66 +52,138 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def draw_pareto(report: SweepReport, folder: Path) -> Path | None:
-    """Draw the groups of a sweep into ``pareto.png``; None where nothing has finished yet.
+    """Draw the groups of a sweep into ``pareto.svg``; None where nothing has finished yet.
 
-    The left panel has bytes of the exported file, the right one its time over that of its dense twin, and the
-    right one is left out where no time was measured. Raises UsageError without matplotlib, StorageError.
+    The left panel has bytes of the exported file, the right one its time over that of its dense baseline; it
+    is left out where no time was measured. Raises StorageError.
     """
     if not report.groups:
         return None
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
-    except ImportError:
-        raise UsageError("drawing a sweep needs matplotlib", hint="pip install matplotlib") from None
-
     size = [_point(group, group.bytes.mean) for group in report.groups]
     time = [
         _point(group, group.latency_ratio.mean) for group in report.groups if group.latency_ratio is not None
     ]
-    panels = 2 if time else 1
-    figure = Figure(figsize=(5.4 * panels, 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
     styles = {label: number for number, label in enumerate(dict.fromkeys(point.label for point in size))}
-    _draw(axes[0], size, styles)
-    axes[0].set_xscale("log")
-    times = max(each.cost for each in size) / max(1.0, min(each.cost for each in size))
-    steps = LogLocator(subs=(1.0, 2.0, 5.0) if times < _MANY_TIMES else (1.0,))
-    axes[0].xaxis.set_major_locator(MaxNLocator(4) if times < _FEW_TIMES else steps)
-    axes[0].xaxis.set_major_formatter(EngFormatter(unit="B"))
-    axes[0].xaxis.set_minor_formatter(lambda value, _: "")
-    axes[0].set_xlabel("size of the exported ONNX file")
-    dense = [group.robust_dense.mean for group in report.groups]
-    for panel in axes:
-        panel.axhline(
-            100 * sum(dense) / len(dense), color=_DENSE, linewidth=0.9, linestyle=(0, (4, 3)),
-            label="dense network", zorder=0,
-        )  # fmt: skip
+    dense = sum(group.robust_dense.mean for group in report.groups) / len(report.groups)
+    figures = [svg.Figure("", panel(size, styles, dense, "size of the exported ONNX file", by_bytes=True))]
     if time:
-        _draw(axes[1], time, styles)
-        axes[1].axvline(1.0, color=_DENSE, linewidth=0.9, linestyle=(0, (2, 2)), zorder=0)
-        axes[1].set_xlabel("time over the dense file's (1: no faster)")
-    axes[0].set_ylabel("robust accuracy (%, upper bound)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=8
-    )
-    figure.suptitle(sweep_report.title(report).replace("$", r"\$"), fontsize=10)
-    figure.draw_without_rendering()  # the layout decides where points lie on the picture
-    for panel, shown in zip(axes, (size, time), strict=False):
-        _write(panel, shown, styles)
-    picture = io.BytesIO()
-    # Without the version of matplotlib, so that equal figures give equal bytes.
-    figure.savefig(picture, format="png", metadata={"Software": None})
+        label = "time over the dense file's (1: no faster)"
+        figures.append(svg.Figure("", panel(time, styles, dense, label, by_bytes=False)))
+    keys = [(svg.marker(12, 0, tone(style), style), label) for label, style in styles.items()]
+    keys += [(_line("front"), "not beaten"), (_line("guide"), "dense network")]
+    width = len(figures) * (WIDTH + 24)
+    figures.append(svg.Figure("", svg.legend(keys, width)))
     path = folder / FILE
-    files.write_bytes(path, picture.getvalue())
+    files.write_text(
+        path, svg.document(figures, heading=sweep_report.title(report), columns=2 if time else 1)
+    )
     return path
 
 
+def tone(style: int) -> int:
+    """Return the color of a style; the shape of its marker repeats what the color says."""
+    return style % svg.TONES + 1
+
+
+def panel(
+    points: Sequence[Point], styles: Mapping[str, int], dense: float, x_label: str, *, by_bytes: bool
+) -> Drawing:
+    """Draw points, the front of those that nothing beats, the dense network's accuracy, and the notes."""
+    canvas = scales([*points], dense, logarithmic=by_bytes)
+    canvas.axes(
+        x_label,
+        "robust accuracy (upper bound)",
+        svg.as_bytes if by_bytes else "{:.4g}".format,
+        svg.as_percent,
+    )
+    canvas.horizontal(dense)
+    if not by_bytes:
+        canvas.vertical(1.0)
+    best = [(canvas.across(point.cost), canvas.up(point.robust)) for point in front(points)]
+    steps = "".join(f"H{x:.1f}V{y:.1f}" for x, y in best[1:])
+    if steps:
+        canvas.parts.append(
+            Markup('<path class="front" d="M{x:.1f} {y:.1f}{steps}"/>').format(
+                x=best[0][0], y=best[0][1], steps=steps
+            )
+        )
+    for point in points:
+        style = styles[point.label]
+        if point.deviation:
+            low, high = point.robust - point.deviation, point.robust + point.deviation
+            canvas.whisker(point.cost, low, high, tone(style))
+        place = canvas.across(point.cost), canvas.up(point.robust)
+        canvas.parts.append(svg.marker(*place, tone(style), style))
+    canvas.parts += [
+        svg.text(x, y, note, anchor, f"note f{color}")
+        for note, x, y, anchor, color in notes(canvas, points, styles)
+    ]
+    return canvas.drawing(x_label, WIDTH, HEIGHT)
+
+
+def scales(points: Sequence[Point], dense: float, *, logarithmic: bool) -> Canvas:
+    """Return a canvas that holds all points, with room around them."""
+    costs = [point.cost for point in points] + ([] if logarithmic else [1.0])
+    shares = [point.robust + side * (point.deviation or 0.0) for point in points for side in (-1, 1)]
+    low, high = min([*shares, dense]), max([*shares, dense])
+    room = 0.12 * (high - low) or 0.05
+    left, right = min(costs), max(costs)
+    logarithmic = logarithmic and left > 0 and right > _FEW_TIMES * left
+    if logarithmic:
+        factor = (right / left) ** 0.1
+        left, right = left / factor, right * factor
+    else:
+        side = 0.12 * (right - left) or 0.1 * abs(right) or 1.0
+        left, right = left - side, right + side
+    across = svg.scale(left, right, svg.LEFT, WIDTH - svg.RIGHT, logarithmic=logarithmic)
+    up = svg.scale(max(low - room, 0.0), min(high + room, 1.0), HEIGHT - svg.BOTTOM, svg.TOP)
+    return Canvas(across, up)
+
+
+def notes(
+    canvas: Canvas, points: Sequence[Point], styles: Mapping[str, int]
+) -> list[tuple[str, float, float, str, int]]:
+    """Place notes beside their points, once where neighbors share one, where they cover least.
+
+    Returns text, x, y, anchor and tone (0: of several styles) of each.
+    """
+    places = {id(point): (canvas.across(point.cost), canvas.up(point.robust)) for point in points}
+    taken = [(x - _MARKER, y - _MARKER, x + _MARKER, y + _MARKER) for x, y in places.values()]
+    inside = (canvas.across.start, canvas.up.end, canvas.across.end, canvas.up.start)
+    found = []
+    for note in dict.fromkeys(point.note for point in points):
+        left = [point for point in points if point.note == note]
+        while left:
+            first = places[id(left[0])]
+            near = [point for point in left if math.dist(places[id(point)], first) < _SAME]
+            left = [point for point in left if point not in near]
+            own = {styles[point.label] for point in near}
+            candidates = [
+                (places[id(point)][0] + x, places[id(point)][1] + y, anchor)
+                for point in near
+                for x, y, anchor in _PLACES
+            ]
+
+            def cost(place: tuple[float, float, str], note: str = note) -> float:
+                box = text_box(note, *place)
+                outside = _area(box) - _shared(box, inside)
+                return sum(_shared(box, each) for each in taken) + outside
+
+            x, y, anchor = min(candidates, key=cost)
+            taken.append(text_box(note, x, y, anchor))
+            found.append((note, x, y, anchor, tone(own.pop()) if len(own) == 1 else 0))
+    return found
+
+
+def text_box(text: str, x: float, y: float, anchor: str) -> Box:
+    """Return about the box of a note of 11 px."""
+    width = 6.0 * len(text)
+    left = x - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
+    return left, y - 9.0, left + width, y + 2.0
+
+
 def _point(group: Group, cost: float) -> Point:
-    """The group as a point; what its label does not say is written beside it."""
+    """Turn a group into a point; what its label does not say is written beside it."""
     structure = "" if group.setting.granularity == "weight" else f", {group.setting.structure}"
     return Point(
         label=sweep_report.method(group.setting) + structure,
@@ -128,74 +194,14 @@ def _point(group: Group, cost: float) -> Point:
     )
 
 
-def _draw(axes: Axes, points: Sequence[Point], styles: dict[str, int]) -> None:
-    for label, style in styles.items():
-        own = [point for point in points if point.label == label]
-        axes.errorbar(
-            [point.cost for point in own],
-            [100 * point.robust for point in own],
-            yerr=[100 * (point.deviation or 0.0) for point in own],
-            fmt=_MARKERS[style % len(_MARKERS)],
-            color=_COLORS[style % len(_COLORS)],
-            markersize=6,
-            alpha=0.85,
-            elinewidth=1.0,
-            capsize=2.5,
-            label=label,
-        )
-    best = front(points)
-    axes.plot(
-        [point.cost for point in best],
-        [100 * point.robust for point in best],
-        color=_DENSE, linewidth=1.0, drawstyle="steps-post", zorder=0, label="not beaten",
-    )  # fmt: skip
-    axes.margins(x=0.12, y=0.12)
-    axes.grid(True, linewidth=0.4, alpha=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
+def _line(kind: str) -> Markup:
+    return Markup('<path class="{kind}" d="M2 0H22"/>').format(kind=kind)
 
 
-def _write(axes: Axes, points: Sequence[Point], styles: dict[str, int]) -> None:
-    """The notes beside their points, once where neighbors share one, and none over another or a marker."""
-    from matplotlib.transforms import Bbox
-
-    scale = axes.figure.dpi / 72
-    places = {id(point): axes.transData.transform((point.cost, 100 * point.robust)) for point in points}
-    half = _MARKER * scale
-    taken = [Bbox([[x - half, y - half], [x + half, y + half]]) for x, y in places.values()]
-    for note in dict.fromkeys(point.note for point in points):
-        left = [point for point in points if point.note == note]
-        while left:
-            x, y = places[id(left[0])]
-            near = [p for p in left if math.dist(places[id(p)], (x, y)) < _SAME * scale]
-            left = [point for point in left if point not in near]
-            own = {styles[point.label] for point in near}
-            color = _COLORS[own.pop() % len(_COLORS)] if len(own) == 1 else _DENSE
-            taken.append(_place(axes, near, color, taken))
+def _area(box: Box) -> float:
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
-def _place(axes: Axes, near: Sequence[Point], color: str, taken: Sequence[Bbox]) -> Bbox:
-    """Write the note of ``near`` where it covers least of what is ``taken``; returns its box."""
-    found: list[tuple[float, Any, Bbox]] = []
-    for point in near:
-        for x, y, side in _PLACES:
-            text = axes.annotate(
-                point.note, (point.cost, 100 * point.robust), xytext=(x, y), textcoords="offset points",
-                ha=side, fontsize=7, color=color, in_layout=False,
-            )  # fmt: skip
-            box = text.get_window_extent()
-            inside = _shared(box, axes.bbox)
-            found.append(
-                (sum(_shared(box, each) for each in taken) + box.width * box.height - inside, text, box)
-            )
-    least = min(range(len(found)), key=lambda index: found[index][0])
-    for index, (_, text, _) in enumerate(found):
-        if index != least:
-            text.remove()
-    return found[least][2]
-
-
-def _shared(one: Bbox, other: Bbox) -> float:
-    """The area that two boxes have in common, in pixels."""
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return max(0.0, float(width)) * max(0.0, float(height))
+def _shared(one: Box, other: Box) -> float:
+    """Return the area that two boxes have in common."""
+    return _area((max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3])))

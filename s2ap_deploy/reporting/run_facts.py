@@ -1,28 +1,74 @@
-"""Report: the facts of a run that a person wants to see, and words for those that are missing. No torch."""
+"""The facts of a run folder that its report shows, and messages for those that are missing."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from s2ap_deploy import files
-from s2ap_deploy.errors import RunFolderError
+from s2ap_deploy.errors import DeployError, RunFolderError
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.minimum_norm.security_curve import SecurityCurve
 from s2ap_deploy.gating.pairs import PairRange
 from s2ap_deploy.gating.policy import Verdict
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.reporting.figure_data import Shown, gallery
-from s2ap_deploy.reporting.run_records import Reader
 from s2ap_deploy.runs import manifest
 from s2ap_deploy.runs.folder import RECIPE_FILE
-from s2ap_deploy.runs.manifest import Manifest, StageName
+from s2ap_deploy.runs.manifest import Manifest, StageName, StageRecord
+
+Found = TypeVar("Found")
+
+
+class Reader:
+    """Files of finished stages, if they are as recorded; what is wrong with them is kept as ``problems``."""
+
+    def __init__(self, folder: Path, contents: Manifest) -> None:
+        self.folder, self.contents, self.problems = folder, contents, list[str]()
+
+    def record(self, stage: StageName) -> StageRecord | None:
+        """The stage, if it is finished."""
+        found = self.contents.stages.get(stage)
+        return found if found is not None and found.status == "finished" else None
+
+    def recorded(self, stage: StageName, name: str) -> list[str]:
+        """The hashes under which the manifest lists the file: one, or none."""
+        record = self.record(stage)
+        listed = record.outputs if record is not None else ()
+        return [output.sha256 for output in listed if output.path == f"{stage}/{name}"]
+
+    def path(self, stage: StageName, name: str) -> Path | None:
+        """The file, if the manifest lists it and its hash is the recorded one."""
+        for sha256 in self.recorded(stage, name):
+            path = self.attempt(partial(files.within, self.folder, f"{stage}/{name}"))
+            if path is None:
+                continue
+            if path.is_file() and self.attempt(partial(files.sha256, path)) == sha256:
+                return path
+            what = "has changed since it was recorded" if path.is_file() else "is missing"
+            self.problems.append(f"{stage}/{name} {what}")
+        return None
+
+    def read(self, stage: StageName, name: str, load: Callable[[Path], Found]) -> Found | None:
+        """What ``load`` makes of the file, or None."""
+        path = self.path(stage, name)
+        return self.attempt(lambda: load(path)) if path is not None else None
+
+    def attempt(self, work: Callable[[], Found]) -> Found | None:
+        """The result of ``work``; an error of ours becomes a problem."""
+        try:
+            return work()
+        except DeployError as error:
+            self.problems.append(error.message)
+            return None
+
 
 Row = Mapping[str, float | None]
 

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import InputError, RunFolderError, UsageError
-from s2ap_deploy.pruning.masks import kept, sparsity
-from s2ap_deploy.pruning.stability import Likeness, layerwise, likeness
-from s2ap_deploy.pruning.tensors import load_tensors
+from s2ap_deploy.pruning.masks import Likeness, kept, layerwise, likeness, load_tensors, sparsity
 from s2ap_deploy.runs import manifest
 from s2ap_deploy.runs.folder import MASKS
 from s2ap_deploy.runs.manifest import Manifest, StageName, StageRecord

@@ -18,12 +18,13 @@ from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.recipe.schema import Recipe
-from s2ap_deploy.recipe.train_section import Objective as ObjectiveSection
+from s2ap_deploy.recipe.train_section import ObjectiveSection
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.runs.folder import MODEL, Run
 from s2ap_deploy.runs.manifest import Manifest, StageName
 from s2ap_deploy.runs.stage import Stage
 from s2ap_deploy.stages.execution import ExecutionConfig
+from s2ap_deploy.training.loop import TrainingEnvironment
 from s2ap_deploy.training.objective import Objective
 
 HISTORY = "history.json"
@@ -128,13 +129,18 @@ class RunContext:
 
     def objective(self, section: ObjectiveSection) -> Objective:
         """The recipe's objective under the recipe's threat model."""
-        return Objective(
-            threat=self.recipe.threat,
-            loss=section.loss,
-            attack_steps=section.attack_steps,
-            step_size=section.step_size,
-            beta=section.beta,
-            replays=section.replays,
+        return Objective(self.recipe.threat, **section.model_dump())
+
+    def environment(self, stage: Stage) -> TrainingEnvironment:
+        """What the training loop of ``stage`` runs on."""
+        return TrainingEnvironment(
+            device=self.machine.device,
+            seed=self.recipe.seed,
+            snapshots=stage,
+            recorder=self.recorder,
+            precision=self.machine.precision,
+            accumulate=self.machine.accumulate,
+            ranks=self.machine.ranks,
         )
 
 

@@ -23,8 +23,7 @@ from s2ap_deploy.onnx_export.benchmark import benchmark_export
 from s2ap_deploy.onnx_export.export_onnx import ExportSource, export_onnx
 from s2ap_deploy.onnx_export.export_report import RESELECTED_STATEMENT, ExportReport
 from s2ap_deploy.onnx_export.verification import CertifiedPoints
-from s2ap_deploy.pruning.masks import sparsity
-from s2ap_deploy.pruning.tensors import load_tensors
+from s2ap_deploy.pruning.masks import load_tensors, sparsity
 from s2ap_deploy.recipe.schema import ExportSection
 from s2ap_deploy.recipe.target import Found
 from s2ap_deploy.runs.folder import MASKS

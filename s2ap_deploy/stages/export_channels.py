@@ -25,10 +25,17 @@ from s2ap_deploy.onnx_export.export_report import (
     Narrowing,
     SkippedWeight,
 )
-from s2ap_deploy.pruning import channels as units
-from s2ap_deploy.pruning.alignment import Limit, aligned, chosen, filled, survivors
-from s2ap_deploy.pruning.channels import Channels, by_ratio
-from s2ap_deploy.pruning.tensors import load_tensors
+from s2ap_deploy.pruning.channel_budgets import (
+    ChannelCost,
+    Limit,
+    aligned,
+    by_ratio,
+    chosen,
+    filled,
+    survivors,
+)
+from s2ap_deploy.pruning.granularity import Channels
+from s2ap_deploy.pruning.masks import load_tensors
 from s2ap_deploy.recipe.schema import ExportSection
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.stages.context import RunContext
@@ -99,8 +106,8 @@ def narrowed(
         coupling, {name: tuple(whole.get_parameter(name).shape) for name in coupling.weights}
     )
     costs = {
-        "weights": units.Cost.of(coupling, granularity.shapes, "weights"),
-        "multiply-accumulates": units.Cost.of(coupling, granularity.shapes, "macs"),
+        "weights": ChannelCost.of(coupling, granularity.shapes, "weights"),
+        "multiply-accumulates": ChannelCost.of(coupling, granularity.shapes, "macs"),
     }
     # Count the channels to keep in every group.
     alive = survivors(coupling, masks)
@@ -230,7 +237,7 @@ def _mask(
 
 
 def _cost(
-    cost: units.Cost, channels: Mapping[str, int], wanted: Mapping[str, int], counts: Mapping[str, int]
+    cost: ChannelCost, channels: Mapping[str, int], wanted: Mapping[str, int], counts: Mapping[str, int]
 ) -> CostChange:
     return CostChange(before=cost(channels), wanted=cost(wanted), achieved=cost(counts))
 

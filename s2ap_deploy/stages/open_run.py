@@ -28,7 +28,7 @@ from s2ap_deploy.stages.context import RunContext
 from s2ap_deploy.stages.execution import ExecutionConfig, remembered_data_root
 from s2ap_deploy.stages.pretrain import dense
 from s2ap_deploy.stages.results import Loaded
-from s2ap_deploy.training.precision import choose
+from s2ap_deploy.training.precision import choose_precision
 
 GIVEN = "given.safetensors"
 """Where a run folder keeps the weights of a network that was handed over in memory."""
@@ -130,7 +130,9 @@ def machine(
         arch=arch if arch is not None and registry.is_import_path(arch) else None,
         trust_pickle=trust_pickle,
         accumulate=session.get("accumulate", 1),
-        precision=choose(session.get("precision", "auto"), device, compiled=session.get("compiled", False)),
+        precision=choose_precision(
+            session.get("precision", "auto"), device, compiled=session.get("compiled", False)
+        ),
     )
 
 

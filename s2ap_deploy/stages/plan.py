@@ -15,10 +15,9 @@ from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.channels.coupling import Coupling, channel_groups
 from s2ap_deploy.onnx_export.export_report import BudgetCheck, ExportTarget
 from s2ap_deploy.onnx_export.onnx_shapes import Outline, narrowed, outline
-from s2ap_deploy.pruning.alignment import Limit, aligned, filled
-from s2ap_deploy.pruning.allocation import Fixed, Global, Quotas
+from s2ap_deploy.pruning.allocation import ChannelQuotas, Fixed, Global, Quotas
 from s2ap_deploy.pruning.budgets import floors, uniform
-from s2ap_deploy.pruning.channels import ChannelQuotas, Cost, limit_of, within
+from s2ap_deploy.pruning.channel_budgets import ChannelCost, Limit, aligned, filled, limit_of, within
 from s2ap_deploy.pruning.granularity import NOfM
 from s2ap_deploy.recipe.methods import n_of_m
 from s2ap_deploy.recipe.prune_section import PruneSection
@@ -246,7 +245,7 @@ def _channels(whole: Outline, coupling: Coupling, section: PruneSection, export:
         return narrowed(whole, coupling, filled(wanted, channels, export.align))
     limits = []
     for measure, unit in (("weights", "weights"), ("macs", "multiply-accumulates")):
-        cost = Cost.of(coupling, shapes, measure)  # type: ignore[arg-type]
+        cost = ChannelCost.of(coupling, shapes, measure)  # type: ignore[arg-type]
         limits.append(Limit(unit, cost, cost(wanted)))
     return narrowed(whole, coupling, aligned(wanted, channels, export.align, tuple(limits)))
 

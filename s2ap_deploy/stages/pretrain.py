@@ -21,9 +21,9 @@ from s2ap_deploy.runtime import derive_seed
 from s2ap_deploy.spec import DataSpec
 from s2ap_deploy.stages import input_spec
 from s2ap_deploy.stages.context import HISTORY, RunContext
-from s2ap_deploy.training.evaluation import pgd_accuracy
-from s2ap_deploy.training.loop import train
-from s2ap_deploy.training.schedule import validation_sample
+from s2ap_deploy.training.loop import TrainingData, validation_sample
+from s2ap_deploy.training.pgd import pgd_accuracy
+from s2ap_deploy.training.train import train
 
 CHANCE_MARGIN = 2.0
 
@@ -75,24 +75,11 @@ def pretrain(job: RunContext, section: TrainSection) -> None:
     job.machine.ranks.copy_from_first_(classifier.state_dict().values())
     result = train(
         classifier,
-        images.train,
-        images.validation,
+        TrainingData(images.train, images.validation),
+        section,
+        job.objective(section.objective),
+        job.environment(stage),
         stage="pretrain",
-        objective=job.objective(section.objective),
-        epochs=section.epochs,
-        learning_rate=section.learning_rate,
-        momentum=section.momentum,
-        weight_decay=section.weight_decay,
-        batch_size=section.batch_size,
-        seed=recipe.seed,
-        device=job.machine.device,
-        snapshots=stage,
-        recorder=job.recorder,
-        ranks=job.machine.ranks,
-        accumulate=job.machine.accumulate,
-        precision=job.machine.precision,
-        awp_gamma=section.awp_gamma,
-        awp_warmup_epochs=section.awp_warmup_epochs,
     )
     info = CheckpointInfo(
         arch=reference,

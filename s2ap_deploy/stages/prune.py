@@ -14,18 +14,18 @@ from s2ap_deploy.errors import RecipeError
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.classifier import prunable
 from s2ap_deploy.pruning.diagnosis import diagnosis
-from s2ap_deploy.pruning.masks import kept, sparsity
+from s2ap_deploy.pruning.masks import kept, load_tensors, save_tensors, sparsity
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import Perturbation, SearchResult, choose_once, search
-from s2ap_deploy.pruning.tensors import load_tensors, save_tensors
 from s2ap_deploy.recipe.methods import METHODS, origins
 from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.runs.folder import MASKS, MODEL, Run
 from s2ap_deploy.runs.stage import Stage
 from s2ap_deploy.stages.context import HISTORY, RunContext
-from s2ap_deploy.stages.scoring import score, scores_file
+from s2ap_deploy.stages.scoring import gradient_scores, score, scores_file
 from s2ap_deploy.training.distillation import Teacher
-from s2ap_deploy.training.loop import train
+from s2ap_deploy.training.loop import TrainingData
+from s2ap_deploy.training.train import train
 
 SCORES = "scores.safetensors"
 DENOMINATOR = "weights of the convolutions and linear layers that a forward pass uses"
@@ -68,7 +68,7 @@ def search_mask(job: RunContext, section: PruneSection, begin: Path) -> None:
     """Leave masks, scores and the masked network in the ``search`` stage; ``begin`` is the network before."""
     recipe = job.recipe
     classifier, info = job.load(begin)
-    job.machine.precision.arrange(classifier)
+    job.machine.precision.to_channels_last(classifier)
     names = prunable(classifier, info.preprocessing.size)
     images = job.images(info.preprocessing.size)
     inputs = {
@@ -127,44 +127,33 @@ def find_mask(
     job: RunContext, section: PruneSection, scored: ScoredNetwork, images: ImageData, stage: Stage
 ) -> SearchResult:
     """Learn the scores, or take them as they are where the method does not learn any."""
-    if not METHODS[section.method].learns:
-        return choose_once(
-            scored,
-            images.train,
-            objective=job.objective(section.search.objective),
-            batch_size=section.search.batch_size,
-            seed=job.recipe.seed,
-            device=job.machine.device,
+    method, objective = METHODS[section.method], job.objective(section.search.objective)
+    env = job.environment(stage)
+    if method.gradients and section.scores_from is None:
+        batches = images.train.train_batches(
+            section.search.batch_size, seed=env.seed, epoch=-2, augment=True, device=env.device
         )
+        scored.start_from(gradient_scores(scored, section.method, objective, batches, env.seed))
+    if not method.learns:
+        return choose_once(scored, images.train, section.search.batch_size, objective, env)
     measure = diagnosis(
         images.train,
-        job.objective(section.search.objective),
+        objective,
         gamma=section.gamma,
-        seed=job.recipe.seed,
-        device=job.machine.device,
+        seed=env.seed,
+        device=env.device,
         recorder=job.recorder,
         **section.diagnostics.model_dump(),
     )
-    ranks = job.machine.ranks
-    ranks.copy_from_first_([*scored.network.state_dict().values(), *scored.scores.values()])
+    env.ranks.copy_from_first_([*scored.network.state_dict().values(), *scored.scores.values()])
     return search(
         scored,
-        images.train,
-        images.validation,
-        objective=job.objective(section.search.objective),
-        epochs=section.search.epochs,
-        learning_rate=section.search.learning_rate,
-        momentum=section.search.momentum,
-        batch_size=section.search.batch_size,
+        TrainingData(images.train, images.validation),
+        section.search,
+        objective,
+        env,
         perturbation=Perturbation(section.gamma, section.warmup) if section.perturbs else None,
-        seed=job.recipe.seed,
-        device=job.machine.device,
-        snapshots=stage,
-        recorder=job.recorder,
         diagnose=measure,
-        ranks=ranks,
-        accumulate=job.machine.accumulate,
-        precision=job.machine.precision,
     )
 
 
@@ -210,25 +199,12 @@ def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:
         )
     result = train(
         classifier,
-        images.train,
-        images.validation,
+        TrainingData(images.train, images.validation),
+        section.finetune,
+        job.objective(section.finetune.objective),
+        job.environment(stage),
         stage="finetune",
-        objective=job.objective(section.finetune.objective),
-        epochs=section.finetune.epochs,
-        learning_rate=section.finetune.learning_rate,
-        momentum=section.finetune.momentum,
-        weight_decay=section.finetune.weight_decay,
-        batch_size=section.finetune.batch_size,
-        seed=recipe.seed,
-        device=job.machine.device,
-        snapshots=stage,
-        recorder=job.recorder,
-        ranks=job.machine.ranks,
-        accumulate=job.machine.accumulate,
-        precision=job.machine.precision,
         masks=masks,
-        awp_gamma=section.finetune.awp_gamma,
-        awp_warmup_epochs=section.finetune.awp_warmup_epochs,
         teacher=teacher,
     )
     if job.first:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from s2ap_deploy import plugins
-from s2ap_deploy.errors import ArchitectureError, InputError, PluginError
+from s2ap_deploy.errors import ArchitectureError, InputError
 from s2ap_deploy.models.channels.coupling import Coupling, channel_groups
-from s2ap_deploy.pruning.allocation import Allocation, Fixed, Global, Quotas
+from s2ap_deploy.pruning.allocation import Allocation, ChannelQuotas, Fixed, Global, Quotas
 from s2ap_deploy.pruning.budgets import Shapes, erk, floors, total_kept, uniform
-from s2ap_deploy.pruning.channels import ChannelQuotas, Channels, Cost, by_ratio, limit_of, within
-from s2ap_deploy.pruning.granularity import Granularity, NOfM, Weights
-from s2ap_deploy.pruning.scores import ScoredNetwork, random_scores, scaled
-from s2ap_deploy.pruning.tensors import load_tensors
-from s2ap_deploy.pruning.tickets import reinitialize
+from s2ap_deploy.pruning.channel_budgets import ChannelCost, by_ratio, limit_of, within
+from s2ap_deploy.pruning.granularity import Channels, Granularity, NOfM, Weights
+from s2ap_deploy.pruning.initial_scores import (
+    GRADIENT_BATCHES,
+    Batches,
+    initial_scores,
+    mask_gradients,
+    reinitialize,
+)
+from s2ap_deploy.pruning.masks import load_tensors
+from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.recipe.methods import METHODS, n_of_m
 from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.runtime import generator
+from s2ap_deploy.training.objective import Objective
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +60,7 @@ def score(
     if not names:
         raise ArchitectureError(
             "there is nothing to prune: a forward pass uses no weight of a convolution or linear layer",
+            code="prunable-layers-missing",
             hint="weights are pruned in torch.nn.Conv2d and torch.nn.Linear, unless they are computed",
         )
     method = METHODS[section.method]
@@ -114,8 +122,8 @@ def share_channels(
     if section.keep_ratio is not None:
         return Fixed(by_ratio(channels, section.keep_ratio))
     assert section.sparsity is not None
-    cost = Cost.of(coupling, shapes, "macs" if section.layer_budget == "macs" else "weights")
-    if section.method == "harp":
+    cost = ChannelCost.of(coupling, shapes, "macs" if section.layer_budget == "macs" else "weights")
+    if "learned" in METHODS[section.method].budgets:
         return ChannelQuotas(
             channels, cost, section.sparsity, compression_weight=section.compression_weight, device=device
         )
@@ -158,47 +166,32 @@ def allocation(
 
 def start(
     network: nn.Module, granularity: Granularity, section: PruneSection, seed: int
-) -> dict[str, Tensor]:
-    """The scores that the method starts from, or those of an earlier run."""
+) -> dict[str, Tensor] | None:
+    """Return the scores of an earlier run, or those that the method starts from.
+
+    None for a method that starts from gradients: :func:`gradient_scores` computes them once the stage began.
+    """
     parameters = dict(network.named_parameters())
     units = granularity.pool({name: parameters[name].detach() for name in granularity.parameters})
-    if section.scores_from is not None:
-        found = load_tensors(scores_file(section.scores_from))
-        if missing := [name for name in units if name not in found]:
-            raise InputError(
-                f"{section.scores_from} has no scores of {missing[0]}",
-                hint="scores come from a run on the same architecture and granularity",
-            )
-        return {name: found[name].to(unit.device) for name, unit in units.items()}
-    match METHODS[section.method].scores:
-        case "scaled":
-            return {name: scaled(unit) for name, unit in units.items()}
-        case "weights":
-            return units
-        case "random":
-            return {
-                name: random_scores(unit, generator(seed, "scores", name)) for name, unit in units.items()
-            }
-        case plugged:
-            return {
-                name: installed_start(plugged, section.method, name, unit, seed)
-                for name, unit in units.items()
-            }
-
-
-def installed_start(
-    begin: Callable[[Tensor, torch.Generator], Tensor], method: str, name: str, unit: Tensor, seed: int
-) -> Tensor:
-    """One layer's scores from a plug-in's function. Raises PluginError for what is no start."""
-    with plugins.blamed("methods", method) as plugin:
-        found: object = begin(unit.detach().clone(), generator(seed, "scores", name))
-    if not isinstance(found, Tensor) or found.shape != unit.shape or not bool(found.isfinite().all()):
-        what = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise PluginError(
-            f"{plugin} starts the scores of {name} from {what}, not from finite numbers {list(unit.shape)}",
-            hint="one score per weight (channels: per channel)",
+    if section.scores_from is None:
+        return None if METHODS[section.method].gradients else initial_scores(section.method, units, seed)
+    found = load_tensors(scores_file(section.scores_from))
+    if missing := [name for name in units if name not in found]:
+        raise InputError(
+            f"{section.scores_from} has no scores of {missing[0]}",
+            code="scores-missing",
+            hint="scores come from a run on the same architecture and granularity",
         )
-    return found.detach().to(unit)
+    return {name: found[name].to(unit.device) for name, unit in units.items()}
+
+
+def gradient_scores(
+    scored: ScoredNetwork, method: str, objective: Objective, batches: Batches, seed: int
+) -> dict[str, Tensor]:
+    """Compute the scores of a method that starts from gradients, on the first of the training batches."""
+    first = itertools.islice(batches, GRADIENT_BATCHES)
+    gradients = mask_gradients(scored.network, scored.granularity, first, objective, seed)
+    return initial_scores(method, scored.granularity.pool(scored.weights), seed, gradients)
 
 
 def scores_file(folder: str) -> Path:

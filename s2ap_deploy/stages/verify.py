@@ -17,7 +17,7 @@ from s2ap_deploy.errors import DataError
 from s2ap_deploy.evaluation import points
 from s2ap_deploy.evaluation.statements import plain
 from s2ap_deploy.gating.check import Check, Status
-from s2ap_deploy.pruning.tensors import load_tensors
+from s2ap_deploy.pruning.masks import load_tensors
 from s2ap_deploy.recipe import catalog
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.runs.folder import MASKS, RECIPE_FILE

@@ -1,6 +1,6 @@
-"""The adversary of one stage: makes its adversarial batches and holds what outlives a batch.
+"""The adversary of one stage: its adversarial batches, and the perturbation of free training.
 
-Every loss but ``free`` forgets a batch once it is made. Free adversarial training (Shafahi et al., 2019,
+Free adversarial training (Shafahi et al., 2019,
 algorithm 1) has no attack: the backward pass that serves training also leaves a gradient at the input,
 that gradient moves the perturbation, and the perturbation carries over to the next replay and batch.
 """
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
-from s2ap_deploy.training.batching import Part
+from s2ap_deploy.training.batching import MicroBatch
 from s2ap_deploy.training.objective import Objective
 from s2ap_deploy.training.pgd import ascend, confine, require_trainable
 
 
 class Adversary:
-    """Used ``replays`` times per batch: :meth:`attack`, the caller's backward pass, :meth:`follow`.
+    """Attack the batches of a loop: :meth:`attack`, the caller's backward pass, :meth:`follow`.
 
     ``perturbation`` of free training is [B, C, H, W] in the threat model's ball around 0, None before the
-    first batch. It depends on every batch before it, so it belongs into the stage's snapshot. Each of
+    first batch. It depends on every batch before it, so it belongs in the stage's snapshot. Each of
     ``ranks`` holds its own rows. Raises UsageError for an L1 threat model.
     """
 
@@ -31,39 +31,32 @@ class Adversary:
         self.objective = objective
         self.ranks = ranks
         self.perturbation: Tensor | None = None
-        self.awaited: tuple[Part, Tensor] | None = None
+        self.awaited: tuple[MicroBatch, Tensor] | None = None
 
     @property
     def replays(self) -> int:
-        """How often each batch is trained on; more than once under ``free`` only."""
+        """How often each batch is trained on: more than once for ``free`` only."""
         return self.objective.replays if self.objective.loss == "free" else 1
 
-    def attack(
-        self,
-        network: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        noise: torch.Generator,
-        part: Part | None = None,
-    ) -> Tensor:
-        """Adversarial images for a batch [B, C, H, W], or for ``part`` of one. Those of ``free`` carry
-        requires_grad.
+    def attack(self, network: nn.Module, part: MicroBatch, noise: torch.Generator) -> Tensor:
+        """Make adversarial images [b, C, H, W] for a micro-batch; ``noise`` is the whole batch's stream.
+
+        Those of ``free`` require a gradient, from which :meth:`follow` moves the perturbation.
 
         A second pass over the same images, such as S2AP's, detaches them: the perturbation follows the
         gradient at the weights or scores at rest.
         """
         if self.objective.loss != "free":
-            return self.objective.attack(network, images, labels, noise)
+            return self.objective.attack(network, part.images, part.labels, part.stream(noise))
         if self.awaited is not None:
             raise RuntimeError("follow() must come between two batches of free adversarial training")
-        part = part or Part(images, labels, len(images))
-        moved = images.clone() if part.stands_in else images + self.rows(part)
+        moved = part.images.clone() if part.is_padding else part.images + self.rows(part)
         moved.clamp_(0.0, 1.0).requires_grad_(True)
         self.awaited = part, moved
         return moved
 
-    def rows(self, part: Part) -> Tensor:
-        """The perturbation of the part's rows, as a view; rows that are new start at 0."""
+    def rows(self, part: MicroBatch) -> Tensor:
+        """Return the perturbation of the part's rows, as a view; rows that are new start at 0."""
         stride = part.of // self.ranks.size
         first = part.index // self.ranks.size
         needed = first + stride * (len(part.images) - 1) + 1
@@ -81,7 +74,7 @@ class Adversary:
         (part, images), self.awaited = self.awaited, None
         if images.grad is None:
             raise RuntimeError("no backward pass reached the images of free adversarial training")
-        if part.stands_in:
+        if part.is_padding:
             return
         moving = self.rows(part)
         # The loss is a mean over the batch; as a sum, no image's gradient depends on the batch's size.
@@ -89,7 +82,7 @@ class Adversary:
         moving.copy_(confine(ahead, self.objective.threat))
 
     def state(self) -> dict[str, Tensor]:
-        """What the next batch depends on, for a snapshot between batches; the same on every rank."""
+        """Return what the next batch depends on, for a snapshot between batches; the same on every rank."""
         if self.perturbation is None:
             return {}
         if self.ranks.size == 1:
@@ -100,13 +93,13 @@ class Adversary:
         return {"perturbation": self.ranks.gather(own).transpose(0, 1).flatten(0, 1)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put :meth:`state` back."""
+        """Restore what :meth:`state` returned."""
         kept = state.get("perturbation")
         self.perturbation = None if kept is None else kept[self.ranks.rank :: self.ranks.size].clone()
 
 
 def fitted(perturbation: Tensor | None, like: Tensor, rows: int) -> Tensor:
-    """``perturbation`` with ``rows`` rows at least, on the device of ``like``; new ones are 0."""
+    """Extend ``perturbation`` to ``rows`` rows, on the device of ``like``; new ones are 0."""
     if perturbation is None:
         return like.new_zeros((rows, *like.shape[1:]))
     perturbation = perturbation.to(like)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from s2ap_deploy.errors import UsageError
-
 
 class WeightPerturbation:
-    """Moves weights to the top of the robust loss within a relative ball, and back.
+    """Move weights to the top of the robust loss within a relative ball, and back.
 
     Adversarial weight perturbation (Wu et al., NeurIPS 2020, arXiv 2004.05884) solves min_w max_v L(w+v)
     subject to ‖v_l‖₂ ≤ gamma ‖w_l‖₂ for every layer l, by one normalized ascent step on the adversarial
@@ -59,20 +56,9 @@ class WeightPerturbation:
 
 
 def perturbable(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that AWP moves: those called weight, with more than one dimension."""
+    """Return the parameters that AWP moves: those called weight, with more than one dimension."""
     return {
         name: parameter
         for name, parameter in network.named_parameters()
         if parameter.dim() > 1 and "weight" in name.rpartition(".")[2]
     }
-
-
-def check_weight_perturbation(gamma: float, warmup_epochs: int, epochs: int) -> None:
-    """Refuse settings under which AWP would be asked for and never act. ``gamma`` 0 is off."""
-    if not 0 <= gamma < math.inf:
-        raise UsageError(f"awp_gamma must be a number of at least 0, not {gamma}")
-    if gamma > 0 and not 0 <= warmup_epochs < epochs:
-        raise UsageError(
-            f"awp_warmup_epochs {warmup_epochs} leaves AWP none of {epochs} epochs",
-            hint="lower awp_warmup_epochs, raise epochs, or set awp_gamma to 0",
-        )

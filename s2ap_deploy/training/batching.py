@@ -1,9 +1,9 @@
-"""How a batch is shared: over ranks, and on each rank over micro-batches that fit its memory.
+"""Batches split over ranks and micro-batches, and the sums that put their results together.
 
-Part p of P takes the rows p, p + P, p + 2P, ... of the batch. Every part's loss is its mean times its
-share of the rows, so that gradients *summed* over parts are those of the batch's mean, also where a last
-batch does not divide evenly. Random numbers are drawn for the whole batch and cut to the part's rows:
-the noise of a sample does not depend on how many share the work.
+Micro-batch p of P takes the rows p, p + P, p + 2P, ... of the batch. Its loss is its mean times its share of
+the rows, so that gradients *summed* over micro-batches are those of the batch mean, also where a last batch
+does not divide evenly. Random numbers are drawn for the whole batch and cut to the micro-batch: the noise of
+a sample does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -19,51 +19,51 @@ from s2ap_deploy.distributed.collectives import Ranks
 from s2ap_deploy.errors import UsageError
 
 
-class PartStream(torch.Generator):
-    """A generator that draws for a batch of ``n`` rows, of which part ``index`` of ``of`` keeps its own."""
+class RowStream(torch.Generator):
+    """Draw for a batch of ``n`` rows, of which micro-batch ``index`` of ``of`` keeps its own."""
 
     n: int
     index: int
     of: int
 
 
-def part_stream(whole: torch.Generator, *, n: int, index: int, of: int) -> torch.Generator:
-    """The stream of a batch of ``n``, from its beginning, for one part; itself where there is but one."""
+def row_stream(whole: torch.Generator, *, n: int, index: int, of: int) -> torch.Generator:
+    """Cut the batch's stream, from its beginning, to a micro-batch; ``whole`` itself if ``of`` is 1."""
     if of == 1:
         return whole
-    stream = PartStream(device=whole.device)
+    stream = RowStream(device=whole.device)
     stream.manual_seed(whole.initial_seed())
     stream.n, stream.index, stream.of = n, index, of
     return stream
 
 
 def rand(shape: torch.Size | tuple[int, ...], stream: torch.Generator, device: torch.device) -> Tensor:
-    """Uniform numbers in [0, 1) for the rows at hand."""
+    """Draw uniform numbers in [0, 1) for the rows of this micro-batch."""
     return _own_rows(torch.rand(_whole(shape, stream), generator=stream, device=device), stream)
 
 
 def randn(shape: torch.Size | tuple[int, ...], stream: torch.Generator, device: torch.device) -> Tensor:
-    """Normal numbers for the rows at hand."""
+    """Draw normal numbers for the rows of this micro-batch."""
     return _own_rows(torch.randn(_whole(shape, stream), generator=stream, device=device), stream)
 
 
 def _whole(shape: torch.Size | tuple[int, ...], stream: torch.Generator) -> tuple[int, ...]:
-    return (stream.n, *shape[1:]) if isinstance(stream, PartStream) else tuple(shape)
+    return (stream.n, *shape[1:]) if isinstance(stream, RowStream) else tuple(shape)
 
 
 def _own_rows(drawn: Tensor, stream: torch.Generator) -> Tensor:
-    if not isinstance(stream, PartStream):
+    if not isinstance(stream, RowStream):
         return drawn
     rows = drawn[stream.index :: stream.of]
     return rows if len(rows) else drawn[:1]
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class MicroBatch:
     """The rows ``index::of`` of a batch of ``n``: images [b, C, H, W] and labels [b].
 
-    A part without rows, where fewer samples than ranks are left, stands in with the batch's first
-    sample and weighs nothing: every rank has to take part in what the others wait for.
+    Where fewer samples than ranks are left, a micro-batch without rows holds the batch's first sample as
+    padding and weighs nothing: every rank has to take part in the collectives.
     """
 
     images: Tensor
@@ -73,43 +73,49 @@ class Part:
     of: int = 1
 
     @property
-    def stands_in(self) -> bool:
+    def is_padding(self) -> bool:
         return self.index >= self.n
 
     @property
     def weight(self) -> float:
-        """The part's share of the batch's rows."""
-        return 0.0 if self.stands_in else len(self.labels) / self.n
+        """The fraction of the batch's rows in this micro-batch."""
+        return 0.0 if self.is_padding else len(self.labels) / self.n
 
     def scaled(self, mean: Tensor) -> Tensor:
-        """A mean over the part as its contribution to the mean over the batch."""
+        """Turn a mean over the micro-batch into its contribution to the mean over the batch."""
         return mean if self.of == 1 else mean * self.weight
 
     def stream(self, whole: torch.Generator) -> torch.Generator:
-        """The batch's stream, which has not been drawn from, cut to the part."""
-        return part_stream(whole, n=self.n, index=self.index, of=self.of)
+        """Cut the batch's stream, which has not been drawn from, to the micro-batch."""
+        return row_stream(whole, n=self.n, index=self.index, of=self.of)
 
 
-@dataclass(frozen=True)
-class Share:
-    """What rank ``rank`` of ``size`` has of a batch of ``n``, in at most ``accumulate`` micro-batches."""
+@dataclass(frozen=True, eq=False)
+class RankBatch:
+    """The rows ``rank::size`` of a batch of ``n`` (None: the whole batch): images [b, C, H, W], labels [b].
 
-    n: int
+    A rank works through them in at most ``accumulate`` micro-batches.
+    """
+
+    images: Tensor
+    labels: Tensor
+    n: int | None = None
     rank: int = 0
     size: int = 1
     accumulate: int = 1
 
-    def parts(self, images: Tensor, labels: Tensor) -> list[Part]:
-        """The rank's rows of the batch, in parts of two samples or more where there are as many."""
-        count = max(1, min(self.accumulate, self.n // (2 * self.size)))
+    def micro_batches(self) -> list[MicroBatch]:
+        """Split the rows into micro-batches of two samples or more, where there are as many."""
+        n = len(self.labels) if self.n is None else self.n
+        count = max(1, min(self.accumulate, n // (2 * self.size)))
         of = count * self.size
         return [
-            Part(images[j::count], labels[j::count], self.n, j * self.size + self.rank, of)
+            MicroBatch(self.images[j::count], self.labels[j::count], n, j * self.size + self.rank, of)
             for j in range(count)
         ]
 
 
-def shares(
+def rank_batches(
     split: Split,
     batch_size: int,
     *,
@@ -118,14 +124,16 @@ def shares(
     epoch: int,
     device: torch.device,
     accumulate: int = 1,
-) -> Iterator[tuple[Tensor, Tensor, Share]]:
-    """One epoch of augmented training batches: of each this rank's images and labels. No other row is read.
+) -> Iterator[RankBatch]:
+    """Yield one epoch of augmented training batches, of each only this rank's rows.
 
-    Raises UsageError where a batch has not a row for every rank.
+    ``batch_size`` is that of all ranks together. Raises UsageError where a batch has fewer rows than
+    there are ranks.
     """
     if min(batch_size, len(split)) < ranks.size:
         raise UsageError(
             f"a batch of {min(batch_size, len(split))} images cannot be shared by {ranks.size} ranks",
+            code="batch-smaller-than-ranks",
             hint="raise the batch size or use fewer ranks",
         )
     batches = split.train_batches(
@@ -134,36 +142,36 @@ def shares(
     for step, (images, labels) in enumerate(batches):
         n = min(batch_size, len(split) - step * batch_size)
         ranks.present = ranks.rank < n
-        yield images, labels, Share(n, ranks.rank, ranks.size, accumulate)
+        yield RankBatch(images, labels, n, ranks.rank, ranks.size, accumulate)
 
 
-class Total:
-    """Losses and gradients of one step, added up over its parts and then over ranks."""
+class Accumulator:
+    """Sum losses and gradients of one step over its micro-batches, then over ranks."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.loss = torch.zeros(())
-        self.parts = 0
+        self.count = 0
         self.gradients: dict[str, Tensor] = {}
 
     def add(self, loss: Tensor, gradients: Mapping[str, Tensor] | None = None) -> None:
-        """Take in one part's contribution to the batch mean, and its gradients."""
-        # The first part's loss as it is: a sum with 0 would be one more operation on the device.
-        self.loss = loss.detach() if self.parts == 0 else self.loss + loss.detach()
-        self.parts += 1
+        """Add one micro-batch's contribution to the batch mean, and its gradients."""
+        # The first loss as it is: a sum with 0 would be one more operation on the device.
+        self.loss = loss.detach() if self.count == 0 else self.loss + loss.detach()
+        self.count += 1
         for name, gradient in (gradients or {}).items():
-            # Not 0 + g: what there is but one of stays as it is, to the bit.
+            # Not 0 + g: a single gradient stays as it is, to the bit.
             found = self.gradients.get(name)
             self.gradients[name] = gradient if found is None else found + gradient
 
     def summed(self) -> dict[str, Tensor]:
-        """The gradients of the mean over the whole batch, on every rank."""
+        """Return the gradients of the mean over the whole batch, on every rank."""
         self.ranks.sum_([*self.gradients.values()])
         return self.gradients
 
 
 def mean_loss(losses: list[Tensor], ranks: Ranks) -> float:
-    """The mean over steps of the batch losses to which each rank has contributed; the same on all."""
+    """Average the batch losses, to which every rank has contributed, over steps; the same on all ranks."""
     steps = torch.stack(losses)
     ranks.sum_([steps])
     return float(steps.mean())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from s2ap_deploy.distributed.collectives import Ranks
-from s2ap_deploy.training.compilation import compiled
+from s2ap_deploy.training.precision import compiled
 
 _SHAREABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

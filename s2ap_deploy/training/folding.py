@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from s2ap_deploy.training.image_layer import hooked
-from s2ap_deploy.training.precision import narrowed
+from s2ap_deploy.training.precision import in_bfloat16
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
@@ -42,7 +42,7 @@ def folded(network: nn.Module, images: Tensor) -> Iterator[None]:
     """
     chosen = [pair for pair in pairs(network, images) if _foldable(*pair)]
     kept = [(first, first._parameters["weight"], first._parameters["bias"]) for first, _ in chosen]
-    halved = narrowed(network)
+    halved = in_bfloat16(network)
     try:
         for first, norm in chosen:
             weight, bias = _merged(first, norm)

@@ -1,224 +1,234 @@
-"""Adversarial training: of a dense network, or of a pruned one under its frozen mask."""
+"""The epoch loop that mask search and training share: schedule, batches, validation, history, snapshots."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from s2ap_deploy.data.sampling import choose
 from s2ap_deploy.data.splits import Split, train_steps
 from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
-from s2ap_deploy.recorder import Recorder, Snapshots
+from s2ap_deploy.errors import InputError
+from s2ap_deploy.recipe.prune_section import SearchSection
+from s2ap_deploy.recipe.train_section import TrainSection
+from s2ap_deploy.recorder import NoSnapshots, Recorder, Silent, Snapshots
 from s2ap_deploy.runtime import derive_seed, generator, seed_layers
 from s2ap_deploy.training.adversary import Adversary
-from s2ap_deploy.training.awp import WeightPerturbation, check_weight_perturbation
-from s2ap_deploy.training.batching import Part, Total, mean_loss, shares
-from s2ap_deploy.training.batchnorm import frozen_statistics, shared_statistics
-from s2ap_deploy.training.distillation import Teacher
-from s2ap_deploy.training.evaluation import pgd_accuracy
-from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.batching import RankBatch, mean_loss, rank_batches
+from s2ap_deploy.training.pgd import Accuracy, pgd_accuracy
 from s2ap_deploy.training.precision import FLOAT32, Precision
-from s2ap_deploy.training.schedule import Epoch, cosine, validation_sample
+
+VALIDATION_IMAGES = 1000
+VALIDATION_STEPS = 10
+
+
+class TrainingData(NamedTuple):
+    """The images that a loop learns from, and those by which it chooses its best epoch."""
+
+    train: Split
+    validation: Split
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingEnvironment:
+    """What a loop runs on, and where it reports and saves: all that is not data or a recipe's setting.
+
+    ``snapshots`` keep the state after every epoch. ``precision`` is that of the steps. The batch size of a
+    recipe is that of all ``ranks`` together; each works through its rows in ``accumulate`` micro-batches.
+    """
+
+    device: torch.device
+    seed: int = 0
+    snapshots: Snapshots = field(default_factory=NoSnapshots)
+    recorder: Recorder = field(default_factory=Silent)
+    precision: Precision = FLOAT32
+    accumulate: int = 1
+    ranks: Ranks = SINGLE_PROCESS
 
 
 @dataclass(frozen=True)
-class TrainingResult:
-    """``best_epoch`` is the one whose weights the network now has."""
+class Epoch:
+    """The figures of one epoch; accuracies are on validation images, ``robust_accuracy`` under PGD-10.
 
-    history: list[Epoch]
-    best_epoch: int
-
-
-def train(
-    network: nn.Module,
-    train: Split,
-    validation: Split,
-    *,
-    stage: str,
-    objective: Objective,
-    epochs: int,
-    learning_rate: float,
-    momentum: float,
-    weight_decay: float,
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-    snapshots: Snapshots,
-    recorder: Recorder,
-    masks: Mapping[str, Tensor] | None = None,
-    awp_gamma: float = 0.0,
-    awp_warmup_epochs: int = 0,
-    teacher: Teacher | None = None,
-    precision: Precision = FLOAT32,
-    accumulate: int = 1,
-    ranks: Ranks = SINGLE_PROCESS,
-) -> TrainingResult:
-    """Minimize the robust loss over the weights; with ``masks`` no pruned weight ever moves off zero.
-
-    ``masks`` are bool tensors by parameter name. The network ends up with the weights of the epoch that
-    was most robust on the validation images, the later one where two are equal. ``stage`` names the
-    random streams and the progress. After ``awp_warmup_epochs`` weights are perturbed adversarially within
-    ``awp_gamma`` of their norm (0: never); ``teacher`` is the network to distil from. An epoch of free
-    adversarial training is ``replays`` updates per batch. ``precision`` is that of the steps. ``batch_size``
-    is that of all ``ranks`` together, of which each works through its rows in ``accumulate`` pieces. Raises
-    ``InputError`` when the loss stops being finite, ``UsageError`` when AWP was asked for and would never
-    act.
+    Of a search: ``replaced`` is the share of kept weights that left the mask since the epoch before and
+    ``hamming`` the share of mask bits that changed, ``flip_rate`` the share of kept weights that leaves
+    under S2AP's perturbation (None where it was off). ``sharpness`` is a lower bound on the worst rise
+    of the loss within the ball of scores, ``eigenvalue`` the largest of the surrogate's Hessian, with the
+    residual of its computation.
     """
-    check_weight_perturbation(awp_gamma, awp_warmup_epochs, epochs)
-    for parameter in precision.arrange(network).parameters():
-        parameter.requires_grad_(True)
-    parameters = dict(network.named_parameters())
-    masks = {name: mask.to(device) for name, mask in (masks or {}).items()}
-    pruned = [(parameters[name], mask) for name, mask in masks.items()]
-    adversary = Adversary(objective, ranks)
-    ball = WeightPerturbation(network, awp_gamma, masks)
-    computing = precision.apply(network, recorder.warn)
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=learning_rate, momentum=momentum, weight_decay=weight_decay
-    )
-    enforce(pruned)
-    history, best = resume(network, optimizer, adversary, snapshots)
-    sample = validation_sample(validation, seed)
-    steps = train_steps(len(train), batch_size)
-    recorder.begin(stage, epochs * steps, "step")
-    recorder.advance(len(history) * steps)
 
-    for epoch in range(len(history), epochs):
-        started = time.monotonic()
-        ascending = awp_gamma > 0 and epoch >= awp_warmup_epochs
-        losses: list[Tensor] = []
-        network.train()
-        seed_layers(seed, stage, "layers", epoch, ranks.rank)
-        batches = shares(
-            train, batch_size, ranks=ranks, seed=seed, epoch=epoch, device=device, accumulate=accumulate
+    epoch: int
+    loss: float
+    clean_accuracy: float
+    robust_accuracy: float
+    seconds: float
+    replaced: float | None = None
+    hamming: float | None = None
+    flip_rate: float | None = None
+    sharpness: float | None = None
+    eigenvalue: float | None = None
+    eigenvalue_residual: float | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """Return the row as JSON values, without the figures that do not apply."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class EpochLoop:
+    """Iterate over the batches of an epoch, and measure and record the epoch when they are done.
+
+    ``stage`` names the random streams and the progress. Used once per epoch: :meth:`batches`, then
+    :meth:`validate`, :meth:`row` and :meth:`record`.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        adversary: Adversary,
+        data: TrainingData,
+        section: SearchSection | TrainSection,
+        env: TrainingEnvironment,
+    ) -> None:
+        self.stage, self.network, self.optimizer, self.adversary = stage, network, optimizer, adversary
+        self.train, self.section, self.env = data.train, section, env
+        self.sample = validation_sample(data.validation, env.seed)
+        self.steps = train_steps(len(data.train), section.batch_size)
+        self.computing = env.precision.apply(network, env.recorder.warn)
+        self.started = time.monotonic()
+
+    def begin(self, done: int) -> None:
+        """Start the progress of the stage, of which ``done`` epochs were finished before."""
+        self.env.recorder.begin(self.stage, self.section.epochs * self.steps, "step")
+        self.env.recorder.advance(done * self.steps)
+
+    def batches(self, epoch: int) -> Iterator[tuple[RankBatch, torch.Generator]]:
+        """Yield every batch of ``epoch`` with its noise stream, several times under free training.
+
+        Puts the network into train mode and sets the learning rate before each batch.
+        """
+        env, section = self.env, self.section
+        self.started = time.monotonic()
+        self.network.train()
+        # Dropout and its like draw from torch's own streams: seeded here, an epoch repeats to the bit.
+        seed_layers(env.seed, self.stage, "layers", epoch, env.ranks.rank)
+        batches = rank_batches(
+            self.train,
+            section.batch_size,
+            ranks=env.ranks,
+            seed=env.seed,
+            epoch=epoch,
+            device=env.device,
+            accumulate=env.accumulate,
         )
-        for step, (images, labels, share) in enumerate(batches):
-            cosine(optimizer, learning_rate, epoch + step / steps, epochs)
-            noise = generator(seed, stage, epoch, step, device=device)
-            for _ in range(adversary.replays):
-                with computing:
-                    optimizer.zero_grad()
-                    resting, attacked = Total(ranks), []
-                    for part in share.parts(images, labels):
-                        adversarial = adversary.attack(
-                            network, part.images, part.labels, part.stream(noise), part
-                        )
-                        with shared_statistics(network, ranks):
-                            loss = training_loss(objective, teacher, network, part, adversarial)
-                            torch.autograd.backward(loss)
-                        resting.add(loss)
-                        adversary.follow()
-                        attacked.append((part, adversarial.detach()))
-                    sum_gradients(network, ranks)
-                    if ascending:
-                        # The gradient above, of all ranks, is the ascent direction at w; the descent uses the
-                        # gradient at w + v, on the same adversarial images, and is applied to w.
-                        ball.perturb()
-                        optimizer.zero_grad()
-                        with frozen_statistics(network), shared_statistics(network, ranks):
-                            for part, same in attacked:
-                                torch.autograd.backward(
-                                    training_loss(objective, teacher, network, part, same)
-                                )
-                        sum_gradients(network, ranks)
-                        ball.restore()
-                    optimizer.step()
-                    enforce(pruned)
-                losses.append(resting.loss)
-            recorder.advance()
+        for step, batch in enumerate(batches):
+            cosine(self.optimizer, section.learning_rate, epoch + step / self.steps, section.epochs)
+            noise = generator(env.seed, self.stage, epoch, step, device=env.device)
+            for _ in range(self.adversary.replays):
+                yield batch, noise
+            env.recorder.advance()
 
-        with computing:
-            accuracy = pgd_accuracy(
-                network,
-                sample,
-                threat=objective.threat,
-                steps=10,
-                seed=derive_seed(seed, "val"),
-                device=device,
-                ranks=ranks,
+    def validate(self) -> Accuracy:
+        """Measure clean accuracy and accuracy under PGD-10 on the validation sample."""
+        env = self.env
+        with self.computing:
+            return pgd_accuracy(
+                self.network,
+                self.sample,
+                threat=self.adversary.objective.threat,
+                steps=VALIDATION_STEPS,
+                seed=derive_seed(env.seed, "val"),
+                device=env.device,
+                ranks=env.ranks,
             )
+
+    def row(self, epoch: int, losses: list[Tensor], accuracy: Accuracy, **figures: float | None) -> Epoch:
+        """Return the figures of a finished epoch. Raises InputError when its loss is not finite."""
         row = Epoch(
             epoch=epoch + 1,
-            loss=mean_loss(losses, ranks),
+            loss=mean_loss(losses, self.env.ranks),
             clean_accuracy=accuracy.clean_accuracy,
             robust_accuracy=accuracy.robust_accuracy,
-            seconds=time.monotonic() - started,
+            seconds=time.monotonic() - self.started,
+            **figures,
         )
-        row.require_finite(stage)
-        history.append(row)
-        if row.robust_accuracy >= max(earlier.robust_accuracy for earlier in history):
-            best = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        recorder.log(stage, {**row.figures(), "epochs": epochs})
-        save(network, optimizer, adversary, best, history, snapshots)
+        if not math.isfinite(row.loss):
+            raise InputError(
+                f"the loss of {self.stage} became {row.loss} in epoch {row.epoch}",
+                code="loss-not-finite",
+                hint="lower the learning rate of this stage, or look for non-finite values in the data",
+            )
+        return row
 
-    recorder.end()
-    network.load_state_dict(best)
-    return TrainingResult(history, max(history, key=lambda row: (row.robust_accuracy, row.epoch)).epoch)
-
-
-def training_loss(
-    objective: Objective,
-    teacher: Teacher | None,
-    network: nn.Module,
-    part: Part,
-    adversarial: Tensor,
-) -> Tensor:
-    """What a part adds to the robust loss of its batch, mixed with the teacher's if that has a say."""
-    images, labels = part.images, part.labels
-    if teacher is None or teacher.weight == 0:
-        return part.scaled(objective.robust_loss(network, images, adversarial, labels)[0])
-    return part.scaled(teacher.loss(objective, network, images, adversarial, labels))
+    def record(self, row: Epoch) -> None:
+        """Report a finished epoch."""
+        self.env.recorder.log(self.stage, {**row.figures(), "epochs": self.section.epochs})
 
 
-def sum_gradients(network: nn.Module, ranks: Ranks) -> None:
-    """The gradients of the whole batch, on every rank."""
-    ranks.sum_([parameter.grad for parameter in network.parameters() if parameter.grad is not None])
+def cosine(optimizer: torch.optim.Optimizer, peak: float, progress: float, total: float) -> None:
+    """Set the rate to half a cosine from ``peak`` to 0 over ``total`` epochs, at ``progress`` epochs.
+
+    Loshchilov and Hutter (2017), eq. 5 with a minimum of 0 and no restart; epochs may be fractions.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5 * peak * (1 + math.cos(math.pi * progress / total))
 
 
-@torch.no_grad()
-def enforce(pruned: list[tuple[nn.Parameter, Tensor]]) -> None:
-    """Set pruned weights to zero. Momentum and weight decay would otherwise bring them back."""
-    for parameter, mask in pruned:
-        parameter.mul_(mask)
+def validation_sample(validation: Split, seed: int) -> Split:
+    """Choose at most 1,000 validation images, the same ones in every epoch."""
+    chosen = choose(validation.labels, VALIDATION_IMAGES, seed=derive_seed(seed, "validation") % 2**31)
+    return validation.subset(chosen)
 
 
-def save(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    adversary: Adversary,
-    best: Mapping[str, Tensor],
-    history: list[Epoch],
-    snapshots: Snapshots,
+class SavedLoop(NamedTuple):
+    """The state of a loop after its last finished epoch: tensors by ``group/name``, rows, other numbers."""
+
+    tensors: dict[str, Tensor]
+    history: list[Epoch]
+    state: dict[str, Any]
+
+    def group(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of one group under their own names."""
+        prefix = f"{name}/"
+        return {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
+
+
+def save_loop(
+    snapshots: Snapshots, groups: Mapping[str, Mapping[str, Tensor]], history: Sequence[Epoch], **state: int
 ) -> None:
-    """Everything that the next epoch depends on: weights, buffers, momentum, adversary, the best so far."""
-    tensors = {f"now/{name}": tensor for name, tensor in network.state_dict().items()}
-    tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
-    tensors |= {f"adversary/{name}": tensor for name, tensor in adversary.state().items()}
-    for name, parameter in network.named_parameters():
-        if "momentum_buffer" in optimizer.state[parameter]:
-            tensors[f"momentum/{name}"] = optimizer.state[parameter]["momentum_buffer"]
-    snapshots.save_snapshot(tensors, {"history": [row.figures() for row in history]})
+    """Save everything that the next epoch depends on: named groups of tensors, history, other numbers."""
+    tensors = {
+        f"{group}/{name}": value for group, members in groups.items() for name, value in members.items()
+    }
+    snapshots.save_snapshot(tensors, {"history": [row.figures() for row in history], **state})
 
 
-def resume(
-    network: nn.Module, optimizer: torch.optim.Optimizer, adversary: Adversary, snapshots: Snapshots
-) -> tuple[list[Epoch], dict[str, Tensor]]:
-    """Put a snapshot's tensors back; returns the epochs already done and the best weights among them."""
+def load_loop(snapshots: Snapshots) -> SavedLoop | None:
+    """Load what :func:`save_loop` saved last, or None."""
     snapshot = snapshots.load_snapshot()
     if snapshot is None:
-        return [], {}
+        return None
     tensors, state = snapshot
-    network.load_state_dict(strip("now/", tensors))
-    for name, parameter in network.named_parameters():
-        if (buffer := tensors.get(f"momentum/{name}")) is not None:
-            optimizer.state[parameter]["momentum_buffer"] = buffer.to(parameter.device)
-    adversary.load(strip("adversary/", tensors))
-    return [Epoch.of(row) for row in state["history"]], strip("best/", tensors)
+    return SavedLoop(tensors, [Epoch(**row) for row in state["history"]], state)
 
 
-def strip(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names start with ``prefix``, under the rest of their names."""
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+def momentum(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the momentum buffers of named parameters, without those that never had a gradient."""
+    states = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
+    return {name: state["momentum_buffer"] for name, state in states.items() if "momentum_buffer" in state}
+
+
+def load_momentum(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> None:
+    """Put the buffers of :func:`momentum` back."""
+    for name, buffer in buffers.items():
+        optimizer.state[parameters[name]]["momentum_buffer"] = buffer.to(parameters[name].device)

@@ -1,4 +1,4 @@
-"""The robust objectives that are minimized, each with the attack that belongs to it."""
+"""Robust objectives, each a loss with the attack that belongs to it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.recipe.methods import OWN_LOSSES
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training import plugin_losses
 from s2ap_deploy.training.batching import randn
-from s2ap_deploy.training.losses import divergence, mart, trades
+from s2ap_deploy.training.losses import PluginLoss, divergence, find_plugin_loss, mart, trades
 from s2ap_deploy.training.pgd import attacked, pgd, random_start
 
 PGD_STEPS = 10
@@ -25,13 +24,13 @@ BETA = {"trades": 6.0, "mart": 5.0}
 
 @dataclass(frozen=True)
 class Objective:
-    """A robust loss under one threat model.
+    """Define a robust loss under one threat model, with its attack.
 
     ``at``: PGD adversarial training (Madry et al., 2018). ``trades``: Zhang et al. (2019). ``mart``:
     Wang et al. (2020), on the examples of ``at``. ``fast``: one step from a uniform start (Wong et al.,
     2020). ``free``: the perturbation follows the gradient of training itself (Shafahi et al., 2019), which
     takes an ``Adversary`` and ``replays`` updates per batch; other losses ignore ``replays``. Any other name
-    is that of a plug-in (see ``robust.installed``), on the examples of ``at``.
+    is that of a plug-in (see ``training.losses``), on the examples of ``at``.
 
     ``attack_steps`` is None for 10; ``fast`` and ``free`` have no such number and refuse one.
     ``step_size`` is the exact text of the attack's step in units of the input, or None for the loss's own:
@@ -50,16 +49,17 @@ class Objective:
         if self.loss in ("fast", "free") and self.attack_steps is not None:
             raise UsageError(
                 f"loss {self.loss} has no attack_steps, yet they are {self.attack_steps}",
+                code="attack-steps-unused",
                 hint="leave attack_steps out, or choose loss at",
             )
         if self.replays < 1:
-            raise UsageError(f"replays must be at least 1, not {self.replays}")
-        _ = self.plugin  # a name that nobody has is told here, not in the first step
+            raise UsageError(f"replays must be at least 1, not {self.replays}", code="replays-too-few")
+        _ = self.plugin  # an unknown name is an error now, not in the first step
 
     @cached_property
-    def plugin(self) -> plugin_losses.Installed | None:
-        """The loss of a plug-in, or None for one of ours. Raises UsageError when there is none."""
-        return None if self.loss in OWN_LOSSES else plugin_losses.find(self.loss)
+    def plugin(self) -> PluginLoss | None:
+        """The loss of a plug-in, or None for one of our own. Raises UsageError for an unknown name."""
+        return None if self.loss in OWN_LOSSES else find_plugin_loss(self.loss)
 
     @property
     def step(self) -> float:
@@ -80,10 +80,10 @@ class Objective:
         return PGD_STEPS if self.attack_steps is None else self.attack_steps
 
     @property
-    def compares(self) -> bool:
-        """Whether the loss looks at the clean images beside the adversarial ones."""
+    def needs_clean_logits(self) -> bool:
+        """Whether the loss needs the logits on clean images beside those on adversarial ones."""
         if self.plugin is not None:
-            return self.plugin.loss.compares
+            return self.plugin.loss.needs_clean_logits
         return self.loss in ("trades", "mart")
 
     @property
@@ -96,11 +96,11 @@ class Objective:
     def attack(
         self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Adversarial images for one batch [B, C, H, W], made with ``network`` in eval mode.
+        """Make adversarial images for one batch [B, C, H, W], with ``network`` in eval mode.
 
         For TRADES the clean prediction does not move during the attack, so it is computed once. ``free``
-        has no attack that stands by itself: outside a loop (BatchNorm is measured on what this returns)
-        it is what its perturbation does to one batch while the network rests, without a random start.
+        has no attack of its own: outside a loop (BatchNorm is measured on what this returns) it is what
+        its perturbation does to one batch while the weights rest, without a random start.
         """
         loss: Callable[[Tensor], Tensor] = partial(F.cross_entropy, target=labels, reduction="sum")
         if self.plugin is not None:
@@ -129,25 +129,25 @@ class Objective:
     def robust_loss(
         self, network: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The batch mean of the loss, and the logits [B, K] on the adversarial images.
+        """Compute the batch mean of the loss, and the logits [B, K] on the adversarial images.
 
         Clean and adversarial images are two forward passes, as in the published code of TRADES, because
         BatchNorm would mix their statistics in one.
         """
-        clean = network(images) if self.compares else None
+        clean = network(images) if self.needs_clean_logits else None
         logits = network(adversarial)
         return self.value(clean, logits, labels), logits
 
     def value(self, clean: Tensor | None, adversarial: Tensor, labels: Tensor) -> Tensor:
-        """The batch mean of the loss for logits [B, K]; ``clean`` may be None where nothing is compared.
+        """Compute the batch mean of the loss for logits [B, K]; ``clean`` may be None where it is not needed.
 
         ``at``, ``fast``, ``free``: cross-entropy on the adversarial images (Madry et al., 2018, eq. 2.1).
         Raises PluginError where a plug-in's loss fails.
         """
         if self.plugin is not None:
             return self.plugin.value(clean, adversarial, labels, self.trade_off)
-        if not self.compares:
+        if not self.needs_clean_logits:
             return F.cross_entropy(adversarial, labels)
         assert clean is not None
-        compared = trades if self.loss == "trades" else mart
-        return compared(clean, adversarial, labels, self.trade_off)
+        loss = trades if self.loss == "trades" else mart
+        return loss(clean, adversarial, labels, self.trade_off)

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from s2ap_deploy.cli import compare, tables
-from s2ap_deploy.pruning.tensors import save_tensors
+from s2ap_deploy.pruning.masks import save_tensors
 from s2ap_deploy.runs.folder import Run
 
 EPOCH = {"clean_accuracy": 0.912, "robust_accuracy": 0.634, "replaced": 0.02, "flip_rate": 0.0123}

@@ -86,7 +86,7 @@ def test_the_files_agree_with_each_other_and_with_the_certificates(
     assert json.loads((place / "sweep.json").read_text()) == report
     table = (place / "table.md").read_text()
     assert table.count("| magnitude") == table.count("| random") == 1
-    assert (place / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert (place / "pareto.svg").read_text().startswith("<svg xmlns=")
     lines = list(csv.DictReader((place / "sweep.csv").read_text().splitlines()))
     assert [line["name"] for line in lines] == [row["name"] for row in report["rows"]]
     for row in report["rows"]:
@@ -319,7 +319,7 @@ def test_a_sweep_tells_every_run_and_its_figures(
     assert done.code == 0, done.err
     again = s2ap("sweep", *loud, *axes, cwd=tmp_path)
     assert (
-        "everything lies in s2ap-sweep: the table, sweep.csv, sweep.json, pareto.png and runs/" in again.err
+        "everything lies in s2ap-sweep: the table, sweep.csv, sweep.json, pareto.svg and runs/" in again.err
     )
     assert heard["seed-4"] >= {"facts", "certify", "closed"}
     (name,) = rows(json.loads(done.out), "finished")

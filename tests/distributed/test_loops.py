@@ -17,13 +17,16 @@ from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import Perturbation, SearchResult, search, update
 from s2ap_deploy.pruning.sharpness import ScorePerturbation
-from s2ap_deploy.recorder import NoSnapshots, Silent
+from s2ap_deploy.recipe.prune_section import SearchSection
+from s2ap_deploy.recipe.train_section import TrainSection
+from s2ap_deploy.recorder import NoSnapshots
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training.adversary import Adversary
-from s2ap_deploy.training.batching import Share
-from s2ap_deploy.training.loop import train
+from s2ap_deploy.training.batching import RankBatch
+from s2ap_deploy.training.loop import TrainingData, TrainingEnvironment
 from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.train import train
 
 DistributedGroup = Callable[[int, Callable[[Ranks], Any]], list[Any]]
 THREAT = ThreatModel(eps="0.1")
@@ -54,7 +57,7 @@ class Given(Adversary):
 
     images: torch.Tensor
 
-    def attack(self, network: Any, images: Any, labels: Any, noise: Any, part: Any = None) -> torch.Tensor:
+    def attack(self, network: Any, part: Any, noise: Any) -> torch.Tensor:
         rows = self.images[part.index :: part.of]
         return rows if len(rows) else self.images[:1]
 
@@ -78,8 +81,8 @@ def test_one_step_of_s2ap_on_given_adversarial_images_gives_the_same_scores(
         ranks.present = ranks.rank < n
         rows = slice(ranks.rank, None, ranks.size) if ranks.present else slice(0, 1)
         ball = ScorePerturbation(subject.scores, 0.05)
-        share = Share(n, ranks.rank, ranks.size)
-        moved = update(subject, optimizer, adversary, images[rows], labels[rows], generator(0), ball, share)
+        batch = RankBatch(images[rows], labels[rows], n, ranks.rank, ranks.size)
+        moved = update(subject, optimizer, adversary, batch, generator(0), ball)
         assert bool(moved.perturbed)
         return subject
 
@@ -109,24 +112,21 @@ class FirstRanks:
             self.kept.save_snapshot(tensors, state)
 
 
-def run_search(model: nn.Module, stripes: Any, ranks: Ranks, loss: Any, **changes: Any) -> SearchResult:
-    settings: dict[str, Any] = {"epochs": 2, "snapshots": NoSnapshots(), "accumulate": 1, **changes}
-    kept = settings.pop("snapshots")
+def environment(ranks: Ranks, kept: Any = None, accumulate: int = 1) -> TrainingEnvironment:
+    snapshots = FirstRanks(ranks, kept or NoSnapshots())
+    return TrainingEnvironment(CPU, snapshots=snapshots, accumulate=accumulate, ranks=ranks)
+
+
+def run_search(
+    model: nn.Module, stripes: Any, ranks: Ranks, loss: Any, snapshots: Any = None
+) -> SearchResult:
     return search(
         scored(model),
-        stripes(31),
-        stripes(30),
-        objective=Objective(THREAT, loss, **({"attack_steps": 2} if loss != "free" else {})),
-        learning_rate=0.1,
-        momentum=0.9,
-        batch_size=12,
+        TrainingData(stripes(31), stripes(30)),
+        SearchSection(epochs=2, batch_size=12),
+        Objective(THREAT, loss, **({"attack_steps": 2} if loss != "free" else {})),
+        environment(ranks, snapshots),
         perturbation=Perturbation(0.02, 0),
-        seed=0,
-        device=CPU,
-        snapshots=FirstRanks(ranks, kept),
-        recorder=Silent(),
-        ranks=ranks,
-        **settings,
     )
 
 
@@ -169,25 +169,17 @@ def test_another_number_of_ranks_takes_a_search_up(
             assert apart(result.scores[name], straight.scores[name]) < 1e-4
 
 
-def run_training(model: nn.Module, stripes: Any, ranks: Ranks, **changes: Any) -> nn.Module:
-    settings: dict[str, Any] = {"objective": Objective(THREAT, attack_steps=2), "awp_gamma": 0.01, **changes}
+def run_training(
+    model: nn.Module, stripes: Any, ranks: Ranks, objective: Objective | None = None, accumulate: int = 1
+) -> nn.Module:
     train(
         model,
-        stripes(31),
-        stripes(30),
+        TrainingData(stripes(31), stripes(30)),
+        TrainSection(epochs=2, learning_rate=0.05, weight_decay=5e-4, batch_size=12, awp_gamma=0.01),
+        objective or Objective(THREAT, attack_steps=2),
+        environment(ranks, accumulate=accumulate),
         stage="finetune",
-        epochs=2,
-        learning_rate=0.05,
-        momentum=0.9,
-        weight_decay=5e-4,
-        batch_size=12,
-        seed=0,
-        device=CPU,
-        snapshots=NoSnapshots(),
-        recorder=Silent(),
-        ranks=ranks,
         masks={"4.weight": torch.arange(3 * 144).view(3, 144) % 2 == 0},
-        **settings,
     )
     return model
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.channels.coupling import channel_groups, macs_kept, weights_kept
-from s2ap_deploy.pruning.allocation import Fixed
-from s2ap_deploy.pruning.channels import ChannelQuotas, Channels, Cost, by_ratio, limit_of, within
+from s2ap_deploy.pruning.allocation import ChannelQuotas, Fixed
+from s2ap_deploy.pruning.channel_budgets import ChannelCost, by_ratio, limit_of, within
+from s2ap_deploy.pruning.granularity import Channels
 from s2ap_deploy.pruning.scores import ScoredNetwork
 
 SIZE = (3, 8, 8)
@@ -105,18 +106,20 @@ def test_a_channel_gradient_is_that_of_a_free_multiplier(network: Residual) -> N
 def test_costs_are_those_of_the_smaller_network(network: Residual, stream: int, inner: int) -> None:
     units = granularity(network)
     keep = {group.name: stream if group.channels == 6 else inner for group in units.coupling.groups}
-    assert Cost.of(units.coupling, units.shapes, "weights")(keep) == weights_kept(
+    assert ChannelCost.of(units.coupling, units.shapes, "weights")(keep) == weights_kept(
         units.coupling, keep, network
     )
-    assert Cost.of(units.coupling, units.shapes, "macs")(keep) == macs_kept(units.coupling, keep, network)
-    assert Cost.of(units.coupling, units.shapes, "weights")(keep) == (
+    assert ChannelCost.of(units.coupling, units.shapes, "macs")(keep) == macs_kept(
+        units.coupling, keep, network
+    )
+    assert ChannelCost.of(units.coupling, units.shapes, "weights")(keep) == (
         3 * stream * 9 + stream * inner * 9 + inner * stream * 9 + stream * 4 * 3
     )
 
 
 def test_the_gradient_flows_through_a_cost(network: Residual) -> None:
     units = granularity(network)
-    cost = Cost.of(units.coupling, units.shapes, "weights")
+    cost = ChannelCost.of(units.coupling, units.shapes, "weights")
     names = [group.name for group in units.coupling.groups]
     keep = {name: torch.tensor(3.0, requires_grad=True) for name in names}
     cost(keep).backward()
@@ -160,7 +163,7 @@ def test_a_group_cannot_be_emptied(network: Residual) -> None:
 def test_learned_channel_quotas_end_within_the_budget(network: Residual) -> None:
     units = granularity(network)
     channels = {group.name: group.channels for group in units.coupling.groups}
-    cost = Cost.of(units.coupling, units.shapes, "macs")
+    cost = ChannelCost.of(units.coupling, units.shapes, "macs")
     quotas = ChannelQuotas(channels, cost, 0.6, compression_weight=0.1)
     whole = torch.ones(len(channels))
     assert float(quotas.excess(whole)) == pytest.approx(1 / 0.4 - 1)

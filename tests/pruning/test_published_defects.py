@@ -17,7 +17,7 @@ from torch import nn
 
 from s2ap_deploy.models.channels.coupling import channel_groups
 from s2ap_deploy.pruning.budgets import erk, uniform
-from s2ap_deploy.pruning.channels import Channels
+from s2ap_deploy.pruning.granularity import Channels
 from s2ap_deploy.recipe import catalog
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.runs.folder import Run

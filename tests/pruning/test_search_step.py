@@ -21,10 +21,12 @@ from s2ap_deploy.pruning.granularity import NOfM, Weights
 from s2ap_deploy.pruning.masks import top_k
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import Perturbation, search
-from s2ap_deploy.recorder import NoSnapshots, Silent
+from s2ap_deploy.recipe.prune_section import SearchSection
+from s2ap_deploy.recipe.train_section import TrainSection
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training.loop import train
+from s2ap_deploy.training.loop import TrainingData, TrainingEnvironment
 from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.train import train
 
 KEEP = {"0.weight": 20, "1.weight": 100, "5.weight": 60}
 SHAPES = {"0.weight": (6, 1, 3, 3), "1.weight": (8, 6, 3, 3), "5.weight": (3, 128)}
@@ -144,19 +146,10 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "tolist", tolist)
 
 
-def settings(loss: Any) -> dict[str, Any]:
+def settings(loss: Any) -> tuple[Objective, TrainingEnvironment]:
     steps = None if loss in ("fast", "free") else 2
-    return {
-        "objective": Objective(ThreatModel(eps="0.1"), loss=loss, attack_steps=steps, replays=2),
-        "epochs": 1,
-        "learning_rate": 0.1,
-        "momentum": 0.9,
-        "batch_size": 16,
-        "seed": 0,
-        "device": torch.device("cpu"),
-        "snapshots": NoSnapshots(),
-        "recorder": Silent(),
-    }
+    objective = Objective(ThreatModel(eps="0.1"), loss=loss, attack_steps=steps, replays=2)
+    return objective, TrainingEnvironment(torch.device("cpu"))
 
 
 def allocations() -> dict[str, Allocation]:
@@ -181,7 +174,11 @@ def test_no_step_of_a_search_waits_for_the_device(
         else ScoredNetwork(network(), Weights(tuple(KEEP)), allocations()[name], covered=("5.weight",))
     )
     result = search(
-        scored, watched(stripes(34)), stripes(20), perturbation=Perturbation(0.05, 0), **settings(loss)
+        scored,
+        TrainingData(watched(stripes(34)), stripes(20)),
+        SearchSection(epochs=1, batch_size=16),
+        *settings(loss),
+        perturbation=Perturbation(0.05, 0),
     )
     assert result.perturbed_steps > 0
 
@@ -192,13 +189,11 @@ def test_no_step_of_training_waits_for_the_device(stripes: Callable[[int], Memor
     masks = {"5.weight": torch.rand(3, 128) < 0.5}
     result = train(
         network(),
-        watched(stripes(34)),
-        stripes(20),
+        TrainingData(watched(stripes(34)), stripes(20)),
+        TrainSection(epochs=1, batch_size=16, awp_gamma=0.01),
+        *settings(loss),
         stage="finetune",
-        weight_decay=1e-4,
-        awp_gamma=0.01,
         masks=masks,
-        **settings(loss),
     )
     assert result.history[0].loss > 0
 

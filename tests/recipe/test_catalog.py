@@ -108,7 +108,7 @@ def test_the_cifar_recipes_follow_the_published_schedule(percent: int) -> None:
     shipped = catalog.load(f"cifar10-resnet18-hydra-s2ap-{percent}")
     assert shipped.prune.sparsity == percent / 100
     assert shipped.threat.eps == "8/255"
-    trades = train_section.Objective(loss="trades", beta=6.0)
+    trades = train_section.ObjectiveSection(loss="trades", beta=6.0)
     assert shipped.prune.search == prune_section.SearchSection(objective=trades)
     assert shipped.prune.finetune == prune_section.FinetuneSection(objective=trades)
     assert shipped == schema.with_preset(shipped, "published")
@@ -130,7 +130,7 @@ def test_defaults_are_the_published_schedule_with_adversarial_training(file: Pat
         0.01,
         128,
     )
-    assert prune.search.objective == train_section.Objective(
+    assert prune.search.objective == train_section.ObjectiveSection(
         loss="at", attack_steps=None, step_size=None, beta=None, replays=4
     )
     assert not hasattr(prune.search, "weight_decay")
@@ -231,7 +231,7 @@ def test_a_document_that_is_no_mapping(tmp_path: Path, text: str) -> None:
         ("eps: 8/255", "eps: 0", "line 8: threat.eps: must be positive, not 0"),
         ("eps: 8/255", "eps: 8/0", "line 8: threat.eps: not a number or a fraction"),
         ("eps: 8/255", "norm: Linff\n  eps: 1", "threat.norm: must be Linf or L2 or L1; did you mean Linf?"),
-        ("sparsity: 0.9", "sparsity: 0.9\n  method: hidra", "or random; did you mean hydra? (here: 'hidra')"),
+        ("sparsity: 0.9", "sparsity: 0.9\n  method: hidra", "or snip; did you mean hydra? (here: 'hidra')"),
         ("name: digits", "name: digit", "data.name: must be one of digits, mnist, cifar10, cifar100, svhn, "),
         ("name: digits", "name: 'imagefolder:'", "data.name: must be one of"),
         ("name: digits", "name: digits\n  size: [1, 8]", "data.size.2 is missing"),

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.evaluation.samples import Sample
-from s2ap_deploy.reporting.figure_data import LONGEST_SIDE, ORDER, choose, fate, picture
+from s2ap_deploy.reporting.figure_data import (
+    LONGEST_SIDE,
+    ORDER,
+    Picture,
+    choose,
+    data_uri,
+    fate,
+    picture,
+)
 
 FATES = st.lists(st.tuples(st.sampled_from(ORDER), st.integers(0, 3)), max_size=40)
 
@@ -67,3 +78,15 @@ def test_values_out_of_range_and_nothing_at_all() -> None:
     assert picture(odd).pixels == bytes([0, 255, 0, 255])
     with pytest.raises(RunFolderError, match="no pixels"):
         picture(np.zeros((1, 0, 3), dtype=np.float32))
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3]), st.data())
+def test_a_decoder_gets_the_pixels_back(width: int, height: int, channels: int, data: st.DataObject) -> None:
+    size = width * height * channels
+    pixels = data.draw(st.binary(min_size=size, max_size=size))
+    uri = data_uri(Picture(width, height, channels, pixels))
+    head, body = uri.split(",")
+    assert head == "data:image/png;base64"
+    image = Image.open(io.BytesIO(base64.b64decode(body)))
+    assert (image.size, image.mode) == ((width, height), "L" if channels == 1 else "RGB")
+    assert image.tobytes() == pixels

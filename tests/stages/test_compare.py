@@ -13,7 +13,7 @@ from torch import Tensor
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import InputError, RunFolderError, UsageError
-from s2ap_deploy.pruning.tensors import save_tensors
+from s2ap_deploy.pruning.masks import save_tensors
 from s2ap_deploy.runs.folder import Run
 from s2ap_deploy.stages.compare import compare
 

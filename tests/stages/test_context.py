@@ -11,7 +11,7 @@ import torch
 
 from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.recipe import catalog
-from s2ap_deploy.recipe.train_section import Objective as ObjectiveSection
+from s2ap_deploy.recipe.train_section import ObjectiveSection
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.runs.folder import Run
 from s2ap_deploy.stages.context import RunContext

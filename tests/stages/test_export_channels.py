@@ -18,7 +18,7 @@ from s2ap_deploy.models.channels.coupling import channel_groups
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export.export_report import CostChange
-from s2ap_deploy.pruning.channels import Channels
+from s2ap_deploy.pruning.granularity import Channels
 from s2ap_deploy.recipe.schema import ExportSection, Recipe
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.runs.folder import Run

@@ -23,7 +23,7 @@ from s2ap_deploy.errors import (
     VerificationError,
 )
 from s2ap_deploy.models.checkpoints import checkpoint
-from s2ap_deploy.pruning.tensors import load_tensors
+from s2ap_deploy.pruning.masks import load_tensors
 from s2ap_deploy.recipe import catalog
 from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.recorder import Silent

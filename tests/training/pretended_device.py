@@ -135,11 +135,14 @@ from s2ap_deploy.pruning.budgets import floors  # noqa: E402
 from s2ap_deploy.pruning.granularity import Weights  # noqa: E402
 from s2ap_deploy.pruning.scores import ScoredNetwork  # noqa: E402
 from s2ap_deploy.pruning.search import Perturbation, search  # noqa: E402
-from s2ap_deploy.recorder import NoSnapshots, Silent  # noqa: E402
+from s2ap_deploy.recipe.prune_section import SearchSection  # noqa: E402
+from s2ap_deploy.recipe.train_section import TrainSection  # noqa: E402
+from s2ap_deploy.recorder import Silent  # noqa: E402
 from s2ap_deploy.spec import ThreatModel  # noqa: E402
 from s2ap_deploy.training.distillation import Teacher  # noqa: E402
-from s2ap_deploy.training.loop import train  # noqa: E402
+from s2ap_deploy.training.loop import TrainingData, TrainingEnvironment  # noqa: E402
 from s2ap_deploy.training.objective import Objective  # noqa: E402
+from s2ap_deploy.training.train import train  # noqa: E402
 
 COMMON = ("at", "trades", "mart")
 LOSSES = (*COMMON, "fast", "free")
@@ -207,19 +210,11 @@ def searched(loss: str, kind: str, ranks: Ranks) -> list[dict[str, int]]:
     scored = ScoredNetwork(model, Weights(NAMES), allocations(model)[kind](), covered=NAMES[-1:])
     search(
         scored,
-        split(STEPS * BATCH),
-        split(6),
-        objective=objective(loss),
-        epochs=EPOCHS,
-        learning_rate=0.1,
-        momentum=0.9,
-        batch_size=BATCH,
+        TrainingData(split(STEPS * BATCH), split(6)),
+        SearchSection(epochs=EPOCHS, batch_size=BATCH),
+        objective(loss),
+        TrainingEnvironment(DEVICE, recorder=watch, ranks=ranks),
         perturbation=Perturbation(0.05, 1),
-        seed=0,
-        device=DEVICE,
-        snapshots=NoSnapshots(),
-        recorder=watch,
-        ranks=ranks,
     )
     return watch.found
 
@@ -229,24 +224,13 @@ def trained(loss: str, ranks: Ranks, *, distilled: bool = False) -> list[dict[st
     mask = (torch.arange(3 * 144).view(3, 144) % 2 == 0).to(DEVICE)
     train(
         model,
-        split(STEPS * BATCH),
-        split(6),
+        TrainingData(split(STEPS * BATCH), split(6)),
+        TrainSection(epochs=EPOCHS, batch_size=BATCH, awp_gamma=0.01, awp_warmup_epochs=1),
+        objective(loss),
+        TrainingEnvironment(DEVICE, recorder=watch, ranks=ranks),
         stage="finetune",
-        objective=objective(loss),
-        epochs=EPOCHS,
-        learning_rate=0.05,
-        momentum=0.9,
-        weight_decay=5e-4,
-        batch_size=BATCH,
-        seed=0,
-        device=DEVICE,
-        snapshots=NoSnapshots(),
-        recorder=watch,
         masks={"4.weight": mask},
-        awp_gamma=0.01,
-        awp_warmup_epochs=1,
         teacher=Teacher(model, weight=0.5) if distilled else None,
-        ranks=ranks,
     )
     return watch.found
 

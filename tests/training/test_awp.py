@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from s2ap_deploy.errors import UsageError
-from s2ap_deploy.training.awp import WeightPerturbation, check_weight_perturbation, perturbable
+from s2ap_deploy.training.awp import WeightPerturbation, perturbable
 
 
 def network(seed: int = 0, scale: float = 1.0) -> nn.Sequential:
@@ -106,17 +103,3 @@ def test_it_may_be_used_again_but_not_twice_at_once() -> None:
             ball.perturb()
         ball.restore()
     assert all(torch.equal(after, before[name]) for name, after in weights(model).items())
-
-
-@pytest.mark.parametrize("gamma", [-0.1, math.nan, math.inf])
-def test_a_radius_that_is_none_is_refused(gamma: float) -> None:
-    with pytest.raises(UsageError, match="awp_gamma"):
-        check_weight_perturbation(gamma, 0, 5)
-
-
-@pytest.mark.parametrize("warmup", [-1, 5, 9])
-def test_a_warm_up_that_leaves_nothing_is_refused(warmup: int) -> None:
-    with pytest.raises(UsageError, match="leaves AWP none of 5 epochs"):
-        check_weight_perturbation(0.01, warmup, 5)
-    check_weight_perturbation(0.0, warmup, 5)
-    check_weight_perturbation(0.01, 4, 5)

@@ -18,10 +18,18 @@ from s2ap_deploy.distributed.collectives import Ranks
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training.batching import Part, Share, Total, mean_loss, rand, randn, shares
-from s2ap_deploy.training.evaluation import pgd_accuracy
-from s2ap_deploy.training.pgd import random_start
+from s2ap_deploy.training.batching import (
+    Accumulator,
+    MicroBatch,
+    RankBatch,
+    mean_loss,
+    rand,
+    randn,
+    rank_batches,
+)
+from s2ap_deploy.training.pgd import pgd_accuracy, random_start
 
+CPU = torch.device("cpu")
 DistributedGroup = Callable[[int, Callable[[Ranks], Any]], list[Any]]
 
 
@@ -38,12 +46,12 @@ def own(rank: int, size: int) -> Ranks:
     return ranks
 
 
-def all_parts(n: int, size: int, accumulate: int) -> list[Part]:
+def all_parts(n: int, size: int, accumulate: int) -> list[MicroBatch]:
     images, labels = torch.zeros(n, 1, 2, 2), torch.arange(n)
     found = []
     for rank in range(size):
         rows = slice(rank, None, size) if rank < n else slice(0, 1)
-        found += Share(n, rank, size, accumulate).parts(images[rows], labels[rows])
+        found += RankBatch(images[rows], labels[rows], n, rank, size, accumulate).micro_batches()
     return found
 
 
@@ -51,10 +59,10 @@ def all_parts(n: int, size: int, accumulate: int) -> list[Part]:
 @given(st.integers(2, 40), st.integers(1, 7), st.integers(1, 9))
 def test_parts_hold_every_row_once_and_weigh_one_together(n: int, size: int, accumulate: int) -> None:
     parts = all_parts(n, size, accumulate)
-    rows = [int(label) for part in parts if not part.stands_in for label in part.labels]
+    rows = [int(label) for part in parts if not part.is_padding for label in part.labels]
     assert sorted(rows) == list(range(n))
     for part in parts:
-        if not part.stands_in:
+        if not part.is_padding:
             assert part.labels.tolist() == list(range(part.index, n, part.of))
         assert len(part.labels) >= 1
         assert len(part.labels) >= 2 or n < 2 * size or part.of > n // 2
@@ -69,21 +77,21 @@ def test_noise_of_a_sample_is_the_same_in_any_part(n: int, of: int, norm: Any) -
     whole = random_start(images, threat, generator(7))
     normal = randn(images.shape, generator(7), images.device)
     for index in range(min(of, n)):
-        part = Part(images[index::of], torch.zeros(len(images[index::of])), n, index, of)
+        part = MicroBatch(images[index::of], torch.zeros(len(images[index::of])), n, index, of)
         assert torch.equal(random_start(part.images, threat, part.stream(generator(7))), whole[index::of])
         drawn = randn(part.images.shape, part.stream(generator(7)), images.device)
         assert torch.equal(drawn, normal[index::of])
 
 
 def test_a_part_without_rows_still_draws_its_stand_in() -> None:
-    part = Part(torch.zeros(1, 1, 2, 2), torch.zeros(1), 2, 3, 4)
-    assert part.stands_in
+    part = MicroBatch(torch.zeros(1, 1, 2, 2), torch.zeros(1), 2, 3, 4)
+    assert part.is_padding
     assert part.weight == 0
     assert rand(part.images.shape, part.stream(generator(1)), torch.device("cpu")).shape == (1, 1, 2, 2)
 
 
 def test_a_lone_part_gets_the_very_stream_and_loss() -> None:
-    (part,) = Share(4).parts(torch.zeros(4, 1, 2, 2), torch.zeros(4))
+    (part,) = RankBatch(torch.zeros(4, 1, 2, 2), torch.zeros(4)).micro_batches()
     stream, loss = generator(3), torch.tensor(0.1)
     assert part.stream(stream) is stream
     assert part.scaled(loss) is loss
@@ -94,20 +102,26 @@ def test_a_lone_part_gets_the_very_stream_and_loss() -> None:
 def test_ranks_see_their_rows_of_the_batches_of_one_process(n: int, size: int, batch_size: int) -> None:
     split = numbered(n, padding=1)
     if min(batch_size, n) < size:
-        with pytest.raises(UsageError, match="cannot be shared"):
-            next(shares(split, batch_size, ranks=own(0, size), seed=1, epoch=2, device=torch.device("cpu")))
+        with pytest.raises(UsageError, check=lambda error: error.code == "batch-smaller-than-ranks"):
+            next(
+                rank_batches(
+                    split, batch_size, ranks=own(0, size), seed=1, epoch=2, device=torch.device("cpu")
+                )
+            )
         return
     whole = list(split.train_batches(batch_size, seed=1, epoch=2, augment=True, device="cpu"))
     for rank in range(size):
         mine = list(
-            shares(split, batch_size, ranks=own(rank, size), seed=1, epoch=2, device=torch.device("cpu"))
+            rank_batches(
+                split, batch_size, ranks=own(rank, size), seed=1, epoch=2, device=torch.device("cpu")
+            )
         )
         assert len(mine) == len(whole)
-        for (images, labels, share), (all_images, all_labels) in zip(mine, whole, strict=True):
-            assert share.n == len(all_labels)
-            rows = slice(rank, None, size) if rank < share.n else slice(0, 1)
-            assert torch.equal(images, all_images[rows])
-            assert torch.equal(labels, all_labels[rows])
+        for batch, (all_images, all_labels) in zip(mine, whole, strict=True):
+            assert batch.n == len(all_labels)
+            rows = slice(rank, None, size) if rank < batch.n else slice(0, 1)
+            assert torch.equal(batch.images, all_images[rows])
+            assert torch.equal(batch.labels, all_labels[rows])
 
 
 @settings(deadline=None, max_examples=40)
@@ -117,16 +131,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(n: int, accumulate: 
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     images, labels = torch.randn(n, 1, 2, 2).double(), torch.randint(0, 3, (n,))
 
-    def gradients(parts: list[Part]) -> Total:
-        total = Total(Ranks())
+    def gradients(parts: list[MicroBatch]) -> Accumulator:
+        total = Accumulator(Ranks())
         for part in parts:
             loss = part.scaled(nn.functional.cross_entropy(model(part.images), part.labels))
             found = torch.autograd.grad(loss, list(model.parameters()))
             total.add(loss, {str(i): g for i, g in enumerate(found)})
         return total
 
-    whole = gradients(Share(n).parts(images, labels))
-    pieces = gradients(Share(n, accumulate=accumulate).parts(images, labels))
+    whole = gradients(RankBatch(images, labels).micro_batches())
+    pieces = gradients(RankBatch(images, labels, accumulate=accumulate).micro_batches())
     torch.testing.assert_close(pieces.loss, whole.loss)
     for name, expected in whole.summed().items():
         torch.testing.assert_close(pieces.gradients[name], expected)

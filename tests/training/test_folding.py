@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ap_deploy.models.architectures import registry
-from s2ap_deploy.training.compilation import compiled
 from s2ap_deploy.training.folding import folded, pairs
 from s2ap_deploy.training.pgd import attacked
-from s2ap_deploy.training.precision import Precision
+from s2ap_deploy.training.precision import Precision, compiled
 
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -197,7 +196,7 @@ def test_in_bf16_weights_are_rounded_once_and_to_the_same_bits(
         return logits.detach(), gradient, inside
 
     once = answers()
-    monkeypatch.setattr("s2ap_deploy.training.folding.narrowed", lambda network: False)
+    monkeypatch.setattr("s2ap_deploy.training.folding.in_bfloat16", lambda network: False)
     always = answers()
     assert (once[2], always[2]) == (torch.bfloat16, torch.float32)
     assert torch.equal(once[0], always[0])

@@ -16,11 +16,14 @@ from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import Perturbation, search
-from s2ap_deploy.recorder import NoSnapshots, Silent
+from s2ap_deploy.recipe.prune_section import SearchSection
+from s2ap_deploy.recipe.train_section import TrainSection
+from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training.loop import train
+from s2ap_deploy.training.loop import TrainingData, TrainingEnvironment
 from s2ap_deploy.training.objective import Objective
-from s2ap_deploy.training.precision import FLOAT32, Precision, choose
+from s2ap_deploy.training.precision import FLOAT32, Precision, choose_precision
+from s2ap_deploy.training.train import train
 
 CPU = torch.device("cpu")
 BF16 = Precision(bf16=True)
@@ -33,19 +36,13 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 3))
 
 
-def settings(loss: Any) -> dict[str, Any]:
+def objective(loss: str) -> Objective:
     steps = None if loss in ("fast", "free") else 2
-    return {
-        "objective": Objective(ThreatModel(eps="0.1"), loss=loss, attack_steps=steps, replays=2),
-        "epochs": 1,
-        "learning_rate": 0.1,
-        "momentum": 0.9,
-        "batch_size": 16,
-        "seed": 0,
-        "device": CPU,
-        "snapshots": NoSnapshots(),
-        "recorder": Silent(),
-    }
+    return Objective(ThreatModel(eps="0.1"), loss=loss, attack_steps=steps, replays=2)
+
+
+def env(precision: Precision, recorder: Silent | None = None) -> TrainingEnvironment:
+    return TrainingEnvironment(CPU, precision=precision, recorder=recorder or Silent())
 
 
 class Watching(Silent):
@@ -98,7 +95,7 @@ def test_all_is_put_back_when_a_step_fails() -> None:
             raise KeyError
         assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
         assert "forward" not in vars(model)
-        with computing, pytest.raises(RuntimeError, match="already in force"):
+        with computing, pytest.raises(RuntimeError, match="already active"):
             computing.__enter__()
 
 
@@ -120,11 +117,11 @@ def test_a_bf16_search_keeps_scores_and_budget_exact(
     watching = Watching(lambda: next(iter(scored.scores.values())).dtype)
     result = search(
         scored,
-        stripes(34),
-        stripes(20),
+        TrainingData(stripes(34), stripes(20)),
+        SearchSection(epochs=1, batch_size=16),
+        objective(loss),
+        env(BF16, watching),
         perturbation=Perturbation(0.05, 0),
-        precision=BF16,
-        **{**settings(loss), "recorder": watching},
     )
     assert watching.types == {torch.float32}
     assert {score.dtype for score in result.scores.values()} == {torch.float32}
@@ -140,13 +137,11 @@ def test_bf16_training_stays_near_float32(stripes: Callable[[int], MemorySplit],
     for precision in (FLOAT32, BF16):
         result = train(
             network(),
-            stripes(66),
-            stripes(20),
+            TrainingData(stripes(66), stripes(20)),
+            TrainSection(epochs=1, batch_size=16, weight_decay=0.0, awp_gamma=0.01),
+            objective(loss),
+            env(precision),
             stage="pretrain",
-            weight_decay=0.0,
-            awp_gamma=0.01,
-            precision=precision,
-            **settings(loss),
         )
         losses.append(result.history[0].loss)
     assert losses[0] != losses[1]
@@ -157,7 +152,8 @@ def test_channels_innermost_change_the_layout_and_nothing_else(stripes: Callable
     found = []
     for innermost in (False, True):
         precision = Precision(channels_last=innermost)
-        model = precision.arrange(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), *network()[2:]))
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), *network()[2:])
+        precision.to_channels_last(model)
         nn.init.constant_(model[1].weight, 0.1)
         model[4] = nn.Linear(6 * 16, 3)
         nn.init.eye_(model[4].weight)
@@ -170,7 +166,11 @@ def test_channels_innermost_change_the_layout_and_nothing_else(stripes: Callable
         keep = {"0.weight": 20, "1.weight": 50, "4.weight": 60}
         scored = ScoredNetwork(model, Weights(tuple(keep)), Fixed(keep))
         chosen = search(
-            scored, stripes(34), stripes(20), perturbation=None, precision=precision, **settings("at")
+            scored,
+            TrainingData(stripes(34), stripes(20)),
+            SearchSection(epochs=1, batch_size=16),
+            objective("at"),
+            env(precision),
         )
         found.append(chosen)
     for name, mask in found[0].masks.items():
@@ -191,12 +191,11 @@ def test_a_compiler_that_fails_is_told_once_and_done_without(
         model = network()
         train(
             model,
-            stripes(34),
-            stripes(20),
+            TrainingData(stripes(34), stripes(20)),
+            TrainSection(epochs=2, batch_size=16, weight_decay=0.0),
+            objective("at"),
+            env(precision, watching),
             stage="pretrain",
-            weight_decay=0.0,
-            precision=precision,
-            **{**settings("at"), "epochs": 2, "recorder": watching},
         )
         return model
 
@@ -240,11 +239,15 @@ def test_the_real_compiler_gives_the_same_function() -> None:
 
 
 def test_the_names_of_precisions() -> None:
-    assert choose("auto", CPU) == choose("float32", CPU) == FLOAT32
-    assert choose("bf16", CPU) == BF16
-    assert choose("bf16", CPU).facts() == {"precision": "bf16", "channels_last": False, "compiled": False}
+    assert choose_precision("auto", CPU) == choose_precision("float32", CPU) == FLOAT32
+    assert choose_precision("bf16", CPU) == BF16
+    assert choose_precision("bf16", CPU).facts() == {
+        "precision": "bf16",
+        "channels_last": False,
+        "compiled": False,
+    }
     with pytest.raises(UsageError, match="no precision 'fp8'"):
-        choose("fp8", CPU)
+        choose_precision("fp8", CPU)
 
 
 @pytest.mark.parametrize(("capability", "bf16"), [((9, 0), True), ((7, 5), False)])
@@ -253,8 +256,8 @@ def test_a_gpu_computes_bf16_where_it_can(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     gpu = torch.device("cuda", 0)
-    assert choose("auto", gpu) == Precision(bf16=bf16, channels_last=True, tf32=bf16)
-    assert choose("float32", gpu) == Precision(channels_last=True, tf32=False)
+    assert choose_precision("auto", gpu) == Precision(bf16=bf16, channels_last=True, tf32=bf16)
+    assert choose_precision("float32", gpu) == Precision(channels_last=True, tf32=False)
     if not bf16:
         with pytest.raises(UsageError, match="does not compute bf16"):
-            choose("bf16", gpu)
+            choose_precision("bf16", gpu)

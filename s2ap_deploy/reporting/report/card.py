@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from s2ap_deploy.gating.check import Check
 from s2ap_deploy.reporting.github import cell
 from s2ap_deploy.reporting.report import tables, words
-from s2ap_deploy.reporting.report.repetition import repetition
+from s2ap_deploy.reporting.report.words import repetition
 from s2ap_deploy.reporting.run_facts import Facts
 
 FRONT = (

@@ -9,10 +9,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from s2ap_deploy.evaluation.statements import plain
-from s2ap_deploy.reporting.report import charts, tables, words
-from s2ap_deploy.reporting.report.images import data_uri
-from s2ap_deploy.reporting.report.repetition import repetition
+from s2ap_deploy.reporting import charts
+from s2ap_deploy.reporting.figure_data import data_uri
+from s2ap_deploy.reporting.report import tables, words
+from s2ap_deploy.reporting.report.words import repetition
 from s2ap_deploy.reporting.run_facts import Facts
+from s2ap_deploy.reporting.svg import Drawing
 
 LONGEST = 4000
 MOST_COMMANDS = 30
@@ -39,7 +41,7 @@ def render(facts: Facts) -> str:
         commands=_commands(facts),
         again=repetition(facts),
         recipe_lines=[plain(line, LONGEST) for line in (facts.recipe or "").splitlines()],
-        style=Markup(_source("style.css")),
+        style=Markup(_source("charts.css") + _source("style.css")),
     )  # fmt: skip
 
 
@@ -75,9 +77,9 @@ def _defused(value: Any) -> Any:
     return value
 
 
-def _whole(value: str) -> Markup:
+def _whole(value: str | Drawing) -> Markup | Drawing:
     """Text whose intervals in brackets break in the middle only where a line has no room for one."""
-    if isinstance(value, Markup):
+    if isinstance(value, Markup | Drawing):
         return value
     text = str(escape(plain(value, LONGEST)))
     return Markup(re.sub(r"\[[^\[\]]*\]", r'<span class="whole">\g<0></span>', text))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.interval import ClassInterval
 from s2ap_deploy.evaluation.samples import ClassRow
 from s2ap_deploy.onnx_export.export_report import ExportReport, PairedTimes, Performance
+from s2ap_deploy.reporting import charts
 from s2ap_deploy.reporting.artifact_sizes import sizes, stored_tensors
-from s2ap_deploy.reporting.report import charts, words
+from s2ap_deploy.reporting.report import words
 from s2ap_deploy.reporting.run_facts import DENSE, PRUNED, Facts
+from s2ap_deploy.reporting.svg import Drawing
 from s2ap_deploy.runs.manifest import STAGES
 
 MOST_CLASSES = 50
@@ -26,7 +26,7 @@ class Table:
     """A heading, cells under it, and a sentence about what is not in it."""
 
     head: tuple[str, ...]
-    rows: tuple[tuple[str | Markup, ...], ...]
+    rows: tuple[tuple[str | Drawing, ...], ...]
     note: str = ""
 
 
@@ -81,7 +81,7 @@ def classes(facts: Facts) -> Table:
     by_role = {role: {row.label: row for row in rows_of(each)} for role, each in facts.networks.items()}
     every = rows_of(speaks)
     least = sorted(every, key=lambda row: standing(row)[0] / max(row.n, 1))[:MOST_CLASSES]
-    rows = []
+    rows: list[tuple[str | Drawing, ...]] = []
     for row in sorted(least, key=lambda row: row.label):
         mine = {role: found[row.label] for role, found in by_role.items() if row.label in found}
         cells = (counted(mine[role]) if role in mine else "no sample" for role in by_role)

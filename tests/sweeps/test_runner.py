@@ -11,7 +11,7 @@ from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.recipe import catalog
 from s2ap_deploy.runs.folder import Run
 from s2ap_deploy.sweeps.grid import Axes, combinations
-from s2ap_deploy.sweeps.shared_stages import dense_recipe, take_over
+from s2ap_deploy.sweeps.runner import dense_recipe, take_over
 
 INPUTS = {"seed": 1}
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from s2ap_deploy.cli.main import cli
 from s2ap_deploy.reporting.report import card, page
-from s2ap_deploy.reporting.report.repetition import repetition
+from s2ap_deploy.reporting.report.words import repetition
 from s2ap_deploy.reporting.run_facts import Facts, collect
 from s2ap_deploy.runs.manifest import Manifest
 

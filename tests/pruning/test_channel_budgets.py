@@ -13,8 +13,16 @@ from torch import nn
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.channels.coupling import channel_groups
-from s2ap_deploy.pruning.alignment import Limit, aligned, chosen, filled, survivors
-from s2ap_deploy.pruning.channels import Channels, Cost, by_ratio
+from s2ap_deploy.pruning.channel_budgets import (
+    ChannelCost,
+    Limit,
+    aligned,
+    by_ratio,
+    chosen,
+    filled,
+    survivors,
+)
+from s2ap_deploy.pruning.granularity import Channels
 
 
 def chain(counts: dict[str, int]) -> int:
@@ -83,7 +91,7 @@ def test_a_resnet_18_in_multiples_of_8(ratio: float) -> None:
     shapes = {name: tuple(network.get_parameter(name).shape) for name in coupling.weights}
     channels = {group.name: group.channels for group in coupling.groups}
     wanted = by_ratio(channels, ratio)
-    cost = Cost.of(coupling, shapes, "macs")
+    cost = ChannelCost.of(coupling, shapes, "macs")
     counts = aligned(wanted, channels, 8, (Limit("MACs", cost, cost(wanted)),))
     assert all(count % 8 == 0 and count < channels[name] for name, count in counts.items())
     assert 0.9 * cost(wanted) <= cost(counts) <= cost(wanted)
