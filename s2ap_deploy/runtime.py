@@ -23,7 +23,9 @@ def device(name: str | None = None) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"device {name!r} cannot be used here: {reason}", hint="try --device cpu") from None
+        raise UsageError(
+            f"device {name!r} cannot be used here: {reason}", code="device-unusable", hint="try --device cpu"
+        ) from None
     return chosen
 
 

@@ -171,8 +171,12 @@ def _tracker(name: str, folder: Path) -> Tracker:
         if name == "mlflow":
             return MLflow(place, folder.resolve().name)
     except OSError as error:
-        raise StorageError(f"{name} cannot write below {place}: {error}") from error
-    raise UsageError(f"there is no tracker {name!r}", hint=f"there are {', '.join(NAMES)}")
+        raise StorageError(
+            f"{name} cannot write below {place}: {error}", code="tracker-not-writable"
+        ) from error
+    raise UsageError(
+        f"there is no tracker {name!r}", code="tracker-unknown", hint=f"there are {', '.join(NAMES)}"
+    )
 
 
 def _require(module: str, name: str) -> None:
@@ -184,6 +188,7 @@ def _require(module: str, name: str) -> None:
     except ImportError as error:
         raise UsageError(
             f"{name} is not installed: {error}",
+            code="tracker-not-installed",
             hint="pip install 's2ap-deploy[tracking]', or leave --track out",
         ) from None
 

@@ -71,7 +71,9 @@ def draft(
     """
     if data is not None and data != BLANK and not data.startswith(FOLDER_PREFIX) and data not in KNOWN:
         raise UsageError(
-            f"unknown data set {data!r}", hint=f"known are {', '.join(KNOWN)} and {FOLDER_PREFIX}PATH"
+            f"unknown data set {data!r}",
+            code="data-unknown",
+            hint=f"known are {', '.join(KNOWN)} and {FOLDER_PREFIX}PATH",
         )
     _, info, notes = checkpoint.load(
         path,

@@ -125,6 +125,7 @@ def scene_of(job: RunContext, notes: list[str]) -> ModelAndData:
     if reference is None:
         raise InputError(
             f"recipe {recipe.name!r} has neither a checkpoint nor an architecture to train",
+            code="model-missing",
             hint="set model.checkpoint, or model.arch and a pretrain section",
         )
     architecture = registry.resolve(reference)
@@ -134,7 +135,11 @@ def scene_of(job: RunContext, notes: list[str]) -> ModelAndData:
         images.spec.preprocessing.size if images is not None else recipe.data.size or architecture.input_size
     )
     if size is None:
-        raise InputError(f"the input size of {reference} is unknown without its data", hint="set data.size")
+        raise InputError(
+            f"the input size of {reference} is unknown without its data",
+            code="input-size-unknown",
+            hint="set data.size",
+        )
     with torch.random.fork_rng(devices=[]):
         classifier = Classifier(architecture.build(classes), images.suggested if images is not None else None)
     return ModelAndData(classifier, size, classes, images)

@@ -19,6 +19,7 @@ def total_kept(weights: int, sparsity: float) -> int:
     if not 0 < sparsity < 1:
         raise UsageError(
             f"sparsity must lie strictly between 0 and 1, not {sparsity}",
+            code="sparsity-out-of-range",
             hint="0.9 removes 90 % of the prunable weights",
         )
     return math.floor((1 - Fraction(repr(float(sparsity)))) * weights + Fraction(1, 2))
@@ -94,6 +95,7 @@ def affordable(sizes: Mapping[str, int], sparsity: float, least: Mapping[str, in
         raise UsageError(
             f"sparsity {sparsity} keeps {total} of {weights} weights, but the {len(sizes)} layers need at "
             f"least {needed} (one each, one per class in the classifier, and all of a dense layer)",
+            code="sparsity-unaffordable",
             hint=f"the highest sparsity for this network is {math.floor(1e6 * (1 - needed / weights)) / 1e6}",
         )
     return total

@@ -75,6 +75,7 @@ def by_ratio(channels: Mapping[str, int], ratio: float) -> dict[str, int]:
         if count == 0:
             raise UsageError(
                 f"keep ratio {ratio:g} would leave none of the {channels[name]} channels of {name}",
+                code="keep-ratio-too-low",
                 hint=f"the lowest ratio for this network is {0.5 / min(channels.values()):.4g}",
             )
     return keep
@@ -94,6 +95,7 @@ def within(
         raise UsageError(
             f"with one channel in every group the network still costs {cost(dict.fromkeys(channels, 1))}, "
             f"above the {limit} that the sparsity allows: it would empty a stream",
+            code="sparsity-unaffordable",
             hint="lower --sparsity, or use --granularity weight",
         )
 
@@ -144,6 +146,7 @@ def aligned(
             raise UsageError(
                 f"in multiples of {align} the network has at least {limit.cost(low):,} {limit.measure}, "
                 f"more than the {limit.most:,} of the keep ratio",
+                code="align-unaffordable",
                 hint="lower --align, or raise --keep-ratio",
             )
     counts = dict(low)

@@ -84,7 +84,7 @@ class Surrogate:
         self.parameters = dict(parameters)
         self.samples = sum(len(labels) for _, _, labels in batches)
         if self.samples == 0:
-            raise InputError("there is no sample to measure the curvature on")
+            raise InputError("there is no sample to measure the curvature on", code="samples-missing")
         dtypes = {parameter.dtype for parameter in self.parameters.values()}
         self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         fitting = aligned(self.parameters, directions)
@@ -108,7 +108,7 @@ class Surrogate:
                 total[name] += share * value
         found = self.flat({name: self.directions[name] * value for name, value in total.items()})
         if not torch.isfinite(found).all():
-            raise InputError("the loss or its second derivative is not finite")
+            raise InputError("the loss or its second derivative is not finite", code="curvature-not-finite")
         return found
 
     def curve(self, batch: Batch, tangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ class Surrogate:
         worn = tuple(self.parameters.values())
         loss = self.loss(self.network, *batch)
         if not loss.requires_grad:
-            raise InputError("the loss does not depend on the weights that are scored")
+            raise InputError("the loss does not depend on the weights that are scored", code="layer-unused")
         slopes = torch.autograd.grad(loss, worn, create_graph=True, materialize_grads=True)
         along = [(slope * tangents[name]).sum() for name, slope in zip(self.parameters, slopes, strict=True)]
         slope = torch.stack(along).sum()
@@ -129,6 +129,7 @@ class Surrogate:
                 raise
             raise InputError(
                 f"an operation of this network has no second derivative: {error}",
+                code="second-derivative-missing",
                 hint="measure the sharpness without the eigenvalue",
             ) from None
         return {
@@ -172,16 +173,19 @@ def sharpness_lower_bound(
     finite, UsageError for a negative ``gamma`` or number of ``directions``.
     """
     if not 0 <= gamma < math.inf:
-        raise UsageError(f"gamma must be a number that is not negative, not {gamma}")
+        raise UsageError(f"gamma must be a number that is not negative, not {gamma}", code="gamma-invalid")
     if directions < 0:
-        raise UsageError(f"the number of random directions must not be negative, not {directions}")
+        raise UsageError(
+            f"the number of random directions must not be negative, not {directions}",
+            code="directions-invalid",
+        )
     scores = aligned(scores, scores)
     gradients = aligned(scores, gradients)
 
     def loss_at(moves: Mapping[str, Tensor]) -> float:
         value = float(evaluate({name: score + moves[name] for name, score in scores.items()}))
         if not math.isfinite(value):
-            raise InputError(f"the loss within the ball of scores is {value}")
+            raise InputError(f"the loss within the ball of scores is {value}", code="loss-not-finite")
         return value
 
     at_rest = loss_at({name: torch.zeros_like(score) for name, score in scores.items()})
@@ -213,7 +217,7 @@ def mean_loss(network: nn.Module, batches: Sequence[Batch], loss: Loss) -> float
     """The robust loss averaged over all samples, in eval mode. Raises InputError where there is none."""
     samples = sum(len(labels) for _, _, labels in batches)
     if samples == 0:
-        raise InputError("there is no sample to measure the loss on")
+        raise InputError("there is no sample to measure the loss on", code="samples-missing")
     with evaluating(network):
         parts = [loss(network, *batch).double() * len(batch[2]) for batch in batches if len(batch[2])]
         return float(torch.stack(parts).sum()) / samples
@@ -249,11 +253,18 @@ def aligned(like: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str
     """``found`` in the order of ``like``. Raises InputError unless names and shapes fit and all is finite."""
     if like.keys() != found.keys():
         odd = sorted(like.keys() ^ found.keys())
-        raise InputError(f"scores, weights and gradients name different layers: {odd[0]}")
+        raise InputError(
+            f"scores, weights and gradients name different layers: {odd[0]}", code="scores-missing"
+        )
     for name, tensor in like.items():
         if tensor.shape != found[name].shape:
             shapes = f"{tuple(found[name].shape)} beside {tuple(tensor.shape)}"
-            raise InputError(f"scores, weights and gradients of {name} have different shapes: {shapes}")
+            raise InputError(
+                f"scores, weights and gradients of {name} have different shapes: {shapes}",
+                code="scores-shape-differs",
+            )
         if not torch.isfinite(found[name]).all():
-            raise InputError(f"scores, weights or gradients of {name} are not finite")
+            raise InputError(
+                f"scores, weights or gradients of {name} are not finite", code="scores-not-finite"
+            )
     return {name: found[name].detach() for name in like}

@@ -100,6 +100,7 @@ class NOfM(Weights):
         if not fitting:
             raise UsageError(
                 f"no layer's input channels can be divided by {m}: {n}:{m} would prune nothing",
+                code="pattern-fits-no-layer",
                 hint="--granularity weight prunes any layer",
             )
         return fitting, tuple(name for name in shapes if name not in fitting)
@@ -127,6 +128,7 @@ class Channels:
             )
             raise UsageError(
                 f"no channel of this network can be removed: {reasons}",
+                code="channels-not-removable",
                 hint="--granularity weight prunes any layer",
             )
         self.readers: dict[str, list[tuple[str, Slice]]] = {}

@@ -35,10 +35,15 @@ def lanczos(product: Operator, start: Tensor, iterations: int) -> Eigenvalue:
     reaches the number of distinct eigenvalues; one that ``start`` has no part in is not found.
     """
     if iterations < 1:
-        raise UsageError(f"an eigenvalue needs at least one iteration, not {iterations}")
+        raise UsageError(
+            f"an eigenvalue needs at least one iteration, not {iterations}", code="iterations-too-few"
+        )
     length = float(start.norm())
     if not 0 < length < math.inf:
-        raise InputError("the Krylov space cannot start from a vector that is zero or not finite")
+        raise InputError(
+            "the Krylov space cannot start from a vector that is zero or not finite",
+            code="start-vector-invalid",
+        )
     basis = [start / length]
     diagonal: list[float] = []
     beside: list[float] = []

@@ -145,21 +145,24 @@ def require_alike(first: Masks, second: Masks) -> None:
         missing = [name for name in here if name not in there]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise InputError(f"the masks are of different networks: the {which} has no {missing[0]}{more}")
+            raise InputError(
+                f"the masks are of different networks: the {which} has no {missing[0]}{more}",
+                code="masks-differ",
+            )
     for name, mask in first.items():
         require_bool(name, mask)
         require_bool(name, second[name])
         if mask.shape != second[name].shape:
             shapes = f"{tuple(mask.shape)} in the first and {tuple(second[name].shape)} in the second"
-            raise InputError(f"the masks are of different networks: {name} is {shapes}")
+            raise InputError(f"the masks are of different networks: {name} is {shapes}", code="masks-differ")
     if not any(mask.numel() for mask in first.values()):
-        raise InputError("there is no weight in these masks to compare")
+        raise InputError("there is no weight in these masks to compare", code="masks-empty")
 
 
 def require_bool(name: str, mask: Tensor) -> None:
     """Raise InputError for a mask that is not bool: a float one may hold anything."""
     if mask.dtype != torch.bool:
-        raise InputError(f"the mask of {name} is {mask.dtype}, not bool")
+        raise InputError(f"the mask of {name} is {mask.dtype}, not bool", code="mask-not-bool")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -140,10 +140,14 @@ def _read(path: Path, name: str, index: int, n: int) -> NDArray[np.float32]:
         with safe_open(path, framework="numpy") as stored:
             rows: Any = stored.get_slice(name)
             if len(rows.get_shape()) != 4 or rows.get_shape()[0] != n:
-                raise RunFolderError(f"{path} does not hold the {n} images of its certificate")
+                raise RunFolderError(
+                    f"{path} does not hold the {n} images of its certificate", code="points-differ"
+                )
             return np.asarray(rows[index : index + 1][0], dtype=np.float32)
     except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise RunFolderError(f"{path} is damaged: {error}", hint="certify again") from None
+        raise RunFolderError(
+            f"{path} is damaged: {error}", code="file-damaged", hint="certify again"
+        ) from None
 
 
 def picture(image: NDArray[np.float32]) -> Picture:
@@ -152,7 +156,7 @@ def picture(image: NDArray[np.float32]) -> Picture:
     Raises RunFolderError for an image without pixels.
     """
     if image.ndim != 3 or 0 in image.shape:
-        raise RunFolderError(f"an image of shape {list(image.shape)} has no pixels")
+        raise RunFolderError(f"an image of shape {list(image.shape)} has no pixels", code="image-empty")
     every = -(-max(image.shape[1:]) // LONGEST_SIDE)
     image = image[:, ::every, ::every]
     if image.shape[0] not in (1, 3):

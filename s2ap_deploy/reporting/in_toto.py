@@ -31,7 +31,9 @@ def statement(
     """
     if not subjects:
         raise UsageError(
-            "the certificate names no file that a statement could speak of", hint="certify again"
+            "the certificate names no file that a statement could cover",
+            code="certificate-without-file",
+            hint="certify again",
         )
     predicate: dict[str, Any] = {
         "certificate": {"sha256": certificate.sha256},

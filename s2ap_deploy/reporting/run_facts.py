@@ -137,7 +137,9 @@ def collect(folder: Path, *, images: int = 12) -> Facts:
     ``images`` is the most samples of the gallery. Raises RunFolderError where there is no run.
     """
     if not (folder / manifest.FILE_NAME).is_file():
-        raise RunFolderError(f"there is no run in {folder}", hint="name a run folder, such as s2ap-run")
+        raise RunFolderError(
+            f"there is no run in {folder}", code="run-missing", hint="name a run folder, such as s2ap-run"
+        )
     contents = Manifest.load(folder)
     reader = Reader(folder, contents)
     certificates = {
@@ -195,7 +197,9 @@ def _verdict(path: Path) -> Verdict:
     try:
         return Verdict.model_validate_json(files.read_bytes(path))
     except ValidationError:
-        raise RunFolderError(f"{path} is no verdict", hint="judge again: s2ap-deploy gate") from None
+        raise RunFolderError(
+            f"{path} is no verdict", code="file-damaged", hint="judge again: s2ap-deploy gate"
+        ) from None
 
 
 def _rows(path: Path) -> tuple[Row, ...]:
@@ -205,7 +209,7 @@ def _rows(path: Path) -> tuple[Row, ...]:
     except ValueError:
         content = None
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise RunFolderError(f"{path} is no history")
+        raise RunFolderError(f"{path} is no history", code="file-damaged")
     return tuple({str(key): number(value) for key, value in row.items()} for row in content)
 
 

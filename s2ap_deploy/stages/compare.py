@@ -40,7 +40,11 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
     intact search, InputError for masks of different networks.
     """
     if len(folders) < 2:
-        raise UsageError("comparing takes at least two run folders", hint="s2ap-deploy compare RUN RUN")
+        raise UsageError(
+            "comparing takes at least two run folders",
+            code="runs-too-few",
+            hint="s2ap-deploy compare RUN RUN",
+        )
     runs = [searched(folder) for folder in folders]
     pairs = []
     for (i, first), (j, second) in combinations(enumerate(runs, 1), 2):
@@ -49,6 +53,7 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
         except InputError as error:
             raise InputError(
                 f"run {i} ({first.folder}) and run {j} ({second.folder}) cannot be compared: {error.message}",
+                code="masks-differ",
                 hint="compare runs on one architecture; s2ap-deploy inspect shows the layers of a checkpoint",
             ) from None
         pairs.append({"first": i, "second": j, **asdict(whole), "layers": by_layer(layers)})
@@ -58,14 +63,20 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
 def searched(folder: Path) -> Searched:
     """The finished search of a run folder. Raises RunFolderError, which names the folder."""
     if not (folder / manifest.FILE_NAME).is_file():
-        raise RunFolderError(f"there is no run in {folder}", hint="name run folders, such as s2ap-run")
+        raise RunFolderError(
+            f"there is no run in {folder}", code="run-missing", hint="name run folders, such as s2ap-run"
+        )
     stages = Manifest.load(folder).stages
     record = stages.get("search")
     if record is None:
-        raise RunFolderError(f"{folder} holds no search", hint="run s2ap-deploy prune first")
+        raise RunFolderError(
+            f"{folder} holds no search", code="search-missing", hint="run s2ap-deploy prune first"
+        )
     if record.status != "finished":
         raise RunFolderError(
-            f"the search in {folder} is not finished", hint="repeat the command that began it, with --resume"
+            f"the search in {folder} is not finished",
+            code="stage-unfinished",
+            hint="repeat the command that began it, with --resume",
         )
     # The file gives its tensors in any order; sorted, equal folders get equal answers.
     masks = {name: mask.bool() for name, mask in sorted(load_tensors(intact(folder, record)).items())}
@@ -78,12 +89,12 @@ def intact(folder: Path, record: StageRecord) -> Path:
     name = f"search/{MASKS}"
     recorded = next((output for output in record.outputs if output.path == name), None)
     if recorded is None:
-        raise RunFolderError(f"the search in {folder} wrote no {MASKS}", hint=hint)
+        raise RunFolderError(f"the search in {folder} wrote no {MASKS}", code="file-missing", hint=hint)
     path = files.within(folder, name)
     if not path.is_file():
-        raise RunFolderError(f"{path} is missing", hint=hint)
+        raise RunFolderError(f"{path} is missing", code="file-missing", hint=hint)
     if files.sha256(path) != recorded.sha256:
-        raise RunFolderError(f"{path} has changed since the search finished", hint=hint)
+        raise RunFolderError(f"{path} has changed since the search finished", code="file-changed", hint=hint)
     return path
 
 

@@ -42,6 +42,7 @@ def dense(job: RunContext) -> None:
     else:
         raise RecipeError(
             f"recipe {recipe.name!r} has neither a checkpoint nor an architecture to train",
+            code="model-missing",
             hint="set model.checkpoint, or model.arch and a pretrain section",
         )
 
@@ -184,5 +185,6 @@ def _check_classes(found: int, data: DataSpec, subject: str) -> None:
     if found != data.num_classes:
         raise DataError(
             f"{subject} tells {found} classes apart, but {data.name} has {data.num_classes}",
+            code="classes-differ",
             hint="choose the data that the network is meant for with --data",
         )

@@ -38,7 +38,7 @@ def prune(job: RunContext) -> None:
     """
     section = job.recipe.prune
     if section is None:
-        raise RecipeError(f"recipe {job.recipe.name!r} has no prune section")
+        raise RecipeError(f"recipe {job.recipe.name!r} has no prune section", code="prune-section-missing")
     begin = dense = job.run.output("pretrain", MODEL)
     for lower in section.steps:
         begin = prune_to(job, section, lower, begin, dense)

@@ -57,7 +57,7 @@ def combinations(document: Document, axes: Axes) -> tuple[Combination, ...]:
     }
     first = document.content.get("seed", 0)
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-        raise RecipeError(f"seed: must be a whole number (here: {first!r})")
+        raise RecipeError(f"seed: must be a whole number (here: {first!r})", code="seed-invalid")
     found = []
     for point in itertools.product(*values.values()):
         for seed in range(first, first + axes.seeds):
@@ -67,10 +67,11 @@ def combinations(document: Document, axes: Axes) -> tuple[Combination, ...]:
 
 def _check(document: Document, axes: Axes) -> None:
     if axes.seeds < 1:
-        raise UsageError(f"a sweep has at least one seed, not {axes.seeds}")
+        raise UsageError(f"a sweep has at least one seed, not {axes.seeds}", code="seeds-too-few")
     if not isinstance(document.content.get("prune"), dict):
         raise UsageError(
             f"recipe {document.content.get('name')!r} has no prune section, so there is nothing to vary",
+            code="prune-section-missing",
             hint="add --set prune.sparsity=0.9, or choose a recipe that prunes",
         )
 

@@ -177,7 +177,9 @@ class SweepReport(Record):
         except (ValueError, ValidationError) as error:
             first = str(error).splitlines()[0]
             raise RunFolderError(
-                f"{path} is damaged: {first}", hint="add --overwrite to start again, or choose another --run"
+                f"{path} is damaged: {first}",
+                code="file-damaged",
+                hint="add --overwrite to start again, or choose another --run",
             ) from None
 
 
@@ -192,6 +194,7 @@ def figures(run: Run, verdict: str | None) -> tuple[Figures, str]:
         if not isinstance(certificate.robust, Share):
             raise RunFolderError(
                 f"certify in {run.path} was decided early and holds no figure",
+                code="certificate-undecided",
                 hint="certify in full: add --overwrite",
             )
     assert isinstance(dense.robust, Share)

@@ -66,13 +66,17 @@ def take_over(run: Run, shared: Path) -> bool:
     record = Manifest.load(shared).stages.get(SHARED)
     if record is None or record.status != "finished":
         raise RunFolderError(
-            f"{shared} holds no finished {SHARED}", hint="add --resume to continue the sweep"
+            f"{shared} holds no finished {SHARED}",
+            code="stage-unfinished",
+            hint="add --resume to continue the sweep",
         )
     folder = run.folder(SHARED)
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise StorageError(f"cannot create {folder}: {error.strerror or error}") from error
+        raise StorageError(
+            f"cannot create {folder}: {error.strerror or error}", code="folder-not-writable"
+        ) from error
     for output in record.outputs:
         source, target = files.within(shared, output.path), files.within(run.path, output.path)
         files.remove(target)  # of an attempt that was killed
@@ -80,7 +84,9 @@ def take_over(run: Run, shared: Path) -> bool:
         if files.sha256(target) != output.sha256:
             files.remove(target)
             raise RunFolderError(
-                f"{source} has changed since it was made", hint="add --overwrite to start the sweep again"
+                f"{source} has changed since it was made",
+                code="file-changed",
+                hint="add --overwrite to start the sweep again",
             )
     run.save(run.manifest.with_stage(SHARED, record))
     return True
@@ -110,7 +116,9 @@ class SweepFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"cannot create {path}: {error.strerror or error}") from error
+            raise StorageError(
+                f"cannot create {path}: {error.strerror or error}", code="folder-not-writable"
+            ) from error
         self._lock = FolderLock(path)
         try:
             files.remove_leftovers(path)
@@ -119,6 +127,7 @@ class SweepFolder:
             elif not resume and (path / FILE).exists() and SweepReport.load(path).status == "started":
                 raise RunFolderError(
                     f"the sweep in {path} was started and did not finish",
+                    code="sweep-unfinished",
                     hint="add --resume to continue, or --overwrite to start again",
                 )
         except BaseException:
@@ -192,7 +201,9 @@ def possible(combinations: Sequence[Combination]) -> tuple[Recipe, ...]:
     recipes = tuple(each.recipe for each in combinations if each.recipe is not None)
     if not recipes:
         reasons = "; ".join(f"{each.name}: {each.reason}" for each in combinations[:3])
-        raise UsageError(f"no combination of this sweep is possible: {reasons}")
+        raise UsageError(
+            f"no combination of this sweep is possible: {reasons}", code="combinations-impossible"
+        )
     return recipes
 
 
@@ -268,20 +279,26 @@ class _Sweeping:
 
 def _check(path: Path) -> None:
     if path.exists() and not path.is_dir():
-        raise RunFolderError(f"{path} is a file, not a folder for a sweep", hint=_OTHER)
+        raise RunFolderError(
+            f"{path} is a file, not a folder for a sweep", code="folder-is-file", hint=_OTHER
+        )
     try:
         entries = {entry.name for entry in path.iterdir()} if path.exists() else set()
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+        raise StorageError(
+            f"cannot read {path}: {error.strerror or error}", code="folder-not-readable"
+        ) from error
     # A kill before the first report was written leaves no more than these.
     entries = {name for name in entries if name != lock.FILE_NAME and not name.startswith(files.TEMPORARY)}
     if entries and FILE not in entries:
-        raise RunFolderError(f"{path} holds other files and no sweep", hint=_OTHER)
+        raise RunFolderError(f"{path} holds other files and no sweep", code="folder-not-empty", hint=_OTHER)
 
 
 def _clear(path: Path) -> None:
     for name in (RUNS, DENSE):
         if (path / name).is_symlink():
-            raise RunFolderError(f"{path / name} is a link; the runs of a sweep lie inside its folder")
+            raise RunFolderError(
+                f"{path / name} is a link; the runs of a sweep lie inside its folder", code="folder-is-link"
+            )
         if (path / name).exists():
             shutil.rmtree(path / name)

@@ -153,10 +153,10 @@ def test_a_budget_is_never_exceeded_and_nearly_used_up(channels, share: float, s
 
 
 def test_a_group_cannot_be_emptied(network: Residual) -> None:
-    with pytest.raises(UsageError, match="leave none of the 5 channels of b"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "keep-ratio-too-low"):
         by_ratio({"a": 64, "b": 5}, 0.05)
     assert by_ratio({"a": 64, "b": 5}, 0.5) == {"a": 32, "b": 3}
-    with pytest.raises(UsageError, match="would empty a stream"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "sparsity-unaffordable"):
         within({"a": 64}, {"a": 64.0}, lambda keep: keep["a"] * 10, 9)
 
 
@@ -176,5 +176,5 @@ def test_learned_channel_quotas_end_within_the_budget(network: Residual) -> None
 
 def test_a_network_without_removable_channels_says_so() -> None:
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
-    with pytest.raises(UsageError, match="no channel of this network can be removed"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "channels-not-removable"):
         granularity(flat)

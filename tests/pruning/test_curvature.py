@@ -264,7 +264,7 @@ def test_attention_and_half_precision() -> None:
 def test_an_activation_without_second_derivative_is_named() -> None:
     net, rows = nn.Sequential(*network(5), nn.Hardsigmoid()).double(), batches(5, 3)
     weight: dict[str, Any] = {"5.weight": net[5].weight}
-    with pytest.raises(InputError, match=r"no second derivative.*hardsigmoid") as refused:
+    with pytest.raises(InputError, check=lambda error: error.code == "second-derivative-missing") as refused:
         largest_eigenvalue(net, weight, weight, rows, at)
     assert refused.value.hint is not None
 
@@ -291,23 +291,23 @@ def test_what_cannot_be_measured() -> None:
     ) -> None:
         largest_eigenvalue(net, {"w": net.w}, directions, rows, loss, iterations=iterations)
 
-    with pytest.raises(InputError, match="different layers: v"):
+    with pytest.raises(InputError, check=lambda error: error.code == "scores-missing"):
         measure({"v": ones})
-    with pytest.raises(InputError, match=r"different shapes: \(4,\) beside \(3,\)"):
+    with pytest.raises(InputError, check=lambda error: error.code == "scores-shape-differs"):
         measure({"w": torch.ones(4)})
-    with pytest.raises(InputError, match="of w are not finite"):
+    with pytest.raises(InputError, check=lambda error: error.code == "scores-not-finite"):
         measure({"w": ones * torch.nan})
-    with pytest.raises(InputError, match="no sample"):
+    with pytest.raises(InputError, check=lambda error: error.code == "samples-missing"):
         measure(rows=())
-    with pytest.raises(InputError, match="no sample"):
+    with pytest.raises(InputError, check=lambda error: error.code == "samples-missing"):
         measure(rows=(nothing(0),))
-    with pytest.raises(InputError, match="no sample"):
+    with pytest.raises(InputError, check=lambda error: error.code == "samples-missing"):
         mean_loss(net, [], its_value)
-    with pytest.raises(InputError, match="does not depend on the weights"):
+    with pytest.raises(InputError, check=lambda error: error.code == "layer-unused"):
         measure(loss=lambda *_: torch.tensor(1.0))
-    with pytest.raises(InputError, match="second derivative is not finite"):
+    with pytest.raises(InputError, check=lambda error: error.code == "curvature-not-finite"):
         measure(loss=lambda net, *_: (net.w - 1).abs().sqrt().sum())
-    with pytest.raises(UsageError, match="at least one iteration"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "iterations-too-few"):
         measure(iterations=0)
 
 
@@ -382,13 +382,13 @@ def test_a_layer_of_zero_scores_does_not_move() -> None:
 def test_balls_that_make_no_sense() -> None:
     scores, gradients = layers(0), layers(1)
     for gamma in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(UsageError, match="gamma must be"):
+        with pytest.raises(UsageError, check=lambda error: error.code == "gamma-invalid"):
             sharpness_lower_bound(lambda at: 0.0, scores, gradients, gamma)
-    with pytest.raises(UsageError, match="random directions must not be negative"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "directions-invalid"):
         sharpness_lower_bound(lambda at: 0.0, scores, gradients, 0.1, directions=-1)
-    with pytest.raises(InputError, match="the loss within the ball of scores is nan"):
+    with pytest.raises(InputError, check=lambda error: error.code == "loss-not-finite"):
         sharpness_lower_bound(lambda at: float("nan"), scores, gradients, 0.1)
-    with pytest.raises(InputError, match="different layers: b"):
+    with pytest.raises(InputError, check=lambda error: error.code == "scores-missing"):
         sharpness_lower_bound(lambda at: 0.0, scores, {"a": gradients["a"]}, 0.1)
-    with pytest.raises(InputError, match="of b are not finite"):
+    with pytest.raises(InputError, check=lambda error: error.code == "scores-not-finite"):
         sharpness_lower_bound(lambda at: 0.0, scores, gradients | {"b": torch.ones(5) / 0}, 0.1)

@@ -86,10 +86,10 @@ def test_one_dimension() -> None:
 
 @pytest.mark.parametrize("bad", [torch.zeros(3), torch.tensor([float("nan"), 1.0]), torch.zeros(0)])
 def test_a_start_that_is_no_direction(bad: torch.Tensor) -> None:
-    with pytest.raises(InputError, match="zero or not finite"):
+    with pytest.raises(InputError, check=lambda error: error.code == "start-vector-invalid"):
         lanczos(lambda v: v, bad, 5)
 
 
 def test_no_iteration() -> None:
-    with pytest.raises(UsageError, match="at least one iteration, not 0"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "iterations-too-few"):
         lanczos(lambda v: v, torch.ones(3), 0)

@@ -101,7 +101,7 @@ def test_only_scored_weights_learn() -> None:
 
 
 def test_scores_of_the_wrong_shape_are_refused() -> None:
-    with pytest.raises(InputError, match=r"scores of 0.weight have shape \(2,\)"):
+    with pytest.raises(InputError, check=lambda error: error.code == "scores-shape-differs"):
         ScoredNetwork(
             tiny(), Weights(NAMES), Fixed(KEEP), {"0.weight": torch.ones(2), "4.weight": torch.ones(3, 144)}
         )
@@ -110,7 +110,7 @@ def test_scores_of_the_wrong_shape_are_refused() -> None:
 def test_scores_that_are_not_finite_are_refused() -> None:
     network = tiny()
     bad = {name: torch.full_like(dict(network.named_parameters())[name], torch.nan) for name in NAMES}
-    with pytest.raises(InputError, match=r"scores of 0.weight are not finite"):
+    with pytest.raises(InputError, check=lambda error: error.code == "scores-not-finite"):
         ScoredNetwork(network, Weights(NAMES), Fixed(KEEP), bad)
 
 
@@ -120,7 +120,7 @@ def test_an_unused_layer_is_named() -> None:
     network.forward = lambda x: network[4](network[3](network[2](network[1](network[0](x)))))  # type: ignore
     scored = ScoredNetwork(network, Weights((*NAMES, "spare.weight")), Fixed({**KEEP, "spare.weight": 1}))
     scored.wear(scored.select())
-    with pytest.raises(InputError, match=r"does not depend on spare\.weight"):
+    with pytest.raises(InputError, check=lambda error: error.code == "layer-unused"):
         scored.gradients(network(torch.rand(2, 1, 8, 8)).sum())
 
 
@@ -143,5 +143,5 @@ def test_random_scores_are_kaiming_uniform() -> None:
 
 
 def test_missing_scores_are_named() -> None:
-    with pytest.raises(InputError, match=r"no scores of 4\.weight"):
+    with pytest.raises(InputError, check=lambda error: error.code == "scores-missing"):
         ScoredNetwork(tiny(), Weights(NAMES), Fixed(KEEP), {"0.weight": torch.ones(4, 1, 3, 3)})
