@@ -25,7 +25,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from PIL import Image
 
 from s2ap_deploy.data.augmentation import Augmentation
 from s2ap_deploy.data.splits import MemorySplit
@@ -69,18 +68,6 @@ def shared() -> Path:
 def _one_thread() -> None:
     """Small tensors gain nothing from threads, and sums stay in one order."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_search_plot() -> Iterator[None]:
-    """Write one pixel as search.png: drawing takes half the time of a small run. Its own tests draw."""
-    from s2ap_deploy.reporting import search_plot
-
-    pixel = io.BytesIO()
-    Image.new("L", (1, 1)).save(pixel, "PNG")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search_plot, "drawn", lambda *_: pixel.getvalue())
-        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
