@@ -26,8 +26,8 @@ from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export.export_report import PairedTimes, Performance
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import Normalization
-from s2ap_deploy.stages import bench, open_run
 from s2ap_deploy.stages import export as delivery
+from s2ap_deploy.stages import open_run
 
 SHORT = {"search_epochs": 1, "finetune_epochs": 1, "eps": "0.5", "threads": 1}
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
@@ -334,14 +334,12 @@ def test_a_machine_that_is_not_there_is_refused(
 
 def test_a_long_measurement_can_be_asked_for(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    real = delivery.measured
     times = PairedTimes(
         pairs=1, p50_ms=1, p95_ms=1, dense_p50_ms=1, dense_p95_ms=1, ratio=1, ratio_q1=1, ratio_q3=1,
         difference_ms=0,
     )  # fmt: skip
     found = Performance(inference=(), load=times, processor="none")
-    monkeypatch.setattr(bench, "bench_beside", lambda *_, **__: asked.append(True) or found)
-    assert real is bench.measured
+    monkeypatch.setattr(delivery, "benchmark_export", lambda *_, **__: asked.append(True) or found)
     assert s2ap_deploy.export(own_run, threads=1).performance is None
     assert s2ap_deploy.export(own_run, bench=True, threads=1).performance == found
     assert asked == [True]
