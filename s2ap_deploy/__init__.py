@@ -5,27 +5,51 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from s2ap_deploy.api import certify, export, gate, load_checkpoint, pretrain, prune, report, verify
-    from s2ap_deploy.stages.results import Certificates, Loaded, Reports, Trained
+    from s2ap_deploy.api import (
+        certify,
+        compare,
+        decode,
+        export,
+        gate,
+        init,
+        inspect,
+        load_checkpoint,
+        plan,
+        pretrain,
+        prune,
+        report,
+        run,
+        sweep,
+        verify,
+    )
+    from s2ap_deploy.stages.results import Certificates, Finished, Loaded, Reports, Trained
 
 __all__ = [
     "Certificates",
+    "Finished",
     "Loaded",
     "Reports",
     "Trained",
     "certify",
+    "compare",
+    "decode",
     "export",
     "gate",
+    "init",
+    "inspect",
     "load_checkpoint",
+    "plan",
     "pretrain",
     "prune",
     "report",
+    "run",
+    "sweep",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """The Python interface, imported when it is first used; torch comes with the first call that needs it."""
+    """Import the Python interface at its first use; torch is imported by the first call that needs it."""
     import importlib
 
     if name in __all__:

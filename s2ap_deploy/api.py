@@ -1,48 +1,50 @@
-"""The commands as functions: the same pipeline, run folders and errors, with typed results. No torch by
-itself.
+"""The Python interface. Commands call these functions: same run folders, same errors, typed results.
 
-Every function takes the run folder as ``run`` (default ``s2ap-run``, as on the command line), skips what is
-already done there with the same inputs, and raises the errors of :mod:`s2ap_deploy.errors`. Keywords that say
-how the machine works (``device``, ``threads``, ``resume``, ``recorder``, ...) are those of
-:class:`s2ap_deploy.stages.open_run.Session`. ``settings`` are keys of a recipe by their dotted name, such as
-``{"prune.search.epochs": 5}``, and come before every other argument; a None there is the recipe's null.
+Every function takes the run folder as ``run`` (default ``s2ap-run``), skips stages that are finished with the
+same inputs, and raises the errors of :mod:`s2ap_deploy.errors`. The keyword arguments are those of
+:mod:`s2ap_deploy.stages.arguments`. Nothing here imports torch before it is needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
-from s2ap_deploy.stages.results import Certificates, Loaded, Reports, Trained
+from s2ap_deploy.errors import UsageError
+from s2ap_deploy.recipe import keys
+from s2ap_deploy.stages import arguments
+from s2ap_deploy.stages.results import Certificates, Finished, Loaded, Reports, Trained
 
 if TYPE_CHECKING:
     from torch import nn
 
     from s2ap_deploy.gating.policy import Verdict
+    from s2ap_deploy.onnx_export.decoding import Decoded
     from s2ap_deploy.onnx_export.export_report import ExportReport
+    from s2ap_deploy.planning.dry_run import DryRunReport, SweepDryRunReport
+    from s2ap_deploy.planning.generated_recipe import GeneratedRecipe
     from s2ap_deploy.recipe.schema import Recipe
+    from s2ap_deploy.stages.arguments import (
+        CertifyArguments,
+        ExportArguments,
+        PlanArguments,
+        PretrainArguments,
+        PruneArguments,
+        Session,
+        Settings,
+        Thresholds,
+    )
+    from s2ap_deploy.stages.benchmark_entry import Submission
     from s2ap_deploy.stages.certified_files import Verification
     from s2ap_deploy.stages.context import RunContext
-    from s2ap_deploy.stages.open_run import Session
+    from s2ap_deploy.stages.plan import Plan
+    from s2ap_deploy.sweeps.grid import Combination
+    from s2ap_deploy.sweeps.results import SweepReport
+
+    Model = Path | str | Loaded | nn.Module
 
 DEFAULT_RUN = "s2ap-run"
-
-
-class Thresholds(TypedDict, total=False):
-    """What :func:`gate` may ask for: shares as fractions, bytes, milliseconds, ratios to the dense file."""
-
-    min_clean: float | None
-    min_robust: float | None
-    min_proven: float | None
-    max_drop: float | None
-    max_class_drop: float | None
-    min_sparsity: float | None
-    max_bytes: int | None
-    max_latency_ms: float | None
-    max_latency_ratio: float | None
-    max_age: str | None
-    rule: Literal["lower", "point"]
 
 
 def load_checkpoint(
@@ -55,28 +57,43 @@ def load_checkpoint(
     alpha: float | None = None,
     trust_pickle: bool = False,
 ) -> Loaded:
-    """Read anybody's checkpoint (.pt, .pth, .tar, .safetensors): a strict load, nothing left random.
+    """Read a checkpoint of any origin (.pt, .pth, .tar, .safetensors) with a strict load.
 
-    ``arch`` is a registered name or an import path (``package.module:factory``), None to find it by names and
-    shapes; ``mean`` and ``std`` (one number per channel) become part of the classifier; ``keep`` and
-    ``alpha`` rebuild the masks of a file that holds pruning scores. Raises CheckpointError,
-    UnsafePickleError, ArchitectureError and UsageError.
+    Args:
+        path: the file.
+        arch: a registered name or an import path (``package.module:factory``); None finds it by shapes.
+        mean, std: normalization, one number per channel, which becomes part of the classifier.
+        keep, alpha: rebuild the masks of a file that holds pruning scores.
+        trust_pickle: let the pickle run code.
+
+    Raises:
+        CheckpointError, UnsafePickleError, ArchitectureError, UsageError.
     """
     from s2ap_deploy.models.checkpoints import checkpoint
-    from s2ap_deploy.spec import Normalization
-    from s2ap_deploy.stages.open_run import as_tuple
     from s2ap_deploy.stages.resolve import normalization
 
-    section = normalization(as_tuple(mean), as_tuple(std))
     classifier, info, notes = checkpoint.load(
         path,
         arch=arch,
-        normalization=Normalization.model_validate(section) if section is not None else None,
+        normalization=normalization(_tuple(mean), _tuple(std)),
         keep=keep,
         alpha=alpha,
         trust_pickle=trust_pickle,
     )
     return Loaded(classifier, info, notes)
+
+
+def inspect(path: Path | str, **options: Any) -> dict[str, Any]:
+    """Describe a checkpoint: format, architecture, layers, sparsity.
+
+    ``options`` are ``arch``, ``keep``, ``alpha`` and ``trust_pickle`` of :func:`load_checkpoint`.
+
+    Raises:
+        CheckpointError, UnsafePickleError, ArchitectureError.
+    """
+    from s2ap_deploy.models.checkpoints.checkpoint import describe
+
+    return describe(Path(path), **options)
 
 
 def pretrain(
@@ -85,216 +102,203 @@ def pretrain(
     eps: str,
     *,
     run: Path | str = DEFAULT_RUN,
-    norm: str = "Linf",
-    epochs: int | None = None,
-    loss: str | None = None,
-    seed: int = 0,
-    settings: Mapping[str, Any] | None = None,
-    **session: Unpack[Session],
+    output: Path | str | None = None,
+    **keywords: Unpack[PretrainArguments],
 ) -> Trained:
-    """Train a robust dense network (adversarial training, Madry et al., 2018, eq. 2.1, unless ``loss``
-    differs).
+    """Train a robust dense network by adversarial training (Madry et al., 2018, eq. 2.1) or another ``loss``.
 
-    ``eps`` is the attack's radius as exact text (``8/255``) in units of images in [0, 1]. Raises UsageError,
-    ArchitectureError, DataError and RunFolderError.
+    Args:
+        arch: a registered architecture or an import path.
+        data: a data set, such as ``digits`` or ``imagefolder:PATH``.
+        eps: radius of the attack as exact text (``8/255``), for images in [0, 1].
+        run: the run folder.
+        output: also write the network here (.pt, .pth, .safetensors).
+
+    Raises:
+        UsageError, ArchitectureError, DataError, RunFolderError.
     """
     from s2ap_deploy.models.architectures import registry
+    from s2ap_deploy.models.checkpoints import checkpoint
     from s2ap_deploy.stages import open_run, resolve
     from s2ap_deploy.stages.pretrain import dense
 
+    arguments.check(keywords, arguments.PretrainArguments)
+    target = _output(output, (".pt", ".pth", ".safetensors"), keywords)
     recipe = resolve.resolve(
         {
             "name": "pretrain",
-            "seed": seed,
             "model": {"arch": None if registry.is_import_path(arch) else arch},
-            "data": {"name": data},
-            "threat": {"norm": norm, "eps": eps},
             "pretrain": {},
         },
-        {"pretrain.epochs": epochs, "pretrain.objective.loss": loss, **_said(settings)},
+        _changes({**keywords, "data": data, "eps": eps}, keys.NETWORK, keys.PRETRAIN),
     )
-    with open_run.opened(run, recipe, command="pretrain", arch=arch, **session) as job:
+    with open_run.opened(run, recipe, {**keywords, "arch": arch}, name="pretrain") as job:
         dense(job)
+        if target is not None and job.first:
+            classifier, info, _ = job.classifier("pretrain")
+            checkpoint.save(target, classifier, info)
         return _trained(job, "pretrain")
 
 
 def prune(
-    model: Path | str | Loaded | nn.Module,
+    model: Model,
     sparsity: float | None = None,
     *,
     run: Path | str = DEFAULT_RUN,
-    method: str | None = None,
-    granularity: str | None = None,
-    keep_ratio: float | None = None,
-    budget: str | None = None,
-    s2ap: bool | None = None,
-    gamma: float | None = None,
-    loss: str | None = None,
-    preset: str | None = None,
-    search_epochs: int | None = None,
-    finetune_epochs: int | None = None,
-    data: str | None = None,
-    eps: str | None = None,
-    norm: str | None = None,
-    arch: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    keep: float | None = None,
-    alpha: float | None = None,
-    seed: int = 0,
-    trust_pickle: bool = False,
-    settings: Mapping[str, Any] | None = None,
-    **session: Unpack[Session],
+    **keywords: Unpack[PruneArguments],
 ) -> Trained:
-    """Search a mask with S2AP (Piras et al., 2025, arXiv 2510.18381) and fine-tune what it kept.
+    """Search a mask with S2AP (Piras et al., 2025, arXiv 2510.18381) and fine-tune the kept weights.
 
-    ``model`` is a checkpoint's path, what :func:`load_checkpoint` gave, or a network that takes images
-    float32 [B, C, H, W] in [0, 1]; a network in memory needs ``data`` and ``eps`` (text such as ``8/255``),
-    and is known to later calls in this process only, unless ``arch`` says how another one can build it.
-    ``sparsity`` is the fraction of zeros among prunable weights. None takes the default of the command line.
-    Raises CheckpointError, ArchitectureError, DataError, UsageError and RunFolderError.
+    Args:
+        model: path of a checkpoint, result of :func:`load_checkpoint`, or a network that takes images float32
+            [B, C, H, W] in [0, 1]. A network in memory needs ``data`` and ``eps``, and is known to later
+            calls in this process only, unless ``arch`` says how another process can build it.
+        sparsity: fraction of zeros among prunable weights.
+        run: the run folder.
+
+    Raises:
+        CheckpointError, ArchitectureError, DataError, UsageError, RunFolderError.
     """
-    from s2ap_deploy.recipe.methods import n_of_m
+    from s2ap_deploy.reporting.charts import draw_search
     from s2ap_deploy.stages import open_run
     from s2ap_deploy.stages.prune import prune as work
 
-    asked: dict[str, Any] = {
-        "method": method,
-        "sparsity": sparsity,
-        "granularity": granularity or "weight",
-        "keep_ratio": keep_ratio,
-        "budget": budget,
-        "s2ap": s2ap,
-    }
-    said = _said(settings)
-    if not {"prune.sparsity", "prune.keep_ratio"} & said.keys() and (sparsity, keep_ratio) == (None, None):
-        if n_of_m(asked["granularity"]) is None:
-            from s2ap_deploy.errors import UsageError
-
-            raise UsageError("sparsity is missing", hint="for example sparsity=0.9")
-        asked.pop("sparsity")
-    changes = {
-        "prune.gamma": gamma,
-        "prune.search.epochs": search_epochs,
-        "prune.finetune.epochs": finetune_epochs,
-        "prune.search.objective.loss": loss,
-        "prune.finetune.objective.loss": loss,
-        **said,
-    }
-    source = open_run.Source(model, data, eps, norm, arch, mean, std, keep, alpha, seed, trust_pickle)
-    content = {"prune": {key: value for key, value in asked.items() if value is not None}}
-    with open_run.on_model("prune", source, run, content, preset, changes, session) as job:
+    arguments.check(keywords, arguments.PruneArguments)
+    changes = _pruning({**keywords, "sparsity": sparsity})
+    with open_run.opened_with(model, run, keywords, name="prune", changes=changes) as job:
         work(job)
+        if job.first:
+            job.recorder.note(f"plot of the search: {draw_search(job.run)}")
         return _trained(job, "finetune")
+
+
+def dry_run_prune(
+    model: Path | str,
+    sparsity: float | None = None,
+    *,
+    run: Path | str = DEFAULT_RUN,
+    **keywords: Unpack[PruneArguments],
+) -> DryRunReport:
+    """Estimate the time and bytes of :func:`prune` with the same arguments; write nothing."""
+    from s2ap_deploy.stages import open_run
+
+    arguments.check(keywords, arguments.PruneArguments)
+    changes = _pruning({**keywords, "sparsity": sparsity})
+    recipe = open_run.checkpoint_recipe(Path(model), keywords, name="prune", changes=changes)
+    return _dry_run(recipe, run, keywords, stages=("pretrain", "search", "finetune"))
 
 
 def certify(
     run: Path | str = DEFAULT_RUN,
     *,
-    model: Path | str | Loaded | nn.Module | None = None,
+    model: Model | None = None,
     artifact: Path | str | None = None,
-    n: int | None = None,
-    protocol: str | None = None,
-    provable: bool | None = None,
-    curve: bool | None = None,
-    time_budget: float | None = None,
-    min_robust: float | None = None,
-    max_drop: float | None = None,
-    rule: str | None = None,
-    full: bool | None = None,
-    data: str | None = None,
-    eps: str | None = None,
-    norm: str | None = None,
-    arch: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    keep: float | None = None,
-    alpha: float | None = None,
-    seed: int | None = None,
-    trust_pickle: bool = False,
-    settings: Mapping[str, Any] | None = None,
-    **session: Unpack[Session],
+    **keywords: Unpack[CertifyArguments],
 ) -> Certificates:
     """Attack with AutoAttack (Croce and Hein, 2020, arXiv 2003.01690): the networks of ``run``, or one alone.
 
-    ``model`` is attacked in a run folder of its own (as for :func:`prune`); ``artifact`` is an ONNX file that
-    answers for itself. ``n`` test images, ``time_budget`` in seconds, accuracies as fractions. With
-    ``min_robust`` or ``max_drop``, or a gate in the recipe, attacks stop once that verdict is decided, unless
-    ``full``. Robust accuracy here is an upper bound, never a formal guarantee. Raises OutOfTimeError when the
-    time runs out (``resume=True`` continues), and the errors of :func:`prune`.
+    With ``min_robust`` or ``max_drop``, or a gate in the recipe, attacks stop once that verdict is decided,
+    unless ``full``. Robust accuracy here is an upper bound, never a formal guarantee.
+
+    Args:
+        run: the run folder.
+        model: a network to attack in a run folder of its own, as for :func:`prune`.
+        artifact: an ONNX file whose own predictions are attacked.
+
+    Raises:
+        OutOfTimeError: the time budget ran out; ``resume=True`` continues.
+        UsageError, RunFolderError and the errors of :func:`prune`.
     """
-    from s2ap_deploy.errors import UsageError
-    from s2ap_deploy.stages import early_certify, open_run, resolve
+    from s2ap_deploy.stages import open_run
+    from s2ap_deploy.stages.benchmark_entry import check_entry, write_entry
     from s2ap_deploy.stages.certify import certify as work
-    from s2ap_deploy.stages.certify_file import certify_file
+    from s2ap_deploy.stages.early_certify import asked_policy
 
-    changes: dict[str, Any] = {
-        "certify.version": protocol,
-        "certify.n": n,
-        "certify.provable": provable,
-        "certify.curve": curve,
-        "certify.full": full,
-        **_said(settings),
-    }
-    policy = {"min_robust": min_robust, "max_drop": max_drop, "rule": rule}
-    if full and any(value is not None for value in policy.values()):
-        raise UsageError("full attacks to the end, so min_robust, max_drop and rule mean nothing")
-    if model is not None and artifact is not None:
-        raise UsageError("model and artifact exclude each other")
-    if artifact is not None:
-        from s2ap_deploy.onnx_export.onnx_file import load
-
-        file = load(Path(artifact))
-        recipe = resolve.foreign_recipe(file, Path(run), data=data, eps=eps, norm=norm, seed=seed)
-        with open_run.opened(run, recipe, command="certify", changes=changes, **session) as job:
-            return Certificates(job.run.path, file=certify_file(job, file, time_budget=time_budget))
-    if model is not None:
-        source = open_run.Source(
-            model, data, eps, norm, arch, mean, std, keep, alpha, seed or 0, trust_pickle
+    arguments.check(keywords, arguments.CertifyArguments)
+    # Attacks always compute in float32; only training may use another precision.
+    session: dict[str, Any] = {"precision": "float32", **keywords}
+    changes = _changes(keywords, keys.NETWORK, keys.CERTIFY)
+    policy = {name: keywords.get(name) for name in ("min_robust", "max_drop", "rule")}
+    if keywords.get("full") and any(value is not None for value in policy.values()):
+        raise UsageError(
+            "--full attacks to the end, so --min-robust, --max-drop and --gate mean nothing",
+            code="gate-with-full",
         )
-        place = open_run.on_model("certify", source, run, {}, None, changes, session)
+    if keywords.get("first"):
+        if keywords.get("sample_seed") is not None:
+            raise UsageError("first and sample_seed exclude each other", code="first-with-sample-seed")
+        changes["certify.sample_seed"] = None
+    submission = _submission(keywords, alone=model is not None or artifact is not None)
+    if submission is not None:
+        changes["certify.curve"] = True
+    if artifact is not None:
+        return _certify_file(Path(run), Path(artifact), model, session, changes)
+    if model is not None:
+        place = open_run.opened_with(model, run, session, name="certify", changes=changes)
     else:
-        place = open_run.opened(run, None, command="certify", changes=changes, arch=arch, **session)
+        _refuse_decided(keywords)
+        place = open_run.opened(run, None, session, name="certify", changes=changes)
     with place as job:
         if model is not None and "search" in job.run.manifest.stages:
             raise UsageError(
                 f"{run} holds a pruned network beside this one",
-                hint="leave model out to certify both, or name a folder of its own with run=",
+                code="run-holds-pruned-network",
+                hint="leave the checkpoint out to certify both, or name a folder of its own with --run",
             )
-        work(job, time_budget=time_budget, policy=early_certify.asked_policy(job.recipe, policy))
-        return _certificates(job)
+        if submission is not None:
+            check_entry(job, submission)
+        work(job, time_budget=keywords.get("time_budget"), policy=asked_policy(job.recipe, policy))
+        if not job.first:
+            return Certificates(job.run.path)
+        if submission is not None:
+            write_entry(job, submission, Path(keywords["entry"] or ""))
+            job.recorder.note(f"entry for the Adversarial Pruning Benchmark: {keywords['entry']}")
+        return _certified(job)
 
 
 def export(
-    run: Path | str = DEFAULT_RUN,
-    *,
-    output: Path | str | None = None,
-    encoding: str | None = None,
-    values: str | None = None,
-    int8: bool | None = None,
-    target: str | None = None,
-    bench: bool = False,
-    arch: str | None = None,
-    settings: Mapping[str, Any] | None = None,
-    **session: Unpack[Session],
+    run: Path | str = DEFAULT_RUN, *, output: Path | str | None = None, **keywords: Unpack[ExportArguments]
 ) -> ExportReport:
     """Write the run's network as sparse ONNX and check it bit for bit, logit for logit, point for point.
 
-    ``output`` gets a copy, also over a file that is there. ``target`` names a device profile.
-    ``bench`` measures the file beside its dense twin: milliseconds, ratios with quartiles, peak memory in
-    bytes (``report.performance``). Raises VerificationError when the file is not its network or misses a
-    budget, and leaves nothing then.
+    Args:
+        run: the run folder.
+        output: also copy the file here.
+
+    Raises:
+        VerificationError: the file differs from its network or misses a budget; it is removed.
+        UsageError, RunFolderError.
     """
     from s2ap_deploy.stages import open_run, resolve
     from s2ap_deploy.stages.export import export as work
 
-    section = {"encoding": encoding, "values": values, "int8": int8}
+    arguments.check(keywords, arguments.ExportArguments)
+    target = _output(output, (".onnx",), keywords)
+    open_run.refuse_registered(keywords.get("arch"), "the run folder")
+    changes = _changes(keywords, keys.EXPORT)
+    with open_run.opened(
+        run,
+        None,
+        keywords,
+        name="export",
+        changes=lambda recipe: resolve.export_changes(changes, recipe),
+    ) as job:
+        return work(job, output=target, bench=keywords.get("bench", False))
 
-    def changes(recipe: Recipe) -> dict[str, Any]:
-        return {**resolve.export_changes(section, target, recipe), **_said(settings)}
 
-    with open_run.opened(run, None, command="export", changes=changes, arch=arch, **session) as job:
-        return work(job, output=Path(output) if output is not None else None, bench=bench)
+def decode(path: Path | str, output: Path | str, *, overwrite: bool = False) -> Decoded:
+    """Write the dense ONNX file of a sparse one.
+
+    Raises:
+        VerificationError: the weights or logits of both differ.
+        CheckpointError, UsageError.
+    """
+    from s2ap_deploy.onnx_export.decoding import decode_file
+    from s2ap_deploy.onnx_export.onnx_file import load
+
+    target = _output(output, (".onnx",), {"overwrite": overwrite})
+    assert target is not None
+    return decode_file(load(Path(path)), target)
 
 
 def gate(
@@ -302,25 +306,32 @@ def gate(
     *,
     baseline: Path | str | None = None,
     thresholds: Mapping[str, Any] | None = None,
+    command: str = "python: gate",
     **named: Unpack[Thresholds],
 ) -> Verdict:
-    """Judge the run: ``verdict.status`` is pass, fail or inconclusive, ``verdict.exit_code`` 0, 1 or 3.
+    """Judge the run against thresholds; ``verdict.exit_code`` is 0 (pass), 1 (fail) or 3 (inconclusive).
 
-    Thresholds are ``min_robust``, ``max_drop``, ``max_class_drop``, ``min_clean``, ``min_proven``,
-    ``min_sparsity`` (fractions), ``max_bytes``, ``max_latency_ms``, ``max_latency_ratio``, ``max_age``
-    (``30d``) and ``rule`` (``lower`` or ``point``), by keyword or in ``thresholds``; without any, those of
-    the run's recipe apply. Imports no torch. Raises UsageError for what is no threshold, InconclusiveError
-    where nothing is certified.
+    Imports no torch.
+
+    Args:
+        run: the run folder.
+        baseline: certificate that drops are measured against, instead of the run's dense one.
+        thresholds: thresholds by name, also accepted as keywords; the recipe's where there are none.
+        command: text that the manifest records.
+
+    Raises:
+        UsageError: a name or a value that is no threshold.
+        InconclusiveError: nothing is certified.
     """
     from pydantic import ValidationError
 
-    from s2ap_deploy.errors import UsageError
     from s2ap_deploy.gating.policy import GatePolicy
+    from s2ap_deploy.recipe import diagnosis
     from s2ap_deploy.runs.folder import Run
     from s2ap_deploy.stages.gate import gate as work
 
     given = {key: value for key, value in {**(thresholds or {}), **named}.items() if value is not None}
-    with Run.open(run, create=False, command="python: gate") as folder:
+    with Run.open(run, create=False, command=command) as folder:
         stated: dict[str, Any] = {}
         if not given.keys() - {"rule", "max_age"}:
             recipe = folder.load_recipe()
@@ -328,12 +339,8 @@ def gate(
         try:
             policy = GatePolicy.model_validate({**stated, **given})
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the thresholds"
-            raise UsageError(
-                f"{where}: {first['msg'].removeprefix('Value error, ')}",
-                hint=f"thresholds are {', '.join(GatePolicy.model_fields)}",
-            ) from None
+            hint = f"thresholds are {', '.join(GatePolicy.model_fields)}"
+            raise diagnosis.refused(error, GatePolicy, hint=hint) from None
         return work(folder, policy, baseline=Path(baseline) if baseline is not None else None)
 
 
@@ -342,44 +349,80 @@ def verify(
     *,
     run: Path | str | None = None,
     files_only: bool = False,
-    k: int = 10,
+    k: int | None = None,
     seed: int | None = None,
-    arch: str | None = None,
+    in_toto: Path | str | None = None,
     **session: Unpack[Session],
 ) -> Verification:
-    """Hold a certificate's file against every file it names, and attack ``k`` of its survivors anew.
+    """Check a certificate against every file it names, and attack ``k`` of its robust images again.
 
-    ``files_only`` checks hashes, counts, intervals and the recipe alone, which needs no torch. ``seed`` None
-    is drawn, so that whoever made the certificate could not know it. Nothing is written. Raises InputError
-    for what is no certificate, UsageError where no run folder is found.
+    The run folder is only read.
+
+    Args:
+        certificate: the certificate's file.
+        run: its run folder, by default the one around it.
+        files_only: check hashes, counts, intervals and the recipe alone, which needs no torch.
+        k: number of images to attack again, 10 by default.
+        seed: seed of their choice and of the attacks; None draws one.
+        in_toto: write an unsigned in-toto statement here, if everything is confirmed.
+
+    Raises:
+        InputError: the file is no certificate.
+        UsageError: there is no run folder.
     """
-    import secrets
-
     from s2ap_deploy.stages.certified_files import run_folder, verify_files
 
-    path = Path(certificate)
-    folder = run_folder(path, Path(run) if run is not None else None)
+    arguments.check(session, arguments.Session)
     if files_only:
-        return verify_files(path, folder)
+        if (k, seed, in_toto) != (None, None, None):
+            raise UsageError(
+                "--files attacks nothing, so --k, --seed and --in-toto do not go with it",
+                code="verify-files-excludes-attacks",
+            )
+        return verify_files(Path(certificate), Path(run) if run is not None else None)
 
-    from s2ap_deploy.recorder import Silent
+    import secrets
+
     from s2ap_deploy.stages import open_run
     from s2ap_deploy.stages.verify import verify as work
 
-    return work(
-        path,
-        folder,
-        k=k,
-        seed=secrets.randbelow(2**31) if seed is None else seed,
-        machine=open_run.machine(folder, arch=arch, **session),
-        recorder=session.get("recorder") or Silent(),
-    )
+    open_run.refuse_registered(session.get("arch"), "the certificate")
+    statement = _output(in_toto, (".json",), {"overwrite": True})
+    path = Path(certificate)
+    folder = run_folder(path, Path(run) if run is not None else None)
+    if statement is not None and statement.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"{statement} is inside the run folder",
+            code="output-inside-run",
+            hint="name a file outside of it",
+        )
+    recorder, machine = open_run.recorder(session), open_run.machine(folder, session)
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    if session.get("verbose"):
+        for line in (*open_run.machine_lines(folder, machine), f"seed {seed}"):
+            recorder.note(f"debug: {line}")
+    found = work(path, folder, k=10 if k is None else k, seed=seed, machine=machine, recorder=recorder)
+    if statement is not None and found.status == "pass":
+        _write_statement(statement, path, found)
+    if session.get("verbose"):
+        certified = (
+            f"certificate: SHA-256 {found.certificate_sha256}; {found.attacked} images attacked again",
+        )
+        for line in (*certified, *(f"{each.name}: SHA-256 {each.sha256}" for each in found.subjects)):
+            recorder.note(f"debug: {line}")
+    return found
 
 
 def report(run: Path | str = DEFAULT_RUN, *, output: Path | str | None = None, images: int = 12) -> Reports:
-    """Write the run's HTML page and model card into ``output``, or ``report`` in the run folder.
+    """Write the run's HTML page and model card.
 
-    ``images`` is the most attacked images to show. Raises RunFolderError and StorageError.
+    Args:
+        run: the run folder; it may be unfinished.
+        output: folder for both files, by default ``report`` in the run folder.
+        images: the most attacked images to show.
+
+    Raises:
+        RunFolderError, StorageError.
     """
     from s2ap_deploy import files
     from s2ap_deploy.errors import StorageError
@@ -391,26 +434,468 @@ def report(run: Path | str = DEFAULT_RUN, *, output: Path | str | None = None, i
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"cannot create {folder}: {error.strerror}", hint="name another output") from error
+        raise StorageError(
+            f"cannot create {folder}: {error.strerror}", code="folder-not-created", hint="name another output"
+        ) from error
     written = Reports(
-        folder / "report.html", folder / "model-card.md", (*facts.problems, *facts.missing.values())
+        page=folder / "report.html",
+        card=folder / "model-card.md",
+        status=facts.verdict.status if facts.verdict is not None else None,
+        missing=dict(facts.missing),
+        problems=tuple(facts.problems),
     )
     files.write_text(written.page, page.render(facts))
     files.write_text(written.card, card.render(facts))
     return written
 
 
-def _said(settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The settings as changes to a recipe, in which None would mean that nobody gave one."""
-    from s2ap_deploy.stages.resolve import NULL
+def run(
+    recipe: Path | str,
+    *,
+    run: Path | str = DEFAULT_RUN,
+    overrides: Sequence[str] = (),
+    time_budget: float | None = None,
+    **session: Unpack[Settings],
+) -> Finished:
+    """Run a recipe from its first stage to its verdict.
 
-    return {key: NULL if value is None else value for key, value in (settings or {}).items()}
+    Args:
+        recipe: name of a shipped recipe, or path of a YAML file.
+        run: the run folder.
+        overrides: ``key.path=value`` with the value in YAML, as ``--set``.
+        time_budget: seconds that attacks may take.
+
+    Raises:
+        What the stages raise.
+    """
+    from s2ap_deploy.reporting.charts import draw_curves, draw_search
+    from s2ap_deploy.reporting.summary import summarize
+    from s2ap_deploy.stages import open_run
+    from s2ap_deploy.stages.pipeline import whole
+
+    arguments.check(session, arguments.Settings)
+    resolved = _resolved(recipe, overrides, session)
+    with open_run.opened(run, resolved, session, name="run") as job:
+        verdict = whole(job, time_budget=time_budget)
+        if not job.first:
+            return Finished(job.run.path, {}, None)
+        if resolved.prune is not None:
+            draw_search(job.run)
+        if resolved.certify.curve:
+            draw_curves(job.run)
+        return Finished(job.run.path, summarize(job.run, verdict), verdict)
+
+
+def dry_run(
+    recipe: Path | str,
+    *,
+    run: Path | str = DEFAULT_RUN,
+    overrides: Sequence[str] = (),
+    **session: Unpack[Settings],
+) -> DryRunReport:
+    """Estimate the time and bytes of :func:`run` with the same arguments; write nothing."""
+    arguments.check(session, arguments.Settings)
+    return _dry_run(_resolved(recipe, overrides, session), run, session)
+
+
+def sweep(
+    recipe: Path | str,
+    axes: Mapping[str, Sequence[Any]],
+    *,
+    run: Path | str = "s2ap-sweep",
+    seeds: int = 1,
+    overrides: Sequence[str] = (),
+    **session: Unpack[Session],
+) -> SweepReport:
+    """Run a recipe in all combinations of ``axes`` and compare them.
+
+    Args:
+        recipe: name of a shipped recipe, or path of a YAML file.
+        axes: values of ``sparsity``, ``method``, ``s2ap``, ``granularity`` and ``budget`` to combine.
+        run: the sweep's folder.
+        seeds: repetitions of every combination, with seeds that count up from the recipe's.
+        overrides: ``key.path=value`` with the value in YAML, as ``--set``.
+
+    Raises:
+        UsageError: no combination is possible, or the folder holds another sweep.
+    """
+    import functools
+
+    from s2ap_deploy import tracking
+    from s2ap_deploy.stages import open_run
+    from s2ap_deploy.sweeps.runner import SweepFolder, possible
+    from s2ap_deploy.sweeps.runner import sweep as work
+
+    arguments.check(session, arguments.Session)
+    points = _grid(recipe, axes, seeds, overrides, session)
+    folder, resume = Path(run), session.get("resume", False)
+    machine = open_run.machine(folder, session)
+    # Refuse before the folder is made.
+    possible(points)
+    tracking.require(session.get("track", ()))
+    with SweepFolder(folder, resume=resume, overwrite=session.get("overwrite", False)) as opened:
+        return work(
+            opened,
+            points,
+            machine,
+            open_run.recorder(session),
+            axes={**{key: value for key, value in axes.items() if value}, "seeds": seeds},
+            resume=resume,
+            command=session.get("command", "python: sweep"),
+            changed=_write_sweep,
+            telling=functools.partial(open_run.reported, session=session),
+        )
+
+
+def dry_run_sweep(
+    recipe: Path | str,
+    axes: Mapping[str, Sequence[Any]],
+    *,
+    run: Path | str = "s2ap-sweep",
+    seeds: int = 1,
+    overrides: Sequence[str] = (),
+    **session: Unpack[Session],
+) -> SweepDryRunReport:
+    """Estimate the time and bytes of :func:`sweep` with the same arguments; write nothing."""
+    from s2ap_deploy.planning.dry_run import rehearse_sweep
+    from s2ap_deploy.stages import open_run
+
+    arguments.check(session, arguments.Session)
+    points = _grid(recipe, axes, seeds, overrides, session)
+    return rehearse_sweep(points, Path(run), open_run.machine(Path(run), session), open_run.recorder(session))
+
+
+def plan(
+    checkpoint: Path | str | None = None,
+    *,
+    arch: str | None = None,
+    num_classes: int | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    **keywords: Unpack[PlanArguments],
+) -> Plan:
+    """Predict bytes, multiply-accumulates and parameters of pruning and export from shapes alone.
+
+    Args:
+        checkpoint: a file, of which only names and shapes matter; without it ``arch`` is needed.
+        arch: a registered architecture or an import path.
+        num_classes: number of classes, by default the architecture's.
+        input_size: image size (C, H, W), by default the architecture's.
+
+    Raises:
+        UsageError, CheckpointError, ArchitectureError.
+    """
+    from s2ap_deploy.planning.model_source import blueprint, read
+    from s2ap_deploy.stages import resolve
+    from s2ap_deploy.stages.plan import plan as work
+
+    arguments.check(keywords, arguments.PlanArguments)
+    if checkpoint is None and arch is None:
+        raise UsageError(
+            "name a checkpoint or an architecture",
+            code="model-missing",
+            hint="s2ap-deploy plan model.pt --sparsity 0.9, or plan --arch cifar-resnet18 --sparsity 0.9",
+        )
+    shape: dict[str, Any] = {"num_classes": num_classes, "input_size": input_size}
+    pruning, exporting, found = resolve.plan_sections(keywords)
+    if checkpoint is not None:
+        masks: dict[str, Any] = {name: keywords.get(name) for name in ("keep", "alpha")}
+        trusted = keywords.get("trust_pickle", False)
+        drawn = read(Path(checkpoint), arch=arch, trust_pickle=trusted, **shape, **masks)
+    else:
+        assert arch is not None
+        drawn = blueprint(arch, real=pruning.granularity == "channel", **shape)
+    return work(drawn.network, drawn.input_size, pruning, exporting, name=drawn.name, found=found)
+
+
+def init(
+    checkpoint: Path | str,
+    output: Path | str = "recipe.yaml",
+    *,
+    sparsity: float = 0.9,
+    arch: str | None = None,
+    data: str | None = None,
+    eps: str | None = None,
+    norm: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    keep: float | None = None,
+    alpha: float | None = None,
+    trust_pickle: bool = False,
+    overwrite: bool = False,
+) -> GeneratedRecipe:
+    """Write a commented recipe for a checkpoint into the YAML file ``output``.
+
+    The other arguments are those of :func:`prune`. ``guesses`` of the result are keys to check,
+    ``blanks`` are keys to fill in.
+
+    Raises:
+        CheckpointError, ArchitectureError, UsageError.
+    """
+    from s2ap_deploy import files
+    from s2ap_deploy.planning.generated_recipe import draft
+    from s2ap_deploy.spec import parse_eps
+    from s2ap_deploy.stages.resolve import normalization
+
+    target = _output(output, (".yaml", ".yml"), {"overwrite": overwrite})
+    assert target is not None
+    try:
+        radius = None if eps is None else parse_eps(eps)
+    except ValueError as error:
+        raise UsageError(f"eps: {error}", code="eps-invalid") from None
+    written = draft(
+        Path(checkpoint),
+        recipe_file=target,
+        arch=arch,
+        data=data,
+        eps=radius,
+        norm=norm,
+        sparsity=sparsity,
+        normalization=normalization(_tuple(mean), _tuple(std)),
+        trust_pickle=trust_pickle,
+        keep=keep,
+        alpha=alpha,
+    )
+    files.write_text(target, written.text)
+    return written
+
+
+def compare(runs: Sequence[Path | str]) -> dict[str, Any]:
+    """Compare the masks of two or more run folders, which are only read.
+
+    Returns, for every pair, the Hamming distance (fraction of mask bits that differ), the fraction of kept
+    weights replaced and the intersection over union, also per layer.
+
+    Raises:
+        UsageError, RunFolderError.
+    """
+    from s2ap_deploy.stages.compare import compare as work
+
+    return work([Path(each) for each in runs])
+
+
+def _changes(given: Mapping[str, Any], *tables: keys.Keywords) -> dict[str, Any]:
+    """Return the recipe keys that keyword arguments set, with ``settings`` last."""
+    found: dict[str, Any] = {}
+    for table in tables:
+        found |= keys.changes(table, given)
+    return {**found, **(given.get("settings") or {})}
+
+
+def _certify_file(
+    folder: Path, path: Path, model: Model | None, session: dict[str, Any], changes: dict[str, Any]
+) -> Certificates:
+    """Certify an ONNX file, which may also be named by its path inside the run folder."""
+    from s2ap_deploy.onnx_export.onnx_file import load
+    from s2ap_deploy.stages import open_run, resolve
+    from s2ap_deploy.stages.certify_file import certify_file
+
+    of_networks = (
+        "arch",
+        "mean",
+        "std",
+        "keep",
+        "alpha",
+        "provable",
+        "curve",
+        "min_robust",
+        "max_drop",
+        "rule",
+    )
+    unfit = [name for name in of_networks if session.get(name) is not None]
+    if model is not None:
+        unfit.insert(0, "model")
+    if unfit:
+        raise UsageError(
+            f"{', '.join(unfit)}: not together with artifact, which certifies the file as it is",
+            code="artifact-with-network-options",
+            hint="leave one of them out",
+        )
+    file = load(path if path.exists() or not (folder / path).exists() else folder / path)
+    recipe = resolve.foreign_recipe(file, folder, changes)
+    with open_run.opened(folder, recipe, session, name="certify", changes=changes) as job:
+        certificate = certify_file(job, file, time_budget=session.get("time_budget"))
+        if not job.first:
+            return Certificates(job.run.path)
+        results: Any = job.run.manifest.stages["artifact"].results
+        return Certificates(job.run.path, file=certificate, results=results or {})
+
+
+def _write_statement(path: Path, certificate: Path, found: Verification) -> None:
+    """Write an unsigned in-toto statement on a verified certificate. Raises StorageError."""
+    from s2ap_deploy import files, runtime
+    from s2ap_deploy.evaluation.certificate import Certificate
+    from s2ap_deploy.reporting.in_toto import statement
+
+    verification = {
+        "status": found.status,
+        "attackedAnew": found.attacked,
+        "seed": found.seed,
+        "tool": f"s2ap-deploy {runtime.versions().get('s2ap-deploy', 'unknown')}",
+    }
+    subjects = [(subject.name, subject.sha256) for subject in found.subjects]
+    files.write_json(
+        path, statement(Certificate.load(certificate), subjects=subjects, verification=verification)
+    )
+
+
+def _refuse_decided(given: Mapping[str, Any]) -> None:
+    """Refuse arguments about the network where the run folder has already decided them."""
+    from s2ap_deploy.stages import open_run
+
+    if decided := [name for name in keys.NETWORK if given.get(name) is not None]:
+        raise UsageError(
+            f"{', '.join(decided)}: the run folder has already decided this",
+            code="already-decided",
+            hint="leave it out, or name the checkpoint and a folder of its own with --run",
+        )
+    open_run.refuse_registered(given.get("arch"), "the run folder")
+
+
+def _submission(given: Mapping[str, Any], *, alone: bool) -> Submission | None:
+    """Return the entry for the Adversarial Pruning Benchmark that is asked for, if any."""
+    partners: dict[str, Any] = {name: given.get(f"ap_{name}") for name in ("method", "paper", "pretraining")}
+    if given.get("entry") is None:
+        if useless := [f"ap_{name}" for name, value in partners.items() if value is not None]:
+            raise UsageError(
+                f"{', '.join(useless)}: only for an entry",
+                code="entry-missing",
+                hint="add --ap-benchmark-entry FILE",
+            )
+        return None
+    if partners["method"] is None or partners["paper"] is None:
+        raise UsageError(
+            "an entry for the benchmark needs --ap-method and --ap-paper",
+            code="entry-incomplete",
+            hint="for example --ap-method HARP_Zhao2023Holistic --ap-paper https://arxiv.org/abs/2412.14714",
+        )
+    if alone:
+        raise UsageError(
+            "an entry for the benchmark is for a pruned run",
+            code="entry-needs-pruned-run",
+            hint="leave CHECKPOINT and --artifact out",
+        )
+    from s2ap_deploy.stages.benchmark_entry import Submission
+
+    _output(given["entry"], (".json",), {"overwrite": True})
+    return Submission(**partners)
+
+
+def _certified(job: RunContext) -> Certificates:
+    """Return the certificates of a run, after drawing its security curve."""
+    from s2ap_deploy.evaluation.certificate import Certificate
+    from s2ap_deploy.reporting.charts import draw_curves
+
+    if job.recipe.certify.curve:
+        job.recorder.note(f"security curve: {draw_curves(job.run)}")
+    stage = job.run.manifest.stages["certify"]
+    results: Any = stage.results
+    found = {
+        role: Certificate.load(job.run.output("certify", f"{role}.json"))
+        for role in ("dense", "pruned")
+        if any(output.path == f"certify/{role}.json" for output in stage.outputs)
+    }
+    return Certificates(
+        job.run.path, dense=found.get("dense"), pruned=found.get("pruned"), results=results or {}
+    )
+
+
+def _pruning(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe keys that the arguments of :func:`prune` set, over those of its preset."""
+    from s2ap_deploy.recipe.schema import preset
+
+    start = preset(given["preset"]) if given.get("preset") is not None else {}
+    if given.get("steps"):
+        given = {**given, **_steps(tuple(given["steps"]), given.get("sparsity"))}
+    return {"prune": {}, **start, **_changes(given, keys.NETWORK, keys.PRUNE)}
+
+
+def _steps(path: tuple[float, ...], sparsity: float | None) -> dict[str, Any]:
+    """Split a path of sparsities into the steps and their end, which ``sparsity`` may repeat."""
+    if sparsity is None or sparsity == path[-1]:
+        return {"steps": path[:-1], "sparsity": path[-1]}
+    return {"steps": path, "sparsity": sparsity}
+
+
+def _resolved(recipe: Path | str, overrides: Sequence[str], session: Mapping[str, Any]) -> Recipe:
+    from s2ap_deploy.recipe import catalog
+    from s2ap_deploy.stages import open_run, resolve
+
+    open_run.refuse_registered(session.get("arch"), "the recipe")
+    found = catalog.load(str(recipe), overrides=overrides)
+    return resolve.changed(found, session["settings"]) if session.get("settings") else found
+
+
+def _grid(
+    recipe: Path | str,
+    axes: Mapping[str, Sequence[Any]],
+    seeds: int,
+    overrides: Sequence[str],
+    session: Mapping[str, Any],
+) -> tuple[Combination, ...]:
+    from s2ap_deploy.recipe import catalog
+    from s2ap_deploy.stages import open_run
+    from s2ap_deploy.sweeps.grid import Axes, combinations
+
+    open_run.refuse_registered(session.get("arch"), "the recipe")
+    return combinations(catalog.document(str(recipe), overrides=overrides), Axes(**axes, seeds=seeds))
+
+
+def _dry_run(recipe: Recipe, run: Path | str, session: Mapping[str, Any], **options: Any) -> DryRunReport:
+    import dataclasses
+
+    from s2ap_deploy.distributed.collectives import SINGLE_PROCESS
+    from s2ap_deploy.planning import dry_run as planning
+    from s2ap_deploy.stages import open_run
+
+    open_run.recorder(session).note("timing a few steps of each kind")
+    again: dict[str, Any] = {key: bool(session.get(key)) for key in ("resume", "overwrite")}
+    machine = open_run.machine(Path(run), session)
+    alone = dataclasses.replace(machine, ranks=SINGLE_PROCESS)
+    return machine.ranks.on_first(
+        lambda: planning.dry_run_report(recipe, Path(run), alone, **again, **options)
+    )
+
+
+def _write_sweep(report: SweepReport, folder: Path) -> None:
+    """Write the sweep's tables and plot, after every combination."""
+    from s2ap_deploy.reporting import pareto_plot
+    from s2ap_deploy.reporting import sweep_report as tables
+
+    tables.write(report, folder)
+    pareto_plot.draw_pareto(report, folder)
+
+
+def _output(path: Path | str | None, suffixes: tuple[str, ...], given: Mapping[str, Any]) -> Path | None:
+    """Refuse an output that could not be written in the end. Raises UsageError."""
+    if path is None:
+        return None
+    found = Path(path)
+    if found.suffix not in suffixes:
+        raise UsageError(
+            f"cannot tell the format of {found}",
+            code="output-format-unknown",
+            hint=f"end its name in {' or '.join(suffixes)}",
+        )
+    if found.is_dir() or (found.exists() and not given.get("overwrite")):
+        raise UsageError(
+            f"{found} exists", code="output-exists", hint="add --overwrite, or choose another --output"
+        )
+    if not found.parent.is_dir():
+        raise UsageError(
+            f"there is no folder {found.parent} for {found.name}", code="folder-missing", hint="make it first"
+        )
+    return found
+
+
+def _tuple(numbers: Sequence[float] | None) -> tuple[float, ...] | None:
+    return tuple(numbers) if numbers is not None else None
 
 
 def _trained(job: RunContext, stage: Any) -> Trained:
     from s2ap_deploy.runs.folder import MODEL
 
-    results: Any = job.run.manifest.stages[stage].results or {}
+    stages = job.run.manifest.stages
+    results: Any = stages[stage].results or {}
     best = results.get("best") or {}
     return Trained(
         run=job.run.path,
@@ -418,15 +903,5 @@ def _trained(job: RunContext, stage: Any) -> Trained:
         clean_accuracy=best.get("clean_accuracy"),
         robust_accuracy=best.get("robust_accuracy"),
         sparsity=results.get("sparsity"),
+        stages={name: stages[name].results for name in stages if name in ("pretrain", "search", "finetune")},
     )
-
-
-def _certificates(job: RunContext) -> Certificates:
-    from s2ap_deploy.evaluation.certificate import Certificate
-
-    found = {
-        role: Certificate.load(job.run.output("certify", f"{role}.json"))
-        for role in ("dense", "pruned")
-        if any(output.path == f"certify/{role}.json" for output in job.run.manifest.stages["certify"].outputs)
-    }
-    return Certificates(job.run.path, dense=found.get("dense"), pruned=found.get("pruned"))

@@ -1,4 +1,4 @@
-"""Value objects that every room shares: threat model, input layout, normalization. No torch."""
+"""Value objects shared by all packages: threat model, input layout, normalization, data set."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 Norm = Literal["Linf", "L2", "L1"]
 
 RADIUS = re.compile(r"\d+/\d+|\d+\.?\d*([eE][+-]?\d{1,2})?|\.\d+([eE][+-]?\d{1,2})?")
 
 
+def invalid(code: str, message: str) -> PydanticCustomError:
+    """Return the error that a validator raises, with a stable ``code`` in kebab-case as its type."""
+    return PydanticCustomError(code, "{message}", {"message": message})
+
+
 class Record(BaseModel):
-    """Immutable, and an unknown key is an error rather than a silent default."""
+    """Immutable; an unknown key is an error rather than a silent default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -23,18 +29,19 @@ class Record(BaseModel):
 def parse_eps(value: Any) -> str:
     """Check that ``value`` is a finite positive radius and return its text unchanged.
 
-    ``8/255`` stays ``8/255``: rounding it to 0.031 would be another threat model.
+    ``8/255`` stays ``8/255``: rounding it to 0.031 would be another threat model. Raises a ValueError whose
+    code is ``eps-invalid``.
     """
     text = value.strip() if isinstance(value, str) else repr(value)
     # Fraction would write 1e-300000000 out in full; no radius needs such a text.
     if len(text) > 32 or not RADIUS.fullmatch(text):
-        raise ValueError(f"not a number or a fraction such as 8/255: {text[:32]!r}")
+        raise invalid("eps-invalid", f"not a number or a fraction such as 8/255: {text[:32]!r}")
     try:
         radius = float(Fraction(text))
     except ZeroDivisionError:
-        raise ValueError(f"not a number or a fraction such as 8/255: {text!r}") from None
+        raise invalid("eps-invalid", f"not a number or a fraction such as 8/255: {text!r}") from None
     if radius <= 0:
-        raise ValueError(f"must be positive, not {text}")
+        raise invalid("eps-invalid", f"must be positive, not {text}")
     return text
 
 
@@ -42,13 +49,13 @@ Eps = Annotated[str, BeforeValidator(parse_eps)]
 
 
 class ThreatModel(Record):
-    """An attacker who may move an input by at most ``eps`` in ``norm``, within [0, 1].
+    """Perturbations of an input by at most ``eps`` in ``norm``, within [0, 1].
 
     ``eps`` is the exact text (``8/255``); ``radius`` is its float value.
     """
 
-    norm: Norm = "Linf"
-    eps: Eps
+    norm: Norm = Field(default="Linf", description="Norm of the attack.")
+    eps: Eps = Field(description="Attack radius, such as 8/255 or 0.1.")
 
     @property
     def radius(self) -> float:
@@ -59,7 +66,7 @@ class ThreatModel(Record):
 
 
 class Preprocessing(Record):
-    """How an image file becomes the tensor that the classifier sees.
+    """Conversion of an image file to the input tensor of the classifier.
 
     The classifier's input is always float32 NCHW in [0, 1]; ``size`` is (C, H, W).
     ``resize`` is the shorter side in pixels before the center ``crop``; None leaves the image as it is.
@@ -76,20 +83,22 @@ class Preprocessing(Record):
 class Normalization(Record):
     """Per-channel ``(x - mean) / std``, applied inside the classifier."""
 
-    mean: tuple[float, ...] = Field(min_length=1)
-    std: tuple[float, ...] = Field(min_length=1)
+    mean: tuple[float, ...] = Field(min_length=1, description="Mean per channel, such as 0.49,0.48,0.45.")
+    std: tuple[float, ...] = Field(min_length=1, description="Standard deviation per channel.")
 
     @model_validator(mode="after")
     def _can_be_applied(self) -> Normalization:
         if len(self.mean) != len(self.std):
-            raise ValueError(f"{len(self.mean)} means for {len(self.std)} standard deviations")
+            raise invalid(
+                "normalization-incomplete", f"{len(self.mean)} means for {len(self.std)} standard deviations"
+            )
         if not all(map(math.isfinite, self.mean)) or not all(0 < value < math.inf for value in self.std):
-            raise ValueError("means must be finite and standard deviations positive")
+            raise invalid("normalization-invalid", "means must be finite and standard deviations positive")
         return self
 
 
 class DataSpec(Record):
-    """What a data set is, without its pixels or where they lie."""
+    """Description of a data set, without its images or their place on disk."""
 
     name: str
     preprocessing: Preprocessing

@@ -11,23 +11,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import click
 import pytest
 import torch
 from torch import nn
 
 import s2ap_deploy
 import s2ap_deploy.api
-from s2ap_deploy.api import Thresholds
+from s2ap_deploy.cli.main import cli
 from s2ap_deploy.errors import ArchitectureError, DataError, DeployError, RunFolderError, UsageError
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.gating.policy import GatePolicy
 from s2ap_deploy.models.architectures.registry import build
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export.export_report import PairedTimes, Performance
+from s2ap_deploy.recipe import keys
+from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import Normalization
+from s2ap_deploy.stages import arguments, open_run
 from s2ap_deploy.stages import export as delivery
-from s2ap_deploy.stages import open_run
 
 SHORT = {"search_epochs": 1, "finetune_epochs": 1, "eps": "0.5", "threads": 1}
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
@@ -163,44 +166,54 @@ def own(sparsity: float | None = 0.5, **said: Any) -> Callable[[Path], Any]:
 
 
 @pytest.mark.parametrize(
-    ("call", "kind", "words"),
+    ("call", "kind", "code"),
     [
-        (lambda f: s2ap_deploy.prune(f / "no.pt", 0.5), DeployError, "no.pt"),
-        (lambda f: s2ap_deploy.prune(5, 0.5), UsageError, "not int"),
-        (lambda f: s2ap_deploy.load_checkpoint(f / "no.pt", mean=[0.5]), UsageError, "belong together"),
-        (own(eps="0.1"), UsageError, "which data"),
-        (own(data="digits"), UsageError, "which attack"),
-        (own(None, data="digits", eps="0.1"), UsageError, "sparsity is missing"),
-        (own(data="digts", eps="0.1"), DataError, "digts"),
-        (own(1.5, data="digits", eps="0.1"), UsageError, "sparsity"),
-        (own(data="digits", eps="-1"), UsageError, "eps"),
-        (own(data="mnist", eps="0.1"), ArchitectureError, "28"),
-        (own(data="digits", eps="0.1", mean=[0.1], std=[0.2]), UsageError, "for files"),
+        (lambda f: s2ap_deploy.prune(f / "no.pt", 0.5), DeployError, None),
+        (lambda f: s2ap_deploy.prune(5, 0.5), UsageError, "model-invalid"),
+        (
+            lambda f: s2ap_deploy.load_checkpoint(f / "no.pt", mean=[0.5]),
+            UsageError,
+            "normalization-incomplete",
+        ),
+        (own(eps="0.1"), UsageError, "data-missing"),
+        (own(data="digits"), UsageError, "eps-missing"),
+        (own(None, data="digits", eps="0.1"), UsageError, "sparsity-missing"),
+        (own(data="digts", eps="0.1"), DataError, None),
+        (own(1.5, data="digits", eps="0.1"), UsageError, "value-invalid"),
+        (own(data="digits", eps="-1"), UsageError, "eps-invalid"),
+        (own(data="mnist", eps="0.1"), ArchitectureError, None),
+        (own(data="digits", eps="0.1", mean=[0.1], std=[0.2]), UsageError, "model-in-memory"),
         (
             lambda f: s2ap_deploy.prune(nn.Flatten(), 0.5, data="digits", eps="0.1", run=f / "r"),
             DeployError,
-            "",
+            None,
         ),
-        (own(settings={"prune.gama": 1}, data="digits", eps="0.1"), UsageError, "did you mean prune.gamma"),
-        (own(settings={"prune.sparsity.x": 1}, data="digits", eps="0.1"), UsageError, "holds a value"),
-        (lambda f: s2ap_deploy.certify(f / "empty"), RunFolderError, "empty"),
-        (lambda f: s2ap_deploy.certify(f, full=True, min_robust=0.1), UsageError, "full"),
-        (lambda f: s2ap_deploy.certify(f, model=Own(), artifact="x.onnx"), UsageError, "exclude"),
-        (lambda f: s2ap_deploy.export(f / "empty"), RunFolderError, "empty"),
-        (lambda f: s2ap_deploy.pretrain("nobody", "digits", "0.1", run=f / "r"), ArchitectureError, "nobody"),
+        (own(settings={"prune.gama": 1}, data="digits", eps="0.1"), UsageError, "key-unknown"),
+        (own(settings={"prune.sparsity.x": 1}, data="digits", eps="0.1"), UsageError, "key-unknown"),
+        (own(preset="slow", data="digits", eps="0.1"), UsageError, "preset-unknown"),
+        (lambda f: s2ap_deploy.certify(f / "empty"), RunFolderError, None),
+        (lambda f: s2ap_deploy.certify(f, full=True, min_robust=0.1), UsageError, "gate-with-full"),
+        (lambda f: s2ap_deploy.certify(f, eps="0.1"), UsageError, "already-decided"),
+        (
+            lambda f: s2ap_deploy.certify(f, model=Own(), artifact="x.onnx"),
+            UsageError,
+            "artifact-with-network-options",
+        ),
+        (lambda f: s2ap_deploy.export(f / "empty"), RunFolderError, None),
+        (lambda f: s2ap_deploy.pretrain("nobody", "digits", "0.1", run=f / "r"), ArchitectureError, None),
         (
             lambda f: s2ap_deploy.pretrain("digits-conv", "digits", "0.1", run=f / "r", loss="x"),
             UsageError,
-            "loss",
+            "name-unknown",
         ),
     ],
 )
-def test_what_cannot_be_done_is_said(
-    call: Callable[[Path], Any], kind: type[DeployError], words: str, tmp_path: Path
+def test_what_cannot_be_done_is_refused(
+    call: Callable[[Path], Any], kind: type[DeployError], code: str | None, tmp_path: Path
 ) -> None:
     with pytest.raises(kind) as caught:
         call(tmp_path)
-    assert words in caught.value.message
+    assert caught.value.code == code or code is None
 
 
 def test_a_threshold_or_keyword_that_nobody_knows_is_refused(own_run: Path) -> None:
@@ -212,9 +225,9 @@ def test_a_threshold_or_keyword_that_nobody_knows_is_refused(own_run: Path) -> N
 
 
 def test_the_thresholds_of_the_signature_are_those_of_the_gate() -> None:
-    assert Thresholds.__annotations__.keys() == GatePolicy.model_fields.keys()
+    assert arguments.Thresholds.__annotations__.keys() == GatePolicy.model_fields.keys()
     wanted = get_type_hints(GatePolicy)
-    assert get_type_hints(Thresholds) == {name: wanted[name] for name in GatePolicy.model_fields}
+    assert get_type_hints(arguments.Thresholds) == {name: wanted[name] for name in GatePolicy.model_fields}
 
 
 @pytest.mark.parametrize("name", [name for name in s2ap_deploy.__all__ if name[0].islower()])
@@ -228,24 +241,85 @@ def test_every_argument_has_a_type_and_is_named(name: str) -> None:
     assert len(by_position) <= (3 if name == "pretrain" else 2)
 
 
-def test_settings_reach_every_key_and_may_say_null(digits_model: Path, tmp_path: Path) -> None:
-    def budget(run: str, **settings: Any) -> str:
-        place = open_run.on_model(
-            "prune",
-            open_run.Source(digits_model, None, "0.5", None, None, None, None, None, None, 0, False),
-            tmp_path / run,
-            {"prune": {"method": "hydra", "sparsity": 0.5, "budget": "uniform"}},
-            None,
-            s2ap_deploy.api._said(settings or None),
-            {"threads": 1},
-        )
-        with place as job:
-            assert job.recipe.prune is not None
-            return job.recipe.prune.layer_budget
+@pytest.mark.parametrize(
+    ("settings", "budget"),
+    [
+        ({}, "uniform"),
+        ({"prune.budget": "global"}, "global"),
+        ({"prune.budget": None}, "erk"),  # the method's own
+        ({"prune.granularity": "2:4", "prune.sparsity": None}, "uniform"),
+        ({"prune.granularity": "channel", "prune.sparsity": None, "prune.keep_ratio": 0.5}, "uniform"),
+    ],
+)
+def test_settings_reach_every_key_and_may_be_null(
+    settings: dict[str, Any], budget: str, digits_model: Path
+) -> None:
+    given = {"method": "hydra", "sparsity": 0.5, "budget": "uniform", "eps": "0.5", "settings": settings}
+    changes = s2ap_deploy.api._pruning(given)
+    recipe = open_run.checkpoint_recipe(digits_model, {}, name="prune", changes=changes)
+    assert recipe.prune is not None
+    assert recipe.prune.layer_budget == budget
 
-    assert budget("one") == "uniform"
-    assert budget("two", **{"prune.budget": "global"}) == "global"
-    assert budget("three", **{"prune.budget": None}) == "erk"  # the method's own
+
+@pytest.mark.parametrize(
+    ("given", "steps", "sparsity"),
+    [
+        ({"steps": (0.5, 0.8, 0.9)}, (0.5, 0.8), 0.9),
+        ({"steps": (0.5, 0.9), "sparsity": 0.9}, (0.5,), 0.9),
+        ({"steps": (0.5,), "sparsity": 0.9}, (0.5,), 0.9),
+    ],
+)
+def test_steps_may_end_with_the_sparsity(given: Any, steps: tuple[float, ...], sparsity: float) -> None:
+    changes = s2ap_deploy.api._pruning(given)
+    assert (changes["prune.steps"], changes["prune.sparsity"]) == (steps, sparsity)
+
+
+def test_named_arguments_have_priority_over_the_preset_and_settings_over_both() -> None:
+    changes = s2ap_deploy.api._pruning(
+        {"preset": "quick", "search_epochs": 3, "settings": {"prune.finetune.epochs": 7}}
+    )
+    assert (changes["prune.search.epochs"], changes["prune.finetune.epochs"]) == (3, 7)
+
+
+TABLES = {
+    arguments.PretrainArguments: (keys.PRETRAIN, {"norm", "seed"}),
+    arguments.PruneArguments: (keys.PRUNE, {"preset", *keys.NETWORK}),
+    arguments.CertifyArguments: (
+        keys.CERTIFY,
+        {"first", "time_budget", "min_robust", "max_drop", "rule", *keys.NETWORK}
+        | {"entry", "ap_method", "ap_paper", "ap_pretraining"},
+    ),
+    arguments.ExportArguments: (keys.EXPORT, {"bench"}),
+    arguments.Thresholds: (keys.THRESHOLDS, set()),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_the_keyword_arguments_are_those_of_the_recipe_keys(kind: Any) -> None:
+    table, more = TABLES[kind]
+    own = set(kind.__annotations__) - set(arguments.Settings.__annotations__)
+    assert own - more == set(table) - {"sparsity"}
+    known = dict(keys.fields(Recipe))
+    assert all(key in known for names in table.values() for key in names)
+
+
+COMMANDS = {
+    "pretrain": (arguments.PretrainArguments, {"arch", "data", "eps", "output"}),
+    "prune": (arguments.PruneArguments, {"checkpoint", "sparsity", "dry_run"}),
+    "certify": (arguments.CertifyArguments, {"checkpoint", "artifact"}),
+    "export": (arguments.ExportArguments, {"output", "onnx"}),
+    "verify": (arguments.Session, {"certificate", "k", "seed", "in_toto", "files_only"}),
+    "plan": (arguments.PlanArguments, {"checkpoint", "arch", "num_classes", "input_size"}),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_a_command_is_an_argument_of_its_function(name: str) -> None:
+    kind, own = COMMANDS[name]
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    names = {each.name for each in command.params if each.expose_value} - {"run", "as_json", "quiet", *own}
+    assert names <= set(kind.__annotations__)
 
 
 class Heard(Silent):

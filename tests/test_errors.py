@@ -127,7 +127,7 @@ MET: dict[type[DeployError], Met] = {
     errors.UsageError: Met(
         lambda folder: s2ap_deploy.prune(nn.Flatten(), 0.5, run=folder / "run", data="digits"),
         "a network in memory does not say which attack it should withstand",
-        "add eps=, for example eps='8/255' for CIFAR-10 in L-infinity",
+        "add --eps 8/255 (eps='8/255'), for example, for CIFAR-10 in Linf",
     ),
     errors.CheckpointError: Met(
         lambda folder: s2ap_deploy.load_checkpoint(folder / "absent.pt"),
@@ -227,5 +227,6 @@ def test_the_words_of_every_class_where_a_user_meets_it(
     done = s2ap("doctor", "--json")
     hint = [] if error.hint is None else [f"  hint: {error.hint}"]
     assert done.err.splitlines() == [f"error: {error.message}", *hint]
-    assert json.loads(done.out) == {"error": error.message, "hint": error.hint, "exit_code": kind.exit_code}
+    answer = {"error": error.message, "code": error.code, "hint": error.hint, "exit_code": kind.exit_code}
+    assert json.loads(done.out) == answer
     assert done.code == kind.exit_code

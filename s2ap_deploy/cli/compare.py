@@ -10,26 +10,26 @@ from typing import Any
 import click
 
 from s2ap_deploy.cli import options
-
-ABSENT = "n/a"
+from s2ap_deploy.formatting import ABSENT, percent
 
 
 @click.command()
-@click.argument("runs", metavar="RUN RUN [RUN]...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("runs", metavar="RUN RUN [RUN]...", type=options.PATH, nargs=-1, required=True)
 @options.json_option
 def command(runs: tuple[Path, ...], as_json: bool) -> None:
-    """Say how much the masks of two or more runs differ.
+    """Compare the masks of two or more runs.
 
-    Each RUN is a run folder, and is only read. For every pair: the Hamming distance (share of mask bits that
-    differ), the share of kept weights replaced, and the intersection over union; --json adds every layer.
+    Each RUN is a run folder, and is only read. For every pair: the Hamming distance (fraction of mask bits
+    that differ), the fraction of kept weights replaced, and the intersection over union; --json adds every
+    layer.
 
     \b
     s2ap-deploy compare with-s2ap without-s2ap
     s2ap-deploy compare seed-0 seed-1 seed-2 --json
     """
-    from s2ap_deploy.stages.compare import compare
+    from s2ap_deploy import api
 
-    found = compare(runs)
+    found = api.compare(runs)
     if as_json:
         click.echo(json.dumps(found, sort_keys=True))
     else:
@@ -42,12 +42,12 @@ def show_comparison(found: Mapping[str, Any]) -> None:
 
     from s2ap_deploy.cli import tables
 
-    console = tables._console()
+    out = tables.console()
     for number, run in enumerate(found["runs"], 1):
-        console.print(Text(f"{number}  {run['run']}"))
-    console.print(runs_table(found["runs"]))
-    console.print(pairs_table(found["pairs"]))
-    console.print(Text(found["note"], style="dim"))
+        out.print(Text(f"{number}  {run['run']}"))
+    out.print(runs_table(found["runs"]))
+    out.print(pairs_table(found["pairs"]))
+    out.print(Text(found["note"], style="dim"))
 
 
 def runs_table(runs: list[dict[str, Any]]) -> Any:
@@ -78,12 +78,12 @@ def runs_table(runs: list[dict[str, Any]]) -> Any:
             str(number),
             Text(method(run)),
             Text(ABSENT if run["seed"] is None else str(run["seed"])),
-            f"{run['sparsity']:.2%}",
-            share(searched["clean_accuracy"], 1),
-            share(searched["robust_accuracy"], 1),
-            share(searched["flip_rate"], 2),
-            share(tuned.get("clean_accuracy"), 1),
-            share(tuned.get("robust_accuracy"), 1),
+            percent(run["sparsity"], 2),
+            percent(searched["clean_accuracy"], 1),
+            percent(searched["robust_accuracy"], 1),
+            percent(searched["flip_rate"], 2),
+            percent(tuned.get("clean_accuracy"), 1),
+            percent(tuned.get("robust_accuracy"), 1),
         )
     return table
 
@@ -102,23 +102,18 @@ def pairs_table(pairs: list[dict[str, Any]]) -> Any:
         hamming, chance, replaced, iou = (pair[key] for key in keys)
         table.add_row(
             f"{pair['first']}, {pair['second']}",
-            share(hamming, 2),
-            share(chance, 2),
-            share(replaced, 1),
+            percent(hamming, 2),
+            percent(chance, 2),
+            percent(replaced, 1),
             f"{iou:.3f}",
         )
     if len(pairs) > 1:
         hamming, chance, replaced, iou = (sum(pair[key] for pair in pairs) / len(pairs) for key in keys)
         table.add_section()
-        table.add_row("mean", share(hamming, 2), share(chance, 2), share(replaced, 1), f"{iou:.3f}")
+        table.add_row("mean", percent(hamming, 2), percent(chance, 2), percent(replaced, 1), f"{iou:.3f}")
     return table
 
 
 def method(run: Mapping[str, Any]) -> str:
     """``hydra + S2AP``, or what the run says of itself."""
     return f"{run['method'] or ABSENT}{' + S2AP' if run['s2ap'] else ''}"
-
-
-def share(value: float | None, digits: int) -> str:
-    """A share as a percentage, or ``n/a`` where the run has none."""
-    return ABSENT if value is None else f"{value:.{digits}%}"

@@ -10,28 +10,24 @@ from s2ap_deploy.cli import options
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "--output", type=click.Path(path_type=Path), required=True, help="The dense ONNX file to write."
-)
+@click.argument("file", type=options.PATH)
+@click.option("--output", type=options.PATH, required=True, help="The dense ONNX file to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @options.json_option
 def command(file: Path, output: Path, overwrite: bool, as_json: bool) -> None:
     """Make a dense ONNX file of a sparse one.
 
-    For a runtime or a tool that cannot decode weights at load. FILE may use any encoding of `export`, or
+    For runtimes and tools that cannot decode weights while loading. FILE may use any encoding of `export`, or
     ONNX's own sparse initializers. ONNX Runtime and ONNX's reference evaluator must decode to the same bits;
-    the dense file passes ONNX's full check, answers like the sparse one and keeps its metadata.
+    the dense file passes ONNX's full check, gives the logits of the sparse one and keeps its metadata.
 
     \b
     s2ap-deploy decode s2ap-run/export/model.onnx --output dense.onnx
     """
-    from s2ap_deploy.cli import session, tables
-    from s2ap_deploy.onnx_export.decoding import decode_file
-    from s2ap_deploy.onnx_export.onnx_file import load
+    from s2ap_deploy import api
+    from s2ap_deploy.cli import tables
 
-    session.check_output(output, (".onnx",), overwrite=overwrite)
-    decoded = decode_file(load(file), output)
+    decoded = api.decode(file, output, overwrite=overwrite)
     if as_json:
         click.echo(decoded.model_dump_json())
     else:

@@ -9,49 +9,27 @@ import click
 
 from s2ap_deploy.cli import options
 
-# Of its own, so that the commands that begin with s2ap-run find it free.
-FOLDER = Path("s2ap-demo")
-
 
 @click.command()
-@click.option(
-    "--sparsity", type=options.SPARSITY, default=0.9, show_default=True, help="Share of weights to remove."
-)
+@options.recipe_option("sparsity", "prune.sparsity", default=0.9, show_default=True)
 @options.set_option
 @options.dry_run_option
-@options.run_folder(FOLDER)
+@options.run_folder(Path("s2ap-demo"))
 @options.again_options
 @options.compute_options
 @options.workers_option
 @options.logging_options
 @options.output_options
 @click.pass_context
-def command(
-    context: click.Context,
-    /,
-    sparsity: float,
-    overrides: tuple[str, ...],
-    dry_run: bool,
-    **session_options: Any,
-) -> int:
-    """The whole path on real hand-written digits, in a few minutes.
+def command(context: click.Context, /, sparsity: float, overrides: tuple[str, ...], **keywords: Any) -> int:
+    """The whole pipeline on real hand-written digits, in a few minutes.
 
     Trains a small network against PGD, prunes it with S2AP, attacks both with AutoAttack, exports sparse
     ONNX, verifies it and judges it. Needs no download, no GPU and no argument; it is the recipe "demo".
-    Everything lies in s2ap-demo afterwards, beside which s2ap-run is free for your own model.
+    All output goes to s2ap-demo; s2ap-run stays free for your own model.
     """
     from s2ap_deploy.cli.run import command as run
 
-    code: int = context.invoke(
-        run,
-        recipe="demo",
-        overrides=(f"prune.sparsity={sparsity}", *overrides),
-        dry_run=dry_run,
-        time_budget=None,
-        data_root=None,
-        download=False,
-        arch=None,
-        trust_pickle=False,
-        **session_options,
-    )
+    settings = (f"prune.sparsity={sparsity}", *overrides)
+    code: int = context.invoke(run, recipe="demo", overrides=settings, **keywords)
     return code

@@ -11,50 +11,48 @@ from typing import TYPE_CHECKING
 import click
 
 from s2ap_deploy.cli import options
+from s2ap_deploy.cli.terminal import styled
 from s2ap_deploy.errors import UNUSABLE
+from s2ap_deploy.formatting import gibibytes
 
 if TYPE_CHECKING:
     from s2ap_deploy.doctor import Health
 
 
 @click.command()
-@click.option(
-    "--data-root",
-    type=click.Path(path_type=Path),
-    help="Where data sets lie.  [default: $S2AP_DATA_ROOT, else data]",
-)
+@options.data_root_option
 @options.output_options
 def command(data_root: Path | None, as_json: bool, quiet: bool) -> int:
-    """Say what this machine has, what will not work, and what to type.
+    """Check this machine, and say how to repair what does not work.
 
-    Versions, device, memory and disk, data sets, extras and plug-ins. Nothing is fetched and nothing written.
-    0 when commands can do their work, 2 when something that all of them need is missing or broken.
+    Versions, device, memory and disk, data sets, extras and plug-ins. Nothing is fetched or written.
+    0 when commands can work, 2 when something that all of them need is missing or broken.
 
     \b
     s2ap-deploy doctor
     s2ap-deploy doctor --json
     """
-    from s2ap_deploy.cli.progress import recorder
+    from s2ap_deploy.cli import session
     from s2ap_deploy.doctor import examine
 
-    with recorder(quiet) as progress:
-        health = examine(Path(), progress, data_root=data_root)
+    with session.reporting(quiet) as reporting:
+        health = examine(Path(), reporting["recorder"], data_root=data_root)
     if as_json:
         click.echo(health.model_dump_json())
     elif not quiet:
         for name, words in rows(health):
             click.echo(_fitted(f"{name:<10}  {words}"))
         for problem in health.problems:
-            sign = click.style("✗", fg="red") if problem.blocks else click.style("!", fg="yellow")
+            sign = styled("fail") if problem.blocks else click.style("!", fg="yellow")
             click.echo(_fitted(f"{sign} {problem.what}: {problem.why}", indent=2))
             click.echo(_fitted(f"  hint: {problem.hint}", indent=8))
         if not health.problems:
-            click.echo(f"{click.style('✓', fg='green')} nothing that would not work was found")
+            click.echo(f"{styled('pass')} no problem was found")
     return 0 if health.usable else UNUSABLE
 
 
 def rows(health: Health) -> list[tuple[str, str]]:
-    """What is there, a line each."""
+    """Return what was found, a line each."""
     computer = health.computer
     there = [f"{each.name} ({each.where})" for each in health.data if each.where is not None]
     absent = [each.name for each in health.data if each.where is None]
@@ -63,8 +61,11 @@ def rows(health: Health) -> list[tuple[str, str]]:
         ("system", f"{computer.system}, {computer.machine}, {computer.cores} cores"),
         ("processor", ", ".join(computer.instructions) or "instruction sets unknown"),
         ("device", computer.device),
-        ("memory", f"{_size(computer.memory_available_bytes)} of {_size(computer.memory_bytes)} available"),
-        ("disk", f"{_size(computer.disk_free_bytes)} free here"),
+        (
+            "memory",
+            f"{gibibytes(computer.memory_available_bytes)} of {gibibytes(computer.memory_bytes)} available",
+        ),
+        ("disk", f"{gibibytes(computer.disk_free_bytes)} free here"),
         ("data", ", ".join(there) or "none found"),
     ]
     if absent:
@@ -80,7 +81,7 @@ def rows(health: Health) -> list[tuple[str, str]]:
 
 
 def _fitted(line: str, indent: int = 12) -> str:
-    """``line`` broken between words at a terminal's width, and whole in a log."""
+    """Wrap a line at the terminal's width; keep it whole in a log."""
     if sys.stdout is None or not sys.stdout.isatty():
         return line
     width = max(shutil.get_terminal_size().columns, 40)
@@ -93,7 +94,3 @@ def _fitted(line: str, indent: int = 12) -> str:
         break_on_hyphens=False,
         replace_whitespace=False,
     )
-
-
-def _size(number: int | None) -> str:
-    return "unknown" if number is None else f"{number / 2**30:.1f} GiB"

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from s2ap_deploy.cli import options
+from s2ap_deploy.recipe import keys
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=options.PATH)
 @options.arch_option
-@click.option(
-    "--trust-pickle", is_flag=True, help="Unpickle the file, which may run code that it brings along."
-)
-@options.mask_options
+@options.recipe_options(keys.NETWORK, "keep", "alpha")
+@options.trust_option
 @options.json_option
-def command(
-    checkpoint: Path,
-    arch: str | None,
-    trust_pickle: bool,
-    keep: float | None,
-    alpha: float | None,
-    as_json: bool,
-) -> None:
-    """Say what a checkpoint holds and which architecture fits it.
+def command(checkpoint: Path, as_json: bool, **keywords: Any) -> None:
+    """Show a checkpoint's contents and the architecture that fits it.
 
     CHECKPOINT is a file of any origin: .pt, .pth, .tar or .safetensors.
 
@@ -34,11 +26,11 @@ def command(
     s2ap-deploy inspect model.pth
     s2ap-deploy inspect harp.pth.tar --keep 0.01 --alpha 0.1
     """
-    from s2ap_deploy.cli import tables
-    from s2ap_deploy.models.checkpoints.checkpoint import describe
+    from s2ap_deploy import api
+    from s2ap_deploy.cli import session, tables
 
-    description = describe(checkpoint, trust_pickle=trust_pickle, arch=arch, keep=keep, alpha=alpha)
+    description = api.inspect(checkpoint, **keywords)
     if as_json:
-        click.echo(json.dumps(description, sort_keys=True))
+        session.print_json(description)
     else:
-        tables.show_checkpoint(description, asked=arch)
+        tables.show_checkpoint(description, asked=keywords["arch"])

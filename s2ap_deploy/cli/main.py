@@ -1,4 +1,4 @@
-"""The command group, and the one place where errors become exit codes."""
+"""The command group, and the conversion of errors to exit codes and codes."""
 
 from __future__ import annotations
 
@@ -10,40 +10,58 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 from s2ap_deploy import requirements
-from s2ap_deploy.cli import signs
+from s2ap_deploy.cli import terminal
 from s2ap_deploy.distributed import environment
-from s2ap_deploy.errors import INCONCLUSIVE, INTERRUPTED, UNFORESEEN, UNUSABLE, DeployError
+from s2ap_deploy.errors import (
+    INCONCLUSIVE,
+    INTERRUPTED,
+    UNFORESEEN,
+    UNUSABLE,
+    DeployError,
+    InconclusiveError,
+    StorageError,
+    UsageError,
+)
 
+RESUME = "run the same command with --resume"
 COMPLETE = "_S2AP_DEPLOY_COMPLETE"  # set by the shell that wants to complete a line
+CLICK_CODES: Mapping[type[click.UsageError], str] = {
+    click.NoSuchOption: "option-unknown",
+    click.MissingParameter: "option-missing",
+    click.BadParameter: "option-invalid",
+    click.BadOptionUsage: "option-invalid",
+    click.UsageError: "usage",
+}
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
-# Name → the module that holds it, and its line in --help. Importing the modules to ask them would pull
-# torch into `s2ap-deploy --help`; a test holds these lines against the commands' own docstrings.
+# Name → its line in --help. Importing the commands for these lines would slow `s2ap-deploy --help` down;
+# a test compares them with the commands' docstrings.
 COMMANDS = {
-    "demo": "The whole path on real hand-written digits, in a few minutes.",
-    "inspect": "Say what a checkpoint holds and which architecture fits it.",
+    "demo": "The whole pipeline on real hand-written digits, in a few minutes.",
+    "inspect": "Show a checkpoint's contents and the architecture that fits it.",
     "pretrain": "Train a robust dense network.",
     "prune": "Search a mask with S2AP and fine-tune under it.",
     "certify": "Attack the dense and the pruned network with AutoAttack.",
     "export": "Write a sparse ONNX file and check it against the certificate.",
     "decode": "Make a dense ONNX file of a sparse one.",
     "gate": "Judge the run against thresholds; the exit code is the verdict.",
-    "verify": "Hold a certificate against its files and against new attacks.",
-    "compare": "Say how much the masks of two or more runs differ.",
-    "report": "Write what a run shows as an HTML page and a model card.",
+    "verify": "Check a certificate against its files and with new attacks.",
+    "compare": "Compare the masks of two or more runs.",
+    "report": "Write the results of a run as an HTML page and a model card.",
     "run": "Run a recipe from its first stage to its verdict.",
-    "sweep": "Run a recipe in all combinations of what varies, and compare them.",
+    "sweep": "Run a recipe in all combinations of values, and compare them.",
     "init": "Write a commented recipe for a checkpoint.",
-    "plan": "Say what pruning and export will come to, before anything runs.",
+    "plan": "Predict the results of pruning and export before anything runs.",
     "targets": "List the shipped targets, or show one.",
     "recipes": "List the shipped recipes, or show one.",
-    "doctor": "Say what this machine has, what will not work, and what to type.",
+    "doctor": "Check this machine, and say how to repair what does not work.",
 }
 
 
@@ -75,13 +93,17 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As Click does, with the nearest command named when there is none."""
+        """Resolve as Click does, and name the nearest command where there is none."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             import difflib
 
             close = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            nearest = f" Did you mean {close[0]!r}?" if close else ""
-            ctx.fail(f"No such command {args[0]!r}.{nearest}")
+            nearest = f"; did you mean {close[0]}?" if close else ""
+            raise UsageError(
+                f"there is no command {args[0]!r}{nearest}",
+                code="command-unknown",
+                hint="see: s2ap-deploy --help",
+            )
         return super().resolve_command(ctx, args)
 
 
@@ -90,30 +112,30 @@ class LazyGroup(click.Group):
 )
 @click.version_option(package_name="s2ap-deploy", prog_name="s2ap-deploy")
 def cli() -> None:
-    """Prune a robust classifier, attack what is left, export it, and let CI judge it.
+    """Prune a robust classifier, attack the result, export it, and judge it in CI.
 
     \b
-    s2ap-deploy demo                            the whole path, no download, no arguments
+    s2ap-deploy demo                            the whole pipeline, no download, no arguments
     s2ap-deploy prune model.pt --sparsity 0.9   then: certify, export --onnx, gate
 
-    Every command works on the run folder that the one before it left (--run, default s2ap-run).
+    Every command continues in the run folder of the one before it (--run, default s2ap-run).
     Exit codes: 0 done or passed, 1 gate or verification failed, 2 unusable input, 3 inconclusive,
-    70 unforeseen, 130 interrupted.
+    70 unexpected, 130 interrupted.
     """
 
 
 class OutputClosed(BaseException):
-    """Whoever read our output has left, and with him the answer. Click would make it exit code 1."""
+    """Stdout was closed by the reader (BrokenPipeError), for which Click would exit with 1."""
 
 
 class Terminated(BaseException):
-    """SIGTERM on its way up. Not an Exception, so that no handler of a stranger's errors swallows it."""
+    """Raised by the SIGTERM handler; a BaseException, which `except Exception` does not catch."""
 
 
 def main() -> NoReturn:
-    """Run the command line and leave with the exit code of the table in ``errors``."""
+    """Run the command line and exit with a code of the table in ``errors``."""
     signal.signal(signal.SIGTERM, _terminate)
-    signs.prepare()
+    terminal.prepare()
     try:
         code = on_every_rank(sys.argv[1:])
     except KeyboardInterrupt:  # a second signal, while the first was being reported
@@ -128,7 +150,7 @@ def on_every_rank(arguments: list[str]) -> int:
     try:
         rank, shared = environment.rank(), environment.shares(arguments)
     except DeployError as error:
-        return _report(error.message, error.hint, error.exit_code, "--json" in arguments, error.code)
+        return _report(error, "--json" in arguments)
     if not shared:
         return run_cli(arguments) if rank == 0 else 0
     environment.prepare()
@@ -158,46 +180,56 @@ def run_cli(arguments: list[str]) -> int:
             shutdown()
         return code if isinstance(code, int) else 0
     except DeployError as error:
-        return _report(error.message, error.hint, error.exit_code, as_json, error.code)
+        return _report(error, as_json)
     except click.UsageError as error:
         help_option = f"{error.ctx.command_path} --help" if error.ctx is not None else "s2ap-deploy --help"
-        return _report(error.format_message(), f"see: {help_option}", UNUSABLE, as_json, "usage")
+        code = next(code for kind, code in CLICK_CODES.items() if isinstance(error, kind))
+        return _report(UsageError(error.format_message(), code=code, hint=f"see: {help_option}"), as_json)
     except Terminated:
-        again, saved = (
-            "run the same command with --resume",
-            "terminated by SIGTERM; what was finished is saved",
+        stopped = InconclusiveError(
+            "terminated by SIGTERM; finished work is saved", code="terminated", hint=RESUME
         )
-        return _report(saved, again, INCONCLUSIVE, as_json, "terminated")
+        return _report(stopped, as_json)
     except (KeyboardInterrupt, click.Abort) as error:
         if isinstance(error, click.Abort) and not isinstance(error.__cause__, KeyboardInterrupt):
-            return _report("aborted", None, UNFORESEEN, as_json)
+            return _report(DeployError("aborted", code="aborted"), as_json)
         return _report(
-            "interrupted", "run the same command with --resume", INTERRUPTED, as_json, "interrupted"
+            InconclusiveError("interrupted", code="interrupted", hint=RESUME), as_json, INTERRUPTED
         )
     except OutputClosed:
         return UNFORESEEN
-    except BaseException as error:  # SystemExit too: nobody but a stranger's code raises it
+    except BaseException as error:  # SystemExit too: only foreign code raises it
         if isinstance(error, OSError) and error.errno in DISK_REFUSES:
-            return _report(f"the disk refuses a write: {error}", "free some space", UNUSABLE, as_json)
+            full = StorageError(
+                f"the disk refuses a write: {error}", code="disk-full", hint="free some space"
+            )
+            return _report(full, as_json)
         if os.environ.get("S2AP_DEBUG"):
             traceback.print_exc(file=sys.__stderr__)  # also on ranks that print nothing else
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         hint = "S2AP_DEBUG=1 shows the traceback; please report it"
-        return _report(f"unforeseen error: {what}", hint, UNFORESEEN, as_json)
+        return _report(DeployError(f"unexpected error: {what}", hint=hint), as_json)
 
 
-def _report(message: str, hint: str | None, code: int, as_json: bool, name: str = "internal") -> int:
-    """Print what went wrong on stderr; with ``--json`` also as the one object on stdout."""
-    if environment.takes_error(message, hint, name, code):
-        return code
-    with contextlib.suppress(OSError):  # nobody is left to tell
-        click.echo(f"error: {message}", err=True)
-        if hint is not None:
-            click.echo(f"  hint: {hint}", err=True)
+def _report(error: DeployError, as_json: bool, exit_code: int | None = None) -> int:
+    """Print the error on stderr, with ``--json`` also as one object on stdout; return its exit code."""
+    exit_code = error.exit_code if exit_code is None else exit_code
+    if environment.takes_error(error.message, error.hint, error.code, exit_code):
+        return exit_code
+    with contextlib.suppress(OSError):  # stderr may be closed
+        click.echo(f"error: {error.message}", err=True)
+        if error.hint is not None:
+            click.echo(f"  hint: {error.hint}", err=True)
     if as_json:
+        content = {
+            "error": error.message,
+            "code": error.code,
+            "hint": error.hint,
+            "exit_code": exit_code,
+        }
         with contextlib.suppress(OSError):
-            click.echo(json.dumps({"error": message, "hint": hint, "exit_code": code}, sort_keys=True))
-    return code
+            click.echo(json.dumps(content, sort_keys=True))
+    return exit_code
 
 
 def _flushed(code: int) -> int:

@@ -1,44 +1,30 @@
-"""Options that several commands share, as decorators."""
+"""Options that several commands share; those that set a recipe key are made from the key's field."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import click
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
-from s2ap_deploy import plugins
-from s2ap_deploy.recipe.methods import OWN_LOSSES, OWN_NAMES
+from s2ap_deploy.recipe import keys
+from s2ap_deploy.recipe.schema import PRESETS, Recipe
 from s2ap_deploy.tracking import NAMES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-SPARSITY = click.FloatRange(0, 1, min_open=True, max_open=True)
 COUNT = click.IntRange(min=1)
+PATH = click.Path(path_type=Path)
 RUN = Path("s2ap-run")
 
 
-class PluginChoice(click.Choice[str]):
-    """One of the tool's own names, which --help lists, or one that a plug-in registers."""
-
-    def __init__(self, kind: plugins.Kind, own: Sequence[str]) -> None:
-        super().__init__(own)
-        self.kind = kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value not in self.choices and plugins.find(self.kind, str(value)) is not None:
-            return str(value)
-        return super().convert(value, param, ctx)
-
-
-LOSS = PluginChoice("losses", OWN_LOSSES)
-METHOD = PluginChoice("methods", OWN_NAMES)
-
-
 def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    """One decorator out of several, the first on top, so that --help lists them in this order."""
+    """Combine decorators into one, the first on top, so that --help lists options in this order."""
 
     def apply(command: Command) -> Command:
         for decorate in reversed(decorators):
@@ -48,109 +34,186 @@ def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
     return apply
 
 
-def _with_factory(_ctx: click.Context, _option: click.Parameter, arch: str | None) -> str | None:
-    """``--arch`` as it is; a file alone does not say what in it builds the network."""
+class FieldType(click.ParamType):  # type: ignore[type-arg]
+    """Values of a recipe key: parsed by the field's JSON schema, validated by the field itself."""
+
+    name = "value"
+
+    def __init__(self, info: FieldInfo) -> None:
+        annotation: Any = info.annotation
+        for constraint in info.metadata:
+            annotation = Annotated[annotation, constraint]
+        self.adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+        schema = self.adapter.json_schema()
+        alternatives = schema.get("anyOf", [schema])
+        self.kinds = [str(each.get("type", "string")) for each in alternatives if each.get("type") != "null"]
+        self.choices = [
+            str(value)
+            for each in alternatives
+            for value in each.get("enum", [each["const"]] if "const" in each else [])
+        ]
+
+    def metavar(self) -> str:
+        """Return ``[auto|ef|...]``, ``INTEGER`` or the like."""
+        words = {"integer": "INTEGER", "number": "FLOAT", "array": "FLOAT,FLOAT,..."}
+        if self.choices:
+            other = [words[kind] for kind in self.kinds if kind in words]
+            return f"[{'|'.join([*self.choices, *other])}]"
+        return words.get(self.kinds[0], "TEXT")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self.adapter.validate_python(self._parsed(value))
+        except ValidationError as error:
+            from s2ap_deploy.recipe.diagnosis import sentence
+
+            self.fail(sentence(error.errors()[0], Recipe), param, ctx)
+
+    def _parsed(self, text: str) -> Any:
+        if "array" in self.kinds:
+            return tuple(_number(part, float) for part in text.split(","))
+        for kind, of in (("integer", int), ("number", float)):
+            if kind in self.kinds and isinstance(number := _number(text, of), of):
+                return number
+        return text
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        """Complete the choices that start with ``incomplete``."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(each) for each in self.choices if each.startswith(incomplete)]
+
+
+def _number(text: str, of: type[int] | type[float]) -> int | float | str:
+    try:
+        return of(text)
+    except ValueError:
+        return text
+
+
+def recipe_option(
+    name: str, key: str, *, flag: str | None = None, **attributes: Any
+) -> Callable[[Command], Command]:
+    """Make ``--name``, or ``flag``, from the field of a recipe key: its type, constraints, default and help.
+
+    A boolean becomes ``--name/--no-name``. ``attributes`` replace those of the ``click.Option``.
+    """
+    info = keys.field(Recipe, key)
+    flag = flag or f"--{name.replace('_', '-')}"
+    attributes = {"help": option_help(info), "default": None, **attributes}
+    kind = FieldType(info)
+    if kind.kinds == ["boolean"]:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, **attributes)
+    return click.option(flag, name, **{"type": kind, "metavar": kind.metavar(), **attributes})
+
+
+def recipe_options(table: keys.Keywords, *names: str, **helps: str) -> Callable[[Command], Command]:
+    """Make the options of a table of keywords, or those of ``names``; ``helps`` replace help texts."""
+    return stacked(
+        *(
+            recipe_option(name, table[name][0], **({"help": helps[name]} if name in helps else {}))
+            for name in names or table
+        )
+    )
+
+
+def option_help(info: FieldInfo) -> str:
+    """Return the description of a field with its default, unless the description states one."""
+    text = info.description or ""
+    default = info.default
+    if (
+        info.is_required()
+        or any(default is each for each in (None, False))
+        or default in ((), "")
+        or "[default:" in text
+    ):
+        return text
+    return f"{text}  [default: {str(default).lower() if default is True else default}]"
+
+
+def importable(_ctx: click.Context, _option: click.Parameter, arch: str | None) -> str | None:
+    """Refuse a file without a factory; find modules in the working folder, as ``python -m`` does."""
     if arch is not None and arch.endswith(".py"):
         raise click.BadParameter(f"name also what builds the network in that file: {arch}:FACTORY")
+    if arch is not None and ":" in arch and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     return arch
 
 
 arch_option = click.option(
     "--arch",
-    callback=_with_factory,
+    callback=importable,
     help="Architecture: a registered name, package.module:factory or file.py:factory.",
 )
-own_code_option = click.option(
-    "--arch", callback=_with_factory, help="Architecture by import path, which a recipe cannot name."
+import_path_option = click.option(
+    "--arch", callback=importable, help="Architecture by import path, which a recipe cannot name."
+)
+trust_option = click.option(
+    "--trust-pickle", is_flag=True, help="Unpickle the checkpoint, which may run the code inside it."
+)
+network_options = stacked(
+    arch_option,
+    recipe_options(
+        keys.NETWORK,
+        data="digits, mnist, cifar10, cifar100, svhn or imagefolder:PATH.  [default: the checkpoint's]",
+        eps="Attack radius, such as 8/255 or 0.1.  [default: the checkpoint's]",
+        norm="Norm of the attack.  [default: the checkpoint's, else Linf]",
+    ),
+    trust_option,
+)
+preset_option = click.option(
+    "--preset", type=click.Choice(list(PRESETS)), help="20 + 100 epochs, or 5 + 5.  [default: published]"
 )
 
 
 def run_folder(default: Path) -> Callable[[Command], Command]:
-    """``--run`` with a default of the command's own."""
-    return click.option(
-        "--run",
-        "folder",
-        type=click.Path(path_type=Path),
-        default=default,
-        show_default=True,
-        help="The run folder.",
-    )
+    """Make ``--run`` with its default."""
+    return click.option("--run", type=PATH, default=default, show_default=True, help="The run folder.")
 
 
 run_option = run_folder(RUN)
-
+output_option = click.option("--output", type=PATH, help="Also write the result here.")
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change a value of the recipe."
 )
-
-dry_run_option = click.option(
-    "--dry-run", is_flag=True, help="Say what would be done, its time and its bytes; write nothing."
+dry_run_option = click.option("--dry-run", is_flag=True, help="Estimate time and bytes, and write nothing.")
+time_budget_option = click.option(
+    "--time-budget",
+    type=click.FloatRange(min=0),
+    help="Seconds that attacks may take before they stop with exit code 3.  [default: none]",
 )
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-
 output_options = stacked(
     json_option, click.option("--quiet", "-q", is_flag=True, help="No progress and no notes.")
 )
-
-
-def _meta(ctx: click.Context, option: click.Parameter, value: Any) -> None:
-    """Keep what no command needs to know; :func:`told` finds it again, below as well."""
-    if value:
-        ctx.meta[f"s2ap_deploy.{option.name}"] = value
-
-
-def told(name: str, default: Any) -> Any:
-    """What ``--verbose`` or ``--track`` said to the command that runs now, if any does."""
-    context = click.get_current_context(silent=True)
-    return default if context is None else context.meta.get(f"s2ap_deploy.{name}", default)
-
-
 verbose_option = click.option(
-    "--verbose",
-    "-v",
-    is_flag=True,
-    expose_value=False,
-    callback=_meta,
-    help="Also tell the defaults that were chosen, times and hashes.",
+    "--verbose", "-v", is_flag=True, help="Also print settings with their defaults, times and hashes."
 )
-
-track_option = click.option(
-    "--track",
-    type=click.Choice(NAMES),
-    multiple=True,
-    expose_value=False,
-    callback=_meta,
-    help="Also write the figures for this tracker, below the run folder. May be repeated.",
+logging_options = stacked(
+    verbose_option,
+    click.option(
+        "--track",
+        type=click.Choice(NAMES),
+        multiple=True,
+        help="Also write metrics for this tracker, in the run folder. May be repeated.",
+    ),
 )
-
-logging_options = stacked(verbose_option, track_option)
-
 again_options = stacked(
-    click.option("--resume", is_flag=True, help="Continue what was interrupted."),
+    click.option("--resume", is_flag=True, help="Continue interrupted work."),
     click.option("--overwrite", is_flag=True, help="Start again what the folder already holds."),
 )
-
 compute_options = stacked(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    click.option("--threads", type=COUNT, help="Threads for torch.  [default: torch's own choice]"),
-)
-
-precision_options = stacked(
-    click.option(
-        "--precision",
-        type=click.Choice(["auto", "float32", "bf16"]),
-        default="auto",
-        help="Numbers that training computes with.  [default: bf16 on CUDA where it has them, else float32]",
-    ),
-    click.option(
-        "--compile", "compiled", is_flag=True, help="Train through torch.compile; its start takes minutes."
-    ),
+    click.option("--threads", type=COUNT, help="Threads of torch.  [default: torch's own choice]"),
 )
 
 
-def _launch_ranks(ctx: click.Context, _option: click.Parameter, devices: int | None) -> None:
-    """Start the ranks and exit with the command's exit code, unless this process is one of them."""
+def _launch(ctx: click.Context, _option: click.Parameter, devices: int | None) -> None:
+    """Launch the worker ranks and exit with rank 0's exit code, unless this process is one of them."""
     from s2ap_deploy.distributed import environment, launch
 
     if devices is None or ctx.resilient_parsing or environment.size() == devices:
@@ -165,95 +228,55 @@ devices_option = click.option(
     metavar="N",
     is_eager=True,
     expose_value=False,
-    callback=_launch_ranks,
+    callback=_launch,
     help="Ranks that share the work: GPUs, or processes on a CPU.  [default: 1, or torchrun's]",
 )
-
-accumulate_option = click.option(
-    "--accumulate",
-    type=COUNT,
-    default=1,
-    help="Pieces in which each rank works through its part of a batch, for less memory.  [default: 1]",
+training_options = stacked(
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "float32", "bf16"]),
+        default="auto",
+        help="Precision of training steps.  [default: bf16 on CUDA where supported, else float32]",
+    ),
+    click.option(
+        "--compile", "compiled", is_flag=True, help="Train through torch.compile; its start takes minutes."
+    ),
+    devices_option,
+    click.option(
+        "--accumulate",
+        type=COUNT,
+        default=1,
+        help="Pieces in which each rank computes its part of a batch, for less memory.  [default: 1]",
+    ),
 )
-
 workers_option = click.option(
     "--workers", type=COUNT, help="Attack processes of one thread each.  [default: one per core]"
 )
-
-target_options = stacked(
-    click.option(
-        "--target",
-        metavar="NAME|FILE",
-        help="What the file is for: fills in what no option says; none takes it back. See targets list.",
-    ),
-    click.option("--max-bytes", type=COUNT, help="The most bytes of the file.  [default: the target's]"),
-    click.option(
-        "--max-macs", type=COUNT, help="The most multiply-accumulates per image.  [default: the target's]"
-    ),
-    click.option(
-        "--max-latency-ms",
-        type=click.FloatRange(min=0, min_open=True),
-        help="The most milliseconds per inference, on this machine.  [default: the target's]",
-    ),
+data_root_option = click.option(
+    "--data-root",
+    type=PATH,
+    help="Folder of data sets.  [default: $S2AP_DATA_ROOT, else data; remembered in the run folder]",
 )
-
 data_options = stacked(
-    click.option(
-        "--data-root",
-        type=click.Path(path_type=Path),
-        help="Where data sets lie.  [default: $S2AP_DATA_ROOT, else data; remembered in the run folder]",
-    ),
-    click.option("--download", is_flag=True, help="Fetch the data set if it is missing."),
+    data_root_option, click.option("--download", is_flag=True, help="Fetch the data set if it is missing.")
 )
 
 
-def model_options(unless_given: str) -> Callable[[Command], Command]:
-    """What a network is and what it must withstand; ``unless_given`` ends the help of what it may know."""
-    return stacked(
-        arch_option,
-        click.option(
-            "--data", help=f"digits, mnist, cifar10, cifar100, svhn or imagefolder:PATH.  [{unless_given}]"
-        ),
-        click.option("--eps", help=f"Attack radius, such as 8/255 or 0.1.  [{unless_given}]"),
-        click.option(
-            "--norm",
-            type=click.Choice(["Linf", "L2", "L1"]),
-            help="Norm of the attack.  [default: the checkpoint's, else Linf]",
-        ),
-        click.option("--seed", type=click.IntRange(min=0), help="Seed of every random choice.  [default: 0]"),
-    )
+def several(each: FieldType) -> Callable[[Any], tuple[Any, ...]]:
+    """Return a click type for values between commas, each of type ``each``."""
+
+    def values(text: Any) -> tuple[Any, ...]:
+        if not isinstance(text, str):
+            return tuple(text)
+        parts = [part.strip() for part in text.split(",")]
+        if not all(parts):
+            raise click.BadParameter(f"{text!r} is not a list such as a,b,c")
+        return tuple(each.convert(part, None, None) for part in parts)
+
+    return values
 
 
-checkpoint_options = stacked(
-    click.option(
-        "--mean", help="Normalization of a foreign checkpoint, one number per channel: 0.49,0.48,0.45."
-    ),
-    click.option("--std", help="Its standard deviations."),
-    click.option(
-        "--trust-pickle",
-        is_flag=True,
-        help="Unpickle the checkpoint, which may run code that it brings along.",
-    ),
-)
-
-
-mask_options = stacked(
-    click.option(
-        "--keep",
-        type=float,
-        help="For a file that holds pruning scores: fraction kept, HYDRA's and HARP's k, RST's prune rate.",
-    ),
-    click.option("--alpha", type=float, help="For HARP's quotas: k_min = alpha * keep; 0.1 is published."),
-)
-
-
-def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
-    """``0.49,0.48,0.45`` as numbers. Raises click's usage error for anything else."""
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(
-            f"{text!r} is not a list of numbers such as 0.49,0.48,0.45", param_hint=option
-        ) from None
+def axis(name: str, metavar: str, help: str) -> Callable[[Command], Command]:
+    """Make an option that takes several values of a key of pruning, for a sweep."""
+    kind = FieldType(keys.field(Recipe, keys.PRUNE[name][0]))
+    return click.option(f"--{name}", type=several(kind), default=(), metavar=metavar, help=help)

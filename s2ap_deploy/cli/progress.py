@@ -1,11 +1,11 @@
-"""Progress on stderr: a live bar on a terminal, plain lines anywhere else."""
+"""Progress on stderr: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -21,21 +21,31 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from s2ap_deploy.cli import figures
-from s2ap_deploy.recorder import Recorder, Silent
+from s2ap_deploy import formatting
+from s2ap_deploy.recorder import Recorder
 
 LINE_EVERY_SECONDS = 20.0
 SOME = 0.02
 
+LABELS = {
+    "loss": "loss",
+    "clean_accuracy": "clean",
+    "robust_accuracy": "robust",
+    "replaced": "mask moved",
+    "flip_rate": "flips",
+}
+SHARES = {"clean_accuracy", "robust_accuracy", "replaced", "flip_rate"}
+ON_THE_BAR = ("loss", "robust_accuracy")
+AT_THE_END = ("loss", "clean_accuracy", "robust_accuracy", "flip_rate")
+
+Metrics = Mapping[str, float | int | str]
+
 
 @contextmanager
-def recorder(quiet: bool) -> Iterator[Recorder]:
-    """The recorder that fits where stderr goes; stdout belongs to results."""
-    if quiet:
-        yield Silent()
-        return
+def recorder() -> Iterator[Recorder]:
+    """Yield the recorder for a terminal or a log; stdout is reserved for results."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    # Whoever reads a log wraps lines to his own width.
+    # Do not wrap lines in logs.
     console = Console(stderr=True, highlight=False, soft_wrap=not terminal)
     if not terminal or os.environ.get("CI"):
         yield Lines(console)
@@ -44,11 +54,11 @@ def recorder(quiet: bool) -> Iterator[Recorder]:
     try:
         yield live
     finally:
-        live.stop()  # an error may come in the middle of a stage, and must not find the cursor hidden
+        live.stop()  # also after an error, which must not leave the cursor hidden
 
 
 class Lines:
-    """One line per epoch or block, and a sign of life in between: for logs and CI."""
+    """One line per epoch or block, and progress in between: for logs and CI."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -60,21 +70,23 @@ class Lines:
         self.stage, self.total, self.unit = stage, total, unit
         self.done = self.skipped = 0
         self.started = self.spoke = time.monotonic()
-        self._print(f"{stage}: {figures.counted(total, unit)}")
+        self._print(f"{stage}: {formatting.counted(total, unit)}")
 
     def advance(self, steps: int = 1) -> None:
         self.done += steps
         now = time.monotonic()
         if self.done == steps and now - self.started < 0.5:
-            self.skipped = steps if steps > 1 else 0  # a resumed run starts with what is already done
+            self.skipped = (
+                steps if steps > 1 else 0
+            )  # a resumed run starts with the steps that are already done
         if now - self.spoke >= LINE_EVERY_SECONDS and self.done < self.total:
             self.spoke = now
-            of = figures.counted(self.total, self.unit)
+            of = formatting.counted(self.total, self.unit)
             self._print(f"{self.stage}: {self.done:,} of {of}{self._left(now)}")
 
     def log(self, stage: str, values: dict[str, float | int | str]) -> None:
         self.spoke = time.monotonic()
-        self._print(f"{stage}: {figures.row(values)}{self._left(self.spoke)}")
+        self._print(f"{stage}: {line_of(values)}{self._left(self.spoke)}")
 
     def note(self, message: str) -> None:
         self._print(message)
@@ -93,22 +105,22 @@ class Lines:
         if fresh <= 0 or self.done >= self.total:
             return ""
         if fresh < self.total * SOME and now - self.started < LINE_EVERY_SECONDS:
-            return ""  # the first steps of a stage are the slowest: an estimate from them frightens
+            return ""  # the first steps are the slowest: early estimates are too pessimistic
         each = (now - self.started) / fresh
-        pace = f"{figures.rate(1 / each)}, " if each > 0 else ""
+        pace = f"{formatting.rate(1 / each)}, " if each > 0 else ""
         return f", {pace}about {each * (self.total - self.done):.0f} s left"
 
 
 class RateColumn(ProgressColumn):
-    """How many steps a second the last ones took; blank before the first."""
+    """Steps per second of the last ones; blank before the first."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(figures.rate(speed) if speed else "")
+        return Text(formatting.rate(speed) if speed else "")
 
 
 class Live:
-    """A bar with the stage, its latest figures and the time left."""
+    """A bar with the stage, its latest metrics and the time left."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -141,7 +153,7 @@ class Live:
     def log(self, stage: str, values: dict[str, float | int | str]) -> None:
         self.latest = values
         if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, figures=figures.short(values))
+            self.progress.update(self.task, figures=bar_text(values))
 
     def note(self, message: str) -> None:
         self.console.print(Text(message))
@@ -153,11 +165,56 @@ class Live:
         if self.progress is None:
             return
         self.stop()
-        line = f"{self.stage:<8} {time.monotonic() - self.started:7.1f} s   {figures.last(self.latest)}"
+        line = f"{self.stage:<8} {time.monotonic() - self.started:7.1f} s   {final_text(self.latest)}"
         self.console.print(Text.assemble(("✓ ", "green"), line))
 
     def stop(self) -> None:
-        """Take the bar away, if there is one."""
+        """Remove the bar, if there is one."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+def line_of(values: Metrics) -> str:
+    """Return everything that a stage reports, on one line."""
+    if "attack" in values:
+        return (
+            f"{values['attack']} broke {values['broken']} of "
+            f"{formatting.counted(int(values['images']), 'image')} of block {values['block']} "
+            f"in {values['seconds']} s; {values['standing']} stand"
+        )
+    parts = [_epoch(values), *_named(values, tuple(LABELS))]
+    if "seconds" in values:
+        parts.append(f"{float(values['seconds']):.1f} s")
+    return ", ".join(filter(None, parts))
+
+
+def bar_text(values: Metrics) -> str:
+    """Return what fits beside a bar."""
+    if "attack" in values:
+        return f"{values['attack']}  {values['standing']} stand"
+    return "  ".join(filter(None, [_epoch(values), *_named(values, ON_THE_BAR)]))
+
+
+def final_text(values: Metrics) -> str:
+    """Return what remains when the stage is done."""
+    if "attack" in values:
+        return f"{values['standing']} stand"
+    return "  ".join(_named(values, AT_THE_END))
+
+
+def _epoch(values: Metrics) -> str:
+    if "epoch" not in values:
+        return ""
+    return f"epoch {values['epoch']}" + (f"/{values['epochs']}" if "epochs" in values else "")
+
+
+def _named(values: Metrics, names: tuple[str, ...]) -> list[str]:
+    return [_figure(name, float(values[name])) for name in names if name in values]
+
+
+def _figure(name: str, value: float) -> str:
+    if name in SHARES:
+        digits = 2 if name in ("replaced", "flip_rate") else 1
+        return f"{LABELS[name]} {100 * value:.{digits}f} %"
+    return f"{LABELS[name]} {value:.3f}"

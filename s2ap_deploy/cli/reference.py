@@ -1,10 +1,12 @@
-"""The reference of commands and of recipe keys, made from the code: ``python -m s2ap_deploy.cli.reference``.
+"""Reference pages of commands, recipe keys and error codes: ``python -m s2ap_deploy.cli.reference``.
 
-It writes ``docs/reference.md`` and ``docs/recipe-keys.md`` of a checkout; a test holds both against the code.
+It writes ``docs/reference.md``, ``docs/recipe-keys.md`` and ``docs/errors.md`` of a checkout; a test compares
+them with the code.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
@@ -14,29 +16,39 @@ from typing import Any
 
 import click
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from s2ap_deploy import files
+from s2ap_deploy import errors, files
 from s2ap_deploy.cli.main import COMMANDS, cli
+from s2ap_deploy.recipe import diagnosis
+from s2ap_deploy.recipe.keys import section_of
 from s2ap_deploy.recipe.schema import PRESETS, Recipe
 
-COMMANDS_PAGE, KEYS_PAGE = "reference.md", "recipe-keys.md"
+COMMANDS_PAGE, KEYS_PAGE, ERRORS_PAGE = "reference.md", "recipe-keys.md", "errors.md"
+CLICK_MESSAGES = {
+    "option-unknown": "an option that the command does not have",
+    "option-missing": "a required option or argument is missing",
+    "option-invalid": "a value that the option does not accept",
+    "usage": "arguments that the command does not accept",
+}
+PACKAGE = Path(__file__).parents[1]
 MADE = "<!-- made by python -m s2ap_deploy.cli.reference; do not edit -->"
 
 
 def main(folder: Path) -> None:
-    """Write both pages into ``folder``."""
+    """Write the pages into ``folder``."""
     for name, text in pages().items():
         files.write_text(folder / name, text)
         print(folder / name)
 
 
 def pages() -> dict[str, str]:
-    """Both pages by file name."""
-    return {COMMANDS_PAGE: commands_page(), KEYS_PAGE: keys_page()}
+    """Return the pages by file name."""
+    return {COMMANDS_PAGE: commands_page(), KEYS_PAGE: keys_page(), ERRORS_PAGE: errors_page()}
 
 
 def commands_page() -> str:
-    """Every command with its arguments and options, in the order of ``--help``."""
+    """Return every command with its arguments and options, in the order of ``--help``."""
     parts = [
         "# Commands and options",
         MADE,
@@ -84,7 +96,7 @@ def _command(command: click.Command, context: click.Context) -> Iterator[str]:
 
 
 def _prose(text: str) -> str:
-    """A docstring with its examples as a code block."""
+    """Return a docstring with its examples as a code block."""
     paragraphs = []
     for paragraph in inspect.cleandoc(text).replace("\f", "").split("\n\n"):
         if paragraph.startswith("\b"):
@@ -96,7 +108,7 @@ def _prose(text: str) -> str:
 
 
 def _names(option: click.Option, context: click.Context) -> str:
-    """``--onnx``, ``--compact / --no-compact``, ``--n INTEGER``."""
+    """Return ``--onnx``, ``--compact / --no-compact``, ``--n INTEGER``."""
     names = ", ".join(option.opts) + (
         f" / {', '.join(option.secondary_opts)}" if option.secondary_opts else ""
     )
@@ -109,7 +121,7 @@ def _cell(text: str) -> str:
 
 
 def keys_page() -> str:
-    """Every key of a recipe with its type and default, section by section."""
+    """Return every key of a recipe with its type, default and meaning, section by section."""
     presets = "\n".join(
         f"* `{name}`: " + ", ".join(f"`{key}` {_default(value)}" for key, value in keys.items())
         for name, keys in PRESETS.items()
@@ -126,10 +138,10 @@ def keys_page() -> str:
 
 
 def _sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """The recipe, then every section below it by its dotted name."""
+    """Yield the recipe, then every section below it by its dotted name."""
     yield prefix, model
     for name, field in model.model_fields.items():
-        below = _model(field.annotation)
+        below = section_of(field.annotation)
         if below is not None:
             yield from _sections(below, f"{prefix}.{name}" if prefix else name)
 
@@ -139,15 +151,20 @@ def _section(name: str, model: type[BaseModel]) -> str:
     rows = []
     for key, field in model.model_fields.items():
         whole = f"{name}.{key}" if name else key
-        kind = "section" if _model(field.annotation) is not None else _kind(schema["properties"][key])
-        default = "required" if field.is_required() else _usual(field.get_default(call_default_factory=True))
-        rows.append(f"| `{whole}` | {kind} | {default} |")
+        kind = "section" if section_of(field.annotation) is not None else _kind(schema["properties"][key])
+        default = "required" if field.is_required() else _usual(field)
+        meaning = _cell((field.description or "").partition("  [default:")[0])
+        rows.append(f"| `{whole}` | {kind} | {default} | {meaning} |")
     words = _cell(inspect.cleandoc(model.__doc__ or "").replace("``", "`"))
     title = f"## `{name}`" if name else "## At the top"
-    return f"{title}\n\n{words}\n\n| key | takes | default |\n|---|---|---|\n" + "\n".join(rows)
+    return f"{title}\n\n{words}\n\n| key | takes | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
 
 
-def _usual(value: object) -> str:
+def _usual(field: FieldInfo) -> str:
+    """Return the default of a field, in the words of its description where that states one."""
+    if stated := re.search(r"\[default: (.*)\]$", field.description or ""):
+        return _cell(stated[1])
+    value = field.get_default(call_default_factory=True)
     return "see below" if isinstance(value, BaseModel) else _default(value)
 
 
@@ -162,7 +179,7 @@ def _default(value: object) -> str:
 
 
 def _kind(schema: Mapping[str, Any]) -> str:
-    """What a JSON schema asks for, in words."""
+    """Describe the values that a JSON schema allows."""
     if "enum" in schema:
         return " or ".join(f"`{each}`" for each in schema["enum"])
     if "const" in schema:
@@ -192,11 +209,73 @@ def _bounds(schema: Mapping[str, Any]) -> str:
     return f" {', '.join(told)}" if told else ""
 
 
-def _model(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+def errors_page() -> str:
+    """Return every error code with its classes, exit code and message."""
+    found = error_codes()
+    rows = [
+        f"| `{code}` | {', '.join(f'`{name}`' for name in names)} | {exit_code} | {_cell(meaning)} |"
+        for code, (names, exit_code, meaning) in sorted(found.items())
+    ]
+    parts = [
+        "# Error codes",
+        MADE,
+        "Every error carries a code, which stays the same when its wording changes: `error.code` in Python, "
+        'and `"code"` in the object that a command prints with `--json`, beside `"error"`, `"hint"` and '
+        '`"exit_code"`. '
+        "The message below stands for all that share a code; `…` are names and values.",
+        "| code | raised as | exit code | message |\n|---|---|---|---|\n" + "\n".join(rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def error_codes() -> dict[str, tuple[tuple[str, ...], int, str]]:
+    """Return the classes, exit code and message of every error code that the package can raise."""
+    classes = {
+        name: kind
+        for name, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, errors.DeployError)
+    }
+    found: dict[str, tuple[tuple[str, ...], int, str]] = {
+        kind.default_code: ((name,), kind.exit_code, inspect.cleandoc(kind.__doc__ or "").split("\n")[0])
+        for name, kind in classes.items()
+    }
+    found |= {code: (("UsageError",), errors.UNUSABLE, words) for code, words in CLICK_MESSAGES.items()}
+    found |= {code: (("RecipeError",), errors.UNUSABLE, words) for code, words in diagnosis.CODES.items()}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and (raised := _raised(node)) is not None:
+                name, code, message = raised
+                kind = classes.get(name, errors.RecipeError if name == "invalid" else errors.InputError)
+                names, _, before = found.get(code, ((), 0, ""))
+                shown = "RecipeError" if name == "invalid" else kind.__name__
+                exit_code = errors.INTERRUPTED if code == "interrupted" else kind.exit_code
+                found[code] = (
+                    tuple(sorted({*names, shown})),
+                    exit_code,
+                    before or message or kind.__doc__ or "",
+                )
+    return found
+
+
+def _raised(call: ast.Call) -> tuple[str, str, str] | None:
+    """Return the class, code and message of a call that makes an error, None for any other call."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    code: ast.expr | None = next((each.value for each in call.keywords if each.arg == "code"), None)
+    words = list(call.args)
+    if name == "invalid" and words:
+        code = words.pop(0)
+    if not isinstance(code, ast.Constant) or not isinstance(code.value, str):
+        return None
+    return name, code.value, _message(words[0]) if words else ""
+
+
+def _message(node: ast.expr) -> str:
+    """Return the text of a string, with ``…`` for what it formats; empty for any other expression."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return ""
 
 
 if __name__ == "__main__":

@@ -1,41 +1,38 @@
-"""What a person sees when a command is done: tables, on stdout."""
+"""Results of commands as tables on stdout."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from s2ap_deploy.cli.bench_table import int8_words, performance_table
+from s2ap_deploy.cli.terminal import COLORS, SYMBOLS, WORDS
+from s2ap_deploy.formatting import counted, mebibytes, percent
 
 if TYPE_CHECKING:
-    from s2ap_deploy.gating.policy import Verdict
     from s2ap_deploy.onnx_export.decoding import Decoded
-    from s2ap_deploy.onnx_export.export_report import ExportReport
-
-COLORS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
-SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
-WORDS = {"pass": "PASSED", "fail": "FAILED", "inconclusive": "INCONCLUSIVE"}
-
+    from s2ap_deploy.onnx_export.export_report import ExportReport, PairedTimes, PeakMemory, Performance
+    from s2ap_deploy.sweeps.results import SweepReport
 
 LOG_WIDTH = 200
 
 
-def _console() -> Console:
-    """Fitted to a terminal; a log keeps every sentence in one line."""
+def console() -> Console:
+    """Return a console as wide as the terminal; in a log every sentence stays on one line."""
     if sys.stdout is not None and sys.stdout.isatty():
         return Console(highlight=False)
     return Console(highlight=False, width=LOG_WIDTH, soft_wrap=True)
 
 
 def show_summary(summary: Mapping[str, Any]) -> None:
-    """Dense against pruned, then the verdict."""
-    console = _console()
+    """Print dense beside pruned, then the verdict."""
+    out = console()
     roles = [role for role in ("dense", "pruned") if role in summary]
     if roles:
         table = Table(title=f"{summary[roles[0]]['arch']}, {summary['threat']}", title_justify="left")
@@ -43,7 +40,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         for role in roles:
             table.add_column(role, justify="right")
         rows = [summary[role] for role in roles]
-        table.add_row("sparsity", *(f"{row['sparsity']:.2%}" for row in rows))
+        table.add_row("sparsity", *(percent(row["sparsity"], 2) for row in rows))
         table.add_row("clean accuracy", *(_share(row["clean"]) for row in rows))
         table.add_row("robust accuracy ¹", *(_share(row["robust"]) for row in rows))
         if any("proven" in row for row in rows):
@@ -55,12 +52,10 @@ def show_summary(summary: Mapping[str, Any]) -> None:
             table.add_row("ONNX bytes", *(f"{row['bytes']:,}" for row in rows))
         if any(row["flags"] for row in rows):
             table.add_row("flags", *(", ".join(row["flags"]) or "none" for row in rows))
-        console.print(table)
-        console.print(
-            Text(f"¹ {summary['statement']}; intervals are exact (95 %, Clopper-Pearson)", style="dim")
-        )
+        out.print(table)
+        out.print(Text(f"¹ {summary['statement']}; intervals are exact (95 %, Clopper-Pearson)", style="dim"))
         if any("proven" in row for row in rows):
-            console.print(
+            out.print(
                 Text(
                     "² provably robust accuracy (lower bound): a guarantee, by linear relaxation", style="dim"
                 )
@@ -68,20 +63,15 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     if "export" in summary:
         ratio = summary["export"]["latency_ratio"]
         measured = f" (measured: {ratio:.2f} of the dense file's time)" if ratio is not None else ""
-        console.print(Text(f"{summary['export']['statement']}{measured}", style="dim"))
+        out.print(Text(f"{summary['export']['statement']}{measured}", style="dim"))
     if "gate" in summary:
-        _verdict(console, summary["gate"])
-
-
-def show_verdict(verdict: Verdict) -> None:
-    """Every check with its answer, then the answer of all."""
-    _verdict(_console(), verdict.model_dump())
+        _verdict(out, summary["gate"])
 
 
 def show_export(report: ExportReport) -> None:
-    """Sizes, what was checked, and what a reader may wrongly expect."""
-    console = _console()
-    table = _facts()
+    """Print sizes, checks, and what not to expect of the file."""
+    out = console()
+    table = facts()
     factor = report.dense_bytes / report.bytes
     table.add_row(
         "file", f"{report.bytes:,} bytes, {factor:.1f} times smaller than dense ({report.dense_bytes:,})"
@@ -137,22 +127,92 @@ def show_export(report: ExportReport) -> None:
     if report.quantization is not None:
         table.add_row("int8", f"{report.quantization.scheme}; {int8_words(report.quantization.instructions)}")
     table.add_row("SHA-256", report.sha256)
-    console.print(table)
+    out.print(table)
     if report.performance is not None:
-        console.print(performance_table(report.performance))
-        console.print(Text(report.performance.statement, style="dim"))
+        out.print(performance_table(report.performance))
+        out.print(Text(report.performance.statement, style="dim"))
     for warning in report.warnings:
-        console.print(Text(f"warning: {warning}", style="yellow"))
+        out.print(Text(f"warning: {warning}", style="yellow"))
     ratio = (
         f" (measured: {report.latency_ratio:.2f} of the dense file's time)" if report.latency_ratio else ""
     )
-    console.print(Text(f"{report.statement}{ratio}", style="dim"))
+    out.print(Text(f"{report.statement}{ratio}", style="dim"))
+
+
+def performance_table(performance: Performance) -> Table:
+    """Return a row per number of threads and images, one for loading, two for memory."""
+    table = Table(
+        title="file beside its dense twin", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("")
+    for heading in ("p50", "p95", "dense p50", "dense p95", "ratio [quartiles]", "pairs"):
+        # Text, since Rich would take words in brackets for a style.
+        table.add_column(Text(heading), justify="right", no_wrap=True)
+    for row in performance.inference:
+        words = f"{counted(row.batch, 'image')}, {counted(row.threads, 'thread')}"
+        table.add_row(words, *_times(row.times))
+    table.add_row("load", *_times(performance.load))
+    if performance.memory is not None:
+        for words, mine, theirs in _peaks(performance.memory):
+            ratio = f"{mine / theirs:.2f}" if theirs else ""
+            table.add_row(
+                words, mebibytes(mine), "", mebibytes(theirs), "", ratio, str(performance.memory.processes)
+            )
+    return table
+
+
+def int8_words(instructions: Sequence[str] | None) -> str:
+    """Say whether the processor has instructions for int8."""
+    if instructions is None:
+        return "whether the processor has instructions for int8 is not known"
+    vnni = [each for each in instructions if "vnni" in each]
+    if vnni:
+        return f"the processor has VNNI ({', '.join(vnni)})"
+    if instructions:
+        return f"the processor has instructions for int8 ({', '.join(instructions)})"
+    return "the processor has no VNNI or the like: int8 gains less here than elsewhere"
+
+
+def _times(times: PairedTimes) -> tuple[str | Text, ...]:
+    return (
+        *(f"{each:,.3g} ms" for each in (times.p50_ms, times.p95_ms, times.dense_p50_ms, times.dense_p95_ms)),
+        Text(f"{times.ratio:.2f} [{times.ratio_q1:.2f}, {times.ratio_q3:.2f}]"),
+        str(times.pairs),
+    )
+
+
+def _peaks(memory: PeakMemory) -> tuple[tuple[str, int, int], ...]:
+    return (
+        ("peak memory, load", memory.load_bytes, memory.dense_load_bytes),
+        (f"peak memory, {counted(memory.batch, 'image')}", memory.run_bytes, memory.dense_run_bytes),
+    )
+
+
+def show_sweep(report: SweepReport) -> None:
+    """Print the Adversarial Pruning Benchmark's table, and what it does not show."""
+    from s2ap_deploy.reporting import sweep_report
+
+    out = console()
+    table = Table(
+        title=Text(sweep_report.title(report)),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for number, name in enumerate(sweep_report.COLUMNS):
+        table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
+    for group in report.groups:
+        table.add_row(*map(Text, sweep_report.cells(group)))
+    out.print(table)
+    for note in sweep_report.notes(report):
+        out.print(Text(note, style="dim"))
 
 
 def show_decoded(decoded: Decoded) -> None:
-    """What ``decode`` wrote and how it was checked."""
-    console = _console()
-    table = _facts()
+    """Print what ``decode`` wrote and how it was checked."""
+    out = console()
+    table = facts()
     table.add_row("file", f"{decoded.bytes:,} bytes, made from {decoded.source_bytes:,}")
     if decoded.tensors:
         table.add_row(
@@ -164,13 +224,13 @@ def show_decoded(decoded: Decoded) -> None:
         table.add_row("weights", "none was coded: the file is as it was")
     table.add_row("logits", f"differ from the sparse file's by at most {decoded.max_logit_difference:.1e}")
     table.add_row("SHA-256", decoded.sha256)
-    console.print(table)
+    out.print(table)
 
 
 def show_checkpoint(description: Mapping[str, Any], asked: str | None = None) -> None:
-    """What ``inspect`` found; ``asked`` is the architecture that it was told."""
-    console = _console()
-    table = _facts()
+    """Print what ``inspect`` found; ``asked`` is the architecture of ``--arch``."""
+    out = console()
+    table = facts()
     table.add_row("file", Text(description["file"]))
     table.add_row("SHA-256", description["sha256"])
     table.add_row(
@@ -195,9 +255,9 @@ def show_checkpoint(description: Mapping[str, Any], asked: str | None = None) ->
         if info.get(key):
             value = info[key]
             table.add_row(key, f"{value['norm']} eps {value['eps']}" if key == "threat" else str(value))
-    console.print(table)
+    out.print(table)
     for near in description["closest"]:
-        console.print(Text(f"closest: {near['architecture']}: {near['differs']}"))
+        out.print(Text(f"closest: {near['architecture']}: {near['differs']}"))
     layers = Table("layer", "shape", title="prunable weights", title_justify="left")
     layers.add_column("weights", justify="right")
     layers.add_column("zeros", justify="right")
@@ -206,39 +266,39 @@ def show_checkpoint(description: Mapping[str, Any], asked: str | None = None) ->
         layers.add_row(
             layer["name"], shape, f"{layer['weights']:,}", f"{layer['zeros'] / max(layer['weights'], 1):.1%}"
         )
-    console.print(layers)
+    out.print(layers)
     for note in description["notes"]:
-        console.print(Text(f"note: {note}"))
+        out.print(Text(f"note: {note}"))
     for warning in description["warnings"]:
-        console.print(Text(f"warning: {warning}", style="yellow"))
+        out.print(Text(f"warning: {warning}", style="yellow"))
 
 
 def _storage(report: ExportReport) -> str:
-    """How many weights have which form, and which of them have too few zeros for any."""
+    """Count the weights per encoding, and those with too few zeros for any."""
     counts = Counter(row.encoding for row in report.tensors if len(row.shape) > 1)
     words = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "no weight to code"
     left = report.left_dense
     return f"{words}; {len(left)} have too few zeros to gain anything and stay dense" if left else words
 
 
-def _facts() -> Table:
-    """A table of names and values; long values are folded, never cut off."""
+def facts() -> Table:
+    """Return a table of names and values; long values are folded, never cut off."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     return table
 
 
-def _verdict(console: Console, verdict: Mapping[str, Any]) -> None:
+def _verdict(out: Console, verdict: Mapping[str, Any]) -> None:
     for check in verdict["checks"]:
         status = check["status"]
-        console.print(Text.assemble((f"{SIGNS[status]} ", COLORS[status]), check["words"]))
+        out.print(Text.assemble((f"{SYMBOLS[status]} ", COLORS[status]), check["words"]))
     status = verdict["status"]
-    console.print(f"gate: [bold {COLORS[status]}]{WORDS[status]}[/]")
+    out.print(f"gate: [bold {COLORS[status]}]{WORDS[status]}[/]")
 
 
 def _share(share: Mapping[str, Any]) -> str:
     if "value" not in share:  # the attack stopped when the verdict was decided
-        return f"{share['low']:.1%} to {share['high']:.1%}, undecided"
+        return f"{percent(share['low'])} to {percent(share['high'])}, undecided"
     low, high = share["interval"]
-    return f"{share['value']:.1%} [{low:.1%}, {high:.1%}]"
+    return f"{percent(share['value'])} [{percent(low)}, {percent(high)}]"

@@ -1,1 +1,1 @@
-"""Whole pipelines as data: schema, shipped recipes, and errors that name the line. No torch."""
+"""Whole pipelines as data: schema, shipped recipes, and errors that name the line."""

@@ -1,4 +1,4 @@
-"""Recipes by name or path: the ones that come along, and the user's own. No torch."""
+"""Shipped recipes by name, and recipe files by path."""
 
 from __future__ import annotations
 
@@ -15,46 +15,54 @@ from s2ap_deploy.recipe.yaml_document import Document
 
 
 def shipped() -> Path:
-    """The folder of the recipes that come with the tool: inside the wheel, or in the checkout."""
+    """Return the folder of the shipped recipes: inside the wheel, or in the checkout."""
     package = Path(__file__).parents[1]
     installed = package / "shipped" / "recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
 def names() -> tuple[str, ...]:
-    """Names of the shipped recipes."""
+    """Return the names of the shipped recipes."""
     return tuple(sorted(path.stem for path in shipped().glob("*.yaml")))
 
 
 def path_of(reference: str) -> Path:
-    """The file of a shipped recipe, or of any recipe by path (a separator or a suffix makes it a path).
+    """Return the file of a shipped recipe, or of any recipe by path (with a separator or a suffix).
 
-    Raises RecipeError where there is none.
+    Raises RecipeError.
     """
     path = Path(reference)
     if not extends.is_path(reference):
         if reference not in names():
             raise RecipeError(
-                f"no recipe {reference!r} comes with the tool{did_you_mean(reference, names())}",
+                f"there is no shipped recipe {reference!r}{did_you_mean(reference, names())}",
+                code="recipe-unknown",
                 hint=f"there are {', '.join(names())}; a file is written with its suffix: {reference}.yaml",
             )
         path = shipped() / f"{reference}.yaml"
     if not path.exists():
-        raise RecipeError(f"there is no recipe at {path}", hint=f"recipes by name: {', '.join(names())}")
+        raise RecipeError(
+            f"there is no recipe at {path}",
+            code="recipe-missing",
+            hint=f"recipes by name: {', '.join(names())}",
+        )
     if not path.is_file():
-        raise RecipeError(f"{path} is not a file")
+        raise RecipeError(f"{path} is not a file", code="recipe-not-a-file")
     return path
 
 
 def document(reference: str, *, overrides: Sequence[str] = ()) -> Document:
-    """What a recipe and the one it extends say together, with ``overrides`` but not yet validated.
+    """Read a recipe and the one it extends, with ``overrides``, without validation.
 
     Raises RecipeError.
     """
     path = path_of(reference)
     own = yaml_document.read(path)
     if not isinstance(own.content, dict):
-        raise RecipeError(f"{path} holds no recipe: it must be a mapping that starts with name:")
+        raise RecipeError(
+            f"{path} holds no recipe: it must be a mapping that starts with name:",
+            code="recipe-not-a-mapping",
+        )
     found = extends.extended(own, path, {name: shipped() / f"{name}.yaml" for name in names()})
     for override in overrides:
         _override(found, override)
@@ -62,7 +70,7 @@ def document(reference: str, *, overrides: Sequence[str] = ()) -> Document:
 
 
 def resolved(reference: str, *, overrides: Sequence[str] = ()) -> tuple[Recipe, Document]:
-    """A recipe, and what was written for it, and where; see :func:`load`."""
+    """Return a recipe and the document it was read from; see :func:`load`."""
     found = document(reference, overrides=overrides)
     try:
         return Recipe.model_validate(found.content), found
@@ -80,7 +88,7 @@ def load(reference: str, *, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump(recipe: Recipe) -> str:
-    """``recipe`` as YAML that :func:`load` reads back to an equal one."""
+    """Return ``recipe`` as YAML that :func:`load` reads back to an equal one."""
     return yaml_document.dump(recipe.model_dump(mode="json"))
 
 
@@ -91,8 +99,12 @@ def _override(document: Document, override: str) -> None:
     key = tuple(name.split("."))
     if not equals or not all(key):
         raise RecipeError(
-            f"{option}: write it as key.path=value", hint="for example --set prune.sparsity=0.95"
+            f"{option}: write it as key.path=value",
+            code="override-malformed",
+            hint="for example --set prune.sparsity=0.95",
         )
     if key[0] == extends.KEY:
-        raise RecipeError(f"{option}: a recipe extends another one in its own file only")
+        raise RecipeError(
+            f"{option}: a recipe extends another one in its own file only", code="extends-in-override"
+        )
     document.override(key, yaml_document.parse(text, option).content, option)

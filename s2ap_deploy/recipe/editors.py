@@ -1,4 +1,4 @@
-"""The schema of recipes for editors, which then complete keys and mark slips while one types. No torch."""
+"""JSON schema of recipes, for completion and checks in editors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _RADII = (("ThreatModel", "eps"), ("ObjectiveSection", "step_size"))  # 0.1 is a
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a recipe file.
+    """Return the JSON Schema (draft 2020-12) of a recipe file.
 
-    What a recipe ``extends`` may bring any section along, so that only the name is required then.
+    A recipe that ``extends`` another one requires only its name.
     """
     schema = Recipe.model_json_schema()
     required = schema.pop("required", [])

@@ -1,4 +1,4 @@
-"""``extends``: a recipe that says only what it changes of another one. One level, no torch.
+"""``extends``: a recipe that holds only its changes to another one (one level).
 
 Sections merge key by key, the extending recipe's value wins, a list is replaced as a whole, and ``null``
 takes away what the other recipe says. The name and the description are never inherited.
@@ -21,12 +21,12 @@ OWN = ("name", "description")
 
 
 def is_path(reference: str) -> bool:
-    """Whether ``reference`` is a path rather than a name: a separator or a suffix makes it one."""
+    """Return whether ``reference`` is a path, with a separator or a suffix, rather than a name."""
     return bool(Path(reference).suffix) or "/" in reference or "\\" in reference
 
 
 def extended(document: Document, path: Path, shipped: Mapping[str, Path]) -> Document:
-    """``document``, read from ``path``, on top of the recipe that it extends; itself where it extends none.
+    """Merge ``document``, read from ``path``, over the recipe that it extends, if any.
 
     A name is one of ``shipped``; a path is relative to the recipe's own folder and stays inside it. Raises
     RecipeError, with the line of ``extends``, for a recipe that is not there or extends another one itself.
@@ -36,22 +36,28 @@ def extended(document: Document, path: Path, shipped: Mapping[str, Path]) -> Doc
     origin = document.origins.get((KEY,), str(path))
     reference = document.content[KEY]
     if not isinstance(reference, str) or not reference:
-        raise RecipeError(f"{origin}: extends must be the name or the path of a recipe (here: {reference!r})")
+        raise RecipeError(
+            f"{origin}: extends must be the name or the path of a recipe (here: {reference!r})",
+            code="extends-invalid",
+        )
     found = _find(reference, path, shipped, origin)
     base = yaml_document.read(found)
     if not isinstance(base.content, dict):
-        raise RecipeError(f"{origin}: {found} holds no recipe to extend: it must be a mapping")
+        raise RecipeError(
+            f"{origin}: {found} holds no recipe to extend: it must be a mapping", code="recipe-not-a-mapping"
+        )
     if KEY in base.content:
         above = base.content[KEY]
         raise RecipeError(
-            f"{origin}: {reference} extends {above!r} itself, and one level is all there is",
+            f"{origin}: {reference} extends {above!r} itself, and only one level is allowed",
+            code="extends-nested",
             hint=f"extend {above} and repeat here what {reference} changes",
         )
     return merged(base, document)
 
 
 def merged(base: Document, own: Document) -> Document:
-    """``own`` on top of ``base``; every key keeps the place where it was written."""
+    """Merge ``own`` over ``base``; every key keeps the line where it was written."""
     inherited = {key: value for key, value in base.content.items() if key not in OWN}
     origins = {key: origin for key, origin in base.origins.items() if key[0] not in OWN}
     changes = {key: value for key, value in own.content.items() if key != KEY}
@@ -88,8 +94,9 @@ def _find(reference: str, path: Path, shipped: Mapping[str, Path], origin: str) 
     if not is_path(reference):
         if reference not in shipped:
             raise RecipeError(
-                f"{origin}: extends {reference!r}, and no such recipe comes with the tool"
+                f"{origin}: extends {reference!r}, which is no shipped recipe"
                 f"{did_you_mean(reference, tuple(shipped))}",
+                code="recipe-unknown",
                 hint=f"there are {', '.join(shipped)}; a file is written with its suffix: {reference}.yaml",
             )
         return shipped[reference]
@@ -98,8 +105,11 @@ def _find(reference: str, path: Path, shipped: Mapping[str, Path], origin: str) 
     except RunFolderError:
         raise RecipeError(
             f"{origin}: extends {reference!r}, which is not inside the recipe's own folder",
-            hint="put both recipes into one folder, or extend one that comes with the tool by its name",
+            code="extends-outside",
+            hint="put both recipes into one folder, or extend a shipped one by its name",
         ) from None
     if not found.is_file():
-        raise RecipeError(f"{origin}: extends {reference!r}, but there is no recipe at {found}")
+        raise RecipeError(
+            f"{origin}: extends {reference!r}, but there is no recipe at {found}", code="recipe-missing"
+        )
     return found

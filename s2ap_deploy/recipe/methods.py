@@ -1,4 +1,4 @@
-"""The base methods as data: what each does with weights, scores, budgets and fine-tuning. No torch.
+"""Base methods as data: how each uses weights, scores, budgets and fine-tuning.
 
 A pruning run is a base method x S2AP on or off x granularity x budget x loss; there is no class per
 combination. Installed packages may offer more methods (see ``plugins``).
@@ -27,13 +27,13 @@ BudgetName = Literal["uniform", "erk", "global", "learned", "macs"]
 class Method:
     """One base method.
 
-    ``learns``: scores move by robust training, so S2AP can act. ``scores`` they start from: the name of a
+    ``learns``: scores are trained, so S2AP can be applied. ``scores`` they start from: the name of a
     function in ``pruning.initial_scores``; a plug-in may give a function instead, from one layer's weights
     (channels: from their norms) and a seeded generator to scores of the same shape, of which the largest by
     magnitude stay. ``gradients``: that function also takes dL/dM = w · dL/dw of the robust loss on training
     batches, summed over a channel. ``untrained``: the weights are drawn anew (robust scratch tickets).
     ``finetunes``: the kept weights are trained afterwards. ``budgets``: how layers may share what is kept;
-    the first is the default. Raises ValueError for a method that nothing could run.
+    the first is the default. Raises ValueError for a method that cannot run.
     """
 
     learns: bool
@@ -42,6 +42,11 @@ class Method:
     gradients: bool = False
     untrained: bool = False
     finetunes: bool = True
+
+    @property
+    def learns_quotas(self) -> bool:
+        """Return whether the share of each layer is learned with the scores, as in HARP."""
+        return self.budgets[0] == "learned"
 
     def __post_init__(self) -> None:
         known = get_args(BudgetName)
@@ -76,7 +81,7 @@ OWN_NAMES: tuple[str, ...] = tuple(_OWN)
 
 
 class _Methods(Mapping[str, Method]):
-    """The tool's own methods, then those of plug-ins, each imported when it is asked for."""
+    """Built-in methods, then those of plug-ins, each imported at first use."""
 
     def __getitem__(self, name: str) -> Method:
         if name in OWN_NAMES:
@@ -99,7 +104,7 @@ OWN_LOSSES: tuple[str, ...] = ("at", "trades", "mart", "fast", "free")
 
 
 def origins(*, loss: str, method: str | None = None) -> dict[str, dict[str, str]]:
-    """What a stage records of the plug-ins behind its names; nothing where they are the tool's own."""
+    """Return the plug-ins behind a loss and a method, for the stage's inputs; empty for built-in names."""
     return plugins.origins(
         methods=None if method in OWN_NAMES else method, losses=None if loss in OWN_LOSSES else loss
     )
@@ -109,7 +114,7 @@ _PATTERN = re.compile(r"([1-9]\d?):([1-9]\d?)")
 
 
 def n_of_m(granularity: str) -> tuple[int, int] | None:
-    """``2:4`` as (2, 4); None for a granularity that is no such pattern."""
+    """Return ``2:4`` as (2, 4), and None for a granularity that is no such pattern."""
     matched = _PATTERN.fullmatch(granularity)
     if matched is None or int(matched[1]) >= int(matched[2]):
         return None
@@ -117,9 +122,9 @@ def n_of_m(granularity: str) -> tuple[int, int] | None:
 
 
 def default_method(granularity: object, budget: object) -> MethodName:
-    """The base method where none is named: HARP where its learned quotas apply, else HYDRA.
+    """Return the default base method: HARP where its learned quotas apply, else HYDRA.
 
-    Learned quotas won at every sparsity that was measured, most of all at 99 % (docs/results.md), and need
-    weights that are free to move between layers. Both arguments are what a recipe says, not yet checked.
+    Learned quotas were best at every measured sparsity (docs/results.md) and need weights that may move
+    between layers. Both arguments are unvalidated values of a recipe.
     """
     return "harp" if granularity in (None, "weight") and budget in (None, "learned") else "hydra"

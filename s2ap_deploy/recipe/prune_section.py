@@ -1,4 +1,4 @@
-"""The section on pruning: method, budget, search, S2AP and fine-tuning. No torch."""
+"""Section on pruning: method, budget, search, S2AP and fine-tuning."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from s2ap_deploy.recipe.field_types import (
     Count,
+    Flag,
     Granularity,
     MethodName,
     Momentum,
@@ -20,66 +21,80 @@ from s2ap_deploy.recipe.field_types import (
 )
 from s2ap_deploy.recipe.methods import METHODS, BudgetName, default_method, n_of_m
 from s2ap_deploy.recipe.train_section import Distillation, ObjectiveSection, TrainSection
-from s2ap_deploy.spec import Record
+from s2ap_deploy.spec import Record, invalid
 
 
 class SearchSection(Record):
-    """The search moves scores only, so there is no weight decay here."""
+    """Search of the mask. It updates scores only, so there is no weight decay."""
 
-    epochs: Count = 20
-    learning_rate: Positive = 0.1
-    momentum: Momentum = 0.9
-    batch_size: Count = 128
+    epochs: Count = Field(default=20, description="Epochs of the search.")
+    learning_rate: Positive = Field(default=0.1, description="Initial learning rate.")
+    momentum: Momentum = Field(default=0.9, description="Momentum of SGD.")
+    batch_size: Count = Field(default=128, description="Images per step.")
     objective: ObjectiveSection = ObjectiveSection()
 
 
 class FinetuneSection(TrainSection):
-    """Training of the weights that the mask kept, from a lower learning rate."""
+    """Fine-tuning of the kept weights. The keys of ``pretrain``, from a lower learning rate."""
 
-    learning_rate: Positive = 0.01
+    learning_rate: Positive = Field(default=0.01, description="Initial learning rate.")
     distillation: Distillation = Distillation()
 
 
 class DiagnosticsSection(Record):
-    """Sharpness of the search, measured every ``every`` epochs (0: never) on ``images`` training images.
+    """Sharpness of the loss in score space, measured during the search."""
 
-    ``iterations`` of Lanczos for the eigenvalue, ``directions`` random ones for the worst rise of the loss.
-    """
-
-    every: Whole = 1
-    images: Count = 128
-    iterations: Count = 8
-    directions: Count = 4
+    every: Whole = Field(default=1, description="Epochs between measurements; 0 is never.")
+    images: Count = Field(default=128, description="Training images for a measurement.")
+    iterations: Count = Field(default=8, description="Lanczos iterations for the largest eigenvalue.")
+    directions: Count = Field(default=4, description="Random directions for the largest rise of the loss.")
 
 
 class PruneSection(Record):
-    """How the mask is found and the rest trained. ``sparsity`` is the fraction of zeros.
+    """Search of the mask and fine-tuning of the kept weights.
 
-    ``method`` is the base method (see ``recipe.methods``): left out, the one that measured best for the
-    granularity and budget. ``s2ap`` is the plug-in: None switches it on where scores learn. ``gamma`` is
-    S2AP's radius in score space, relative to each layer's score norm; ``warmup_epochs`` of the search pass
-    before it is switched on (None: a quarter of them, rounded).
-    ``granularity`` is ``weight``, ``channel`` or a pattern such as ``2:4``, which decides the sparsity.
-    For channels, ``keep_ratio`` can take the place of ``sparsity``: the fraction of channels kept.
-    ``budget`` None is the method's own. ``dense_ends`` leaves the first and the last layer dense.
-    ``compression_weight`` and ``quota_start`` are HARP's. ``steps`` are lower sparsities to pass through,
-    each with a search and a fine-tuning of its own; ``scores_from`` is a run folder whose scores the
-    search starts from.
+    The base methods are described in docs/methods.md.
     """
 
-    method: MethodName = "harp"
-    sparsity: OpenFraction | None = None
-    granularity: Granularity = "weight"
-    keep_ratio: OpenFraction | None = None
-    budget: BudgetName | None = None
-    dense_ends: Annotated[bool, Field(strict=True)] = False
-    s2ap: bool | None = None
-    gamma: NotNegative = 0.0005
-    warmup_epochs: Whole | None = None
-    compression_weight: Positive = 0.01
-    quota_start: Literal["uniform", "erk"] = "uniform"
-    steps: tuple[OpenFraction, ...] = ()
-    scores_from: Annotated[str, Field(min_length=1)] | None = None
+    method: MethodName = Field(
+        default="harp", description="Base method.  [default: harp for weights, else hydra]"
+    )
+    sparsity: OpenFraction | None = Field(
+        default=None, description="Fraction of prunable weights to remove; N:M and keep_ratio need none."
+    )
+    granularity: Granularity = Field(
+        default="weight", description="Unit of removal: weight, channel or N:M as in 2:4."
+    )
+    keep_ratio: OpenFraction | None = Field(
+        default=None, description="For channels: fraction of channels to keep, in place of sparsity."
+    )
+    budget: BudgetName | None = Field(
+        default=None,
+        description="Distribution of the kept weights over the layers.  [default: the method's: erk, learned "
+        "for harp, uniform for channels]",
+    )
+    dense_ends: Flag = Field(default=False, description="Keep the first and the last layer dense.")
+    s2ap: bool | None = Field(
+        default=None,
+        description="Perturb the scores during the search (S2AP).  [default: where scores are learned]",
+    )
+    gamma: NotNegative = Field(
+        default=0.0005, description="Radius of S2AP in score space, relative to each layer's score norm."
+    )
+    warmup_epochs: Whole | None = Field(
+        default=None, description="Search epochs before S2AP is switched on.  [default: a quarter, rounded]"
+    )
+    compression_weight: Positive = Field(
+        default=0.01, description="For harp: weight of the compression loss."
+    )
+    quota_start: Literal["uniform", "erk"] = Field(default="uniform", description="For harp: initial quotas.")
+    steps: tuple[OpenFraction, ...] = Field(
+        default=(),
+        description="Lower sparsities to prune to first, each with its own search and fine-tuning.",
+    )
+    scores_from: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="Run folder whose scores the search starts from."
+    )
     search: SearchSection = SearchSection()
     finetune: FinetuneSection = FinetuneSection()
     diagnostics: DiagnosticsSection = DiagnosticsSection()
@@ -87,7 +102,7 @@ class PruneSection(Record):
     @model_validator(mode="before")
     @classmethod
     def _method_by_evidence(cls, content: Any) -> Any:
-        """Write the default down, so that a run folder's recipe says what ran whatever a later default is."""
+        """Store the default method, so that a later change of the default does not change old recipes."""
         if isinstance(content, Mapping) and content.get("method") is None:
             granularity, budget = content.get("granularity", "weight"), content.get("budget")
             return {**content, "method": default_method(granularity, budget)}
@@ -95,20 +110,20 @@ class PruneSection(Record):
 
     @property
     def warmup(self) -> int:
-        """Search epochs before S2AP is switched on."""
+        """Return the search epochs before S2AP is switched on."""
         return round(self.search.epochs / 4) if self.warmup_epochs is None else self.warmup_epochs
 
     @property
     def perturbs(self) -> bool:
-        """Whether S2AP acts."""
+        """Return whether S2AP is applied."""
         return METHODS[self.method].learns if self.s2ap is None else self.s2ap
 
     @property
     def layer_budget(self) -> BudgetName:
-        """How layers share what is kept."""
+        """Return the budget: how the kept weights are distributed over the layers."""
         if self.budget is not None:
             return self.budget
-        if self.granularity == "channel" and self.method != "harp":
+        if self.granularity == "channel" and not METHODS[self.method].learns_quotas:
             return "uniform"
         return METHODS[self.method].budgets[0]
 
@@ -117,14 +132,16 @@ class PruneSection(Record):
         if not self.perturbs:
             return self
         if not METHODS[self.method].learns:
-            raise ValueError(
-                f"{self.method} learns no scores for S2AP to perturb: s2ap: false, or another method"
+            raise invalid(
+                "s2ap-needs-learned-scores",
+                f"{self.method} learns no scores for S2AP to perturb: s2ap: false, or another method",
             )
         if self.gamma == 0:
-            raise ValueError("gamma 0 leaves S2AP nothing to do; s2ap: false searches without it")
+            raise invalid("gamma-zero", "gamma 0 leaves S2AP nothing to do; s2ap: false searches without it")
         if self.warmup >= self.search.epochs:
-            raise ValueError(
-                f"warmup_epochs {self.warmup} leaves S2AP none of the {self.search.epochs} search epochs"
+            raise invalid(
+                "warmup-too-long",
+                f"warmup_epochs {self.warmup} leaves S2AP none of the {self.search.epochs} search epochs",
             )
         return self
 
@@ -132,45 +149,60 @@ class PruneSection(Record):
     def _sparsity_fits_granularity(self) -> PruneSection:
         pattern = n_of_m(self.granularity)
         if self.keep_ratio is not None and (self.granularity != "channel" or self.sparsity is not None):
-            raise ValueError("keep_ratio is for granularity channel, in place of sparsity")
+            raise invalid("keep-ratio-unused", "keep_ratio is for granularity channel, in place of sparsity")
         if pattern is not None:
             n, m = pattern
             if self.sparsity is not None and abs(self.sparsity - (1 - n / m)) > 1e-9:
-                raise ValueError(f"granularity {n}:{m} is sparsity {1 - n / m:g}, not {self.sparsity:g}")
+                raise invalid(
+                    "sparsity-contradicts-pattern",
+                    f"granularity {n}:{m} is sparsity {1 - n / m:g}, not {self.sparsity:g}",
+                )
             if self.steps:
-                raise ValueError(f"granularity {n}:{m} has one sparsity: steps cannot lead to it")
-            if self.method == "harp" or self.budget not in (None, "uniform"):
-                raise ValueError(
-                    f"granularity {n}:{m} is the same in every layer: there is no budget to share"
+                raise invalid(
+                    "steps-unused", f"granularity {n}:{m} has one sparsity: steps cannot lead to it"
+                )
+            if METHODS[self.method].learns_quotas or self.budget not in (None, "uniform"):
+                raise invalid(
+                    "budget-unused",
+                    f"granularity {n}:{m} is the same in every layer: there is no budget to distribute",
                 )
         elif self.sparsity is None and self.keep_ratio is None:
-            raise ValueError("sparsity is missing")
+            raise invalid("sparsity-missing", "sparsity is missing, such as 0.9")
         return self
 
     @model_validator(mode="after")
     def _budget_fits_method(self) -> PruneSection:
         allowed = METHODS[self.method].budgets
         if self.budget is not None and self.budget not in allowed:
-            raise ValueError(f"budget {self.budget} does not fit {self.method}: {', '.join(allowed)}")
+            raise invalid(
+                "budget-unfit", f"budget {self.budget} does not fit {self.method}: {', '.join(allowed)}"
+            )
         if self.granularity == "channel" and self.dense_ends:
-            raise ValueError("dense_ends is for weights: the classes are never removed")
+            raise invalid("dense-ends-unused", "dense_ends is for weights: the classes are never removed")
         if self.keep_ratio is not None and self.layer_budget != "uniform":
-            raise ValueError(
-                f"keep_ratio is the same in every group: budget {self.layer_budget} does not fit"
+            raise invalid(
+                "budget-unfit",
+                f"keep_ratio is the same in every group: budget {self.layer_budget} does not fit",
             )
         if self.granularity == "channel" and self.layer_budget in ("erk", "global"):
-            raise ValueError(
-                f"budget {self.layer_budget} is for weights; channels take uniform, macs or learned"
+            raise invalid(
+                "budget-unfit",
+                f"budget {self.layer_budget} is for weights; channels take uniform, macs or learned",
             )
         if self.granularity != "channel" and self.layer_budget == "macs":
-            raise ValueError("budget macs is for granularity channel")
+            raise invalid("budget-unfit", "budget macs is for granularity channel")
         return self
 
     @model_validator(mode="after")
     def _steps_rise(self) -> PruneSection:
         if self.steps and not METHODS[self.method].finetunes:
-            raise ValueError(f"{self.method} does not fine-tune, so it cannot go in steps")
+            raise invalid(
+                "steps-need-finetuning", f"{self.method} does not fine-tune, so it cannot go in steps"
+            )
         path = [*self.steps, *([self.sparsity] if self.sparsity is not None else [])]
         if any(later <= earlier for earlier, later in itertools.pairwise(path)):
-            raise ValueError(f"steps must rise towards sparsity {self.sparsity}, not {list(self.steps)}")
+            raise invalid(
+                "steps-not-rising",
+                f"steps must rise towards sparsity {self.sparsity}, not {list(self.steps)}",
+            )
         return self

@@ -1,105 +1,137 @@
-"""The recipe: a whole pipeline as data, from the network to the verdict. No torch.
+"""The recipe: a whole pipeline as data, from the network to the verdict.
 
-The defaults are the published schedule of HYDRA (Sehwag et al. 2020) and HARP with S2AP switched on: 20
-epochs of search, 100 of fine-tuning, SGD with momentum 0.9 and a cosine learning rate, batches of 128. The
-rest was measured (docs/results.md): HARP's learned quotas for weights, ERK where layers share by a rule
-(HYDRA's are uniform), adversarial training (HYDRA took TRADES), and gamma, which nobody published.
+The defaults are the published schedule of HYDRA (Sehwag et al. 2020) and HARP with S2AP: 20 epochs of search,
+100 of fine-tuning, SGD with momentum 0.9 and a cosine learning rate, batches of 128. The other defaults were
+measured (docs/results.md): HARP's learned quotas for weights, ERK budgets (HYDRA's are uniform), adversarial
+training (HYDRA used TRADES), and gamma, which is not published.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from s2ap_deploy.codecs.registry import AUTO, EncodingName
+from s2ap_deploy.codecs.registry import AUTO, EncodingName, describe
 from s2ap_deploy.codecs.values import FLOAT32, ValuesName
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.recipe import target
 from s2ap_deploy.recipe.field_types import (
     ArchitectureName,
+    Batch,
     Count,
     DataName,
+    Flag,
     Fraction01,
+    KeepRatio,
     OpenFraction,
+    Opset,
     Positive,
     Whole,
 )
 from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.recipe.train_section import TrainSection
-from s2ap_deploy.spec import Normalization, Record, ThreatModel
+from s2ap_deploy.spec import Normalization, Record, ThreatModel, invalid
 
 
 class ModelSection(Record):
-    """The network to prune. ``arch`` may be left out when the checkpoint's weights show it.
+    """The network to prune. With a ``checkpoint``, ``pretrain`` is not run."""
 
-    ``checkpoint`` is relative to the working folder; when it is given, ``pretrain`` is not run.
-    ``normalization`` is that of a checkpoint which does not carry its own. ``keep`` and ``alpha`` rebuild the
-    masks of a pruned checkpoint that holds scores: the fraction kept (HYDRA's and HARP's k, RST's prune
-    rate), and HARP's k_min / keep.
-    """
-
-    arch: ArchitectureName | None = None
-    checkpoint: Annotated[str, Field(min_length=1)] | None = None
+    arch: ArchitectureName | None = Field(
+        default=None,
+        description="Architecture, a registered name.  [default: found by the checkpoint's weights]",
+    )
+    checkpoint: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="File of weights, relative to the working folder."
+    )
     normalization: Normalization | None = None
-    keep: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
-    alpha: Fraction01 | None = None
+    keep: KeepRatio | None = Field(
+        default=None,
+        description="For a file that holds pruning scores: fraction kept, HYDRA's and HARP's k, RST's prune "
+        "rate.",
+    )
+    alpha: Fraction01 | None = Field(
+        default=None, description="For HARP's quotas: k_min = alpha * keep; 0.1 is published."
+    )
 
 
 class DataSection(Record):
-    """The images. ``size`` is (C, H, W), None for the data set's own; where they lie is ``--data-root``."""
+    """The images. Their folder is ``--data-root``, not part of a recipe."""
 
-    name: DataName
-    size: tuple[Count, Count, Count] | None = None
-    validation_fraction: OpenFraction = 0.1
+    name: DataName = Field(description="digits, mnist, cifar10, cifar100, svhn or imagefolder:PATH.")
+    size: tuple[Count, Count, Count] | None = Field(
+        default=None, description="Image size (C, H, W).  [default: the data set's]"
+    )
+    validation_fraction: OpenFraction = Field(
+        default=0.1, description="Fraction of the training images for validation."
+    )
 
 
 class CertifySection(Record):
-    """Attacks on ``n`` held-out images (None: all). ``sample_seed`` None takes the first ``n``.
+    """Attacks on held-out images.
 
-    ``provable`` proves what it can first, and attacks only the rest; ``curve`` adds accuracy over eps. Where
-    the recipe has a gate, attacks stop as soon as its verdict is decided, unless ``full``.
+    With a gate, attacks stop as soon as its verdict is decided, unless ``full``.
     """
 
-    version: Literal["standard", "plus", "rand", "quick"] = "standard"
-    provable: Annotated[bool, Field(strict=True)] = False
-    curve: Annotated[bool, Field(strict=True)] = False
-    full: Annotated[bool, Field(strict=True)] = False
-    n: Count | None = 1000
-    attack_seed: Whole = 0
-    sample_seed: Whole | None = 0
+    version: Literal["standard", "plus", "rand", "quick"] = Field(
+        default="standard", description="AutoAttack version, or a quick attack that can only show failures."
+    )
+    provable: Flag = Field(
+        default=False, description="Prove robustness where possible, and attack only the rest."
+    )
+    curve: Flag = Field(default=False, description="Add accuracy over eps, from a minimum-norm attack.")
+    full: Flag = Field(default=False, description="Attack all images, even when the gate is already decided.")
+    n: Count | None = Field(default=1000, description="Test images to attack; null is all.")
+    attack_seed: Whole = Field(default=0, description="Seed of the attacks.")
+    sample_seed: Whole | None = Field(
+        default=0, description="Seed of the stratified choice of images; null takes the first n."
+    )
 
 
 class ExportSection(Record):
-    """The ONNX file. ``auto`` chooses the smallest encoding for each tensor.
+    """The ONNX file. A file that misses one of its budgets (``max_...``) is not written."""
 
-    ``values`` rounds the stored weights, which are float32 again when anything is computed; ``int8``
-    quantizes weights and activations, with ranges from ``calibration`` training images. ``batch`` is the only
-    batch size that the file takes, or ``dynamic``.
-    ``compact`` leaves out channels that cannot matter, without changing the outputs.
-    Of a run on channels, ``keep_ratio`` below 1 keeps fewer of them than the run did, chosen by its scores:
-    another network. ``align`` makes widths multiples of that number, ``torch`` also writes the smaller
-    network for PyTorch.
-    ``target`` names what the file is for: it fills in every key that is left out here, and may bring budgets;
-    ``none`` takes it back.
-    ``max_bytes``, ``max_macs`` and ``max_latency_ms`` are budgets too: a file that misses one is not written.
-    """
-
-    opset: Annotated[int, Field(strict=True, ge=18, le=25)] = 20
-    encoding: EncodingName = AUTO
-    values: ValuesName = FLOAT32
-    batch: Literal["dynamic"] | Annotated[int, Field(strict=True, ge=1, le=1024)] = "dynamic"
-    int8: Annotated[bool, Field(strict=True)] = False
-    calibration: Count = 256
-    compact: Annotated[bool, Field(strict=True)] = True
-    keep_ratio: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
-    align: Annotated[int, Field(strict=True, ge=1, le=1024)] = 1
-    torch: Annotated[bool, Field(strict=True)] = False
-    target: Annotated[str, Field(min_length=1)] | None = None
-    max_bytes: Count | None = None
-    max_macs: Count | None = None
-    max_latency_ms: Positive | None = None
+    opset: Opset = Field(default=20, description="ONNX operator set, 18 to 25.")
+    encoding: EncodingName = Field(default=AUTO, description=f"How weights are stored: {describe()}.")
+    values: ValuesName = Field(
+        default=FLOAT32,
+        description="Type of the stored values; arithmetic stays in float32. float16 and int8 round: such a "
+        "file needs its own certificate.",
+    )
+    batch: Batch = Field(default="dynamic", description="Images per inference: dynamic, or a fixed number.")
+    int8: Flag = Field(
+        default=False, description="Quantize weights and activations; needs its own certificate."
+    )
+    calibration: Count = Field(default=256, description="Training images that set the ranges of int8.")
+    compact: Flag = Field(default=True, description="Remove channels that cannot change the output.")
+    keep_ratio: KeepRatio | None = Field(
+        default=None,
+        description="For a run on channels: keep this fraction, by the run's scores; another network, which "
+        "needs its own certificate.",
+    )
+    align: Annotated[int, Field(strict=True, ge=1, le=1024)] = Field(
+        default=1, description="For a run on channels: widths become multiples of this."
+    )
+    torch: Flag = Field(
+        default=False,
+        description="For a run on channels: also write compact.safetensors and compact.json for PyTorch.",
+    )
+    target: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="Device profile, NAME or FILE: supplies every key that is not set; none removes it. See "
+        "targets list.",
+    )
+    max_bytes: Count | None = Field(
+        default=None, description="Largest file in bytes.  [default: the target's]"
+    )
+    max_macs: Count | None = Field(
+        default=None, description="Most multiply-accumulates per image.  [default: the target's]"
+    )
+    max_latency_ms: Positive | None = Field(
+        default=None,
+        description="Longest inference in milliseconds, on this machine.  [default: the target's]",
+    )
 
     @field_validator("target")
     @classmethod
@@ -118,48 +150,65 @@ class ExportSection(Record):
 
     @property
     def reselects(self) -> bool:
-        """Whether fewer channels than the run's are kept. A ratio of 1 takes back what a recipe says."""
+        """Return whether fewer channels are kept than in the run. A ratio of 1 removes a recipe's ratio."""
         return self.keep_ratio is not None and self.keep_ratio < 1
 
     @model_validator(mode="after")
     def _smaller_layers_are_compact(self) -> ExportSection:
         if not self.compact and (self.reselects or self.align > 1 or self.torch):
-            raise ValueError("keep_ratio, align and torch make layers smaller, which compact: false forbids")
+            raise invalid(
+                "compact-required",
+                "keep_ratio, align and torch make layers smaller, which compact: false forbids",
+            )
         return self
 
 
 class GateSection(Record):
-    """The policy. ``lower`` judges bounds of the 95 % intervals, ``point`` the observed figures.
+    """Thresholds of the verdict. Drops are against the dense network on the same samples."""
 
-    Drops are against the dense network on the same samples, ``max_class_drop`` that of the worst class.
-    Size, latency and sparsity are the exported file's; ``max_age`` is the certificate's: ``36h``, ``30d``.
-    """
-
-    min_clean: Fraction01 | None = None
-    min_robust: Fraction01 | None = None
-    min_proven: Fraction01 | None = None
-    max_drop: Fraction01 | None = None
-    max_class_drop: Fraction01 | None = None
-    min_sparsity: Fraction01 | None = None
-    max_bytes: Count | None = None
-    max_latency_ms: Positive | None = None
-    max_latency_ratio: Positive | None = None
-    max_age: Annotated[str, Field(pattern=r"^[0-9]{1,6}[hdw]$")] | None = None
-    rule: Literal["lower", "point"] = "lower"
+    min_clean: Fraction01 | None = Field(default=None, description="Lowest clean accuracy, as a fraction.")
+    min_robust: Fraction01 | None = Field(
+        default=None, description="Lowest robust accuracy, as a fraction: 0.40."
+    )
+    min_proven: Fraction01 | None = Field(
+        default=None, description="Lowest provably robust accuracy, as a fraction."
+    )
+    max_drop: Fraction01 | None = Field(
+        default=None, description="Largest loss of robust accuracy by pruning, as a fraction."
+    )
+    max_class_drop: Fraction01 | None = Field(default=None, description="The same for the worst class.")
+    min_sparsity: Fraction01 | None = Field(
+        default=None, description="Lowest fraction of zeros in the exported file."
+    )
+    max_bytes: Count | None = Field(default=None, description="Largest exported file in bytes.")
+    max_latency_ms: Positive | None = Field(
+        default=None, description="Longest inference of the exported file for one image, in milliseconds."
+    )
+    max_latency_ratio: Positive | None = Field(
+        default=None, description="The same relative to the dense file."
+    )
+    max_age: Annotated[str, Field(pattern=r"^[0-9]{1,6}[hdw]$")] | None = Field(
+        default=None, description="Oldest certificate to accept: 36h, 30d or 2w."
+    )
+    rule: Literal["lower", "point"] = Field(
+        default="lower", description="Judge the one-sided 95 % bound (lower), or the observed value (point)."
+    )
 
     @model_validator(mode="after")
     def _asks_something(self) -> GateSection:
         if not self.model_dump(exclude={"rule", "max_age"}, exclude_none=True):
-            raise ValueError("a gate needs min_robust, max_drop, min_clean or another threshold")
+            raise invalid(
+                "threshold-missing", "a gate needs min_robust, max_drop, min_clean or another threshold"
+            )
         return self
 
 
 class Recipe(Record):
-    """A whole pipeline. Without ``prune`` the dense network is judged; without ``gate`` nothing is."""
+    """A whole pipeline. Without ``prune`` the dense network is certified; ``gate`` is optional."""
 
-    name: Annotated[str, Field(min_length=1)]
-    description: str = ""
-    seed: Whole = 0
+    name: Annotated[str, Field(min_length=1)] = Field(description="Name of the recipe.")
+    description: str = Field(default="", description="One line about the recipe.")
+    seed: Whole = Field(default=0, description="Seed of every random choice.")
     model: ModelSection
     data: DataSection
     threat: ThreatModel
@@ -172,7 +221,7 @@ class Recipe(Record):
     @model_validator(mode="before")
     @classmethod
     def _as_its_target_says(cls, content: Any) -> Any:
-        """Write the target's settings down, so that a run folder's recipe says what was exported."""
+        """Store the settings of the target, so that the recipe in a run folder is complete."""
         section = content.get("export") if isinstance(content, Mapping) else None
         if not isinstance(section, Mapping) or section.get("target") in (None, target.NONE):
             return content
@@ -184,23 +233,16 @@ class Recipe(Record):
         return {**content, "export": target.fill(section, wanted, ExportSection.model_fields, unit)}
 
 
-PRESETS: Mapping[str, Mapping[str, int | None]] = {
+PRESETS: Final[Mapping[str, Mapping[str, int | None]]] = {
     "published": {"prune.search.epochs": 20, "prune.finetune.epochs": 100, "prune.warmup_epochs": None},
     "quick": {"prune.search.epochs": 5, "prune.finetune.epochs": 5, "prune.warmup_epochs": None},
 }
 
 
-def with_preset(recipe: Recipe, name: str) -> Recipe:
-    """``recipe`` with the schedule of a preset. Raises UsageError if there is none, or no pruning."""
+def preset(name: str) -> Mapping[str, int | None]:
+    """Return the recipe keys that a preset sets. Raises UsageError where there is none of that name."""
     if name not in PRESETS:
-        raise UsageError(f"no preset {name!r}", hint=f"presets are {', '.join(PRESETS)}")
-    if recipe.prune is None:
-        raise UsageError(f"recipe {recipe.name!r} has no prune section for the preset {name!r} to change")
-    content = recipe.model_dump()
-    for key, value in PRESETS[name].items():
-        *parents, last = key.split(".")
-        section = content
-        for parent in parents:
-            section = section[parent]
-        section[last] = value
-    return Recipe.model_validate(content)
+        raise UsageError(
+            f"no preset {name!r}", code="preset-unknown", hint=f"presets are {', '.join(PRESETS)}"
+        )
+    return PRESETS[name]

@@ -1,4 +1,4 @@
-"""Recipes as text with a comment beside each key. No torch."""
+"""Recipes as YAML with a comment beside each key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PLACE = re.compile(r"(?P<file>.*), line (?P<line>\d+)")
 
 
 def annotated(content: Mapping[str, Any], comments: Mapping[Key, str], *, head: Sequence[str] = ()) -> str:
-    """YAML that reads back to ``content``, with ``comments`` by key path and ``head`` as comments on top."""
+    """Return YAML of ``content`` with ``comments`` by key path and ``head`` as comments on top."""
     lines = [f"# {_one_line(line)}".rstrip() for line in head]
     for key, value in content.items():
         section = isinstance(value, Mapping) and bool(value)
@@ -48,14 +48,14 @@ def _beside(text: str, comment: str | None) -> str:
 
 
 def _one_line(comment: str) -> str:
-    """A comment cannot end early and turn into keys, whatever a file or a person put into it."""
+    """Keep a comment on its line, so that its text can never be read as keys."""
     return "".join(letter if letter.isprintable() else " " for letter in comment)
 
 
 def provenance(recipe: Recipe, document: Document) -> dict[Key, str]:
-    """For every value of ``recipe`` where it comes from: a file's line, an override, its target, the default.
+    """Return the origin of every value of ``recipe``: a file's line, an override, its target, the default.
 
-    ``document`` is what it was read from.
+    ``document`` is the document that it was read from.
     """
     return {path: _source(path, recipe, document) for path in _leaves(recipe.model_dump(mode="json"), ())}
 
@@ -75,7 +75,7 @@ def _source(path: Key, recipe: Recipe, document: Document) -> str:
 
 
 def _written(path: Key, content: Any) -> bool:
-    """Whether the document itself says the value at ``path``. A method of null asks for the default."""
+    """Return whether the document sets the value at ``path``. ``method: null`` selects the default."""
     for key in path:
         if not isinstance(content, Mapping) or content.get(str(key)) is None:
             return isinstance(content, Mapping) and key in content and key != "method"
@@ -84,7 +84,7 @@ def _written(path: Key, content: Any) -> bool:
 
 
 def _short(origin: str) -> str:
-    """``demo.yaml, line 7``, wherever that file lies."""
+    """Return ``demo.yaml, line 7`` without the file's folder."""
     matched = _PLACE.fullmatch(origin)
     return f"{Path(matched['file']).name}, line {matched['line']}" if matched else origin
 

@@ -1,4 +1,4 @@
-"""A small, safe part of YAML, read with the line of every key. No torch.
+"""A small, safe subset of YAML, read with the line of every key.
 
 Mappings, sequences and scalars of the YAML 1.2 core schema; no anchors, no tags, no merge keys, no
 duplicate keys. PyYAML only splits the text into events; nothing is ever constructed from a tag, so a
@@ -46,14 +46,16 @@ class Document:
     origins: dict[Key, str] = field(default_factory=dict)
 
     def override(self, key: tuple[str, ...], value: Any, origin: str) -> None:
-        """Set the value at ``key``, making sections on the way. Raises RecipeError below a plain value."""
+        """Set the value at ``key`` and make missing sections. Raises RecipeError below a plain value."""
         section = self.content
         for depth, part in enumerate(key[:-1], 1):
             below = section.get(part)
             if below is None:
                 below = section[part] = {}
             elif not isinstance(below, dict):
-                raise RecipeError(f"{origin}: {'.'.join(key[:depth])} is a value, not a section")
+                raise RecipeError(
+                    f"{origin}: {'.'.join(key[:depth])} is a value, not a section", code="key-unknown"
+                )
             section = below
         section[key[-1]] = value
         for stale in [each for each in self.origins if each[: len(key)] == key]:
@@ -65,12 +67,14 @@ def read(path: Path) -> Document:
     """Read the YAML document in a file. Raises RecipeError as :func:`parse` does, and StorageError."""
     data = files.read_bytes(path, limit=SIZE_LIMIT)
     if len(data) > SIZE_LIMIT:
-        raise RecipeError(f"{path} is larger than {SIZE_LIMIT >> 10} KB, too large for a recipe")
+        raise RecipeError(
+            f"{path} is larger than {SIZE_LIMIT >> 10} KB, too large for a recipe", code="yaml-too-large"
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise RecipeError(f"{path}, line {line}: not UTF-8 text") from error
+        raise RecipeError(f"{path}, line {line}: not UTF-8 text", code="yaml-invalid") from error
     return parse(text, str(path))
 
 
@@ -84,12 +88,12 @@ def parse(text: str, source: str) -> Document:
 
 
 def dump(content: Any) -> str:
-    """YAML that :func:`parse` reads back to an equal ``content``, with keys in their own order."""
+    """Return YAML that :func:`parse` reads back to an equal ``content``, with keys in their order."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def scalar(text: str) -> str | int | float | bool | None:
-    """The value of an unquoted scalar in YAML's core schema (``1e-3`` is a number, ``yes`` is text)."""
+    """Return the value of an unquoted scalar in YAML's core schema (``1e-3`` is a number, ``yes`` text)."""
     word = text if text in _WORDS else text.lower() if text in (text.capitalize(), text.upper()) else text
     if word in _WORDS:
         return _WORDS[word]
@@ -117,26 +121,32 @@ class _Reader:
         content = self._value(self._next(), ())
         self._next()  # the document's end
         if isinstance(event := self._next(), DocumentStartEvent):
-            raise self._error(event, "a second document starts; a recipe is one document")
+            raise self._error(
+                event, "a second document starts; a recipe is one document", "yaml-several-documents"
+            )
         return Document(content, self._origins)
 
     def _value(self, event: Event, path: Key) -> Any:
         self._refuse_unsafe(event)
         if len(path) > DEPTH_LIMIT:
-            raise self._error(event, f"nested deeper than {DEPTH_LIMIT} levels")
+            raise self._error(event, f"nested deeper than {DEPTH_LIMIT} levels", "yaml-too-deep")
         if isinstance(event, ScalarEvent):
             return scalar(event.value) if event.implicit[0] else event.value
         return self._sequence(path) if isinstance(event, SequenceStartEvent) else self._mapping(path)
 
     def _refuse_unsafe(self, event: Event) -> None:
         if isinstance(event, AliasEvent):
-            raise self._error(event, f"the alias *{event.anchor} is not allowed; write the value out")
+            raise self._error(
+                event, f"the alias *{event.anchor} is not allowed; write the value out", "yaml-alias"
+            )
         if isinstance(event, NodeEvent) and event.anchor is not None:
-            raise self._error(event, f"the anchor &{event.anchor} is not allowed; write the value out")
+            raise self._error(
+                event, f"the anchor &{event.anchor} is not allowed; write the value out", "yaml-anchor"
+            )
         tag = getattr(event, "tag", None)
         if tag is not None:
             short = tag.replace("tag:yaml.org,2002:", "!!")
-            raise self._error(event, f"the tag {short} is not allowed; a recipe holds plain values only")
+            raise self._error(event, f"the tag {short} is not allowed; only plain values are", "yaml-tag")
 
     def _sequence(self, path: Key) -> list[Any]:
         values: list[Any] = []
@@ -151,11 +161,13 @@ class _Reader:
         while not isinstance(event := self._next(), MappingEndEvent):
             self._refuse_unsafe(event)
             if not isinstance(event, ScalarEvent):
-                raise self._error(event, "a key must be a word")
+                raise self._error(event, "a key must be a word", "yaml-key-invalid")
             key, here = event.value, (*path, event.value)
             if key in values:
                 name = ".".join(map(str, here))
-                raise self._error(event, f"{name} stands here again, first in {self._origins[here]}")
+                raise self._error(
+                    event, f"{name} is repeated, first in {self._origins[here]}", "yaml-key-repeated"
+                )
             self._origins[here] = self._origin(event)
             values[key] = self._value(self._next(), here)
         return values
@@ -169,19 +181,21 @@ class _Reader:
             problem = error.problem or error.context or "not YAML"
             if r"'\t'" in problem:
                 problem = "a tab; YAML indents with spaces"
-            raise RecipeError(f"{self._source}{where}: {problem}") from error
+            raise RecipeError(f"{self._source}{where}: {problem}", code="yaml-invalid") from error
         except yaml.YAMLError as error:
-            raise RecipeError(f"{self._source} is not YAML: {' '.join(str(error).split())}") from error
+            raise RecipeError(
+                f"{self._source} is not YAML: {' '.join(str(error).split())}", code="yaml-invalid"
+            ) from error
 
-    def _error(self, event: Event, problem: str) -> RecipeError:
-        return RecipeError(f"{self._origin(event)}: {problem}")
+    def _error(self, event: Event, problem: str, code: str) -> RecipeError:
+        return RecipeError(f"{self._origin(event)}: {problem}", code=code)
 
     def _origin(self, event: Event) -> str:
         return f"{self._source}, line {event.start_mark.line + 1}" if event.start_mark else self._source
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that :func:`scalar` would read as something else."""
+    """Quote every text that :func:`scalar` would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,134 +1,148 @@
-"""A job opened from Python: what ``cli.session`` is to a command."""
+"""Open a run: resolve its recipe, set up the machine, report, and hand the job to the stages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import torch
 from torch import nn
 
 from s2ap_deploy import runtime
 from s2ap_deploy.data import datasets
+from s2ap_deploy.distributed import environment
+from s2ap_deploy.distributed.process_group import current_group
 from s2ap_deploy.errors import RunFolderError, UsageError
 from s2ap_deploy.models.architectures import custom, registry
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, Normalize, dry_run
-from s2ap_deploy.recipe.schema import Recipe, with_preset
+from s2ap_deploy.recipe import keys
+from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.recorder import Recorder, Silent
 from s2ap_deploy.runs.folder import Run
-from s2ap_deploy.runs.manifest import tool_version
+from s2ap_deploy.runs.manifest import StageName, StageRecord, tool_version
 from s2ap_deploy.spec import Normalization
 from s2ap_deploy.stages import resolve
 from s2ap_deploy.stages.context import RunContext
 from s2ap_deploy.stages.execution import ExecutionConfig, remembered_data_root
 from s2ap_deploy.stages.pretrain import dense
 from s2ap_deploy.stages.results import Loaded
+from s2ap_deploy.tracking import flat, tracked
 from s2ap_deploy.training.precision import choose_precision
 
 GIVEN = "given.safetensors"
-"""Where a run folder keeps the weights of a network that was handed over in memory."""
-
-
-class Session(TypedDict, total=False):
-    """Keyword arguments that every function of the Python interface takes; none is part of a recipe.
-
-    ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. ``threads`` are torch's, ``workers`` the attack
-    processes. ``data_root``: where data sets lie; ``download`` fetches one that is missing. ``resume``
-    continues what was interrupted, ``overwrite`` starts again. ``recorder`` is told how far it is.
-    ``precision`` (``auto``, ``float32``, ``bf16``) and ``compiled`` are of training steps, ``accumulate`` the
-    pieces of a batch; attacks that certify compute in float32.
-    """
-
-    device: str
-    threads: int | None
-    workers: int | None
-    data_root: Path | str | None
-    download: bool
-    resume: bool
-    overwrite: bool
-    recorder: Recorder
-    precision: str
-    compiled: bool
-    accumulate: int
-
+"""File in a run folder for the weights of a network that was passed in memory."""
 
 Changes = Mapping[str, Any] | Callable[[Recipe], Mapping[str, Any]]
+Model = Path | str | Loaded | nn.Module
 
 
 @contextmanager
 def opened(
     folder: Path | str,
     recipe: Recipe | None,
+    session: Mapping[str, Any],
     *,
-    command: str,
+    name: str,
     changes: Changes | None = None,
-    arch: str | None = None,
-    trust_pickle: bool = False,
-    **session: Unpack[Session],
 ) -> Iterator[RunContext]:
-    """The job in the run folder, which is made where a ``recipe`` is given; None takes the folder's own.
+    """Open the run folder and yield the job in it, reporting to the session's recorder and trackers.
 
-    ``changes`` (dotted keys of the recipe) are made to it; ``command`` is noted in the manifest. Raises
-    TypeError for a keyword that is none of :class:`Session`, and what opening a run folder raises.
+    With a ``recipe`` the folder may be new; None takes the folder's own, with ``changes`` (dotted keys) made
+    to it. ``session`` are the keywords of :class:`~s2ap_deploy.stages.arguments.Session`; ``name`` is the
+    manifest's text where there is no ``command``. Raises what opening a run folder raises.
     """
-    check(session)
-    with Run.open(folder, create=recipe is not None, command=f"python: {command}") as run:
+    here = machine(Path(folder), session)
+    command = session.get("command") or f"python: {name}"
+    with Run.open(folder, create=recipe is not None, command=command, ranks=here.ranks) as run:
         found = recipe or run.load_recipe()
         if found is None:
-            raise RunFolderError(f"{folder} holds no recipe yet", hint="start with s2ap_deploy.prune")
-        found = resolve.changed(found, changes(found) if callable(changes) else changes or {})
-        yield RunContext(
-            run,
-            found,
-            machine(run.path, arch=arch, trust_pickle=trust_pickle, **session),
-            session.get("recorder") or Silent(),
-            resume=session.get("resume", False),
-            overwrite=session.get("overwrite", False),
-        )
+            raise RunFolderError(
+                f"{folder} holds no recipe yet",
+                code="run-without-recipe",
+                hint="start with s2ap-deploy prune or s2ap-deploy run",
+            )
+        if changes:
+            found = resolve.changed(found, changes(found) if callable(changes) else changes)
+        again = {key: bool(session.get(key)) for key in ("resume", "overwrite")}
+        with reported(RunContext(run, found, here, recorder(session), **again), session) as job:
+            yield job
 
 
-def check(session: Session) -> None:
-    """Raise TypeError for a keyword that is none of :class:`Session`, UsageError for a value that cannot be.
+@contextmanager
+def opened_with(
+    model: Model, folder: Path | str, session: Mapping[str, Any], *, name: str, changes: Mapping[str, Any]
+) -> Iterator[RunContext]:
+    """Open a run folder whose dense network is ``model``, which is adopted as its first stage.
 
-    Ranks are refused too: they are processes, and a function has one.
+    ``session`` may hold the keywords of :class:`~s2ap_deploy.stages.arguments.NetworkArguments`; ``changes``
+    are recipe keys by dotted name, the network's included.
     """
-    if "devices" in session:
-        raise UsageError(
-            "ranks are processes of a command, and a function has one process",
-            hint="type s2ap-deploy prune ... --devices N, which leaves the same run folder",
-        )
-    if unknown := session.keys() - Session.__annotations__.keys():
-        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
-    for name in ("threads", "workers", "accumulate"):
-        count = session.get(name)
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise UsageError(f"{name} must be a whole number from 1 on, not {count!r}")
+    if isinstance(model, (str, Path)):
+        recipe, memory = checkpoint_recipe(Path(model), session, name=name, changes=changes), None
+    else:
+        recipe, memory = _memory_recipe(model, folder, session, name=name, changes=changes)
+        session = {**session, "arch": session.get("arch") or memory[1].arch}
+    with opened(folder, recipe, session, name=name) as job:
+        if memory is not None and job.first:
+            _keep(job, *memory)
+        dense(job)
+        yield job
 
 
-def machine(
-    folder: Path, *, arch: str | None = None, trust_pickle: bool = False, **session: Unpack[Session]
-) -> ExecutionConfig:
-    """The machine as the keywords describe it; ``folder`` may remember where data lies.
+def checkpoint_recipe(
+    path: Path, session: Mapping[str, Any], *, name: str, changes: Mapping[str, Any]
+) -> Recipe:
+    """Return the recipe for a checkpoint from what it states and ``changes``. Raises UsageError."""
+    trusted = bool(session.get("trust_pickle"))
+    content = resolve.from_checkpoint(path, name, session.get("arch"), changes, trust_pickle=trusted)
+    return resolve.resolve(content, changes)
 
-    Raises what :func:`check` raises, and UsageError for a device or a precision that is not there.
+
+@contextmanager
+def reported(job: RunContext, session: Mapping[str, Any]) -> Iterator[RunContext]:
+    """Send the job's metrics also to the session's trackers, and note its details where it is ``verbose``."""
+    trackers = session.get("track", ()) if environment.rank() == 0 else ()
+    with tracked(job.recorder, trackers, job.run.path, job.recipe.model_dump(mode="json")) as recording:
+        job.recorder = recording
+        if not session.get("verbose"):
+            yield job
+            return
+        for line in (*machine_lines(job.run.path, job.machine), *recipe_lines(job.recipe)):
+            recording.note(f"debug: {line}")
+        before = dict(job.run.manifest.stages)
+        try:
+            yield job
+        finally:
+            for line in _stage_lines(job, before):
+                recording.note(f"debug: {line}")
+
+
+def recorder(session: Mapping[str, Any]) -> Recorder:
+    """Return the session's recorder, or a silent one."""
+    return session.get("recorder") or Silent()
+
+
+def machine(folder: Path, session: Mapping[str, Any]) -> ExecutionConfig:
+    """Return the machine that ``session`` describes; ``folder`` may hold the data root of earlier commands.
+
+    Raises UsageError for a device or a precision that is not there.
     """
-    check(session)
-    threads, root = session.get("threads"), session.get("data_root")
+    threads, root, arch = session.get("threads"), session.get("data_root"), session.get("arch")
     if threads is not None:
         torch.set_num_threads(threads)
     device = runtime.device(session.get("device", "auto"))
     return ExecutionConfig(
         device=device,
+        ranks=current_group(device),
         data_root=Path(root).expanduser().resolve() if root is not None else remembered_data_root(folder),
         download=session.get("download", False),
         workers=session.get("workers"),
         arch=arch if arch is not None and registry.is_import_path(arch) else None,
-        trust_pickle=trust_pickle,
+        trust_pickle=session.get("trust_pickle", False),
         accumulate=session.get("accumulate", 1),
         precision=choose_precision(
             session.get("precision", "auto"), device, compiled=session.get("compiled", False)
@@ -136,44 +150,50 @@ def machine(
     )
 
 
-def content_of(
-    network: nn.Module,
+def refuse_registered(arch: str | None, decided_by: str) -> None:
+    """Raise UsageError for a registered architecture where ``decided_by`` has already chosen one."""
+    if arch is not None and not registry.is_import_path(arch):
+        raise UsageError(
+            f"--arch {arch}: {decided_by} decides on the architecture; "
+            "only an import path, which it cannot name, is accepted here",
+            code="arch-already-decided",
+            hint=f"--set model.arch={arch}" if decided_by == "the recipe" else "leave it out",
+        )
+
+
+def _memory_recipe(
+    model: Loaded | nn.Module,
     folder: Path | str,
+    session: Mapping[str, Any],
     *,
     name: str,
-    info: CheckpointInfo | None,
-    arch: str | None,
-    data: str | None,
-    eps: str | None,
-    norm: str | None,
-    data_root: Path | str | None = None,
-) -> tuple[dict[str, Any], Classifier, CheckpointInfo]:
-    """The start of a recipe for a network in memory, with the classifier and facts that its file will hold.
+    changes: Mapping[str, Any],
+) -> tuple[Recipe, tuple[Classifier, CheckpointInfo]]:
+    """Return the recipe for a network in memory, with the classifier and facts that its file will hold.
 
-    ``info`` is what a loaded checkpoint said; a network without it needs ``data`` and ``eps``, and takes
-    images [B, C, H, W] in [0, 1]. Raises UsageError for what is missing, ArchitectureError for a network
-    that cannot run on the data.
+    A network without facts of its own needs ``data`` and ``eps``. Raises UsageError for what is missing,
+    ArchitectureError for a network that cannot run on the data.
     """
+    network, info = (model.classifier, model.info) if isinstance(model, Loaded) else (model, None)
     if not isinstance(network, nn.Module):
         raise UsageError(
             f"a network is needed, not {type(network).__name__}",
-            hint="give a path, what load_checkpoint gave, or a torch.nn.Module",
+            code="model-invalid",
+            hint="pass a path, the result of load_checkpoint, or a torch.nn.Module",
         )
-    data = data or (info.data if info is not None else None)
-    if data is None:
+    if any(key.startswith(("model.normalization", "model.keep", "model.alpha")) for key in changes):
         raise UsageError(
-            "a network in memory does not say which data it was trained on",
-            hint="add data=: digits, mnist, cifar10, cifar100, svhn or imagefolder:PATH",
+            "mean, std, keep and alpha are for files: a network in memory is used as it is",
+            code="model-in-memory",
+            hint="pass them to load_checkpoint, or wrap the network in models.classifier.Classifier",
         )
-    threat = info.threat if info is not None else None
-    if eps is None and threat is None:
-        raise UsageError(
-            "a network in memory does not say which attack it should withstand",
-            hint="add eps=, for example eps='8/255' for CIFAR-10 in L-infinity",
-        )
+    sections = resolve.completed("a network in memory", resolve.stated(info), changes)
     classifier = network if isinstance(network, Classifier) else Classifier(network, None)
     if info is None:
-        preprocessing = datasets.spec(data, root=Path(data_root) if data_root else None).preprocessing
+        root, arch = session.get("data_root"), session.get("arch")
+        preprocessing = datasets.spec(
+            sections["data"]["name"], root=Path(root) if root else None
+        ).preprocessing
         classes = int(dry_run(classifier, preprocessing.size).shape[1])
         info = CheckpointInfo(
             arch=arch
@@ -184,111 +204,70 @@ def content_of(
             stage="foreign",
             tool_version=tool_version(),
         )
-    return (
-        {
-            "name": name,
-            "model": {
-                "checkpoint": str(Path(folder) / GIVEN),
-                "arch": None if registry.is_import_path(info.arch) else info.arch,
-            },
-            "data": {"name": data},
-            "threat": {
-                "norm": norm or (threat.norm if threat is not None else "Linf"),
-                "eps": eps or (threat.eps if threat is not None else None),
-            },
-        },
-        classifier,
-        info,
-    )
+    architecture = None if registry.is_import_path(info.arch) else info.arch
+    start = {
+        "name": name,
+        "model": {"checkpoint": str(Path(folder) / GIVEN), "arch": architecture},
+        **sections,
+    }
+    return resolve.resolve(start, changes), (classifier, info)
 
 
-@dataclass(frozen=True, eq=False)
-class Source:
-    """A network to start from and what was said of it."""
-
-    model: Path | str | Loaded | nn.Module
-    data: str | None
-    eps: str | None
-    norm: str | None
-    arch: str | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    keep: float | None
-    alpha: float | None
-    seed: int
-    trust_pickle: bool
-
-
-@contextmanager
-def on_model(
-    name: str,
-    source: Source,
-    run: Path | str,
-    sections: Mapping[str, Any],
-    preset: str | None,
-    changes: Mapping[str, Any],
-    session: Session,
-) -> Iterator[RunContext]:
-    """A job whose dense network is the source's, taken over into the run folder."""
-    normalization = resolve.normalization(as_tuple(source.mean), as_tuple(source.std))
-    memory: tuple[Classifier, CheckpointInfo] | None = None
-    if isinstance(source.model, (str, Path)):
-        content = resolve.from_checkpoint(
-            Path(source.model),
-            name=name,
-            arch=source.arch,
-            data=source.data,
-            eps=source.eps,
-            norm=source.norm,
-            normalization=normalization,
-            trust_pickle=source.trust_pickle,
-        )
-    else:
-        loaded = source.model if isinstance(source.model, Loaded) else None
-        if normalization is not None or source.keep is not None or source.alpha is not None:
-            raise UsageError(
-                "mean, std, keep and alpha are for files: a network in memory is taken as it is",
-                hint="give them to load_checkpoint, or wrap the network in models.classifier.Classifier",
-            )
-        content, classifier, info = content_of(
-            source.model.classifier if isinstance(source.model, Loaded) else source.model,
-            run,
-            name=name,
-            info=loaded.info if loaded is not None else None,
-            arch=source.arch,
-            data=source.data,
-            eps=source.eps,
-            norm=source.norm,
-            data_root=session.get("data_root"),
-        )
-        memory = classifier, info
-    changed = {"seed": source.seed, "model.keep": source.keep, "model.alpha": source.alpha}
-    recipe = resolve.resolve({**content, **sections}, changed)
-    if preset is not None:
-        recipe = with_preset(recipe, preset)
-    recipe = resolve.changed(recipe, changes)
-    arch = source.arch or (memory[1].arch if memory else None)
-    with opened(run, recipe, command=name, arch=arch, trust_pickle=source.trust_pickle, **session) as job:
-        if memory is not None:
-            keep(job, *memory)
-        dense(job)
-        yield job
-
-
-def as_tuple(numbers: Sequence[float] | None) -> tuple[float, ...] | None:
-    """Any sequence of numbers, or None."""
-    return tuple(numbers) if numbers is not None else None
-
-
-def keep(job: RunContext, classifier: Classifier, info: CheckpointInfo) -> None:
-    """Write a network that was handed over into its run folder. Raises StorageError."""
+def _keep(job: RunContext, classifier: Classifier, info: CheckpointInfo) -> None:
+    """Write a network that was passed in memory into its run folder. Raises StorageError."""
     facts = {"data": job.recipe.data.name, "threat": job.recipe.threat}
     checkpoint.save(job.run.path / GIVEN, classifier, info.model_copy(update=facts))
 
 
 def _normalization(classifier: Classifier) -> Normalization | None:
-    """The one inside; None for a network that takes images as they are."""
+    """Return the normalization inside the classifier; None for one that takes images as they are."""
     inside = classifier.normalize
     if not isinstance(inside, Normalize):
         return None
     return Normalization(mean=tuple(inside.mean.flatten().tolist()), std=tuple(inside.std.flatten().tolist()))
+
+
+def machine_lines(folder: Path, here: ExecutionConfig) -> Iterator[str]:
+    """Yield the run folder, the machine and the versions as lines of text."""
+    yield (
+        f"run folder {folder}; device {here.device}, {torch.get_num_threads()} threads, "
+        f"workers {here.workers or 'one per core'}, data root {here.data_root or 'default'}"
+    )
+    yield ", ".join(f"{name} {version}" for name, version in runtime.versions().items())
+
+
+def recipe_lines(recipe: Recipe) -> Iterator[str]:
+    """Yield the recipe section by section, the values that differ from the defaults first."""
+    content = recipe.model_dump(mode="json")
+    defaults = _defaults()
+    sections = {key: value for key, value in content.items() if isinstance(value, Mapping)}
+    alone = {key: value for key, value in content.items() if key not in sections}
+    for key, section in {"recipe": alone, **sections}.items():
+        values = flat(section)
+        prefix = "" if section is alone else f"{key}."
+        own = {name: value for name, value in values.items() if defaults.get(prefix + name) != value}
+        if own:
+            yield f"{key}: " + ", ".join(f"{name} {value}" for name, value in own.items())
+        if rest := {name: value for name, value in values.items() if name not in own}:
+            yield f"{key}, by default: " + ", ".join(f"{name} {value}" for name, value in rest.items())
+
+
+def _defaults() -> dict[str, str]:
+    """Return the defaults of a recipe by dotted name, as text."""
+    found: dict[str, str] = {}
+    for name, info in keys.fields(Recipe):
+        if keys.section_of(info.annotation) is None and not info.is_required():
+            value = info.get_default(call_default_factory=True)
+            found[name] = str(list(value) if isinstance(value, tuple) else value)
+    return found
+
+
+def _stage_lines(job: RunContext, before: Mapping[StageName, StageRecord]) -> Iterator[str]:
+    """Yield, per stage that was worked on, its time, the hash of its inputs, and its files with hashes."""
+    for name, record in job.run.manifest.stages.items():
+        if before.get(name) == record:
+            continue
+        spent = f"{record.seconds:.1f} s" if record.seconds is not None else "unfinished"
+        yield f"{name}: {record.status}, {spent}, inputs {record.inputs_sha256}"
+        for output in record.outputs:
+            yield f"{output.path}: {output.bytes:,} bytes, SHA-256 {output.sha256}"

@@ -1,173 +1,182 @@
-"""What is asked for, as a recipe: options of a command or arguments of a Python call, and what a file says.
-
-The command line (``cli.session``) and the Python interface (``api``) both start here.
-"""
+"""Resolve recipes from keyword arguments, or options, and from what a model file states."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
-from s2ap_deploy.recipe import diagnosis, target
+from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
+from s2ap_deploy.recipe import diagnosis, keys, target
+from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.recipe.schema import ExportSection, Recipe
 from s2ap_deploy.runs.manifest import FILE_NAME, Manifest
+from s2ap_deploy.spec import Normalization
 
 if TYPE_CHECKING:
     from s2ap_deploy.onnx_export.onnx_file import OnnxFile
-
-NULL: Final = object()
-"""A value that is null in the recipe; None is an option that nobody gave."""
 
 _THREAT = re.compile(r"(Linf|L2|L1) eps (\S+)")
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """``recipe`` with the dotted keys of ``changes`` set, where their value is not None."""
+    """Return ``recipe`` with the dotted keys of ``changes`` set. Raises UsageError."""
     return resolve(recipe.model_dump(), changes)
 
 
 def resolve(content: dict[str, Any], changes: Mapping[str, Any]) -> Recipe:
-    """A recipe from options. Raises UsageError, which names the key that the value does not fit."""
+    """Set the dotted keys of ``changes`` in ``content``, in order, and validate the result once.
+
+    Raises UsageError, which names the key that the value does not fit.
+    """
     for key, value in changes.items():
-        if value is None:
-            continue
-        *parents, last = key.split(".")
-        section = content
-        for parent in parents:
-            if section.get(parent) is None:
-                section[parent] = {}
-            section = section[parent]
-            if not isinstance(section, dict):
-                raise UsageError(f"{key}: {parent} holds a value and no keys", hint=f"leave out .{last}")
-        section[last] = None if value is NULL else value
+        keys.assign(content, key, value)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the options"
-        if first["type"] == "extra_forbidden":
-            raise UsageError(f"unknown key {where}{diagnosis.nearest(first['loc'], Recipe)}") from None
-        raise UsageError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise diagnosis.refused(error, Recipe) from None
 
 
-def export_changes(options: Mapping[str, Any], name: str | None, recipe: Recipe) -> dict[str, Any]:
-    """Changes to the recipe's export section: the ``options`` that were given, and its target's settings.
+def export_changes(changes: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return ``changes`` completed by the target that they name.
 
-    ``name`` is the target that was asked for now; a flag beats it, and it beats the recipe.
+    What is given explicitly has priority over the target, and the target over the recipe.
     """
-    section = dict(options)
-    if name is not None and name != target.NONE:
-        unit = recipe.prune.granularity if recipe.prune is not None else None
-        section = target.fill(section, target.find(name).target, ExportSection.model_fields, unit)
-    return {f"export.{key}": value for key, value in {**section, "target": name}.items()}
+    name = changes.get("export.target")
+    if name in (None, target.NONE):
+        return dict(changes)
+    section = {key: changes.get(f"export.{key}") for key in ExportSection.model_fields if key != "target"}
+    unit = recipe.prune.granularity if recipe.prune is not None else None
+    filled = target.fill(section, target.find(name).target, ExportSection.model_fields, unit)
+    return {**{f"export.{k}": value for k, value in filled.items() if value is not None}, **changes}
+
+
+def plan_sections(given: Mapping[str, Any]) -> tuple[PruneSection, ExportSection, target.Found | None]:
+    """Return the sections on pruning and export that ``plan`` is asked for, and the target.
+
+    Raises UsageError.
+    """
+    pruning, exporting = keys.changes(keys.PRUNE, given), keys.changes(keys.EXPORT, given)
+    section = {key.removeprefix("prune."): value for key, value in pruning.items()}
+    exporting.pop("export.keep_ratio", None)  # here it is the one of pruning
+    wanted = {key.removeprefix("export."): value for key, value in exporting.items()}
+    try:
+        prune = PruneSection.model_validate(section)
+        if wanted.get("align") is not None and prune.granularity != "channel":
+            raise UsageError(
+                "--align is for channels",
+                code="align-unused",
+                hint="add --granularity channel, or leave it out",
+            )
+        name = wanted.get("target")
+        found = target.find(name) if name is not None and name != target.NONE else None
+        if found is not None:
+            fields = ExportSection.model_fields
+            wanted = target.fill({**dict.fromkeys(fields), **wanted}, found.target, fields, prune.granularity)
+        given_keys = {key: value for key, value in wanted.items() if value is not None}
+        return prune, ExportSection.model_validate(given_keys), found
+    except ValidationError as error:
+        schema = PruneSection if error.title == "PruneSection" else ExportSection
+        raise diagnosis.refused(error, schema) from None
 
 
 def from_checkpoint(
-    path: Path,
-    *,
-    name: str,
-    arch: str | None,
-    data: str | None,
-    eps: str | None,
-    norm: str | None,
-    normalization: dict[str, Any] | None,
-    trust_pickle: bool,
+    path: Path, name: str, arch: str | None, changes: Mapping[str, Any], *, trust_pickle: bool = False
 ) -> dict[str, Any]:
-    """The start of a recipe: what the checkpoint says of itself, completed by options.
+    """Return the start of a recipe from what a checkpoint states, completed by ``changes``.
 
-    A checkpoint of this tool knows its data and threat model; for any other, UsageError says which
-    option is missing.
+    A checkpoint of this tool states its data and threat model; for any other, UsageError names the missing
+    argument.
     """
     info = checkpoint.read_tensors(path, trust_pickle=trust_pickle).info
-    data = data or (info.data if info is not None else None)
-    if data is None:
-        raise UsageError(
-            f"{path} does not say which data it was trained on",
-            hint="add --data: digits, mnist, cifar10, cifar100, svhn or imagefolder:PATH",
-        )
-    threat = info.threat if info is not None else None
-    if eps is None and threat is None:
-        raise UsageError(
-            f"{path} does not say which attack it should withstand",
-            hint="add --eps, for example --eps 8/255 for CIFAR-10 in L-infinity",
-        )
     return {
         "name": name,
         "model": {
             "checkpoint": str(path),
             "arch": arch if arch is not None and not registry.is_import_path(arch) else None,
-            "normalization": normalization,
         },
-        "data": {"name": data},
-        "threat": {
-            "norm": norm or (threat.norm if threat is not None else "Linf"),
-            "eps": eps or (threat.eps if threat is not None else None),
-        },
+        **completed(str(path), stated(info), changes),
     }
 
 
-def normalization(mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> dict[str, Any] | None:
-    """The section that ``--mean`` and ``--std`` make together. Raises UsageError for one alone."""
+def stated(info: CheckpointInfo | None) -> dict[str, str | None]:
+    """Return the data set, norm and radius that a checkpoint states."""
+    threat = info.threat if info is not None else None
+    return {
+        "data": info.data if info is not None else None,
+        "norm": threat.norm if threat is not None else None,
+        "eps": threat.eps if threat is not None else None,
+    }
+
+
+def completed(subject: str, found: Mapping[str, str | None], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sections on data and threat model that ``subject`` states, completed by ``changes``.
+
+    Raises UsageError where neither says which data or which radius.
+    """
+    data = changes.get("data.name") or found.get("data")
+    if data is None:
+        raise UsageError(
+            f"{subject} does not say which data it was trained on",
+            code="data-missing",
+            hint="add --data (data=): digits, mnist, cifar10, cifar100, svhn or imagefolder:PATH",
+        )
+    eps = changes.get("threat.eps") or found.get("eps")
+    if eps is None:
+        raise UsageError(
+            f"{subject} does not say which attack it should withstand",
+            code="eps-missing",
+            hint="add --eps 8/255 (eps='8/255'), for example, for CIFAR-10 in Linf",
+        )
+    norm = changes.get("threat.norm") or found.get("norm") or "Linf"
+    return {"data": {"name": data}, "threat": {"norm": norm, "eps": eps}}
+
+
+def normalization(mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Normalization | None:
+    """Return the normalization of ``mean`` and ``std``. Raises UsageError for one without the other."""
     if mean is None and std is None:
         return None
     if mean is None or std is None or len(mean) != len(std):
-        raise UsageError("--mean and --std belong together, one number per channel each")
-    return {"mean": mean, "std": std}
+        raise UsageError(
+            "--mean and --std (mean=, std=) need each other, one number per channel each",
+            code="normalization-incomplete",
+        )
+    try:
+        return Normalization(mean=tuple(mean), std=tuple(std))
+    except ValidationError as error:
+        raise diagnosis.refused(error, Normalization) from None
 
 
-def foreign_recipe(
-    opened: OnnxFile,
-    folder: Path,
-    *,
-    data: str | None,
-    eps: str | None,
-    norm: str | None,
-    seed: int | None,
-) -> Recipe | None:
-    """The recipe for a file from elsewhere, or None for one that the run in ``folder`` exported.
+def foreign_recipe(opened: OnnxFile, folder: Path, changes: Mapping[str, Any]) -> Recipe | None:
+    """Return the recipe for an ONNX file from elsewhere, or None for one that the run in ``folder`` exported.
 
-    What the file says of itself is completed by the options. Raises UsageError for what is then missing.
+    What the file states is completed by ``changes``. Raises UsageError for what is then missing.
     """
     if _exported_by(folder, opened.sha256):
         return None
     if (folder / FILE_NAME).is_file() and Manifest.load(folder).stages.keys() - {"artifact", "gate"}:
         raise UsageError(
             f"{opened.path} is not the file that the run in {folder} exported",
+            code="artifact-of-another-run",
             hint="name a folder of its own with --run",
         )
-    data = data or opened.metadata.get("s2ap.data")
-    if data is None:
-        raise UsageError(
-            f"{opened.path} does not say which data it was trained on",
-            hint="add --data: digits, mnist, cifar10, cifar100, svhn or imagefolder:PATH",
-        )
-    stated = _THREAT.fullmatch(opened.metadata.get("s2ap.threat_model", ""))
-    if eps is None and stated is None:
-        raise UsageError(
-            f"{opened.path} does not say which attack it should withstand",
-            hint="add --eps, for example --eps 8/255 for CIFAR-10 in L-infinity",
-        )
-    content = {
-        "name": "certify-artifact",
-        "model": {},
-        "data": {"name": data, "size": opened.input_size if data.startswith("imagefolder:") else None},
-        "threat": {
-            "norm": norm or (stated[1] if stated is not None else "Linf"),
-            "eps": eps or (stated[2] if stated is not None else None),
-        },
-    }
-    return resolve(content, {"seed": seed})
+    found = {"data": opened.metadata.get("s2ap.data")}
+    if (threat := _THREAT.fullmatch(opened.metadata.get("s2ap.threat_model", ""))) is not None:
+        found |= {"norm": threat[1], "eps": threat[2]}
+    sections = completed(str(opened.path), found, changes)
+    if str(sections["data"]["name"]).startswith("imagefolder:"):
+        sections["data"]["size"] = opened.input_size
+    return resolve({"name": "certify-artifact", "model": {}, **sections}, changes)
 
 
 def _exported_by(folder: Path, sha256: str) -> bool:
-    """Whether the run in ``folder`` exported the file with that hash. Raises RunFolderError when damaged."""
+    """Return whether the run in ``folder`` exported the file with that hash. Raises RunFolderError."""
     if not (folder / FILE_NAME).is_file():
         return False
     record = Manifest.load(folder).stages.get("export")

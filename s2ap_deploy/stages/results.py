@@ -1,13 +1,15 @@
-"""What the functions of the Python interface give back. No torch by itself."""
+"""Results of the Python interface."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from s2ap_deploy.evaluation.certificate import Certificate
+    from s2ap_deploy.gating.policy import Verdict
     from s2ap_deploy.models.checkpoints.info import CheckpointInfo
     from s2ap_deploy.models.classifier import Classifier
 
@@ -37,6 +39,7 @@ class Trained:
     clean_accuracy: float | None
     robust_accuracy: float | None
     sparsity: float | None = None
+    stages: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def load(self) -> Loaded:
         """The network itself. Raises CheckpointError."""
@@ -53,12 +56,24 @@ class Certificates:
     dense: Certificate | None = None
     pruned: Certificate | None = None
     file: Certificate | None = None
+    results: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished recipe: its summary as JSON values, and the gate's verdict, None without a gate."""
+
+    run: Path
+    summary: Mapping[str, Any]
+    verdict: Verdict | None
 
 
 @dataclass(frozen=True)
 class Reports:
-    """The two files of a report, and sentences for what it could not show."""
+    """The files of a report, the verdict in it, and what is missing from it or damaged."""
 
     page: Path
     card: Path
-    missing: tuple[str, ...]
+    status: str | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""All combinations of a sweep: which recipe each one runs, and which cannot be run at all. No torch."""
+"""Combinations of a sweep: the recipe of each one, or the reason why it is impossible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from s2ap_deploy.recipe.yaml_document import Document, Key
 
 @dataclass(frozen=True)
 class Axes:
-    """What varies. An empty axis leaves the recipe's own value; ``seeds`` count up from the recipe's."""
+    """Values that vary. An empty axis keeps the recipe's value; ``seeds`` count up from the recipe's."""
 
     sparsity: Sequence[float] = ()
     method: Sequence[str] = ()
@@ -44,9 +44,9 @@ class Combination:
 
 
 def combinations(document: Document, axes: Axes) -> tuple[Combination, ...]:
-    """Every combination, seeds innermost, in the order in which the axes list their values.
+    """Return every combination, seeds innermost, in the order of the axes' values.
 
-    ``document`` is what a recipe says before it is validated. Raises RecipeError for one that is wrong by
+    ``document`` is a recipe before validation. Raises RecipeError for one that is wrong by
     itself, UsageError for an axis that no recipe has or a sweep of nothing.
     """
     _check(document, axes)
@@ -82,7 +82,7 @@ def _combination(document: Document, values: Mapping[str, Any], seed: int) -> Co
     if "sparsity" in values:
         prune["keep_ratio"] = None  # the other way to say how much goes
     content |= {"prune": prune, "seed": seed}
-    # Figures are for people to compare: an attack that stops at a gate's verdict has none.
+    # Attack to the end: an attack that stops at a gate's verdict has no robust accuracy to compare.
     content["certify"] = {**(content.get("certify") or {}), "full": True}
     name = "-".join([*_words(prune, values), f"seed-{seed}"])
     content["name"] = f"{content.get('name')}/{name}"
@@ -97,14 +97,14 @@ def _combination(document: Document, values: Mapping[str, Any], seed: int) -> Co
 
 
 def _refuse_slips(document: Document, values: Mapping[str, Any], error: ValidationError) -> None:
-    """What is wrong outside the prune section, or with one key in it, is a slip and no odd combination."""
+    """Raise for an error outside the prune section or in one of its keys: a typo, not a combination."""
     if any(detail["loc"] != ("prune",) for detail in error.errors()):
         asked: dict[Key, str] = {("prune", name): f"--{name} {value}" for name, value in values.items()}
         raise explain(error, Recipe, str(document.content.get("name")), {**document.origins, **asked})
 
 
 def _advice(values: Mapping[str, Any], prune: Mapping[str, Any]) -> str:
-    """What to type where the recipe, not the request, stands in the way."""
+    """Return what to type where the recipe's budget prevents the combination."""
     method, budget = prune.get("method"), prune.get("budget")
     if "budget" in values or budget is None:
         return ""
@@ -115,7 +115,7 @@ def _advice(values: Mapping[str, Any], prune: Mapping[str, Any]) -> str:
 
 
 def _words(prune: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
-    """What tells one combination from the others, fit for the name of a folder."""
+    """Yield the words that identify a combination, usable in the name of a folder."""
     if "granularity" in values:
         yield str(values["granularity"]).replace(":", "of")
     if "method" in values:

@@ -130,27 +130,6 @@ def test_a_network_alone_is_decided_too(s2ap: Callable[..., Any], digits_model: 
     assert gate.code == 0, gate.out
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--full", "--min-robust", 0.5], "--full attacks to the end"),
-        (["--full", "--gate", "point"], "--full attacks to the end"),
-        (["--gate", "point"], "--gate alone has nothing to judge"),
-        (["--min-robust", 40], "is not a fraction between 0 and 1"),
-        (["--min-robust", "nan"], "is not a fraction between 0 and 1"),
-        (["--max-drop", 0], "cannot be shown by any number of samples"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(
-    s2ap: Callable[..., Any], own_run: Path, options: list[object], words: str
-) -> None:
-    before = (own_run / "manifest.json").read_text()
-    done = s2ap("certify", *options, "--run", own_run)
-    assert done.code == 2
-    assert words in done.err
-    assert json.loads(before)["stages"] == read(own_run / "manifest.json")["stages"]
-
-
 def test_out_of_time_before_it_is_decided(s2ap: Callable[..., Any], own_run: Path) -> None:
     policy = ["--min-robust", 0.01, "--gate", "point", "--workers", 1, "--run", own_run]
     stopped = s2ap("certify", "--overwrite", "--time-budget", 0, *policy)

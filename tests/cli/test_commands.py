@@ -117,16 +117,6 @@ def test_certify_and_export_of_an_unfinished_pruning_are_refused(
         assert "run s2ap-deploy prune first" in done.err
 
 
-def test_certify_with_a_checkpoint_never_mixes_with_a_pruned_run(
-    s2ap: Callable[..., Any], digits_model: Path, own_run: Path, files_in: Callable[[Path], dict[str, bytes]]
-) -> None:
-    before = files_in(own_run)["recipe.yaml"]
-    done = s2ap("certify", digits_model, "--eps", "0.5", "--n", 40, "--run", own_run)
-    assert done.code == 2
-    assert "holds a pruned network beside this one" in done.err
-    assert files_in(own_run)["recipe.yaml"] == before
-
-
 def test_certify_with_a_checkpoint_alone_then_export_and_gate(
     s2ap: Callable[..., Any], digits_model: Path, tmp_path: Path
 ) -> None:
@@ -277,7 +267,7 @@ def test_demo_is_the_recipe_of_that_name(s2ap: Callable[..., Any], monkeypatch: 
     monkeypatch.setattr(run.command, "callback", lambda **options: seen.update(options) or 0)
     assert s2ap("demo", "--sparsity", "0.999", "--run", "elsewhere", "--workers", 2).code == 0
     assert (seen["recipe"], seen["overrides"]) == ("demo", ("prune.sparsity=0.999",))
-    assert (seen["folder"], seen["workers"]) == (Path("elsewhere"), 2)
+    assert (seen["run"], seen["workers"]) == (Path("elsewhere"), 2)
 
 
 def test_recipes_lists_and_shows(s2ap: Callable[..., Any], tmp_path: Path) -> None:

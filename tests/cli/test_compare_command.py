@@ -73,7 +73,7 @@ def test_a_terminal_of_eighty_columns_clips_nothing(
 ) -> None:
     stream = io.StringIO()
     narrow = Console(file=stream, width=80, force_terminal=True, color_system=None, highlight=False)
-    monkeypatch.setattr(tables, "_console", lambda: narrow)
+    monkeypatch.setattr(tables, "console", lambda: narrow)
     found = json.loads(s2ap("compare", "one", "one", "--json", cwd=runs).out)
     found["runs"][0]["run"] = "/a/long/path/" + "x" * 100
     found["runs"][0] |= {"method": "magnitude", "finetune": {"clean_accuracy": 1.0, "robust_accuracy": 1.0}}

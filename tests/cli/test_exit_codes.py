@@ -107,7 +107,7 @@ def test_with_json_an_error_is_the_one_object_on_stdout(body: str, code: int) ->
     told = json.loads(done.stdout)
     assert told["exit_code"] == done.returncode == code
     assert told["error"] in done.stderr
-    assert told.keys() == {"error", "hint", "exit_code"}
+    assert told.keys() == {"error", "code", "hint", "exit_code"}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")

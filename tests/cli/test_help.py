@@ -102,7 +102,7 @@ def test_the_overview_lists_every_command_and_every_exit_code(s2ap: Callable[...
     for name, line in COMMANDS.items():
         assert f"  {name}" in done.out
         assert line in done.out
-    for code in ("0 done", "1 gate", "2 unusable", "3 inconclusive", "70 unforeseen", "130 interrupted"):
+    for code in ("0 done", "1 gate", "2 unusable", "3 inconclusive", "70 unexpected", "130 interrupted"):
         assert code in done.out
 
 
@@ -120,7 +120,7 @@ def test_a_slip_of_the_finger_is_answered_with_the_nearest_command(
 ) -> None:
     done = s2ap(typed)
     assert done.code == 2
-    assert f"No such command '{typed}'. Did you mean '{meant}'?" in done.err
+    assert f"there is no command '{typed}'; did you mean {meant}?" in done.err
 
 
 def test_version(s2ap: Callable[..., Any]) -> None:

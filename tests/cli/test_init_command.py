@@ -171,26 +171,3 @@ def test_an_odd_name_breaks_neither_comment_nor_recipe(
     recipe = catalog.load(str(tmp_path / "recipe.yaml"))
     assert recipe.model.checkpoint == odd.name
     assert checkpoint.read_tensors(tmp_path / recipe.model.checkpoint).info is not None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["nowhere.pt"], "nowhere.pt"),
-        (["model.pt", "--output", "recipe.txt"], "cannot tell the format of recipe.txt"),
-        (["model.pt", "--output", "no/recipe.yaml"], "there is no folder no"),
-        (["model.pt", "--data", "imagenet"], "unknown data set 'imagenet'"),
-        (["model.pt", "--eps", "0"], "--eps: must be positive"),
-        (["model.pt", "--mean", "0.5"], "--mean and --std belong together"),
-        (["model.pt", "--keep", "0.5"], "--keep"),
-        (["model.pt", "--sparsity", "1"], "not in the range"),
-    ],
-)
-def test_slips_write_nothing(
-    digits_model: Path, tmp_path: Path, s2ap: Callable[..., Any], arguments: list[str], words: str
-) -> None:
-    (tmp_path / "model.pt").write_bytes(digits_model.read_bytes())
-    done = s2ap("init", *arguments, cwd=tmp_path)
-    assert done.code == 2, done.out
-    assert words in done.err
-    assert list(tmp_path.iterdir()) == [tmp_path / "model.pt"]

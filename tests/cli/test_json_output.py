@@ -47,34 +47,6 @@ def test_every_command_of_the_path(
     assert whole["pruned"]["bytes"] < whole["dense"]["bytes"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code"),
-    [
-        (["inspect", "nowhere.pt"], 2),
-        (["prune"], 2),
-        (["prune", "nowhere.pt", "--sparsity", "2"], 2),
-        (["certify"], 2),
-        (["gate"], 2),
-        (["run", "nowhere"], 2),
-        (["recipes", "nowhere"], 2),
-        (["nonsense"], 2),
-        (["demo", "--nonsense"], 2),
-        (["pretrain"], 2),
-    ],
-)
-def test_every_error(
-    arguments: list[str],
-    code: int,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    told = answer(capfd, *arguments, code=code)
-    assert told["exit_code"] == code
-    assert told["error"]
-
-
 def test_quiet_leaves_stderr_empty(
     digits_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,35 +55,6 @@ def test_budgets_are_told_and_a_miss_is_no_failure(s2ap: Callable[..., Any]) -> 
     assert "compact and int8" in done.out
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["plan"], "name a checkpoint or an architecture"),
-        (["plan", "--arch", "digits-conv"], "sparsity is missing"),
-        (["plan", "--arch", "digit-conv", "--sparsity", 0.9], "no architecture is called"),
-        (["plan", "--arch", "digits-conv", "--sparsity", 1.5], "--sparsity"),
-        (["plan", "--arch", "digits-conv", "--sparsity", 0.9, "--align", 8], "--align is for channels"),
-        (["plan", "--arch", "digits-conv", "--granularity", "5:4"], "is no granularity"),
-        (["plan", "--arch", "digits-conv", "--sparsity", 0.9, "--input-size", "3,32"], "is no size"),
-        (["plan", "--arch", "digits-conv", "--sparsity", 0.9, "--input-size", "3,8,8"], "cannot run"),
-        (["plan", "--arch", "digits-conv", "--sparsity", 0.9, "--num-classes", 1], "--num-classes"),
-        (["plan", "--arch", "digits-conv", "--sparsity", 0.9, "--target", "arm64"], "onnxruntime-arm64"),
-        (["plan", "nowhere.pt", "--sparsity", 0.9], "nowhere.pt"),
-        ([*CHANNELS, "--keep-ratio", 0.001], "would leave none"),
-        ([*CHANNELS, "--keep-ratio", 0.5, "--sparsity", 0.5], "in place of sparsity"),
-        (["targets", "show", "nope"], "there is no target 'nope'"),
-        (["targets", "shwo"], "No such command"),
-    ],
-)
-def test_what_cannot_be_planned_is_said(
-    s2ap: Callable[..., Any], tmp_path: Path, words: list[Any], message: str
-) -> None:
-    done = s2ap(*words, cwd=tmp_path)
-    assert done.code == 2, done.out
-    assert message in done.err
-    assert "Traceback" not in done.err
-
-
 def test_targets_are_listed_and_shown(s2ap: Callable[..., Any], tmp_path: Path) -> None:
     plain, listed = s2ap("targets"), s2ap("targets", "list")
     assert plain == listed

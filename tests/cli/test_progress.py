@@ -9,8 +9,8 @@ import time
 import pytest
 from rich.console import Console
 
-from s2ap_deploy.cli import figures, progress
-from s2ap_deploy.recorder import Recorder, Silent
+from s2ap_deploy.cli import progress
+from s2ap_deploy.recorder import Recorder
 
 EPOCH = {
     "epoch": 3,
@@ -41,45 +41,18 @@ def terminal() -> tuple[progress.Live, io.StringIO]:
 
 
 def test_a_row_tells_everything_in_words() -> None:
-    assert figures.row(EPOCH) == (
+    assert progress.line_of(EPOCH) == (
         "epoch 3/40, loss 1.235, clean 95.4 %, robust 83.1 %, mask moved 1.46 %, flips 0.94 %, 0.9 s"
     )
-    assert figures.row(UNIT) == "apgd-ce broke 2 of 19 images of block 1 in 0.2 s; 17 stand"
-    assert figures.row({**UNIT, "images": 1}).startswith("apgd-ce broke 2 of 1 image of block 1")
+    assert progress.line_of(UNIT) == "apgd-ce broke 2 of 19 images of block 1 in 0.2 s; 17 stand"
+    assert progress.line_of({**UNIT, "images": 1}).startswith("apgd-ce broke 2 of 1 image of block 1")
 
 
 def test_a_row_beside_a_bar_fits_eighty_columns() -> None:
     longest = {**EPOCH, "epoch": 100, "epochs": 100, "robust_accuracy": 1.0}
-    assert figures.short(longest) == "epoch 100/100  loss 1.235  robust 100.0 %"
-    assert len(figures.short(longest)) <= 80 - len("x pretrain ━━━━━━━━ 100 % 00:00 1234/s ")
-    assert figures.short(UNIT) == "apgd-ce  17 stand"
-
-
-@pytest.mark.parametrize(
-    ("per_second", "text"),
-    [
-        (1, "1.0/s"),
-        (12.34, "12.3/s"),
-        (0.075, "4.5/min"),
-        (1234.5, "1234/s"),
-        (99_999, "99999/s"),
-        (99_999.7, "100k/s"),
-        (123_456, "123k/s"),
-        (1e9, "1000M/s"),
-        (0.99, "59.4/min"),
-    ],
-)
-def test_a_rate_is_short(per_second: float, text: str) -> None:
-    assert figures.rate(per_second) == text
-    assert len(text) <= 8
-
-
-@pytest.mark.parametrize(
-    ("number", "unit", "text"),
-    [(1, "step", "1 step"), (2308400, "forward pass", "2,308,400 forward passes"), (0, "image", "0 images")],
-)
-def test_units_have_a_plural(number: int, unit: str, text: str) -> None:
-    assert figures.counted(number, unit) == text
+    assert progress.bar_text(longest) == "epoch 100/100  loss 1.235  robust 100.0 %"
+    assert len(progress.bar_text(longest)) <= 80 - len("x pretrain ━━━━━━━━ 100 % 00:00 1234/s ")
+    assert progress.bar_text(UNIT) == "apgd-ce  17 stand"
 
 
 def test_a_log_has_one_line_per_row_and_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +68,7 @@ def test_a_log_has_one_line_per_row_and_tells_the_time_left(monkeypatch: pytest.
     lines.end()
     first, row, warning, last = stream.getvalue().splitlines()
     assert first == "search: 40 steps"
-    assert row == f"search: {figures.row(EPOCH)}, 1.0/s, about 30 s left"
+    assert row == f"search: {progress.line_of(EPOCH)}, 1.0/s, about 30 s left"
     assert warning.startswith("warning: look at [this]")
     assert last == "search: done in 10.0 s"
 
@@ -158,7 +131,7 @@ def test_the_cursor_comes_back(stage: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("TERM", "xterm")
 
     def work() -> None:
-        with progress.recorder(quiet=False) as shown:
+        with progress.recorder() as shown:
             shown.begin("certify", 3, "forward pass")
             if stage == "error":
                 raise KeyboardInterrupt
@@ -173,19 +146,18 @@ def test_the_cursor_comes_back(stage: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") >= 1
 
 
-def chosen(quiet: bool) -> Recorder:
-    with progress.recorder(quiet) as shown:
+def chosen() -> Recorder:
+    with progress.recorder() as shown:
         return shown
 
 
 def test_the_display_fits_where_stderr_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(chosen(quiet=True), Silent)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert isinstance(chosen(quiet=False), progress.Lines)
+    assert isinstance(chosen(), progress.Lines)
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.delenv("CI", raising=False)
-    assert isinstance(chosen(quiet=False), progress.Live)
+    assert isinstance(chosen(), progress.Live)
     monkeypatch.setenv("CI", "1")
-    assert isinstance(chosen(quiet=False), progress.Lines)
+    assert isinstance(chosen(), progress.Lines)
     monkeypatch.setattr(sys, "stderr", None)
-    assert isinstance(chosen(quiet=False), progress.Lines)
+    assert isinstance(chosen(), progress.Lines)

@@ -25,7 +25,7 @@ def pages() -> dict[str, str]:
     return reference.pages()
 
 
-@pytest.mark.parametrize("name", [reference.COMMANDS_PAGE, reference.KEYS_PAGE])
+@pytest.mark.parametrize("name", [reference.COMMANDS_PAGE, reference.KEYS_PAGE, reference.ERRORS_PAGE])
 def test_the_page_is_what_the_code_says(name: str, pages: dict[str, str]) -> None:
     assert (DOCS / name).read_text(encoding="utf-8") == pages[name], (
         "the code has changed: python -m s2ap_deploy.cli.reference"
@@ -106,6 +106,17 @@ def test_plug_ins_that_happen_to_be_installed_do_not_change_the_pages(
     (info / "entry_points.txt").write_text("[s2ap_deploy.methods]\nmine = nowhere:X\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert reference.pages() == pages
+
+
+def test_the_page_of_errors_has_a_message_and_an_exit_code_for_every_code() -> None:
+    found = reference.error_codes()
+    assert {"sparsity-missing", "option-invalid", "key-unknown", "interrupted", "internal"} <= found.keys()
+    for code, (classes, exit_code, message) in found.items():
+        assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", code)
+        assert classes
+        assert exit_code in (1, 2, 3, 70, 130)
+        assert message, code
+    assert found["interrupted"][1] == 130
 
 
 def complete(instruction: str, *words: str) -> str:

@@ -1,4 +1,4 @@
-"""From options to a job: where data lies, what a recipe becomes, whose word decides on the architecture."""
+"""Run folders across commands: data roots, changed images, damaged files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-
-from s2ap_deploy.cli import options, session
-from s2ap_deploy.errors import UsageError
-from s2ap_deploy.recipe import catalog
 
 SHORT = ["--search-epochs", 1, "--finetune-epochs", 1, "--loss", "at"]
 
@@ -28,44 +24,6 @@ def images(folder: Path) -> None:
                 pixels = rng.integers(0, 80, (8, 8))
                 pixels[:, 4 * label : 4 * label + 4] += 150
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / part / name / f"{number}.png")
-
-
-def test_changes_are_made_where_they_are_given() -> None:
-    recipe = catalog.load("demo")
-    changed = session.changed(recipe, {"prune.sparsity": 0.5, "prune.gamma": None, "gate.min_robust": 0.1})
-    assert changed.prune is not None
-    assert changed.gate is not None
-    assert (changed.prune.sparsity, changed.prune.gamma, changed.gate.min_robust) == (0.5, 0.01, 0.1)
-    assert recipe.prune is not None
-    assert recipe.prune.sparsity == 0.9
-
-
-def test_a_section_is_made_for_a_key_that_needs_one() -> None:
-    content = {"name": "x", "model": {}, "data": {"name": "digits"}, "threat": {"eps": "0.1"}, "prune": None}
-    recipe = session.resolve(content, {"prune.sparsity": 0.9})
-    assert recipe.prune is not None
-
-
-def test_a_value_that_does_not_fit_names_its_key() -> None:
-    with pytest.raises(UsageError, match=r"^prune\.sparsity: "):
-        session.changed(catalog.load("demo"), {"prune.sparsity": 2.0})
-
-
-@pytest.mark.parametrize(("mean", "std"), [((0.5,), None), (None, (0.5,)), ((0.5,), (0.5, 0.5))])
-def test_mean_and_std_come_together(mean: Any, std: Any) -> None:
-    with pytest.raises(UsageError, match="belong together"):
-        session.normalization(mean, std)
-
-
-def test_numbers() -> None:
-    assert options.numbers("0.49, 0.48,1e-1", "--mean") == (0.49, 0.48, 0.1)
-    assert options.numbers(None, "--mean") is None
-
-
-def test_only_an_import_path_is_an_own_network() -> None:
-    assert session.import_path(None) is None
-    assert session.import_path("digits-conv") is None
-    assert session.import_path("file.py:net") == "file.py:net"
 
 
 def test_an_image_folder_below_a_home_that_is_remembered(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from s2ap_deploy.cli import tables
+from s2ap_deploy.cli.gate import show_checks
+from s2ap_deploy.cli.terminal import WORDS
 from s2ap_deploy.gating.check import Check
 from s2ap_deploy.gating.policy import Verdict
+from s2ap_deploy.onnx_export.export_report import Inference, PairedTimes, PeakMemory, Performance
 
 SHARE = {"value": 0.86, "interval": [0.804, 0.9048]}
 
@@ -77,18 +82,16 @@ def test_flags_are_shown_when_there_are_any(capsys: pytest.CaptureFixture[str]) 
     assert "zero_gradient" in capsys.readouterr().out
 
 
-def test_a_log_keeps_each_check_in_its_line_and_brackets_are_text(capsys: pytest.CaptureFixture[str]) -> None:
-    tables.show_verdict(verdict())
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"{sign} {check.words}" for sign, check in zip("✓✗?", verdict().checks, strict=True)] + [
-        "gate: FAILED"
-    ]
+def test_a_log_keeps_each_check_on_its_line_and_brackets_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    expected = [f"{sign} {check.words}" for sign, check in zip("✓✗?", verdict().checks, strict=True)]
+    show_checks(verdict().checks, "gate", "fail", WORDS)
+    assert capsys.readouterr().out.splitlines() == [*expected, "gate: FAILED"]
 
 
 def test_a_terminal_of_eighty_columns_clips_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     narrow = Console(file=stream, width=80, force_terminal=True, color_system=None, highlight=False)
-    monkeypatch.setattr(tables, "_console", lambda: narrow)
+    monkeypatch.setattr(tables, "console", lambda: narrow)
     path = "/a/very/long/path/" + "x" * 90 + ".pt"
     tables.show_summary(summary())
     tables.show_checkpoint(
@@ -125,4 +128,110 @@ def test_a_terminal_of_eighty_columns_clips_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_without_stdout_nothing_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
-    tables.show_verdict(verdict())
+    tables.show_summary(summary())
+    show_checks(verdict().checks, "gate", "fail", WORDS)
+
+
+MIB = 2**20
+
+
+def times(ratio: float) -> PairedTimes:
+    return PairedTimes(
+        pairs=211,
+        p50_ms=2.918,
+        p95_ms=3.25,
+        dense_p50_ms=11.62,
+        dense_p95_ms=1234.5,
+        ratio=ratio,
+        ratio_q1=ratio - 0.02,
+        ratio_q3=ratio + 0.03,
+        difference_ms=-8.7,
+    )
+
+
+def performance(**changes: Any) -> Performance:
+    facts: dict[str, Any] = {
+        "inference": tuple(
+            Inference(threads=threads, batch=batch, times=times(0.25 * batch / threads))
+            for threads in (1, 2)
+            for batch in (1, 32)
+        ),
+        "load": times(3.5),
+        "memory": PeakMemory(
+            processes=3,
+            batch=1,
+            bare_bytes=60 * MIB,
+            load_bytes=90 * MIB,
+            run_bytes=95 * MIB,
+            dense_load_bytes=60 * MIB,
+            dense_run_bytes=0,
+        ),
+        "processor": "A Processor",
+    }
+    return Performance(**{**facts, **changes})
+
+
+def bench_lines(found: Performance) -> list[str]:
+    console = Console(width=200, highlight=False)
+    with console.capture() as capture:
+        console.print(tables.performance_table(found))
+    return [line.strip() for line in capture.get().splitlines()]
+
+
+def row(lines: list[str], beginning: str) -> list[str]:
+    (line,) = (each for each in lines if each.startswith(beginning))
+    return line.removeprefix(beginning).split()
+
+
+def test_every_row_says_what_ran_and_how_far_ratios_spread() -> None:
+    lines = bench_lines(performance())
+    expected = ["2.92", "ms", "3.25", "ms", "11.6", "ms", "1.23e+03", "ms", "0.25", "[0.23,", "0.28]", "211"]
+    assert row(lines, "1 image, 1 thread ") == expected
+    assert row(lines, "32 images, 2 threads ")[8:] == ["4.00", "[3.98,", "4.03]", "211"]
+    assert row(lines, "load ")[8:] == ["3.50", "[3.48,", "3.53]", "211"]
+    assert row(lines, "peak memory, load ") == ["90.0", "MiB", "60.0", "MiB", "1.50", "3"]
+    # A twin that needs nothing measurable has no ratio.
+    assert row(lines, "peak memory, 1 image ") == ["95.0", "MiB", "0.0", "MiB", "3"]
+
+
+def test_memory_that_was_not_measured_has_no_rows() -> None:
+    assert not any("memory" in line for line in bench_lines(performance(memory=None)))
+
+
+@pytest.mark.parametrize(
+    ("instructions", "words"),
+    [
+        (("avx512_vnni", "avx_vnni"), "has VNNI (avx512_vnni, avx_vnni)"),
+        (("asimddp",), "has instructions for int8 (asimddp)"),
+        ((), "has no VNNI"),
+        (None, "is not known"),
+    ],
+)
+def test_whether_the_processor_is_made_for_int8_is_said(
+    instructions: tuple[str, ...] | None, words: str
+) -> None:
+    assert words in tables.int8_words(instructions)
+
+
+def test_bench_measures_a_finished_export_and_leaves_its_file_alone(
+    s2ap: Any, own_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from s2ap_deploy.onnx_export import benchmark
+
+    short = benchmark.Effort(seconds=0.0, pairs=5, processes=1)
+    monkeypatch.setattr(benchmark, "DEFAULT_EFFORT", short)
+    file = own_run / "export" / "model.onnx"
+    before = file.read_bytes()
+    done = s2ap("export", "--bench", "--run", own_run)
+    assert done.code == 0, done.err
+    assert "ratio [quartiles]" in done.out
+    assert "1 image, 1 thread" in done.out
+    assert "peak memory, load" in done.out
+    assert "Unstructured sparsity does not speed up CPU inference." in done.out
+    assert file.read_bytes() == before
+    again = s2ap("export", "--json", "--run", own_run)
+    assert "export: already done" in again.err
+    answer = json.loads(again.out)
+    assert answer["performance"]["load"]["pairs"] == 5
+    assert {row["batch"] for row in answer["performance"]["inference"]} == {1, 32}
+    assert s2ap("gate", "--min-robust", 0, "--rule", "point", "--max-drop", 1, "--run", own_run).code == 0

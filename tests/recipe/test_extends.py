@@ -114,7 +114,7 @@ def test_a_slip_is_told_where_it_was_written(folder: Path) -> None:
         ("sub/../../base.yaml", "not inside the recipe's own folder"),
         ("/etc/passwd.yaml", "not inside the recipe's own folder"),
         ("nowhere.yaml", "there is no recipe at"),
-        ("dmeo", "no such recipe comes with the tool; did you mean demo?"),
+        ("dmeo", "which is no shipped recipe; did you mean demo?"),
         ("''", "must be the name or the path of a recipe"),
         ("7", "must be the name or the path of a recipe"),
         ("null", "must be the name or the path of a recipe"),

@@ -94,7 +94,7 @@ def test_an_empty_document_is_none(text: str) -> None:
         ("a: &big [1, 2]\nb: 1", "line 1: the anchor &big is not allowed"),
         ("a: 1\nb: *big", r"line 2: the alias \*big is not allowed"),
         ("*big : 1", "the alias"),
-        ("a: 1\nb:\n  c: 1\n  d: 2\n  c: 3", r"line 5: b\.c stands here again, first in r\.yaml, line 3"),
+        ("a: 1\nb:\n  c: 1\n  d: 2\n  c: 3", r"line 5: b\.c is repeated, first in r\.yaml, line 3"),
         ("a: 1\n---\nb: 1", "line 2: a second document"),
         ("? [1]\n: 2", "a key must be a word"),
         ("a:\n\tb: 1", "line 2: a tab; YAML indents with spaces"),

@@ -1,4 +1,4 @@
-"""What stands for signs on a stream that cannot write them."""
+"""Substitutes for symbols on a stream that cannot write them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2ap_deploy.cli import signs
+from s2ap_deploy.cli import terminal
 from s2ap_deploy.cli.main import LazyGroup, run_cli
-from s2ap_deploy.cli.tables import SIGNS
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @given(st.text(), st.sampled_from(["ascii", "latin-1", "cp1252", "utf-8", "utf-16"]))
 def test_every_text_can_be_written_and_what_can_be_kept_is(text: str, encoding: str) -> None:
     text = "".join(letter for letter in text if not "\ud800" <= letter <= "\udfff")
-    found = signs.writable(text, encoding)
+    found = terminal.writable(text, encoding)
     found.encode(encoding)  # strictly
     try:
         text.encode(encoding)
@@ -34,18 +33,18 @@ def test_every_text_can_be_written_and_what_can_be_kept_is(text: str, encoding: 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_pass_is_no_question_mark(encoding: str) -> None:
-    told = [signs.writable(sign, encoding) for sign in SIGNS.values()]
+    told = [terminal.writable(sign, encoding) for sign in terminal.SYMBOLS.values()]
     assert told == ["+", "x", "?"]
 
 
 def test_a_lone_surrogate_is_a_question_mark() -> None:
-    assert signs.writable("\udcff ✓", "ascii") == "? +"
+    assert terminal.writable("\udcff ✓", "ascii") == "? +"
 
 
 def test_a_process_without_utf_8_writes_all_of_a_table() -> None:
     code = (
-        "from s2ap_deploy.cli import signs, tables\n"
-        "signs.prepare()\n"
+        "from s2ap_deploy.cli import tables, terminal\n"
+        "terminal.prepare()\n"
         "verdict = {'status': 'pass', 'checks': [{'status': 'pass', 'words': 'größe \u2013 fine'}]}\n"
         "share = {'value': 0.5, 'interval': (0.4, 0.6)}\n"
         "row = {'arch': 'a', 'sparsity': 0.9, 'clean': share, 'robust': share, 'n': 4, 'flags': []}\n"

@@ -1,0 +1,214 @@
+"""Keyword arguments that functions of the Python interface, and options of commands, share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from s2ap_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from s2ap_deploy.recorder import Recorder
+
+
+class ExecutionArguments(TypedDict, total=False):
+    """Settings of the machine and of reporting, none of which is part of a recipe.
+
+    ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. ``threads`` are torch's, ``workers`` the attack
+    processes. ``data_root``: folder of data sets; ``download`` fetches one that is missing. ``resume``
+    continues interrupted work, ``overwrite`` starts again. ``precision`` (``auto``, ``float32``, ``bf16``)
+    and ``compiled`` apply to training steps, ``accumulate`` is the pieces of a batch; certifying attacks
+    compute in float32. ``trust_pickle`` lets a checkpoint's pickle run code. ``recorder`` receives progress;
+    ``verbose`` adds the settings, times and hashes, ``track`` also writes metrics for these trackers.
+    ``command`` is the text that the run folder's manifest records.
+    """
+
+    device: str
+    threads: int | None
+    workers: int | None
+    data_root: Path | str | None
+    download: bool
+    resume: bool
+    overwrite: bool
+    precision: str
+    compiled: bool
+    accumulate: int
+    trust_pickle: bool
+    recorder: Recorder
+    verbose: bool
+    track: Sequence[str]
+    command: str
+
+
+class Session(ExecutionArguments, total=False):
+    """``arch`` is the import path of a network that a recipe cannot name."""
+
+    arch: str | None
+
+
+class Settings(Session, total=False):
+    """``settings`` are recipe keys by dotted name, such as ``{"prune.search.epochs": 5}``.
+
+    They have priority over all other arguments; None is the recipe's null.
+    """
+
+    settings: Mapping[str, Any] | None
+
+
+class NetworkArguments(Settings, total=False):
+    """What a network was trained on and must withstand.
+
+    ``eps`` is exact text (``8/255``) for images in [0, 1]. ``mean`` and ``std`` (a number per channel)
+    normalize the input of a foreign checkpoint; ``keep`` and ``alpha`` rebuild the masks of a file that holds
+    pruning scores. ``arch`` is a registered name or an import path.
+    """
+
+    data: str | None
+    eps: str | None
+    norm: str | None
+    seed: int | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    keep: float | None
+    alpha: float | None
+
+
+class PretrainArguments(ExecutionArguments, total=False):
+    """Keyword arguments of ``pretrain``; see the recipe keys of the same names."""
+
+    settings: Mapping[str, Any] | None
+    norm: str | None
+    seed: int | None
+    epochs: int | None
+    learning_rate: float | None
+    batch_size: int | None
+    loss: str | None
+
+
+class PruneArguments(NetworkArguments, total=False):
+    """Keyword arguments of ``prune``; see the recipe keys of the same names.
+
+    ``preset`` is ``published`` (20 + 100 epochs) or ``quick`` (5 + 5). ``loss`` and ``batch_size`` apply
+    to the search and to fine-tuning; ``distill`` is the weight of distillation in fine-tuning.
+    """
+
+    method: str | None
+    granularity: str | None
+    keep_ratio: float | None
+    s2ap: bool | None
+    gamma: float | None
+    warmup_epochs: int | None
+    budget: str | None
+    dense_ends: bool | None
+    steps: Sequence[float] | None
+    scores_from: str | None
+    preset: str | None
+    loss: str | None
+    awp_gamma: float | None
+    distill: float | None
+    search_epochs: int | None
+    finetune_epochs: int | None
+    batch_size: int | None
+
+
+class CertifyArguments(NetworkArguments, total=False):
+    """Keyword arguments of ``certify``; see the recipe keys of the same names.
+
+    ``first`` takes the first ``n`` test images, ``time_budget`` is in seconds. With ``min_robust``,
+    ``max_drop`` or ``rule``, attacks stop once that gate is decided. ``entry`` is the file of an entry for
+    the Adversarial Pruning Benchmark, with its ``ap_method``, ``ap_paper`` and ``ap_pretraining``.
+    """
+
+    protocol: str | None
+    n: int | None
+    first: bool
+    sample_seed: int | None
+    attack_seed: int | None
+    time_budget: float | None
+    provable: bool | None
+    curve: bool | None
+    full: bool | None
+    min_robust: float | None
+    max_drop: float | None
+    rule: str | None
+    entry: Path | str | None
+    ap_method: str | None
+    ap_paper: str | None
+    ap_pretraining: str | None
+
+
+class ExportArguments(Settings, total=False):
+    """Keyword arguments of ``export``; see the recipe keys of the same names.
+
+    ``bench`` measures the file beside its dense twin: milliseconds, ratios with quartiles, peak memory.
+    """
+
+    bench: bool
+    opset: int | None
+    encoding: str | None
+    values: str | None
+    batch: int | str | None
+    int8: bool | None
+    calibration: int | None
+    compact: bool | None
+    keep_ratio: float | None
+    align: int | None
+    torch: bool | None
+    target: str | None
+    max_bytes: int | None
+    max_macs: int | None
+    max_latency_ms: float | None
+
+
+class PlanArguments(TypedDict, total=False):
+    """Keyword arguments of ``plan``; see the recipe keys of the same names."""
+
+    sparsity: float | None
+    granularity: str | None
+    keep_ratio: float | None
+    budget: str | None
+    dense_ends: bool | None
+    align: int | None
+    encoding: str | None
+    values: str | None
+    int8: bool | None
+    target: str | None
+    max_bytes: int | None
+    max_macs: int | None
+    max_latency_ms: float | None
+    trust_pickle: bool
+    keep: float | None
+    alpha: float | None
+
+
+class Thresholds(TypedDict, total=False):
+    """Thresholds of ``gate``: accuracies as fractions, bytes, milliseconds, ratios to the dense file."""
+
+    min_clean: float | None
+    min_robust: float | None
+    min_proven: float | None
+    max_drop: float | None
+    max_class_drop: float | None
+    min_sparsity: float | None
+    max_bytes: int | None
+    max_latency_ms: float | None
+    max_latency_ratio: float | None
+    max_age: str | None
+    rule: Literal["lower", "point"]
+
+
+def check(given: Mapping[str, Any], kind: Any) -> None:
+    """Raise TypeError for a keyword that is not in the TypedDict ``kind``, UsageError for a bad count."""
+    if "devices" in given:
+        raise UsageError(
+            "ranks are processes of a command, and a function has one process",
+            code="devices-in-function",
+            hint="type s2ap-deploy prune ... --devices N, which leaves the same run folder",
+        )
+    if unknown := given.keys() - kind.__annotations__.keys():
+        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
+    for name in ("threads", "workers", "accumulate"):
+        count = given.get(name)
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise UsageError(f"{name} must be a whole number from 1 on, not {count!r}", code="count-invalid")
