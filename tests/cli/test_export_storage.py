@@ -89,24 +89,3 @@ def test_the_usual_settings_leave_a_finished_export_alone(s2ap: Command, own_run
     assert done.code == 0, done.err
     stages = json.loads((own_run / "manifest.json").read_text())["stages"]
     assert stages["export"] == json.loads(before)["stages"]["export"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--batch", "0"], "neither dynamic nor a number from 1 to 1024"),
-        (["--batch", "1025"], "neither dynamic nor a number"),
-        (["--batch", "-1"], "neither dynamic nor a number"),
-        (["--batch", "²"], "neither dynamic nor a number"),
-        (["--batch", "many"], "neither dynamic nor a number"),
-        (["--values", "f8"], "'f8' is not one of"),
-        (["--encoding", "huffman"], "'huffman' is not one of"),
-        (["--values", "float16", "--int8", "--overwrite"], "cannot be combined"),
-        (["--opset", "11", "--encoding", "gaps"], "export.opset"),
-        (["--values", "float16"], "already holds a export from other inputs"),
-    ],
-)
-def test_refusals(s2ap: Command, own_run: Path, options: list[str], message: str) -> None:
-    done = s2ap("export", *options, "--run", own_run, "--threads", 1)
-    assert done.code == 2
-    assert message in done.err
