@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -67,6 +68,18 @@ def test_every_dependency_has_its_module() -> None:
     owners = metadata.packages_distributions()
     for name, module in MODULES.items():
         assert canonicalize_name(name) in map(canonicalize_name, owners[module])
+
+
+def test_every_dependency_is_imported() -> None:
+    imported = set()
+    for path in (ROOT / "s2ap_deploy").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").partition(".")[0])
+    imported.add("onnxscript")  # by torch.onnx.export
+    assert set(MODULES.values()) - imported == set()
 
 
 def test_gate_and_verify_files_import_nothing_but_what_the_list_names(own_run: Path) -> None:
