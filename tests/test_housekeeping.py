@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import inspect
 import itertools
 import re
@@ -12,6 +13,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -226,3 +228,25 @@ def test_a_module_of_mathematics_names_its_source(name: str) -> None:
     module = ast.parse((ROOT / "s2ap_deploy" / name).read_text(encoding="utf-8"))
     nodes = [module, *(node for node in ast.walk(module) if isinstance(node, Definition))]
     assert any(PAPER.search(ast.get_docstring(node) or "") for node in nodes)
+
+
+def test_benchmarks_import_what_exists_and_are_listed() -> None:
+    paths = sorted((ROOT / "benchmarks").rglob("*.py"))
+    if not paths:
+        pytest.skip("the benchmarks are not beside the tests")
+    missing = []
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "s2ap_deploy":
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    known = hasattr(module, alias.name) or find_spec(f"{node.module}.{alias.name}")
+                    missing += [] if known else [f"{path.name}: {node.module}.{alias.name}"]
+    assert missing == []
+    command = [sys.executable, "-m", "benchmarks", "list"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    scripts = {path for path in paths if "\ndef main(" in path.read_text(encoding="utf-8")}
+    names = {path.stem.replace("_", "-") for path in scripts if path.name != "__main__.py"}
+    assert {line.split()[1] for line in listed.splitlines()} == names
+    described = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert [name for name in names if f"| `{name}" not in described] == []
