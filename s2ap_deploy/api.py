@@ -652,8 +652,7 @@ def init(
         sparsity=sparsity,
         normalization=normalization(_tuple(mean), _tuple(std)),
         trust_pickle=trust_pickle,
-        keep=keep,
-        alpha=alpha,
+        masking={key: value for key, value in (("keep", keep), ("alpha", alpha)) if value is not None},
     )
     files.write_text(target, written.text)
     return written

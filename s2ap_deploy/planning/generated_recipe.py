@@ -61,12 +61,12 @@ def draft(
     sparsity: float = 0.9,
     normalization: Normalization | None = None,
     trust_pickle: bool = False,
-    keep: float | None = None,
-    alpha: float | None = None,
+    masking: Mapping[str, float] | None = None,
 ) -> GeneratedRecipe:
     """Inspect the checkpoint at ``path`` and write a recipe that prunes it, for ``recipe_file``.
 
-    Arguments that are not None are taken as they are. Raises what ``checkpoint.load`` raises, and UsageError
+    Arguments that are not None are taken as they are; ``masking`` holds ``keep`` and ``alpha`` of a file with
+    pruning scores. Raises what ``checkpoint.load`` raises, and UsageError
     for arguments that no recipe can have.
     """
     if data is not None and data != BLANK and not data.startswith(FOLDER_PREFIX) and data not in KNOWN:
@@ -83,8 +83,7 @@ def draft(
         else input_spec.preprocessing(path, arch, data, trust_pickle=trust_pickle),
         normalization=normalization,
         trust_pickle=trust_pickle,
-        keep=keep,
-        alpha=alpha,
+        **(masking or {}),
     )
     comments: dict[Key, str] = {}
     guesses: list[str] = []
@@ -95,7 +94,7 @@ def draft(
         "name": _word(path.stem),
         "description": f"{_word(path.stem)}, pruned to {sparsity:.4g} and judged",
         "seed": 0,
-        "model": _model(path, info, imported, normalization, keep, alpha, comments),
+        "model": _model(path, info, imported, normalization, comments) | dict(masking or {}),
         "data": {"name": None if blank else name} | _size(info, name),
         "threat": threat,
         "prune": _prune(sparsity),
@@ -191,8 +190,6 @@ def _model(
     info: CheckpointInfo,
     imported: bool,
     normalization: Normalization | None,
-    keep: float | None,
-    alpha: float | None,
     comments: dict[Key, str],
 ) -> dict[str, Any]:
     # Everything after the normalization that a file of ours carries needs no repetition.
@@ -209,10 +206,6 @@ def _model(
         comments[("model",)] = (
             "images go in as they are, in [0, 1]; normalization: {mean: [...], std: [...]} changes that"
         )
-    if keep is not None:
-        found["keep"] = keep
-    if alpha is not None:
-        found["alpha"] = alpha
     return found
 
 

@@ -1,4 +1,4 @@
-"""How many units (weights, or channels) each layer keeps during a search: fixed, global, or learned."""
+"""Allocations: the units (weights or channels) each layer keeps during a search; fixed, global or learned."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _NEAR_ONE = 0.99
 
 
 class Allocation(Protocol):
-    """Decides the integer count per layer; some have parameters that learn along with the scores."""
+    """Decide the integer count per layer; some have parameters that learn along with the scores."""
 
     def counts(self, importance: Importance) -> Counts:
-        """Units that each layer keeps, given their importance; tensors where a device decides on them."""
+        """Return the units that each layer keeps, by their importance; tensors where a device decides."""
         ...
 
     def parameters(self) -> list[Tensor]:
-        """What the optimizer moves besides the scores; empty for most."""
+        """Return what the optimizer moves besides the scores; empty for most."""
         ...
 
     def assign(self, mask_gradients: Importance) -> None:
@@ -35,17 +35,17 @@ class Allocation(Protocol):
         ...
 
     def end_epoch(self) -> None:
-        """Called once after every epoch."""
+        """Finish an epoch."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed search needs to go on alike; ``load`` takes it back."""
+        """Return what a resumed search needs; ``load`` restores it."""
         ...
 
     def load(self, state: Mapping[str, Tensor]) -> None: ...
 
     def final(self) -> Allocation:
-        """The allocation of the final mask, which meets the request exactly."""
+        """Return the allocation of the final mask, which meets the request exactly."""
         ...
 
 

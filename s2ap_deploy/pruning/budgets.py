@@ -1,4 +1,4 @@
-"""How many weights each layer keeps: exact integers that add up to the request."""
+"""Layer budgets: the weights that each layer keeps, exact integers that add up to the request."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def total_kept(weights: int, sparsity: float) -> int:
-    """Weights that remain of ``weights`` at ``sparsity``, rounded half up.
+    """Return the weights that remain of ``weights`` at ``sparsity``, rounded half up.
 
-    The decimal that the user typed is what counts: as floats, (1 - 0.9) * 10 is 0.99999...
+    The decimal that was typed decides: as floats, (1 - 0.9) * 10 is 0.99999...
     """
     if not 0 < sparsity < 1:
         raise UsageError(
@@ -26,7 +26,7 @@ def total_kept(weights: int, sparsity: float) -> int:
 
 
 def floors(shapes: Shapes, *, classifier: str | None = None, dense: Sequence[str] = ()) -> dict[str, int]:
-    """The least each layer keeps: all of a ``dense`` one, a weight per class in the classifier, else one.
+    """Return the least each layer keeps: all of a ``dense`` one, one per class in the classifier, else one.
 
     A uniform 99.9 % would leave a 10-class head of 5,120 weights with 5, and half its classes with none.
     """
@@ -37,7 +37,7 @@ def floors(shapes: Shapes, *, classifier: str | None = None, dense: Sequence[str
 
 
 def uniform(shapes: Shapes, sparsity: float, least: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Weights to keep by layer: the same density in every one, as HYDRA does (Sehwag et al., 2020).
+    """Keep the same density in every layer, as HYDRA does (Sehwag et al., 2020).
 
     Raises UsageError as :func:`affordable` does.
     """
@@ -47,7 +47,7 @@ def uniform(shapes: Shapes, sparsity: float, least: Mapping[str, int] | None = N
 
 
 def erk(shapes: Shapes, sparsity: float, least: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Weights to keep by layer, Erdős–Rényi kernel: density as (sum of dimensions) / (product of dimensions).
+    """Keep a density of (sum of dimensions) / (product of dimensions) in each layer: Erdős–Rényi kernel.
 
     Evci et al. (2020), appendix. Small layers stay denser than large ones; a layer never exceeds its size.
     Raises UsageError as :func:`affordable` does.
@@ -88,7 +88,7 @@ def apportion(
 
 
 def affordable(sizes: Mapping[str, int], sparsity: float, least: Mapping[str, int]) -> int:
-    """The exact total at ``sparsity``. Raises UsageError when it cannot pay for every layer's floor."""
+    """Return the exact total at ``sparsity``. Raises UsageError when the floors of the layers need more."""
     weights, needed = sum(sizes.values()), sum(least.values())
     total = total_kept(weights, sparsity)
     if total < needed:

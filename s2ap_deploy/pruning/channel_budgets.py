@@ -25,7 +25,7 @@ ChannelCounts = Mapping[str, int]
 
 @dataclass(frozen=True)
 class ChannelCost:
-    """Prunable weights, or multiply-accumulates per image, as a function of the channels each group keeps.
+    """Count prunable weights, or multiply-accumulates per image, by the channels each group keeps.
 
     rows x columns x kernel (x places of application for MACs) of every prunable weight. Works on numbers and
     on tensors, through which the gradient flows.
@@ -68,7 +68,7 @@ class Side:
 
 
 def by_ratio(channels: Mapping[str, int], ratio: float) -> dict[str, int]:
-    """The same share of every group, rounded half up. Raises UsageError where a group would be empty."""
+    """Keep the same share of every group, rounded half up. Raises UsageError where a group would be empty."""
     share = Fraction(repr(float(ratio)))
     keep = {name: math.floor(share * count + Fraction(1, 2)) for name, count in channels.items()}
     for name, count in keep.items():
@@ -87,7 +87,7 @@ def within(
     cost: Callable[[Mapping[str, int]], int],
     limit: int,
 ) -> dict[str, int]:
-    """The most channels in proportion to ``ideal`` whose cost stays within ``limit``.
+    """Return the most channels in proportion to ``ideal`` whose cost stays within ``limit``.
 
     Every group keeps at least one. Raises UsageError when even that costs more than ``limit``.
     """
@@ -118,13 +118,13 @@ def within(
 
 
 def limit_of(cost: ChannelCost, channels: Mapping[str, int], sparsity: float) -> int:
-    """What the network may still cost at ``sparsity``."""
+    """Return the cost that ``sparsity`` allows."""
     return total_kept(cost(channels), sparsity)
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The most that a network may cost in one ``measure``: ``cost`` maps channels per group to a number."""
+    """Limit what a network may cost in one ``measure``: ``cost`` maps channels per group to a number."""
 
     measure: str
     cost: Callable[[ChannelCounts], int]
@@ -158,14 +158,14 @@ def aligned(
 
 
 def filled(wanted: ChannelCounts, channels: ChannelCounts, align: int) -> dict[str, int]:
-    """``wanted`` rounded up to multiples of ``align``, as far as there are ``channels``."""
+    """Round ``wanted`` up to multiples of ``align``, as far as there are ``channels``."""
     return {name: min(-(-count // align) * align, channels[name]) for name, count in wanted.items()}
 
 
 def chosen(
     scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], counts: ChannelCounts
 ) -> dict[str, Tensor]:
-    """The channels of largest |score|, ``counts`` of each group, as int64 numbers in their order.
+    """Choose the channels of largest |score|, ``counts`` of each group, as int64 numbers in their order.
 
     Channels that are ``alive`` (bool, [channels] by group) come first: the weights of the others are gone.
     """
@@ -178,7 +178,7 @@ def chosen(
 
 
 def survivors(coupling: Coupling, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Which channels of each group some weight still reads: bool [channels] by name of group.
+    """Find the channels of each group that some weight still reads: bool [channels] by name of group.
 
     ``masks`` are those of the finished network, by parameter name.
     """

@@ -1,4 +1,4 @@
-"""How sharp the robust loss is in score space: the surrogate's top eigenvalue, the worst rise in a ball."""
+"""Sharpness of the robust loss in score space: the surrogate's top eigenvalue, the worst rise in a ball."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Gather = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Sharpness:
-    """Rises of the loss within the ball ‖z_l‖₂ <= gamma ‖s_l‖₂, in the unit of the loss.
+    """Hold the rises of the loss within the ball ‖z_l‖₂ <= gamma ‖s_l‖₂, in the unit of the loss.
 
     ``at_rest`` is the loss at s itself, ``gradient`` the rise after one normalized gradient step,
     ``random_max`` the largest rise in a random direction (None without any). ``bound`` is the largest of
@@ -49,7 +49,7 @@ def largest_eigenvalue(
     seed: int = 0,
     gather: Gather | None = None,
 ) -> Eigenvalue:
-    """Largest algebraic eigenvalue of the robust loss's Hessian with respect to the scores.
+    """Compute the largest algebraic eigenvalue of the robust loss's Hessian in the scores.
 
     The loss is piecewise constant in the scores. What is measured is the Hessian of the straight-through
     surrogate, H_s = D H_theta D with D = diag(w sgn(s)), at theta = w ⊙ M(s): the derivative of the gradient
@@ -69,7 +69,7 @@ def largest_eigenvalue(
 
 
 class Surrogate:
-    """Products of H_s with flat vectors, the scores' units one after the other."""
+    """Multiply H_s with flat vectors, the scores' units one after the other."""
 
     def __init__(
         self,
@@ -91,13 +91,13 @@ class Surrogate:
         self.directions = {name: direction.to(self.dtype) for name, direction in fitting.items()}
 
     def random(self, seed: int) -> Tensor:
-        """The first Krylov vector [units]: drawn on the CPU, so that it does not depend on the device."""
+        """Draw the first Krylov vector [units] on the CPU, so that it does not depend on the device."""
         like = self.flat(self.directions)
         noise = torch.randn(len(like), generator=generator(seed, "curvature"), dtype=torch.float64)
         return noise.to(like)
 
     def product(self, vector: Tensor) -> Tensor:
-        """H_s ``vector``, both [units]."""
+        """Return H_s ``vector``, both [units]."""
         tangents = self.spread(vector)
         total = {name: torch.zeros_like(direction) for name, direction in self.directions.items()}
         for batch in self.batches:
@@ -112,7 +112,7 @@ class Surrogate:
         return found
 
     def curve(self, batch: Batch, tangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """H_theta times ``tangents`` for one batch, by differentiating the slope along them."""
+        """Compute H_theta times ``tangents`` for one batch, by differentiating the slope along them."""
         worn = tuple(self.parameters.values())
         loss = self.loss(self.network, *batch)
         if not loss.requires_grad:
@@ -137,12 +137,12 @@ class Surrogate:
         }
 
     def flat(self, products: Mapping[str, Tensor]) -> Tensor:
-        """Values per weight, summed over each unit, as one vector [units]."""
+        """Sum values per weight over each unit, as one vector [units]."""
         units = products if self.gather is None else self.gather(products)
         return torch.cat([value.flatten() for value in units.values()])
 
     def spread(self, vector: Tensor) -> dict[str, Tensor]:
-        """The transpose of :meth:`flat`, times D: the weights' movement as the scores move by ``vector``."""
+        """Apply the transpose of :meth:`flat`, times D: the weights' movement as scores move by ``vector``."""
         # flat is linear, so the gradient of vector · flat(x) is its transpose, whatever gather is.
         zeros = {name: torch.zeros_like(d).requires_grad_() for name, d in self.directions.items()}
         sources = torch.autograd.grad(
@@ -163,7 +163,7 @@ def sharpness_lower_bound(
     directions: int = 8,
     seed: int = 0,
 ) -> Sharpness:
-    """A lower bound on max L(w ⊙ M(s + z)) - L(w ⊙ M(s)) over ‖z_l‖₂ <= gamma ‖s_l‖₂ in every layer l.
+    """Bound max L(w ⊙ M(s + z)) - L(w ⊙ M(s)) over ‖z_l‖₂ <= gamma ‖s_l‖₂ in every layer l from below.
 
     No surrogate is involved: ``evaluate`` gives the robust loss at given scores, on adversarial images that
     do not change. It is called at s, at one gradient step z_l = gamma ‖s_l‖₂ g_l / ‖g_l‖₂ and in
@@ -202,7 +202,7 @@ def sharpness_lower_bound(
 def on_the_ball(
     scores: Mapping[str, Tensor], directions: Mapping[str, Tensor], gamma: float
 ) -> dict[str, Tensor]:
-    """z_l along each direction with ‖z_l‖₂ = gamma ‖s_l‖₂; 0 where a direction is 0."""
+    """Scale each direction to z_l with ‖z_l‖₂ = gamma ‖s_l‖₂; 0 where a direction is 0."""
     moves = {}
     for name, score in scores.items():
         direction = directions[name].to(score.device, torch.float64)  # the norm of 1e-30 is 0 in float32
@@ -214,7 +214,7 @@ def on_the_ball(
 
 @torch.no_grad()
 def mean_loss(network: nn.Module, batches: Sequence[Batch], loss: Loss) -> float:
-    """The robust loss averaged over all samples, in eval mode. Raises InputError where there is none."""
+    """Average the robust loss over all samples, in eval mode. Raises InputError where there is none."""
     samples = sum(len(labels) for _, _, labels in batches)
     if samples == 0:
         raise InputError("there is no sample to measure the loss on", code="samples-missing")
@@ -225,7 +225,7 @@ def mean_loss(network: nn.Module, batches: Sequence[Batch], loss: Loss) -> float
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside, so that BatchNorm neither mixes samples nor moves; the modes are put back."""
+    """Switch to eval mode, so that BatchNorm neither mixes samples nor moves, and back."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -237,7 +237,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Eval mode, ``parameters`` open to gradients, and attention in the form that differentiates twice."""
+    """Switch to eval mode, with gradients for ``parameters`` and attention that differentiates twice."""
     resting = [parameter for parameter in parameters.values() if not parameter.requires_grad]
     for parameter in resting:
         parameter.requires_grad_(True)
@@ -250,7 +250,7 @@ def differentiable(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -
 
 
 def aligned(like: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``found`` in the order of ``like``. Raises InputError unless names and shapes fit and all is finite."""
+    """Order ``found`` as ``like``. Raises InputError unless names and shapes fit and all is finite."""
     if like.keys() != found.keys():
         odd = sorted(like.keys() ^ found.keys())
         raise InputError(

@@ -1,4 +1,4 @@
-"""How sharp the loss is around the scores of a search, measured between two epochs."""
+"""Sharpness of the loss around the scores of a search, measured between two epochs."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def diagnosis(
     device: torch.device,
     recorder: Recorder,
 ) -> Diagnosis:
-    """A diagnosis on ``images`` stratified images of the training split."""
+    """Set up a diagnosis on ``images`` stratified images of the training split."""
     chosen = choose(train.labels, images, seed=derive_seed(seed, "diagnose") % 2**31)
     pixels, labels = train.subset(chosen).tensors()
     return Diagnosis(

@@ -1,4 +1,4 @@
-"""What one score stands for: a weight, a weight in a group of m, or a channel."""
+"""Granularity: one score per weight, per weight in a group of m, or per channel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from s2ap_deploy.pruning.masks import top_k
 
 
 class Granularity(Protocol):
-    """From weights to scores, from importance to the units that stay, from units to masks of weights.
+    """Map weights to scores, importance to the units that stay, and units to masks of weights.
 
     ``parameters`` are the names of the weights that a search masks. Score tensors, importance and selections
     share their names and shapes.
@@ -27,23 +27,23 @@ class Granularity(Protocol):
     def parameters(self) -> tuple[str, ...]: ...
 
     def pool(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Signed magnitude of every unit: the start of scores."""
+        """Return the signed magnitude of every unit: the start of scores."""
         ...
 
     def select(self, importance: Mapping[str, Tensor], counts: Counts) -> dict[str, Tensor]:
-        """Bool tensors of the shape of ``importance``: the units that stay."""
+        """Select the units that stay: bool tensors of the shape of ``importance``."""
         ...
 
     def spread(self, selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Masks that broadcast against the weights, by parameter name, as the search wears them."""
+        """Expand to masks that broadcast against the weights, by parameter name, as a search applies them."""
         ...
 
     def gather(self, products: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """dL/dM of every unit, from w ⊙ dL/d(w ⊙ M) of the weights."""
+        """Sum w ⊙ dL/d(w ⊙ M) of the weights to dL/dM of every unit."""
         ...
 
     def final(self, selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Full-size bool masks of the finished network, by parameter name."""
+        """Return full-size bool masks of the finished network, by parameter name."""
         ...
 
 

@@ -16,7 +16,7 @@ Operator = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Eigenvalue:
-    """A Rayleigh quotient v·Hv at the best unit vector v that was found.
+    """Hold a Rayleigh quotient v·Hv at the best unit vector v that was found.
 
     Up to rounding the largest eigenvalue is never below ``value``, and some eigenvalue lies within
     ``residual`` = ‖Hv - value v‖ of it. ``iterations`` is the dimension of the Krylov space.
@@ -28,7 +28,7 @@ class Eigenvalue:
 
 
 def lanczos(product: Operator, start: Tensor, iterations: int) -> Eigenvalue:
-    """The largest algebraic eigenvalue of a symmetric operator on vectors [n], from a Krylov space.
+    """Compute the largest algebraic eigenvalue of a symmetric operator on vectors [n] by Lanczos.
 
     Lanczos (Golub and Van Loan, Matrix Computations, chapter 10) with full reorthogonalisation, which small
     spaces can afford and without which copies of found eigenvalues come back. Exact once ``iterations``

@@ -19,7 +19,7 @@ Masks = Mapping[str, Tensor]
 
 
 def top_k(importance: Tensor, k: int | Tensor) -> Tensor:
-    """A bool mask of the shape of ``importance`` with exactly ``k`` ones, on its largest values.
+    """Return a bool mask like ``importance`` with exactly ``k`` ones, on its largest values.
 
     Equal to a stable descending sort cut after ``k`` (ties go to the lower flat index, so the mask does
     not depend on the device). On a CPU it is found by selection, which costs a fraction of the sort; another
@@ -44,17 +44,17 @@ def top_k(importance: Tensor, k: int | Tensor) -> Tensor:
 
 
 def kept(masks: Masks) -> int:
-    """The number of ones over all layers."""
+    """Count the ones over all layers."""
     return sum(int(mask.sum()) for mask in masks.values())
 
 
 def sparsity(masks: Masks) -> float:
-    """Share of zeros among all masked weights; biases and normalization are not in the denominator."""
+    """Return the share of zeros among all masked weights; biases and normalization do not count."""
     return 1 - kept(masks) / sum(mask.numel() for mask in masks.values())
 
 
 def departed(before: Masks, after: Masks) -> Tensor:
-    """How many weights kept in ``before`` are not kept in ``after``: a tensor of no dimension.
+    """Count the weights kept in ``before`` and not in ``after``, as a tensor of no dimension.
 
     It stays on its device, so that counting in a training step does not wait for the device.
     """
@@ -62,7 +62,7 @@ def departed(before: Masks, after: Masks) -> Tensor:
 
 
 def replaced(before: Masks, after: Masks) -> float:
-    """Share of the weights kept in ``before`` that ``after`` no longer keeps.
+    """Return the share of the weights kept in ``before`` that ``after`` no longer keeps.
 
     Between the masks of two epochs this is the mask's movement; between M(s) and M(s+z) it is the flip
     rate. At equal budgets the Hamming distance is twice this share times the density.
@@ -72,7 +72,7 @@ def replaced(before: Masks, after: Masks) -> float:
 
 @dataclass(frozen=True)
 class Likeness:
-    """What two masks share, over ``weights`` mask bits.
+    """Compare two masks over ``weights`` mask bits.
 
     ``hamming`` is h(a, b) = (1/p) sum_i [a_i != b_i], the measure of S2AP's mask stability (Piras et al.,
     2025). ``replaced`` is h / (k_a + k_b) for the densities k: at equal budgets h / (2k), the share of kept
@@ -117,17 +117,17 @@ def likeness(first: Masks, second: Masks) -> Likeness:
 
 
 def hamming(first: Masks, second: Masks) -> float:
-    """Share of mask bits that differ. Raises what :func:`likeness` raises."""
+    """Return the share of mask bits that differ. Raises what :func:`likeness` raises."""
     return likeness(first, second).hamming
 
 
 def iou(first: Masks, second: Masks) -> float:
-    """Kept by both over kept by either. Raises what :func:`likeness` raises."""
+    """Return the weights kept by both over those kept by either. Raises what :func:`likeness` raises."""
     return likeness(first, second).iou
 
 
 def layerwise(first: Masks, second: Masks) -> dict[str, Likeness]:
-    """:func:`likeness` of every layer that has weights, in the order of ``first``."""
+    """Compare every layer that has weights by :func:`likeness`, in the order of ``first``."""
     require_alike(first, second)
     return {
         name: likeness({name: mask}, {name: second[name]}) for name, mask in first.items() if mask.numel()
@@ -135,7 +135,7 @@ def layerwise(first: Masks, second: Masks) -> dict[str, Likeness]:
 
 
 def density(masks: Masks) -> dict[str, float]:
-    """Share of ones in each layer; 0 for a layer without weights."""
+    """Return the share of ones in each layer; 0 for a layer without weights."""
     return {name: int(mask.sum()) / max(mask.numel(), 1) for name, mask in masks.items()}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class ScorePerturbation:
-    """Moves scores to the top of the robust loss within a relative ball, and back.
+    """Move scores to the top of the robust loss within a relative ball, and back.
 
     S2AP solves min_s max_z L(w ⊙ M(s+z)) subject to ‖z_l‖₂ ≤ gamma ‖s_l‖₂ for every layer l
     (arXiv 2510.18381). One normalized ascent step, as in SAM and AWP, solves the inner problem:
@@ -24,7 +24,7 @@ class ScorePerturbation:
 
     @torch.no_grad()
     def perturb(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """s ← s + z. Returns whether any layer moved (a bool tensor of no dimension)."""
+        """Apply s ← s + z. Return whether any layer moved (a bool tensor of no dimension)."""
         moved = []
         for name, score in self.scores.items():
             self.saved[name] = score.clone()
@@ -36,6 +36,6 @@ class ScorePerturbation:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """s + z → s, by copy: adding and subtracting z would drift in the last bits."""
+        """Apply s + z → s, by copy: adding and subtracting z would drift in the last bits."""
         for name, score in self.scores.items():
             score.copy_(self.saved.pop(name))

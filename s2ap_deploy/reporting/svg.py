@@ -82,13 +82,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class Scale:
-    """Map values to units of the drawing, in proportion or to their logarithm."""
+    """Map values to units of the drawing, in proportion or to their logarithm; ``whole``: integers only."""
 
     low: float
     high: float
     start: float
     end: float
     logarithmic: bool = False
+    whole: bool = False
 
     def __call__(self, value: float) -> float:
         low, high = self.low, self.high
@@ -100,7 +101,9 @@ class Scale:
     @property
     def ticks(self) -> list[float]:
         """Round numbers on the scale."""
-        return log_ticks(self.low, self.high) if self.logarithmic else ticks(self.low, self.high)
+        if self.logarithmic:
+            return log_ticks(self.low, self.high)
+        return [tick for tick in ticks(self.low, self.high) if not self.whole or tick == round(tick)]
 
 
 @dataclass
@@ -199,7 +202,9 @@ def chart(
     floor, highest = min([0.0, *ys]), max(ys)
     # What never leaves 0 is seen against a scale all the same.
     top = ceiling or (1.06 * highest if highest > 0 else 0.0 if floor < 0 else 1.0)
-    canvas = Canvas(scale(min(xs), max(xs), LEFT, WIDTH - RIGHT), scale(floor, top, HEIGHT - BOTTOM, TOP))
+    whole = all(float(x).is_integer() for x in xs)
+    across = scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, whole=whole)
+    canvas = Canvas(across, scale(floor, top, HEIGHT - BOTTOM, TOP))
     canvas.axes(x_label, y_label, "{:.4g}".format, as_percent if percent else "{:.4g}".format)
     if guide is not None:
         canvas.vertical(*guide)
@@ -335,12 +340,14 @@ def log_ticks(low: float, high: float) -> list[float]:
     return ticks(low, high, 4)
 
 
-def scale(low: float, high: float, start: float, end: float, *, logarithmic: bool = False) -> Scale:
+def scale(
+    low: float, high: float, start: float, end: float, *, logarithmic: bool = False, whole: bool = False
+) -> Scale:
     """Return a scale from low to high, with room on both sides of a single value."""
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-280):
         half = abs(low) / 2 or 0.5
         low, high = low - half, high + half
-    return Scale(low, high, start, end, logarithmic)
+    return Scale(low, high, start, end, logarithmic, whole)
 
 
 def as_percent(share: float) -> str:

@@ -31,7 +31,7 @@ class WeightPerturbation:
 
     @torch.no_grad()
     def perturb(self) -> None:
-        """w ← w + v, with the gradients that a backward pass has left in the weights.
+        """Apply w ← w + v, with the gradients that a backward pass has left in the weights.
 
         A weight without a gradient, in a layer that no forward pass uses, stays where it is.
         """
@@ -49,7 +49,7 @@ class WeightPerturbation:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """w + v → w, by copy: adding and subtracting v would drift in the last bits."""
+        """Apply w + v → w, by copy: adding and subtracting v would drift in the last bits."""
         for name, weight in self.saved.items():
             self.weights[name].copy_(weight)
         self.saved.clear()
