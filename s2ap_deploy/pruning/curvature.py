@@ -142,7 +142,7 @@ class Surrogate:
         return torch.cat([value.flatten() for value in units.values()])
 
     def spread(self, vector: Tensor) -> dict[str, Tensor]:
-        """Apply the transpose of :meth:`flat`, times D: the weights' movement as scores move by ``vector``."""
+        """Apply the transpose of :meth:`flat`, times D: weights move so as scores move by ``vector``."""
         # flat is linear, so the gradient of vector · flat(x) is its transpose, whatever gather is.
         zeros = {name: torch.zeros_like(d).requires_grad_() for name, d in self.directions.items()}
         sources = torch.autograd.grad(

@@ -35,7 +35,7 @@ class Granularity(Protocol):
         ...
 
     def spread(self, selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Expand to masks that broadcast against the weights, by parameter name, as a search applies them."""
+        """Expand to masks that broadcast against the weights, by parameter name, for the search."""
         ...
 
     def gather(self, products: Mapping[str, Tensor]) -> dict[str, Tensor]:
