@@ -83,7 +83,8 @@ def draft(
         else input_spec.preprocessing(path, arch, data, trust_pickle=trust_pickle),
         normalization=normalization,
         trust_pickle=trust_pickle,
-        **(masking or {}),
+        keep=(masking or {}).get("keep"),
+        alpha=(masking or {}).get("alpha"),
     )
     comments: dict[Key, str] = {}
     guesses: list[str] = []
