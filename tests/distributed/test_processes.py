@@ -162,6 +162,28 @@ def test_prune_and_certify_over_ranks_give_the_verdicts_of_one(tmp_path: Path, a
     assert record["search"]["sessions"][0]["environment"]["ranks"] == 2
 
 
+def test_a_certificate_goes_on_after_a_killed_rank(tmp_path: Path, alone: Path) -> None:
+    model = alone / "pretrain" / "model.safetensors"
+    certify = ["certify", model, "--n", ATTACKED, "--eps", "0.2", "--run"]
+    process = start(tmp_path, *certify, "two", "--devices", 2)
+    record = tmp_path / "two" / "certify" / "record-dense" / "attack.jsonl"
+    end = time.monotonic() + 240
+    while not record.exists() or record.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    ranks = sorted(children(process.pid))
+    os.kill(ranks[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 3, err
+    assert err.count("error:") == 1, err
+    assert gone(ranks, 1)
+    finish(tmp_path, *certify, "two", "--resume", "--workers", 1, "--threads", 1)
+    finish(tmp_path, *certify, "one", "--workers", 1, "--threads", 1)
+    two, one = (json.loads((tmp_path / run / "certify" / "dense.json").read_text()) for run in ("two", "one"))
+    assert two["samples"] == one["samples"]
+
+
 def test_an_error_is_told_once(tmp_path: Path) -> None:
     refused = start(tmp_path, "pretrain", *TRAIN[:-1], "2", "--epochs", 1, "--run", "r", "--devices", 3)
     _, err = refused.communicate(timeout=300)
