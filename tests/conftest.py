@@ -164,8 +164,8 @@ class ThreadRanks(Ranks):
             tensor.data.copy_(self._exchange(tensor.detach().clone())[0])
 
 
-def in_company(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
-    """What ``work`` returns on each of ``size`` ranks; the first error of any of them is raised."""
+def run_on_ranks(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
+    """Return what ``work`` returns on each of ``size`` ranks; the first error of any of them is raised."""
     meeting, table = threading.Barrier(size), [None] * size
 
     def one(rank: int) -> Any:
@@ -187,9 +187,9 @@ def in_company(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
 
 
 @pytest.fixture(scope="session")
-def company() -> Callable[[int, Callable[[Ranks], Any]], list[Any]]:
-    """Run a function on several ranks: ``company(2, lambda ranks: ...)``."""
-    return in_company
+def on_ranks() -> Callable[[int, Callable[[Ranks], Any]], list[Any]]:
+    """Run a function on several ranks: ``on_ranks(2, lambda ranks: ...)``."""
+    return run_on_ranks
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
 from s2ap_deploy.errors import DeployError, UsageError
 
-Company = Callable[[int, Callable[[Ranks], Any]], list[Any]]
+OnRanks = Callable[[int, Callable[[Ranks], Any]], list[Any]]
 
 
 def test_with_one_rank_every_operation_leaves_its_input() -> None:
@@ -29,7 +29,7 @@ def test_with_one_rank_every_operation_leaves_its_input() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_tensors_of_any_shape_and_dtype_are_summed_in_place(company: Company, size: int) -> None:
+def test_tensors_of_any_shape_and_dtype_are_summed_in_place(on_ranks: OnRanks, size: int) -> None:
     def work(ranks: Ranks) -> list[torch.Tensor]:
         tensors = [
             torch.full((2, 3), float(ranks.rank + 1)),
@@ -41,32 +41,32 @@ def test_tensors_of_any_shape_and_dtype_are_summed_in_place(company: Company, si
         return tensors
 
     total = size * (size - 1) // 2
-    for tensors in company(size, work):
+    for tensors in on_ranks(size, work):
         assert torch.equal(tensors[0], torch.full((2, 3), float(total + size)))
         assert int(tensors[1]) == total
         assert torch.equal(tensors[2], torch.full((2, 3), float(total), dtype=torch.float64))
 
 
-def test_a_parameter_is_summed_without_a_trace_in_its_graph(company: Company) -> None:
+def test_a_parameter_is_summed_without_a_trace_in_its_graph(on_ranks: OnRanks) -> None:
     def work(ranks: Ranks) -> torch.Tensor:
         weight = torch.nn.Parameter(torch.ones(2))
         ranks.sum_([weight])
         weight.sum().backward()
         return torch.stack([weight.detach(), weight.grad])
 
-    for found in company(2, work):
+    for found in on_ranks(2, work):
         assert found.tolist() == [[2.0, 2.0], [1.0, 1.0]]
 
 
-def test_rank_0_decides_for_all_and_a_nested_decision_is_a_plain_call(company: Company) -> None:
+def test_rank_0_decides_for_all_and_a_nested_decision_is_a_plain_call(on_ranks: OnRanks) -> None:
     def work(ranks: Ranks) -> tuple[int, bool]:
         return ranks.on_first(lambda: ranks.on_first(lambda: 10 + ranks.rank)), ranks.leading
 
-    assert company(3, work) == [(10, False)] * 3
+    assert on_ranks(3, work) == [(10, False)] * 3
 
 
 @pytest.mark.parametrize("error", [UsageError("no", code="some-code", hint="yes"), ZeroDivisionError("no")])
-def test_an_error_on_rank_0_is_raised_on_all(company: Company, error: Exception) -> None:
+def test_an_error_on_rank_0_is_raised_on_all(on_ranks: OnRanks, error: Exception) -> None:
     def fail() -> None:
         raise error
 
@@ -76,7 +76,7 @@ def test_an_error_on_rank_0_is_raised_on_all(company: Company, error: Exception)
         assert ranks.on_first(lambda: 1) == 1, "the ranks are in step again"
         return caught.value
 
-    first, other = company(2, work)
+    first, other = on_ranks(2, work)
     assert first is error
     if isinstance(error, DeployError):
         assert (type(other), other.code, other.hint) == (UsageError, "some-code", "yes")

@@ -28,7 +28,7 @@ from s2ap_deploy.training.loop import TrainingData, TrainingEnvironment
 from s2ap_deploy.training.objective import Objective
 from s2ap_deploy.training.train import train
 
-DistributedGroup = Callable[[int, Callable[[Ranks], Any]], list[Any]]
+OnRanks = Callable[[int, Callable[[Ranks], Any]], list[Any]]
 THREAT = ThreatModel(eps="0.1")
 NAMES = ("0.weight", "4.weight")
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ class Given(Adversary):
 @pytest.mark.parametrize(("n", "size"), [(16, 2), (15, 2), (13, 3), (3, 4)])
 @pytest.mark.parametrize("learned", [False, True])
 def test_one_step_of_s2ap_on_given_adversarial_images_gives_the_same_scores(
-    company: DistributedGroup, stripes: Any, loss: Any, n: int, size: int, learned: bool
+    on_ranks: OnRanks, stripes: Any, loss: Any, n: int, size: int, learned: bool
 ) -> None:
     """Scores, quotas, BatchNorm within 1e-5 of one process; the perturbation is of averaged gradients."""
     images, labels = stripes(n).tensors()
@@ -87,7 +87,7 @@ def test_one_step_of_s2ap_on_given_adversarial_images_gives_the_same_scores(
         return subject
 
     alone = work(Ranks())
-    for found in company(size, work):
+    for found in on_ranks(size, work):
         for name in NAMES:
             assert apart(found.scores[name], alone.scores[name]) < 1e-5
             assert float(alone.scores[name].grad.norm()) > 0
@@ -131,13 +131,11 @@ def run_search(
 
 
 @pytest.mark.parametrize("loss", ["at", "trades", "free"])
-def test_a_search_over_ranks_ends_with_the_scores_of_one(
-    company: DistributedGroup, stripes: Any, loss: Any
-) -> None:
+def test_a_search_over_ranks_ends_with_the_scores_of_one(on_ranks: OnRanks, stripes: Any, loss: Any) -> None:
     """Batches of 12, 12 and 7 images over 2 ranks; an epoch's figures are those of all rows."""
     starts = [network() for _ in range(2)]  # here, for threads share torch's global stream
     alone = run_search(network(), stripes, SINGLE_PROCESS, loss)
-    found = company(2, lambda ranks: run_search(starts[ranks.rank], stripes, ranks, loss))
+    found = on_ranks(2, lambda ranks: run_search(starts[ranks.rank], stripes, ranks, loss))
     for result in found:
         for name in NAMES:
             assert apart(result.scores[name], alone.scores[name]) < 1e-4
@@ -152,16 +150,16 @@ def test_a_search_over_ranks_ends_with_the_scores_of_one(
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 3)])
 def test_another_number_of_ranks_takes_a_search_up(
-    company: DistributedGroup, stripes: Any, memory_snapshots: Any, before: int, after: int
+    on_ranks: OnRanks, stripes: Any, memory_snapshots: Any, before: int, after: int
 ) -> None:
     """Free training, whose perturbation is spread over the ranks, interrupted after its first epoch."""
     straight = run_search(network(), stripes, SINGLE_PROCESS, "free")
     kept = memory_snapshots(lives=1)
     starts = [network() for _ in range(before)]
     with pytest.raises(KeyboardInterrupt):
-        company(before, lambda ranks: run_search(starts[ranks.rank], stripes, ranks, "free", snapshots=kept))
+        on_ranks(before, lambda ranks: run_search(starts[ranks.rank], stripes, ranks, "free", snapshots=kept))
     again = [network() for _ in range(after)]
-    for result in company(
+    for result in on_ranks(
         after, lambda ranks: run_search(again[ranks.rank], stripes, ranks, "free", snapshots=kept)
     ):
         assert len(result.history) == 2
@@ -186,13 +184,13 @@ def run_training(
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_training_with_awp_over_ranks_gives_the_weights_of_one(
-    company: DistributedGroup, stripes: Any, size: int
+    on_ranks: OnRanks, stripes: Any, size: int
 ) -> None:
     alone = run_training(network(), stripes, SINGLE_PROCESS).state_dict()
     starts = [network() for _ in range(size)]
     found = [
         model.state_dict()
-        for model in company(size, lambda ranks: run_training(starts[ranks.rank], stripes, ranks))
+        for model in on_ranks(size, lambda ranks: run_training(starts[ranks.rank], stripes, ranks))
     ]
     for state in found:
         for name, expected in alone.items():
@@ -213,11 +211,11 @@ def test_pieces_of_a_batch_train_as_the_whole_without_batchnorm(
         assert apart(pieces[name], expected) < 1e-4, name
 
 
-def test_pieces_on_ranks_and_free_training_work_together(company: DistributedGroup, stripes: Any) -> None:
+def test_pieces_on_ranks_and_free_training_work_together(on_ranks: OnRanks, stripes: Any) -> None:
     free = Objective(THREAT, "free", replays=2)
     whole = run_training(network(False), stripes, SINGLE_PROCESS, objective=free).state_dict()
     starts = [network(False) for _ in range(2)]
-    for model in company(
+    for model in on_ranks(
         2, lambda ranks: run_training(starts[ranks.rank], stripes, ranks, objective=free, accumulate=3)
     ):
         for name, expected in whole.items():

@@ -30,7 +30,7 @@ from s2ap_deploy.training.batching import (
 from s2ap_deploy.training.pgd import pgd_accuracy, random_start
 
 CPU = torch.device("cpu")
-DistributedGroup = Callable[[int, Callable[[Ranks], Any]], list[Any]]
+OnRanks = Callable[[int, Callable[[Ranks], Any]], list[Any]]
 
 
 def numbered(n: int, padding: int = 0) -> MemorySplit:
@@ -146,13 +146,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(n: int, accumulate: 
         torch.testing.assert_close(pieces.gradients[name], expected)
 
 
-def test_the_mean_loss_is_that_of_all_ranks(company: DistributedGroup) -> None:
-    found = company(2, lambda ranks: mean_loss([torch.tensor(1.0 + ranks.rank), torch.tensor(3.0)], ranks))
+def test_the_mean_loss_is_that_of_all_ranks(on_ranks: OnRanks) -> None:
+    found = on_ranks(2, lambda ranks: mean_loss([torch.tensor(1.0 + ranks.rank), torch.tensor(3.0)], ranks))
     assert found == [4.5, 4.5]
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_accuracy_by_shards_is_accuracy(company: DistributedGroup, stripes: Any, size: int) -> None:
+def test_accuracy_by_shards_is_accuracy(on_ranks: OnRanks, stripes: Any, size: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     options: dict[str, Any] = {"threat": ThreatModel(eps="0.1"), "steps": 3, "seed": 5, "batch_size": 20}
@@ -165,4 +165,4 @@ def test_accuracy_by_shards_is_accuracy(company: DistributedGroup, stripes: Any,
     alone = measure(Ranks())
     assert alone.n == 61
     assert 0 < alone.robust <= alone.clean
-    assert company(size, measure) == [alone] * size
+    assert on_ranks(size, measure) == [alone] * size

@@ -54,7 +54,7 @@ def test_a_network_without_batchnorm_reads_no_batch() -> None:
     assert recalibrate(nn.Linear(2, 2), refuse()) == 0
 
 
-DistributedGroup = Callable[[int, Callable[[Ranks], Any]], list[Any]]
+OnRanks = Callable[[int, Callable[[Ranks], Any]], list[Any]]
 
 
 def deep(dims: int, *, affine: bool = True, momentum: float | None = 0.1) -> nn.Sequential:
@@ -88,7 +88,7 @@ def step(model: nn.Module, inputs: torch.Tensor, weight: float, ranks: Ranks) ->
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(("n", "size"), [(8, 2), (7, 2), (7, 3), (3, 4)])
 def test_statistics_over_ranks_are_those_of_the_whole_batch(
-    company: DistributedGroup, dims: int, affine: bool, n: int, size: int
+    on_ranks: OnRanks, dims: int, affine: bool, n: int, size: int
 ) -> None:
     """Outputs, gradients and running statistics, also where ranks have unequal rows or only stand in."""
     noise = torch.Generator().manual_seed(n)
@@ -105,7 +105,7 @@ def test_statistics_over_ranks_are_those_of_the_whole_batch(
         return step(copies[ranks.rank], rows, weight, ranks)
 
     close = {"rtol": 1e-9, "atol": 1e-10}
-    for rank, found in enumerate(company(size, work)):
+    for rank, found in enumerate(on_ranks(size, work)):
         if rank < n:
             torch.testing.assert_close(found[0], out[rank::size], **close)
             torch.testing.assert_close(found[1], towards[rank::size], **close)
@@ -113,12 +113,12 @@ def test_statistics_over_ranks_are_those_of_the_whole_batch(
         torch.testing.assert_close(found[3], buffers, **close)
 
 
-def test_one_layer_in_float32_differs_by_rounding_alone(company: DistributedGroup) -> None:
+def test_one_layer_in_float32_differs_by_rounding_alone(on_ranks: OnRanks) -> None:
     inputs = torch.randn(12, 3, 6, 6, generator=torch.Generator().manual_seed(3)) * 2 + 1
     model = nn.Sequential(nn.BatchNorm2d(3))
     copies = [copy.deepcopy(model) for _ in range(2)]
     out, towards, gradients, buffers = step(model, inputs, 1.0, SINGLE_PROCESS)
-    found = company(2, lambda ranks: step(copies[ranks.rank], inputs[ranks.rank :: 2], 0.5, ranks))
+    found = on_ranks(2, lambda ranks: step(copies[ranks.rank], inputs[ranks.rank :: 2], 0.5, ranks))
     for rank, (mine, mine_towards, mine_gradients, mine_buffers) in enumerate(found):
         pairs = [(mine, out[rank::2]), (mine_towards, towards[rank::2])]
         pairs += zip(mine_gradients, gradients, strict=True)
@@ -127,18 +127,18 @@ def test_one_layer_in_float32_differs_by_rounding_alone(company: DistributedGrou
             assert float((one - other).norm()) <= 1e-6 * float(other.norm())
 
 
-def test_statistics_agree_to_float32s_last_digits(company: DistributedGroup) -> None:
+def test_statistics_agree_to_float32s_last_digits(on_ranks: OnRanks) -> None:
     """Within 1e-6 relative of one process in float64, where a sum of squares would have canceled."""
     values = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 0.1 + 50
     exact = values.double()
     mean, variance = exact.mean((0, 2, 3)), exact.var((0, 2, 3), correction=0)
-    for found in company(2, lambda ranks: batch_statistics(values[ranks.rank :: 2], ranks)):
+    for found in on_ranks(2, lambda ranks: batch_statistics(values[ranks.rank :: 2], ranks)):
         assert found[2] == 64 * 16
         torch.testing.assert_close(found[0].double(), mean, rtol=1e-6, atol=0)
         torch.testing.assert_close(found[1].double(), variance, rtol=1e-4, atol=0)
 
 
-def test_gradients_of_the_shared_pass_are_its_derivative(company: DistributedGroup) -> None:
+def test_gradients_of_the_shared_pass_are_its_derivative(on_ranks: OnRanks) -> None:
     """Finite differences in float64: moving one rank's input changes every rank's output."""
     inputs = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
@@ -151,7 +151,7 @@ def test_gradients_of_the_shared_pass_are_its_derivative(company: DistributedGro
             loss.backward()
             return loss.detach(), leaf.grad
 
-        found = company(2, work)
+        found = on_ranks(2, work)
         gradient = torch.empty_like(values)
         for rank, (_, grad) in enumerate(found):
             gradient[rank::2] = grad
@@ -166,7 +166,7 @@ def test_gradients_of_the_shared_pass_are_its_derivative(company: DistributedGro
         assert slope == pytest.approx(float(gradient[index]), rel=1e-5, abs=1e-6)
 
 
-def test_alone_and_afterwards_layers_are_torchs_own(company: DistributedGroup) -> None:
+def test_alone_and_afterwards_layers_are_torchs_own(on_ranks: OnRanks) -> None:
     model = deep(2)
     with shared_statistics(model, SINGLE_PROCESS):
         assert type(model[1]) is nn.BatchNorm2d
@@ -181,10 +181,10 @@ def test_alone_and_afterwards_layers_are_torchs_own(company: DistributedGroup) -
             same = torch.equal(copied(torch.ones(1, 2, 5, 5)), own.eval()(torch.ones(1, 2, 5, 5)))
         return still and same and type(own[1]) is nn.BatchNorm2d
 
-    assert company(2, work) == [True, True]
+    assert on_ranks(2, work) == [True, True]
 
 
-def test_one_value_per_channel_in_all_has_no_variance(company: DistributedGroup) -> None:
+def test_one_value_per_channel_in_all_has_no_variance(on_ranks: OnRanks) -> None:
     def work(ranks: Ranks) -> None:
         ranks.present = ranks.first
         layer = nn.BatchNorm1d(2).train()
@@ -192,4 +192,4 @@ def test_one_value_per_channel_in_all_has_no_variance(company: DistributedGroup)
             layer(torch.ones(1, 2))
 
     with pytest.raises(ValueError, match="no variance"):
-        company(2, work)
+        on_ranks(2, work)

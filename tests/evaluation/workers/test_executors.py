@@ -15,7 +15,7 @@ from s2ap_deploy.distributed.collectives import Ranks
 from s2ap_deploy.errors import DeployError, InconclusiveError, UsageError
 from s2ap_deploy.evaluation.workers.executors import DistributedExecutor, closing_units, serve_units
 
-Company = Callable[[int, Callable[[Ranks], Any]], list[Any]]
+OnRanks = Callable[[int, Callable[[Ranks], Any]], list[Any]]
 CPU = torch.device("cpu")
 WORKED: set[int] = set()
 
@@ -56,9 +56,9 @@ def doubled(ranks: Ranks, attacks: Sequence[Sequence[int]]) -> list[list[int]] |
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("count", [0, 1, 25])
-def test_every_unit_comes_back_once_and_in_order(company: Company, size: int, count: int) -> None:
+def test_every_unit_comes_back_once_and_in_order(on_ranks: OnRanks, size: int, count: int) -> None:
     WORKED.clear()
-    found = company(size, lambda ranks: doubled(ranks, [range(count), [100, 101, 102]]))
+    found = on_ranks(size, lambda ranks: doubled(ranks, [range(count), [100, 101, 102]]))
     assert found == [[[*range(count)], [100, 101, 102]]] + [None] * (size - 1)
     assert len(WORKED) == min(size, max(count, 3))
 
@@ -68,7 +68,7 @@ def test_every_unit_comes_back_once_and_in_order(company: Company, size: int, co
 )
 @pytest.mark.parametrize("units_before", [[], [1]])
 def test_an_error_of_any_rank_is_raised_on_rank_0_and_lets_the_others_go(
-    company: Company, unit: int, kind: type[DeployError], code: str, units_before: list[int]
+    on_ranks: OnRanks, unit: int, kind: type[DeployError], code: str, units_before: list[int]
 ) -> None:
     def work(ranks: Ranks) -> Any:
         if not ranks.first:
@@ -77,7 +77,7 @@ def test_an_error_of_any_rank_is_raised_on_rank_0_and_lets_the_others_go(
             doubled(ranks, [[*units_before, unit]])
         return "raised"
 
-    assert company(2, work) == ["raised", None]
+    assert on_ranks(2, work) == ["raised", None]
 
 
 def test_after_a_signal_nothing_more_is_sent() -> None:
