@@ -37,7 +37,7 @@ def command(runs: tuple[Path, ...], as_json: bool) -> None:
 
 
 def show_comparison(found: Mapping[str, Any]) -> None:
-    """One table of the runs, one of their pairs."""
+    """Print one table of the runs and one of their pairs."""
     from rich.text import Text
 
     from s2ap_deploy.cli import tables
@@ -51,7 +51,7 @@ def show_comparison(found: Mapping[str, Any]) -> None:
 
 
 def runs_table(runs: list[dict[str, Any]]) -> Any:
-    """A column per figure, a row per run."""
+    """Return a table with a row per run."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -89,7 +89,7 @@ def runs_table(runs: list[dict[str, Any]]) -> Any:
 
 
 def pairs_table(pairs: list[dict[str, Any]]) -> Any:
-    """A row per pair, and their mean where there are several."""
+    """Return a table with a row per pair, and their mean where there are several."""
     from rich import box
     from rich.table import Table
 
@@ -115,5 +115,5 @@ def pairs_table(pairs: list[dict[str, Any]]) -> Any:
 
 
 def method(run: Mapping[str, Any]) -> str:
-    """``hydra + S2AP``, or what the run says of itself."""
+    """Return the method, such as ``hydra + S2AP``."""
     return f"{run['method'] or ABSENT}{' + S2AP' if run['s2ap'] else ''}"

@@ -91,7 +91,7 @@ def command(
 
 
 def _unjudged(error: DeployError) -> Verdict:
-    """An error in the form of a verdict, so that CI sees more than an exit code."""
+    """Return an error in the form of a verdict, so that the reports contain it."""
     from s2ap_deploy.gating.check import Check
     from s2ap_deploy.gating.policy import Verdict
 
@@ -101,7 +101,7 @@ def _unjudged(error: DeployError) -> Verdict:
 
 
 class _Reports(NamedTuple):
-    """Where the verdict goes besides the terminal."""
+    """Files and annotations that a verdict is written to."""
 
     folder: Path
     junit: Path | None
@@ -134,7 +134,7 @@ class _Reports(NamedTuple):
             raise UsageError("two reports cannot share one file", code="reports-share-file")
 
     def write(self, verdict: Verdict) -> None:
-        """Write what was asked for. Raises StorageError."""
+        """Write the reports. Raises StorageError."""
         from s2ap_deploy import files
 
         if self.junit is not None:
@@ -162,7 +162,7 @@ class _Reports(NamedTuple):
 
 
 def _append(path: Path, text: str) -> None:
-    """Add to the file that GitHub gave; the verdict does not depend on whether GitHub's disk takes it."""
+    """Append to GitHub's summary file; a failure is a warning and does not change the verdict."""
     try:
         with open(path, "a", encoding="utf-8") as stream:
             stream.write(text)

@@ -66,7 +66,7 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """Imports a command's module only when that command is called."""
+    """A group that imports a command's module only when that command is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -233,7 +233,7 @@ def _report(error: DeployError, as_json: bool, exit_code: int | None = None) -> 
 
 
 def _flushed(code: int) -> int:
-    """``code``, or UNFORESEEN for a success of which the reader never saw the end.
+    """Flush the output and return ``code``, or UNFORESEEN where a success could not be written.
 
     Python would flush once more on its way out, complain, and leave with a code of its own.
     """

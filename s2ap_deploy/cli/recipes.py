@@ -12,7 +12,7 @@ from s2ap_deploy.cli import options
 
 
 class Recipes(click.Group):
-    """A group that also takes a recipe's name in the place of ``show NAME``."""
+    """A group in which a recipe's name stands for ``show NAME``."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -28,7 +28,7 @@ class Recipes(click.Group):
 def command(context: click.Context, /, as_json: bool) -> None:
     """List the shipped recipes, or show one.
 
-    A name in the place of a command shows that recipe; it may also be a file, which is then checked.
+    A name in place of a command shows that recipe; a file is checked first.
 
     \b
     s2ap-deploy recipes
@@ -73,8 +73,8 @@ def show(name: str, resolved: bool, overrides: tuple[str, ...], as_json: bool) -
     sources = writing.provenance(recipe, document)
     if as_json and resolved:
         named = {".".join(map(str, key)): source for key, source in sources.items()}
-        told = {"recipe": recipe.model_dump(mode="json"), "sources": named}
-        click.echo(json.dumps(told, sort_keys=True))
+        content = {"recipe": recipe.model_dump(mode="json"), "sources": named}
+        click.echo(json.dumps(content, sort_keys=True))
     elif as_json:
         click.echo(recipe.model_dump_json())
     elif resolved or overrides:
@@ -96,7 +96,7 @@ def schema() -> None:
 
 
 def list_recipes(as_json: bool) -> None:
-    """Names with descriptions, grouped by data; one object of all of them with ``as_json``."""
+    """Print names with descriptions, grouped by data, or one JSON object of all."""
     from s2ap_deploy.recipe import catalog
 
     loaded = {name: catalog.load(name) for name in catalog.names()}
@@ -108,7 +108,7 @@ def list_recipes(as_json: bool) -> None:
 
 
 def grouped(loaded: Mapping[str, Any]) -> Iterator[str]:
-    """Lines of the list: a heading per data set in the order of their size, its recipes below."""
+    """Yield the lines of the list: a heading per data set, in the order of size, with its recipes below."""
     from s2ap_deploy.recipe.field_types import DATA_SETS
 
     data = {name: recipe.data.name.partition(":")[0] for name, recipe in loaded.items()}

@@ -203,10 +203,10 @@ def _bounds(schema: Mapping[str, Any]) -> str:
         ("maximum", "at most"),
         ("exclusiveMaximum", "below"),
     )
-    told = [f"{words} {schema[key]:g}" for key, words in signs if key in schema]
+    found = [f"{words} {schema[key]:g}" for key, words in signs if key in schema]
     if "pattern" in schema:
-        told.append(f"like `{re.sub(r'[|]', chr(92) + '|', schema['pattern'])}`")
-    return f" {', '.join(told)}" if told else ""
+        found.append(f"like `{re.sub(r'[|]', chr(92) + '|', schema['pattern'])}`")
+    return f" {', '.join(found)}" if found else ""
 
 
 def errors_page() -> str:

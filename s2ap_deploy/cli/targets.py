@@ -16,7 +16,7 @@ from s2ap_deploy.cli import options
 def command(ctx: click.Context, as_json: bool) -> None:
     """List the shipped targets, or show one.
 
-    A target says what one device or runtime takes; export --target and plan --target use it.
+    A target describes one device or runtime; export --target and plan --target use it.
 
     \b
     s2ap-deploy targets list
@@ -31,7 +31,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
 @command.command("list")
 @options.json_option
 def list_targets(as_json: bool) -> None:
-    """Every target that comes along, with what it is."""
+    """List every shipped target with its description."""
     _list(as_json)
 
 
@@ -39,7 +39,7 @@ def list_targets(as_json: bool) -> None:
 @click.argument("name")
 @options.json_option
 def show_target(name: str, as_json: bool) -> None:
-    """The profile of NAME, or of a file, which is then checked."""
+    """Print the profile of NAME, or of a file after checking it."""
     from s2ap_deploy.recipe import target, yaml_document
 
     found = target.find(name)
