@@ -36,7 +36,7 @@ def command(onnx: bool, output: Path | None, run: Path, as_json: bool, quiet: bo
     layers.
     With --int8, or --values float16 or int8, the file is another network: the certificate does not cover it,
     and the command that certifies the file is printed.
-    s2ap-deploy decode makes a dense file for runtimes that cannot decode weights while loading.
+    For runtimes that cannot decode weights while loading, s2ap-deploy decode makes a dense file.
     With --target, a device profile supplies every value that no option sets; a missed budget leaves no
     file and exit code 1.
     With --keep-ratio, fewer channels are kept than in the run: nothing was trained since, and no certificate

@@ -132,6 +132,7 @@ def test_in_steps_and_from_earlier_scores(
     "options",
     [
         ["--granularity", "3:7"],
+        ["--sparsity", 0.9, "--scores-from", "nowhere"],
         ["--granularity", "channel", "--keep-ratio", 0.001],
         ["--granularity", "channel", "--sparsity", 0.99999],
     ],

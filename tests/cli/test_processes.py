@@ -76,7 +76,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 240) -> None:
 @pytest.mark.parametrize(
     ("sent", "code", "words"),
     [
-        (signal.SIGTERM, 3, "terminated by SIGTERM; what was finished is saved"),
+        (signal.SIGTERM, 3, "terminated by SIGTERM; finished work is saved"),
         (signal.SIGINT, 130, "interrupted"),
         pytest.param(signal.SIGKILL, -signal.SIGKILL, "", marks=pytest.mark.slow),
     ],

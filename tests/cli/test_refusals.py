@@ -188,7 +188,6 @@ REFUSALS = [
     (f"{PRUNE} --granularity channel --budget erk", "budget-unfit"),
     (f"{PRUNE} --budget macs", "budget-unfit"),
     (f"{PRUNE} --method rst --steps 0.5", "steps-need-finetuning"),
-    (f"{PRUNE} --scores-from nowhere", None),
     ("prune model.pt --keep-ratio 0.5", "keep-ratio-unused"),
     ("prune model.pt --steps 0.9,0.5 --sparsity 0.95", "steps-not-rising"),
     # Facts that a foreign checkpoint does not state.
