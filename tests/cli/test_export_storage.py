@@ -89,3 +89,9 @@ def test_the_usual_settings_leave_a_finished_export_alone(s2ap: Command, own_run
     assert done.code == 0, done.err
     stages = json.loads((own_run / "manifest.json").read_text())["stages"]
     assert stages["export"] == json.loads(before)["stages"]["export"]
+
+
+def test_float16_values_and_int8_arithmetic_exclude_each_other(s2ap: Command, own_run: Path) -> None:
+    done = s2ap("export", "--values", "float16", "--int8", "--overwrite", "--json", "--run", own_run)
+    assert done.code == 2
+    assert json.loads(done.out)["code"] not in ("internal", "option-invalid")

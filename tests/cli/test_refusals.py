@@ -331,7 +331,6 @@ FINISHED = [
     ("export --arch digits-conv", "arch-already-decided"),
     ("export --opset 21", None),
     ("export --values float16", None),
-    ("export --values float16 --int8 --overwrite", None),
     ("export --output s2ap-run/export/model.onnx", "output-exists"),
     ("export --output no/model.onnx", "folder-missing"),
     ("export --output model.tflite", "output-format-unknown"),
