@@ -19,7 +19,7 @@ from s2ap_deploy.stages.results import Certificates, Finished, Loaded, Reports, 
 if TYPE_CHECKING:
     from torch import nn
 
-    from s2ap_deploy.gating.policy import Verdict
+    from s2ap_deploy.gating.check import Verdict
     from s2ap_deploy.onnx_export.decoding import Decoded
     from s2ap_deploy.onnx_export.export_report import ExportReport
     from s2ap_deploy.planning.dry_run import DryRunReport, SweepDryRunReport
@@ -323,10 +323,7 @@ def gate(
         UsageError: a name or a value that is no threshold.
         InconclusiveError: nothing is certified.
     """
-    from pydantic import ValidationError
-
-    from s2ap_deploy.gating.policy import GatePolicy
-    from s2ap_deploy.recipe import diagnosis
+    from s2ap_deploy.recipe.thresholds import Thresholds
     from s2ap_deploy.runs.folder import Run
     from s2ap_deploy.stages.gate import gate as work
 
@@ -336,11 +333,7 @@ def gate(
         if not given.keys() - {"rule", "max_age"}:
             recipe = folder.load_recipe()
             stated = recipe.gate.model_dump() if recipe is not None and recipe.gate is not None else {}
-        try:
-            policy = GatePolicy.model_validate({**stated, **given})
-        except ValidationError as error:
-            hint = f"thresholds are {', '.join(GatePolicy.model_fields)}"
-            raise diagnosis.refused(error, GatePolicy, hint=hint) from None
+        policy = Thresholds.of({**stated, **given})
         return work(folder, policy, baseline=Path(baseline) if baseline is not None else None)
 
 

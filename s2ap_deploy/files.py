@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: every write of the product goes through here. No torch.
+"""Atomic file writes, canonical JSON, and paths and JSON from untrusted files. Every write goes through here.
 
 A write goes to a temporary file in the same folder, is forced to the disk, and only then takes its
 name (``os.replace`` is atomic within one file system). A kill therefore leaves the old file or the
@@ -15,6 +15,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,6 +25,7 @@ from s2ap_deploy.errors import RunFolderError, StorageError
 TEMPORARY = ".tmp-"
 LARGEST_JSON = 2**27  # ten times a certificate of 50,000 images
 _MOST_BITS = 128
+_CODES = {"read": "file-not-read", "write": "file-not-written", "remove": "file-not-removed"}
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -76,11 +78,11 @@ def canonical_json(value: Any) -> str:
 
 
 def parse_json(text: bytes | str) -> Any:
-    """What JSON from a stranger's file holds, as far as :func:`canonical_json` could write it again.
+    """Parse JSON from an untrusted file, as far as :func:`canonical_json` could write it again.
 
     Raises ValueError for what is not JSON or longer than ``LARGEST_JSON``, for numbers that are not finite or
-    of more than 128 bits, for text that no encoding takes (half a surrogate pair), and for what is nested too
-    deeply.
+    of more than 128 bits, for text that cannot be encoded (half a surrogate pair), and for content that
+    is nested too deeply.
     """
     if len(text) > LARGEST_JSON:
         raise ValueError(f"larger than {LARGEST_JSON >> 20} MiB")
@@ -111,7 +113,7 @@ def _bounded(number: str) -> int:
 
 
 def read_bytes(path: Path | str, *, limit: int | None = None) -> bytes:
-    """The bytes of ``path``, at most ``limit`` + 1 of them. Raises StorageError."""
+    """Read ``path``, at most ``limit`` + 1 bytes of it. Raises StorageError."""
     try:
         with open(path, "rb") as stream:
             return stream.read() if limit is None else stream.read(limit + 1)
@@ -120,7 +122,7 @@ def read_bytes(path: Path | str, *, limit: int | None = None) -> bytes:
 
 
 def sha256(path: Path | str) -> str:
-    """Hexadecimal SHA-256 of the file's bytes. Raises StorageError."""
+    """Hash the file's bytes with SHA-256, in hexadecimal. Raises StorageError."""
     try:
         with open(path, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -129,22 +131,35 @@ def sha256(path: Path | str) -> str:
 
 
 def within(folder: Path | str, name: str) -> Path:
-    """``folder / name`` for a name that was read from a file and is therefore not trusted.
+    """Return ``folder / name`` for a name that was read from a file and is therefore not trusted.
 
     Raises RunFolderError for an absolute name, for ``..``, and for a link that leads out of ``folder``.
     """
     folder = Path(folder)
     relative = PurePosixPath(name)
     if "\0" in name or "\\" in name or relative.is_absolute() or ".." in relative.parts or not relative.parts:
-        raise RunFolderError(f"{name!r} is not the name of something inside {folder}")
+        raise RunFolderError(f"{name!r} is not the name of something inside {folder}", code="path-outside")
     path = folder / relative
     try:
         inside = path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError) as error:
-        raise RunFolderError(f"{path} cannot be followed: {error}") from error
+        raise RunFolderError(f"{path} cannot be followed: {error}", code="path-outside") from error
     if not inside:
-        raise RunFolderError(f"{path} leads out of {folder}")
+        raise RunFolderError(f"{path} leads out of {folder}", code="path-outside")
     return path
+
+
+def link(source: Path, target: Path) -> None:
+    """Make ``target`` a second name of ``source``, or a copy where the file system has no hard links.
+
+    Only for files that are replaced and never changed in place, as all writes of this module are. Raises
+    StorageError.
+    """
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        with atomic(target) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 def remove(path: Path | str) -> None:
@@ -187,6 +202,8 @@ def _sync_folder(folder: Path) -> None:
 def _storage_error(verb: str, path: Path, error: OSError) -> StorageError:
     if error.errno == errno.ENOSPC:
         return StorageError(
-            f"no space left on the disk to {verb} {path}", hint="free some space and try again"
+            f"no space left on the disk to {verb} {path}",
+            code="disk-full",
+            hint="free some space and try again",
         )
-    return StorageError(f"cannot {verb} {path}: {error.strerror or error}")
+    return StorageError(f"cannot {verb} {path}: {error.strerror or error}", code=_CODES[verb])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import io
 import os
 import shutil
@@ -12,7 +13,7 @@ import signal
 import sys
 import threading
 import unittest.mock
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ from hypothesis import HealthCheck, settings
 from s2ap_deploy.data.augmentation import Augmentation
 from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.distributed.collectives import Ranks
+from s2ap_deploy.evaluation.certificate import Certificate, Subject
+from s2ap_deploy.evaluation.samples import rows
+from s2ap_deploy.records import AttackRow
+from s2ap_deploy.spec import ThreatModel
 
 # Started in the background of a shell, this process ignores Ctrl-C, and so would every process it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -270,3 +275,50 @@ def contents(folder: Path) -> dict[str, bytes]:
 def files_in() -> Callable[[Path], dict[str, bytes]]:
     """Every file below a folder with its bytes."""
     return contents
+
+
+def issue(**facts: Any) -> Certificate:
+    """Build a certificate from columns of samples and the other fields."""
+    columns = [facts.pop(name) for name in inspect.signature(rows).parameters]
+    return Certificate.of(rows(*columns), **facts)
+
+
+@pytest.fixture(scope="session")
+def make_certificate() -> Callable[..., Certificate]:
+    """``make_certificate(broken_by, **changes)``: labels alternate 0, 1; the rest follows."""
+
+    def make(broken_by: Sequence[str | None], **changes: Any) -> Certificate:
+        labels = [index % 2 for index in range(len(broken_by))]
+        facts: dict[str, Any] = {
+            "subject": Subject(
+                arch="digits-conv", num_classes=2, weights_sha256="a" * 64, checkpoint_sha256="c" * 64
+            ),
+            "threat": ThreatModel(eps="0.1"),
+            "data": "digits",
+            "split": "test",
+            "sample_ids": [f"test/{index}" for index in range(len(broken_by))],
+            "labels": labels,
+            "class_names": ("zero", "one"),
+            "clean_prediction": [
+                1 - y if by == "clean" else y for y, by in zip(labels, broken_by, strict=True)
+            ],
+            "adversarial_prediction": [
+                y if by is None else 1 - y for y, by in zip(labels, broken_by, strict=True)
+            ],
+            "broken_by": broken_by,
+            "attacks": [
+                AttackRow(name=name, n_in=1, n_broken=0, seconds=1.0) for name in ("apgd-ce", "square")
+            ],
+            "protocol": "standard",
+            "flags": (),
+            "attack_seed": 0,
+            "sample_seed": None,
+            "block_size": 100,
+            "points": None,
+            "versions": {"torch": "2"},
+            "environment": {"device": "cpu"},
+            "seconds": 1.0,
+        }
+        return issue(**{**facts, **changes})
+
+    return make

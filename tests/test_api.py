@@ -21,12 +21,12 @@ import s2ap_deploy.api
 from s2ap_deploy.cli.main import cli
 from s2ap_deploy.errors import ArchitectureError, DataError, DeployError, RunFolderError, UsageError
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.gating.policy import GatePolicy
 from s2ap_deploy.models.architectures.registry import build
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export.export_report import PairedTimes, Performance
 from s2ap_deploy.recipe import keys
 from s2ap_deploy.recipe.schema import Recipe
+from s2ap_deploy.recipe.thresholds import Thresholds
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import Normalization
 from s2ap_deploy.stages import arguments, open_run
@@ -225,9 +225,9 @@ def test_a_threshold_or_keyword_that_nobody_knows_is_refused(own_run: Path) -> N
 
 
 def test_the_thresholds_of_the_signature_are_those_of_the_gate() -> None:
-    assert arguments.Thresholds.__annotations__.keys() == GatePolicy.model_fields.keys()
-    wanted = get_type_hints(GatePolicy)
-    assert get_type_hints(arguments.Thresholds) == {name: wanted[name] for name in GatePolicy.model_fields}
+    assert arguments.Thresholds.__annotations__.keys() == Thresholds.model_fields.keys()
+    wanted = get_type_hints(Thresholds)
+    assert get_type_hints(arguments.Thresholds) == {name: wanted[name] for name in Thresholds.model_fields}
 
 
 @pytest.mark.parametrize("name", [name for name in s2ap_deploy.__all__ if name[0].islower()])

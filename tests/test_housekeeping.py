@@ -211,7 +211,7 @@ PAPER = re.compile(
     r"\b(1[89]|20)\d\d\b|arXiv|eq\. ?\d|section \d|HYDRA|HARP|FMN|Golub|Adversarial Pruning Benchmark"
 )
 NUMERICAL = (
-    "evaluation/statistics.py", "evaluation/minimum_norm/fmn_state.py", "evaluation/minimum_norm/fmn.py",
+    "evaluation/statistics.py", "evaluation/minimum_norm/fmn.py",
     "evaluation/bounds/propagation.py", "evaluation/autoattack/apgd.py",
     "evaluation/autoattack/fab.py", "evaluation/autoattack/square.py",
     "pruning/budgets.py", "pruning/allocation.py", "pruning/curvature.py", "pruning/lanczos.py",

@@ -18,6 +18,7 @@ import torch
 from benchmarks.lib import arguments, commands, results
 from s2ap_deploy.data import datasets
 from s2ap_deploy.evaluation.autoattack import cascade
+from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig
 from s2ap_deploy.evaluation.bounds.relaxation import provably_robust
 from s2ap_deploy.evaluation.statistics import clopper_pearson
 from s2ap_deploy.models.checkpoints import checkpoint
@@ -66,17 +67,14 @@ def attacked(network: Path, args: argparse.Namespace) -> dict[str, Any]:
     classifier, _, _ = checkpoint.load(network)
     images, labels = test.tensors()
     proven = provably_robust(classifier, images, labels, threat=THREAT, device=CPU).proven
-    outcome = cascade.attack(
-        classifier,
-        images,
-        labels,
+    config = AttackConfig(
         threat=THREAT,
         seed=0,
         device=CPU,
-        workers=args.workers,
         record=args.work / f"autoattack-{network.stem}-{len(labels)}",
         proven=proven.nonzero().flatten().tolist(),
     )
+    outcome = cascade.attack(classifier, images, labels, config, workers=args.workers)
     robust = outcome.broken_by.count(None)
     pgd = pgd_accuracy(classifier, test, threat=THREAT, steps=50, step_size=0.01, seed=0, device=CPU)
     return {

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from benchmarks.lib import arguments, results
 from s2ap_deploy.data import datasets
 from s2ap_deploy.evaluation.autoattack import cascade
+from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.spec import ThreatModel
@@ -145,15 +146,10 @@ def measure(task: Task, args: argparse.Namespace) -> dict[str, Any]:
 def ours(task: Task, args: argparse.Namespace) -> tuple[float, set[int]]:
     """Seconds of our cascade, and the indices of the points that it does not break."""
     started = clock()
-    outcome = cascade.attack(
-        task.network,
-        task.images,
-        task.labels,
-        threat=ThreatModel(eps=task.eps),
-        seed=args.seeds[0],
-        device=torch.device(args.device),
-        workers=args.workers,
+    config = AttackConfig(
+        threat=ThreatModel(eps=task.eps), seed=args.seeds[0], device=torch.device(args.device)
     )
+    outcome = cascade.attack(task.network, task.images, task.labels, config, workers=args.workers)
     return clock() - started, {index for index, by in enumerate(outcome.broken_by) if by is None}
 
 

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from benchmarks.lib import arguments, commands, results
 from s2ap_deploy.data import datasets
 from s2ap_deploy.data.sampling import choose
-from s2ap_deploy.evaluation.autoattack.cascade import Cascade, run
-from s2ap_deploy.gating.early_stopping import EarlyPolicy, Progress, decide
+from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, Cascade, run
+from s2ap_deploy.evaluation.samples import Progress
+from s2ap_deploy.gating.early_stopping import answers, verdict_of
 from s2ap_deploy.models.checkpoints import checkpoint
+from s2ap_deploy.recipe.thresholds import Thresholds
 from s2ap_deploy.spec import ThreatModel
 
 EPS = "0.1"
@@ -98,9 +100,8 @@ def attacked(classifier: nn.Module, images: Tensor, labels: Tensor, eps: str) ->
     global passes
     passes = 0
     started = time.process_time()
-    cascade = Cascade(
-        classifier, images, labels, threat=ThreatModel(eps=eps), seed=0, device=torch.device("cpu")
-    )
+    config = AttackConfig(threat=ThreatModel(eps=eps), seed=0, device=torch.device("cpu"))
+    cascade = Cascade(classifier, images, labels, config)
     moments: list[Moment] = []
 
     def remember() -> bool:
@@ -115,9 +116,9 @@ def decision(
     threshold: float, rule: Any, moments: list[Moment], most: Moment, labels: list[int]
 ) -> dict[str, Any]:
     """When this floor under robust accuracy is decided, and what that cost."""
-    policy = EarlyPolicy(min_robust=threshold, rule=rule)
+    policy = Thresholds(min_robust=threshold, rule=rule)
     for moment in moments:
-        verdict = decide(policy, moment.progress, None, labels)
+        verdict = verdict_of(answers(policy, moment.progress, None, labels))
         if verdict is not None:
             break
     return {

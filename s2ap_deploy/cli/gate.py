@@ -16,9 +16,8 @@ from s2ap_deploy.errors import DeployError, UsageError
 from s2ap_deploy.recipe import keys
 
 if TYPE_CHECKING:
-    from s2ap_deploy.gating.check import Check
-    from s2ap_deploy.gating.policy import Verdict
-    from s2ap_deploy.gating.sample_size import Plan
+    from s2ap_deploy.gating.check import Check, Verdict
+    from s2ap_deploy.gating.sample_size import SampleSize
 
 report_options = options.stacked(
     click.option("--junit", type=options.PATH, help="Write JUnit XML there."),
@@ -92,11 +91,10 @@ def command(
 
 def _unjudged(error: DeployError) -> Verdict:
     """Return an error in the form of a verdict, so that the reports contain it."""
-    from s2ap_deploy.gating.check import Check
-    from s2ap_deploy.gating.policy import Verdict
+    from s2ap_deploy.gating.check import Check, Verdict
 
-    words = error.message + (f" ({error.hint})" if error.hint else "")
-    check = Check(name="gate", status="inconclusive", words=words)
+    message = error.message + (f" ({error.hint})" if error.hint else "")
+    check = Check(rule="gate", name="gate", status="inconclusive", message=message, reason=error.code)
     return Verdict(status="inconclusive", exit_code=error.exit_code, checks=(check,))
 
 
@@ -173,27 +171,27 @@ def _append(path: Path, text: str) -> None:
 def show_checks(checks: Iterable[Check], name: str, status: str, words: Mapping[str, str]) -> None:
     """Print every check, then the overall result. Without rich, whose import would double the time."""
     for check in checks:
-        terminal.echo(f"{terminal.styled(check.status)} {check.words}")
+        terminal.echo(f"{terminal.styled(check.status)} {check.message}")
     terminal.echo(f"{name}: {terminal.styled(status, words[status])}")
 
 
 def _hint(verdict: Verdict) -> None:
-    if any("too few samples" in check.words for check in verdict.checks if check.status == "inconclusive"):
+    if any(check.reason == "too-few-samples" for check in verdict.checks):
         terminal.echo(
             "  hint: s2ap-deploy gate --plan N says what N images can show; certify --n N --overwrite",
             err=True,
         )
 
 
-def _print_json(value: Verdict | Plan) -> None:
+def _print_json(value: Verdict | SampleSize) -> None:
     """Print one object on one line of ASCII, which every stream can write."""
     click.echo(json.dumps(value.model_dump(mode="json")))
 
 
 def _plan(n: int, threshold: float | None, *, as_json: bool, quiet: bool) -> int:
-    from s2ap_deploy.gating.sample_size import Plan
+    from s2ap_deploy.gating.sample_size import SampleSize
 
-    planned = Plan.of(n, threshold)
+    planned = SampleSize.of(n, threshold)
     if as_json:
         _print_json(planned)
     elif not quiet:

@@ -181,7 +181,7 @@ def line_of(values: Metrics) -> str:
         return (
             f"{values['attack']} broke {values['broken']} of "
             f"{formatting.counted(int(values['images']), 'image')} of block {values['block']} "
-            f"in {values['seconds']} s; {values['standing']} stand"
+            f"in {values['seconds']} s; {values['unbroken']} unbroken"
         )
     parts = [_epoch(values), *_named(values, tuple(LABELS))]
     if "seconds" in values:
@@ -192,14 +192,14 @@ def line_of(values: Metrics) -> str:
 def bar_text(values: Metrics) -> str:
     """Return what fits beside a bar."""
     if "attack" in values:
-        return f"{values['attack']}  {values['standing']} stand"
+        return f"{values['attack']}  {values['unbroken']} unbroken"
     return "  ".join(filter(None, [_epoch(values), *_named(values, ON_THE_BAR)]))
 
 
 def final_text(values: Metrics) -> str:
     """Return what remains when the stage is done."""
     if "attack" in values:
-        return f"{values['standing']} stand"
+        return f"{values['unbroken']} unbroken"
     return "  ".join(_named(values, AT_THE_END))
 
 

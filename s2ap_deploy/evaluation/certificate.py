@@ -1,25 +1,28 @@
-"""The certificate: what an attack showed about one model, on which samples, and how. No torch.
+"""The certificate: what an attack showed about one model, on which samples, and how.
 
-It is a record of an evaluation, not a proof: attacks give an upper bound on robust accuracy.
+It records an evaluation and is no proof: attacks give an upper bound on robust accuracy.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import Field, model_validator
 
-from s2ap_deploy import files
+from s2ap_deploy import files, records
 from s2ap_deploy.errors import InputError
-from s2ap_deploy.evaluation.attacked_file import AttackedFile
-from s2ap_deploy.evaluation.interval import UNDECIDED, ClassInterval, EarlyDecision, Interval
 from s2ap_deploy.evaluation.samples import (
-    AttackRow,
+    UNDECIDED,
+    ClassInterval,
     ClassRow,
+    EarlyDecision,
+    Interval,
     Proven,
+    Robust,
     Sample,
     Share,
     consistent,
@@ -29,11 +32,10 @@ from s2ap_deploy.evaluation.samples import (
     robust_share,
     survivors,
 )
+from s2ap_deploy.records import AttackRow
 from s2ap_deploy.spec import Record, ThreatModel
 
-SCHEMA_VERSION: Final = 1
-KIND: Final = "s2ap-deploy attack certificate"
-WORDS = {
+STATEMENTS = {
     "standard": "robust accuracy under AutoAttack (upper bound)",
     "aa-adapted": "robust accuracy under AutoAttack adapted to few classes (upper bound)",
     "plus": "robust accuracy under AutoAttack plus (upper bound)",
@@ -46,11 +48,24 @@ WORDS = {
     "quick": "robust accuracy under a quick sweep of attacks (upper bound)",
     "quick-adapted": "robust accuracy under a quick sweep of attacks adapted to few classes (upper bound)",
 }
-"""What the share of standing samples is, for each protocol. A randomized model may lose a sample by chance
-alone, so that nothing bounds its accuracy from above."""
-_NEWER: Final = ("proven", "decision", "mask_sha256", "recipe_sha256")
-"""Fields that came later: a certificate without them is written as it always was."""
+"""The meaning of the share of robust samples for each protocol.
 
+A randomized model may lose a sample by chance alone, so that nothing bounds its accuracy from above.
+"""
+
+TRANSFER: Final = "transfer"
+"""The name of the attack that tries points made for another network."""
+
+Protocol = Literal[
+    "standard",
+    "aa-adapted",
+    "plus",
+    "plus-adapted",
+    "rand",
+    "rand-adapted",
+    "quick",
+    "quick-adapted",
+]
 Flag = Literal[
     "randomized",
     "not_logits",
@@ -65,10 +80,51 @@ Flag = Literal[
 ]
 
 
+class TwinAgreement(Record):
+    """Agreement of a file and its differentiable twin on ``n`` clean and adversarial inputs together.
+
+    ``ties`` are inputs on which only rounding decides between two classes; ``matches`` says whether the twin
+    represents the file, by the rule of ``onnx_export.verification.compare_logits``.
+    """
+
+    n: int = Field(ge=1)
+    max_logit_difference: float
+    tolerance: float
+    equal_predictions: int
+    ties: int
+    matches: bool
+
+
+class Transfer(Record):
+    """The file's answers on adversarial points that were made for the network it was exported from.
+
+    ``survived`` samples are classified correctly both clean and there. Such points overstate robustness, as
+    they were optimized for other weights: the certificate's own share is the lower one.
+    """
+
+    certificate_sha256: str
+    n: int = Field(ge=1)
+    survived: int = Field(ge=0)
+
+
+class AttackedFile(Record):
+    """One exported file. ``quantized``: it computes with integers, and its twin rounds as it does."""
+
+    sha256: str
+    bytes: int
+    format: Literal["onnx"] = "onnx"
+    quantized: bool
+    twin: TwinAgreement
+    transfer: Transfer | None = None
+    statement: Literal["white-box attacks on a differentiable twin; every answer is the file's own"] = (
+        "white-box attacks on a differentiable twin; every answer is the file's own"
+    )
+
+
 class Subject(Record):
     """The model that was attacked. ``sparsity`` is the share of zeros among its prunable weights.
 
-    With an ``artifact`` that file gave every answer; ``weights_sha256`` is then its twin's.
+    With an ``artifact`` that file gave every answer; ``weights_sha256`` is then the hash of its twin.
     """
 
     arch: str
@@ -78,46 +134,28 @@ class Subject(Record):
     sparsity: float | None = None
     artifact: AttackedFile | None = None
 
-    @model_serializer(mode="wrap")
-    def _as_it_was(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A subject without a file is written as it always was."""
-        content: dict[str, Any] = write(self)
-        if self.artifact is None:
-            content.pop("artifact", None)
-        return content
-
 
 class PointsFile(Record):
-    """The file that holds the attacked points, beside the certificate."""
+    """The file beside the certificate that holds the attacked points."""
 
     name: str
     sha256: str
 
 
 class Certificate(Record):
-    """Everything needed to judge the result, to repeat it, and to compare it with another model's.
+    """The result of an attack, with everything needed to check, repeat and compare it.
 
     With a ``decision`` the attack was stopped early: ``robust`` and ``per_class`` are then intervals, and
     some samples are undecided. ``mask_sha256`` is the hash of the file of masks under which the network was
-    pruned, ``recipe_sha256`` that of the recipe as it stood then (``certify/recipe.yaml`` in a run folder).
-    Loading checks that every count and hash that follows from the samples does
-    follow from them.
+    pruned, ``recipe_sha256`` that of the recipe at that time (``certify/recipe.yaml`` in a run folder).
+    Validation recomputes every count and hash that follows from the samples.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
-    kind: Literal["s2ap-deploy attack certificate"] = KIND
+    schema_version: Literal[1] = 1
+    kind: Literal["s2ap-deploy attack certificate"] = "s2ap-deploy attack certificate"
     formal_guarantee: Literal[False] = False
     statement: str
-    protocol: Literal[
-        "standard",
-        "aa-adapted",
-        "plus",
-        "plus-adapted",
-        "rand",
-        "rand-adapted",
-        "quick",
-        "quick-adapted",
-    ]
+    protocol: Protocol
     threat: ThreatModel
     data: str
     split: str
@@ -141,6 +179,40 @@ class Certificate(Record):
     decision: EarlyDecision | None = None
     mask_sha256: str | None = None
     recipe_sha256: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        samples: Sequence[Sample],
+        *,
+        protocol: str,
+        class_names: Sequence[str] = (),
+        decision: EarlyDecision | None = None,
+        **facts: Any,
+    ) -> Certificate:
+        """Build a certificate: counts and hashes follow from ``samples``, all other fields are ``facts``.
+
+        With a ``decision`` the attack was stopped early, and the samples that it names are undecided. Raises
+        ValidationError.
+        """
+        undecided = set(decision.undecided) if decision is not None else set()
+        samples = tuple(
+            sample.model_copy(update={"broken_by": UNDECIDED}) if index in undecided else sample
+            for index, sample in enumerate(samples)
+        )
+        early = decision is not None
+        derived = {
+            "statement": STATEMENTS[protocol],
+            "protocol": protocol,
+            "n": len(samples),
+            "sample_ids_sha256": ids_sha256([sample.id for sample in samples]),
+            "samples": samples,
+            "clean": Share.of(correct(samples), len(samples)),
+            "robust": robust_share(samples, early=early),
+            "per_class": per_class(samples, dict(enumerate(class_names)), early=early),
+            "decision": decision,
+        }
+        return cls.model_validate({**facts, **derived})
 
     @model_validator(mode="after")
     def _follows_from_samples(self) -> Self:
@@ -174,12 +246,12 @@ class Certificate(Record):
 
     @property
     def survivors(self) -> tuple[int, int]:
-        """How many samples withstood every attack, and how many may have: equal in a full certificate."""
+        """The least and the most samples that are robust: equal in a certificate of a full attack."""
         return survivors(self.robust)
 
     @property
-    def standing(self) -> tuple[bool | None, ...]:
-        """For each sample whether it withstood every attack; None where that is undecided."""
+    def robustness(self) -> tuple[Robust, ...]:
+        """Whether each sample withstood every attack; None where that is undecided."""
         return tuple(None if each.broken_by == UNDECIDED else each.broken_by is None for each in self.samples)
 
     @functools.cached_property
@@ -188,10 +260,8 @@ class Certificate(Record):
         return hashlib.sha256(self.text().encode()).hexdigest()
 
     def text(self) -> str:
-        """Canonical JSON: equal certificates have equal bytes."""
-        # Certificates without newer facts keep the text, and so the hash, that they had before.
-        absent = {name for name in _NEWER if getattr(self, name) is None}
-        return files.canonical_json(self.model_dump(mode="json", exclude=absent))
+        """Return canonical JSON: equal certificates have equal bytes."""
+        return records.text(self)
 
     def save(self, path: Path) -> None:
         """Write canonical JSON atomically. Raises StorageError."""
@@ -201,24 +271,8 @@ class Certificate(Record):
     def load(cls, path: Path) -> Certificate:
         """Read and check a certificate.
 
-        Raises StorageError when it cannot be read and InputError when it is not a certificate, is of
-        another schema version, or contradicts itself.
+        Raises:
+            StorageError: the file cannot be read.
+            InputError: it is no certificate, has another schema version, or contradicts itself.
         """
-        try:
-            content = files.parse_json(files.read_bytes(path, limit=files.LARGEST_JSON))
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON: {error}") from None
-        if not isinstance(content, dict) or content.get("kind") != KIND:
-            raise InputError(f"{path} is not an attack certificate", hint="make one: s2ap-deploy certify")
-        version = content.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise InputError(
-                f"{path} has schema_version {version!r}; this version of s2ap-deploy reads {SCHEMA_VERSION}",
-                hint="certify again, or use the version of s2ap-deploy that wrote it",
-            )
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the certificate"
-            raise InputError(f"{path}: {where}: {first['msg']}", hint="certify again") from None
+        return records.load(path, cls, InputError, hint="certify again: s2ap-deploy certify")

@@ -1,4 +1,4 @@
-"""The file of clean and attacked points beside a certificate, for whoever judges them again."""
+"""The file of clean and attacked points beside a certificate."""
 
 from __future__ import annotations
 
@@ -26,19 +26,25 @@ def save(path: Path, clean: Tensor, attacked: Tensor) -> PointsFile:
 
 
 def load(path: Path, recorded: PointsFile) -> tuple[Tensor, Tensor]:
-    """Clean and attacked points [n, C, H, W] that :func:`save` wrote to ``path``.
+    """Load the clean and attacked points [n, C, H, W] that :func:`save` wrote to ``path``.
 
     Raises VerificationError when the file is not the one that the certificate names, RunFolderError when
     it is damaged, StorageError when it cannot be read.
     """
     data = files.read_bytes(path)
     if hashlib.sha256(data).hexdigest() != recorded.sha256:
-        raise VerificationError(f"{path} is not the file that its certificate names", hint="certify again")
+        raise VerificationError(
+            f"{path} is not the file that its certificate names", code="points-changed", hint="certify again"
+        )
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
         clean, attacked = tensors["clean"], tensors["attacked"]
     except (SafetensorError, KeyError, ValueError) as error:
-        raise RunFolderError(f"{path} is damaged: {error}", hint="certify again") from None
+        raise RunFolderError(
+            f"{path} is damaged: {error}", code="points-damaged", hint="certify again"
+        ) from None
     if clean.shape != attacked.shape or clean.dtype != torch.float32 or attacked.dtype != torch.float32:
-        raise RunFolderError(f"{path} is damaged: its two halves do not match", hint="certify again")
+        raise RunFolderError(
+            f"{path} is damaged: its two halves do not match", code="points-damaged", hint="certify again"
+        )
     return clean, attacked

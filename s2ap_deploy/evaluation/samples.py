@@ -1,21 +1,33 @@
-"""What an attack showed sample by sample, and every figure that follows from it. No torch."""
+"""The outcome of an attack for each sample, and the counts and shares that follow from it.
+
+An attack that stopped early leaves two counts: samples that withstood every attack, and samples that nothing
+has broken so far. Their types have no ``k`` and no ``value``, so that neither can be read as a measured
+share.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Literal, Self
+from dataclasses import dataclass
+from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from s2ap_deploy.evaluation.interval import UNDECIDED, ClassInterval, Interval
+from s2ap_deploy.evaluation.statements import percent
 from s2ap_deploy.evaluation.statistics import clopper_pearson
 from s2ap_deploy.spec import Record
 
+UNDECIDED: Final = "undecided"
+"""The value of ``broken_by`` for a sample that nothing has broken and that not every attack has seen."""
+
+Robust = bool | None
+"""A sample that withstood every attack (True), was broken (False) or is undecided (None)."""
+
 
 class Share(Record):
-    """``k`` of ``n`` samples, with the exact two-sided interval for the share they were drawn from."""
+    """A count ``k`` of ``n`` samples, with the exact two-sided interval for the share in the population."""
 
     k: int = Field(ge=0)
     n: int = Field(ge=1)
@@ -40,17 +52,8 @@ class Share(Record):
         return f"{self.value:.1%} [{low:.1%}, {high:.1%}]"
 
 
-class AttackRow(Record):
-    """One attack over all samples; ``seconds`` are summed over worker processes."""
-
-    name: str
-    n_in: int
-    n_broken: int
-    seconds: float
-
-
 class ClassRow(Record):
-    """One class: samples, those classified correctly, and those that no attack broke."""
+    """Counts for one class: samples, correct without an attack, robust."""
 
     label: int
     name: str | None
@@ -60,9 +63,8 @@ class ClassRow(Record):
 
 
 class Sample(Record):
-    """One sample; ``broken_by`` is None, "clean" or the name of the attack that broke it.
-
-    "undecided" instead of None: nothing broke it so far, but not every attack has seen it.
+    """One sample. ``broken_by`` is None, "clean" (misclassified without an attack), an attack's name, or
+    "undecided" (unbroken, but not every attack has seen it).
     """
 
     id: str
@@ -73,10 +75,10 @@ class Sample(Record):
 
 
 class Proven(Record):
-    """Samples whose robustness is proven: a lower bound on robust accuracy, and the only guarantee here.
+    """Samples whose robustness is proven: a lower bound on robust accuracy, and the only formal guarantee.
 
-    ``indices`` are positions among the certificate's samples; ``tolerance`` is the most that rounding took
-    off any bound, already subtracted.
+    ``indices`` are positions among the certificate's samples; ``tolerance`` is the largest rounding error of
+    any bound, already subtracted.
     """
 
     count: int = Field(ge=0)
@@ -103,42 +105,95 @@ class Proven(Record):
         return f"{self.count / self.n:.1%} [{low:.1%}, {high:.1%}]"
 
 
+class Interval(Record):
+    """Bounds on a count of robust samples: ``settled`` withstood every attack, ``possible`` are unbroken.
+
+    ``low`` and ``high`` are the same as shares of ``n``. They bound the result of a full run on these samples
+    and do not include sampling error.
+    """
+
+    settled: int = Field(ge=0)
+    possible: int = Field(ge=0)
+    n: int = Field(ge=1)
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, settled: int, possible: int, n: int) -> Self:
+        return cls(settled=settled, possible=possible, n=n, low=settled / n, high=possible / n)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not (self.settled <= self.possible <= self.n):
+            raise ValueError(f"{self.settled} to {self.possible} of {self.n} is no interval of counts")
+        if (self.low, self.high) != (self.settled / self.n, self.possible / self.n):
+            raise ValueError("low and high do not follow from the counts")
+        return self
+
+    def __str__(self) -> str:
+        return f"between {percent(self.low)} and {percent(self.high)}"
+
+
+class ClassInterval(Record):
+    """Counts for one class of an unfinished attack: samples, correct, settled as robust, possibly robust."""
+
+    label: int
+    name: str | None
+    n: int
+    clean: int
+    settled: int
+    possible: int
+
+
+class EarlyDecision(Record):
+    """The reason for stopping early: thresholds ``policy`` under ``rule`` have the verdict ``decided``.
+
+    ``undecided`` are positions among the certificate's samples. No outcome of their attacks would change the
+    verdict.
+    """
+
+    decided: Literal["pass", "fail"]
+    policy: dict[str, float]
+    rule: Literal["lower", "point"]
+    undecided: tuple[int, ...] = Field(min_length=1)
+
+
 def ids_sha256(sample_ids: Sequence[str]) -> str:
-    """Hash of the sample ids in their order."""
+    """Hash the sample ids in their order."""
     return hashlib.sha256(json.dumps(list(sample_ids), ensure_ascii=False).encode()).hexdigest()
 
 
 def correct(samples: Sequence[Sample]) -> int:
-    """How many are classified correctly without an attack."""
+    """Count the samples that are classified correctly without an attack."""
     return sum(sample.clean_prediction == sample.label for sample in samples)
 
 
-def standing(samples: Sequence[Sample]) -> int:
-    """How many nothing broke although every attack has seen them."""
+def robust(samples: Sequence[Sample]) -> int:
+    """Count the samples that withstood every attack."""
     return sum(sample.broken_by is None for sample in samples)
 
 
 def possible(samples: Sequence[Sample]) -> int:
-    """How many nothing has broken so far, the undecided ones included."""
+    """Count the samples that nothing has broken so far, the undecided ones included."""
     return sum(sample.broken_by in (None, UNDECIDED) for sample in samples)
 
 
 def robust_share(samples: Sequence[Sample], *, early: bool) -> Share | Interval:
-    """Robust accuracy (upper bound): a share, or the interval that an attack stopped ``early`` leaves."""
+    """Return robust accuracy (an upper bound): a share, or an interval if the attack stopped ``early``."""
     if early:
-        return Interval.of(standing(samples), possible(samples), len(samples))
-    return Share.of(standing(samples), len(samples))
+        return Interval.of(robust(samples), possible(samples), len(samples))
+    return Share.of(robust(samples), len(samples))
 
 
 def survivors(robust: Share | Interval) -> tuple[int, int]:
-    """The least and the most samples that stand."""
+    """Return the least and the most samples that are robust; equal for a complete attack."""
     if isinstance(robust, Interval):
         return robust.settled, robust.possible
     return robust.k, robust.k
 
 
 def consistent(proven: Proven, samples: Sequence[Sample]) -> bool:
-    """Whether the proofs are of samples that are there, each once, and that nothing broke."""
+    """Return whether every proof is of an existing, unbroken sample, and each sample is counted once."""
     known = set(proven.indices)
     return (
         proven.n == len(samples)
@@ -151,7 +206,7 @@ def consistent(proven: Proven, samples: Sequence[Sample]) -> bool:
 def per_class(
     samples: Sequence[Sample], names: dict[int, str], *, early: bool
 ) -> tuple[ClassRow, ...] | tuple[ClassInterval, ...]:
-    """Counts for every class that has a sample, in order of the labels."""
+    """Count samples for every class that has one, in order of the labels."""
     classes: dict[int, list[Sample]] = {}
     for sample in samples:
         classes.setdefault(sample.label, []).append(sample)
@@ -163,12 +218,49 @@ def per_class(
                 name=names.get(label),
                 n=len(mine),
                 clean=correct(mine),
-                settled=standing(mine),
+                settled=robust(mine),
                 possible=possible(mine),
             )
             for label, mine in ordered
         )
     return tuple(
-        ClassRow(label=label, name=names.get(label), n=len(mine), clean=correct(mine), robust=standing(mine))
+        ClassRow(label=label, name=names.get(label), n=len(mine), clean=correct(mine), robust=robust(mine))
         for label, mine in ordered
     )
+
+
+def rows(
+    sample_ids: Sequence[str],
+    labels: Sequence[int],
+    clean_prediction: Sequence[int],
+    adversarial_prediction: Sequence[int],
+    broken_by: Sequence[str | None],
+) -> tuple[Sample, ...]:
+    """Build samples from columns of equal length."""
+    columns = zip(sample_ids, labels, clean_prediction, adversarial_prediction, broken_by, strict=True)
+    return tuple(
+        Sample(id=name, label=label, clean_prediction=clean, adversarial_prediction=attacked, broken_by=by)
+        for name, label, clean, attacked, by in columns
+    )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The state of an attack on one network: for each sample robust, broken or undecided.
+
+    ``clean`` samples are classified correctly; ``proven`` ones are proven robust (None: not tried).
+    """
+
+    robust: Sequence[Robust]
+    clean: int
+    proven: int | None = None
+
+    @property
+    def settled(self) -> int:
+        """Samples that withstood every attack."""
+        return self.robust.count(True)
+
+    @property
+    def possible(self) -> int:
+        """Samples that nothing has broken so far."""
+        return self.robust.count(True) + self.robust.count(None)

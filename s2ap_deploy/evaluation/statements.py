@@ -1,4 +1,4 @@
-"""The words of a verdict: names out of files are defused before they stand in a sentence. No torch."""
+"""Text of verdicts: names from untrusted files made harmless, and percentages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 LONGEST = 1000
 LONGEST_PATH = 200
 
-# Control characters and lone surrogates, which no report format takes, and marks that turn or hide text.
+# Control characters and lone surrogates, which report formats refuse, and marks that reverse or hide text.
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\ufffe\uffff]"
@@ -15,18 +15,18 @@ _UNSAFE = re.compile(
 
 
 def plain(text: str, longest: int = LONGEST) -> str:
-    """``text`` as one line that shows what it says, at most ``longest`` characters of it.
+    """Return ``text`` as one printable line of at most ``longest`` characters.
 
     Line ends, control and direction characters become U+FFFD. A ``##[`` anywhere in a line is a command to
-    GitHub's runner, as is ``::`` at its start: the first is broken up here, the second cannot begin a line
-    that starts with words of our own.
+    GitHub's runner, as is ``::`` at its start: the first is split here, the second cannot occur in a
+    message, which starts with a fixed text.
     """
     shown = _UNSAFE.sub("\ufffd", text).replace("##[", "## [")
     return shown if len(shown) <= longest else shown[: longest - 1] + "…"
 
 
 def percent(share: float) -> str:
-    """A share as people read it; more digits where a rounded one would hide a difference from 0 or 1."""
+    """Format a share; with more digits where rounding would hide a difference from 0 or 1."""
     for digits in (1, 2, 3, 4):
         text = f"{share:.{digits}%}"
         if share in (0.0, 1.0) or float(text[:-1]) not in (0.0, 100.0):

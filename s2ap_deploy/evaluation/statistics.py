@@ -1,4 +1,4 @@
-"""Exact intervals for counts, a bound on a paired drop, and what a number of samples can show. No torch.
+"""Exact intervals for counts, a bound on a paired drop, and sample sizes.
 
 Binomial bounds are those of Clopper and Pearson (Biometrika 26, 1934), written as beta quantiles: they
 cover the true share with at least the stated probability for every n and every share, which neither
@@ -18,7 +18,7 @@ DISCORDANCE_RATES = (0.01, 0.02, 0.05, 0.10)
 
 
 def lower_bound(k: int, n: int, level: float = 0.95) -> float:
-    """One-sided exact lower bound on a share of which ``k`` of ``n`` were seen.
+    """Compute the one-sided exact lower bound on a share of which ``k`` of ``n`` were observed.
 
     Raises ValueError unless 0 <= k <= n, n >= 1 and 0 < level < 1.
     """
@@ -27,7 +27,7 @@ def lower_bound(k: int, n: int, level: float = 0.95) -> float:
 
 
 def upper_bound(k: int, n: int, level: float = 0.95) -> float:
-    """One-sided exact upper bound on a share of which ``k`` of ``n`` were seen.
+    """Compute the one-sided exact upper bound on a share of which ``k`` of ``n`` were observed.
 
     Raises ValueError unless 0 <= k <= n, n >= 1 and 0 < level < 1.
     """
@@ -36,7 +36,7 @@ def upper_bound(k: int, n: int, level: float = 0.95) -> float:
 
 
 def clopper_pearson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Two-sided exact interval for a share of which ``k`` of ``n`` were seen, as two fractions.
+    """Compute the two-sided exact interval for a share of which ``k`` of ``n`` were observed.
 
     Each side is missed with probability at most (1 - level) / 2 (Clopper and Pearson, 1934). Raises
     ValueError as :func:`lower_bound` does.
@@ -46,11 +46,11 @@ def clopper_pearson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def paired_drop_upper_bound(lost: int, gained: int, n: int, level: float = 0.95) -> float:
-    """Upper bound on P(lost) - P(gained) for paired outcomes on the same ``n`` samples.
+    """Bound P(lost) - P(gained) from above for paired outcomes on the same ``n`` samples.
 
-    ``lost`` samples stand with the first model only, ``gained`` with the second only. Each share gets
+    ``lost`` samples are robust with the first model only, ``gained`` with the second only. Each share gets
     its own one-sided exact bound at half the error (Bonferroni), so the difference is covered with at
-    least ``level`` whatever their correlation. Simple and conservative, as a gate should be.
+    least ``level`` whatever their correlation.
     Raises ValueError for counts that no ``n`` samples can give.
     """
     _check(lost + gained, n, level)
@@ -60,12 +60,12 @@ def paired_drop_upper_bound(lost: int, gained: int, n: int, level: float = 0.95)
 
 
 def paired_drop_lower_bound(lost: int, gained: int, n: int, level: float = 0.95) -> float:
-    """Lower bound on P(lost) - P(gained): :func:`paired_drop_upper_bound` with the models exchanged."""
+    """Bound P(lost) - P(gained) from below: :func:`paired_drop_upper_bound` with the models exchanged."""
     return -paired_drop_upper_bound(gained, lost, n, level)
 
 
 def least_survivors(n: int, threshold: float, level: float = 0.95) -> int | None:
-    """The fewest of ``n`` samples whose lower bound reaches ``threshold``; None when even all do not.
+    """Find the smallest count whose lower bound reaches ``threshold``; None when even ``n`` does not.
 
     Raises ValueError for n < 1.
     """
@@ -82,12 +82,12 @@ def least_survivors(n: int, threshold: float, level: float = 0.95) -> int | None
 
 
 def detectable_drop(n: int, discordance: float, level: float = 0.95, power: float = 0.8) -> float:
-    """The smallest margin that a network which loses nothing in truth meets with probability ``power``.
+    """Compute the smallest margin that a network without a true loss meets with probability ``power``.
 
-    Non-inferiority: of ``n`` samples, a share ``discordance`` stands with one of the two networks only, each
-    network as often as the other, and the margin is met when :func:`paired_drop_upper_bound` does not exceed
-    it. The answer is the ``power`` quantile of that bound over the trinomial outcomes. A gate with a tighter
-    margin than this turns away networks as good as the dense one more often than ``1 - power``.
+    Non-inferiority: of ``n`` samples, a share ``discordance`` is robust with one of the two networks only,
+    each network as often as the other, and the margin is met when :func:`paired_drop_upper_bound` does not
+    exceed it. The answer is the ``power`` quantile of that bound over the trinomial outcomes. A gate with a
+    tighter margin than this rejects networks as good as the dense one more often than ``1 - power``.
     Raises ValueError unless n >= 1, 0 <= discordance <= 1 and 0 < power < 1.
     """
     _check(0, n, level)
@@ -113,13 +113,13 @@ def detectable_drop(n: int, discordance: float, level: float = 0.95, power: floa
 
 
 def _likely_counts(n: int, share: float) -> range:
-    """Counts of Bin(n, share) but for those that together are rarer than one in a million."""
+    """List the counts of Bin(n, share), except for tails of less than one in a million."""
     reach = 6.0 * math.sqrt(n * share * (1.0 - share)) + 12.0
     return range(max(0, math.floor(n * share - reach)), min(n, math.ceil(n * share + reach)) + 1)
 
 
 def _trinomial(lost: int, gained: int, n: int, share: float) -> float:
-    """P(lost, gained) when each happens with probability ``share`` on every one of ``n`` samples."""
+    """Compute P(lost, gained) when each happens with probability ``share`` on each of ``n`` samples."""
     rest = n - lost - gained
     log = math.lgamma(n + 1) - math.lgamma(lost + 1) - math.lgamma(gained + 1) - math.lgamma(rest + 1)
     for count, probability in ((lost + gained, share), (rest, 1.0 - 2.0 * share)):
@@ -130,9 +130,9 @@ def _trinomial(lost: int, gained: int, n: int, share: float) -> float:
 
 
 def _beta_quantile(p: float, a: int, b: int) -> float:
-    """The x at which the regularized incomplete beta function I_x(a, b) is ``p``; a, b >= 1, 0 < p < 1.
+    """Solve I_x(a, b) = ``p`` for x (regularized incomplete beta function); a, b >= 1, 0 < p < 1.
 
-    Newton's steps, or halving where one would leave the bracket.
+    Newton's method, with bisection where a step would leave the bracket.
     """
     log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
     low, high, x = 0.0, 1.0, a / (a + b)
@@ -153,7 +153,7 @@ def _beta_quantile(p: float, a: int, b: int) -> float:
 
 
 def _incomplete_beta(x: float, a: int, b: int, log_beta: float) -> float:
-    """I_x(a, b) by the continued fraction of the NIST DLMF, 8.17.22, on the side where it converges fast."""
+    """Compute I_x(a, b) by the continued fraction of the NIST DLMF, 8.17.22, where it converges fast."""
     if x > (a + 1.0) / (a + b + 2.0):
         return 1.0 - _incomplete_beta(1.0 - x, b, a, log_beta)
     front = math.exp(a * math.log(x) + b * math.log1p(-x) - log_beta) / a
@@ -161,7 +161,7 @@ def _incomplete_beta(x: float, a: int, b: int, log_beta: float) -> float:
 
 
 def _continued_fraction(x: float, a: int, b: int) -> float:
-    """1 + d1/(1 + d2/(1 + ...)) of DLMF 8.17.22, from the front (Lentz's method as modified by Thompson)."""
+    """Evaluate 1 + d1/(1 + d2/(1 + ...)) of DLMF 8.17.22 by the modified Lentz method."""
     value, numerators, denominators = 1.0, 1.0, 0.0
     for step in range(1, 100_000):
         m = step // 2

@@ -1,4 +1,4 @@
-"""Two networks on the same samples: how many are lost and gained, also while some are undecided. No torch.
+"""Two networks on the same samples: counts of lost and gained samples, also while some are undecided.
 
 A sample is robust (True), broken (False) or undecided (None). With ``lost`` and ``gained`` the discordant
 counts, a drop passes by an upper bound that rises with ``lost`` and falls with ``gained``, so the completion
@@ -11,26 +11,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from s2ap_deploy.evaluation import statistics
+from s2ap_deploy.evaluation.samples import Robust
 from s2ap_deploy.gating.check import Status
+from s2ap_deploy.recipe.thresholds import Rule
 
 LEVEL = 0.95
 
-Rule = Literal["lower", "point"]
-Standing = bool | None
-
 
 class Pairs(NamedTuple):
-    """Samples that stand with the dense model only, and with the pruned one only, of ``n``."""
+    """Counts of samples that are robust with the dense model only, and with the pruned one only, of ``n``."""
 
     lost: int
     gained: int
     n: int
 
     def losing(self, more: int) -> Pairs:
-        """The counts with ``more`` samples lost on top, as far as there are any."""
+        """Return the counts with up to ``more`` further samples lost."""
         lost = min(self.n, self.lost + more)
         return Pairs(lost, min(self.gained, self.n - lost), self.n)
 
@@ -39,13 +38,13 @@ class Pairs(NamedTuple):
         return (self.lost - self.gained) / self.n
 
     def bound(self, rule: Rule) -> float:
-        """What a threshold is compared with."""
+        """Return the value that is compared with a threshold."""
         if rule == "point":
             return self.observed
         return statistics.paired_drop_upper_bound(*self, LEVEL)
 
     def judged(self, threshold: float, rule: Rule) -> Status:
-        """The answer to "is the drop at most ``threshold``"."""
+        """Answer whether the drop is at most ``threshold``."""
         if self.bound(rule) <= threshold:
             return "pass"
         if rule == "point":
@@ -54,7 +53,7 @@ class Pairs(NamedTuple):
         return "inconclusive" if self.hopeless(threshold) and not shown_miss else "fail"
 
     def hopeless(self, threshold: float) -> bool:
-        """Whether even no lost sample would not pass. More gained ones can end this, never begin it."""
+        """Return whether even no lost sample would pass. More gained ones can end this, never begin it."""
         return statistics.paired_drop_upper_bound(0, self.gained, self.n, LEVEL) > threshold
 
 
@@ -73,8 +72,8 @@ class PairRange(NamedTuple):
     may_either: int = 0
 
     @classmethod
-    def of(cls, dense: Sequence[Standing], pruned: Sequence[Standing]) -> PairRange:
-        """The range for samples in the same order.
+    def of(cls, dense: Sequence[Robust], pruned: Sequence[Robust]) -> PairRange:
+        """Count pairs of samples in the same order.
 
         A network compared with itself (the same object twice) loses nothing, decided or not.
         """
@@ -92,11 +91,11 @@ class PairRange(NamedTuple):
 
     @classmethod
     def by_class(
-        cls, dense: Sequence[Standing], pruned: Sequence[Standing], labels: Sequence[int]
+        cls, dense: Sequence[Robust], pruned: Sequence[Robust], labels: Sequence[int]
     ) -> dict[int, PairRange]:
-        """The range of each class that has a sample, in order of the labels."""
-        before: dict[int, list[Standing]] = {label: [] for label in sorted(set(labels))}
-        after: dict[int, list[Standing]] = {label: [] for label in before}
+        """Count pairs for each class that has a sample, in order of the labels."""
+        before: dict[int, list[Robust]] = {label: [] for label in sorted(set(labels))}
+        after: dict[int, list[Robust]] = {label: [] for label in before}
         for one, other, label in zip(dense, pruned, labels, strict=True):
             before[label].append(one)
             after[label].append(other)
@@ -118,10 +117,10 @@ class PairRange(NamedTuple):
         return self.worst == self.best
 
     def certain(self, threshold: float, rule: Rule, more: int = 0) -> Status | None:
-        """The answer that every completion gives if it is pass or fail, else None.
+        """Return the answer of every completion if it is pass or fail, else None.
 
-        ``more`` samples may be lost on top. With more lost and equally many gained the answer never
-        improves, so least lost stands for all: only ``gained`` is walked, to the end of "too few samples".
+        ``more`` samples may be lost on top. With more lost and equally many gained the answer never improves,
+        so the fewest lost decide for all: only ``gained`` is walked, to the end of "too few samples".
         """
         if self.worst.losing(more).judged(threshold, rule) == "pass":
             return "pass"

@@ -1,4 +1,4 @@
-"""Before the work: what a number of samples can show, so that nobody attacks for hours in vain. No torch."""
+"""Sample sizes: what a number of samples can show, before any attack runs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ POWER = 0.8
 
 
 class DetectableDrop(Record):
-    """``drop`` is the least drop that is told from none with 80 % power where ``discordance`` of all samples
-    stand with one of the two networks only.
+    """The smallest ``drop`` that is told from none with 80 % power.
+
+    ``discordance`` is the share of samples that are robust with only one of the two networks.
     """
 
     discordance: float
     drop: float
 
 
-class Plan(Record):
+class SampleSize(Record):
     """What ``n`` samples can show under the rule ``lower``.
 
     ``needed`` of them must survive for a floor of ``threshold``; None when even all would not show it.
@@ -30,8 +31,8 @@ class Plan(Record):
     drops: tuple[DetectableDrop, ...]
 
     @classmethod
-    def of(cls, n: int, threshold: float | None = None) -> Plan:
-        """The plan for ``n`` samples and a floor, if there is one. Raises ValueError for n < 1."""
+    def of(cls, n: int, threshold: float | None = None) -> SampleSize:
+        """Compute it for ``n`` samples and a floor, if there is one. Raises ValueError for n < 1."""
         return cls(
             n=n,
             threshold=threshold,

@@ -31,6 +31,7 @@ from s2ap_deploy.recipe.field_types import (
     Whole,
 )
 from s2ap_deploy.recipe.prune_section import PruneSection
+from s2ap_deploy.recipe.thresholds import Thresholds
 from s2ap_deploy.recipe.train_section import TrainSection
 from s2ap_deploy.spec import Normalization, Record, ThreatModel, invalid
 
@@ -163,46 +164,6 @@ class ExportSection(Record):
         return self
 
 
-class GateSection(Record):
-    """Thresholds of the verdict. Drops are against the dense network on the same samples."""
-
-    min_clean: Fraction01 | None = Field(default=None, description="Lowest clean accuracy, as a fraction.")
-    min_robust: Fraction01 | None = Field(
-        default=None, description="Lowest robust accuracy, as a fraction: 0.40."
-    )
-    min_proven: Fraction01 | None = Field(
-        default=None, description="Lowest provably robust accuracy, as a fraction."
-    )
-    max_drop: Fraction01 | None = Field(
-        default=None, description="Largest loss of robust accuracy by pruning, as a fraction."
-    )
-    max_class_drop: Fraction01 | None = Field(default=None, description="The same for the worst class.")
-    min_sparsity: Fraction01 | None = Field(
-        default=None, description="Lowest fraction of zeros in the exported file."
-    )
-    max_bytes: Count | None = Field(default=None, description="Largest exported file in bytes.")
-    max_latency_ms: Positive | None = Field(
-        default=None, description="Longest inference of the exported file for one image, in milliseconds."
-    )
-    max_latency_ratio: Positive | None = Field(
-        default=None, description="The same relative to the dense file."
-    )
-    max_age: Annotated[str, Field(pattern=r"^[0-9]{1,6}[hdw]$")] | None = Field(
-        default=None, description="Oldest certificate to accept: 36h, 30d or 2w."
-    )
-    rule: Literal["lower", "point"] = Field(
-        default="lower", description="Judge the one-sided 95 % bound (lower), or the observed value (point)."
-    )
-
-    @model_validator(mode="after")
-    def _asks_something(self) -> GateSection:
-        if not self.model_dump(exclude={"rule", "max_age"}, exclude_none=True):
-            raise invalid(
-                "threshold-missing", "a gate needs min_robust, max_drop, min_clean or another threshold"
-            )
-        return self
-
-
 class Recipe(Record):
     """A whole pipeline. Without ``prune`` the dense network is certified; ``gate`` is optional."""
 
@@ -216,7 +177,7 @@ class Recipe(Record):
     prune: PruneSection | None = None
     certify: CertifySection = CertifySection()
     export: ExportSection = ExportSection()
-    gate: GateSection | None = None
+    gate: Thresholds | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.evaluation.interval import UNDECIDED
-from s2ap_deploy.evaluation.samples import Sample
+from s2ap_deploy.evaluation.samples import UNDECIDED, Sample
 
 PointOutcome = Literal["lost", "gained", "broken", "held", "undecided", "wrong"]
 ORDER: tuple[PointOutcome, ...] = ("lost", "broken", "held", "gained", "undecided", "wrong")

@@ -1,4 +1,4 @@
-"""A certificate as an in-toto Statement, for whoever signs it. No torch.
+"""A certificate as an in-toto Statement, ready to be signed.
 
 The layout is that of the in-toto Attestation Framework (github.com/in-toto/attestation, file
 spec/v1/statement.md): ``predicate`` holds what is attested, ``subject`` the digests of the files it is about.
@@ -23,11 +23,11 @@ def statement(
     subjects: Sequence[tuple[str, str]],
     verification: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The Statement as JSON values, unsigned.
+    """Build the unsigned Statement as JSON values.
 
-    ``subjects`` are names and SHA-256 hashes of files that the certificate speaks for. The predicate holds
+    ``subjects`` are names and SHA-256 hashes of files that the certificate covers. The predicate holds
     the certificate without its samples, the hash of its file, which binds them, and ``verification`` (JSON
-    values): what ``s2ap-deploy verify`` did before. Raises UsageError where there is nothing to speak of.
+    values): the result of ``s2ap-deploy verify``. Raises UsageError for no subjects.
     """
     if not subjects:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""A verdict as JUnit XML, which Jenkins, GitLab and most CI systems show as tests. No torch.
+"""A verdict as JUnit XML, which Jenkins, GitLab and most CI systems show as tests.
 
 The dialect is that of Jenkins' xUnit plugin (``junit-10.xsd``): one test case per check. A failed check is
 a ``failure``, an inconclusive one an ``error``, because a ``skipped`` test would count as passed.
@@ -9,15 +9,13 @@ from __future__ import annotations
 from xml.etree import ElementTree as ET
 
 from s2ap_deploy.evaluation.statements import plain
-from s2ap_deploy.gating.check import Check
-from s2ap_deploy.gating.policy import Verdict
-from s2ap_deploy.reporting.rules import rule_of
+from s2ap_deploy.gating.check import Check, Verdict
 
 SUITE = "s2ap-deploy gate"
 
 
 def junit(verdict: Verdict) -> str:
-    """The document as text. It holds no time, so that equal verdicts give equal bytes."""
+    """Render the document. It holds no time, so that equal verdicts give equal bytes."""
     statuses = [check.status for check in verdict.checks]
     counts = {
         "tests": str(len(statuses)),
@@ -37,11 +35,10 @@ def junit(verdict: Verdict) -> str:
 
 
 def _add_case(suite: ET.Element, check: Check) -> None:
-    words = plain(check.words)
-    rule = rule_of(check).id
-    case = ET.SubElement(suite, "testcase", {"name": plain(check.name), "classname": f"gate.{rule}"})
+    message = plain(check.message)
+    case = ET.SubElement(suite, "testcase", {"name": plain(check.name), "classname": f"gate.{check.rule}"})
     if check.status == "pass":
-        ET.SubElement(case, "system-out").text = words
+        ET.SubElement(case, "system-out").text = message
         return
     kind = "failure" if check.status == "fail" else "error"
-    ET.SubElement(case, kind, {"type": check.status, "message": words}).text = words
+    ET.SubElement(case, kind, {"type": check.status, "message": message}).text = message

@@ -16,8 +16,8 @@ from s2ap_deploy import files
 from s2ap_deploy.errors import DeployError, RunFolderError
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.minimum_norm.security_curve import SecurityCurve
+from s2ap_deploy.gating.check import Verdict
 from s2ap_deploy.gating.pairs import PairRange
-from s2ap_deploy.gating.policy import Verdict
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.reporting.figure_data import Shown, gallery
 from s2ap_deploy.runs import manifest
@@ -241,7 +241,7 @@ def _pairs(networks: Mapping[str, Certificate]) -> PairRange | None:
     dense, pruned = networks[DENSE], networks[PRUNED]
     if (dense.sample_ids_sha256, dense.threat) != (pruned.sample_ids_sha256, pruned.threat):
         return None
-    return PairRange.of(dense.standing, pruned.standing)
+    return PairRange.of(dense.robustness, pruned.robustness)
 
 
 def _shown(reader: Reader, networks: Mapping[str, Certificate], images: int) -> tuple[Shown, ...]:

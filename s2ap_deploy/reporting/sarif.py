@@ -1,4 +1,4 @@
-"""A verdict as SARIF 2.1.0 (OASIS), which GitHub code scanning and other viewers read. No torch.
+"""A verdict as SARIF 2.1.0 (OASIS), which GitHub code scanning and other viewers read.
 
 Only checks that did not pass become results: viewers show every result as an alert, and close it when it is
 gone. Failures are errors, inconclusive checks warnings.
@@ -14,9 +14,7 @@ from urllib.parse import quote
 from s2ap_deploy import files
 from s2ap_deploy.errors import UNUSABLE
 from s2ap_deploy.evaluation.statements import plain
-from s2ap_deploy.gating.check import Check
-from s2ap_deploy.gating.policy import Verdict
-from s2ap_deploy.reporting.rules import GATE, RULES, Rule, file_of, rule_of
+from s2ap_deploy.gating.check import RULES, Check, Verdict
 from s2ap_deploy.runs.manifest import tool_version
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -24,21 +22,20 @@ LEVELS = {"fail": "error", "inconclusive": "warning"}
 
 
 def sarif(verdict: Verdict, folder: Path) -> str:
-    """The log as canonical JSON. ``folder`` is the run folder, whose files results point at.
+    """Render the log as canonical JSON. ``folder`` is the run folder, whose files results point at.
 
     Paths are relative to the working folder where the run folder lies inside it, else to the run folder.
     """
-    rules = {rule.id: rule for rule in (*RULES, GATE)}
-    order = list(rules)
+    order = list(RULES)
     results = [
-        _result(check, order.index(rule_of(check).id), _prefix(folder))
+        _result(check, order.index(check.rule), _prefix(folder))
         for check in verdict.checks
         if check.status != "pass"
     ]
     driver = {
         "name": "s2ap-deploy",
         "version": tool_version(),
-        "rules": [_descriptor(rule) for rule in rules.values()],
+        "rules": [_descriptor(rule, title) for rule, title in RULES.items()],
     }
     run = {
         "tool": {"driver": driver},
@@ -53,28 +50,28 @@ def sarif(verdict: Verdict, folder: Path) -> str:
     return files.canonical_json({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]})
 
 
-def _descriptor(rule: Rule) -> dict[str, Any]:
+def _descriptor(rule: str, title: str) -> dict[str, Any]:
     return {
-        "id": rule.id,
-        "shortDescription": {"text": rule.title},
-        "fullDescription": {"text": rule.title},
+        "id": rule,
+        "shortDescription": {"text": title},
+        "fullDescription": {"text": title},
         "help": {"text": "See docs/gates.md: what each check asks, and what its answers mean."},
         "defaultConfiguration": {"level": "error"},
     }
 
 
 def _result(check: Check, index: int, prefix: PurePosixPath) -> dict[str, Any]:
-    path = prefix / plain(file_of(check) or "gate/verdict.json")
+    path = prefix / plain(check.path or "gate/verdict.json")
     numbers = {
         "threshold": check.threshold,
         "observed": check.observed,
         "bound": check.bound,
     }
     return {
-        "ruleId": rule_of(check).id,
+        "ruleId": check.rule,
         "ruleIndex": index,
         "level": LEVELS[check.status],
-        "message": {"text": plain(check.words)},
+        "message": {"text": plain(check.message)},
         "locations": [
             {
                 "physicalLocation": {
@@ -91,7 +88,7 @@ def _result(check: Check, index: int, prefix: PurePosixPath) -> dict[str, Any]:
 
 
 def _prefix(folder: Path) -> PurePosixPath:
-    """The run folder as seen from the working folder; nothing of a path that leads elsewhere."""
+    """Return the run folder relative to the working folder; empty if it is elsewhere."""
     try:
         return PurePosixPath(plain(folder.resolve().relative_to(Path.cwd().resolve()).as_posix()))
     except ValueError:

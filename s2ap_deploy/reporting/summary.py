@@ -1,17 +1,17 @@
-"""A run in one object: dense beside pruned, the exported file, the verdict. No torch."""
+"""Summarize a run in one object: dense beside pruned, the exported file, the verdict."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.gating.policy import Verdict
+from s2ap_deploy.gating.check import Verdict
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.runs.folder import Run
 
 
 def summarize(run: Run, verdict: Verdict | None) -> dict[str, Any]:
-    """What a person wants to see at the end, as JSON values; sections that were not run are absent.
+    """Collect the results of a run as JSON values; stages that were not run are absent.
 
     ``bytes`` of the dense network is the size of its plain ONNX twin, of the pruned one that of the
     exported file. Raises RunFolderError when a finished stage's file has changed.

@@ -1,1 +1,1 @@
-"""The run folder: what is done, from which inputs, and where a kill left off. No torch."""
+"""The run folder: finished stages, their inputs and outputs, and snapshots to resume from."""

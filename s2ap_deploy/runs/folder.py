@@ -1,4 +1,4 @@
-"""The run folder: one folder per model, that every command continues and a kill cannot spoil. No torch.
+"""The run folder: one folder per model, which every command continues and a kill cannot damage.
 
 ::
 
@@ -63,7 +63,7 @@ class Run:
     ranks = SINGLE_PROCESS
 
     def __init__(self, path: Path, held: FolderLock | None, contents: Manifest, ranks: Ranks) -> None:
-        """Not for callers: see :meth:`open`."""
+        """Use :meth:`open` instead."""
         self.path = path
         self.manifest = contents
         self.ranks = ranks
@@ -73,8 +73,14 @@ class Run:
     def open(cls, path: Path | str, *, create: bool, command: str, ranks: Ranks = SINGLE_PROCESS) -> Run:
         """Lock the run folder at ``path`` and note ``command`` in its manifest.
 
-        ``create`` makes the folder (and its parents) when nothing is there. Raises RunFolderError when
-        ``path`` is a file, holds something else, holds no run (without ``create``) or is in use.
+        Args:
+            path: the folder.
+            create: make the folder (and its parents) when it does not exist.
+            command: the command line, for the manifest.
+
+        Raises:
+            RunFolderError: ``path`` is a file, holds something else, holds no run (without ``create``) or is
+                in use.
         """
         path = Path(path)
         own: list[Run] = []
@@ -88,17 +94,16 @@ class Run:
 
     @classmethod
     def _open(cls, path: Path, *, create: bool, command: str, ranks: Ranks) -> Run:
-        _check_is_run_folder(path, create=create)
+        check_is_run_folder(path, create=create)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"cannot create {path}: {error.strerror}") from error
+            raise StorageError(
+                f"cannot create {path}: {error.strerror}", code="folder-not-created"
+            ) from error
         held = FolderLock(path)
         try:
-            if (path / manifest.FILE_NAME).exists():
-                contents = Manifest.load(path)
-            else:
-                contents = Manifest(tool_version=manifest.tool_version(), created=now())
+            contents = manifest_of(path)
             files.remove_leftovers(path)
             run = cls(path, held, contents, ranks)
             run.save(contents.with_command(command))
@@ -174,7 +179,9 @@ class Run:
             if record.status == "started":
                 if not resume:
                     raise RunFolderError(
-                        f"{name} in {self.path} was started and did not finish", hint=_RESUME
+                        f"{name} in {self.path} was started and did not finish",
+                        code="stage-unfinished",
+                        hint=_RESUME,
                     )
                 return self._continue(name, record, session)
             damage = self._damage(record)
@@ -182,13 +189,15 @@ class Run:
                 snapshot.remove(folder)
                 return Stage(self, name, "finished")
             if not resume:
-                raise RunFolderError(f"{name} in {self.path} finished, but {damage}", hint=_RESUME)
+                raise RunFolderError(
+                    f"{name} in {self.path} finished, but {damage}", code="output-damaged", hint=_RESUME
+                )
         return self._start(name, wanted, session, note=damage and f"{name} runs again: {damage}")
 
     def reopen(self, name: StageName, *, inputs: Mapping[str, Any]) -> None:
-        """Take up a stage again with other ``inputs`` but with the files it left, to be resumed.
+        """Reopen a stage with other ``inputs`` and the files that it left, to be resumed.
 
-        For stages that know which of their files stay true under the new inputs. Discards the later stages.
+        For stages that know which of their files are valid for the new inputs. Discards the later stages.
         Raises StorageError.
         """
         wanted = manifest.as_json(inputs)
@@ -210,19 +219,21 @@ class Run:
                 if folder.exists():
                     shutil.rmtree(folder)
         except OSError as error:
-            raise StorageError(f"cannot clear {self.path}: {error}") from error
+            raise StorageError(f"cannot clear {self.path}: {error}", code="folder-not-cleared") from error
 
     def folder(self, name: StageName) -> Path:
-        """The folder of a stage, which may not exist. Raises RunFolderError if it is a link."""
+        """Return the folder of a stage, which may not exist. Raises RunFolderError if it is a link."""
         if name not in STAGES:
             raise ValueError(f"{name!r} is no stage; stages are {', '.join(STAGES)}")
         folder = self.path / name
         if folder.is_symlink():
-            raise RunFolderError(f"{folder} is a link; a stage's folder lies inside the run folder")
+            raise RunFolderError(
+                f"{folder} is a link; a stage's folder must be inside the run folder", code="path-is-link"
+            )
         return folder
 
     def output(self, name: StageName, file_name: str) -> Path:
-        """The file that a finished stage wrote, after checking its hash.
+        """Return the file that a finished stage wrote, after checking its hash.
 
         Raises RunFolderError when the stage is not finished, lists no such file, or the file changed.
         """
@@ -230,16 +241,18 @@ class Run:
         if record is None or record.status != "finished":
             first = f"run s2ap-deploy {_COMMANDS[name]} first"
             hint = first if record is None else "repeat the command that began it, with --resume"
-            raise RunFolderError(f"{self.path} holds no finished {name}", hint=hint)
+            raise RunFolderError(f"{self.path} holds no finished {name}", code="stage-missing", hint=hint)
         path = f"{name}/{file_name}"
         for output in record.outputs:
             if output.path == path:
                 damage = self._damage_of(output)
                 if damage is not None:
                     hint = f"repeat s2ap-deploy {_COMMANDS[name]} with --resume, which makes it again"
-                    raise RunFolderError(f"{name} in {self.path} finished, but {damage}", hint=hint)
+                    raise RunFolderError(
+                        f"{name} in {self.path} finished, but {damage}", code="output-damaged", hint=hint
+                    )
                 return files.within(self.path, path)
-        raise RunFolderError(f"{name} in {self.path} wrote no {file_name}")
+        raise RunFolderError(f"{name} in {self.path} wrote no {file_name}", code="output-missing")
 
     def save_recipe(self, resolved: Recipe) -> None:
         """Keep the resolved recipe beside the manifest."""
@@ -248,7 +261,7 @@ class Run:
         files.write_text(self.path / RECIPE_FILE, catalog.dump(resolved))
 
     def load_recipe(self) -> Recipe | None:
-        """The recipe that started this run, or None when single commands did. Raises RecipeError."""
+        """Load the recipe of this run, or None when there is none. Raises RecipeError."""
         from s2ap_deploy.recipe import catalog
 
         path = self.path / RECIPE_FILE
@@ -267,7 +280,7 @@ class Run:
                     shutil.rmtree(folder)
             folders[0].mkdir()
         except OSError as error:
-            raise StorageError(f"cannot clear {self.path}: {error}") from error
+            raise StorageError(f"cannot clear {self.path}: {error}", code="folder-not-cleared") from error
         record = StageRecord(
             status="started", inputs=inputs, inputs_sha256=manifest.digest(inputs), sessions=(session,)
         )
@@ -289,15 +302,18 @@ class Run:
         if len(changed) > 5:
             changed[5:] = [f"and {len(changed) - 5} more"]
         raise RunFolderError(
-            f"{self.path} already holds a {name} from other inputs ({'; '.join(changed)})", hint=_OVERWRITE
+            f"{self.path} already holds a {name} from other inputs ({'; '.join(changed)})",
+            code="stage-inputs-changed",
+            hint=_OVERWRITE,
         )
 
     def _check_nothing_is_lost(self, name: StageName) -> None:
         finished = [late for late in _later(name) if self._is_finished(late)]
-        lost = [late for late in finished if late != "gate"]  # a verdict is drawn again in a second
+        lost = [late for late in finished if late != "gate"]  # a verdict is computed again in a second
         if lost:
             raise RunFolderError(
                 f"starting {name} in {self.path} would discard its finished {' and '.join(lost)}",
+                code="stages-discarded",
                 hint=_OVERWRITE,
             )
 
@@ -317,23 +333,34 @@ class Run:
         return None
 
 
-def _check_is_run_folder(path: Path, *, create: bool) -> None:
+def manifest_of(path: Path) -> Manifest:
+    """Load the manifest in ``path``, or make an empty one. Raises RunFolderError."""
+    if (path / manifest.FILE_NAME).exists():
+        return Manifest.load(path)
+    return Manifest(tool_version=manifest.tool_version(), created=now())
+
+
+def check_is_run_folder(path: Path, *, create: bool) -> None:
+    """Raise RunFolderError for a path that cannot hold a run, or without ``create`` holds none."""
     other = "choose another folder with --run"
     if path.exists() and not path.is_dir():
-        raise RunFolderError(f"{path} is a file, not a run folder", hint=other)
+        raise RunFolderError(f"{path} is a file, not a run folder", code="run-folder-is-file", hint=other)
     try:
         entries = {entry.name for entry in path.iterdir()} if path.exists() else set()
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        raise StorageError(f"cannot read {path}: {error.strerror}", code="folder-not-read") from error
     if manifest.FILE_NAME in entries:
         return
     # A kill before the first manifest was written leaves no more than these.
     entries = {name for name in entries if name != lock.FILE_NAME and not name.startswith(files.TEMPORARY)}
     if entries:
-        raise RunFolderError(f"{path} holds other files and is no run folder", hint=other)
+        raise RunFolderError(
+            f"{path} holds other files and is no run folder", code="run-folder-foreign", hint=other
+        )
     if not create:
         raise RunFolderError(
             f"there is no run in {path}",
+            code="run-missing",
             hint="start one with s2ap-deploy prune or s2ap-deploy run, or name its folder with --run",
         )
 

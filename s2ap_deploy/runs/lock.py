@@ -1,4 +1,4 @@
-"""The lock of a run folder: one process at a time, which the kernel releases when it dies. No torch."""
+"""The lock of a run folder: one process at a time, which the kernel releases when it dies."""
 
 from __future__ import annotations
 
@@ -27,20 +27,24 @@ class FolderLock:
     """An exclusive POSIX record lock on ``<folder>/.lock``.
 
     Such a lock is not inherited by forked or spawned workers, so that an orphan cannot keep a folder
-    locked. Its one trap: closing *any* descriptor of the file releases it. Nothing else in the
+    locked. Caution: closing *any* descriptor of the file releases it. Nothing else in the
     process may open ``.lock``, and a second lock on the same folder is refused before opening it.
     """
 
     def __init__(self, folder: Path) -> None:
         """Take the lock. Raises RunFolderError when it is held, StorageError when it cannot be made."""
         if fcntl is None:
-            raise RunFolderError("run folders need POSIX file locks, which this system lacks", hint="use WSL")
+            raise RunFolderError(
+                "run folders need POSIX file locks, which this system lacks",
+                code="locks-unsupported",
+                hint="use WSL",
+            )
         status = folder.stat()
         self._folder = (status.st_dev, status.st_ino)
         self._descriptor: int | None = None
         with _guard:
             if _held.get(self._folder) == os.getpid():
-                raise RunFolderError(f"{folder} is already open in this process")
+                raise RunFolderError(f"{folder} is already open in this process", code="run-folder-in-use")
             descriptor = _open(folder / FILE_NAME)
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,15 +54,19 @@ class FolderLock:
                 holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
                 os.close(descriptor)
                 who = f"process {holder}" if holder.isdigit() else "another process"
-                raise RunFolderError(f"{folder} is in use by {who}", hint=_HINT) from error
+                raise RunFolderError(
+                    f"{folder} is in use by {who}", code="run-folder-in-use", hint=_HINT
+                ) from error
             except OSError as error:
                 os.close(descriptor)
-                raise StorageError(f"cannot lock {folder}: {error.strerror}") from error
+                raise StorageError(
+                    f"cannot lock {folder}: {error.strerror}", code="folder-not-locked"
+                ) from error
             self._descriptor = descriptor
             _held[self._folder] = os.getpid()
 
     def release(self) -> None:
-        """Give the lock back; a second call does nothing. The file stays: removing it would race."""
+        """Release the lock; a second call does nothing. The file stays: removing it would race."""
         with _guard:
             # A forked child holds a copy of this object, but the lock is its parent's.
             if self._descriptor is not None and _held.get(self._folder) == os.getpid():
@@ -80,5 +88,7 @@ def _open(path: Path) -> int:
         return os.open(path, flags, 0o666)
     except OSError as error:
         if path.is_symlink():
-            raise RunFolderError(f"{path} is a link; a run folder's lock is a plain file") from error
-        raise StorageError(f"cannot create {path}: {error.strerror}") from error
+            raise RunFolderError(
+                f"{path} is a link; a run folder's lock is a plain file", code="path-is-link"
+            ) from error
+        raise StorageError(f"cannot create {path}: {error.strerror}", code="file-not-created") from error

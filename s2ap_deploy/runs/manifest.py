@@ -1,4 +1,4 @@
-"""The manifest: what a run folder holds, from which inputs it was made, and how far the work is. No torch."""
+"""The manifest of a run folder: its stages, their inputs and outputs, and which are finished."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import Field, JsonValue, TypeAdapter
 
-from s2ap_deploy import files
+from s2ap_deploy import files, records
 from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.spec import Record
 
-SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
 
 StageName = Literal["pretrain", "search", "finetune", "certify", "export", "artifact", "gate"]
@@ -36,7 +35,7 @@ class Output(Record):
 class Session(Record):
     """One process that worked on a stage: a killed and resumed stage has several.
 
-    ``environment`` holds what a result may depend on besides its inputs: device, threads, versions.
+    ``environment`` holds what else a result may depend on: device, threads, versions.
     """
 
     started: str
@@ -72,7 +71,7 @@ class Manifest(Record):
         return self.model_copy(update={"stages": {**self.stages, name: record}})
 
     def without(self, names: tuple[StageName, ...]) -> Manifest:
-        """The manifest as if those stages had never been begun."""
+        """Return the manifest without those stages."""
         kept = {name: record for name, record in self.stages.items() if name not in names}
         return self.model_copy(update={"stages": kept})
 
@@ -82,28 +81,12 @@ class Manifest(Record):
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Read ``folder/manifest.json``. Raises RunFolderError when it is damaged or of another version."""
-        path = folder / FILE_NAME
         hint = "choose another folder with --run"
-        try:
-            content = files.parse_json(files.read_bytes(path, limit=files.LARGEST_JSON))
-        except ValueError as error:
-            raise RunFolderError(f"{path} is damaged: {error}", hint=hint) from error
-        version = content.get("schema_version") if isinstance(content, dict) else None
-        if version != SCHEMA_VERSION:
-            raise RunFolderError(
-                f"{path} has schema_version {version!r}; this version of s2ap-deploy reads {SCHEMA_VERSION}",
-                hint=hint,
-            )
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise RunFolderError(f"{path} is damaged at {where}: {first['msg']}", hint=hint) from error
+        return records.load(folder / FILE_NAME, cls, RunFolderError, hint=hint)
 
 
 def tool_version() -> str:
-    """The version of this package, or ``unknown`` in a checkout that was never installed."""
+    """Return the version of this package, or ``unknown`` in a checkout that was never installed."""
     try:
         return metadata.version("s2ap-deploy")
     except metadata.PackageNotFoundError:
@@ -111,22 +94,22 @@ def tool_version() -> str:
 
 
 def now() -> str:
-    """The time in UTC, to the second, as ISO 8601."""
+    """Return the time in UTC, to the second, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, JsonValue]:
-    """``values`` as a JSON file would give them back (tuples become lists). Raises ValueError for NaN."""
+    """Convert ``values`` as a JSON file would (tuples become lists). Raises ValueError for NaN."""
     return TypeAdapter(dict[str, JsonValue]).validate_json(files.canonical_json(dict(values)))
 
 
 def digest(inputs: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of ``inputs``."""
+    """Hash the canonical JSON of ``inputs`` with SHA-256."""
     return hashlib.sha256(files.canonical_json(dict(inputs)).encode()).hexdigest()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The inputs that differ, as ``prune.sparsity: 0.9 → 0.95``."""
+    """List the inputs that differ, as ``prune.sparsity: 0.9 → 0.95``."""
     before, after = dict(_flatten(old)), dict(_flatten(new))
     return [
         f"{key}: {before.get(key, 'absent')} → {after.get(key, 'absent')}"

@@ -20,8 +20,8 @@ _KEY = "s2ap-deploy.snapshot"
 def save(folder: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Replace the snapshot in ``folder``.
 
-    ``header`` (JSON) travels in the file's own safetensors header rather than beside it. Tensors may
-    lie on any device, be views or share memory; they are stored contiguous. Raises StorageError.
+    ``header`` (JSON) is stored in the safetensors header. Tensors may be
+    on any device, be views or share memory; they are stored contiguous. Raises StorageError.
     """
     import torch
     from safetensors.torch import save as serialize
@@ -35,7 +35,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any])
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The tensors (on the CPU) and the header, or None. Raises RunFolderError if damaged."""
+    """Load the tensors (on the CPU) and the header, or None. Raises RunFolderError if damaged."""
     from safetensors import SafetensorError, safe_open
 
     path = folder / FILE_NAME
@@ -46,7 +46,11 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             header = dict(json.loads((stream.metadata() or {})[_KEY]))
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise RunFolderError(f"{path} is damaged: {error}", hint="add --overwrite to start again") from error
+        raise RunFolderError(
+            f"{path} is damaged: {error}",
+            code="snapshot-damaged",
+            hint="add --overwrite to start again",
+        ) from error
     return tensors, header
 
 

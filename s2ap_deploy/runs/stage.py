@@ -1,11 +1,11 @@
-"""One stage of a run: its folder, its snapshot while it works, its record when it is done. No torch."""
+"""One stage of a run: its folder, its snapshot while it works, its record when it is finished."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import JsonValue
 
@@ -17,33 +17,20 @@ from s2ap_deploy.runs.manifest import Manifest, Output, StageName, StageRecord, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from s2ap_deploy.distributed.collectives import Ranks
+    from s2ap_deploy.runs.folder import Run
 
 State = Literal["finished", "resumable", "fresh"]
-
-
-class Keeper(Protocol):
-    """What a stage needs of the run that it belongs to: the manifest, and where its files go."""
-
-    manifest: Manifest
-    ranks: Ranks
-
-    def save(self, contents: Manifest) -> None:
-        """Write the manifest."""
-
-    def folder(self, name: StageName) -> Path:
-        """The folder of a stage."""
 
 
 class Stage:
     """One stage of an open run.
 
     ``state`` is ``finished`` (skip it), ``resumable`` (a snapshot may exist) or ``fresh``; ``folder`` is
-    where its files go; ``note`` tells the user why a finished stage runs again.
+    where its files go; ``note`` is the reason why a finished stage runs again.
     """
 
-    def __init__(self, run: Keeper, name: StageName, state: State, note: str | None = None) -> None:
-        """Not for callers: see :meth:`Run.stage`."""
+    def __init__(self, run: Run, name: StageName, state: State, note: str | None = None) -> None:
+        """Use :meth:`Run.stage` instead."""
         self.name = name
         self.state = state
         self.folder = run.folder(name)
@@ -57,11 +44,11 @@ class Stage:
 
     @property
     def results(self) -> JsonValue:
-        """What :meth:`finish` recorded; None before."""
+        """The results that :meth:`finish` recorded; None before."""
         return self._record.results
 
     def save_snapshot(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Replace the snapshot, from which ``--resume`` continues; ``state`` is JSON. Raises StorageError."""
+        """Replace the snapshot from which ``--resume`` continues; ``state`` is JSON. Raises StorageError."""
         if not self._run.ranks.first:
             return
         header = {
@@ -72,7 +59,7 @@ class Stage:
         snapshot.save(self.folder, tensors, header)
 
     def load_snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The last snapshot's tensors (on the CPU) and state, or None when there is none.
+        """Load the last snapshot's tensors (on the CPU) and state, or None when there is none.
 
         Raises RunFolderError when it is damaged or was copied here from a stage with other inputs.
         """
@@ -83,6 +70,7 @@ class Stage:
         if header.get("inputs_sha256") != self._record.inputs_sha256:
             raise RunFolderError(
                 f"the snapshot in {self.folder} belongs to other inputs",
+                code="snapshot-foreign",
                 hint="add --overwrite to start again",
             )
         self._seconds_before = header["seconds"]
@@ -92,7 +80,7 @@ class Stage:
     def finish(self, outputs: Sequence[Path], results: Any) -> None:
         """Record the stage as done, with ``results`` (JSON) and the hashes of ``outputs``; drop the snapshot.
 
-        Every output lies in :attr:`folder`, so that starting the stage again removes it. Raises
+        Every output must be in :attr:`folder`, so that starting the stage again removes it. Raises
         StorageError when one cannot be read, ValueError for one elsewhere or results that are not JSON.
         """
 

@@ -10,11 +10,10 @@ from typing import Literal, NamedTuple
 from s2ap_deploy import files
 from s2ap_deploy.errors import DeployError, UsageError
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.evaluation.interval import Interval
+from s2ap_deploy.evaluation.samples import Interval
 from s2ap_deploy.evaluation.statements import plain
 from s2ap_deploy.evaluation.statistics import clopper_pearson
-from s2ap_deploy.gating.check import Check, Status
-from s2ap_deploy.gating.policy import EXIT_CODES, Verdict
+from s2ap_deploy.gating.check import Check, Status, Verdict
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.recipe import catalog
 from s2ap_deploy.runs import manifest
@@ -29,7 +28,7 @@ _LARGEST_HEADER = 2**20  # bytes; that of a points file has some hundred
 
 
 class SubjectFile(Record):
-    """A file for which the certificate speaks; ``name`` is relative to the run folder."""
+    """A file that the certificate covers; ``name`` is relative to the run folder."""
 
     name: str
     sha256: str
@@ -151,9 +150,7 @@ class CertifiedRun(NamedTuple):
         except DeployError:  # the gate reports it; here the file is only not covered
             return tuple(found)
         covered = any(
-            answer.certificate_sha256 == self.digest
-            and answer.n == self.certificate.n
-            and answer.disagreements <= answer.ties
+            answer.certificate_sha256 == self.digest and answer.n == self.certificate.n and answer.explained
             for answer in report.points_checks
         )
         if covered and path.is_file() and files.sha256(path) == report.sha256:
@@ -170,7 +167,7 @@ class CertifiedRun(NamedTuple):
             certificate_sha256=self.digest,
             scope=scope,
             status=verdict.status,
-            exit_code=EXIT_CODES[verdict.status],
+            exit_code=verdict.exit_code,
             seed=seed,
             attacked=attacked,
             checks=tuple(checks),
@@ -194,7 +191,7 @@ def verify_files(path: Path, folder: Path | None) -> Verification:
 
 
 def run_folder(path: Path, folder: Path | None = None) -> Path:
-    """``folder``, or the run folder around the certificate at ``path``. Raises UsageError if it is none."""
+    """Return ``folder``, or the run folder around the certificate at ``path``. Raises UsageError."""
     if not path.is_file():
         raise UsageError(
             f"there is no certificate at {path}",
@@ -211,9 +208,11 @@ def run_folder(path: Path, folder: Path | None = None) -> Path:
     return place
 
 
-def check(name: str, status: Status, words: str) -> Check:
-    """Make a check that no threshold decides."""
-    return Check(name=name, status=status, words=words)
+def check(
+    rule: str, status: Status, message: str, *, name: str | None = None, path: str | None = None
+) -> Check:
+    """Build a check without a threshold; its name is the rule unless ``name`` is given."""
+    return Check(rule=rule, name=name or rule, status=status, message=message, path=path)
 
 
 def _role(path: Path, contents: Manifest, certificate: Certificate) -> str:
@@ -235,13 +234,15 @@ def _recorded(contents: Manifest) -> dict[str, str]:
 
 
 def _hashed(folder: Path, name: str, sha256: str) -> Check:
-    label = f"file {plain(name, 100)}"
-    path = files.within(folder, name)
+    shown = plain(name, 100)
+    label, path = f"file {shown}", files.within(folder, name)
+    status: Status = "pass"
+    message = "has the SHA-256 that the certificate names"
     if not path.is_file():
-        return check(label, "inconclusive", f"{label} is missing")
-    if files.sha256(path) != sha256:
-        return check(label, "fail", f"{label} is not the one that the certificate names")
-    return check(label, "pass", f"{label} has the SHA-256 that the certificate names")
+        status, message = "inconclusive", "is missing"
+    elif files.sha256(path) != sha256:
+        status, message = "fail", "is not the one that the certificate names"
+    return check("file", status, f"{label} {message}", name=label, path=shown)
 
 
 def _intervals(certificate: Certificate) -> Check:

@@ -12,27 +12,26 @@ from typing import Any
 
 from s2ap_deploy import files
 from s2ap_deploy.data.sampling import choose
-from s2ap_deploy.errors import OutOfTimeError
+from s2ap_deploy.errors import OutOfTimeError, StorageError
 from s2ap_deploy.evaluation import points
 from s2ap_deploy.evaluation.autoattack import cascade
-from s2ap_deploy.evaluation.autoattack.cascade import Cascade
+from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, Cascade
 from s2ap_deploy.evaluation.autoattack.cost import expected_cost
 from s2ap_deploy.evaluation.autoattack.scheduler import default_block_size
 from s2ap_deploy.evaluation.certificate import Certificate, Subject
 from s2ap_deploy.evaluation.samples import Proven, ids_sha256
-from s2ap_deploy.gating.early_stopping import EarlyPolicy
-from s2ap_deploy.gating.sample_size import Plan
+from s2ap_deploy.gating.sample_size import SampleSize
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, weights_hash
 from s2ap_deploy.recipe import catalog
+from s2ap_deploy.recipe.thresholds import Thresholds
 from s2ap_deploy.runs.folder import MASKS, RECIPE_FILE
 from s2ap_deploy.stages import early_certify
-from s2ap_deploy.stages.attack_reuse import bring
 from s2ap_deploy.stages.context import RunContext, on_first_rank
-from s2ap_deploy.stages.evidence import check_curve, prove, trace_curve
-from s2ap_deploy.stages.issue_certificate import Samples, certificate_of
+from s2ap_deploy.stages.evidence import Samples, certificate_of, check_curve, prove, trace_curve
 
 DENSE, PRUNED = "dense", "pruned"
+_JOURNAL = ".jsonl"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +46,7 @@ class Candidate:
 
 @dataclass(eq=False)
 class Attempt:
-    """One candidate under attack: what was proven of it, and the cascade that goes on."""
+    """One candidate under attack: its proofs, and the cascade that attacks it."""
 
     candidate: Candidate
     proven: Proven | None
@@ -55,22 +54,168 @@ class Attempt:
     started: float
 
 
+@dataclass(frozen=True, eq=False)
+class Certification:
+    """The samples that all candidates are attacked on, the stage's folder and the time limit.
+
+    ``deadline`` is of ``time.monotonic``; None for no limit.
+    """
+
+    job: RunContext
+    samples: Samples
+    folder: Path
+    deadline: float | None
+
+    def attack(self, candidate: Candidate) -> Certificate:
+        """Attack one network to the end and write its certificate beside its adversarial points."""
+        job, count = self.job, len(self.samples.ids)
+        job.recorder.note(f"attacking the {candidate.role} network on {count} test images")
+        attempt = self.begin(candidate)
+        cascade.run(
+            [attempt.cascade],
+            workers=job.machine.workforce,
+            deadline=self.deadline,
+            recorder=job.recorder,
+        )
+        return self.conclude(attempt, None)
+
+    def decide(self, candidates: Sequence[Candidate], policy: Thresholds) -> dict[str, Certificate]:
+        """Attack all candidates together until ``policy`` is decided, and write their certificates."""
+        job, deadline = self.job, self.deadline
+        job.recorder.note(
+            f"attacking {len(self.samples.ids)} test images until {policy} is decided "
+            "(--full attacks to the end)"
+        )
+        attempts = [self.begin(candidate) for candidate in candidates]
+        pruned, dense = attempts[-1], attempts[0] if len(attempts) > 1 else None
+        stopping = early_certify.EarlyStopping(
+            policy,
+            self.samples.labels.tolist(),
+            (pruned.cascade, pruned.proven),
+            dense.cascade if dense is not None else None,
+        )
+        # The pruned network first: where it must fail, the dense one need not be attacked at all.
+        needed = [pruned, dense] if dense is not None and policy.needs_dense else [pruned]
+        run = functools.partial(
+            cascade.run, workers=job.machine.workforce, deadline=deadline, recorder=job.recorder
+        )
+        run([each.cascade for each in needed], decided=stopping.decided)
+        if stopping.decided():
+            if not all(attempt.cascade.outcome.complete for attempt in attempts):
+                job.recorder.note(stopping.message)
+        elif deadline is None or time.monotonic() < deadline:
+            # Too few samples for a verdict: attack all networks to the end for their shares.
+            run([attempt.cascade for attempt in attempts])
+        return {attempt.candidate.role: self.conclude(attempt, stopping) for attempt in attempts}
+
+    def begin(self, candidate: Candidate) -> Attempt:
+        """Prove what the recipe asks for, run the clean pass, and replay the record."""
+        job, samples = self.job, self.samples
+        section, recorder = job.recipe.certify, job.recorder
+        started = time.monotonic()
+        threat, device = job.recipe.threat, job.machine.device
+        proven = None
+        if section.provable:
+            proven = prove(
+                candidate.classifier,
+                samples.images,
+                samples.labels,
+                threat=threat,
+                device=device,
+                recorder=recorder,
+            )
+            recorder.note(f"{candidate.role} network: {proven.statement} {proven}; the rest is attacked")
+        config = AttackConfig(
+            threat=threat,
+            seed=section.attack_seed,
+            device=device,
+            version=section.version,
+            block_size=default_block_size(samples.images, device),
+            record=_record(self.folder, candidate.role),
+            header={"sample_ids_sha256": ids_sha256(samples.ids), "version": section.version},
+            proven=proven.indices if proven is not None else (),
+        )
+        begun = Cascade(candidate.classifier, samples.images, samples.labels, config)
+        return Attempt(candidate, proven, begun, started)
+
+    def conclude(self, attempt: Attempt, stopping: early_certify.EarlyStopping | None) -> Certificate:
+        """Write the certificate of an attack beside its points.
+
+        Raises OutOfTimeError for an attack that was neither finished nor decided.
+        """
+        job, samples, folder = self.job, self.samples, self.folder
+        candidate, outcome = attempt.candidate, attempt.cascade.outcome
+        decision = stopping.decision(outcome) if stopping is not None else None
+        if not outcome.complete and decision is None:
+            survived = sum(by is None for by in outcome.broken_by) - len(outcome.pending)
+            raise OutOfTimeError(
+                f"the time budget ran out while attacking the {candidate.role} network: "
+                f"of {len(samples.ids)} images {survived} survived, {len(outcome.pending)} are undecided",
+                code="time-budget-exceeded",
+                hint="run the same command with --resume and more --time-budget",
+            )
+        if job.recipe.certify.curve:
+            trace_curve(
+                job,
+                candidate.classifier,
+                samples,
+                outcome.broken_by,
+                _curve_file(folder, candidate.role),
+                record=_record(folder, candidate.role) / "curve",
+                deadline=self.deadline,
+            )
+        certificate = certificate_of(
+            job,
+            samples,
+            outcome,
+            subject=Subject(
+                arch=candidate.info.arch,
+                num_classes=outcome.num_classes,
+                weights_sha256=weights_hash(candidate.classifier),
+                checkpoint_sha256=files.sha256(candidate.path),
+                sparsity=candidate.info.sparsity,
+            ),
+            class_names=candidate.info.class_names,
+            points=points.save(_points_file(folder, candidate.role), samples.images, outcome.adversarial),
+            seconds=time.monotonic() - attempt.started,
+            proven=attempt.proven,
+            decision=decision,
+            mask_sha256=_mask_sha256(job, candidate.role),
+            recipe_sha256=files.sha256(_recipe_file(folder)),
+        )
+        certificate.save(_certificate_file(folder, candidate.role))
+        for flag in certificate.flags:
+            job.recorder.warn(f"{candidate.role} network: reliability flag {flag}")
+        job.recorder.note(
+            f"{candidate.role} network: clean accuracy {certificate.clean}, "
+            f"{certificate.statement} {certificate.robust}"
+        )
+        return certificate
+
+
 @on_first_rank
 def certify(
     job: RunContext,
     *,
     time_budget: float | None = None,
-    policy: EarlyPolicy | None = None,
+    policy: Thresholds | None = None,
     dense_record: Path | None = None,
     keep_records: bool = False,
 ) -> None:
-    """Leave a certificate per network in the ``certify`` stage.
+    """Write a certificate per network into the ``certify`` stage.
 
-    ``time_budget`` is in seconds for both networks together. ``policy`` (None: the recipe's gate, unless its
-    ``certify.full`` says otherwise) stops the attacks as soon as the verdict is decided. ``dense_record`` is
-    the record of an attack on the same dense network, images and seeds, which is then not repeated, and
-    ``keep_records`` leaves such records behind. Raises RunFolderError for a record of another attack,
-    OutOfTimeError when the time runs out; what was attacked until then is kept, and ``--resume`` continues.
+    Args:
+        job: the run, its recipe and the device.
+        time_budget: seconds for both networks together.
+        policy: thresholds that stop the attacks as soon as the verdict is decided (None: those of the
+            recipe's gate, unless its ``certify.full`` is set).
+        dense_record: the record of an attack on the same dense network, images and seeds, which is then not
+            repeated.
+        keep_records: keep the records of finished attacks.
+
+    Raises:
+        RunFolderError: ``dense_record`` is of another attack.
+        OutOfTimeError: the time ran out; the results so far are kept, and ``--resume`` continues.
     """
     section = job.recipe.certify
     policy = policy or early_certify.policy_of(job.recipe)
@@ -93,35 +238,32 @@ def certify(
     )
     if stage.state == "finished":
         return
-    asked = policy or job.recipe.gate
-    floor = asked.min_robust if asked is not None and asked.rule == "lower" else None
-    for line in str(Plan.of(len(chosen), floor)).splitlines():
+    gate = policy or job.recipe.gate
+    floor = gate.min_robust if gate is not None and gate.rule == "lower" else None
+    for line in str(SampleSize.of(len(chosen), floor)).splitlines():
         job.recorder.note(line)
     subset = images.test.subset(chosen)
     samples = Samples(*subset.tensors(), subset.ids)
-    block_size = default_block_size(samples.images, job.machine.device)
     if dense_record is not None:
-        bring(dense_record, _record(stage.folder, DENSE))
+        reuse_attack_record(dense_record, _record(stage.folder, DENSE))
     cost = expected_cost(
         candidates[-1].classifier,
         samples.images,
         threat=job.recipe.threat,
         device=job.machine.device,
-        block_size=block_size,
+        block_size=default_block_size(samples.images, job.machine.device),
         workers=job.machine.workforce,
         version=section.version,
     )
     job.recorder.note(f"{cost}" + (", for each of the two networks" if len(candidates) == 2 else ""))
     deadline = None if time_budget is None else time.monotonic() + time_budget
+    work = Certification(job, samples, stage.folder, deadline)
     outputs = [_recipe_file(stage.folder)]
     files.write_text(outputs[0], catalog.dump(job.recipe))
     if policy is None:
-        certificates = {
-            candidate.role: _attack(job, candidate, samples, stage.folder, block_size, deadline)
-            for candidate in candidates
-        }
+        certificates = {candidate.role: work.attack(candidate) for candidate in candidates}
     else:
-        certificates = _decide(job, candidates, samples, stage.folder, block_size, deadline, policy)
+        certificates = work.decide(candidates, policy)
     for candidate in candidates:
         outputs += [
             _certificate_file(stage.folder, candidate.role),
@@ -139,7 +281,7 @@ def certify(
 
 
 def _result(certificate: Certificate) -> dict[str, Any]:
-    """What the manifest and ``--json`` say of a certificate."""
+    """Summarize a certificate for the manifest and ``--json``."""
     result: dict[str, Any] = {
         "clean": certificate.clean.model_dump(mode="json"),
         "robust": certificate.robust.model_dump(mode="json"),
@@ -153,162 +295,37 @@ def _result(certificate: Certificate) -> dict[str, Any]:
     return result
 
 
-def _attack(
-    job: RunContext,
-    candidate: Candidate,
-    samples: Samples,
-    folder: Path,
-    block_size: int,
-    deadline: float | None,
-) -> Certificate:
-    """One network's certificate after a full attack, written beside its adversarial points."""
-    job.recorder.note(f"attacking the {candidate.role} network on {len(samples.ids)} test images")
-    attempt = _begin(job, candidate, samples, folder, block_size)
-    cascade.run([attempt.cascade], workers=job.machine.workforce, deadline=deadline, recorder=job.recorder)
-    return _conclude(job, attempt, samples, folder, block_size, deadline, None)
+def reuse_attack_record(record: Path, into: Path) -> None:
+    """Copy the record of an attack to ``into``, unless one is there; do nothing where there is none.
 
-
-def _decide(
-    job: RunContext,
-    candidates: Sequence[Candidate],
-    samples: Samples,
-    folder: Path,
-    block_size: int,
-    deadline: float | None,
-    policy: EarlyPolicy,
-) -> dict[str, Certificate]:
-    """The certificates of all candidates, attacked together until ``policy`` is decided."""
-    job.recorder.note(
-        f"attacking {len(samples.ids)} test images until {policy} is decided (--full attacks to the end)"
-    )
-    attempts = [_begin(job, candidate, samples, folder, block_size) for candidate in candidates]
-    pruned, dense = attempts[-1], attempts[0] if len(attempts) > 1 else None
-    question = early_certify.Question(
-        policy,
-        samples.labels.tolist(),
-        (pruned.cascade, pruned.proven),
-        dense.cascade if dense is not None else None,
-    )
-    # The pruned network first: where it is hopeless, the dense one need not be attacked at all.
-    asked = [pruned, dense] if dense is not None and policy.needs_dense else [pruned]
-    run = functools.partial(
-        cascade.run, workers=job.machine.workforce, deadline=deadline, recorder=job.recorder
-    )
-    run([each.cascade for each in asked], decided=question.decided)
-    if question.decided():
-        if not all(attempt.cascade.outcome.complete for attempt in attempts):
-            job.recorder.note(question.words)
-    elif deadline is None or time.monotonic() < deadline:  # too few samples: the figures of all are due
-        run([attempt.cascade for attempt in attempts])
-    return {
-        attempt.candidate.role: _conclude(job, attempt, samples, folder, block_size, deadline, question)
-        for attempt in attempts
-    }
-
-
-def _begin(job: RunContext, candidate: Candidate, samples: Samples, folder: Path, block_size: int) -> Attempt:
-    """Proofs where they are asked for, the clean pass, and what the record remembers."""
-    section, recorder = job.recipe.certify, job.recorder
-    started = time.monotonic()
-    threat, device = job.recipe.threat, job.machine.device
-    images, labels = samples.images, samples.labels
-    proven = None
-    if section.provable:
-        proven = prove(candidate.classifier, images, labels, threat=threat, device=device, recorder=recorder)
-        recorder.note(f"{candidate.role} network: {proven.statement} {proven}; the rest is attacked")
-    begun = Cascade(
-        candidate.classifier,
-        images,
-        labels,
-        threat=threat,
-        seed=section.attack_seed,
-        device=device,
-        block_size=block_size,
-        record=_record(folder, candidate.role),
-        header={"sample_ids_sha256": ids_sha256(samples.ids), "version": section.version},
-        proven=proven.indices if proven is not None else (),
-        version=section.version,
-    )
-    return Attempt(candidate, proven, begun, started)
-
-
-def _conclude(
-    job: RunContext,
-    attempt: Attempt,
-    samples: Samples,
-    folder: Path,
-    block_size: int,
-    deadline: float | None,
-    question: early_certify.Question | None,
-) -> Certificate:
-    """The certificate of what was found, written beside its points.
-
-    Raises OutOfTimeError for an attack that was neither finished nor decided.
+    Points are linked and journals copied, since those grow in place, and a journal only after the points that
+    it names: a kill in between leaves a folder without journals, which counts as none. The cascade that
+    continues from the record compares every hash in it. Raises StorageError.
     """
-    section, recorder = job.recipe.certify, job.recorder
-    candidate, outcome = attempt.candidate, attempt.cascade.outcome
-    images, labels = samples.images, samples.labels
-    threat, device = job.recipe.threat, job.machine.device
-    decision = question.decision(outcome) if question is not None else None
-    if not outcome.complete and decision is None:
-        standing = sum(by is None for by in outcome.broken_by)
-        settled = standing - len(outcome.pending)
-        raise OutOfTimeError(
-            f"the time budget ran out while attacking the {candidate.role} network: "
-            f"of {len(samples.ids)} images {settled} survived, {len(outcome.pending)} are undecided",
-            hint="run the same command with --resume and more --time-budget",
-        )
-    if section.curve:
-        trace_curve(
-            candidate.classifier,
-            images,
-            labels,
-            outcome.broken_by,
-            _curve_file(folder, candidate.role),
-            threat=threat,
-            seed=section.attack_seed,
-            device=device,
-            workers=job.machine.workforce,
-            record=_record(folder, candidate.role) / "curve",
-            deadline=deadline,
-            recorder=recorder,
-        )
-    certificate = certificate_of(
-        job,
-        samples,
-        outcome,
-        subject=Subject(
-            arch=candidate.info.arch,
-            num_classes=outcome.num_classes,
-            weights_sha256=weights_hash(candidate.classifier),
-            checkpoint_sha256=files.sha256(candidate.path),
-            sparsity=candidate.info.sparsity,
-        ),
-        class_names=candidate.info.class_names,
-        points=points.save(_points_file(folder, candidate.role), samples.images, outcome.adversarial),
-        seconds=time.monotonic() - attempt.started,
-        proven=attempt.proven,
-        decision=decision,
-        mask_sha256=_mask_sha256(job, candidate.role),
-        recipe_sha256=files.sha256(_recipe_file(folder)),
-    )
-    certificate.save(_certificate_file(folder, candidate.role))
-    for flag in certificate.flags:
-        recorder.warn(f"{candidate.role} network: reliability flag {flag}")
-    recorder.note(
-        f"{candidate.role} network: clean accuracy {certificate.clean}, "
-        f"{certificate.statement} {certificate.robust}"
-    )
-    return certificate
+    found = sorted(path for path in record.rglob("*") if path.is_file() and not path.is_symlink())
+    for path in sorted(found, key=lambda each: (each.suffix == _JOURNAL, each)):
+        target = into / path.relative_to(record)
+        if target.exists():
+            continue
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"cannot create {target.parent}: {error.strerror or error}", code="folder-not-created"
+            ) from error
+        if path.suffix == _JOURNAL:
+            files.write_bytes(target, files.read_bytes(path))
+        else:
+            files.link(path, target)
 
 
 def _mask_sha256(job: RunContext, role: str) -> str | None:
-    """The hash of the masks that pruned this network; a dense one has none."""
+    """Hash the masks that pruned this network; a dense one has none."""
     return files.sha256(job.run.output("search", MASKS)) if role == PRUNED else None
 
 
 def _recipe_file(folder: Path) -> Path:
-    """The recipe as it stood: the run folder's own is replaced when a later command changes its part."""
+    """Return the path of the recipe as certified: later commands may replace the run folder's own."""
     return folder / RECIPE_FILE
 
 

@@ -1,4 +1,4 @@
-"""Certify an exported file itself: its own answers count, and attacks follow its differentiable twin."""
+"""Certify an exported file: its own answers count, and attacks follow its differentiable twin."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from s2ap_deploy import files
 from s2ap_deploy.data.sampling import choose
 from s2ap_deploy.errors import OutOfTimeError, RunFolderError
 from s2ap_deploy.evaluation import points
-from s2ap_deploy.evaluation.attacked_file import TRANSFER, AttackedFile, Transfer, TwinAgreement
 from s2ap_deploy.evaluation.autoattack import cascade
+from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig
 from s2ap_deploy.evaluation.autoattack.cost import expected_cost
 from s2ap_deploy.evaluation.autoattack.frozen_model import OnnxModel, exact_arithmetic
-from s2ap_deploy.evaluation.autoattack.outcome import AttackCount, AttackOutcome
-from s2ap_deploy.evaluation.autoattack.scheduler import default_block_size
-from s2ap_deploy.evaluation.certificate import Certificate, Subject
+from s2ap_deploy.evaluation.autoattack.scheduler import AttackOutcome, default_block_size
+from s2ap_deploy.evaluation.certificate import (
+    TRANSFER,
+    AttackedFile,
+    Certificate,
+    Subject,
+    Transfer,
+    TwinAgreement,
+)
 from s2ap_deploy.evaluation.samples import ids_sha256
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.onnx_export.encoding import decode, weights
@@ -32,10 +38,11 @@ from s2ap_deploy.onnx_export.onnx_file import OnnxFile
 from s2ap_deploy.onnx_export.quantization import quantized_weights
 from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxModule
 from s2ap_deploy.onnx_export.verification import compare_logits
+from s2ap_deploy.records import AttackRow
 from s2ap_deploy.runs.folder import CERTIFICATE, COPY, Run
 from s2ap_deploy.stages.certify import DENSE, PRUNED
 from s2ap_deploy.stages.context import RunContext, on_first_rank
-from s2ap_deploy.stages.issue_certificate import Samples, certificate_of
+from s2ap_deploy.stages.evidence import Samples, certificate_of
 from s2ap_deploy.training.pgd import pgd
 
 POINTS = "points.safetensors"
@@ -50,24 +57,31 @@ class _StoredPoints(NamedTuple):
 
 
 class _TransferResult(NamedTuple):
-    """How the file answers to them: ``broken`` [n] samples are right clean and wrong there."""
+    """The file's answers to stored points: ``broken`` [n] samples are correct clean and wrong there."""
 
     broken: Tensor
     clean: Tensor
     images: Tensor
     predictions: Tensor
-    row: AttackCount
+    row: AttackRow
     transfer: Transfer
 
 
 @on_first_rank
 def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None = None) -> Certificate:
-    """Leave the file's own certificate in the ``artifact`` stage, beside its adversarial points.
+    """Write the file's own certificate into the ``artifact`` stage, beside its adversarial points.
 
     White-box attacks run on the twin, Square on the file; the points that a certificate of the same run
     holds for the same samples are tried as well. Every answer is the file's, in ONNX Runtime. A file from
-    elsewhere is copied into the stage, so that the gate finds what was judged. Raises OutOfTimeError when
-    ``time_budget`` (seconds) runs out; ``--resume`` continues.
+    outside the run folder is copied into the stage, so that the gate finds what was judged.
+
+    Args:
+        job: the run, its recipe and the device.
+        opened: the file.
+        time_budget: seconds; None for no limit.
+
+    Raises:
+        OutOfTimeError: the time ran out; ``--resume`` continues.
     """
     section = job.recipe.certify
     images = job.images(opened.input_size)
@@ -88,9 +102,9 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
     started = time.monotonic()
     twin = OnnxModule(opened.model)
     judge = OnnxModel(twin, opened.answers, job.machine.device)
-    made = _made(job.run, samples, job.recipe.threat.model_dump())
-    moved = None if made is None else _moved(job, judge, samples, made)
-    outcome = _attack(job, opened, twin, samples, moved, stage.folder, time_budget)
+    stored = _stored_points(job.run, samples, job.recipe.threat.model_dump())
+    transferred = None if stored is None else _transfer(job, judge, samples, stored)
+    outcome = _attack(job, opened, twin, samples, transferred, stage.folder, time_budget)
     with exact_arithmetic(job.machine.device):
         agreement = _agreement(job, judge, outcome, samples, quantized=opened.quantized)
     names = opened.class_names or images.spec.class_names
@@ -108,7 +122,7 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
                 bytes=len(opened.content),
                 quantized=opened.quantized,
                 twin=agreement,
-                transfer=None if moved is None else moved.transfer,
+                transfer=None if transferred is None else transferred.transfer,
             ),
         ),
         class_names=names if len(names) == outcome.num_classes else (),
@@ -123,7 +137,7 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
         outputs.append(stage.folder / COPY)
     stage.finish(outputs, _results(certificate))
     shutil.rmtree(_record(stage.folder), ignore_errors=True)
-    _tell(job, certificate)
+    _report(job, certificate)
     return certificate
 
 
@@ -132,14 +146,14 @@ def _attack(
     opened: OnnxFile,
     twin: OnnxModule,
     samples: Samples,
-    moved: _TransferResult | None,
+    transferred: _TransferResult | None,
     folder: Path,
     time_budget: float | None,
 ) -> AttackOutcome:
-    """What breaks the file: the points of another network first, then attacks on all that is left."""
+    """Try the points of another network first, then attack all samples that they did not break."""
     section, threat, device = job.recipe.certify, job.recipe.threat, job.machine.device
-    rest = torch.ones(len(samples.ids), dtype=torch.bool) if moved is None else ~moved.broken
-    rest[0] |= not rest.any()  # a cascade of nothing could not even count the classes
+    rest = torch.ones(len(samples.ids), dtype=torch.bool) if transferred is None else ~transferred.broken
+    rest[0] |= not rest.any()  # a cascade of no samples could not count the classes
     images, labels = samples.images[rest], samples.labels[rest]
     block_size = default_block_size(samples.images, device)
     cost = expected_cost(
@@ -153,33 +167,37 @@ def _attack(
     )
     job.recorder.note(f"{cost}")
     job.recorder.note(f"attacking the file itself on {len(samples.ids)} test images")
+    config = AttackConfig(
+        threat=threat,
+        seed=section.attack_seed,
+        device=device,
+        version=section.version,
+        block_size=block_size,
+        record=_record(folder),
+        header={"sample_ids_sha256": ids_sha256(samples.ids), "artifact_sha256": opened.sha256},
+        answers=opened.answers,
+    )
     outcome = cascade.attack(
         twin,
         images,
         labels,
-        threat=threat,
-        seed=section.attack_seed,
-        device=device,
+        config,
         workers=job.machine.workforce,
-        block_size=block_size,
-        record=_record(folder),
-        header={"sample_ids_sha256": ids_sha256(samples.ids), "artifact_sha256": opened.sha256},
         deadline=None if time_budget is None else time.monotonic() + time_budget,
-        version=section.version,
-        answers=opened.answers,
         recorder=job.recorder,
     )
     if not outcome.complete:
         raise OutOfTimeError(
             f"the time budget ran out while attacking the file: of {len(samples.ids)} images "
             f"{len(outcome.pending)} are undecided",
+            code="time-budget-exceeded",
             hint="run the same command with --resume and more --time-budget",
         )
-    return outcome if moved is None else _merged(outcome, rest, samples, moved)
+    return outcome if transferred is None else _merged(outcome, rest, transferred)
 
 
-def _made(run: Run, samples: Samples, threat: dict[str, Any]) -> _StoredPoints | None:
-    """The adversarial points of this run's own network, where they are of the same samples and threat."""
+def _stored_points(run: Run, samples: Samples, threat: dict[str, Any]) -> _StoredPoints | None:
+    """Load the adversarial points of this run's own network, if they are of the same samples and threat."""
     for role in (PRUNED, DENSE):
         try:
             path = run.output("certify", f"{role}.json")
@@ -198,30 +216,35 @@ def _made(run: Run, samples: Samples, threat: dict[str, Any]) -> _StoredPoints |
     return None
 
 
-def _moved(job: RunContext, judge: OnnxModel, samples: Samples, made: _StoredPoints) -> _TransferResult:
-    """What the points of another network show on the file: which samples they break, and which survive."""
+def _transfer(job: RunContext, judge: OnnxModel, samples: Samples, stored: _StoredPoints) -> _TransferResult:
+    """Try the points of another network on the file."""
     started = time.monotonic()
     with exact_arithmetic(job.machine.device):
         clean = judge.logits(samples.images, 64).argmax(dim=1)
         broken, images, predictions = judge.confirm(
-            samples.images, made.adversarial, samples.labels, job.recipe.threat
+            samples.images, stored.adversarial, samples.labels, job.recipe.threat
         )
     right = clean == samples.labels
     survived = Transfer(
-        certificate_sha256=made.certificate_sha256,
+        certificate_sha256=stored.certificate_sha256,
         n=len(right),
         survived=int((right & ~broken).sum()),
     )
-    row = AttackCount(TRANSFER, int(right.sum()), int((right & broken).sum()), time.monotonic() - started)
+    row = AttackRow(
+        name=TRANSFER,
+        n_in=int(right.sum()),
+        n_broken=int((right & broken).sum()),
+        seconds=time.monotonic() - started,
+    )
     return _TransferResult(right & broken, clean, images, predictions, row, survived)
 
 
-def _merged(outcome: AttackOutcome, rest: Tensor, samples: Samples, moved: _TransferResult) -> AttackOutcome:
-    """The outcome of the attacks on the ``rest``, and of the transferred points on the others, together."""
-    clean, predictions = moved.clean.clone(), moved.predictions.clone()
+def _merged(outcome: AttackOutcome, rest: Tensor, transferred: _TransferResult) -> AttackOutcome:
+    """Combine the outcome of the attacks on the ``rest`` with that of the transferred points."""
+    clean, predictions = transferred.clean.clone(), transferred.predictions.clone()
     clean[rest] = torch.tensor(outcome.clean_prediction)
     predictions[rest] = torch.tensor(outcome.adversarial_prediction)
-    adversarial = moved.images.clone()
+    adversarial = transferred.images.clone()
     adversarial[rest] = outcome.adversarial
     found = iter(outcome.broken_by)
     broken_by = [next(found) if left else TRANSFER for left in rest.tolist()]
@@ -231,23 +254,23 @@ def _merged(outcome: AttackOutcome, rest: Tensor, samples: Samples, moved: _Tran
         broken_by=tuple(broken_by),
         adversarial=adversarial,
         adversarial_prediction=tuple(predictions.tolist()),
-        counts=(moved.row, *outcome.counts),
+        counts=(transferred.row, *outcome.counts),
     )
 
 
 def _agreement(
     job: RunContext, judge: OnnxModel, outcome: AttackOutcome, samples: Samples, *, quantized: bool
 ) -> TwinAgreement:
-    """OnnxModule and file on every clean image and on an adversarial point for each of them.
+    """Compare twin and file on every clean image and on an adversarial point for each of them.
 
     Where the attacks found no point that breaks the file, PGD on the twin makes one: a comparison on breaks
     alone would leave out exactly the points on which the twin is fooled and the file is not.
     """
-    standing = torch.tensor([by is None for by in outcome.broken_by])
+    unbroken = torch.tensor([by is None for by in outcome.broken_by])
     adversarial = outcome.adversarial.clone()
     threat, device = job.recipe.threat, job.machine.device
-    if standing.any() and threat.norm != "L1":
-        for part in torch.split(standing.nonzero()[:, 0], 64):
+    if unbroken.any() and threat.norm != "L1":
+        for part in torch.split(unbroken.nonzero()[:, 0], 64):
             clean, labels = samples.images[part].to(device), samples.labels[part].to(device)
             adversarial[part] = pgd(
                 judge.network,
@@ -279,7 +302,7 @@ def _twin_logits(judge: OnnxModel, images: Tensor, device: torch.device) -> NDAr
 
 
 def _sparsity(opened: OnnxFile) -> float | None:
-    """The share of zeros among the tensors that convolutions and matrix products read, as stored."""
+    """Compute the share of zeros among the tensors that convolutions and matrix products read, as stored."""
     model = decode(opened.model)
     tensors = {**weights(model), **quantized_weights(model)}.values()
     entries = sum(tensor.size for tensor in tensors)
@@ -301,7 +324,7 @@ def _results(certificate: Certificate) -> dict[str, Any]:
     }
 
 
-def _tell(job: RunContext, certificate: Certificate) -> None:
+def _report(job: RunContext, certificate: Certificate) -> None:
     file = certificate.subject.artifact
     assert file is not None
     for flag in certificate.flags:

@@ -1,4 +1,4 @@
-"""Certify only until the gate's verdict is decided: which policy, which stage, and when to stop."""
+"""Stop certification early: which thresholds decide, which stage is entered, and when to stop."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from s2ap_deploy.errors import RunFolderError, UsageError
 from s2ap_deploy.evaluation.autoattack.cascade import Cascade
-from s2ap_deploy.evaluation.autoattack.outcome import AttackOutcome
-from s2ap_deploy.evaluation.interval import EarlyDecision
-from s2ap_deploy.evaluation.samples import Proven
-from s2ap_deploy.gating.early_stopping import EarlyPolicy, answers, verdict_of
+from s2ap_deploy.evaluation.autoattack.scheduler import AttackOutcome
+from s2ap_deploy.evaluation.samples import EarlyDecision, Proven
+from s2ap_deploy.gating.early_stopping import answers, verdict_of
 from s2ap_deploy.recipe.schema import Recipe
+from s2ap_deploy.recipe.thresholds import Thresholds
 from s2ap_deploy.runs import manifest
 from s2ap_deploy.runs.stage import Stage
 from s2ap_deploy.stages.context import RunContext
@@ -21,32 +21,46 @@ INPUT = "decide"
 """The stage's input that holds the policy; a full run has none."""
 
 
-def policy_of(recipe: Recipe) -> EarlyPolicy | None:
-    """What the recipe's gate decides early; None for a full run. Raises UsageError for an impossible gate."""
-    if recipe.gate is None or recipe.certify.full:
-        return None
-    return EarlyPolicy.of(recipe.gate.model_dump())
+def policy_of(recipe: Recipe) -> Thresholds | None:
+    """Return the thresholds of the recipe's gate that attacks decide; None for a full run.
+
+    Raises UsageError for a threshold that no number of samples can show.
+    """
+    return None if recipe.gate is None or recipe.certify.full else _decidable(recipe.gate)
 
 
-def asked_policy(recipe: Recipe, asked: Mapping[str, Any]) -> EarlyPolicy | None:
-    """What a command line asks to decide; None where it asks nothing, so that the recipe's own gate counts.
+def asked_policy(recipe: Recipe, asked: Mapping[str, Any]) -> Thresholds | None:
+    """Return the thresholds that a command gives; None without any, so that the recipe's gate counts.
 
-    Thresholds replace those of the recipe's gate, a ``rule`` alone joins them. Raises UsageError.
+    Thresholds replace those of the recipe's gate, a ``rule`` alone is added to them. Raises UsageError.
     """
     given = {name: value for name, value in asked.items() if value is not None}
     if given.keys() == {"rule"}:
-        stated = {} if recipe.gate is None else recipe.gate.model_dump()
-        given = {**stated, **given}
-        if EarlyPolicy.of(given) is None:
-            raise UsageError("--gate alone has nothing to judge", hint="add --min-robust or --max-drop")
-    return EarlyPolicy.of(given)
+        policy = None
+        if recipe.gate is not None:
+            policy = _decidable(Thresholds.of({**recipe.gate.model_dump(), **given}))
+        if policy is None:
+            raise UsageError(
+                "--gate alone has nothing to judge",
+                code="threshold-missing",
+                hint="add --min-robust or --max-drop",
+            )
+        return policy
+    return _decidable(Thresholds.of(given)) if given else None
 
 
-def enter(job: RunContext, inputs: Mapping[str, Any], policy: EarlyPolicy | None) -> Stage:
-    """The certify stage for ``inputs``, and for ``policy`` where the run may stop early.
+def _decidable(policy: Thresholds) -> Thresholds | None:
+    found = policy.decidable
+    if found is not None:
+        found.refuse_unprovable()
+    return found
 
-    What a full run found serves every policy. What was attacked under another policy, or in a full run that
-    was interrupted, stays true: with ``--resume`` the stage goes on from there. Raises RunFolderError.
+
+def enter(job: RunContext, inputs: Mapping[str, Any], policy: Thresholds | None) -> Stage:
+    """Enter the certify stage for ``inputs``, and for ``policy`` where the run may stop early.
+
+    The results of a full run serve every policy. Those of another policy, or of an interrupted full run, stay
+    valid: with ``--resume`` the stage continues from them. Raises RunFolderError.
     """
     wanted = dict(inputs) if policy is None else {**inputs, INPUT: policy.model_dump(exclude_none=True)}
     record = job.run.manifest.stages.get("certify")
@@ -62,7 +76,8 @@ def enter(job: RunContext, inputs: Mapping[str, Any], policy: EarlyPolicy | None
     if not job.resume:
         raise RunFolderError(
             f"certify in {job.run.path} was for another policy: {_differing(record.inputs, wanted)}",
-            hint="add --resume to go on from what it attacked, or --overwrite to start again",
+            code="stage-policy-changed",
+            hint="add --resume to continue from what it attacked, or --overwrite to start again",
         )
     job.run.reopen("certify", inputs=wanted)
     return job.stage("certify", wanted)
@@ -72,17 +87,17 @@ def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return "; ".join(manifest.differences(found, manifest.as_json(wanted)))
 
 
-class Question:
-    """Whether the verdict on two networks, or on one alone, is decided by now."""
+class EarlyStopping:
+    """Decides whether further attacks on two networks, or on one alone, can change the verdict."""
 
     def __init__(
         self,
-        policy: EarlyPolicy,
+        policy: Thresholds,
         labels: Sequence[int],
         pruned: tuple[Cascade, Proven | None],
         dense: Cascade | None,
     ) -> None:
-        """``dense`` None: the network ``pruned`` is alone, and is its own measure."""
+        """``pruned`` is a cascade and its proofs; without ``dense`` it is compared with itself."""
         self._policy = policy
         self._labels = list(labels)
         self._pruned, self._proven = pruned
@@ -91,18 +106,18 @@ class Question:
         self.reasons: tuple[str, ...] = ()
 
     def decided(self) -> bool:
-        """Ask with what is known now."""
+        """Return whether the verdict is decided by what is known now."""
         pruned = dataclasses.replace(
             self._pruned.progress, proven=None if self._proven is None else self._proven.count
         )
         dense = pruned if self._dense is None else self._dense.progress
         found = answers(self._policy, pruned, dense, self._labels)
         self.verdict = verdict_of(found)
-        self.reasons = tuple(answer.words for answer in found if answer.status == self.verdict)
+        self.reasons = tuple(answer.message for answer in found if answer.status == self.verdict)
         return self.verdict is not None
 
     def decision(self, outcome: AttackOutcome) -> EarlyDecision | None:
-        """The block of a certificate whose attack was left unfinished; None for a finished one."""
+        """Return the decision for the certificate of an unfinished attack; None for a finished one."""
         if self.verdict is None or outcome.complete:
             return None
         return EarlyDecision(
@@ -113,8 +128,8 @@ class Question:
         )
 
     @property
-    def words(self) -> str:
-        """The decision and its reasons in a line, for a person."""
+    def message(self) -> str:
+        """The decision and its reasons in a line."""
         unresolved = f"{_open(self._pruned):,} of {len(self._labels):,} images unresolved"
         if self._dense is not None:
             unresolved += f" ({_open(self._dense):,} for the dense network)"
@@ -122,4 +137,4 @@ class Question:
 
 
 def _open(cascade: Cascade) -> int:
-    return cascade.progress.standing.count(None)
+    return cascade.progress.robust.count(None)

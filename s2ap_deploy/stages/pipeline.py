@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from s2ap_deploy.gating.policy import GatePolicy, Verdict
+from s2ap_deploy.gating.check import Verdict
 from s2ap_deploy.onnx_export.onnx_file import load
 from s2ap_deploy.stages.certify import certify
 from s2ap_deploy.stages.certify_file import certify_file
@@ -40,4 +40,4 @@ def deliver(job: RunContext, time_budget: float | None, dense_record: Path | Non
     job.remember()
     if job.recipe.gate is None:
         return None
-    return gate(job.run, GatePolicy.model_validate(job.recipe.gate.model_dump()))
+    return gate(job.run, job.recipe.gate)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from s2ap_deploy.errors import RunFolderError, StorageError
 from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.runs import manifest
-from s2ap_deploy.runs.folder import Run
+from s2ap_deploy.runs.folder import Run, check_is_run_folder, manifest_of
 from s2ap_deploy.runs.manifest import Manifest, StageName
 from s2ap_deploy.runs.stage import Stage
 from s2ap_deploy.stages.context import RunContext
@@ -33,7 +32,8 @@ class ReadOnlyRun(Run):
     def __init__(self, path: Path) -> None:
         """``path`` may be absent. Raises RunFolderError when it holds something else or is damaged."""
         self.path = path
-        self.manifest = _contents(path)
+        check_is_run_folder(path, create=True)
+        self.manifest = manifest_of(path)
 
     def save(self, contents: Manifest) -> None:
         raise AssertionError("a folder that is looked at is not written")
@@ -79,23 +79,3 @@ class DryRunJob(RunContext):
     """A job that finds out what is done: stages raise :class:`StagePending` where their work would begin."""
 
     def remember(self) -> None: ...
-
-
-def _contents(path: Path) -> Manifest:
-    if path.exists() and not path.is_dir():
-        raise RunFolderError(f"{path} is a file, not a run folder", hint="choose another folder with --run")
-    if (path / manifest.FILE_NAME).exists():
-        return Manifest.load(path)
-    try:
-        found = (
-            sorted(each.name for each in path.iterdir() if not each.name.startswith("."))
-            if path.exists()
-            else []
-        )
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-    if found:
-        raise RunFolderError(
-            f"{path} holds other files and is no run folder", hint="choose another folder with --run"
-        )
-    return Manifest(tool_version=manifest.tool_version(), created=manifest.now())

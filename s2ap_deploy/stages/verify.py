@@ -1,6 +1,6 @@
-"""Verify: a certificate held against every file that it names, and against attacks that it has not seen.
+"""Verify: compare a certificate with every file that it names, and repeat parts of its attack.
 
-Nothing is written and no lock is taken: the run folder may belong to somebody else, or be read-only.
+Nothing is written and no lock is taken: the run folder may belong to another user, or be read-only.
 """
 
 from __future__ import annotations
@@ -24,11 +24,18 @@ from s2ap_deploy.runs.folder import MASKS, RECIPE_FILE
 from s2ap_deploy.stages.certified_files import FILE, CertifiedRun, Verification, check
 from s2ap_deploy.stages.context import read_images
 from s2ap_deploy.stages.execution import ExecutionConfig
-from s2ap_deploy.stages.verification_target import VerificationTarget, suspect_file, suspect_network
-from s2ap_deploy.stages.verify_attacks import fresh_attacks, fresh_proofs, listed, stored_points
+from s2ap_deploy.stages.verify_attacks import (
+    VerificationTarget,
+    fresh_attacks,
+    fresh_proofs,
+    listed,
+    load_file,
+    load_network,
+    stored_points,
+)
 
 
-class _Evidence(NamedTuple):
+class _Points(NamedTuple):
     """Images, labels and attacked points in the certificate's order, from its own file or from the data."""
 
     clean: Tensor
@@ -38,40 +45,51 @@ class _Evidence(NamedTuple):
 def verify(
     path: Path, folder: Path | None, *, k: int, seed: int, machine: ExecutionConfig, recorder: Recorder
 ) -> Verification:
-    """Recompute what the certificate at ``path`` claims, and attack ``k`` of its survivors anew.
+    """Recompute what the certificate at ``path`` claims, and attack ``k`` of its survivors again.
 
-    ``folder`` is its run folder (None: the one around the certificate). The survivors are drawn by ``seed``,
-    and the attacks are the same with other random numbers and in other blocks. A file that is not there makes
-    the answer inconclusive; another one in its place, a point that does not do what it is said to, and a
-    survivor that falls now make it a failure. Raises InputError for what is no certificate, UsageError where
-    no run folder is found, CheckpointError and ArchitectureError for a network that cannot be read.
+    The survivors are drawn by ``seed``, and the attacks are the same with other random numbers and in other
+    blocks. A missing file makes the answer inconclusive; a changed file, a stored point that does not
+    reproduce, and a survivor that falls make it a failure.
+
+    Args:
+        path: the certificate.
+        folder: its run folder (None: the one around the certificate).
+        k: the number of survivors to attack.
+        seed: draws the survivors and the random numbers of the attacks.
+        machine: where data are and what computes.
+        recorder: receives progress.
+
+    Raises:
+        InputError: not a certificate.
+        UsageError: no run folder is found.
+        CheckpointError, ArchitectureError: the network cannot be read.
     """
     run = CertifiedRun.load(path, folder)
     certificate = run.certificate
     checks = run.file_checks()
     attacked = 0
-    suspect = _suspect(run, machine, checks)
-    evidence = _evidence(run, machine, suspect, checks, recorder)
-    if suspect is not None and evidence is not None:
+    target = _target(run, machine, checks)
+    evidence = _evidence(run, machine, target, checks, recorder)
+    if target is not None and evidence is not None:
         if evidence.attacked is not None:
             checks += stored_points(
-                suspect.judge(machine), machine, certificate, evidence.clean, evidence.attacked
+                target.frozen(machine), machine, certificate, evidence.clean, evidence.attacked
             )
-        standing = [index for index, stands in enumerate(certificate.standing) if stands]
-        chosen = [standing[position] for position in choose(len(standing), k, seed=seed)] if k else []
+        robust = [index for index, survived in enumerate(certificate.robustness) if survived]
+        chosen = [robust[position] for position in choose(len(robust), k, seed=seed)] if k else []
         attacked = len(chosen)
-        checks += fresh_attacks(suspect, machine, certificate, evidence.clean, chosen, seed, recorder)
-        checks += fresh_proofs(suspect.network, machine, certificate, evidence.clean, k, seed, recorder)
+        checks += fresh_attacks(target, machine, certificate, evidence.clean, chosen, seed, recorder)
+        checks += fresh_proofs(target.network, machine, certificate, evidence.clean, k, seed, recorder)
     return run.verification(checks, scope="network", seed=seed, attacked=attacked)
 
 
-def _suspect(run: CertifiedRun, machine: ExecutionConfig, checks: list[Check]) -> VerificationTarget | None:
+def _target(run: CertifiedRun, machine: ExecutionConfig, checks: list[Check]) -> VerificationTarget | None:
     """Load what was attacked if it has the certified weights, and check its masks."""
     path = files.within(run.folder, run.attacked_name)
     if not path.is_file() or run.attacked_sha256 not in (None, files.sha256(path)):
         return None
-    suspect = suspect_file(path) if run.role == FILE else suspect_network(path, machine)
-    if suspect.weights_sha256 != run.certificate.subject.weights_sha256:
+    target = load_file(path) if run.role == FILE else load_network(path, machine)
+    if target.weights_sha256 != run.certificate.subject.weights_sha256:
         checks.append(check("weights", "fail", "weights: not the ones that were attacked"))
         return None
     checks.append(
@@ -79,12 +97,12 @@ def _suspect(run: CertifiedRun, machine: ExecutionConfig, checks: list[Check]) -
     )
     masks = files.within(run.folder, f"search/{MASKS}")
     if masks.is_file() and files.sha256(masks) == run.certificate.mask_sha256:
-        checks.append(_masked(suspect.network, masks))
-    return suspect
+        checks.append(_masked(target.network, masks))
+    return target
 
 
 def _masked(classifier: nn.Module, masks: Path) -> Check:
-    """Whether every weight that the masks take away is zero."""
+    """Check that every masked weight is zero."""
     parameters = dict(classifier.named_parameters())
     loose = 0
     for name, mask in load_tensors(masks).items():
@@ -100,33 +118,33 @@ def _masked(classifier: nn.Module, masks: Path) -> Check:
 def _evidence(
     run: CertifiedRun,
     machine: ExecutionConfig,
-    suspect: VerificationTarget | None,
+    target: VerificationTarget | None,
     checks: list[Check],
     recorder: Recorder,
-) -> _Evidence | None:
+) -> _Points | None:
     """Load the clean and the attacked points, and compare them with the data set where it can be read."""
     stored, certificate, path = None, run.certificate, run.points
     if path is not None and certificate.points is not None:
         stored = points.load(path, certificate.points)
     if stored is not None and len(stored[0]) != certificate.n:
-        words = f"points: {len(stored[0])} in the file, {certificate.n} in the certificate"
-        checks.append(check("points", "fail", words))
+        message = f"points: {len(stored[0])} in the file, {certificate.n} in the certificate"
+        checks.append(check("points", "fail", message))
         return None
-    clean = _from_data(run, machine, suspect, checks, recorder)
+    clean = _from_data(run, machine, target, checks, recorder)
     if clean is not None and stored is not None:
         if not torch.equal(clean, stored[0]):
             checks.append(check("images", "fail", "images: the stored ones are not those of the data set"))
             return None
         checks.append(check("images", "pass", "images: the stored ones are those of the data set"))
     if stored is not None:
-        return _Evidence(*stored)
-    return _Evidence(clean, None) if clean is not None else None
+        return _Points(*stored)
+    return _Points(clean, None) if clean is not None else None
 
 
 def _from_data(
     run: CertifiedRun,
     machine: ExecutionConfig,
-    suspect: VerificationTarget | None,
+    target: VerificationTarget | None,
     checks: list[Check],
     recorder: Recorder,
 ) -> Tensor | None:
@@ -138,16 +156,16 @@ def _from_data(
         return None
     recipe = catalog.load(str(recipe_file))
     try:
-        test = read_images(recipe, machine, suspect.size if suspect is not None else None, recorder).test
+        test = read_images(recipe, machine, target.size if target is not None else None, recorder).test
     except DataError as error:
-        words = f"samples: the data cannot be read here: {error.message}"
-        checks.append(check("samples", "inconclusive", words))
+        message = f"samples: the data cannot be read here: {error.message}"
+        checks.append(check("samples", "inconclusive", message))
         return None
     places = {name: position for position, name in enumerate(test.ids)}
     unknown = [sample.id for sample in certificate.samples if sample.id not in places]
     if unknown:
-        words = f"samples: {len(unknown)} are not in {certificate.data}: {listed(unknown)}"
-        checks.append(check("samples", "fail", words))
+        message = f"samples: {len(unknown)} are not in {certificate.data}: {listed(unknown)}"
+        checks.append(check("samples", "fail", message))
         return None
     subset = test.subset([places[sample.id] for sample in certificate.samples])
     wrong = [
@@ -156,8 +174,8 @@ def _from_data(
         if sample.label != label
     ]
     status: Status = "fail" if wrong else "pass"
-    words = (
+    message = (
         f"have another label in the data: {listed(wrong)}" if wrong else "ids and labels are the data set's"
     )
-    checks.append(check("samples", status, f"samples: {len(wrong) or certificate.n} {words}"))
+    checks.append(check("samples", status, f"samples: {len(wrong) or certificate.n} {message}"))
     return subset.tensors()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,9 @@ import pytest
 
 from s2ap_deploy import files
 from s2ap_deploy.evaluation.certificate import Certificate, PointsFile, Subject
-from s2ap_deploy.evaluation.issuing import issue
-from s2ap_deploy.evaluation.samples import AttackRow
+from s2ap_deploy.evaluation.samples import rows
 from s2ap_deploy.onnx_export.export_report import ExportReport
-from s2ap_deploy.records import Agreement, PointsCheck
+from s2ap_deploy.records import Agreement, AttackRow, PointsCheck
 from s2ap_deploy.runs.folder import Run
 from s2ap_deploy.spec import ThreatModel
 
@@ -23,6 +23,12 @@ def _no_ci_around(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests say themselves when they run on GitHub; the real one shall not get their summaries."""
     for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT"):
         monkeypatch.delenv(name, raising=False)
+
+
+def issue(**facts: Any) -> Certificate:
+    """Build a certificate from columns of samples and the other fields."""
+    columns = [facts.pop(name) for name in inspect.signature(rows).parameters]
+    return Certificate.of(rows(*columns), **facts)
 
 
 def certificate_of(survived: int, n: int, checkpoint: Path, beside: Path, /, **changes: Any) -> Certificate:

@@ -14,8 +14,7 @@ from rich.console import Console
 from s2ap_deploy.cli import tables
 from s2ap_deploy.cli.gate import show_checks
 from s2ap_deploy.cli.terminal import WORDS
-from s2ap_deploy.gating.check import Check
-from s2ap_deploy.gating.policy import Verdict
+from s2ap_deploy.gating.check import Check, Verdict
 from s2ap_deploy.onnx_export.export_report import Inference, PairedTimes, PeakMemory, Performance
 
 SHARE = {"value": 0.86, "interval": [0.804, 0.9048]}
@@ -37,9 +36,14 @@ def summary() -> dict[str, Any]:
 def verdict() -> Verdict:
     long = "file export/model.onnx gives the certificate's answers on all 200 samples, clean and attacked"
     checks = (
-        Check(name="file", status="pass", words=long),
-        Check(name="robust", status="fail", words="robust accuracy: 10 of 200; required [40 %]"),
-        Check(name="flag", status="inconclusive", words="the model: some doubt"),
+        Check(rule="file", name="file", status="pass", message=long),
+        Check(
+            rule="robust-accuracy",
+            name="robust",
+            status="fail",
+            message="robust accuracy: 10 of 200; required [40 %]",
+        ),
+        Check(rule="reliability", name="flag", status="inconclusive", message="the model: some doubt"),
     )
     return Verdict(status="fail", exit_code=1, checks=checks)
 
@@ -83,7 +87,7 @@ def test_flags_are_shown_when_there_are_any(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_log_keeps_each_check_on_its_line_and_brackets_are_text(capsys: pytest.CaptureFixture[str]) -> None:
-    expected = [f"{sign} {check.words}" for sign, check in zip("✓✗?", verdict().checks, strict=True)]
+    expected = [f"{sign} {check.message}" for sign, check in zip("✓✗?", verdict().checks, strict=True)]
     show_checks(verdict().checks, "gate", "fail", WORDS)
     assert capsys.readouterr().out.splitlines() == [*expected, "gate: FAILED"]
 

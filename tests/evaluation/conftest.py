@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,10 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2ap_deploy.evaluation.autoattack import protocols
-from s2ap_deploy.evaluation.certificate import Certificate, Subject
-from s2ap_deploy.evaluation.issuing import issue
-from s2ap_deploy.evaluation.samples import AttackRow
-from s2ap_deploy.spec import ThreatModel
 
 MakeNetwork = Callable[..., nn.Sequential]
 
@@ -76,44 +71,3 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fraction of the published iterations, for tests of the orchestration and not of the attacks."""
     few = {name: 60 if name == "square" else 5 for name in protocols.ITERATIONS}
     monkeypatch.setattr(protocols, "ITERATIONS", few)
-
-
-@pytest.fixture(scope="session")
-def make_certificate() -> Callable[..., Certificate]:
-    """``make_certificate(broken_by, **changes)``: labels alternate 0, 1; the rest follows."""
-
-    def make(broken_by: Sequence[str | None], **changes: Any) -> Certificate:
-        labels = [index % 2 for index in range(len(broken_by))]
-        facts: dict[str, Any] = {
-            "subject": Subject(
-                arch="digits-conv", num_classes=2, weights_sha256="a" * 64, checkpoint_sha256="c" * 64
-            ),
-            "threat": ThreatModel(eps="0.1"),
-            "data": "digits",
-            "split": "test",
-            "sample_ids": [f"test/{index}" for index in range(len(broken_by))],
-            "labels": labels,
-            "class_names": ("zero", "one"),
-            "clean_prediction": [
-                1 - y if by == "clean" else y for y, by in zip(labels, broken_by, strict=True)
-            ],
-            "adversarial_prediction": [
-                y if by is None else 1 - y for y, by in zip(labels, broken_by, strict=True)
-            ],
-            "broken_by": broken_by,
-            "attacks": [
-                AttackRow(name=name, n_in=1, n_broken=0, seconds=1.0) for name in ("apgd-ce", "square")
-            ],
-            "protocol": "standard",
-            "flags": (),
-            "attack_seed": 0,
-            "sample_seed": None,
-            "block_size": 100,
-            "points": None,
-            "versions": {"torch": "2"},
-            "environment": {"device": "cpu"},
-            "seconds": 1.0,
-        }
-        return issue(**{**facts, **changes})
-
-    return make

@@ -101,7 +101,7 @@ def test_a_certificate_that_contradicts_itself_is_refused(
 def test_other_versions_are_refused_by_name(certificate: Certificate, tmp_path: Path) -> None:
     path = tmp_path / "certificate.json"
     files.write_json(path, {**json.loads(certificate.text()), "schema_version": 2})
-    with pytest.raises(InputError, match="has schema_version 2; this version of s2ap-deploy reads 1"):
+    with pytest.raises(InputError, check=lambda error: error.code == "record-version-unknown"):
         Certificate.load(path)
 
 
@@ -109,7 +109,7 @@ def test_other_versions_are_refused_by_name(certificate: Certificate, tmp_path: 
 def test_other_files_are_not_certificates(tmp_path: Path, content: str) -> None:
     path = tmp_path / "certificate.json"
     path.write_text(content)
-    with pytest.raises(InputError, match="is not an attack certificate"):
+    with pytest.raises(InputError, check=lambda error: error.code == "record-kind-wrong"):
         Certificate.load(path)
 
 
@@ -127,13 +127,13 @@ def test_what_has_no_canonical_text_is_refused(
 ) -> None:
     path = tmp_path / "certificate.json"
     path.write_text(certificate.text().replace(old, new, 1))
-    with pytest.raises(InputError, match="is not JSON"):
+    with pytest.raises(InputError, check=lambda error: error.code == "record-not-json"):
         Certificate.load(path)
 
 
 def test_an_endless_file_is_no_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "LARGEST_JSON", 1000)
-    with pytest.raises(InputError, match="is not JSON: larger than"):
+    with pytest.raises(InputError, check=lambda error: error.code == "record-not-json"):
         Certificate.load(Path("/dev/zero"))
 
 
@@ -141,9 +141,9 @@ def test_an_endless_file_is_no_certificate(monkeypatch: pytest.MonkeyPatch) -> N
 def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "certificate.json"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="is not JSON"):
+    with pytest.raises(InputError, check=lambda error: error.code == "record-not-json"):
         Certificate.load(path)
-    with pytest.raises(StorageError, match="cannot read"):
+    with pytest.raises(StorageError, check=lambda error: error.code == "file-not-read"):
         Certificate.load(tmp_path / "absent.json")
 
 
@@ -170,7 +170,7 @@ def test_proofs_are_a_lower_bound_beside_the_upper_one(
     assert "lower bound" in proven.proven.statement
     proven.save(tmp_path / "certificate.json")
     assert Certificate.load(tmp_path / "certificate.json") == proven
-    assert "proven" not in json.loads(certificate.text()), "older certificates keep their text"
+    assert json.loads(certificate.text())["proven"] is None
 
 
 @pytest.mark.parametrize(

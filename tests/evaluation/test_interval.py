@@ -12,8 +12,7 @@ from pydantic import ValidationError
 
 from s2ap_deploy.errors import InputError
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.evaluation.interval import ClassInterval, EarlyDecision, Interval
-from s2ap_deploy.evaluation.samples import ClassRow, Share
+from s2ap_deploy.evaluation.samples import ClassInterval, ClassRow, EarlyDecision, Interval, Share
 
 Make = Callable[..., Certificate]
 
@@ -31,7 +30,7 @@ def test_it_claims_an_interval_and_no_value(early: Certificate) -> None:
     assert early.robust == Interval.of(2, 7, 10)
     assert str(early.robust) == "between 20.0% and 70.0%"
     assert early.survivors == (2, 7)
-    assert early.standing == (True,) * 2 + (None,) * 5 + (False,) * 3
+    assert early.robustness == (True,) * 2 + (None,) * 5 + (False,) * 3
     assert [type(row) for row in early.per_class] == [ClassInterval] * 2
     written = json.loads(early.text())
     assert not {"value", "k", "interval"} & written["robust"].keys()
@@ -50,8 +49,8 @@ def test_full_certificates_keep_their_text(make_certificate: Make) -> None:
     full = make_certificate([None] * 7 + ["square"] * 3)
     assert isinstance(full.robust, Share)
     assert isinstance(full.per_class[0], ClassRow)
-    assert (full.survivors, full.standing.count(None)) == ((7, 7), 0)
-    assert "decision" not in json.loads(full.text())
+    assert (full.survivors, full.robustness.count(None)) == ((7, 7), 0)
+    assert json.loads(full.text())["decision"] is None
     assert "undecided" not in full.text()
 
 

@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2ap_deploy.gating.pairs import PairRange, Pairs, Rule, Standing
+from s2ap_deploy.evaluation.samples import Robust
+from s2ap_deploy.gating.pairs import PairRange, Pairs
+from s2ap_deploy.recipe.thresholds import Rule
 
 RULES: st.SearchStrategy[Rule] = st.sampled_from(["lower", "point"])
-STANDING = st.sampled_from([True, False, None])
+OUTCOMES = st.sampled_from([True, False, None])
 
 
-def completions(standing: Standing) -> tuple[bool, ...]:
-    return (True, False) if standing is None else (standing,)
+def completions(outcomes: Robust) -> tuple[bool, ...]:
+    return (True, False) if outcomes is None else (outcomes,)
 
 
 def reachable(found: PairRange) -> set[Pairs]:
@@ -29,9 +31,9 @@ def reachable(found: PairRange) -> set[Pairs]:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(STANDING, STANDING), min_size=1, max_size=5))
+@given(st.lists(st.tuples(OUTCOMES, OUTCOMES), min_size=1, max_size=5))
 def test_the_range_holds_exactly_the_counts_that_completions_lead_to(
-    samples: list[tuple[Standing, Standing]],
+    samples: list[tuple[Robust, Robust]],
 ) -> None:
     found = PairRange.of([dense for dense, _ in samples], [pruned for _, pruned in samples])
     ended = set()
@@ -84,12 +86,12 @@ def test_the_two_ends_alone_would_call_a_failure_too_early() -> None:
 
 
 def test_a_network_compared_with_itself_loses_nothing() -> None:
-    standing = (True, None, False, None)
-    assert PairRange.of(standing, standing) == PairRange(0, 0, 4)
-    assert PairRange.by_class(standing, standing, [1, 0, 1, 1]) == {
+    outcomes = (True, None, False, None)
+    assert PairRange.of(outcomes, outcomes) == PairRange(0, 0, 4)
+    assert PairRange.by_class(outcomes, outcomes, [1, 0, 1, 1]) == {
         0: PairRange(0, 0, 1), 1: PairRange(0, 0, 3),
     }  # fmt: skip
-    assert PairRange.of(standing, list(standing)).may_either == 2
+    assert PairRange.of(outcomes, list(outcomes)).may_either == 2
 
 
 def test_classes_are_told_apart() -> None:

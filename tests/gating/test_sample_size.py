@@ -1,15 +1,15 @@
-"""A plan: the same figures as the statistics behind it, in words and as an object."""
+"""Sample sizes: the same values as the statistics, in words and as an object."""
 
 from __future__ import annotations
 
 import pytest
 
 from s2ap_deploy.evaluation.statistics import DISCORDANCE_RATES, detectable_drop, lower_bound
-from s2ap_deploy.gating.sample_size import Plan
+from s2ap_deploy.gating.sample_size import SampleSize
 
 
 def test_a_plan_holds_what_the_statistics_say() -> None:
-    plan = Plan.of(100, 0.4)
+    plan = SampleSize.of(100, 0.4)
     assert plan.needed == 49
     assert lower_bound(49, 100) >= 0.4 > lower_bound(48, 100)
     assert [each.discordance for each in plan.drops] == list(DISCORDANCE_RATES)
@@ -18,12 +18,12 @@ def test_a_plan_holds_what_the_statistics_say() -> None:
 
 
 def test_a_floor_that_no_outcome_shows() -> None:
-    plan = Plan.of(2, 0.4)
+    plan = SampleSize.of(2, 0.4)
     assert plan.needed is None
     assert "2 samples cannot show a floor of 40.0%, even if all survive" in str(plan)
-    assert "floor" not in str(Plan.of(2))
+    assert "floor" not in str(SampleSize.of(2))
 
 
 def test_no_samples_are_no_plan() -> None:
     with pytest.raises(ValueError, match="is not a count"):
-        Plan.of(0)
+        SampleSize.of(0)

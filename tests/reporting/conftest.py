@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from s2ap_deploy.gating.check import Check
-from s2ap_deploy.gating.policy import Verdict
+from s2ap_deploy.gating.check import Check, Verdict
 
 HOSTILE = (
     "x]]>&<b>\"'`|\\%0A::error::\n::error::pwned\r\x00\x1b[2J\ud800\u202e##[add-mask]\ufffe[a](http://b)@all"
@@ -24,9 +23,25 @@ def verdict() -> Verdict:
     missed = "robust accuracy: 10 of 200 = 5.0%; required 40.0%"
     worst = "drop of robust accuracy in the worst class"
     checks = (
-        Check(name="file export/model.onnx", status="pass", words="file export/model.onnx is covered"),
-        Check(name=floor, status="fail", words=missed, threshold=0.4, observed=0.05, bound=0.03),
-        Check(name=f"file {HOSTILE}", status="inconclusive", words=f"file {HOSTILE}: nothing covers it"),
-        Check(name=worst, status="inconclusive", words="too few samples"),
+        Check(
+            rule="file", name="file a.onnx", status="pass", message="file a.onnx is covered", path="a.onnx"
+        ),
+        Check(
+            rule="robust-accuracy",
+            name=floor,
+            status="fail",
+            message=missed,
+            threshold=0.4,
+            observed=0.05,
+            bound=0.03,
+        ),
+        Check(
+            rule="file",
+            name=f"file {HOSTILE}",
+            status="inconclusive",
+            message=f"file {HOSTILE}: nothing covers it",
+            path=HOSTILE,
+        ),
+        Check(rule="class-drop", name=worst, status="inconclusive", message="too few samples"),
     )
     return Verdict.of(checks, "exact bounds")

@@ -7,8 +7,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2ap_deploy.gating.check import Check
-from s2ap_deploy.gating.policy import Verdict
+from s2ap_deploy.gating.check import Check, Verdict
 from s2ap_deploy.reporting import github
 
 
@@ -47,7 +46,7 @@ def test_annotations_are_one_line_each(verdict: Verdict) -> None:
 @settings(deadline=None, max_examples=100)
 @given(st.text(st.sampled_from("ab%:,0ADn\n\r;=|\\"), max_size=30))
 def test_an_annotation_says_exactly_what_was_meant(text: str) -> None:
-    check = Check(name=text, status="fail", words=f"said {text}")
+    check = Check(rule="gate", name=text, status="fail", message=f"said {text}")
     (line,) = github.workflow_commands(Verdict.of([check]))
     found = re.fullmatch(r"::error title=([^:,]*)::(.*)", line)
     assert found is not None
@@ -57,8 +56,10 @@ def test_an_annotation_says_exactly_what_was_meant(text: str) -> None:
 
 
 def test_github_shows_ten_of_each_and_a_summary_has_an_end() -> None:
-    checks = [Check(name=f"file {i}", status="inconclusive", words=f"file {i}") for i in range(500)]
-    checks += [Check(name="size", status="fail", words="too large")] * 30
+    checks = [
+        Check(rule="file", name=f"file {i}", status="inconclusive", message=f"file {i}") for i in range(500)
+    ]
+    checks += [Check(rule="size", name="size", status="fail", message="too large")] * 30
     lines = github.workflow_commands(Verdict.of(checks))
     assert [line[:8] for line in lines] == ["::error "] * 10 + ["::warnin"] * 10
     text = github.summary(Verdict.of(checks), "run")
@@ -67,7 +68,7 @@ def test_github_shows_ten_of_each_and_a_summary_has_an_end() -> None:
 
 
 def test_what_could_not_be_judged_says_so() -> None:
-    check = Check(name="gate", status="inconclusive", words="there is no run")
+    check = Check(rule="gate", name="gate", status="inconclusive", message="there is no run")
     for code, word in ((2, "could not judge"), (3, "inconclusive")):
         verdict = Verdict(status="inconclusive", exit_code=code, checks=(check,))
         assert word in github.summary(verdict, "run").splitlines()[0]

@@ -10,8 +10,8 @@ import pytest
 
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.evaluation.certificate import Certificate, Subject
-from s2ap_deploy.evaluation.issuing import issue
-from s2ap_deploy.evaluation.samples import AttackRow
+from s2ap_deploy.evaluation.samples import rows
+from s2ap_deploy.records import AttackRow
 from s2ap_deploy.reporting.in_toto import STATEMENT_TYPE, statement
 from s2ap_deploy.spec import ThreatModel
 
@@ -48,17 +48,19 @@ FILES = [("finetune/model.safetensors", "a" * 64), ("export/model.onnx", "b" * 6
 @pytest.fixture
 def certificate() -> Certificate:
     """Of four samples, two stand."""
-    return issue(
+    return Certificate.of(
+        rows(
+            [f"test/{index}" for index in range(4)],
+            [0, 0, 0, 0],
+            [0, 0, 0, 1],
+            [0, 0, 1, 1],
+            [None, None, "apgd-ce", "clean"],
+        ),
         subject=Subject(arch="net", num_classes=2, weights_sha256="a" * 64, checkpoint_sha256="c" * 64),
         threat=ThreatModel(eps="8/255"),
         data="digits",
         split="test",
-        sample_ids=[f"test/{index}" for index in range(4)],
-        labels=[0, 0, 0, 0],
         class_names=("zero", "one"),
-        clean_prediction=[0, 0, 0, 1],
-        adversarial_prediction=[0, 0, 1, 1],
-        broken_by=[None, None, "apgd-ce", "clean"],
         attacks=[AttackRow(name="apgd-ce", n_in=3, n_broken=1, seconds=1.0)],
         protocol="standard",
         flags=(),

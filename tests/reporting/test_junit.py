@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2ap_deploy.gating.check import Check, Status
-from s2ap_deploy.gating.policy import Verdict
+from s2ap_deploy.gating.check import Check, Status, Verdict
 from s2ap_deploy.reporting.junit import junit
 
 xmlschema = pytest.importorskip("xmlschema")
@@ -35,7 +34,7 @@ def test_a_verdict_is_valid_and_complete(schema: xmlschema.XMLSchema, verdict: V
     assert cases[3].get("classname") == "gate.class-drop"
     failure = cases[1].find("failure")
     assert failure is not None
-    assert failure.get("message") == failure.text == verdict.checks[1].words
+    assert failure.get("message") == failure.text == verdict.checks[1].message
     values = {each.get("name"): each.get("value") for each in suite.iter("property")}
     assert values == {"status": "fail", "exit_code": "1", "statistics": "exact bounds"}
 
@@ -59,5 +58,7 @@ def test_a_verdict_without_checks(schema: xmlschema.XMLSchema) -> None:
     st.sampled_from(["pass", "fail", "inconclusive"]),
 )
 def test_whatever_stands_in_a_name_the_document_has_one_case(text: str, status: Status) -> None:
-    root = ET.fromstring(junit(Verdict.of([Check(name=text, status=status, words=text)])).encode())
+    root = ET.fromstring(
+        junit(Verdict.of([Check(rule="gate", name=text, status=status, message=text)])).encode()
+    )
     assert len(root.findall("./testsuite/testcase")) == len(list(root.iter("testcase"))) == 1

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from s2ap_deploy.gating.check import Check
-from s2ap_deploy.gating.policy import Verdict
+from s2ap_deploy.gating.check import Check, Verdict
 from s2ap_deploy.reporting.sarif import sarif
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -55,8 +54,11 @@ def test_a_run_folder_elsewhere_leaves_no_machine_path(verdict: Verdict, tmp_pat
 
 
 def test_a_check_of_a_file_points_at_it(tmp_path: Path) -> None:
-    names = ["file export/model.onnx", "size of export/a b.onnx", "latency ratio of export/of.onnx", "size"]
-    checks = [Check(name=name, status="fail", words="words") for name in names]
+    paths = ["export/model.onnx", "export/a b.onnx", "export/of.onnx", None]
+    checks = [
+        Check(rule="size", name=f"size {path}", status="fail", message="too large", path=path)
+        for path in paths
+    ]
     assert uris(validated(Verdict.of(checks), tmp_path)) == [
         "export/model.onnx", "export/a%20b.onnx", "export/of.onnx", "gate/verdict.json"
     ]  # fmt: skip
@@ -65,7 +67,7 @@ def test_a_check_of_a_file_points_at_it(tmp_path: Path) -> None:
 def test_fingerprints_stay_the_same_from_run_to_run_and_differ_from_check_to_check(
     verdict: Verdict, tmp_path: Path
 ) -> None:
-    better = verdict.checks[1].model_copy(update={"words": "20 of 200"})
+    better = verdict.checks[1].model_copy(update={"message": "20 of 200"})
     prints = [
         [result["partialFingerprints"]["check/v1"] for result in validated(each, tmp_path)["results"]]
         for each in (verdict, Verdict.of([better, *verdict.checks[2:]]))
@@ -75,14 +77,14 @@ def test_fingerprints_stay_the_same_from_run_to_run_and_differ_from_check_to_che
 
 
 def test_an_input_that_cannot_be_used_is_a_run_that_failed(tmp_path: Path) -> None:
-    check = Check(name="gate", status="inconclusive", words="there is no run")
+    check = Check(rule="gate", name="gate", status="inconclusive", message="there is no run")
     run = validated(Verdict(status="inconclusive", exit_code=2, checks=(check,)), tmp_path)
     assert run["invocations"] == [{"executionSuccessful": False, "exitCode": 2}]
     assert run["results"][0]["ruleId"] == "gate"
 
 
 def test_a_pass_has_no_results(tmp_path: Path) -> None:
-    passed = Verdict.of([Check(name="size", status="pass", words="small")])
+    passed = Verdict.of([Check(rule="size", name="size", status="pass", message="small")])
     assert validated(passed, tmp_path)["results"] == []
 
 

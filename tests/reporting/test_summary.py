@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from s2ap_deploy.errors import RunFolderError
-from s2ap_deploy.gating.policy import GatePolicy
+from s2ap_deploy.recipe.thresholds import Thresholds
 from s2ap_deploy.reporting.summary import summarize
 from s2ap_deploy.runs.folder import Run
 from s2ap_deploy.stages.gate import gate
@@ -24,13 +24,13 @@ def forget(folder: Path, *stages: str) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def summary(folder: Path, policy: GatePolicy | None = None) -> dict[str, Any]:
+def summary(folder: Path, policy: Thresholds | None = None) -> dict[str, Any]:
     with Run.open(folder, create=False, command="test") as run:
         return summarize(run, gate(run, policy) if policy is not None else None)
 
 
 def test_everything_of_a_finished_run(own_run: Path) -> None:
-    found = summary(own_run, GatePolicy(min_robust=0.4))
+    found = summary(own_run, Thresholds(min_robust=0.4))
     assert json.loads(json.dumps(found)) == found
     assert found["formal_guarantee"] is False
     assert "upper bound" in found["statement"]

@@ -49,7 +49,7 @@ def test_copies_leave_the_original_alone() -> None:
 def test_an_unknown_schema_version_is_refused_by_name(tmp_path: Path, version: object) -> None:
     content = {**example().model_dump(mode="json"), "schema_version": version}
     (tmp_path / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(RunFolderError, match=rf"schema_version {version!r}; .* reads 1"):
+    with pytest.raises(RunFolderError, check=lambda error: error.code == "record-version-unknown"):
         Manifest.load(tmp_path)
 
 
@@ -58,21 +58,21 @@ def spoil(change: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "code"),
     [
-        ("", "damaged"),
-        ('{"schema_version": 1', "damaged"),
-        ("[]", "schema_version None"),
-        ("[" * 100_000, "damaged"),
-        ('{"schema_version": NaN}', "NaN is not a finite number"),
-        (spoil({"stages": {"../../home": {}}}), "damaged at stages"),
-        (spoil({"stages": {"search": {"status": "finished"}}}), "damaged at stages.search.inputs"),
-        (spoil({"surprise": 1}), "damaged at surprise"),
+        ("", "record-not-json"),
+        ('{"schema_version": 1', "record-not-json"),
+        ("[]", "record-version-unknown"),
+        ("[" * 100_000, "record-not-json"),
+        ('{"schema_version": NaN}', "record-not-json"),
+        (spoil({"stages": {"../../home": {}}}), "record-invalid"),
+        (spoil({"stages": {"search": {"status": "finished"}}}), "record-invalid"),
+        (spoil({"surprise": 1}), "record-invalid"),
     ],
 )
-def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str, code: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(RunFolderError, match=message) as caught:
+    with pytest.raises(RunFolderError, check=lambda error: error.code == code) as caught:
         Manifest.load(tmp_path)
     assert "manifest.json" in caught.value.message
     assert caught.value.hint is not None

@@ -256,12 +256,12 @@ def test_certify_leaves_no_record_of_its_progress(finished_run: Path) -> None:
 
 
 def test_there_is_no_verdict_without_a_certificate(digits_model: Path, tmp_path: Path) -> None:
-    from s2ap_deploy.gating.policy import GatePolicy
+    from s2ap_deploy.recipe.thresholds import Thresholds
 
     with opened(tmp_path / "run", with_checkpoint(digits_model)) as job:
         pretrain.dense(job)
         with pytest.raises(InconclusiveError, match="holds no certificate"):
-            gate.gate(job.run, GatePolicy(min_robust=0.4))
+            gate.gate(job.run, Thresholds(min_robust=0.4))
 
 
 def test_a_size_in_the_recipe_is_the_size_of_the_images(

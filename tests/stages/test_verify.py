@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,11 @@ import safetensors.torch
 import torch
 
 from s2ap_deploy import files
+from s2ap_deploy.errors import DeployError
 from s2ap_deploy.evaluation import points
 from s2ap_deploy.evaluation.autoattack import protocols
 from s2ap_deploy.evaluation.certificate import Certificate, PointsFile
-from s2ap_deploy.evaluation.issuing import issue
+from s2ap_deploy.evaluation.samples import rows
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.runs.manifest import Manifest
 from s2ap_deploy.stages.certified_files import Verification, verify_files
@@ -30,7 +32,7 @@ def checked(run: Path, *, k: int = 4, role: str = "pruned") -> Verification:
 
 
 def words(found: Verification, status: str) -> str:
-    return "\n".join(check.words for check in found.checks if check.status == status)
+    return "\n".join(check.message for check in found.checks if check.status == status)
 
 
 def relist(run: Path) -> None:
@@ -41,6 +43,12 @@ def relist(run: Path) -> None:
             path = run / output["path"]
             output |= {"sha256": files.sha256(path), "bytes": path.stat().st_size}
     (run / "manifest.json").write_text(json.dumps(content))
+
+
+def issue(**facts: Any) -> Certificate:
+    """Build a certificate from columns of samples and the other fields."""
+    columns = [facts.pop(name) for name in inspect.signature(rows).parameters]
+    return Certificate.of(rows(*columns), **facts)
 
 
 def forge(run: Path, *, attacked: torch.Tensor | None = None, relisted: bool = True, **changes: Any) -> None:
@@ -281,7 +289,7 @@ def test_a_certificate_of_before_is_read(own_run: Path) -> None:
 
 def test_a_name_in_a_certificate_that_leads_elsewhere(own_run: Path) -> None:
     forge(own_run, points=PointsFile(name="../../secret", sha256="0" * 64))
-    with pytest.raises(Exception, match="not the name of something inside"):
+    with pytest.raises(DeployError, check=lambda error: error.code == "path-outside"):
         checked(own_run)
 
 

@@ -1,9 +1,9 @@
-"""APGD's inner loop without the points that are already broken.
+"""APGD with early exit: its inner loop without the points that are already broken.
 
 Croce and Hein, ICML 2020 (arXiv 2003.01690), algorithm 1, with the parameters and the random draws of the
 reference implementation. There every point stays for all iterations. In eval mode images do not
-influence each other and all noise is drawn before the loop, so that a point may leave as soon as it is broken
-without changing anything for those that stay.
+influence each other and all noise is drawn before the loop, so that a point can be dropped as soon as it is
+broken without changing anything for the others.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 DEPTH = 1e-4
-"""A point leaves when it is wrong by more than this, relative to its largest logit: no rounding, such as that
-of another batch or another runtime, brings it back."""
+"""A point is dropped when it is wrong by more than this, relative to its largest logit: no rounding, such as
+that of another batch or another runtime, makes it correct again."""
 
 _PER_ROW = (
     *("rows", "x", "y", "low", "high", "point", "before", "gradient", "size", "moved", "topk", "deep"),
@@ -28,7 +28,7 @@ _L1_DIVISOR, _L1_SMALLEST = 1.5, 10.0
 
 
 def deeply_wrong(logits: Tensor, labels: Tensor) -> Tensor:
-    """[B] bool: another class than ``labels`` [B] leads ``logits`` [B, K] by more than rounding explains."""
+    """Return [B] bool: a class other than ``labels`` [B] leads ``logits`` [B, K] by more than rounding."""
     top = logits.amax(dim=1)
     lead = top - logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     return lead > DEPTH * logits.abs().amax(dim=1).clamp(min=1.0)
@@ -61,7 +61,7 @@ class EarlyExitAPGD:
         """One run on ``x`` [B, C, H, W] with ``y`` [B] from a random point, or from ``x_init``.
 
         Returns (points of highest loss, [B] bool that is False where a point was broken, highest losses,
-        points that broke). Before the last radius of the schedule for L1 nobody leaves.
+        points that broke). Before the last radius of the schedule for L1 no point is dropped.
         """
         start = self._random_start(x)
         run = _Run(
@@ -74,6 +74,7 @@ class EarlyExitAPGD:
             self.logger.warning("zero gradient")
         run.begin()
         for iteration in range(self.n_iter):
+            # Drop broken points, then step, evaluate and adapt the step size.
             if may_leave and not run.drop_broken():
                 break
             run.move(iteration)
@@ -84,7 +85,7 @@ class EarlyExitAPGD:
         return run.all_best, ~run.all_wrong, run.all_loss, run.all_points
 
     def _random_start(self, x: Tensor) -> Tensor:
-        """Noise on the sphere around ``x``. Drawn on the CPU, and drawn even where nobody uses it."""
+        """Draw noise on the sphere around ``x``, on the CPU, also where it is not used."""
         if self.norm == "Linf":
             noise = 2 * torch.rand(x.shape).to(x.device) - 1
         else:
@@ -94,7 +95,7 @@ class EarlyExitAPGD:
         return x + self.eps * self.normalize(noise)
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each image [B] that the attack raises."""
+        """Compute the loss of each image [B] that the attack maximizes."""
         if self.loss == "ce":
             return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         if self.loss == "dlr":
@@ -127,14 +128,14 @@ class _Run:
         self.since = 0
 
     def begin(self) -> None:
-        """What is known before the first step."""
+        """Initialize the bookkeeping before the first step."""
         self.best, self.best_gradient, self.highest = self.point.clone(), self.gradient, self.value.clone()
         self.highest_at_check = self.highest.clone()
         self.reduced = torch.ones_like(self.highest)
         self.rises, self.last = torch.zeros_like(self.highest), torch.zeros_like(self.highest)
 
     def look(self, *, gradient: bool) -> None:
-        """Losses at the points, their gradients, and who is wrong there."""
+        """Evaluate losses, gradients and misclassification at the points."""
         attack = self.attack
         point = self.point.detach()
         with torch.set_grad_enabled(gradient):
@@ -155,7 +156,7 @@ class _Run:
             self.deep = wrong
 
     def drop_broken(self) -> int:
-        """Let the broken points go; how many are left."""
+        """Drop the broken points; returns how many are left."""
         if not bool(self.deep.any()):
             return len(self.rows)
         stay = (~self.deep).nonzero().squeeze(1)
@@ -167,7 +168,7 @@ class _Run:
 
     @torch.no_grad()
     def move(self, iteration: int) -> None:
-        """A step along the gradient with momentum, projected onto the ball and the box."""
+        """Step along the gradient with momentum, projected onto the ball and the box."""
         point, momentum = self.point, self.point - self.before
         weight = _MOMENTUM if iteration > 0 else 1.0
         self.before = point
@@ -188,7 +189,7 @@ class _Run:
         return (self.x + direction * length.clamp(max=self.eps)).clamp(0.0, 1.0)
 
     def _l1_step(self, point: Tensor) -> Tensor:
-        """Along the signs of the largest entries of the gradient (arXiv 2103.01208, section 3.2)."""
+        """Step along the signs of the largest entries of the gradient (arXiv 2103.01208, section 3.2)."""
         magnitude = self.gradient.abs()
         ordered = magnitude.flatten(1).sort(dim=1).values
         place = ((1.0 - self.topk) * self.values).clamp(min=0, max=self.values - 1).long()
@@ -200,7 +201,7 @@ class _Run:
 
     @torch.no_grad()
     def judge_progress(self) -> None:
-        """Keep the best points; at a checkpoint, shorten the steps that lead nowhere and start from there."""
+        """Keep the best points; at a checkpoint, shorten steps without progress and restart from the best."""
         self.rises += self.value > self.last
         self.last = self.value
         better = self.value > self.highest
@@ -219,10 +220,10 @@ class _Run:
         self.gradient = torch.where(shaped, self.best_gradient, self.gradient)
 
     def _shorten(self) -> Tensor:
-        """Halve the steps where the loss rose too rarely, or stood still after steps of the same length."""
+        """Halve the steps where the loss rose too rarely, or did not rise after steps of the same length."""
         oscillates = (self.rises <= self.period * self.attack.thr_decr).float()
-        stands = (1.0 - self.reduced) * (self.highest_at_check >= self.highest).float()
-        self.reduced = torch.max(oscillates, stands)
+        stalled = (1.0 - self.reduced) * (self.highest_at_check >= self.highest).float()
+        self.reduced = torch.max(oscillates, stalled)
         self.highest_at_check = self.highest.clone()
         self.rises = torch.zeros_like(self.rises)
         self.period = max(self.period - self.attack.size_decr, self.attack.n_iter_min)
@@ -231,7 +232,7 @@ class _Run:
         return stuck
 
     def _shorten_l1(self) -> Tensor:
-        """The next sparsity and step, from how many values of the best point differ from the image."""
+        """Choose the next sparsity and step by how many values of the best point differ from the image."""
         moved = (self.best - self.x).ne(0).flatten(1).sum(dim=1)
         sparser = (moved / self.moved) < _SPARSITY_RATIO
         self.topk = moved / self.values / _TOPK_DIVISOR
@@ -244,6 +245,6 @@ class _Run:
         return sparser
 
     def give_back(self) -> None:
-        """Write what is known of those who stayed to the end into the whole."""
+        """Write back the points that were never dropped."""
         self.all_best[self.rows] = self.best
         self.all_loss[self.rows] = self.highest

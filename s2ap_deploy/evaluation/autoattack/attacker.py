@@ -1,4 +1,4 @@
-"""One unit of work: one attack on what still stands of one block of samples."""
+"""One unit of work: one attack on the unbroken samples of one block."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from s2ap_deploy.spec import ThreatModel
 
 @dataclass(frozen=True)
 class Unit:
-    """``attack`` on the samples ``indices`` of block ``block``, with its own random stream.
+    """One ``attack`` on the samples ``indices`` of block ``block``, with its own random stream.
 
-    ``network`` counts networks that are attacked side by side.
+    ``network`` is the position of the network among those that are attacked together.
     """
 
     block: int
@@ -32,9 +32,9 @@ class Unit:
 
 @dataclass(frozen=True, eq=False)
 class UnitResult:
-    """What a unit broke: ``points`` [len(broken), C, H, W] float32 and their ``predictions``.
+    """The samples that a unit broke, with ``points`` [len(broken), C, H, W] float32 and ``predictions``.
 
-    NumPy and plain values only, because results travel between processes.
+    NumPy and plain values only, because results are sent between processes.
     """
 
     unit: Unit
@@ -47,10 +47,10 @@ class UnitResult:
 
 @dataclass(frozen=True, eq=False)
 class Attacker:
-    """All that a unit needs beside its own indices. ``images`` [n, C, H, W] and ``labels`` [n] on the CPU.
+    """Runs units on one network. ``images`` [n, C, H, W] and ``labels`` [n] are on the CPU.
 
-    ``quicker`` computes what the judge's network does in less time (see ``folding``): where there is one,
-    attacks work on it, and the judge alone decides what they broke.
+    ``fused`` computes the same function in less time (see ``robust.folding``): where it is given, attacks
+    follow its gradients, and the judge alone decides which points are broken.
     """
 
     judge: FrozenModel
@@ -60,11 +60,11 @@ class Attacker:
     num_classes: int
     device: torch.device
     version: Version = "standard"
-    quicker: FrozenModel | None = None
+    fused: FrozenModel | None = None
 
     def _attacked(self, attack: str) -> nn.Module:
-        asked = self.judge.queried if attack == "square" else self.judge
-        return self.quicker if asked is self.judge and self.quicker is not None else asked
+        network = self.judge.black_box if attack == "square" else self.judge
+        return self.fused if network is self.judge and self.fused is not None else network
 
     def run(self, unit: Unit) -> UnitResult:
         """Attack the unit's samples from their clean images. Raises CheckpointError for non-finite logits."""

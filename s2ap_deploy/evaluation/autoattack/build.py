@@ -27,13 +27,13 @@ _SQUARE_SIDE = 5  # Square divides the side by five in L1 and L2
 
 
 class Attack(Protocol):
-    """What all attack classes share. ``perturb`` starts from the clean images and seeds itself."""
+    """The interface of all attacks. ``perturb`` starts from the clean images and seeds itself."""
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor: ...
 
 
 class WarningCount:
-    """Stands where APGD expects a logger: it has one thing to say, that an input gradient is zero."""
+    """Counts APGD's only warning, that an input gradient is zero; passed in place of a logger."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -89,6 +89,7 @@ def check_size(size: tuple[int, ...], norm: str, version: protocols.Version = "s
         raise DataError(
             f"Square in {norm} needs images of at least {_SQUARE_SIDE} x {_SQUARE_SIDE} pixels, "
             f"these have {size[1]} x {size[2]}",
+            code="images-too-small",
             hint="attack in Linf, or use larger images",
         )
 
@@ -105,7 +106,7 @@ def build(
     version: protocols.Version = "standard",
     iterations: int | None = None,
 ) -> Attack:
-    """The attack ``name`` (one of ``protocols.names``) with its parameters in ``version``.
+    """Build the attack ``name`` (one of ``protocols.names``) with its parameters in ``version``.
 
     ``iterations`` replaces the published number per start and target, to measure what one costs; the
     result is then not AutoAttack. ``warnings`` counts batches that hold a zero input gradient.
@@ -131,10 +132,10 @@ def build(
 
 
 def _apgd(step: protocols.Step, model: nn.Module, **parameters: Any) -> Attack:
-    """APGD with the loss that its name says.
+    """Build APGD with the loss that its name says.
 
-    A network that answers differently each time is wrong at a point only sometimes: there a point must stay
-    until its loss is high, and the reference's own loop keeps it.
+    A randomized network is wrong at a point only sometimes: there a point must stay until its loss is high,
+    so the reference's own loop is used.
     """
     parameters |= {"use_largereps": step.wide_start, "eot_iter": step.eot}
     leaving = step.eot == 1

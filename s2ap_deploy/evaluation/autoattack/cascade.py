@@ -1,9 +1,9 @@
 """AutoAttack as a cascade over fixed blocks of samples: clean, APGD-CE, APGD-T, FAB-T, Square.
 
-Each attack sees only what still stands and starts from the original image; a sample counts as robust
-only when every attack failed on it. The random stream of a unit (one attack on one block) depends on
-nothing but the seed, the attack and the block, so the outcome is the same for any number of workers,
-any order, and after any kill.
+Each attack sees only the samples that nothing has broken yet and starts from the original image; a sample
+counts as robust only when every attack failed on it. The random stream of a unit (one attack on one block)
+depends only on the seed, the attack and the block, so the outcome is the same for any number of workers, any
+order, and after any kill.
 """
 
 from __future__ import annotations
@@ -12,112 +12,128 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from s2ap_deploy.errors import DataError, RunFolderError, UsageError
+from s2ap_deploy.errors import RunFolderError, UsageError
 from s2ap_deploy.evaluation.autoattack import build, protocols
-from s2ap_deploy.evaluation.autoattack.attack_network import folded
 from s2ap_deploy.evaluation.autoattack.attacker import Attacker, Unit, UnitResult
 from s2ap_deploy.evaluation.autoattack.frozen_model import (
     FrozenModel,
     LogitsFn,
     OnnxModel,
+    check_labels,
     checked,
     exact_arithmetic,
 )
-from s2ap_deploy.evaluation.autoattack.outcome import AttackOutcome
 from s2ap_deploy.evaluation.autoattack.reliability import reliability_flags
-from s2ap_deploy.evaluation.autoattack.scheduler import Scheduler, default_block_size
+from s2ap_deploy.evaluation.autoattack.scheduler import AttackOutcome, Scheduler, default_block_size
+from s2ap_deploy.evaluation.samples import Progress
 from s2ap_deploy.evaluation.workers.executors import Attackers, Executor
 from s2ap_deploy.evaluation.workers.pool import WorkerSpec, executor_for
 from s2ap_deploy.evaluation.workers.record import AttackRecord, binding
-from s2ap_deploy.gating.early_stopping import Progress
 from s2ap_deploy.recorder import Recorder, Silent
 from s2ap_deploy.runtime import derive_seed
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.folding import folded_copy
 
 _BREADTH = 1  # attacks that go over all blocks first where a decision is sought: APGD-CE alone
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttackConfig:
+    """Everything that decides the outcome of an attack on one network, besides the network and the samples.
+
+    Args:
+        threat: norm and radius.
+        seed: the seed from which each unit derives its random stream.
+        device: where the network runs.
+        version: the protocol, see ``protocols``.
+        block_size: samples per block (None: :func:`default_block_size`); part of the attack, as each block
+            has its own random stream.
+        record: a folder that keeps each finished unit and from which an interrupted attack continues. It is
+            bound to the weights, the samples, every setting that can change the outcome, and ``header``.
+        header: further JSON values that the record is bound to.
+        proven: indices of samples that no attack can break (see ``relaxation``); they are not attacked.
+        answers: an exported file as a function that travels between processes. The attacked network is then
+            its differentiable twin: gradients are the twin's, every answer is the file's, and Square queries
+            the file.
+    """
+
+    threat: ThreatModel
+    seed: int
+    device: torch.device
+    version: protocols.Version = "standard"
+    block_size: int | None = None
+    record: Path | None = None
+    header: Mapping[str, Any] = field(default_factory=dict)
+    proven: Collection[int] = ()
+    answers: LogitsFn | None = None
 
 
 class Cascade:
     """The attack on one network: what is known of every sample, and what is still to be done."""
 
-    def __init__(
-        self,
-        classifier: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        threat: ThreatModel,
-        seed: int,
-        device: torch.device,
-        block_size: int | None = None,
-        record: Path | None = None,
-        header: Mapping[str, Any] | None = None,
-        proven: Collection[int] = (),
-        version: protocols.Version = "standard",
-        answers: LogitsFn | None = None,
-    ) -> None:
-        """The clean pass, and what ``record`` remembers; arguments and errors are those of :func:`attack`."""
+    def __init__(self, classifier: nn.Module, images: Tensor, labels: Tensor, config: AttackConfig) -> None:
+        """Run the clean pass and replay the record; arguments and errors are those of :func:`attack`."""
+        threat, device, seed = config.threat, config.device, config.seed
         images, labels = checked(images, labels)
-        block_size = default_block_size(images, device) if block_size is None else block_size
-        if block_size < 1:
-            raise UsageError("the block size must be at least 1")
-        build.check_size(tuple(images.shape[1:]), threat.norm, version)
+        size = default_block_size(images, device) if config.block_size is None else config.block_size
+        if size < 1:
+            raise UsageError("the block size must be at least 1", code="block-size-invalid")
+        build.check_size(tuple(images.shape[1:]), threat.norm, config.version)
+        answers = config.answers
         judge = FrozenModel(classifier, device) if answers is None else OnnxModel(classifier, answers, device)
+        # The clean pass runs twice: networks that answer differently each time are flagged.
         with exact_arithmetic(device):
             torch.manual_seed(derive_seed(seed, "clean"))  # what a randomized network draws from
-            first = judge.logits(images, block_size)
-            second = judge.logits(images, block_size)
-            network = folded(judge.network, images.to(device))
-            quicker = None if network is None else FrozenModel(network, device)
-            self._flags = reliability_flags(judge.examined, images, first, second, device)
-        if version == "rand" and "randomized" not in self._flags:
-            raise UsageError(
-                "the protocol 'rand' is for randomized networks, and this one answers the same each time",
-                hint="use the protocol 'standard', which attacks a deterministic network harder",
-            )
+            first = judge.logits(images, size)
+            second = judge.logits(images, size)
+            network = folded_copy(judge.network, images.to(device))
+            fused = None if network is None else FrozenModel(network, device)
+            self._flags = reliability_flags(judge.precision_probe, images, first, second, device)
         num_classes = first.shape[1]
-        if any(not 0 <= index < len(labels) for index in proven):
-            raise UsageError("a sample that is said to be proven does not exist")
-        if int(labels.max()) >= num_classes:
-            raise DataError(
-                f"label {int(labels.max())} does not exist for a classifier of {num_classes} classes"
-            )
+        _check_arguments(config, labels, num_classes, self._flags)
         clean = first.argmax(dim=1)
         self._clean = int((clean == labels).sum())
-        self.ledger = Scheduler(images, labels, clean, num_classes, block_size, seed, proven, version)
+        self.ledger = Scheduler(images, labels, clean, num_classes, size, seed, config.proven, config.version)
         self.journal: AttackRecord | None = None
-        if record is not None:
-            bound = binding(judge.network, images, labels, seed=seed, block_size=block_size, device=device)
-            bound |= {"norm": threat.norm, "eps": threat.eps}
-            if proven:
-                bound["proven"] = sorted(proven)
-            if version != "standard":
-                bound["version"] = version
-            self.journal = AttackRecord(record, {**bound, **(header or {})})
-            for result in self.journal.results:
-                if not self.ledger.expects(result.unit):
-                    raise RunFolderError(
-                        f"{record} is damaged: {result.unit.attack} on block {result.unit.block} does not "
-                        "follow from what was recorded before it",
-                        hint="start this stage again with --overwrite",
-                    )
-                self.ledger.apply(result)
-        self.attacker = Attacker(judge, images, labels, threat, num_classes, device, version, quicker)
+        if config.record is not None:
+            bound = binding(judge.network, images, labels, seed=seed, block_size=size, device=device)
+            self.journal = self._replayed(config, config.record, bound)
+        self.attacker = Attacker(judge, images, labels, threat, num_classes, device, config.version, fused)
         self._costs = {
             step.name: step.forward_equivalents(num_classes)
-            for step in protocols.steps(version, threat.norm, num_classes)
+            for step in protocols.steps(config.version, threat.norm, num_classes)
         }
+
+    def _replayed(self, config: AttackConfig, folder: Path, bound: dict[str, Any]) -> AttackRecord:
+        """Open the record and apply the results of the units that it holds."""
+        bound |= {"norm": config.threat.norm, "eps": config.threat.eps}
+        if config.proven:
+            bound["proven"] = sorted(config.proven)
+        if config.version != "standard":
+            bound["version"] = config.version
+        journal = AttackRecord(folder, {**bound, **config.header})
+        for result in journal.results:
+            if not self.ledger.expects(result.unit):
+                raise RunFolderError(
+                    f"{folder} is damaged: {result.unit.attack} on block {result.unit.block} does not "
+                    "follow from what was recorded before it",
+                    code="attack-record-damaged",
+                    hint="start this stage again with --overwrite",
+                )
+            self.ledger.apply(result)
+        return journal
 
     @property
     def progress(self) -> Progress:
-        """What an early decision asks about."""
-        return Progress(self.ledger.progress, self._clean)
+        """The state that an early decision is made from."""
+        return Progress(self.ledger.robust, self._clean)
 
     @property
     def remaining(self) -> int:
@@ -130,64 +146,56 @@ class Cascade:
         return self.ledger.outcome(self._flags)
 
     def take(self, result: UnitResult) -> None:
-        """Keep what a unit found, on the disk first."""
+        """Record the result of a unit on the disk, then apply it."""
         if self.journal is not None:
             self.journal.append(result)
         self.ledger.apply(result)
+
+
+def _check_arguments(config: AttackConfig, labels: Tensor, num_classes: int, flags: Collection[str]) -> None:
+    """Refuse what does not fit the network, once its logits are known."""
+    if config.version == "rand" and "randomized" not in flags:
+        raise UsageError(
+            "the protocol 'rand' is for randomized networks, and this one answers the same each time",
+            code="protocol-unfit",
+            hint="use the protocol 'standard', which attacks a deterministic network harder",
+        )
+    if any(not 0 <= index < len(labels) for index in config.proven):
+        raise UsageError("a sample that is said to be proven does not exist", code="proven-sample-missing")
+    check_labels(labels, num_classes)
 
 
 def attack(
     classifier: nn.Module,
     images: Tensor,
     labels: Tensor,
+    config: AttackConfig,
     *,
-    threat: ThreatModel,
-    seed: int,
-    device: torch.device,
     workers: WorkerSpec = None,
-    block_size: int | None = None,
-    record: Path | None = None,
-    header: Mapping[str, Any] | None = None,
     deadline: float | None = None,
-    proven: Collection[int] = (),
-    version: protocols.Version = "standard",
     decided: Callable[[Progress], bool] | None = None,
-    answers: LogitsFn | None = None,
     recorder: Recorder | None = None,
 ) -> AttackOutcome:
-    """Run a protocol (``version``, see ``protocols``) on ``images`` [n, C, H, W] in [0, 1], ``labels`` [n].
+    """Run a protocol of AutoAttack on one network.
 
-    ``classifier`` maps images to logits and is left untouched. ``workers`` is the number of processes
-    on a CPU (None: one per core); on CUDA everything runs here. ``block_size`` (None: by the size of an
-    image, see ``ledger.default_block_size``) is part of the attack, as each block has its own random
-    stream. ``record`` is a folder in which each
-    finished unit is kept and from which an interrupted attack continues; it is bound to the weights,
-    the samples, every argument that can change the outcome, and ``header`` (JSON values of the caller).
-    ``deadline`` (of ``time.monotonic``) stops the start of further units: the outcome is then not
-    ``complete``, overrun by at most one unit per worker. ``proven`` are indices of samples that no attack
-    can break (see ``relaxation``): they stand without being attacked. ``decided`` is asked after the clean
-    pass and after every unit, and ends the attack when it says yes; see :func:`run`.
-    With ``answers`` (a file that ships, as a function that travels between processes) ``classifier`` is its
-    differentiable twin: gradients are the twin's, every answer is the file's, and Square asks the file.
+    Args:
+        classifier: maps images to logits; left untouched.
+        images: [n, C, H, W] in [0, 1].
+        labels: [n].
+        config: everything else that decides the outcome.
+        workers: the number of processes on a CPU (None: one per core); on CUDA everything runs here.
+        deadline: of ``time.monotonic``; no further units start after it, and the outcome is then not
+            ``complete``. It is overrun by at most one unit per worker.
+        decided: called after the clean pass and after every unit; ends the attack when it returns true.
+        recorder: receives progress.
 
-    Raises DataError for images or labels that do not fit, CheckpointError for non-finite logits,
-    RunFolderError for a foreign or damaged record, UsageError for impossible numbers and for "rand" on a
-    network that is not randomized.
+    Raises:
+        DataError: images or labels that do not fit.
+        CheckpointError: non-finite logits.
+        RunFolderError: the record is of another attack or damaged.
+        UsageError: impossible numbers, or "rand" on a network that is not randomized.
     """
-    cascade = Cascade(
-        classifier,
-        images,
-        labels,
-        threat=threat,
-        seed=seed,
-        device=device,
-        block_size=block_size,
-        record=record,
-        header=header,
-        proven=proven,
-        version=version,
-        answers=answers,
-    )
+    cascade = Cascade(classifier, images, labels, config)
     run(
         [cascade],
         workers=workers,
@@ -206,15 +214,14 @@ def run(
     decided: Callable[[], bool] | None = None,
     recorder: Recorder | None = None,
 ) -> None:
-    """Attack until nothing is left, ``deadline`` has passed or ``decided`` says so.
+    """Attack until nothing is left, ``deadline`` has passed or ``decided`` returns true.
 
-    Several networks share the workers, the first one first. Where a decision is sought, the cheap attack goes
-    over all blocks of all networks, since it shows what is hopeless; then one block is finished after the
-    other, since only finished samples can show a pass. What each unit finds does not depend on the order.
-    Units in flight when it is decided are dropped. Raises UsageError for no workers.
+    Several networks share the workers, the first one first. Where a decision is sought, the cheap attack runs
+    over all blocks of all networks first, since it shows which thresholds must fail; then one block is
+    finished after the other, since only finished samples can show a pass. The result of a unit does not
+    depend on the order. Units in flight at the decision are dropped. Raises UsageError for no workers.
     """
-    if isinstance(workers, int) and workers < 1:
-        raise UsageError("the number of workers must be at least 1")
+    check_workers(workers)
     recorder = recorder or Silent()
     waiting = sum(len(cascade.ledger.ready) for cascade in cascades)
     recorder.begin("certify", sum(cascade.remaining for cascade in cascades), "forward pass")
@@ -224,6 +231,12 @@ def run(
             executor = executor_for(crew, workers, waiting, recorder, stack)
             _work(cascades, executor, deadline, decided, recorder)
     recorder.end()
+
+
+def check_workers(workers: WorkerSpec) -> None:
+    """Raise UsageError for a number of processes below 1."""
+    if isinstance(workers, int) and workers < 1:
+        raise UsageError("the number of workers must be at least 1", code="workers-invalid")
 
 
 def _work(
@@ -237,6 +250,7 @@ def _work(
     breadth = None if decided is None else _BREADTH
     left = sum(cascade.remaining for cascade in cascades)
     while True:
+        # Fill idle workers with the units whose turn it is.
         while executor.idle and (deadline is None or time.monotonic() < deadline):
             unit = _next_unit(cascades, breadth)
             if unit is None:
@@ -244,10 +258,11 @@ def _work(
             executor.submit(unit)
         if not executor.busy:
             return
+        # Record one result; it may release the next attack on its block.
         result = executor.next()
         cascade = cascades[result.unit.network]
         cascade.take(result)
-        recorder.log("certify", _row(result, cascade.ledger.standing))
+        recorder.log("certify", _row(result, cascade.ledger.unbroken))
         before, left = left, sum(each.remaining for each in cascades)
         recorder.advance(before - left)
         if decided is not None and decided():
@@ -255,7 +270,7 @@ def _work(
 
 
 def _next_unit(cascades: Sequence[Cascade], breadth: int | None) -> Unit | None:
-    """The unit whose turn it is; in the depth, all networks finish a block before the next one."""
+    """Take the next unit; after the breadth phase, all networks finish a block before the next one."""
     turns = []
     for number, cascade in enumerate(cascades):
         if cascade.ledger.ready:
@@ -267,12 +282,12 @@ def _next_unit(cascades: Sequence[Cascade], breadth: int | None) -> Unit | None:
     return dataclasses.replace(cascades[number].ledger.next_unit(breadth), network=number)
 
 
-def _row(result: UnitResult, standing: int) -> dict[str, float | int | str]:
+def _row(result: UnitResult, unbroken: int) -> dict[str, float | int | str]:
     return {
         "attack": result.unit.attack,
         "block": result.unit.block,
         "images": len(result.unit.indices),
         "broken": len(result.broken),
-        "standing": standing,
+        "unbroken": unbroken,
         "seconds": round(result.seconds, 2),
     }

@@ -1,4 +1,4 @@
-"""What an attack will cost, measured on the machine before the work."""
+"""Estimate the cost of an attack by timing a few steps on this machine."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from s2ap_deploy.spec import ThreatModel
 
 _ITERATIONS = 3  # of each attack, to be timed
 _QUERIES = 20  # of Square
-_SLOW_SECONDS = 0.05  # above this per forward pass of a block, fewer images tell as much
+_SLOW_SECONDS = 0.05  # above this per forward pass of a block, time fewer images
 _FEW = 4
 
 
 @dataclass(frozen=True)
 class ExpectedCost:
-    """An upper estimate: every sample stands until the last attack, as on a very robust network.
+    """An upper estimate: no sample is broken before the last attack, as on a very robust network.
 
     ``survivors`` samples cost ``seconds`` on ``workers`` processes; ``per_survivor`` is the time of one
     sample on one process.
@@ -94,7 +94,7 @@ def _attack_seconds(
     num_classes: int,
     version: Version,
 ) -> float:
-    """Seconds of the whole attack on ``block``, from a few of its iterations."""
+    """Extrapolate the seconds of the whole attack on ``block`` from a few of its iterations."""
     iterations = _QUERIES if step.name == "square" else _ITERATIONS
     attack = build.build(
         step.name,

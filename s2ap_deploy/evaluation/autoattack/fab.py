@@ -2,8 +2,8 @@
 
 Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020
 (arXiv 1907.02044), algorithm 1. FAB minimizes the norm; here the question is only whether it falls to eps,
-so a point leaves at its first adversarial point within eps. Noise serves later restarts only, is drawn before
-the loop, and a point that left would not be attacked again: nothing changes for the others.
+so a point is dropped at its first adversarial point within eps. Noise serves later restarts only and is drawn
+before the loop, and a dropped point would not be attacked again: nothing changes for the others.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class EarlyExitFAB:
     def attack_single_run(
         self, x: Tensor, y: Tensor, use_rand_start: bool = False, is_targeted: bool = False
     ) -> Tensor:
-        """One run on ``x`` [B, C, H, W] with ``y`` [B]: the nearest adversarial points met, or ``x`` itself.
+        """Run once on ``x`` [B, C, H, W] with ``y`` [B]; returns the nearest adversarial points, or ``x``.
 
-        "Nearest" ends at the first one within eps. A point that ``predict`` gets wrong is left as it is.
+        The search ends at the first one within eps. A point that ``predict`` gets wrong is left unchanged.
         """
         found = x.detach().clone()
         logits = self.predict(x)
@@ -56,6 +56,7 @@ class EarlyExitFAB:
         point = self._random_start(clean) if use_rand_start else clean
         nearest = torch.full((len(rows),), _FAR, device=x.device)
         for _ in range(self.n_iter):
+            # Step towards the decision boundary; keep the nearest adversarial point, and step back from it.
             point = self._towards_boundary(point, clean, labels, target)
             logits = self.predict(point)
             adversarial = logits.argmax(dim=1) != labels
@@ -80,7 +81,7 @@ class EarlyExitFAB:
         return found
 
     def _random_start(self, clean: Tensor) -> Tensor:
-        """A point at half of eps in a random direction. Drawn on the CPU."""
+        """Draw a point at half of eps in a random direction, on the CPU."""
         noise = torch.rand(clean.shape) * 2 - 1 if self.norm == "Linf" else torch.randn(clean.shape)
         noise = noise.to(clean.device)
         length = _length(noise, self.norm).view(-1, *[1] * (clean.dim() - 1))
@@ -89,7 +90,7 @@ class EarlyExitFAB:
     def _towards_boundary(
         self, point: Tensor, clean: Tensor, labels: Tensor, target: Tensor | None
     ) -> Tensor:
-        """The next iterate: both the point and its clean image projected onto the linearized boundary."""
+        """Compute the next iterate: point and clean image projected onto the linearized boundary."""
         if target is None:
             gap, normal = self._nearest_boundary(point, labels)
         else:
@@ -105,7 +106,7 @@ class EarlyExitFAB:
         return torch.lerp(ahead, from_clean, share.view(-1, *[1] * (point.dim() - 1))).clamp_(0.0, 1.0)
 
     def _boundary(self, point: Tensor, labels: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """``z_target - z_y`` [B] and its gradient [B, C, H, W]."""
+        """Compute ``z_target - z_y`` [B] and its gradient [B, C, H, W]."""
         point = point.detach().requires_grad_()
         with torch.enable_grad():
             logits = self.predict(point)
@@ -114,7 +115,7 @@ class EarlyExitFAB:
         return difference.detach(), gradient
 
     def _nearest_boundary(self, point: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for the class whose linearized boundary is nearest."""
+        """Compute the same for the class whose linearized boundary is nearest."""
         gaps, normals = self.get_diff_logits_grads_batch(point, labels)
         flat = normals.flatten(2)
         if self.norm == "Linf":
@@ -137,7 +138,7 @@ class EarlyExitFAB:
 
 
 def project(points: Tensor, normal: Tensor, offset: Tensor, norm: str) -> Tensor:
-    """The shortest moves in ``norm`` (Linf or L2) from ``points`` [B, P, d] in the box to B hyperplanes.
+    """Compute the shortest moves in ``norm`` (Linf or L2) from ``points`` [B, P, d] to B hyperplanes.
 
     Hyperplane b is ``normal[b] . z = offset[b]``; where the box does not reach it, the move leads to the
     box's nearest corner. Every entry moves at its own speed v until it meets the box, by min(room, t v), and
@@ -174,7 +175,7 @@ def project(points: Tensor, normal: Tensor, offset: Tensor, norm: str) -> Tensor
 
 
 def _length(values: Tensor, norm: str) -> Tensor:
-    """The norm of each [B, ...], as the reference computes it."""
+    """Compute the norm of each [B, ...], as the reference does."""
     flat = values.reshape(len(values), -1)
     if norm == "Linf":
         return flat.abs().amax(dim=1)

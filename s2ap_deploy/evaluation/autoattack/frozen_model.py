@@ -1,4 +1,4 @@
-"""The network that is attacked, and the only one whose word counts: a frozen float32 copy."""
+"""The network that is attacked and whose answers count: a frozen float32 copy, or an exported file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOLERANCE = 1e-6
 
 
 class LogitsFn(Protocol):
-    """What is certified, as a function: float32 images [n, C, H, W] in [0, 1] to logits [n, K]."""
+    """An exported file as a function: float32 images [n, C, H, W] in [0, 1] to logits [n, K]."""
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]: ...
 
@@ -43,34 +43,36 @@ class FrozenModel(nn.Module):
         """Float32 [B, C, H, W] in [0, 1] to logits [B, K]."""
         return _usable(self.network(images), images)
 
-    def answer(self, images: Tensor) -> Tensor:
-        """The logits [B, K] that count: here those that attacks follow."""
+    def decisive_logits(self, images: Tensor) -> Tensor:
+        """Return the logits [B, K] by which a point is judged: here those that attacks follow."""
         logits: Tensor = self(images)
         return logits
 
     @property
-    def queried(self) -> nn.Module:
-        """What an attack without gradients asks."""
+    def black_box(self) -> nn.Module:
+        """The network that an attack without gradients queries."""
         return self
 
     @property
-    def examined(self) -> nn.Module:
+    def precision_probe(self) -> nn.Module:
         """The network whose arithmetic shows whether gradients can be trusted."""
         return self.network
 
     @torch.no_grad()
     def logits(self, images: Tensor, batch_size: int) -> Tensor:
-        """Logits [n, K] on the CPU."""
+        """Compute logits [n, K], returned on the CPU."""
         device = next(self.network.parameters(), images).device
-        return torch.cat([self.answer(batch.to(device)).cpu() for batch in torch.split(images, batch_size)])
+        return torch.cat(
+            [self.decisive_logits(batch.to(device)).cpu() for batch in torch.split(images, batch_size)]
+        )
 
     @torch.no_grad()
     def confirm(
         self, clean: Tensor, attacked: Tensor, labels: Tensor, threat: ThreatModel
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Judge what an attack returned, whatever it claims.
+        """Judge the points that an attack returned.
 
-        A point outside the threat model is drawn back into it (into the box, then along the line to
+        A point outside the threat model is moved back into it (into the box, then along the line to
         its clean image) before it is judged. Returns (broken [B] bool, points [B, C, H, W],
         predictions [B]); a broken point is finite, in [0, 1], within eps and misclassified.
         """
@@ -83,15 +85,15 @@ class FrozenModel(nn.Module):
         shrink = torch.where(outside, threat.radius / distance, torch.ones_like(distance)).to(points.dtype)
         inside = clean + (points - clean) * _per_image(shrink, points)
         points = torch.where(_per_image(outside, points), inside, points)
-        predictions = self.answer(points).argmax(dim=1)
+        predictions = self.decisive_logits(points).argmax(dim=1)
         valid = usable & (distances(clean, points, threat.norm) <= limit)
         return valid & (predictions != labels), points, predictions
 
 
 class OnnxModel(FrozenModel):
-    """Attacks follow the gradients of a twin; the file that ships gives every answer that counts.
+    """An exported file under attack: gradients are those of ``twin``, answers are those of the file.
 
-    ``twin`` computes what the file does, in torch; an attack without gradients asks the file itself.
+    ``twin`` computes the same function in torch; an attack without gradients queries the file.
     """
 
     def __init__(self, twin: nn.Module, answers: LogitsFn, device: torch.device) -> None:
@@ -99,17 +101,17 @@ class OnnxModel(FrozenModel):
         self._answers = answers
 
     @torch.no_grad()
-    def answer(self, images: Tensor) -> Tensor:
+    def decisive_logits(self, images: Tensor) -> Tensor:
         pixels = np.ascontiguousarray(images.detach().cpu().numpy(), dtype=np.float32)
         return _usable(torch.from_numpy(self._answers(pixels)).to(images.device), images)
 
     @property
-    def queried(self) -> nn.Module:
+    def black_box(self) -> nn.Module:
         return BlackBox(self)
 
     @property
-    def examined(self) -> nn.Module:
-        """A twin that rounds would answer otherwise for any change of arithmetic, so it is asked not to."""
+    def precision_probe(self) -> nn.Module:
+        """The twin without rounding, which would change its answers with every change of arithmetic."""
         unrounded = getattr(self.network, "unrounded", None)
         network: nn.Module = self.network if unrounded is None else unrounded()
         return network
@@ -123,27 +125,29 @@ class BlackBox(nn.Module):
         self._judge = judge
 
     def forward(self, images: Tensor) -> Tensor:
-        return self._judge.answer(images)
+        return self._judge.decisive_logits(images)
 
 
 def _usable(logits: Tensor, images: Tensor) -> Tensor:
-    """``logits`` as they are. Raises CheckpointError where an attack cannot work with them."""
+    """Return ``logits`` unchanged. Raises CheckpointError where an attack cannot work with them."""
     if logits.dim() != 2 or logits.shape[0] != images.shape[0] or logits.shape[1] < 2:
         raise CheckpointError(
             f"the classifier maps {list(images.shape)} to {list(logits.shape)}; "
-            "an attack needs logits of shape [images, classes] with at least 2 classes"
+            "an attack needs logits of shape [images, classes] with at least 2 classes",
+            code="logits-shape-invalid",
         )
     # A sum is non-finite when any of its terms is, and costs far less than a mask of all of them.
     if not math.isfinite(logits.detach().sum(dtype=torch.float64).item()):
         raise CheckpointError(
             "the classifier returns logits that are not finite",
+            code="logits-not-finite",
             hint="look for NaN or infinite weights with: s2ap-deploy inspect CHECKPOINT",
         )
     return logits
 
 
 def distances(clean: Tensor, points: Tensor, norm: str) -> Tensor:
-    """Distance of each point from its clean image in ``norm``, float64 [B]."""
+    """Compute the distance of each point from its clean image in ``norm``, float64 [B]."""
     difference = (points.double() - clean.double()).flatten(1)
     order = {"Linf": math.inf, "L2": 2.0, "L1": 1.0}[norm]
     distance: Tensor = torch.linalg.vector_norm(difference, ord=order, dim=1)
@@ -152,10 +156,10 @@ def distances(clean: Tensor, points: Tensor, norm: str) -> Tensor:
 
 @contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """One order of summation and full float32, whatever the process around it has set.
+    """Fix the order of summation and compute in full float32, whatever the process has set.
 
     On the CPU one thread (a sum then does not depend on how many workers share the machine), on CUDA no
-    TF32 and deterministic convolutions. No autocast. Random streams are given back as they were.
+    TF32 and deterministic convolutions. No autocast. Random streams are restored on exit.
     """
     threads = torch.get_num_threads()
     cuda = [device] if device.type == "cuda" else []
@@ -181,20 +185,31 @@ def _per_image(values: Tensor, images: Tensor) -> Tensor:
 
 
 def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Contiguous float32 images and int64 labels on the CPU, or DataError."""
+    """Convert to contiguous float32 images and int64 labels on the CPU. Raises DataError."""
     images = images.detach().to("cpu", torch.float32).contiguous()
     labels = labels.detach().to("cpu", torch.int64)
     if images.dim() != 4 or labels.shape != images.shape[:1] or images.numel() == 0:
         raise DataError(
             f"an attack needs images [n, C, H, W] and labels [n] with n >= 1, "
-            f"not {list(images.shape)} and {list(labels.shape)}"
+            f"not {list(images.shape)} and {list(labels.shape)}",
+            code="samples-shape-invalid",
         )
     low, high = float(images.min()), float(images.max())
     if not (low >= 0.0 and high <= 1.0):  # false for NaN as well
         raise DataError(
             f"images must lie in [0, 1], these reach from {low:g} to {high:g}",
-            hint="normalization belongs into the classifier, not into the data",
+            code="images-out-of-range",
+            hint="normalization belongs in the classifier, not in the data",
         )
     if int(labels.min()) < 0:
-        raise DataError(f"label {int(labels.min())} is negative")
+        raise DataError(f"label {int(labels.min())} is negative", code="label-invalid")
     return images, labels
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise DataError for a label that a classifier of ``num_classes`` classes does not have."""
+    if int(labels.max()) >= num_classes:
+        raise DataError(
+            f"label {int(labels.max())} does not exist for a classifier of {num_classes} classes",
+            code="label-invalid",
+        )

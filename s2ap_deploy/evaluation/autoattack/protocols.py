@@ -1,8 +1,8 @@
-"""Which attacks a protocol runs, in which order, with which parameters. No torch.
+"""The protocols of AutoAttack: which attacks run, in which order, with which parameters.
 
 ``standard``, ``plus`` and ``rand`` are AutoAttack's versions: Croce and Hein, ICML 2020 (arXiv 2003.01690),
 for L1 Croce and Hein, ICML 2021 (2103.01208). With 2 and 3 classes AutoAttack is not defined; what runs
-there instead is labeled as adapted. ``quick`` is a short sweep of our own and not AutoAttack.
+there instead is labeled as adapted. ``quick`` is a short sweep of this package and not AutoAttack.
 """
 
 from __future__ import annotations
@@ -63,23 +63,23 @@ class Step:
     wide_start: bool = False
 
     def forward_equivalents(self, num_classes: int) -> int:
-        """Cost for one image that it does not break, in forward passes (a backward pass counts as 2)."""
+        """Return the cost for one unbroken image in forward passes (a backward pass counts as 2)."""
         per_iteration = {"square": 1, "fab": 2 + 2 * num_classes, "fab-t": 4}.get(self.name, 3 * self.eot)
         return self.iterations * per_iteration * self.targets * self.restarts
 
 
 def steps(version: Version, norm: str, num_classes: int) -> tuple[Step, ...]:
-    """The attacks of ``version`` in their order; each sees only what the ones before it left standing."""
+    """List the attacks of ``version`` in order; each sees only samples that the ones before did not break."""
     return tuple(_step(name, version, norm, num_classes) for name in names(version, num_classes))
 
 
 def step(name: str, version: Version, norm: str, num_classes: int) -> Step:
-    """The attack ``name`` with its parameters in ``version``. Raises KeyError where it is no part of it."""
+    """Return the attack ``name`` with its parameters in ``version``. Raises KeyError for another attack."""
     return {each.name: each for each in steps(version, norm, num_classes)}[name]
 
 
 def names(version: Version, num_classes: int) -> tuple[str, ...]:
-    """The names of the attacks, in their order.
+    """List the names of the attacks in order.
 
     With 2 and 3 classes the plain margin takes the place of a DLR loss that does not exist.
     """
@@ -88,18 +88,18 @@ def names(version: Version, num_classes: int) -> tuple[str, ...]:
 
 
 def label(version: Version, num_classes: int) -> str:
-    """What a certificate calls the protocol: the version, marked where it had to be adapted."""
+    """Return the name of the protocol in a certificate: the version, marked where it was adapted."""
     plain, adapted = _LABELS[version]
     return plain if names(version, num_classes) == _ORDER[version] else adapted
 
 
 def version(label: str) -> Version:
-    """The version behind a certificate's name of a protocol. Raises KeyError for any other text."""
+    """Return the version for a protocol's name in a certificate. Raises KeyError for any other text."""
     return {name: version for version, names in _LABELS.items() for name in names}[label]
 
 
 def is_adapted(label: str) -> bool:
-    """Whether the certificate's name of a protocol says that it is an adapted one."""
+    """Return whether the protocol's name in a certificate is that of an adapted one."""
     return label in {adapted for _, adapted in _LABELS.values()}
 
 

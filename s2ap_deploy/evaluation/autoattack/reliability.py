@@ -1,6 +1,6 @@
-"""Signs that an attack's result says less than it seems to: what the network itself does to be doubted.
+"""Checks for gradient masking and other reasons not to trust the result of an attack.
 
-Each flag is raised by something that was seen, on a few images, in a few passes: its absence proves nothing.
+Each flag is raised by an observation on a few images in a few passes: its absence proves nothing.
 Those that only the attacks can show (zero_gradient, square_improves) are raised by the ledger.
 """
 
@@ -27,10 +27,10 @@ _UNBOUND = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 def reliability_flags(
     network: nn.Module, images: Tensor, first: Tensor, second: Tensor, device: torch.device
 ) -> tuple[str, ...]:
-    """The flags of a frozen ``network`` for images [n, C, H, W] on the CPU, in the certificate's words.
+    """Check a frozen ``network`` on images [n, C, H, W] on the CPU; returns flags as in the certificate.
 
-    ``first`` and ``second`` [n, K] are the logits of two passes over all images. What is randomized is not
-    asked further questions about its numbers, as every answer would differ.
+    ``first`` and ``second`` [n, K] are the logits of two passes over all images. A randomized network is
+    not checked for precision or batch dependence, as every answer would differ.
     """
     flags = list(output_flags(first, second))
     chosen = torch.linspace(0, len(images) - 1, min(_PROBES, len(images))).round().long()
@@ -46,7 +46,7 @@ def reliability_flags(
 
 
 def output_flags(first: Tensor, second: Tensor) -> tuple[str, ...]:
-    """``randomized`` and ``not_logits``, from two passes over the same clean images, [n, K] each."""
+    """Check for ``randomized`` and ``not_logits`` by two passes over the same clean images, [n, K] each."""
     flags = []
     if _differ(first, second, RELATIVE):
         flags.append("randomized")
@@ -56,9 +56,9 @@ def output_flags(first: Tensor, second: Tensor) -> tuple[str, ...]:
 
 
 def batch_dependent(network: nn.Module, probes: Tensor) -> bool:
-    """Whether an image's logits change with its neighbors in the batch (probes [b, C, H, W]).
+    """Return whether an image's logits change with its neighbors in the batch (probes [b, C, H, W]).
 
-    Attacks run in batches and are stopped image by image, which assumes that they do not.
+    Attacks run in batches and stop image by image, which assumes that they do not.
     """
     alone = torch.cat([network(probe[None]) for probe in probes])
     among = network(torch.cat([probes, 1 - probes]))[: len(probes)]  # never the image's own copy
@@ -66,12 +66,12 @@ def batch_dependent(network: nn.Module, probes: Tensor) -> bool:
 
 
 def dynamic_control_flow(network: nn.Module, probes: Tensor) -> bool:
-    """Whether the network's code takes another way for another image (probes [b, C, H, W]).
+    """Return whether the network's code takes a different path for different images (probes [b, C, H, W]).
 
     Three signs: a value computed from the image is read back into Python (as every ``if`` on it must, and as
     operations do whose output's shape depends on values), two images of one shape cause different operations,
-    or the forward pass computes gradients, as networks do that adapt themselves while they are asked. Attacks
-    follow the gradient of the way that was taken, which says nothing about the ways beside it.
+    or the forward pass computes gradients, as networks do that adapt at test time. Attacks follow the
+    gradient of the path that was taken, which says nothing about other paths.
     """
     ways = []
     for probe in probes:
@@ -85,9 +85,9 @@ def dynamic_control_flow(network: nn.Module, probes: Tensor) -> bool:
 
 
 def loss_of_precision(network: nn.Module, probes: Tensor) -> bool:
-    """Whether float32 is too coarse for this network (probes [b, C, H, W]): in float64 it answers otherwise.
+    """Return whether float32 is too coarse: logits of the probes [b, C, H, W] differ in float64.
 
-    Gradients are then coarser still. A network that fails in float64 cannot be compared, and is not doubted.
+    Gradients are then coarser still. A network that fails in float64 cannot be compared and gets no flag.
     """
     coarse = network(probes).double()
     try:
@@ -96,15 +96,15 @@ def loss_of_precision(network: nn.Module, probes: Tensor) -> bool:
         return False
     if not bool(fine.isfinite().all()):
         return False
-    # What all classes share decides nothing, and may hide how coarse the rest is.
+    # An offset common to all classes changes no prediction and may hide the error of the rest.
     fine, coarse = (logits - logits.mean(dim=1, keepdim=True) for logits in (fine, coarse))
     return bool((fine - coarse).abs().max() > _PRECISION * fine.abs().max())
 
 
 def saturated(logits: Tensor) -> bool:
-    """Whether float32 calls nearly all answers [n, K] certain: their cross entropy is exactly 0.
+    """Return whether nearly all logits [n, K] are saturated in float32: their cross entropy is exactly 0.
 
-    Its gradient has then lost the label's own part, and APGD-CE can tell neither progress nor direction. A
+    Its gradient has then lost the label's own part, and APGD-CE sees neither progress nor direction. A
     well trained network on easy images is certain of most of them; DLR's losses have no such limit.
     """
     return bool((logits.softmax(dim=1).amax(dim=1) == 1).double().mean() > _CERTAIN)
@@ -144,7 +144,7 @@ class _Way(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """The tensors in nested arguments."""
+    """List the tensors in nested arguments."""
     if isinstance(values, Tensor):
         return [values]
     if isinstance(values, Mapping):

@@ -1,26 +1,56 @@
-"""The state of every sample during an attack, and which unit each block needs next."""
+"""The state of every sample during an attack, its outcome, and which unit each block needs next."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from s2ap_deploy.evaluation.autoattack import protocols
 from s2ap_deploy.evaluation.autoattack.attacker import Unit, UnitResult
-from s2ap_deploy.evaluation.autoattack.outcome import AttackCount, AttackOutcome
+from s2ap_deploy.evaluation.samples import Robust
+from s2ap_deploy.records import AttackRow
 from s2ap_deploy.runtime import derive_seed
 
 _SQUARE_SHARE = 0.002  # AutoAttack's own alarm: Square lowers robust accuracy by more than 0.2 points
 
 
+@dataclass(frozen=True, eq=False)
+class AttackOutcome:
+    """The result of the cascade for each of n samples.
+
+    ``broken_by`` is None, "clean" (misclassified without an attack) or the attack's name.
+    ``adversarial`` [n, C, H, W] float32 holds the point that broke a sample, elsewhere the clean image;
+    ``adversarial_prediction`` is the classifier's answer there. ``pending`` lists samples whose attacks
+    did not all run: nothing is known about them yet.
+    ``flags`` are reasons for caution: randomized, not_logits, zero_gradient, square_improves,
+    adapted_protocol.
+    """
+
+    protocol: str
+    num_classes: int
+    clean_prediction: tuple[int, ...]
+    broken_by: tuple[str | None, ...]
+    adversarial: Tensor
+    adversarial_prediction: tuple[int, ...]
+    counts: tuple[AttackRow, ...]
+    flags: tuple[str, ...]
+    pending: tuple[int, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every attack saw every sample that reached it."""
+        return not self.pending
+
+
 def default_block_size(images: Tensor, device: torch.device) -> int:
-    """Samples per block for ``images`` [n, C, H, W], from the size of one image and the kind of ``device``.
+    """Choose the samples per block for ``images`` [n, C, H, W], by the size of one image and the device.
 
     On one thread a network for 8 x 8 images spends its time on the calls themselves (100 per block cost
     0.7 of what 50 do), a CIFAR ResNet is fastest with 16 to 64, and larger images would fill the memory. A
-    GPU computes hundreds in the time that it takes to ask it for one.
+    GPU computes hundreds in the time that one launch takes.
     """
     values = images[0].numel()
     if device.type != "cpu":
@@ -29,7 +59,7 @@ def default_block_size(images: Tensor, device: torch.device) -> int:
 
 
 def turn(step: int, block: int, breadth: int | None) -> tuple[int, int, int]:
-    """When attack ``step`` on ``block`` is due: those before ``breadth`` (None: all) on every block first."""
+    """Order attack ``step`` on ``block``: attacks before ``breadth`` (None: all) run on every block first."""
     return (0, step, block) if breadth is None or step < breadth else (1, block, step)
 
 
@@ -47,7 +77,7 @@ class Scheduler:
         proven: Collection[int] = (),
         version: protocols.Version = "standard",
     ) -> None:
-        """``clean`` are predictions [n]; samples ``proven`` robust stand without being attacked."""
+        """Start from the predictions ``clean`` [n]; samples ``proven`` robust are never attacked."""
         self.names = protocols.names(version, num_classes)
         self._version = version
         self._num_classes = num_classes
@@ -68,18 +98,18 @@ class Scheduler:
             self._schedule(block)
 
     @property
-    def standing(self) -> int:
+    def unbroken(self) -> int:
         """Samples that nothing has broken so far."""
         return self._broken_by.count(None)
 
     @property
-    def progress(self) -> tuple[bool | None, ...]:
-        """For each sample whether it withstood every attack; None while some are still to come."""
+    def robust(self) -> tuple[Robust, ...]:
+        """Whether each sample withstood every attack; None while some are still to come."""
         pending = set(self._pending())
         return tuple(None if index in pending else by is None for index, by in enumerate(self._broken_by))
 
     def next_unit(self, breadth: int | None = None) -> Unit:
-        """The cheapest attack that any block still needs: early attacks first, then early blocks.
+        """Take the cheapest attack that any block still needs: early attacks first, then early blocks.
 
         From the attack ``breadth`` on, one block is finished before the next.
         """
@@ -88,15 +118,15 @@ class Scheduler:
         return self._unit(step, block)
 
     def next_turn(self, breadth: int | None = None) -> tuple[int, int, int]:
-        """When :meth:`next_unit`'s unit is due, to compare with the turn of another network's."""
+        """Return when the unit of :meth:`next_unit` is due, to compare it with that of another network."""
         return min(turn(step, block, breadth) for step, block in self.ready)
 
     def expects(self, unit: Unit) -> bool:
-        """Whether ``unit`` is what its block needs next."""
+        """Return whether ``unit`` is what its block needs next."""
         return any(self._unit(step, block) == unit for step, block in self.ready if block == unit.block)
 
     def apply(self, result: UnitResult) -> None:
-        """Take over what a unit found, now or in the run that the record remembers."""
+        """Apply the result of a unit, of this run or of the recorded one."""
         block = result.unit.block
         waiting = (self._done[block], block)
         if waiting in self.ready:  # replayed from the record, not taken by next_unit
@@ -110,14 +140,14 @@ class Scheduler:
         self._schedule(block)
 
     def remaining(self, costs: Mapping[str, int]) -> int:
-        """Forward passes still to do if nothing more breaks."""
+        """Count the forward passes still to do if nothing more breaks."""
         return sum(
             len(self._survivors(block)) * sum(costs[name] for name in self.names[done:])
             for block, done in enumerate(self._done)
         )
 
     def outcome(self, flags: tuple[str, ...]) -> AttackOutcome:
-        """The state as it stands."""
+        """Return the current state."""
         return AttackOutcome(
             protocol=protocols.label(self._version, self._num_classes),
             num_classes=self._num_classes,
@@ -155,9 +185,9 @@ class Scheduler:
         if self._done[block] < len(self.names) and self._survivors(block):
             self.ready.append((self._done[block], block))
 
-    def _count(self, name: str) -> AttackCount:
+    def _count(self, name: str) -> AttackRow:
         mine = [result for result in self._results if result.unit.attack == name]
-        return AttackCount(
+        return AttackRow(
             name=name,
             n_in=sum(len(result.unit.indices) for result in mine),
             n_broken=sum(len(result.broken) for result in mine),
@@ -168,7 +198,7 @@ class Scheduler:
         flags = []
         if any(result.zero_gradient for result in self._results):
             flags.append("zero_gradient")
-        # One sample proves nothing about gradients, even where it is more than 0.2 points.
+        # One sample is no evidence about gradients, even where it is more than 0.2 points.
         if self._count("square").n_broken > max(1.0, _SQUARE_SHARE * len(self._clean)):
             flags.append("square_improves")
         if protocols.is_adapted(protocols.label(self._version, self._num_classes)):

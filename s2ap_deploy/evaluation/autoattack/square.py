@@ -1,9 +1,9 @@
-"""Square against Linf, with every point at its own pace and no question asked twice.
+"""Square attack (Linf) that skips queries whose outcome is already known.
 
 Andriushchenko et al., "Square Attack", ECCV 2020 (arXiv 1912.00049), algorithm 2, with the parameters and
 the random draws of the reference implementation. Its proposals (place, size and signs of a square) are
-the same for all points and depend on nothing that happens, so they are drawn first. A point then
-walks through them on its own: a proposal that leaves it as it is, or that was refused since it last
+the same for all points and depend on nothing that happens, so they are drawn first. Each point then
+walks through them by itself: a proposal that does not change it, or that was refused since it last
 moved, would be refused again and needs no forward pass.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_WINDOW = 128  # how far ahead one look for the next new proposal reaches
+_WINDOW = 128  # proposals that are searched at once for the next one with an unknown outcome
 
 
 class CachedSquare:
@@ -31,7 +31,7 @@ class CachedSquare:
 
     @torch.no_grad()
     def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One run on ``x`` [B, C, H, W] with ``y`` [B]: how many proposals each point saw, and the points."""
+        """Run once on ``x`` [B, C, H, W] with ``y`` [B]; returns proposals seen per point, and points."""
         if self.norm != "Linf":  # there the draws depend on how many points are left
             seen, points = super().attack_single_run(x, y)  # type: ignore[misc]
             return seen, points
@@ -40,7 +40,7 @@ class CachedSquare:
         proposals = Proposals.draw(self.n_queries, x.shape[1:], self.eps, self.p_selection).to(x.device)
         points = (x + self.eps * stripes).clamp(0.0, 1.0)
         walk = _Walk(self.predict, x, y, self.eps, points, proposals)
-        while walk.standing:
+        while walk.remaining:
             walk.advance()
         return walk.seen, walk.points
 
@@ -59,7 +59,7 @@ class Proposals:
 
     @classmethod
     def draw(cls, count: int, shape: torch.Size, eps: float, share: Callable[[int], float]) -> Proposals:
-        """As the reference draws them from the default stream of the CPU: row, column, a sign per channel.
+        """Draw from the default CPU stream in the reference's order: row, column, a sign per channel.
 
         ``share(i)`` is the share of the image ``shape`` (C, H, W) that proposal i covers.
         """
@@ -83,7 +83,7 @@ class Proposals:
 
 
 class _Walk:
-    """Where every point stands; all tensors but ``points`` and ``seen`` have a row for each that stands."""
+    """The state of the points; all tensors but ``points`` and ``seen`` have a row per unbroken point."""
 
     def __init__(
         self,
@@ -107,16 +107,17 @@ class _Walk:
         self._keep(self.margin > 0)
 
     @property
-    def standing(self) -> int:
+    def remaining(self) -> int:
+        """Points that are neither broken nor out of proposals."""
         return len(self.rows)
 
     def advance(self) -> None:
-        """Each point looks ahead and answers at most one proposal."""
+        """Evaluate at most one proposal for each point."""
         kind = self.proposals.kind[self.next].unsqueeze(1)
         idle = self.refused.gather(1, kind).squeeze(1)
         if bool(idle.any()):
             self._look_ahead()
-            if not self.standing:
+            if not self.remaining:
                 return
             kind = self.proposals.kind[self.next].unsqueeze(1)
             idle = self.refused.gather(1, kind).squeeze(1)
@@ -131,7 +132,7 @@ class _Walk:
         self._keep((self.margin > 0) & (self.next < len(self.proposals)))
 
     def _answer(self, asked: Tensor, new: Tensor) -> None:
-        """Rows ``asked`` move to ``new`` where that lowers their margin."""
+        """Move the rows ``asked`` to ``new`` where that lowers their margin."""
         margin = self._margins(new, self.labels[asked])
         better = margin < self.margin[asked]
         if bool(better.any()):
@@ -151,7 +152,7 @@ class _Walk:
         self._keep(self.next < total)
 
     def _margins(self, points: Tensor, labels: Tensor) -> Tensor:
-        """``z_y`` minus the largest other logit, [m]."""
+        """Compute ``z_y`` minus the largest other logit, [m]."""
         logits = self.predict(points).clone()
         own = labels.unsqueeze(1)
         right = logits.gather(1, own).squeeze(1)
@@ -159,7 +160,7 @@ class _Walk:
         return right - logits.amax(dim=1)
 
     def _keep(self, stay: Tensor) -> None:
-        """Write back and forget the points that are done."""
+        """Write back and remove the points that are done."""
         if bool(stay.all()):
             return
         leave = self.rows[~stay]
@@ -170,6 +171,6 @@ class _Walk:
 
 
 def _inside(first: Tensor, count: Tensor, length: int) -> Tensor:
-    """[Q, length] float: 1 at the ``count`` places from ``first`` on."""
+    """Build a [Q, length] float mask: 1 at the ``count`` places from ``first`` on."""
     places = torch.arange(length)
     return ((places >= first.unsqueeze(1)) & (places < (first + count).unsqueeze(1))).float()

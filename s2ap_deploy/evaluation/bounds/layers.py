@@ -1,10 +1,10 @@
-"""Layers as bound propagation sees them: intervals forwards, linear forms backwards.
+"""The layers of a network for bound propagation: intervals forwards, linear forms backwards.
 
 Everything is float64 without autograd. A batch of node values has shape [P, \\*shape] for P points. Linear
 forms over a node are :class:`Forms`; for feature maps they cover only the window that the forms can see,
 which keeps the bounds of an early convolution as cheap as its receptive field.
 
-Each affine layer says how much its own evaluation can be off: ``magnitude`` is the sum of the absolute
+Each affine layer bounds the error of its own evaluation: ``magnitude`` is the sum of the absolute
 values of the terms of each output, ``terms`` their number. Any order of summation of n terms with unit
 roundoff u errs by at most n u / (1 - n u) times that sum (Higham, Accuracy and Stability of Numerical
 Algorithms, 2002, sections 3.1 and 4.2).
@@ -12,13 +12,17 @@ Algorithms, 2002, sections 3.1 and 4.2).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from s2ap_deploy.spec import Norm
 
 Shape = tuple[int, ...]
 Window = tuple[int, int, int, int]
@@ -29,7 +33,7 @@ Window = tuple[int, int, int, int]
 class Forms:
     """S linear forms for each of P points over one node: ``values`` [P, S, C, h, w] or [P, S, \\*shape].
 
-    ``window`` says where h x w lies in the feature map; None stands for the whole node. Coefficients
+    ``window`` is the position of h x w in the feature map; None is the whole node. Coefficients
     outside the window are zero.
     """
 
@@ -37,19 +41,19 @@ class Forms:
     window: Window | None = None
 
     def over(self, tensor: Tensor) -> Tensor:
-        """The part of ``tensor`` [..., C, H, W] that the forms see."""
+        """Return the part of ``tensor`` [..., C, H, W] that the forms see."""
         if self.window is None:
             return tensor
         top, bottom, left, right = self.window
         return tensor[..., top:bottom, left:right]
 
     def dot(self, tensor: Tensor) -> Tensor:
-        """Values [P, S] of the forms at the node values ``tensor`` [P, \\*shape]."""
+        """Evaluate the forms [P, S] at the node values ``tensor`` [P, \\*shape]."""
         values = self.over(tensor).flatten(1).unsqueeze(2)
         return torch.bmm(self.values.flatten(2), values).squeeze(2)
 
     def whole(self, shape: Shape) -> Forms:
-        """The same forms over all of a node of ``shape``."""
+        """Return the same forms over all of a node of ``shape``."""
         if self.window is None:
             return self
         full = self.values.new_zeros((*self.values.shape[:2], *shape))
@@ -57,7 +61,7 @@ class Forms:
         return Forms(full)
 
     def plus(self, other: Forms, shape: Shape) -> Forms:
-        """The sum of both, over the smallest window that holds both."""
+        """Add both forms, over the smallest window that holds both."""
         if self.window == other.window:
             return Forms(self.values + other.values, self.window)
         if self.window is None or other.window is None:
@@ -84,18 +88,18 @@ class Affine(ABC):
 
     @abstractmethod
     def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds of the outputs for inputs [P, \\*in] between ``lower`` and ``upper``, before rounding."""
+        """Bound the outputs for inputs [P, \\*in] between ``lower`` and ``upper``, before rounding."""
 
     @abstractmethod
     def magnitude(self, largest: Tensor) -> Tensor:
-        """Sum of the absolute values of each output's terms for inputs of at most ``largest``."""
+        """Sum the absolute values of each output's terms for inputs of at most ``largest``."""
 
     @abstractmethod
     def backward(self, forms: Forms) -> Forms:
-        """The forms over the input that equal ``forms`` over the output, without the constant part."""
+        """Return the forms over the input that equal ``forms`` over the output, without the constant part."""
 
     def reach(self, window: Window | None) -> Window | None:
-        """The window of the input that a window of the output sees."""
+        """Return the window of the input that a window of the output sees."""
         return None
 
 
@@ -138,7 +142,7 @@ class Convolution(Affine):
         return *self._side(0, top, bottom), *self._side(1, left, right)
 
     def _side(self, axis: int, start: int, stop: int) -> tuple[int, int]:
-        """Rows or columns of the input that those of the output from ``start`` to ``stop`` see."""
+        """Return the rows or columns of the input that those of the output from ``start`` to ``stop`` see."""
         before, stride, size = self.pad[2 * axis], self.stride[axis], self.size[1 + axis]
         extent = self.dilation[axis] * (self.weight.shape[2 + axis] - 1) + 1
         # Where only padding is seen, one pixel remains; its coefficient is zero.
@@ -271,7 +275,7 @@ def _plus(values: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _overlap(position: int, length: int, start: int, stop: int) -> tuple[slice, slice]:
-    """Where ``length`` values that begin at ``position`` meet [start, stop): seen from each of the two."""
+    """Intersect ``length`` values from ``position`` on with [start, stop), in coordinates of each."""
     first, last = max(position, start), min(position + length, stop)
     last = max(first, last)
     return slice(first - position, last - position), slice(first - start, last - start)
@@ -292,3 +296,64 @@ def _hull(first: Window, second: Window) -> Window:
         min(first[2], second[2]),
         max(first[3], second[3]),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One value [\\*shape] per point: ``layer`` applied to ``parents``; the input has no layer."""
+
+    layer: Affine | Relu | Sum | None
+    parents: tuple[int, ...]
+    shape: Shape
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Nodes in the order of their evaluation; the first is the input, the last the logits."""
+
+    nodes: tuple[Node, ...]
+
+    @cached_property
+    def gamma(self) -> float:
+        """Relative rounding of any float64 sum in this computation, with a margin."""
+        longest = max(math.prod(node.shape) for node in self.nodes)
+        terms = max((node.layer.terms for node in self.nodes if isinstance(node.layer, Affine)), default=0)
+        return 2.0**-51 * (longest + terms + len(self.nodes) + 64)
+
+    @cached_property
+    def _before_relu(self) -> frozenset[int]:
+        return frozenset(p for node in self.nodes if isinstance(node.layer, Relu) for p in node.parents)
+
+    @cached_property
+    def _exact_in_a_box(self) -> frozenset[int]:
+        """Nodes with exact intervals over a box of inputs: at most one layer up to them mixes values."""
+        separate, exact = {0}, {0}
+        for index, node in enumerate(self.nodes):
+            if not isinstance(node.layer, Affine):
+                continue
+            (parent,) = node.parents
+            if parent in separate or (node.layer.keeps_coordinates and parent in exact):
+                exact.add(index)
+                if node.layer.keeps_coordinates and parent in separate:
+                    separate.add(index)
+        return frozenset(exact)
+
+    def worth_tightening(self, index: int, norm: Norm) -> bool:
+        """Return whether a ReLU reads node ``index`` and linear bounds can be tighter than its intervals."""
+        return index in self._before_relu and not (norm == "Linf" and index in self._exact_in_a_box)
+
+    def widest(self, index: int, window: Window | None) -> int:
+        """Count the most coefficients that a form over ``window`` of a node has during propagation."""
+        reached: dict[int, set[Window | None]] = {index: {window}}
+        largest = 1
+        for current in range(index, -1, -1):
+            node = self.nodes[current]
+            for seen in reached.get(current, ()):
+                size = math.prod(node.shape)
+                if seen is not None:
+                    size = node.shape[0] * (seen[1] - seen[0]) * (seen[3] - seen[2])
+                largest = max(largest, size)
+                back = node.layer.reach(seen) if isinstance(node.layer, Affine) else seen
+                for parent in node.parents:
+                    reached.setdefault(parent, set()).add(back)
+        return largest

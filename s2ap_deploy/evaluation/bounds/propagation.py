@@ -22,8 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from s2ap_deploy.evaluation.bounds.layers import Affine, Forms, Relu, Reshape, Shape, Sum, Window
-from s2ap_deploy.evaluation.bounds.trace import Trace
+from s2ap_deploy.evaluation.bounds.layers import Affine, Forms, Relu, Reshape, Shape, Sum, Trace, Window
 from s2ap_deploy.spec import Norm
 
 Slope = Literal["adaptive", "parallel"]
@@ -54,7 +53,7 @@ class Region:
         return (self.center + self.radius).clamp(max=1.0)
 
     def minimum(self, forms: Forms, rows: Tensor) -> Tensor:
-        """A lower bound on ``forms`` [P, S] over the points ``rows``; exact for Linf."""
+        """Compute a lower bound on ``forms`` [P, S] over the points ``rows``; exact for Linf."""
         center, lower, upper = self.center[rows], self.lower[rows], self.upper[rows]
         falling = Forms(forms.values.clamp(max=0.0), forms.window)
         box = forms.dot(lower) + falling.dot(upper - lower)
@@ -70,7 +69,7 @@ class Region:
 
 @dataclass(eq=False)
 class Bounds:
-    """What is known about the nodes of a trace, by their index; tensors [P, \\*shape].
+    """Bounds of the nodes of a trace by their index; tensors [P, \\*shape].
 
     ``noise`` is how far one evaluation of the node alone can be off. ``largest`` is what rounding on the way
     back is relative to: that of a ReLU's chord to its argument, which may exceed its value.
@@ -82,17 +81,17 @@ class Bounds:
     largest: dict[int, Tensor] = field(default_factory=dict)
 
     def rows(self, rows: Tensor) -> Bounds:
-        """The same for some of the points."""
+        """Return the bounds of some of the points."""
         parts = (self.lower, self.upper, self.noise, self.largest)
         return Bounds(*({index: values[rows] for index, values in part.items()} for part in parts))
 
     def reach(self, index: int) -> Tensor:
-        """The largest absolute value that a node can take."""
+        """Return the largest absolute value that a node can take."""
         return torch.maximum(self.lower[index].abs(), self.upper[index].abs())
 
 
 def evaluate(trace: Trace, images: Tensor) -> Tensor:
-    """Logits [P, K] of float64 ``images`` [P, C, H, W] by the traced layers."""
+    """Compute the logits [P, K] of float64 ``images`` [P, C, H, W] by the traced layers."""
     values: list[Tensor] = []
     for node in trace.nodes:
         parents = [values[parent] for parent in node.parents]
@@ -108,7 +107,7 @@ def evaluate(trace: Trace, images: Tensor) -> Tensor:
 
 
 def propagate(trace: Trace, region: Region, slope: Slope | None, known: Bounds | None = None) -> Bounds:
-    """Bounds of all nodes over ``region``: intervals, or linear relaxation with the lower lines ``slope``.
+    """Bound all nodes over ``region``: intervals, or linear relaxation with the lower lines ``slope``.
 
     ``known`` bounds are used where they are tighter.
     """
@@ -141,7 +140,7 @@ def propagate(trace: Trace, region: Region, slope: Slope | None, known: Bounds |
 def lower_bounds(
     trace: Trace, region: Region, bounds: Bounds, forms: Forms, slope: Slope, *, index: int, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Lower bounds [P, S] of ``forms`` over node ``index`` for the points ``rows``, and what rounding took.
+    """Bound ``forms`` over node ``index`` from below for the points ``rows``, [P, S], and the rounding error.
 
     ``bounds`` must hold every node before ``index``. A bound is NaN where nothing is known.
     """
@@ -180,7 +179,7 @@ def _add(pending: dict[int, Forms], parent: int, forms: Forms, trace: Trace) -> 
 
 
 def _through_relu(forms: Forms, lower: Tensor, upper: Tensor, slope: Slope) -> tuple[Tensor, Forms]:
-    """Forms over a ReLU's argument that bound ``forms`` over its value from below, and their offset [P, S].
+    """Bound ``forms`` over a ReLU's value from below by forms over its argument, with an offset [P, S].
 
     A positive coefficient takes the lower line, a negative one the chord through (l, 0) and (u, u).
     """
@@ -223,14 +222,14 @@ def _tighten(trace: Trace, region: Region, bounds: Bounds, index: int, slope: Sl
 
 
 def _place(tensor: Tensor, window: Window | None) -> Tensor:
-    """A view [P, units] of a node's values at one position of its map, or of all of them."""
+    """Return a view [P, units] of a node's values at one position of its map, or of all of them."""
     if window is None:
         return tensor.view(len(tensor), -1)
     return tensor[:, :, window[0], window[2]]
 
 
 def _groups(count: Tensor, at_once: int) -> list[tuple[Tensor, int]]:
-    """Points of similar ``count`` [P], with the largest of each group; those that count 0 are left out."""
+    """Group points of similar ``count`` [P], with the largest of each group, without those of count 0."""
     order = torch.argsort(count, stable=True)
     order = order[count[order] > 0]
     groups = []
@@ -243,7 +242,7 @@ def _groups(count: Tensor, at_once: int) -> list[tuple[Tensor, int]]:
 
 
 def _both_signs(units: Tensor, shape: Shape, window: Window | None) -> Forms:
-    """The forms +x_i and -x_i for ``units`` [P, S] of a node of ``shape``, or of its map at ``window``."""
+    """Build the forms +x_i and -x_i for ``units`` [P, S] of a node of ``shape``, or at ``window``."""
     seen = shape if window is None else (shape[0], 1, 1)
     one = torch.nn.functional.one_hot(units, math.prod(seen)).double()
     values = torch.cat([one, -one], dim=1)
@@ -261,7 +260,7 @@ def _interval(layer: Affine | Sum, bounds: Bounds, parents: tuple[int, ...]) -> 
 
 
 def _noise(trace: Trace, layer: Affine | Sum, bounds: Bounds, parents: tuple[int, ...]) -> Tensor:
-    """How far one evaluation of ``layer`` can be off: in float32, and in the float64 of this computation."""
+    """Bound the error of one evaluation of ``layer``, in float32 and in this computation's float64."""
 
     def magnitude(values: list[Tensor]) -> Tensor:
         return layer.magnitude(*values) if isinstance(layer, Affine) else values[0] + values[1]

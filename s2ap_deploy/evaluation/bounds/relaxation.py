@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from s2ap_deploy import runtime
 from s2ap_deploy.errors import ArchitectureError, DataError
 from s2ap_deploy.evaluation.autoattack.frozen_model import TOLERANCE, FrozenModel, exact_arithmetic
-from s2ap_deploy.evaluation.bounds.layers import Forms
+from s2ap_deploy.evaluation.bounds.layers import Forms, Trace
 from s2ap_deploy.evaluation.bounds.propagation import (
     COEFFICIENTS_AT_ONCE,
     Bounds,
@@ -26,7 +26,6 @@ from s2ap_deploy.evaluation.bounds.propagation import (
     lower_bounds,
     propagate,
 )
-from s2ap_deploy.evaluation.bounds.trace import Trace
 from s2ap_deploy.evaluation.bounds.tracing import trace
 from s2ap_deploy.spec import ThreatModel
 
@@ -39,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class ProvableResult:
-    """What was proven about n points.
+    """The result of the proofs for n points.
 
     ``proven`` [n] bool: no image of the threat model is misclassified, neither in real arithmetic nor by an
     evaluation in float32. ``margins`` [n] float64: a lower bound on the smallest logit_y - logit_j;
@@ -55,7 +54,7 @@ class ProvableResult:
 
     @property
     def share(self) -> float:
-        """Proven points among all: a lower bound on robust accuracy on these points."""
+        """The share of proven points: a lower bound on robust accuracy on these points."""
         return float(self.proven.double().mean())
 
 
@@ -69,7 +68,7 @@ def provably_robust(
     batch_size: int = 50,
     progress: Progress | None = None,
 ) -> ProvableResult:
-    """Prove what linear relaxation can prove about ``images`` [n, C, H, W] in [0, 1] and ``labels`` [n].
+    """Prove robustness by linear relaxation for ``images`` [n, C, H, W] in [0, 1] and ``labels`` [n].
 
     ``network`` maps images to logits [n, K], normalization included; it is copied and left alone. The radius
     is taken with the tolerance that the judge of attacks grants, so that the two can never contradict.
@@ -105,7 +104,7 @@ def provably_robust(
 
 
 def _smallest_margins(traced: Trace, region: Region, labels: Tensor, correct: Tensor) -> tuple[Tensor, float]:
-    """Margins [P] and the rounding in them; each step works on points that the last one left open."""
+    """Bound the margins [P], with their rounding error; each step works on points that the last left open."""
     everyone = torch.arange(len(labels), device=labels.device)
     bounds = propagate(traced, region, None)
     margins, rounding = _margins(traced, region, bounds, labels, "adaptive")
@@ -128,7 +127,7 @@ def _smallest_margins(traced: Trace, region: Region, labels: Tensor, correct: Te
 def _margins(
     traced: Trace, region: Region, bounds: Bounds, labels: Tensor, slope: Slope
 ) -> tuple[Tensor, float]:
-    """Lower bounds [P, K - 1] on logit_y - logit_j (-inf: nothing known), and the most that rounding took."""
+    """Bound logit_y - logit_j from below, [P, K - 1] (-inf: no bound), and the largest rounding error."""
     classes = traced.nodes[-1].shape[0]
     identity = torch.eye(classes, dtype=torch.float64, device=labels.device)
     right = identity[labels].unsqueeze(1)

@@ -19,27 +19,28 @@ from s2ap_deploy.evaluation.bounds.layers import (
     Affine,
     Convolution,
     Dense,
+    Node,
     Pooling,
     Relu,
     Reshape,
     Scale,
     Shape,
     Sum,
+    Trace,
 )
-from s2ap_deploy.evaluation.bounds.trace import Node, Trace
 
 HINT = (
     "supported are convolutions, linear layers, batch normalization, ReLU, average pooling, flattening, "
     "zero padding, slicing, sums, and arithmetic with constants"
 )
 BATCH = type("Batch", (), {"__repr__": lambda self: "batch size"})()
-"""Stands for the number of images while a network is traced."""
+"""The symbolic number of images while a network is traced."""
 
 IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}
 
 
 def trace(network: nn.Module, size: Shape, device: torch.device) -> Trace:
-    """The layers of a copy of ``network`` in eval mode, in float64, for images of ``size`` (C, H, W).
+    """Trace the layers of a copy of ``network`` in eval mode, in float64, for images of ``size`` (C, H, W).
 
     Raises ArchitectureError that names the first module or function that bounds cannot go through.
     """
@@ -57,7 +58,7 @@ def trace(network: nn.Module, size: Shape, device: torch.device) -> Trace:
 
 
 class _Tracer(fx.Tracer):
-    """Enters every module but torch's own layers; those stay whole, so that an error can name them."""
+    """Traces into every module except torch's own layers, so that an error can name them."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -65,7 +66,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Unsupported(Exception):
-    """Carries the reason, if there is more to say than the name."""
+    """An operation that cannot be bounded; the message is the reason, if there is more than its name."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class _Ref:
 
 
 class _Builder:
-    """Goes through the traced code once; ``_on_NAME`` takes the arguments of torch's NAME."""
+    """Interprets the traced code once; ``_on_NAME`` takes the arguments of torch's NAME."""
 
     def __init__(self, network: nn.Module, size: Shape, device: torch.device) -> None:
         self._network, self._device = network, device
@@ -123,7 +124,7 @@ class _Builder:
         return node.args[0]
 
     def _call(self, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        """A function or method of torch or ``operator``; one that ends in _ changes its first argument."""
+        """Interpret a function or method of torch or ``operator``; a name with a final _ is in place."""
         in_place = (name.endswith("_") and not name.startswith("_")) or name in IN_PLACE
         plain = IN_PLACE.get(name, name.rstrip("_") if in_place else name)
         handler: Callable[..., Any] | None = getattr(self, f"_on_{plain}", None)
@@ -353,7 +354,7 @@ class _Builder:
 
 
 def _depends(values: Iterable[Any]) -> bool:
-    """True where a value of the images, or their number, is among the arguments."""
+    """Return whether a value of the images, or their number, is among the arguments."""
     for value in values:
         if isinstance(value, slice):
             value = (value.start, value.stop, value.step)

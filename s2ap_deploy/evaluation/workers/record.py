@@ -98,6 +98,7 @@ class AttackRecord:
                 raise RunFolderError(
                     f"{self._path} records another attack: {key} was {found.get(key)!r}, "
                     f"now it is {wanted.get(key)!r}",
+                    code="attack-record-foreign",
                     hint="start this stage again with --overwrite, or use another --run",
                 )
 
@@ -123,7 +124,9 @@ class AttackRecord:
 
     def _damaged(self, reason: str) -> RunFolderError:
         return RunFolderError(
-            f"{self._path} is damaged: {reason}", hint="start this stage again with --overwrite"
+            f"{self._path} is damaged: {reason}",
+            code="attack-record-damaged",
+            hint="start this stage again with --overwrite",
         )
 
 

@@ -52,7 +52,7 @@ def render(facts: Facts) -> str:
 
 
 def _list(checks: Iterable[Check]) -> list[str]:
-    return [f"- {check.status}: {cell(check.words)}" for check in checks]
+    return [f"- {check.status}: {cell(check.message)}" for check in checks]
 
 
 def _problems(facts: Facts) -> list[str]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.evaluation.interval import ClassInterval
-from s2ap_deploy.evaluation.samples import ClassRow
+from s2ap_deploy.evaluation.samples import ClassInterval, ClassRow
 from s2ap_deploy.onnx_export.export_report import ExportReport, PairedTimes, Performance
 from s2ap_deploy.reporting import charts
 from s2ap_deploy.reporting.artifact_sizes import sizes, stored_tensors

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.evaluation.interval import Interval
-from s2ap_deploy.evaluation.samples import Proven, Share
+from s2ap_deploy.evaluation.samples import Interval, Proven, Share
 from s2ap_deploy.evaluation.statements import percent
 from s2ap_deploy.gating.pairs import LEVEL, PairRange
 from s2ap_deploy.onnx_export.export_report import ExportReport

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from s2ap_deploy.errors import CheckpointError
 from s2ap_deploy.evaluation.autoattack import cascade
+from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig
 from s2ap_deploy.evaluation.autoattack.frozen_model import OnnxModel
 from s2ap_deploy.spec import ThreatModel
 
@@ -46,7 +49,7 @@ def test_the_files_word_counts(robust_network: nn.Module, digits: tuple[Tensor, 
 def test_square_asks_the_file_only(robust_network: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     answers = LogitsFn(robust_network)
     judge = OnnxModel(robust_network, answers, CPU)
-    assert torch.equal(judge.queried(digits[0][:3]), robust_network(digits[0][:3]))
+    assert torch.equal(judge.black_box(digits[0][:3]), robust_network(digits[0][:3]))
     assert answers.asked == 3
     judge(digits[0][:3])
     assert answers.asked == 3
@@ -54,20 +57,20 @@ def test_square_asks_the_file_only(robust_network: nn.Module, digits: tuple[Tens
 
 def test_a_file_that_says_nan(robust_network: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     judge = OnnxModel(robust_network, LogitsFn(robust_network, shift=np.nan), CPU)
-    with pytest.raises(CheckpointError, match="not finite"):
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "logits-not-finite"):
         judge.logits(digits[0][:3], 3)
 
 
 @pytest.mark.usefixtures("short")
 def test_cascade_with_the_files_answers(robust_network: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     images, labels = digits[0][1200:1216], digits[1][1200:1216]
-    settings = {"threat": ThreatModel(eps="0.2"), "seed": 0, "device": CPU, "workers": 1}
-    plain = cascade.attack(robust_network, images, labels, **settings)
-    same = cascade.attack(robust_network, images, labels, answers=LogitsFn(robust_network), **settings)
+    config = AttackConfig(threat=ThreatModel(eps="0.2"), seed=0, device=CPU)
+    plain = cascade.attack(robust_network, images, labels, config, workers=1)
+    config = replace(config, answers=LogitsFn(robust_network))
+    same = cascade.attack(robust_network, images, labels, config, workers=1)
     assert same.broken_by == plain.broken_by
     assert torch.equal(same.adversarial, plain.adversarial)
     # A file that answers 0 to everything: only what is really a 0 can stand, whatever the twin says.
-    stuck = cascade.attack(
-        robust_network, images, labels, answers=LogitsFn(robust_network, shift=1e4), **settings
-    )
+    config = replace(config, answers=LogitsFn(robust_network, shift=1e4))
+    stuck = cascade.attack(robust_network, images, labels, config, workers=1)
     assert [by is None for by in stuck.broken_by] == (labels == 0).tolist()

@@ -120,5 +120,5 @@ def test_square_outside_linf_refuses_tiny_images() -> None:
     attacks.check_size((1, 4, 4), "Linf")
     attacks.check_size((1, 5, 5), "L2")
     for norm in ("L1", "L2"):
-        with pytest.raises(DataError, match="at least 5 x 5 pixels, these have 8 x 4"):
+        with pytest.raises(DataError, check=lambda error: error.code == "images-too-small"):
             attacks.check_size((3, 8, 4), norm)

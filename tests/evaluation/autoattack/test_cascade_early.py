@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,21 @@ from torch import Tensor, nn
 
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.evaluation.autoattack import protocols
-from s2ap_deploy.evaluation.autoattack.cascade import Cascade, attack, run
-from s2ap_deploy.evaluation.autoattack.outcome import AttackOutcome
+from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, Cascade, attack, run
+from s2ap_deploy.evaluation.autoattack.scheduler import AttackOutcome
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.evaluation.interval import EarlyDecision
-from s2ap_deploy.evaluation.samples import AttackRow
-from s2ap_deploy.gating.early_stopping import EarlyPolicy, Progress, decide
-from s2ap_deploy.gating.policy import GatePolicy, judge
+from s2ap_deploy.evaluation.samples import EarlyDecision, Progress
+from s2ap_deploy.gating.early_stopping import answers, verdict_of
+from s2ap_deploy.gating.policy import judge
+from s2ap_deploy.recipe.thresholds import Thresholds
 from s2ap_deploy.recorder import Silent
+from s2ap_deploy.records import AttackRow
 from s2ap_deploy.spec import ThreatModel
 
 Make = Callable[..., Certificate]
 CPU = torch.device("cpu")
 PUBLISHED = dict(protocols.ITERATIONS)
-SETTINGS: dict[str, Any] = {"threat": ThreatModel(eps="0.03"), "seed": 0, "device": CPU, "block_size": 5}
+CONFIG = AttackConfig(threat=ThreatModel(eps="0.03"), seed=0, device=CPU, block_size=5)
 pytestmark = pytest.mark.usefixtures("short")
 
 
@@ -63,25 +65,30 @@ def full(network: nn.Sequential, images: Tensor, labels: Tensor) -> AttackOutcom
     with pytest.MonkeyPatch.context() as patch:
         few = {name: 60 if name == "square" else 5 for name in PUBLISHED}
         patch.setattr(protocols, "ITERATIONS", few)
-        return attack(network, images, labels, **SETTINGS, workers=1)
+        return attack(network, images, labels, CONFIG, workers=1)
 
 
-def policy_of(threshold: float, rule: Any) -> EarlyPolicy:
-    return EarlyPolicy(min_robust=threshold, rule=rule)
+def decide(policy: Thresholds, pruned: Progress, dense: Progress | None, labels: Sequence[int]) -> str | None:
+    return verdict_of(answers(policy, pruned, dense, labels))
+
+
+def policy_of(threshold: float, rule: Any) -> Thresholds:
+    return Thresholds(min_robust=threshold, rule=rule)
 
 
 def early(
-    network: nn.Module, images: Tensor, labels: Tensor, policy: EarlyPolicy, **options: Any
+    network: nn.Module, images: Tensor, labels: Tensor, policy: Thresholds, **options: Any
 ) -> AttackOutcome:
     def decided(progress: Progress) -> bool:
         return decide(policy, progress, None, labels.tolist()) is not None
 
-    options = {"workers": 1, **options}
-    return attack(network, images, labels, **SETTINGS, decided=decided, **options)
+    workers = options.pop("workers", 1)
+    config = replace(CONFIG, **options)
+    return attack(network, images, labels, config, workers=workers, decided=decided)
 
 
 def certified(
-    make: Make, outcome: AttackOutcome, labels: Tensor, policy: EarlyPolicy | None = None
+    make: Make, outcome: AttackOutcome, labels: Tensor, policy: Thresholds | None = None
 ) -> Certificate:
     decision = None
     if outcome.pending:
@@ -120,7 +127,7 @@ def test_the_verdict_is_that_of_the_full_run_for_every_threshold(
     ]:  # fmt: skip
         policy = policy_of(threshold, rule)
         found = early(network, images, labels, policy)
-        gate = GatePolicy(**policy.model_dump())
+        gate = Thresholds(**policy.model_dump())
         expected = judge(gate, pruned=certified(make_certificate, full, labels)).status
         assert judge(gate, pruned=certified(make_certificate, found, labels, policy)).status == expected
         for index, by in enumerate(found.broken_by):
@@ -145,7 +152,7 @@ def test_the_cheap_attack_goes_first_then_one_block_after_the_other(
 ) -> None:
     rows = Rows()
     outcome = attack(
-        network, images, labels, **SETTINGS, workers=1, decided=lambda progress: False, recorder=rows
+        network, images, labels, CONFIG, workers=1, decided=lambda progress: False, recorder=rows
     )
     assert outcome.complete
     assert rows.units[:4] == [("apgd-ce", block) for block in range(4)]
@@ -162,7 +169,7 @@ def test_a_run_that_stopped_early_goes_on_where_it_stopped(
     assert stopped.pending
     lines = (tmp_path / "attack.jsonl").read_text().splitlines()
     further = early(network, images, labels, policy_of(0.1, "point"), record=tmp_path)
-    resumed = attack(network, images, labels, **SETTINGS, workers=1, record=tmp_path)
+    resumed = attack(network, images, labels, replace(CONFIG, record=tmp_path), workers=1)
     assert (tmp_path / "attack.jsonl").read_text().splitlines()[: len(lines)] == lines
     assert set(further.pending) < set(stopped.pending)
     assert resumed.broken_by == full.broken_by
@@ -178,12 +185,12 @@ def pair(network: nn.Sequential, images: Tensor, labels: Tensor, **changes: Any)
     weak[1].weight.data *= 50
     weak[1].bias.data.copy_(torch.zeros(10))
     return tuple(
-        Cascade(each, images, labels, **{**SETTINGS, **changes, "threat": ThreatModel(eps=eps)})
+        Cascade(each, images, labels, replace(CONFIG, threat=ThreatModel(eps=eps), **changes))
         for each, eps in ((weak, "0.3"), (network, "0.001"))
     )  # type: ignore[return-value]
 
 
-def question(policy: EarlyPolicy, cascades: tuple[Cascade, ...], labels: Tensor) -> Callable[[], bool]:
+def question(policy: Thresholds, cascades: tuple[Cascade, ...], labels: Tensor) -> Callable[[], bool]:
     pruned, dense = cascades
     return lambda: decide(policy, pruned.progress, dense.progress, labels.tolist()) is not None
 
@@ -192,7 +199,7 @@ def test_a_hopeless_network_costs_no_run_of_the_other(
     network: nn.Sequential, images: Tensor, labels: Tensor
 ) -> None:
     cascades, rows = pair(network, images, labels), Rows()
-    policy = EarlyPolicy(min_robust=0.5, max_drop=0.1, rule="point")
+    policy = Thresholds(min_robust=0.5, max_drop=0.1, rule="point")
     run(cascades, workers=1, decided=question(policy, cascades, labels), recorder=rows)
     assert all(count.n_in == 0 for count in cascades[1].outcome.counts)
     assert len(cascades[1].outcome.pending) == 16
@@ -203,12 +210,13 @@ def test_a_drop_needs_both_and_settles_no_more_than_it_must(
     network: nn.Sequential, images: Tensor, labels: Tensor
 ) -> None:
     cascades = pair(network, images, labels)
-    policy = EarlyPolicy(max_drop=0.15, rule="point")
+    policy = Thresholds(max_drop=0.15, rule="point")
     run(cascades, workers=1, decided=question(policy, cascades, labels))
     pruned, dense = (cascade.progress for cascade in cascades)
     assert decide(policy, pruned, dense, labels.tolist()) == "fail"
     assert 0 < dense.settled < dense.possible
-    alone = attack(network, images, labels, **{**SETTINGS, "threat": ThreatModel(eps="0.001")}, workers=1)
+    config = replace(CONFIG, threat=ThreatModel(eps="0.001"))
+    alone = attack(network, images, labels, config, workers=1)
     outcome = cascades[1].outcome
     known = [index for index in range(18) if index not in outcome.pending]
     assert [outcome.broken_by[index] for index in known] == [alone.broken_by[index] for index in known]
@@ -221,7 +229,7 @@ def test_processes_that_share_two_networks_find_the_same(
     """With the published iterations, which no fixture changes in another process."""
     monkeypatch.setattr(protocols, "ITERATIONS", PUBLISHED)
     images, labels = images[:6], labels[:6]
-    policy = EarlyPolicy(max_drop=0.15, rule="point")
+    policy = Thresholds(max_drop=0.15, rule="point")
     here, there = pair(network, images, labels, block_size=2), pair(network, images, labels, block_size=2)
     run(here, workers=1, decided=question(policy, here, labels))
     run(there, workers=2, decided=question(policy, there, labels))
@@ -233,5 +241,5 @@ def test_processes_that_share_two_networks_find_the_same(
 
 
 def test_no_workers_are_refused(network: nn.Sequential, images: Tensor, labels: Tensor) -> None:
-    with pytest.raises(UsageError, match="at least 1"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "workers-invalid"):
         early(network, images, labels, policy_of(0.5, "point"), workers=0)

@@ -12,7 +12,7 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from s2ap_deploy.data import datasets
-from s2ap_deploy.evaluation.autoattack.cascade import attack
+from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, attack
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.spec import ThreatModel
 
@@ -45,7 +45,11 @@ def compare(network: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Our survivors at Linf 0.1 are the package's, up to what two of its seeds disagree on."""
     reference = reference_survivors(network, images, labels, 0.1, seed=0)
     outcome = attack(
-        network, images, labels, threat=ThreatModel(eps="0.1"), seed=0, device=torch.device("cpu"), workers=2
+        network,
+        images,
+        labels,
+        AttackConfig(threat=ThreatModel(eps="0.1"), seed=0, device=torch.device("cpu")),
+        workers=2,
     )
     ours = {index for index, by in enumerate(outcome.broken_by) if by is None}
     assert N // 3 < len(ours) < N, "the test needs breaks and survivors"
@@ -62,8 +66,9 @@ def test_workers_find_what_one_process_finds(
     images, labels = (values[1300:1316] for values in digits)
     outcomes = [
         attack(
-            robust_network, images, labels, threat=ThreatModel(eps="0.15"), seed=0,
-            device=torch.device("cpu"), workers=workers, block_size=8,
+            robust_network, images, labels,
+            AttackConfig(threat=ThreatModel(eps="0.15"), seed=0, device=torch.device("cpu"), block_size=8),
+            workers=workers,
         )
         for workers in (1, 2)
     ]  # fmt: skip

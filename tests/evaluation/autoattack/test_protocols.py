@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.evaluation.autoattack import build, protocols
-from s2ap_deploy.evaluation.autoattack.cascade import attack
-from s2ap_deploy.evaluation.certificate import WORDS
-from s2ap_deploy.gating.policy import GatePolicy, judge
+from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, attack
+from s2ap_deploy.evaluation.certificate import STATEMENTS
+from s2ap_deploy.gating.policy import judge
+from s2ap_deploy.recipe.thresholds import Thresholds
 from s2ap_deploy.spec import ThreatModel
 
 CPU = torch.device("cpu")
@@ -71,9 +72,9 @@ def test_few_classes_are_adapted_and_say_so(version: Any, classes: int, label: s
 
 def test_every_protocol_has_its_words_and_quick_does_not_borrow_a_name() -> None:
     labels = {protocols.label(version, k) for version in protocols.VERSIONS for k in (2, 3, 4, 10)}
-    assert labels == WORDS.keys()
-    assert all("AutoAttack" not in words for label, words in WORDS.items() if label.startswith("quick"))
-    assert all(("(upper bound)" in words) != label.startswith("rand") for label, words in WORDS.items())
+    assert labels == STATEMENTS.keys()
+    assert all("AutoAttack" not in words for label, words in STATEMENTS.items() if label.startswith("quick"))
+    assert all(("(upper bound)" in words) != label.startswith("rand") for label, words in STATEMENTS.items())
 
 
 def test_costs_in_forward_passes() -> None:
@@ -99,8 +100,8 @@ def test_any_number_of_classes(make_network, version: Any, classes: int) -> None
     for images in (torch.rand(1, 1, 8, 8), torch.rand(3, 1, 8, 8)):
         labels = network(images).argmax(1)
         outcome = attack(
-            network, images, labels, threat=ThreatModel(eps="0.02"), seed=0, device=CPU, workers=1,
-            version=version,
+            network, images, labels,
+            AttackConfig(threat=ThreatModel(eps="0.02"), seed=0, device=CPU, version=version), workers=1,
         )  # fmt: skip
         assert outcome.complete
         assert outcome.protocol == protocols.label(version, classes)
@@ -126,14 +127,12 @@ class Noisy(nn.Module):
 def test_rand_is_for_randomized_networks_and_repeats_itself(make_network, classes: int) -> None:
     network, images = make_network(classes), torch.rand(6, 1, 8, 8)
     labels = network(images).argmax(1)
-    settings: dict[str, Any] = {
-        "threat": ThreatModel(eps="0.02"), "seed": 0, "device": CPU, "workers": 1, "version": "rand",
-    }  # fmt: skip
-    with pytest.raises(UsageError, match="answers the same each time"):
-        attack(network, images, labels, **settings)
-    first = attack(Noisy(network), images, labels, **settings)
+    config = AttackConfig(threat=ThreatModel(eps="0.02"), seed=0, device=CPU, version="rand")
+    with pytest.raises(UsageError, check=lambda error: error.code == "protocol-unfit"):
+        attack(network, images, labels, config, workers=1)
+    first = attack(Noisy(network), images, labels, config, workers=1)
     torch.manual_seed(99)
-    second = attack(Noisy(network), images, labels, **settings)
+    second = attack(Noisy(network), images, labels, config, workers=1)
     assert first.protocol == protocols.label("rand", classes)
     assert "randomized" in first.flags
     assert first.broken_by == second.broken_by
@@ -155,14 +154,14 @@ def test_a_quick_sweep_may_fail_a_gate_and_never_passes_one(make_certificate) ->
     lost = ["apgd-ce"] * 60 + [None] * 40
     for broken_by, status in ((lost, "fail"), ([None] * 100, "inconclusive")):
         certificate = make_certificate(broken_by, protocol="quick", flags=("quick",))
-        verdict = judge(GatePolicy(min_robust=0.6, rule="point"), pruned=certificate)
+        verdict = judge(Thresholds(min_robust=0.6, rule="point"), pruned=certificate)
         assert verdict.status == status
 
 
 def test_randomized_counts_against_standard_and_not_against_rand(make_certificate) -> None:
     for protocol, status in (("standard", "inconclusive"), ("rand", "pass")):
         certificate = make_certificate([None] * 100, protocol=protocol, flags=("randomized",))
-        verdict = judge(GatePolicy(min_robust=0.6, rule="point"), pruned=certificate)
+        verdict = judge(Thresholds(min_robust=0.6, rule="point"), pruned=certificate)
         assert verdict.status == status
 
 
@@ -170,6 +169,6 @@ def test_randomized_counts_against_standard_and_not_against_rand(make_certificat
 def test_pairs_of_different_protocols_are_not_compared(make_certificate, other: str) -> None:
     pruned = make_certificate([None] * 100)
     dense = make_certificate([None] * 100, protocol=other)
-    verdict = judge(GatePolicy(max_drop=0.1, rule="point"), pruned=pruned, dense=dense)
+    verdict = judge(Thresholds(max_drop=0.1, rule="point"), pruned=pruned, dense=dense)
     assert verdict.status == "inconclusive"
-    assert any("protocol" in check.words for check in verdict.checks)
+    assert any("protocol" in check.message for check in verdict.checks)

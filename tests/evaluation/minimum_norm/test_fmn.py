@@ -15,19 +15,22 @@ from torch import Tensor, nn
 
 from s2ap_deploy.errors import CheckpointError, DataError, OutOfTimeError, RunFolderError, UsageError
 from s2ap_deploy.evaluation.autoattack import cascade
+from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig
 from s2ap_deploy.evaluation.autoattack.frozen_model import FrozenModel, distances
 from s2ap_deploy.evaluation.minimum_norm import fmn
-from s2ap_deploy.evaluation.minimum_norm.fmn_state import margin
+from s2ap_deploy.evaluation.minimum_norm.fmn import FMNConfig, margin
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import ThreatModel
 
 CPU = torch.device("cpu")
+RUNNING = {"tuning", "workers", "deadline", "recorder"}
 
 
 def found(network: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> fmn.MinimumNorms:
-    options = {"threat_norm": "Linf", "seed": 0, "device": CPU, **options}
-    return fmn.attack(network, images, labels, **options)
+    settings: dict[str, Any] = {"norm": "Linf", "seed": 0, "device": CPU, **options}
+    running = {name: settings.pop(name) for name in RUNNING & settings.keys()}
+    return fmn.attack(network, images, labels, FMNConfig(**settings), **running)
 
 
 def linear(num_classes: int, seed: int) -> nn.Sequential:
@@ -66,7 +69,7 @@ def test_linear_networks_have_the_distances_of_the_formula(norm: str, num_classe
     near = expected < (0.4 if norm == "Linf" else 0.8)  # farther ones meet the edge of [0, 1]
     if not near.any():
         return
-    result = found(network, images[near], labels[near], threat_norm=norm, steps=100)
+    result = found(network, images[near], labels[near], norm=norm, steps=100)
     error = result.distances / expected[near] - 1
     assert error.max() < 0.01
     assert error.min() > -1e-3  # nothing lies nearer than the boundary
@@ -78,7 +81,7 @@ def test_every_distance_belongs_to_a_point_that_the_judge_confirms(
     digits: tuple[Tensor, Tensor], robust_network: nn.Sequential, norm: str
 ) -> None:
     images, labels = digits[0][1200:1230], digits[1][1200:1230]
-    result = found(robust_network, images, labels, threat_norm=norm, steps=30)
+    result = found(robust_network, images, labels, norm=norm, steps=30)
     hit = (result.distances > 0) & result.distances.isfinite()
     assert hit.sum() >= 25
     assert torch.equal(distances(images, result.points, norm)[hit], result.distances[hit])
@@ -96,7 +99,7 @@ def test_what_is_wrong_without_an_attack_is_at_distance_zero(norm: str) -> None:
     images = 0.4 + 0.2 * torch.rand(6, 3, 4, 4)
     labels = network(images).argmax(dim=1)
     labels[::2] = (labels[::2] + 1) % 4
-    result = found(network, images, labels, threat_norm=norm, steps=60)
+    result = found(network, images, labels, norm=norm, steps=60)
     assert result.distances[::2].tolist() == [0.0, 0.0, 0.0]
     assert (result.distances[1::2] > 0).all()
     assert torch.equal(result.points[::2], images[::2])
@@ -112,7 +115,7 @@ def test_all_wrong_needs_no_attack() -> None:
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_what_cannot_be_attacked_is_infinitely_far_and_flagged(norm: str, attached: bool) -> None:
     labels = torch.tensor([0, 1, 0])
-    result = found(Constant(attached), torch.rand(3, 1, 4, 4), labels, threat_norm=norm, steps=9)
+    result = found(Constant(attached), torch.rand(3, 1, 4, 4), labels, norm=norm, steps=9)
     assert result.distances.tolist() == [math.inf, 0.0, math.inf]
     assert result.flags == ("zero_gradient",)
 
@@ -133,7 +136,7 @@ def test_where_the_box_cuts_the_ball_the_nearest_corner_is_still_found() -> None
     network[1].bias.data = torch.tensor([1.5, 0.0])
     image = torch.tensor([0.9, 0.1]).reshape(1, 1, 1, 2)  # straight ahead the first pixel ends at 1
     linf, euclidean = (
-        float(found(network, image, torch.tensor([0]), threat_norm=norm).distances) for norm in ("Linf", "L2")
+        float(found(network, image, torch.tensor([0]), norm=norm).distances) for norm in ("Linf", "L2")
     )
     assert linf == pytest.approx(0.4, rel=0.01)
     assert euclidean == pytest.approx(math.hypot(0.1, 0.4), rel=0.01)
@@ -145,7 +148,7 @@ def test_saturated_logits_still_give_a_direction(norm: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.stack([x.flatten(1).sum(1) - 1.0, 1.0 - x.flatten(1).sum(1)], dim=1) * 1e-25
 
-    result = found(Scaled(), torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), threat_norm=norm, steps=100)
+    result = found(Scaled(), torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), norm=norm, steps=100)
     assert float(result.distances) == pytest.approx(0.25 if norm == "Linf" else 0.5, rel=0.01)
     assert result.flags == ()
 
@@ -175,7 +178,7 @@ def test_one_image_and_images_of_one_pixel_row(norm: str) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
     image = torch.full((1, 1, 1, 3), 0.5)
     label = network(image).argmax(dim=1)
-    assert found(network, image, label, threat_norm=norm, steps=1).distances.shape == (1,)
+    assert found(network, image, label, norm=norm, steps=1).distances.shape == (1,)
 
 
 def test_the_same_seed_gives_the_same_bits_and_blocks_are_fixed(
@@ -196,9 +199,9 @@ def test_the_same_seed_gives_the_same_bits_and_blocks_are_fixed(
 
 def test_targeted_runs_never_lose(digits: tuple[Tensor, Tensor], robust_network: nn.Sequential) -> None:
     images, labels = digits[0][1200:1220], digits[1][1200:1220]
-    options: dict[str, Any] = {"threat_norm": "L2", "seed": 3, "device": CPU, "steps": 20}
-    alone = fmn.attack(robust_network, images, labels, targets=0, **options).distances
-    joined = fmn.attack(robust_network, images, labels, targets=50, **options).distances
+    options: dict[str, Any] = {"norm": "L2", "seed": 3, "steps": 20}
+    alone = found(robust_network, images, labels, targets=0, **options).distances
+    joined = found(robust_network, images, labels, targets=50, **options).distances
     assert (joined <= alone).all()
     assert (joined < alone).any()
     assert alone.dtype == torch.float64
@@ -210,7 +213,9 @@ def test_the_curve_agrees_with_autoattack_at_its_radius(
     images, labels = digits[0][1200:1224], digits[1][1200:1224]
     norms = found(robust_network, images, labels, steps=60).distances
     threat = ThreatModel(eps="0.15")
-    outcome = cascade.attack(robust_network, images, labels, threat=threat, seed=0, device=CPU, workers=1)
+    outcome = cascade.attack(
+        robust_network, images, labels, AttackConfig(threat=threat, seed=0, device=CPU), workers=1
+    )
     stands = (norms > threat.radius).tolist()
     differ = sum(mine != (by is None) for mine, by in zip(stands, outcome.broken_by, strict=True))
     assert 0 < sum(stands) < 24
@@ -224,8 +229,10 @@ def test_full_autoattack_leaves_no_more_standing_than_the_curve(
 ) -> None:
     images, labels = digits[0][1200:1300], digits[1][1200:1300]
     threat = ThreatModel(norm=norm, eps=eps)
-    norms = found(robust_network, images, labels, threat_norm=threat.norm).distances
-    outcome = cascade.attack(robust_network, images, labels, threat=threat, seed=0, device=CPU, workers=1)
+    norms = found(robust_network, images, labels, norm=threat.norm).distances
+    outcome = cascade.attack(
+        robust_network, images, labels, AttackConfig(threat=threat, seed=0, device=CPU), workers=1
+    )
     autoattack, curve = outcome.broken_by.count(None), int((norms > threat.radius).sum())
     assert autoattack - 1 <= curve <= autoattack + 4
 
@@ -258,7 +265,7 @@ def test_a_killed_attack_continues_from_its_record_to_the_same_bits(
     assert torch.equal(resumed.predictions, expected.predictions)
     again = found(robust_network, images, labels, record=tmp_path, deadline=0.0, **options)
     assert torch.equal(again.distances, expected.distances), "nothing is left to do after the deadline"
-    for change, named in (({"steps": 9}, "steps"), ({"seed": 1}, "seed"), ({"threat_norm": "L2"}, "norm")):
+    for change, named in (({"steps": 9}, "steps"), ({"seed": 1}, "seed"), ({"norm": "L2"}, "norm")):
         with pytest.raises(RunFolderError, match=f"records another attack: {named} was"):
             found(robust_network, images, labels, record=tmp_path, **{**options, **change})
 
@@ -268,7 +275,7 @@ def test_out_of_time_is_told_and_what_was_found_is_kept(
 ) -> None:
     images = torch.rand(4, 1, 8, 8)
     labels = make_network()(images).argmax(1)
-    with pytest.raises(OutOfTimeError, match="4 of 4 parts are left"):
+    with pytest.raises(OutOfTimeError, check=lambda error: error.code == "time-budget-exceeded"):
         found(make_network(), images, labels, record=tmp_path, deadline=0.0, steps=2)
     assert found(make_network(), images, labels, record=tmp_path, steps=2).distances.shape == (4,)
 
@@ -297,7 +304,7 @@ def test_the_network_is_left_as_it_was(make_network: Callable[..., nn.Sequential
 def test_logits_that_are_not_finite_are_an_error(make_network: Callable[..., nn.Sequential]) -> None:
     network = make_network()
     network[3].bias.data[4] = math.nan
-    with pytest.raises(CheckpointError, match="not finite"):
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "logits-not-finite"):
         found(network, torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))
 
 
@@ -308,26 +315,26 @@ def test_logits_that_become_nan_under_the_attack_are_an_error() -> None:
             return torch.stack([first, first - 1], dim=1)
 
     image = torch.full((1, 1, 2, 2), 0.9)
-    with pytest.raises(CheckpointError, match="not finite"):
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "logits-not-finite"):
         found(Log(), image, torch.tensor([0]), steps=100)
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "message"),
+    ("images", "labels", "code"),
     [
-        (torch.rand(2, 8, 8), torch.tensor([0, 1]), r"images \[n, C, H, W\]"),
-        (torch.rand(2, 1, 8, 8), torch.tensor([0]), "labels"),
-        (torch.rand(0, 1, 8, 8), torch.tensor([]), "n >= 1"),
-        (torch.rand(1, 1, 8, 8) + 1.5, torch.tensor([0]), r"\[0, 1\]"),
-        (torch.full((1, 1, 8, 8), math.nan), torch.tensor([0]), r"\[0, 1\]"),
-        (torch.rand(1, 1, 8, 8), torch.tensor([-1]), "negative"),
-        (torch.rand(1, 1, 8, 8), torch.tensor([10]), "does not exist"),
+        (torch.rand(2, 8, 8), torch.tensor([0, 1]), "samples-shape-invalid"),
+        (torch.rand(2, 1, 8, 8), torch.tensor([0]), "samples-shape-invalid"),
+        (torch.rand(0, 1, 8, 8), torch.tensor([]), "samples-shape-invalid"),
+        (torch.rand(1, 1, 8, 8) + 1.5, torch.tensor([0]), "images-out-of-range"),
+        (torch.full((1, 1, 8, 8), math.nan), torch.tensor([0]), "images-out-of-range"),
+        (torch.rand(1, 1, 8, 8), torch.tensor([-1]), "label-invalid"),
+        (torch.rand(1, 1, 8, 8), torch.tensor([10]), "label-invalid"),
     ],
 )
 def test_images_and_labels_that_do_not_fit(
-    make_network: Callable[..., nn.Sequential], images: Tensor, labels: Tensor, message: str
+    make_network: Callable[..., nn.Sequential], images: Tensor, labels: Tensor, code: str
 ) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, check=lambda error: error.code == code):
         found(make_network(), images, labels)
 
 
@@ -340,7 +347,7 @@ def test_images_and_labels_that_do_not_fit(
         {"step": 0.0},
         {"step": math.nan},
         {"loss": "hinge"},
-        {"threat_norm": "L1"},
+        {"norm": "L1"},
         {"workers": 0},
     ],
 )
@@ -364,16 +371,16 @@ def test_tuning_takes_the_best_candidate_and_bars_its_images_from_the_report(
 ) -> None:
     monkeypatch.setattr(fmn, "GRID", (1e-4, 1.0))
     images, labels = digits[0][1200:1216], digits[1][1200:1216]
-    tuning = fmn.tune(robust_network, images, labels, threat_norm="L2", seed=0, device=CPU, steps=15)
+    tuning = fmn.tune(robust_network, images, labels, FMNConfig(norm="L2", seed=0, device=CPU, steps=15))
     assert len(tuning.trials) == 4
     best = min(median for _, _, median in tuning.trials)
     assert (tuning.loss, tuning.step, best) in tuning.trials
     assert tuning.step == 1.0
-    with pytest.raises(UsageError, match="1 of the images were used for tuning"):
-        found(robust_network, *(v[1215:1220] for v in digits), threat_norm="L2", tuning=tuning)
-    with pytest.raises(UsageError, match="tuned for L2"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "tuning-images-reused"):
+        found(robust_network, *(v[1215:1220] for v in digits), norm="L2", tuning=tuning)
+    with pytest.raises(UsageError, check=lambda error: error.code == "tuning-norm-differs"):
         found(robust_network, *(v[1216:1220] for v in digits), tuning=tuning)
     other = [v[1216:1224] for v in digits]
-    tuned = found(robust_network, *other, threat_norm="L2", steps=15, tuning=tuning)
-    by_hand = found(robust_network, *other, threat_norm="L2", steps=15, loss=tuning.loss, step=tuning.step)
+    tuned = found(robust_network, *other, norm="L2", steps=15, tuning=tuning)
+    by_hand = found(robust_network, *other, norm="L2", steps=15, loss=tuning.loss, step=tuning.step)
     assert torch.equal(tuned.distances, by_hand.distances)

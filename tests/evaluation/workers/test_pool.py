@@ -20,7 +20,7 @@ from torch import nn
 
 from s2ap_deploy.errors import CheckpointError, DeployError, InconclusiveError
 from s2ap_deploy.evaluation.autoattack.attacker import Attacker, Unit
-from s2ap_deploy.evaluation.autoattack.cascade import attack
+from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, attack
 from s2ap_deploy.evaluation.autoattack.frozen_model import FrozenModel
 from s2ap_deploy.evaluation.workers.executors import InProcess
 from s2ap_deploy.evaluation.workers.pool import WorkerPool, count
@@ -162,8 +162,9 @@ def test_a_classifier_that_cannot_travel_is_attacked_here(make_network) -> None:
     recorder = Warned()
     images = torch.rand(4, 1, 8, 8)
     outcome = attack(
-        network, images, network(images).argmax(1), threat=ThreatModel(eps="0.5"), seed=0, device=CPU,
-        workers=2, block_size=2, recorder=recorder,
+        network, images, network(images).argmax(1),
+        AttackConfig(threat=ThreatModel(eps="0.5"), seed=0, device=CPU, block_size=2),
+        workers=2, recorder=recorder,
     )  # fmt: skip
     assert outcome.complete
     assert "in one process instead" in recorder.said
@@ -190,15 +191,16 @@ SCRIPT = """
 import sys, torch
 from pathlib import Path
 from torch import nn
-from s2ap_deploy.evaluation.autoattack.cascade import attack
+from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, attack
 from s2ap_deploy.spec import ThreatModel
 torch.manual_seed(0)
 network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
 images = torch.rand(6, 1, 8, 8)
-outcome = attack(
-    network, images, network(images).argmax(1), threat=ThreatModel(eps="0.025"), seed=0,
-    device=torch.device("cpu"), workers=2, block_size=3, record=Path(sys.argv[1]),
+config = AttackConfig(
+    threat=ThreatModel(eps="0.025"), seed=0, device=torch.device("cpu"), block_size=3,
+    record=Path(sys.argv[1]),
 )
+outcome = attack(network, images, network(images).argmax(1), config, workers=2)
 print(outcome.broken_by, outcome.adversarial.double().sum().item(), outcome.adversarial_prediction)
 """
 

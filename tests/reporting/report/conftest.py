@@ -12,14 +12,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from s2ap_deploy import files
-from s2ap_deploy.evaluation.certificate import PointsFile, Subject
-from s2ap_deploy.evaluation.issuing import issue
+from s2ap_deploy.evaluation.certificate import Certificate, PointsFile, Subject
 from s2ap_deploy.evaluation.minimum_norm.security_curve import security_curve
-from s2ap_deploy.evaluation.samples import AttackRow
-from s2ap_deploy.gating.check import Check
-from s2ap_deploy.gating.policy import Verdict
+from s2ap_deploy.evaluation.samples import rows
+from s2ap_deploy.gating.check import Check, Verdict
 from s2ap_deploy.onnx_export.export_report import EncodedTensor, ExportReport
-from s2ap_deploy.records import Agreement
+from s2ap_deploy.records import Agreement, AttackRow
 from s2ap_deploy.runs.folder import RECIPE_FILE, Run
 from s2ap_deploy.spec import ThreatModel
 
@@ -75,17 +73,19 @@ def _certificates(folder: Path, roles: tuple[str, ...], channels: int) -> list[P
         labels = [index % 2 for index in range(N)]
         standing = 8 if role == "dense" else 5
         broken = ["clean" if i == N - 1 else None if i < standing else HOSTILE for i in range(N)]
-        issue(
+        Certificate.of(
+            rows(
+                [f"{HOSTILE}/{index}" for index in range(N)],
+                labels,
+                [1 - y if by == "clean" else y for y, by in zip(labels, broken, strict=True)],
+                [1 - y if by else y for y, by in zip(labels, broken, strict=True)],
+                broken,
+            ),
             subject=Subject(arch=HOSTILE, num_classes=2, weights_sha256="a" * 64, sparsity=0.9),
             threat=ThreatModel(eps="8/255"),
             data=HOSTILE,
             split="test",
-            sample_ids=[f"{HOSTILE}/{index}" for index in range(N)],
-            labels=labels,
             class_names=(HOSTILE, "one"),
-            clean_prediction=[1 - y if by == "clean" else y for y, by in zip(labels, broken, strict=True)],
-            adversarial_prediction=[1 - y if by else y for y, by in zip(labels, broken, strict=True)],
-            broken_by=broken,
             attacks=[AttackRow(name=HOSTILE, n_in=N - 1, n_broken=N - 1 - standing, seconds=1.0)],
             protocol="standard",
             flags=(),
@@ -129,7 +129,7 @@ def _export(folder: Path, *_: Any) -> list[Path]:
 
 
 def _verdict(folder: Path, *_: Any) -> list[Path]:
-    check = Check(name="file", status="fail", words=f"file {HOSTILE} is not covered")
+    check = Check(rule="file", name="file", status="fail", message=f"file {HOSTILE} is not covered")
     files.write_json(folder / "verdict.json", Verdict.of([check]).model_dump(mode="json"))
     return [folder / "verdict.json"]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from s2ap_deploy.errors import StorageError
-from s2ap_deploy.stages.attack_reuse import bring, link
+from s2ap_deploy.files import link
+from s2ap_deploy.stages.certify import reuse_attack_record
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def record(tmp_path: Path) -> Path:
 
 def test_everything_arrives_and_a_journal_grows_alone(record: Path, tmp_path: Path) -> None:
     into = tmp_path / "run" / "record-dense"
-    bring(record, into)
+    reuse_attack_record(record, into)
     assert (into / "block-0.safetensors").stat().st_ino == (record / "block-0.safetensors").stat().st_ino
     with (into / "attack.jsonl").open("a") as stream:
         stream.write("unit\n")
@@ -36,12 +37,12 @@ def test_what_is_there_stays(record: Path, tmp_path: Path) -> None:
     into = tmp_path / "into"
     into.mkdir()
     (into / "attack.jsonl").write_text("further on\n")
-    bring(record, into)
+    reuse_attack_record(record, into)
     assert (into / "attack.jsonl").read_text() == "further on\n"
 
 
 def test_nothing_is_made_of_nothing(tmp_path: Path) -> None:
-    bring(tmp_path / "absent", tmp_path / "into")
+    reuse_attack_record(tmp_path / "absent", tmp_path / "into")
     assert not (tmp_path / "into").exists()
 
 
@@ -55,11 +56,11 @@ def test_a_kill_on_the_way_leaves_no_journal(
 
     monkeypatch.setattr(files, "write_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
-        bring(record, tmp_path / "into")
+        reuse_attack_record(record, tmp_path / "into")
     monkeypatch.undo()
     found = {path.name for path in (tmp_path / "into").rglob("*") if path.is_file()}
     assert found == {"block-0.safetensors"}
-    bring(record, tmp_path / "into")
+    reuse_attack_record(record, tmp_path / "into")
     assert (tmp_path / "into" / "attack.jsonl").exists()
 
 
@@ -80,5 +81,5 @@ def test_a_disk_without_hard_links_gets_copies(
 def test_links_in_a_record_are_not_followed(record: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     (record / "planted.safetensors").symlink_to(tmp_path / "secret")
-    bring(record, tmp_path / "into")
+    reuse_attack_record(record, tmp_path / "into")
     assert not (tmp_path / "into" / "planted.safetensors").exists()

@@ -1,4 +1,4 @@
-"""Thresholds on samples: the worst class, proofs, and what one more lost sample does."""
+"""Checks of samples: the worst class, proofs, and what one more lost sample does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.samples import Proven
 from s2ap_deploy.evaluation.statistics import paired_drop_upper_bound
-from s2ap_deploy.gating import thresholds
+from s2ap_deploy.gating import sample_checks
+from s2ap_deploy.recipe.thresholds import Rule
 
 Make = Callable[..., Certificate]
 ORDER = ["fail", "inconclusive", "pass"]
@@ -32,15 +33,15 @@ def pair(make: Make, lost: int, gained: int, n: int) -> tuple[Certificate, Certi
 def test_the_worst_class_is_named(make_certificate: Make) -> None:
     dense = make_certificate([None] * 200)
     broken = ["square" if index % 2 and index < 40 else None for index in range(200)]
-    check = thresholds.class_drop(0.1, "point", make_certificate(broken), dense)
+    check = sample_checks.class_drop(0.1, "point", make_certificate(broken), dense)
     assert check.status == "fail"
-    assert "class 'one': 20 lost and 0 gained of 100 = 20.0%; allowed 10.0%; 1 of 2 classes" in check.words
-    assert thresholds.drop(0.1, "point", make_certificate(broken), dense).status == "pass"
+    assert "class 'one': 20 lost and 0 gained of 100 = 20.0%; allowed 10.0%; 1 of 2 classes" in check.message
+    assert sample_checks.drop(0.1, "point", make_certificate(broken), dense).status == "pass"
 
 
 def test_every_class_is_judged_at_the_full_level(make_certificate: Make) -> None:
     dense, pruned = pair(make_certificate, 4, 2, 200)
-    check = thresholds.class_drop(0.5, "lower", pruned, dense)
+    check = sample_checks.class_drop(0.5, "lower", pruned, dense)
     assert check.bound == paired_drop_upper_bound(2, 1, 100)
     assert check.status == "pass"
 
@@ -54,35 +55,35 @@ def test_a_class_that_shows_a_miss_outweighs_one_with_too_few_samples(make_certi
     attacked = [1 if by else label for by, label in zip(broken, labels, strict=True)]
     dense = make_certificate([None] * 103, adversarial_prediction=labels, **common)
     pruned = make_certificate(broken, adversarial_prediction=attacked, **common)
-    check = thresholds.class_drop(0.1, "lower", pruned, dense)
-    assert (check.status, "class 'zero'" in check.words) == ("fail", True)
-    check = thresholds.class_drop(0.1, "lower", dense, dense)
-    assert (check.status, "class 'one'" in check.words) == ("inconclusive", True)
-    assert "too few samples: even none lost of 3" in check.words
+    check = sample_checks.class_drop(0.1, "lower", pruned, dense)
+    assert (check.status, "class 'zero'" in check.message) == ("fail", True)
+    check = sample_checks.class_drop(0.1, "lower", dense, dense)
+    assert (check.status, "class 'one'" in check.message) == ("inconclusive", True)
+    assert check.reason == "too-few-samples"
 
 
 def test_what_the_file_loses_beyond_the_certificate_counts_against_every_class(
     make_certificate: Make,
 ) -> None:
     dense, pruned = pair(make_certificate, 0, 0, 100)
-    assert thresholds.class_drop(0.05, "point", pruned, dense, more=2).status == "pass"
-    assert thresholds.class_drop(0.05, "point", pruned, dense, more=3).status == "fail"
-    assert thresholds.class_drop(0.05, "point", pruned, dense, more=1000).observed == 1.0
+    assert sample_checks.class_drop(0.05, "point", pruned, dense, more=2).status == "pass"
+    assert sample_checks.class_drop(0.05, "point", pruned, dense, more=3).status == "fail"
+    assert sample_checks.class_drop(0.05, "point", pruned, dense, more=1000).observed == 1.0
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(2, 60), st.data(), st.floats(0.01, 0.9), st.sampled_from(["lower", "point"]))
 def test_one_more_lost_sample_never_makes_it_better(
-    make_certificate: Make, n: int, data: st.DataObject, threshold: float, rule: thresholds.Rule
+    make_certificate: Make, n: int, data: st.DataObject, threshold: float, rule: Rule
 ) -> None:
     lost = data.draw(st.integers(0, n - 1))
     gained = data.draw(st.integers(0, n - 1 - lost))
-    for question in (thresholds.drop, thresholds.class_drop):
+    for question in (sample_checks.drop, sample_checks.class_drop):
         found = []
         for k in (lost, lost + 1):
             dense, pruned = pair(make_certificate, k, gained, n)
             found.append(ORDER.index(question(threshold, rule, pruned, dense).status))
-        if question is thresholds.drop or gained == 0:  # else the gained ones move to other classes
+        if question is sample_checks.drop or gained == 0:  # else the gained ones move to other classes
             assert found[0] >= found[1]
 
 
@@ -94,10 +95,10 @@ def test_too_few_samples_means_that_none_lost_would_not_pass(
     lost = data.draw(st.integers(0, n))
     gained = data.draw(st.integers(0, n - lost))
     dense, pruned = pair(make_certificate, lost, gained, n)
-    check = thresholds.drop(threshold, "lower", pruned, dense)
+    check = sample_checks.drop(threshold, "lower", pruned, dense)
     if check.status == "inconclusive":
         dense, pruned = pair(make_certificate, 0, gained, n)
-        assert thresholds.drop(threshold, "lower", pruned, dense).status != "pass"
+        assert sample_checks.drop(threshold, "lower", pruned, dense).status != "pass"
 
 
 @pytest.mark.parametrize(
@@ -110,16 +111,16 @@ def test_too_few_samples_means_that_none_lost_would_not_pass(
 )
 def test_proofs(make_certificate: Make, count: int, n: int, status: str, words: str) -> None:
     broken = [None] * (n - n // 10) + ["square"] * (n // 10)
-    assert "holds no proofs" in thresholds.proven_floor(make_certificate(broken), 0.5, "lower").words
+    assert "holds no proofs" in sample_checks.proven_floor(make_certificate(broken), 0.5, "lower").message
     proven = Proven.of(range(count), n, method="test", tolerance=0.0)
-    check = thresholds.proven_floor(make_certificate(broken, proven=proven), 0.5, "lower")
-    assert (check.status, words in check.words) == (status, True)
-    assert check.name == thresholds.PROVEN
-    assert "lower bound" in check.words
+    check = sample_checks.proven_floor(make_certificate(broken, proven=proven), 0.5, "lower")
+    assert (check.status, words in check.message) == (status, True)
+    assert check.name == sample_checks.PROVEN
+    assert "lower bound" in check.message
 
 
 def test_class_names_are_defused(make_certificate: Make) -> None:
     certificate = make_certificate([None] * 10, class_names=("a\n::error::b", "##[add-mask]"))
-    words = thresholds.class_drop(0.1, "point", certificate, certificate).words
+    words = sample_checks.class_drop(0.1, "point", certificate, certificate).message
     assert "\n" not in words
     assert "##[" not in words

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from s2ap_deploy.evaluation.autoattack.attack_network import ImageConv2d, folded
-from s2ap_deploy.evaluation.autoattack.cascade import attack
+from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, attack
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.folding import folded_copy
+from s2ap_deploy.training.image_layer import ImageConv2d
 
 
 class Block(nn.Module):
@@ -51,22 +52,22 @@ def gradient(network: nn.Module, images: Tensor) -> Tensor:
 def test_batchnorm_disappears_and_nothing_else_changes(channels: int) -> None:
     network, images = make(channels), torch.rand(20, channels, 8, 8)
     before = weights_hash(network)
-    quicker = folded(network, images)
-    assert quicker is not None
-    assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in quicker.modules())
-    assert sum(isinstance(m, ImageConv2d) for m in quicker.modules()) == 1
-    assert torch.allclose(quicker(images), network(images), atol=1e-5)
-    assert torch.allclose(gradient(quicker, images), gradient(network, images), atol=1e-4)
-    assert not any(parameter.requires_grad for parameter in quicker.parameters())
+    fused = folded_copy(network, images)
+    assert fused is not None
+    assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in fused.modules())
+    assert sum(isinstance(m, ImageConv2d) for m in fused.modules()) == 1
+    assert torch.allclose(fused(images), network(images), atol=1e-5)
+    assert torch.allclose(gradient(fused, images), gradient(network, images), atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
     assert weights_hash(network) == before
 
 
 def test_an_output_that_something_else_reads_too_is_left_alone() -> None:
-    assert folded(make(reused=True), torch.rand(20, 3, 8, 8)) is None
+    assert folded_copy(make(reused=True), torch.rand(20, 3, 8, 8)) is None
 
 
 def test_nothing_to_gain_is_none() -> None:
-    assert folded(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval(), torch.rand(2, 3, 2, 2)) is None
+    assert folded_copy(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval(), torch.rand(2, 3, 2, 2)) is None
 
 
 def test_shared_and_repeated_layers_are_left_alone() -> None:
@@ -82,14 +83,14 @@ def test_shared_and_repeated_layers_are_left_alone() -> None:
 
     network = Twice().eval().requires_grad_(False)
     network.norm.running_mean.add_(0.3)
-    assert folded(network, torch.rand(4, 8, 6, 6)) is None
+    assert folded_copy(network, torch.rand(4, 8, 6, 6)) is None
 
 
 def test_a_hook_is_somebody_elses_business() -> None:
     network = make()
     for layer in (network[0], network[1], network[3].conv, network[5]):
         layer.register_forward_pre_hook(lambda module, inputs: None)
-    assert folded(network, torch.rand(4, 3, 8, 8)) is None
+    assert folded_copy(network, torch.rand(4, 3, 8, 8)) is None
 
 
 @settings(deadline=None, max_examples=40)
@@ -113,8 +114,9 @@ def test_the_cascade_uses_it_also_in_other_processes() -> None:
     labels = network(images).argmax(1)
     outcomes = [
         attack(
-            network, images, labels, threat=ThreatModel(eps="0.05"), seed=0, device=torch.device("cpu"),
-            workers=workers, block_size=4,
+            network, images, labels,
+            AttackConfig(threat=ThreatModel(eps="0.05"), seed=0, device=torch.device("cpu"), block_size=4),
+            workers=workers,
         )
         for workers in (1, 2)
     ]  # fmt: skip

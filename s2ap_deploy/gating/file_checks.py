@@ -1,0 +1,253 @@
+"""Checks of files: whether a certificate covers them, and their size, sparsity, latency and age."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from fractions import Fraction
+from pathlib import Path
+
+from s2ap_deploy import files
+from s2ap_deploy.evaluation.certificate import Certificate
+from s2ap_deploy.gating.check import Check, Status, inconclusive
+from s2ap_deploy.records import ExportFacts, PointsCheck
+from s2ap_deploy.spec import Record
+
+_UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
+_CLOCK_SKEW = timedelta(hours=1)
+
+
+class ShippedFile(Record):
+    """A file that may be shipped: its hash and size now (None: missing), and what was recorded of it.
+
+    ``recorded_sha256`` is None for a file that no stage wrote. ``points_checks`` are its answers on the
+    points of certificates; ``rounded`` weights make it another network than the one it was exported from;
+    ``export`` holds the facts of its export report.
+    """
+
+    path: str
+    sha256: str | None
+    recorded_sha256: str | None
+    bytes: int | None = None
+    points_checks: tuple[PointsCheck, ...] = ()
+    rounded: bool = False
+    export: ExportFacts | None = None
+
+    @classmethod
+    def read(cls, path: Path, recorded_sha256: str | None) -> ShippedFile:
+        """Hash the file at ``path`` as it is now. Raises StorageError when it exists but is unreadable."""
+        there = path.is_file()
+        return cls(
+            path=str(path),
+            sha256=files.sha256(path) if there else None,
+            recorded_sha256=recorded_sha256,
+            bytes=path.stat().st_size if there else None,
+        )
+
+
+def coverage(file: ShippedFile, *certificates: Certificate) -> Check:
+    """Check whether one of the certificates covers the file as it is now; the first one gives the reason."""
+    checks = [_coverage(file, each) for each in certificates]
+    return next((check for check in checks if check.status == "pass"), checks[0])
+
+
+def _coverage(file: ShippedFile, certificate: Certificate) -> Check:
+    if file.sha256 is None:
+        return _file_check(file, "inconclusive", "is missing", "missing")
+    if file.recorded_sha256 is not None and file.sha256 != file.recorded_sha256:
+        return _file_check(
+            file, "fail", "is not the one that was checked: its SHA-256 has changed", "changed"
+        )
+    attacked = certificate.subject.artifact
+    if file.sha256 == certificate.subject.checkpoint_sha256:
+        return _file_check(file, "pass", "is the attacked checkpoint")
+    if attacked is not None and file.sha256 == attacked.sha256:
+        return _file_check(file, "pass", "is the attacked file")
+    if file.rounded:
+        why = (
+            "holds rounded values, and points that were made for another network overstate it: "
+            f"certify the file itself with s2ap-deploy certify --artifact RUN/{file.path} --run RUN"
+        )
+        return _file_check(file, "inconclusive", why, "not-certified")
+    covering = [check for check in file.points_checks if check.certificate_sha256 == certificate.sha256]
+    if file.recorded_sha256 is None or not covering or covering[-1].n != certificate.n:
+        return _file_check(
+            file, "inconclusive", "is covered by no certificate and no checked points", "not-covered"
+        )
+    if not covering[-1].explained:
+        different = covering[-1].disagreements - covering[-1].ties
+        return _file_check(
+            file,
+            "inconclusive",
+            f"answers {different} points differently from the model that was attacked",
+            "answers-differ",
+        )
+    return _file_check(
+        file, "pass", f"gives the certificate's answers on all {certificate.n} samples, clean and attacked"
+    )
+
+
+def intact(file: ShippedFile) -> Check:
+    """Check whether a file is the one that was recorded."""
+    if file.sha256 is None:
+        return _file_check(file, "inconclusive", "is missing", "missing")
+    if file.sha256 != file.recorded_sha256:
+        return _file_check(
+            file, "fail", "is not the one that was recorded: its SHA-256 has changed", "changed"
+        )
+    return _file_check(file, "pass", "is the recorded one")
+
+
+def _file_check(file: ShippedFile, status: Status, message: str, reason: str | None = None) -> Check:
+    name = f"file {file.path}"
+    return Check(
+        rule="file",
+        name=name,
+        status=status,
+        message=f"{name} {message}",
+        path=file.path,
+        reason=reason,
+    )
+
+
+def size_limits(limit: int, exported: Sequence[ShippedFile]) -> list[Check]:
+    """Check the bytes of each exported file."""
+    return _limits(
+        "size", "size", limit, exported, lambda file, _: file.bytes, lambda value: f"{value:,.0f} bytes"
+    )
+
+
+def latency_limits(limit: float, exported: Sequence[ShippedFile]) -> list[Check]:
+    """Check the milliseconds that each exported file takes for one image."""
+    return _limits(
+        "latency",
+        "latency",
+        limit,
+        exported,
+        lambda _, facts: facts.latency_ms,
+        lambda value: f"{value:g} ms",
+    )
+
+
+def latency_ratio_limits(limit: float, exported: Sequence[ShippedFile]) -> list[Check]:
+    """Check the time of each exported file as a multiple of its dense counterpart's."""
+    return _limits(
+        "latency",
+        "latency ratio",
+        limit,
+        exported,
+        lambda _, facts: facts.latency_ratio,
+        lambda value: f"{value:.3g} of the dense file's time",
+    )
+
+
+def sparsity_floors(threshold: float, exported: Sequence[ShippedFile]) -> list[Check]:
+    """Check the zeros of each exported file. A budget is a whole number of weights: one may be missing."""
+    checks = []
+    for file in exported:
+        facts = file.export
+        assert facts is not None
+        name, zeros = f"sparsity of {file.path}", facts.weights - facts.nonzeros
+        if not 0 <= facts.nonzeros <= facts.weights or facts.weights < 1:
+            checks.append(
+                inconclusive(
+                    "sparsity",
+                    name,
+                    "its report counts no weights",
+                    reason="not-measured",
+                    path=file.path,
+                    threshold=threshold,
+                )
+            )
+            continue
+        enough = zeros + 1 > Fraction(str(threshold)) * facts.weights
+        share = zeros / facts.weights
+        checks.append(
+            Check(
+                rule="sparsity",
+                name=name,
+                status="pass" if enough else "fail",
+                message=f"{name}: {zeros:,} zeros of {facts.weights:,} weights = {share:.2%}; "
+                f"required {threshold:.2%}",
+                path=file.path,
+                threshold=threshold,
+                observed=share,
+                bound=share,
+            )
+        )
+    return checks or [_no_file("sparsity", "sparsity", threshold)]
+
+
+def age_limit(limit: str, age: timedelta | None) -> Check:
+    """Check the age of the certificate. Old evidence shows no defect, so it is inconclusive."""
+    name, allowed = "age of the certificate", int(limit[:-1]) * _UNITS[limit[-1]]
+    if age is None:
+        return inconclusive("age", name, "the run folder does not say when it was made", reason="unknown")
+    if age < -_CLOCK_SKEW:
+        return inconclusive(
+            "age", name, "it was made in the future, or this clock is wrong", reason="unknown"
+        )
+    old = max(age, timedelta(0))
+    recent = old <= allowed
+    hours = old / timedelta(hours=1)
+    return Check(
+        rule="age",
+        name=name,
+        status="pass" if recent else "inconclusive",
+        message=f"{name}: {_span(old)}; allowed {_span(allowed)}" + ("" if recent else ": certify again"),
+        reason=None if recent else "too-old",
+        threshold=allowed / timedelta(hours=1),
+        observed=hours,
+        bound=hours,
+    )
+
+
+def _limits(
+    rule: str,
+    quantity: str,
+    limit: float,
+    exported: Sequence[ShippedFile],
+    measured: Callable[[ShippedFile, ExportFacts], float | None],
+    shown: Callable[[float], str],
+) -> list[Check]:
+    """Check a quantity of each file that must not exceed ``limit``."""
+    checks = []
+    for file in exported:
+        assert file.export is not None
+        value, name = measured(file, file.export), f"{quantity} of {file.path}"
+        if value is None or not 0 <= value < math.inf:  # NaN too
+            gone = file.bytes is None
+            checks.append(
+                inconclusive(
+                    rule,
+                    name,
+                    "is missing" if gone else "was not measured",
+                    reason="missing" if gone else "not-measured",
+                    path=file.path,
+                    threshold=limit,
+                )
+            )
+            continue
+        checks.append(
+            Check(
+                rule=rule,
+                name=name,
+                status="pass" if value <= limit else "fail",
+                message=f"{name}: {shown(value)}; allowed {shown(limit)}",
+                path=file.path,
+                threshold=limit,
+                observed=value,
+                bound=value,
+            )
+        )
+    return checks or [_no_file(rule, quantity, limit)]
+
+
+def _no_file(rule: str, name: str, threshold: float) -> Check:
+    return inconclusive(rule, name, "there is no exported file", reason="export-missing", threshold=threshold)
+
+
+def _span(span: timedelta) -> str:
+    hours = span / timedelta(hours=1)
+    return f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:.1f} days"

@@ -1,0 +1,234 @@
+"""Checks of samples: shares against floors, and drops against the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from s2ap_deploy.evaluation import statistics
+from s2ap_deploy.evaluation.certificate import Certificate
+from s2ap_deploy.evaluation.samples import Robust
+from s2ap_deploy.evaluation.statements import percent, plain
+from s2ap_deploy.gating.check import Check, Status, inconclusive
+from s2ap_deploy.gating.pairs import LEVEL, PairRange, Pairs
+from s2ap_deploy.recipe.thresholds import Rule
+
+DROP = "drop of robust accuracy"
+CLASS_DROP = "drop of robust accuracy in the worst class"
+PROVEN = "provably robust accuracy (lower bound)"
+_LEVEL = f"{100 * LEVEL:.0f} %"
+_EARLY = "decided early"
+_TOO_FEW = "too-few-samples"
+_SEVERITY: tuple[Status, ...] = ("pass", "inconclusive", "fail")
+
+
+def floor(kind: str, name: str, k: int, n: int, threshold: float, rule: Rule, side: str = "") -> Check:
+    """Check a share ``k`` of ``n`` that must be at least ``threshold``.
+
+    ``kind`` is the check's rule; ``side`` precedes the count in the message.
+    """
+    bound = statistics.lower_bound(k, n, LEVEL) if rule == "lower" else k / n
+    shown = f"{side}{k} of {n} = {percent(k / n)}"
+    shown += f", at least {percent(bound)} with {_LEVEL}" if rule == "lower" else ""
+    status: Status = "pass" if bound >= threshold else "fail"
+    message, reason = f"{name}: {shown}; required {percent(threshold)}", None
+    if status == "fail" and rule == "lower":
+        reachable = statistics.lower_bound(n, n, LEVEL)
+        if reachable < threshold <= statistics.upper_bound(k, n, LEVEL):
+            status, reason = "inconclusive", _TOO_FEW
+            message = (
+                f"{name}: too few samples: even {n} of {n} would not show {percent(threshold)} ({shown})"
+            )
+    return Check(
+        rule=kind,
+        name=name,
+        status=status,
+        message=message,
+        reason=reason,
+        threshold=threshold,
+        observed=k / n,
+        bound=bound,
+    )
+
+
+def floor_between(name: str, low: int, high: int, n: int, threshold: float, rule: Rule) -> Check:
+    """Check robust accuracy by :func:`floor` for a count that is known to be between ``low`` and ``high``.
+
+    More survivors never give a worse answer, so the two ends decide for all counts between them.
+    """
+    kind = "robust-accuracy"
+    if low == high:
+        return floor(kind, name, low, n, threshold, rule)
+    worst = floor(kind, name, low, n, threshold, rule, "at least ")
+    best = floor(kind, name, high, n, threshold, rule, "at most ")
+    if worst.status == "pass" or best.status == "fail":
+        found = worst if worst.status == "pass" else best
+        return found.model_copy(update={"message": f"{found.message}; {_EARLY}", "observed": None})
+    if best.status == "inconclusive":
+        return best.model_copy(update={"observed": None, "bound": None})
+    shown = f"{low} to {high} of {n} = {percent(low / n)} to {percent(high / n)}"
+    return _inside(kind, name, threshold, shown)
+
+
+def proven_floor(certificate: Certificate, threshold: float, rule: Rule) -> Check:
+    """Check the share of samples on which a proof excludes every adversarial example."""
+    if certificate.proven is None:
+        return inconclusive(
+            "proven-accuracy",
+            PROVEN,
+            "the certificate holds no proofs",
+            reason="proofs-missing",
+            threshold=threshold,
+        )
+    return floor("proven-accuracy", PROVEN, certificate.proven.count, certificate.proven.n, threshold, rule)
+
+
+def drop(
+    threshold: float, rule: Rule, pruned: Certificate, dense: Certificate | None, more: int = 0
+) -> Check:
+    """Check the loss against the dense model on the same samples, which must be at most ``threshold``.
+
+    ``more`` is the number of samples that the shipped file loses beyond the pruned model's certificate.
+    """
+    if dense is None or _differences(pruned, dense):
+        return _incomparable("drop", DROP, pruned, dense, threshold)
+    found = PairRange.of(*_outcomes(dense, pruned))
+    if not found.exact:
+        return _drop_between("drop", DROP, found, threshold, rule, more)
+    pairs = found.worst.losing(more)
+    shown = _shown(pairs, pairs.bound(rule), rule)
+    message = f"{DROP}: {shown}; allowed {percent(threshold)}"
+    if pairs.judged(threshold, rule) == "inconclusive":
+        message = f"{DROP}: {_hopeless(pairs.n, threshold)} ({shown})"
+    return _drop_check("drop", DROP, message, pairs, threshold, rule)
+
+
+def class_drop(
+    threshold: float, rule: Rule, pruned: Certificate, dense: Certificate | None, more: int = 0
+) -> Check:
+    """Check the loss of the class that loses most. Every class is judged at the full level.
+
+    No correction for the number of classes is needed: the gate passes only where each of them passes, which
+    is an intersection-union test (Berger, Technometrics 24, 1982) and keeps the level of its parts. ``more``
+    is counted against every class, as the lost samples may be of any.
+    """
+    if dense is None or _differences(pruned, dense):
+        return _incomparable("class-drop", CLASS_DROP, pruned, dense, threshold)
+    labels = [sample.label for sample in pruned.samples]
+    classes = PairRange.by_class(*_outcomes(dense, pruned), labels)
+    names = {row.label: plain(row.name or str(row.label), 60) for row in pruned.per_class}
+    ranges = [(found, names[label]) for label, found in classes.items()]
+    if not all(found.exact for found, _ in ranges):
+        return _class_drop_between(ranges, threshold, rule, more)
+    judged = [(found.worst.losing(more), name) for found, name in ranges]
+    severity = [_SEVERITY.index(pairs.judged(threshold, rule)) for pairs, _ in judged]
+    worst = max(
+        range(len(judged)), key=lambda i: (severity[i], judged[i][0].bound(rule), judged[i][0].observed)
+    )
+    pairs, name = judged[worst]
+    missing = sum(each > 0 for each in severity)
+    shown = _shown(pairs, pairs.bound(rule), rule)
+    many = f"; {missing} of {len(judged)} classes do not pass" if missing else ""
+    message = f"{CLASS_DROP}: class {name!r}: {shown}; allowed {percent(threshold)}{many}"
+    if pairs.judged(threshold, rule) == "inconclusive":
+        message = f"{CLASS_DROP}: {_hopeless(pairs.n, threshold)} (class {name!r}: {shown}{many})"
+    return _drop_check("class-drop", CLASS_DROP, message, pairs, threshold, rule)
+
+
+def _drop_check(kind: str, name: str, message: str, pairs: Pairs, threshold: float, rule: Rule) -> Check:
+    status = pairs.judged(threshold, rule)
+    return Check(
+        rule=kind,
+        name=name,
+        status=status,
+        message=message,
+        reason=_TOO_FEW if status == "inconclusive" else None,
+        threshold=threshold,
+        observed=pairs.observed,
+        bound=pairs.bound(rule),
+    )
+
+
+def _hopeless(n: int, threshold: float) -> str:
+    return f"too few samples: even none lost of {n} would not show {percent(threshold)}"
+
+
+def _outcomes(dense: Certificate, pruned: Certificate) -> tuple[Sequence[Robust], Sequence[Robust]]:
+    """Both in the order of samples; the same object twice for a network that is compared with itself."""
+    after = pruned.robustness
+    return (after if dense.sha256 == pruned.sha256 else dense.robustness), after
+
+
+def _drop_between(kind: str, name: str, pairs: PairRange, threshold: float, rule: Rule, more: int) -> Check:
+    """Check a drop of which undecided samples leave only bounds known; ``name`` begins the message."""
+    status = pairs.certain(threshold, rule, more)
+    worst, best = pairs.worst.losing(more), pairs.best
+    if status is None:
+        if rule == "lower" and best.hopeless(threshold):
+            why = _hopeless(pairs.n, threshold)
+            return inconclusive(kind, name, why, reason=_TOO_FEW, threshold=threshold)
+        shown = f"{percent(best.observed)} to {percent(worst.observed)} of {pairs.n}"
+        return _inside(kind, name, threshold, shown)
+    limit, side = (worst, "at worst") if status == "pass" else (best, "at best")
+    bound = limit.bound(rule)
+    return Check(
+        rule=kind,
+        name=name,
+        status=status,
+        message=f"{name}: {side} {_shown(limit, bound, rule)}; allowed {percent(threshold)}; {_EARLY}",
+        threshold=threshold,
+        bound=bound,
+    )
+
+
+def _class_drop_between(
+    ranges: Sequence[tuple[PairRange, str]], threshold: float, rule: Rule, more: int
+) -> Check:
+    """Return the answer of the worst class: one that fails, else one that is open, else the largest loss."""
+    order = ("pass", None, "fail")
+
+    def severity(each: tuple[PairRange, str]) -> tuple[int, float]:
+        pairs, _ = each
+        return order.index(pairs.certain(threshold, rule, more)), pairs.worst.losing(more).bound(rule)
+
+    pairs, name = max(ranges, key=severity)
+    check = _drop_between("class-drop", f"{CLASS_DROP}: class {name!r}", pairs, threshold, rule, more)
+    return check.model_copy(update={"name": CLASS_DROP})
+
+
+def _inside(kind: str, name: str, threshold: float, shown: str) -> Check:
+    """Build the answer to a threshold inside the interval that an early stop leaves."""
+    why = (
+        f"{percent(threshold)} lies inside the certificate's interval ({shown}), because the attack "
+        "stopped when another policy was decided: run s2ap-deploy certify --full --resume"
+    )
+    return inconclusive(kind, name, why, reason="decided-early", threshold=threshold)
+
+
+def _shown(pairs: Pairs, bound: float, rule: Rule) -> str:
+    shown = f"{pairs.lost} lost and {pairs.gained} gained of {pairs.n} = {percent(pairs.observed)}"
+    return shown + (f", at most {percent(bound)} with {_LEVEL}" if rule == "lower" else "")
+
+
+def _incomparable(
+    kind: str, name: str, pruned: Certificate, dense: Certificate | None, threshold: float
+) -> Check:
+    if dense is None:
+        why, reason = "the dense model has no certificate", "dense-missing"
+    else:
+        differing = ", ".join(_differences(pruned, dense))
+        why, reason = f"the certificates cannot be compared, they differ in {differing}", "not-comparable"
+    return inconclusive(kind, name, why, reason=reason, threshold=threshold)
+
+
+def _differences(one: Certificate, other: Certificate) -> list[str]:
+    """List what keeps two certificates from being compared sample by sample."""
+    same = {
+        "data": (one.data, one.split) == (other.data, other.split),
+        "sample ids": one.sample_ids_sha256 == other.sample_ids_sha256,
+        "labels": [s.label for s in one.samples] == [s.label for s in other.samples],
+        "norm": one.threat.norm == other.threat.norm,
+        "eps": Fraction(one.threat.eps) == Fraction(other.threat.eps),
+        "protocol": one.protocol == other.protocol,
+    }
+    return [name for name, equal in same.items() if not equal]
