@@ -18,7 +18,6 @@ from s2ap_deploy.runs import lock
 from s2ap_deploy.runs.folder import Run
 from s2ap_deploy.runs.lock import FolderLock
 from s2ap_deploy.runs.manifest import Manifest, StageName
-from s2ap_deploy.stages.attack_reuse import link
 from s2ap_deploy.stages.certify import DENSE as DENSE_ROLE
 from s2ap_deploy.stages.certify import certify
 from s2ap_deploy.stages.context import RunContext
@@ -80,7 +79,7 @@ def take_over(run: Run, shared: Path) -> bool:
     for output in record.outputs:
         source, target = files.within(shared, output.path), files.within(run.path, output.path)
         files.remove(target)  # of an attempt that was killed
-        link(source, target)
+        files.link(source, target)
         if files.sha256(target) != output.sha256:
             files.remove(target)
             raise RunFolderError(
