@@ -121,8 +121,8 @@ MET: dict[type[DeployError], Met] = {
     ),
     errors.InputError: Met(
         lambda folder: s2ap_deploy.verify(written(folder / "c.json", "{}"), run=empty_run(folder)),
-        "FOLDER/c.json is not an attack certificate",
-        "make one: s2ap-deploy certify",
+        "FOLDER/c.json is not an s2ap-deploy attack certificate",
+        "certify again: s2ap-deploy certify",
     ),
     errors.UsageError: Met(
         lambda folder: s2ap_deploy.prune(nn.Flatten(), 0.5, run=folder / "run", data="digits"),

@@ -34,7 +34,7 @@ def figures(work: Path, sparsity: float) -> dict[str, Any]:
         "dense": {key: summary["dense"][key] for key in ("clean", "robust", "bytes")},
         "pruned": {key: summary["pruned"][key] for key in ("clean", "robust", "bytes", "sparsity")},
         "verdict": summary["gate"]["status"],
-        "checks": [check["words"] for check in summary["gate"]["checks"]],
+        "checks": [check["message"] for check in summary["gate"]["checks"]],
         "flip_rate_last_epoch": summary["search"]["last"].get("flip_rate"),
     }
 

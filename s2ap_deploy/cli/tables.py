@@ -292,7 +292,7 @@ def facts() -> Table:
 def _verdict(out: Console, verdict: Mapping[str, Any]) -> None:
     for check in verdict["checks"]:
         status = check["status"]
-        out.print(Text.assemble((f"{SYMBOLS[status]} ", COLORS[status]), check["words"]))
+        out.print(Text.assemble((f"{SYMBOLS[status]} ", COLORS[status]), check["message"]))
     status = verdict["status"]
     out.print(f"gate: [bold {COLORS[status]}]{WORDS[status]}[/]")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +17,7 @@ from s2ap_deploy.spec import Record
 
 _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 _CLOCK_SKEW = timedelta(hours=1)
+_UNMEASURED = ("not-measured", "was not measured")
 
 
 class ShippedFile(Record):
@@ -111,35 +113,41 @@ def _file_check(file: ShippedFile, status: Status, message: str, reason: str | N
     )
 
 
-def size_limits(limit: int, exported: Sequence[ShippedFile]) -> list[Check]:
-    """Check the bytes of each exported file."""
-    return _limits(
-        "size", "size", limit, exported, lambda file, _: file.bytes, lambda value: f"{value:,.0f} bytes"
-    )
+@dataclass(frozen=True)
+class Limit:
+    """A quantity of an exported file with a largest allowed value; ``name`` and ``text`` are for messages."""
+
+    rule: str
+    name: str
+    text: str
+    measured: Callable[[ShippedFile, ExportFacts], float | None]
 
 
-def latency_limits(limit: float, exported: Sequence[ShippedFile]) -> list[Check]:
-    """Check the milliseconds that each exported file takes for one image."""
-    return _limits(
-        "latency",
-        "latency",
-        limit,
-        exported,
-        lambda _, facts: facts.latency_ms,
-        lambda value: f"{value:g} ms",
-    )
+LIMITS = {
+    "max_bytes": Limit("size", "size", "{:,.0f} bytes", lambda file, _: file.bytes),
+    "max_latency_ms": Limit("latency", "latency", "{:g} ms", lambda _, facts: facts.latency_ms),
+    "max_latency_ratio": Limit(
+        "latency", "latency ratio", "{:.3g} of the dense file's time", lambda _, facts: facts.latency_ratio
+    ),
+}
+"""The quantities by the threshold that limits them."""
 
 
-def latency_ratio_limits(limit: float, exported: Sequence[ShippedFile]) -> list[Check]:
-    """Check the time of each exported file as a multiple of its dense counterpart's."""
-    return _limits(
-        "latency",
-        "latency ratio",
-        limit,
-        exported,
-        lambda _, facts: facts.latency_ratio,
-        lambda value: f"{value:.3g} of the dense file's time",
-    )
+def limits(threshold: str, limit: float, exported: Sequence[ShippedFile]) -> list[Check]:
+    """Check the quantity that ``threshold`` (a key of ``LIMITS``) limits, for each exported file."""
+    kind = LIMITS[threshold]
+    checks = []
+    for file in exported:
+        assert file.export is not None
+        value = kind.measured(file, file.export)
+        if value is None or not 0 <= value < math.inf:  # NaN too
+            reason, why = ("missing", "is missing") if file.bytes is None else _UNMEASURED
+            checks.append(_about(file, kind.rule, kind.name, limit, why, reason=reason))
+            continue
+        message = f"{kind.text.format(value)}; allowed {kind.text.format(limit)}"
+        status: Status = "pass" if value <= limit else "fail"
+        checks.append(_about(file, kind.rule, kind.name, limit, message, status=status, observed=value))
+    return checks or [_no_file(kind.rule, kind.name, limit)]
 
 
 def sparsity_floors(threshold: float, exported: Sequence[ShippedFile]) -> list[Check]:
@@ -148,35 +156,46 @@ def sparsity_floors(threshold: float, exported: Sequence[ShippedFile]) -> list[C
     for file in exported:
         facts = file.export
         assert facts is not None
-        name, zeros = f"sparsity of {file.path}", facts.weights - facts.nonzeros
         if not 0 <= facts.nonzeros <= facts.weights or facts.weights < 1:
-            checks.append(
-                inconclusive(
-                    "sparsity",
-                    name,
-                    "its report counts no weights",
-                    reason="not-measured",
-                    path=file.path,
-                    threshold=threshold,
-                )
-            )
+            why = "its report counts no weights"
+            checks.append(_about(file, "sparsity", "sparsity", threshold, why, reason=_UNMEASURED[0]))
             continue
+        zeros = facts.weights - facts.nonzeros
         enough = zeros + 1 > Fraction(str(threshold)) * facts.weights
         share = zeros / facts.weights
-        checks.append(
-            Check(
-                rule="sparsity",
-                name=name,
-                status="pass" if enough else "fail",
-                message=f"{name}: {zeros:,} zeros of {facts.weights:,} weights = {share:.2%}; "
-                f"required {threshold:.2%}",
-                path=file.path,
-                threshold=threshold,
-                observed=share,
-                bound=share,
-            )
-        )
+        message = f"{zeros:,} zeros of {facts.weights:,} weights = {share:.2%}; required {threshold:.2%}"
+        status: Status = "pass" if enough else "fail"
+        checks.append(_about(file, "sparsity", "sparsity", threshold, message, status=status, observed=share))
     return checks or [_no_file("sparsity", "sparsity", threshold)]
+
+
+def _about(
+    file: ShippedFile,
+    rule: str,
+    quantity: str,
+    threshold: float,
+    message: str,
+    *,
+    status: Status = "inconclusive",
+    reason: str | None = None,
+    observed: float | None = None,
+) -> Check:
+    name = f"{quantity} of {file.path}"
+    return Check(
+        rule=rule,
+        name=name,
+        status=status,
+        message=f"{name}: {message}",
+        path=file.path,
+        reason=reason,
+        threshold=threshold,
+        observed=observed,
+        bound=observed,
+    )
+
+
+def _no_file(rule: str, name: str, threshold: float) -> Check:
+    return inconclusive(rule, name, "there is no exported file", reason="export-missing", threshold=threshold)
 
 
 def age_limit(limit: str, age: timedelta | None) -> Check:
@@ -201,51 +220,6 @@ def age_limit(limit: str, age: timedelta | None) -> Check:
         observed=hours,
         bound=hours,
     )
-
-
-def _limits(
-    rule: str,
-    quantity: str,
-    limit: float,
-    exported: Sequence[ShippedFile],
-    measured: Callable[[ShippedFile, ExportFacts], float | None],
-    shown: Callable[[float], str],
-) -> list[Check]:
-    """Check a quantity of each file that must not exceed ``limit``."""
-    checks = []
-    for file in exported:
-        assert file.export is not None
-        value, name = measured(file, file.export), f"{quantity} of {file.path}"
-        if value is None or not 0 <= value < math.inf:  # NaN too
-            gone = file.bytes is None
-            checks.append(
-                inconclusive(
-                    rule,
-                    name,
-                    "is missing" if gone else "was not measured",
-                    reason="missing" if gone else "not-measured",
-                    path=file.path,
-                    threshold=limit,
-                )
-            )
-            continue
-        checks.append(
-            Check(
-                rule=rule,
-                name=name,
-                status="pass" if value <= limit else "fail",
-                message=f"{name}: {shown(value)}; allowed {shown(limit)}",
-                path=file.path,
-                threshold=limit,
-                observed=value,
-                bound=value,
-            )
-        )
-    return checks or [_no_file(rule, quantity, limit)]
-
-
-def _no_file(rule: str, name: str, threshold: float) -> Check:
-    return inconclusive(rule, name, "there is no exported file", reason="export-missing", threshold=threshold)
 
 
 def _span(span: timedelta) -> str:

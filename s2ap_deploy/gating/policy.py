@@ -102,15 +102,15 @@ def _sample_checks(
 
 
 def _file_checks(policy: Thresholds, exported: Sequence[ShippedFile]) -> list[Check]:
-    checks = []
-    if policy.max_bytes is not None:
-        checks += file_checks.size_limits(policy.max_bytes, exported)
+    asked = policy.asked
+    checks = [
+        check
+        for name in file_checks.LIMITS
+        if name in asked
+        for check in file_checks.limits(name, asked[name], exported)
+    ]
     if policy.min_sparsity is not None:
         checks += file_checks.sparsity_floors(policy.min_sparsity, exported)
-    if policy.max_latency_ms is not None:
-        checks += file_checks.latency_limits(policy.max_latency_ms, exported)
-    if policy.max_latency_ratio is not None:
-        checks += file_checks.latency_ratio_limits(policy.max_latency_ratio, exported)
     return checks
 
 

@@ -71,7 +71,7 @@ def test_a_full_run_completes_it(
     refused = s2ap("certify", "--full", "--run", early_run)
     assert refused.code == 2
     assert "was for another policy: decide" in refused.err
-    assert "add --resume to go on from what it attacked" in refused.err
+    assert "add --resume to continue from what it attacked" in refused.err
     done = s2ap("certify", "--full", "--resume", "--run", early_run)
     assert done.code == 0, done.err
     for role in ("dense", "pruned"):

@@ -210,12 +210,12 @@ def test_a_certificate_whose_age_nobody_knows(
         (["--max-latency-ratio", "nan"], "option-invalid"),
         (["--max-bytes", "0"], "option-invalid"),
         (["--min-robust", "inf"], "option-invalid"),
-        (["--max-age", "30d"], None),
-        (["--rule", "point"], None),
-        (["--min-proven", "1"], None),
-        (["--max-class-drop", "0"], None),
-        ([*EASY, "--baseline", "nowhere.json"], None),
-        ([*EASY, "--baseline", "."], None),
+        (["--max-age", "30d"], "threshold-missing"),
+        (["--rule", "point"], "threshold-missing"),
+        (["--min-proven", "1"], "threshold-unprovable"),
+        (["--max-class-drop", "0"], "threshold-unprovable"),
+        ([*EASY, "--baseline", "nowhere.json"], "file-not-read"),
+        ([*EASY, "--baseline", "."], "file-not-read"),
     ],
 )
 def test_thresholds_that_cannot_be_judged(

@@ -22,7 +22,7 @@ EPOCH = {
     "flip_rate": 0.0094,
     "seconds": 0.91,
 }
-UNIT = {"attack": "apgd-ce", "block": 1, "images": 19, "broken": 2, "standing": 17, "seconds": 0.2}
+UNIT = {"attack": "apgd-ce", "block": 1, "images": 19, "broken": 2, "unbroken": 17, "seconds": 0.2}
 
 
 class Terminal(io.StringIO):

@@ -134,18 +134,15 @@ def test_impossible_counts_show_no_sparsity(change: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -1.0])
 def test_an_impossible_latency_was_not_measured(value: float | None) -> None:
-    for limits, key in (
-        (file_checks.latency_limits, "latency_ms"),
-        (file_checks.latency_ratio_limits, "latency_ratio"),
-    ):
-        (check,) = limits(5.0, [exported(**{key: value})])
+    for key in ("latency_ms", "latency_ratio"):
+        (check,) = file_checks.limits(f"max_{key}", 5.0, [exported(**{key: value})])
         assert (check.rule, check.status, check.reason) == ("latency", "inconclusive", "not-measured")
 
 
 def test_every_file_is_judged() -> None:
     paths = ["export/model.onnx", "export/int8.onnx", "export/gone.onnx"]
     files = [exported(path, size) for path, size in zip(paths, (10, 11, None), strict=True)]
-    checks = file_checks.size_limits(10, files)
+    checks = file_checks.limits("max_bytes", 10, files)
     assert [check.status for check in checks] == ["pass", "fail", "inconclusive"]
     assert [check.path for check in checks] == paths
     assert {check.rule for check in checks} == {"size"}
@@ -154,12 +151,10 @@ def test_every_file_is_judged() -> None:
 
 def test_without_an_exported_file_no_limit_is_met() -> None:
     checks = [
-        *file_checks.size_limits(1, []),
+        *(check for name in file_checks.LIMITS for check in file_checks.limits(name, 1, [])),
         *file_checks.sparsity_floors(0.5, []),
-        *file_checks.latency_limits(1, []),
-        *file_checks.latency_ratio_limits(1, []),
     ]
-    assert [check.rule for check in checks] == ["size", "sparsity", "latency", "latency"]
+    assert [check.rule for check in checks] == ["size", "latency", "latency", "sparsity"]
     assert {(check.status, check.reason) for check in checks} == {("inconclusive", "export-missing")}
 
 

@@ -145,9 +145,9 @@ def test_a_certificate_of_a_file_is_verified_on_the_file(
     assert certificate.subject.artifact is not None
     (subject,) = found["subjects"]
     assert subject == {"name": "export/model-int8.onnx", "sha256": certificate.subject.artifact.sha256}
-    words = [check["words"] for check in found["checks"]]
-    assert f"answers: {certificate.n} of {certificate.n} attacked images as recorded" in words
-    assert any("new attacks: 2 of 2 images withstand again" in line for line in words)
+    messages = [check["message"] for check in found["checks"]]
+    assert f"answers: {certificate.n} of {certificate.n} attacked images as recorded" in messages
+    assert any("new attacks: 2 of 2 images withstand again" in line for line in messages)
 
 
 def test_a_file_that_was_changed_or_is_gone_is_not_verified(
@@ -158,8 +158,8 @@ def test_a_file_that_was_changed_or_is_gone_is_not_verified(
         stream.write(b"\0")
     code, found = verified(run, s2ap)
     assert code == 1
-    assert any("export/model-int8.onnx is not the one" in check["words"] for check in found["checks"])
+    assert any("export/model-int8.onnx is not the one" in check["message"] for check in found["checks"])
     (run / "export" / "model-int8.onnx").unlink()
     code, found = verified(run, s2ap)
     assert code == 3
-    assert any("export/model-int8.onnx is missing" in check["words"] for check in found["checks"])
+    assert any("export/model-int8.onnx is missing" in check["message"] for check in found["checks"])

@@ -119,7 +119,7 @@ def no_search(path: Path) -> None:
     [
         (damaged, "two/search/masks.safetensors has changed since"),
         (missing, "two/search/masks.safetensors is missing"),
-        (garbled, "two/manifest.json is damaged"),
+        (garbled, "two/manifest.json is not JSON"),
         (unlisted, "the search in .*two wrote no masks"),
         (no_search, "two holds no search"),
     ],

@@ -82,9 +82,9 @@ def early(
     def decided(progress: Progress) -> bool:
         return decide(policy, progress, None, labels.tolist()) is not None
 
-    workers = options.pop("workers", 1)
+    running = {name: options.pop(name) for name in {"workers", "recorder"} & options.keys()}
     config = replace(CONFIG, **options)
-    return attack(network, images, labels, config, workers=workers, decided=decided)
+    return attack(network, images, labels, config, decided=decided, **{"workers": 1, **running})
 
 
 def certified(
