@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 import click
 
-from s2ap_deploy import requirements
 from s2ap_deploy.cli import terminal
 from s2ap_deploy.distributed import environment
 from s2ap_deploy.errors import (
@@ -84,6 +83,8 @@ class LazyGroup(click.Group):
         except BrokenPipeError:
             raise OutputClosed from None
         except ModuleNotFoundError as error:
+            from s2ap_deploy import requirements
+
             raise requirements.install_incomplete(error) or error from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
