@@ -698,7 +698,7 @@ def _certify_file(
         unfit.insert(0, "model")
     if unfit:
         raise UsageError(
-            f"{', '.join(unfit)}: not together with artifact, which certifies the file as it is",
+            f"{_options(unfit)}: not together with --artifact, which certifies the file as it is",
             code="artifact-with-network-options",
             hint="leave one of them out",
         )
@@ -730,13 +730,18 @@ def _write_statement(path: Path, certificate: Path, found: Verification) -> None
     )
 
 
+def _options(names: Sequence[str]) -> str:
+    """Word keyword arguments as the command line's options, which are their names with dashes."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
 def _refuse_decided(given: Mapping[str, Any]) -> None:
     """Refuse arguments about the network where the run folder has already decided them."""
     from s2ap_deploy.stages import open_run
 
     if decided := [name for name in keys.NETWORK if given.get(name) is not None]:
         raise UsageError(
-            f"{', '.join(decided)}: the run folder has already decided this",
+            f"{_options(decided)}: the run folder has already decided this",
             code="already-decided",
             hint="leave it out, or name the checkpoint and a folder of its own with --run",
         )
@@ -749,7 +754,7 @@ def _submission(given: Mapping[str, Any], *, alone: bool) -> Submission | None:
     if given.get("entry") is None:
         if useless := [f"ap_{name}" for name, value in partners.items() if value is not None]:
             raise UsageError(
-                f"{', '.join(useless)}: only for an entry",
+                f"{_options(useless)}: only for an entry",
                 code="entry-missing",
                 hint="add --ap-benchmark-entry FILE",
             )

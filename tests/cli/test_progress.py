@@ -44,7 +44,7 @@ def test_a_row_tells_everything_in_words() -> None:
     assert progress.line_of(EPOCH) == (
         "epoch 3/40, loss 1.235, clean 95.4 %, robust 83.1 %, mask moved 1.46 %, flips 0.94 %, 0.9 s"
     )
-    assert progress.line_of(UNIT) == "apgd-ce broke 2 of 19 images of block 1 in 0.2 s; 17 stand"
+    assert progress.line_of(UNIT) == "apgd-ce broke 2 of 19 images of block 1 in 0.2 s; 17 unbroken"
     assert progress.line_of({**UNIT, "images": 1}).startswith("apgd-ce broke 2 of 1 image of block 1")
 
 
@@ -52,7 +52,7 @@ def test_a_row_beside_a_bar_fits_eighty_columns() -> None:
     longest = {**EPOCH, "epoch": 100, "epochs": 100, "robust_accuracy": 1.0}
     assert progress.bar_text(longest) == "epoch 100/100  loss 1.235  robust 100.0 %"
     assert len(progress.bar_text(longest)) <= 80 - len("x pretrain ━━━━━━━━ 100 % 00:00 1234/s ")
-    assert progress.bar_text(UNIT) == "apgd-ce  17 stand"
+    assert progress.bar_text(UNIT) == "apgd-ce  17 unbroken"
 
 
 def test_a_log_has_one_line_per_row_and_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

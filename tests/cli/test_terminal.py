@@ -45,7 +45,7 @@ def test_a_process_without_utf_8_writes_all_of_a_table() -> None:
     code = (
         "from s2ap_deploy.cli import tables, terminal\n"
         "terminal.prepare()\n"
-        "verdict = {'status': 'pass', 'checks': [{'status': 'pass', 'words': 'größe \u2013 fine'}]}\n"
+        "verdict = {'status': 'pass', 'checks': [{'status': 'pass', 'message': 'größe \u2013 fine'}]}\n"
         "share = {'value': 0.5, 'interval': (0.4, 0.6)}\n"
         "row = {'arch': 'a', 'sparsity': 0.9, 'clean': share, 'robust': share, 'n': 4, 'flags': []}\n"
         "tables.show_summary({'threat': 'Linf', 'statement': 's', 'dense': row, 'gate': verdict})\n"

@@ -65,7 +65,7 @@ def test_a_pattern_with_another_sparsity_or_a_budget_is_impossible() -> None:
     assert "granularity 2:4 is sparsity 0.5, not 0.9" in reasons(found)["2of4-0.9-seed-0"]
     found = of_demo(Axes(granularity=("2:4",), budget=("erk", "uniform")), "prune.sparsity=null")
     assert list(reasons(found)) == ["2of4-erk-seed-0"]
-    assert "there is no budget to share" in reasons(found)["2of4-erk-seed-0"]
+    assert "there is no budget to distribute" in reasons(found)["2of4-erk-seed-0"]
 
 
 def test_a_budget_of_the_recipe_that_stands_in_the_way_is_told_with_the_way_out() -> None:
@@ -98,7 +98,11 @@ def test_a_sparsity_takes_the_place_of_a_ratio() -> None:
     [
         (Axes(), ["prune.sparcity=1"], "--set prune.sparcity=1: unknown key prune.sparcity"),
         (Axes(), ["data.name=nothing"], "--set data.name=nothing: data.name: must be one of"),
-        (Axes(granularity=("5:4",)), [], "--granularity 5:4: prune.granularity: '5:4' is no granularity"),
+        (
+            Axes(granularity=("5:4",)),
+            [],
+            "--granularity 5:4: prune.granularity: '5:4' must be",
+        ),
         (Axes(), ["seed=-1"], "seed: must be a whole number"),
         (Axes(), ["seed=true"], "seed: must be a whole number"),
     ],

@@ -52,7 +52,7 @@ def parsed(line: str) -> dict[str, object]:
 def test_what_only_the_command_line_knew_is_carried_on(commands: tuple[str, ...], added: str) -> None:
     (line,) = repetition(facts(*commands))
     assert line == f"s2ap-deploy run 'my run/recipe.yaml' --run again {added}".strip()
-    assert (parsed(line)["recipe"], str(parsed(line)["folder"])) == ("my run/recipe.yaml", "again")
+    assert (parsed(line)["recipe"], str(parsed(line)["run"])) == ("my run/recipe.yaml", "again")
 
 
 def test_the_thresholds_of_the_verdict_are_a_command_of_their_own(make_folder: Callable[..., Path]) -> None:
