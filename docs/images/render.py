@@ -58,13 +58,14 @@ def terminal(browser: str, work: Path, name: str, command: list[str]) -> None:
     """Photograph what ``command`` prints on a terminal of 100 columns."""
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(Text("$ s2ap-deploy " + name, style="bold"))
-    console.print(Text.from_ansi(typed(command)))
+    output = typed(command)
+    console.print(Text.from_ansi(output))
     page = work / f"{name}.html"
     style = "body{margin:0;background:#0c0c0c;padding:14px}pre{font-size:14px;line-height:1.25;margin:0}"
     html = console.export_html(inline_styles=True, theme=MONOKAI)
     page.write_text(html.replace("</style>", style + "</style>"), encoding="utf-8")
-    lines = html.count("\n")
-    photograph(browser, page.resolve().as_uri(), HERE / f"{name}.png", width=880, height=18 * lines)
+    height = 46 + round(17.5 * output.count("\n"))
+    photograph(browser, page.resolve().as_uri(), HERE / f"{name}.png", width=880, height=height)
 
 
 def typed(command: list[str]) -> str:
