@@ -31,9 +31,9 @@ if TYPE_CHECKING:
         PlanArguments,
         PretrainArguments,
         PruneArguments,
-        Session,
+        SessionArguments,
         Settings,
-        Thresholds,
+        ThresholdArguments,
     )
     from s2ap_deploy.stages.benchmark_entry import Submission
     from s2ap_deploy.stages.certified_files import Verification
@@ -307,7 +307,7 @@ def gate(
     baseline: Path | str | None = None,
     thresholds: Mapping[str, Any] | None = None,
     command: str = "python: gate",
-    **named: Unpack[Thresholds],
+    **named: Unpack[ThresholdArguments],
 ) -> Verdict:
     """Judge the run against thresholds; ``verdict.exit_code`` is 0 (pass), 1 (fail) or 3 (inconclusive).
 
@@ -345,7 +345,7 @@ def verify(
     k: int | None = None,
     seed: int | None = None,
     in_toto: Path | str | None = None,
-    **session: Unpack[Session],
+    **session: Unpack[SessionArguments],
 ) -> Verification:
     """Check a certificate against every file it names, and attack ``k`` of its robust images again.
 
@@ -365,7 +365,7 @@ def verify(
     """
     from s2ap_deploy.stages.certified_files import run_folder, verify_files
 
-    arguments.check(session, arguments.Session)
+    arguments.check(session, arguments.SessionArguments)
     if files_only:
         if (k, seed, in_toto) != (None, None, None):
             raise UsageError(
@@ -498,7 +498,7 @@ def sweep(
     run: Path | str = "s2ap-sweep",
     seeds: int = 1,
     overrides: Sequence[str] = (),
-    **session: Unpack[Session],
+    **session: Unpack[SessionArguments],
 ) -> SweepReport:
     """Run a recipe in all combinations of ``axes`` and compare them.
 
@@ -519,7 +519,7 @@ def sweep(
     from s2ap_deploy.sweeps.runner import SweepFolder, possible
     from s2ap_deploy.sweeps.runner import sweep as work
 
-    arguments.check(session, arguments.Session)
+    arguments.check(session, arguments.SessionArguments)
     points = _grid(recipe, axes, seeds, overrides, session)
     folder, resume = Path(run), session.get("resume", False)
     machine = open_run.machine(folder, session)
@@ -547,13 +547,13 @@ def dry_run_sweep(
     run: Path | str = "s2ap-sweep",
     seeds: int = 1,
     overrides: Sequence[str] = (),
-    **session: Unpack[Session],
+    **session: Unpack[SessionArguments],
 ) -> SweepDryRunReport:
     """Estimate the time and bytes of :func:`sweep` with the same arguments; write nothing."""
     from s2ap_deploy.planning.dry_run import rehearse_sweep
     from s2ap_deploy.stages import open_run
 
-    arguments.check(session, arguments.Session)
+    arguments.check(session, arguments.SessionArguments)
     points = _grid(recipe, axes, seeds, overrides, session)
     return rehearse_sweep(points, Path(run), open_run.machine(Path(run), session), open_run.recorder(session))
 

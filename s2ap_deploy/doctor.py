@@ -1,6 +1,6 @@
 """Doctor: what this machine has, what will not work and what to type. No network, no torch by itself.
 
-Everything is looked at behind a guard: whoever asks has a machine on which something is broken.
+Every check is guarded, because users run this on machines on which something is broken.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Problem(Record):
 
 
 class Computer(Record):
-    """What computes: cores, instruction sets, bytes of memory and disk (None where nobody says)."""
+    """What computes: cores, instruction sets, bytes of memory and disk (None where unknown)."""
 
     system: str
     machine: str

@@ -1,4 +1,4 @@
-"""Figures of long work for TensorBoard or MLflow: recorders beside the one that a person watches. No torch.
+"""Figures of long work for TensorBoard or MLflow: recorders beside the one that a person watches.
 
 Both are optional (``pip install 's2ap-deploy[tracking]'``) and imported only when they are asked for. Nothing
 leaves the machine: files lie below the run folder, unless MLFLOW_TRACKING_URI names another place for MLflow.
@@ -60,7 +60,7 @@ class MLflow:
     """One MLflow run called ``name``, kept in ``folder`` unless MLFLOW_TRACKING_URI says where."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        # Figures are for whoever asked for them, and a folder needs no database.
+        # Figures are only for the user, and a folder needs no database.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         _require("mlflow", "mlflow")

@@ -225,9 +225,11 @@ def test_a_threshold_or_keyword_that_nobody_knows_is_refused(own_run: Path) -> N
 
 
 def test_the_thresholds_of_the_signature_are_those_of_the_gate() -> None:
-    assert arguments.Thresholds.__annotations__.keys() == Thresholds.model_fields.keys()
+    assert arguments.ThresholdArguments.__annotations__.keys() == Thresholds.model_fields.keys()
     wanted = get_type_hints(Thresholds)
-    assert get_type_hints(arguments.Thresholds) == {name: wanted[name] for name in Thresholds.model_fields}
+    assert get_type_hints(arguments.ThresholdArguments) == {
+        name: wanted[name] for name in Thresholds.model_fields
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in s2ap_deploy.__all__ if name[0].islower()])
@@ -290,7 +292,7 @@ TABLES = {
         | {"entry", "ap_method", "ap_paper", "ap_pretraining"},
     ),
     arguments.ExportArguments: (keys.EXPORT, {"bench"}),
-    arguments.Thresholds: (keys.THRESHOLDS, set()),
+    arguments.ThresholdArguments: (keys.THRESHOLDS, set()),
 }
 
 
@@ -308,7 +310,7 @@ COMMANDS = {
     "prune": (arguments.PruneArguments, {"checkpoint", "sparsity", "dry_run"}),
     "certify": (arguments.CertifyArguments, {"checkpoint", "artifact"}),
     "export": (arguments.ExportArguments, {"output", "onnx"}),
-    "verify": (arguments.Session, {"certificate", "k", "seed", "in_toto", "files_only"}),
+    "verify": (arguments.SessionArguments, {"certificate", "k", "seed", "in_toto", "files_only"}),
     "plan": (arguments.PlanArguments, {"checkpoint", "arch", "num_classes", "input_size"}),
 }
 

@@ -141,7 +141,7 @@ def sharpness(args: argparse.Namespace, run: Path, gamma: float, validation: Spl
     flips = []
     for step, (images, labels) in enumerate(itertools.islice(batches, BATCHES)):
         before = scored.select()
-        scored.wear(before)
+        scored.apply_mask(before)
         adversarial = objective.attack(classifier, images, labels, generator("sharpness", step))
         loss, _ = objective.robust_loss(classifier, images, adversarial, labels)
         gradients = scored.gradients(loss)
@@ -154,7 +154,7 @@ def sharpness(args: argparse.Namespace, run: Path, gamma: float, validation: Spl
             ball = ScorePerturbation(scored.scores, gamma)
             ball.perturb(direction)
             after = scored.select()
-            scored.wear(after)
+            scored.apply_mask(after)
             with torch.no_grad():
                 loss, _ = objective.robust_loss(classifier, images, adversarial, labels)
             losses[place].append(float(loss))

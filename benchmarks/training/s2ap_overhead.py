@@ -51,7 +51,7 @@ class Stepper:
         scored, network = self.scored, self.scored.network
         network.train()
         with self.part("mask"):
-            scored.wear(scored.select())
+            scored.apply_mask(scored.select())
         with self.part("attack"):
             noise = torch.Generator().manual_seed(0)
             adversarial = self.objective.attack(network, self.images, self.labels, noise)
@@ -61,7 +61,7 @@ class Stepper:
             with self.part("perturb, mask at s + z, restore"):
                 ball = ScorePerturbation(scored.scores, gamma)
                 ball.perturb(gradients)
-                scored.wear(scored.select())
+                scored.apply_mask(scored.select())
             with self.part("gradient at s + z"), frozen_statistics(network):
                 gradients = self.gradients(adversarial)
             with self.part("perturb, mask at s + z, restore"):

@@ -76,7 +76,7 @@ def equality(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     if args.stage == "search":
         scored = networks.scored(classifier, keep)
         ours: Any = scored.select()
-        scored.wear(ours)
+        scored.apply_mask(ours)
         scored.network.train()
         found = scored.gradients(objective.robust_loss(scored.network, clean, moved, labels)[0])
     else:

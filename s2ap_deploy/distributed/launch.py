@@ -159,8 +159,8 @@ def _quiet_agent() -> Iterator[None]:
 def _loopback_rendezvous(parameters: RendezvousParameters) -> RendezvousHandler:
     """Make a rendezvous whose store listens on the loopback interface only.
 
-    torch's own backends listen on every interface, and whoever reaches the store can join the group, where
-    objects are unpickled.
+    torch's own backends listen on every interface, and any process that reaches the store can
+    join the group, where objects are unpickled.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo

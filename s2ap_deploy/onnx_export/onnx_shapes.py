@@ -20,7 +20,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Layer:
+class WeightedLayer:
     """One prunable weight [out, in, ...], how often an image applies it, and whether it gets a bias.
 
     A BatchNorm that follows a convolution becomes its bias in the file.
@@ -43,7 +43,7 @@ class Outline:
     ``sums`` counts the places where two branches are added.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[WeightedLayer, ...]
     others: tuple[tuple[int, ...], ...]
     parameters: Shapes
     sums: int
@@ -89,7 +89,7 @@ def outline(network: nn.Module, input_size: tuple[int, int, int]) -> Outline:
     for weight in map(network.get_parameter, names):
         name, owner = known[id(weight)], owners[id(weight)]
         bias = owner.bias is not None or id(owner) in followed
-        layers.append(Layer(name, tuple(weight.shape), applied.get(name, 0), bias))
+        layers.append(WeightedLayer(name, tuple(weight.shape), applied.get(name, 0), bias))
     aside = {id(weight) for module in _layers(network) for weight in (module.weight, module.bias)}
     aside |= {id(tensor) for norm in folded for tensor in norm.parameters()}
     others = [tuple(tensor.shape) for tensor in network.parameters() if id(tensor) not in aside]

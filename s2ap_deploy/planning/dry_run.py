@@ -31,7 +31,7 @@ QUICK = ("export", "gate")
 
 
 class PlannedStage(Record):
-    """One stage: whether it is done, what it would do, and its seconds, None where nobody can say."""
+    """One stage: whether it is done, what it would do, and its seconds, None where unknown."""
 
     name: str
     state: State
@@ -61,7 +61,7 @@ class DryRunReport(Record):
 
     @property
     def untimed(self) -> tuple[str, ...]:
-        """The long stages that are not done and that nobody can time, for want of data."""
+        """Name the unfinished long stages that cannot be timed for lack of data."""
         return tuple(
             stage.name
             for stage in self.stages
@@ -152,7 +152,7 @@ def _stages(
 ) -> Iterator[PlannedStage]:
     """Every stage in order. After the first that is not done, all that were built on it are due as well."""
     recipe, section = job.recipe, job.recipe.prune
-    waiting = scene.images is None  # without images nobody can say whether a stage had the same ones
+    waiting = scene.images is None  # without images it is unknown whether a stage had the same ones
 
     def state(work: Callable[[], object]) -> tuple[State, str]:
         nonlocal waiting

@@ -65,7 +65,7 @@ def blueprint(reference: str, *, num_classes: int | None, input_size: Size | Non
     """The network that ``reference`` (a registered name or an import path) stands for.
 
     Unless ``real``, a registered one for large images is built on the meta device. Otherwise its weights are
-    drawn, always the same ones. Raises ArchitectureError, and UsageError where nobody says the input size.
+    drawn, always the same ones. Raises ArchitectureError, and UsageError where the input size is unknown.
     """
     architecture = registry.resolve(reference)
     size = input_size or architecture.input_size

@@ -113,17 +113,17 @@ class Surrogate:
 
     def curve(self, batch: Batch, tangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute H_theta times ``tangents`` for one batch, by differentiating the slope along them."""
-        worn = tuple(self.parameters.values())
+        masked = tuple(self.parameters.values())
         loss = self.loss(self.network, *batch)
         if not loss.requires_grad:
             raise InputError("the loss does not depend on the weights that are scored", code="layer-unused")
-        slopes = torch.autograd.grad(loss, worn, create_graph=True, materialize_grads=True)
+        slopes = torch.autograd.grad(loss, masked, create_graph=True, materialize_grads=True)
         along = [(slope * tangents[name]).sum() for name, slope in zip(self.parameters, slopes, strict=True)]
         slope = torch.stack(along).sum()
         if not slope.requires_grad:  # a loss that is linear in the weights has no curvature
             return {}
         try:
-            curved = torch.autograd.grad(slope, worn, materialize_grads=True)
+            curved = torch.autograd.grad(slope, masked, materialize_grads=True)
         except RuntimeError as error:
             if "not implemented" not in str(error):
                 raise

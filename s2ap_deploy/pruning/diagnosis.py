@@ -39,12 +39,12 @@ class Diagnosis:
     def __call__(self, scored: ScoredNetwork, epoch: int) -> dict[str, float]:
         """``sharpness``, ``eigenvalue`` and its residual, by the names of ``Epoch``; nothing when not due.
 
-        The network wears M(s) afterwards; BatchNorm statistics and modes are as before.
+        M(s) is applied to the network afterwards; BatchNorm statistics and modes are as before.
         """
         if self.every == 0 or epoch % self.every:
             return {}
         network = scored.network
-        scored.wear(scored.select())
+        scored.apply_mask(scored.select())
         noise = generator(self.seed, "diagnose", device=self.images.device)
         with evaluating(network):
             adversarial = self.objective.attack(network, self.images, self.labels, noise)
@@ -58,11 +58,11 @@ class Diagnosis:
             directions=self.directions,
             seed=self.seed,
         )
-        scored.wear(scored.select())
+        scored.apply_mask(scored.select())
         try:
             eigenvalue = largest_eigenvalue(
                 network,
-                scored.worn,
+                scored.masked,
                 scored.weights,
                 [batch],
                 self.loss,
@@ -89,7 +89,7 @@ class Diagnosis:
         resting = scored.scores
         scored.scores = dict(scores)
         try:
-            scored.wear(scored.select())
+            scored.apply_mask(scored.select())
         finally:
             scored.scores = resting
         return mean_loss(scored.network, [batch], self.loss)

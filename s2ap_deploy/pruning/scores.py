@@ -42,14 +42,14 @@ class ScoredNetwork:
         self.granularity = granularity
         self.allocation = allocation
         self.covered = frozenset(covered)
-        self.worn = {name: parameters[name] for name in granularity.parameters}
-        self.weights = {name: worn.detach().clone() for name, worn in self.worn.items()}
+        self.masked = {name: parameters[name] for name in granularity.parameters}
+        self.weights = {name: masked.detach().clone() for name, masked in self.masked.items()}
         units = granularity.pool(self.weights)
         self.start_from({name: scaled(unit) for name, unit in units.items()} if scores is None else scores)
         for parameter in parameters.values():
             parameter.requires_grad_(False)
-        for worn in self.worn.values():
-            worn.requires_grad_(True)
+        for masked in self.masked.values():
+            masked.requires_grad_(True)
 
     def start_from(self, scores: Mapping[str, Tensor]) -> None:
         """Take a copy of ``scores`` as those to learn. Raises InputError where they do not fit the units."""
@@ -75,10 +75,10 @@ class ScoredNetwork:
         return self.granularity.select(importance, self.allocation.counts(importance))
 
     @torch.no_grad()
-    def wear(self, selection: Selection) -> None:
+    def apply_mask(self, selection: Selection) -> None:
         """Set the network's weights to w ⊙ M."""
         for name, mask in self.granularity.spread(selection).items():
-            torch.mul(self.weights[name], mask, out=self.worn[name].data)
+            torch.mul(self.weights[name], mask, out=self.masked[name].data)
 
     def masks(self) -> dict[str, Tensor]:
         """Return the finished network's bool masks, by parameter name."""
@@ -109,13 +109,13 @@ class ScoredNetwork:
         torch.autograd.backward(loss)
         products = {}
         with torch.no_grad():
-            for name, worn in self.worn.items():
-                if worn.grad is None:
+            for name, masked in self.masked.items():
+                if masked.grad is None:
                     raise InputError(
                         f"the loss does not depend on {name}: is the layer used?", code="layer-unused"
                     )
-                products[name] = self.weights[name] * worn.grad
-                worn.grad = None
+                products[name] = self.weights[name] * masked.grad
+                masked.grad = None
             gathered = self.granularity.gather(products)
             return {name: self.signs[name] * gradient for name, gradient in gathered.items()}
 

@@ -101,7 +101,7 @@ def search(
         # Let quotas that learn tighten, and measure the epoch under the mask that it ends with.
         scored.allocation.end_epoch()
         selection = scored.select()
-        scored.wear(selection)
+        scored.apply_mask(selection)
         accuracy = loop.validate()
         figures = diagnose(scored, epoch + 1) if diagnose is not None else {}
         row = loop.row(
@@ -173,7 +173,7 @@ def update(
     """
     network, ranks = scored.network, adversary.ranks
     selection = scored.select()
-    scored.wear(selection)
+    scored.apply_mask(selection)
     resting, attacked = Accumulator(ranks), []
     # Attack each micro-batch under the mask M(s), and add up the score gradients of its robust loss.
     for part in batch.micro_batches():
@@ -190,7 +190,7 @@ def update(
         # on the same adversarial images, and is applied to s.
         perturbed = ball.perturb(gradients)
         shifted = scored.select()
-        scored.wear(shifted)
+        scored.apply_mask(shifted)
         top = Accumulator(ranks)
         with frozen_statistics(network), shared_statistics(network, ranks):
             for part, same in attacked:

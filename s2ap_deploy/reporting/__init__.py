@@ -1,1 +1,1 @@
-"""Objects to text: tables, JSON, Markdown. No torch."""
+"""Objects to text: tables, JSON, Markdown."""

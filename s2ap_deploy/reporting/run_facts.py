@@ -82,7 +82,7 @@ LONGEST_RECIPE = 20_000
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerSparsity:
     """A prunable layer and how many of its weights the mask keeps."""
 
     name: str
@@ -109,7 +109,7 @@ class Facts:
     pairs: PairRange | None = None
     curves: Mapping[str, SecurityCurve] = field(default_factory=dict)
     histories: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
-    layers: tuple[Layer, ...] = ()
+    layers: tuple[LayerSparsity, ...] = ()
     export: ExportReport | None = None
     shown: tuple[Shown, ...] = ()
     problems: tuple[str, ...] = ()
@@ -220,11 +220,11 @@ def number(value: Any) -> float | None:
     return float(value) if abs(value) < 1e300 and math.isfinite(value) else None
 
 
-def _layers(results: Any) -> tuple[Layer, ...]:
+def _layers(results: Any) -> tuple[LayerSparsity, ...]:
     """The layers that the search recorded; those that make no sense are left out."""
     listed = results.get("layers") if isinstance(results, dict) else None
     return tuple(
-        Layer(str(layer.get("name")), int(kept), int(weights))
+        LayerSparsity(str(layer.get("name")), int(kept), int(weights))
         for layer in (listed if isinstance(listed, list) else [])
         if isinstance(layer, dict)
         and (kept := number(layer.get("kept"))) is not None

@@ -1,4 +1,4 @@
-"""A sweep as text: the Adversarial Pruning Benchmark's table, and every combination as CSV. No torch."""
+"""A sweep as text: the Adversarial Pruning Benchmark's table, and every combination as CSV."""
 
 from __future__ import annotations
 

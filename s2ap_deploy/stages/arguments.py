@@ -41,13 +41,13 @@ class ExecutionArguments(TypedDict, total=False):
     command: str
 
 
-class Session(ExecutionArguments, total=False):
+class SessionArguments(ExecutionArguments, total=False):
     """``arch`` is the import path of a network that a recipe cannot name."""
 
     arch: str | None
 
 
-class Settings(Session, total=False):
+class Settings(SessionArguments, total=False):
     """``settings`` are recipe keys by dotted name, such as ``{"prune.search.epochs": 5}``.
 
     They have priority over all other arguments; None is the recipe's null.
@@ -182,7 +182,7 @@ class PlanArguments(TypedDict, total=False):
     alpha: float | None
 
 
-class Thresholds(TypedDict, total=False):
+class ThresholdArguments(TypedDict, total=False):
     """Thresholds of ``gate``: accuracies as fractions, bytes, milliseconds, ratios to the dense file."""
 
     min_clean: float | None

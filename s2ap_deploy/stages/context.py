@@ -191,7 +191,7 @@ def read_classifier(path: Path, machine: ExecutionConfig) -> tuple[Classifier, C
     recorded = checkpoint.read_tensors(path).info
     if machine.arch is None and recorded is not None and registry.is_import_path(recorded.arch):
         raise ArchitectureError(
-            f"the network in {path} was built by {recorded.arch}, which is never imported unasked",
+            f"the network in {path} was built by {recorded.arch}, which is only imported on request",
             hint=f"add --arch {recorded.arch}",
         )
     classifier, info, _ = checkpoint.load(path, arch=machine.arch)

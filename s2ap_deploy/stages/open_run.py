@@ -52,8 +52,8 @@ def opened(
     """Open the run folder and yield the job in it, reporting to the session's recorder and trackers.
 
     With a ``recipe`` the folder may be new; None takes the folder's own, with ``changes`` (dotted keys) made
-    to it. ``session`` are the keywords of :class:`~s2ap_deploy.stages.arguments.Session`; ``name`` is the
-    manifest's text where there is no ``command``. Raises what opening a run folder raises.
+    to it. ``session`` are the keywords of :class:`~s2ap_deploy.stages.arguments.SessionArguments`; ``name``
+    is the manifest's text where there is no ``command``. Raises what opening a run folder raises.
     """
     here = machine(Path(folder), session)
     command = session.get("command") or f"python: {name}"

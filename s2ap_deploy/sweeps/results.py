@@ -1,4 +1,4 @@
-"""What a sweep shows: a row per combination, a group per combination without its seed. No torch."""
+"""What a sweep shows: a row per combination, a group per combination without its seed."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class SweepReport(Record):
 def figures(run: Run, verdict: str | None) -> tuple[Figures, str]:
     """The figures of a finished run folder, and the statement of its certificate.
 
-    Every file is held against its recorded hash. Raises RunFolderError for a missing or changed one.
+    Every file is compared with its recorded hash. Raises RunFolderError for a missing or changed one.
     """
     dense, pruned = (Certificate.load(run.output("certify", f"{role}.json")) for role in ("dense", "pruned"))
     report = ExportReport.load(run.output("export", "report.json"))

@@ -56,7 +56,7 @@ def dense_record(folder: Path) -> Path:
 def take_over(run: Run, shared: Path) -> bool:
     """Make the finished dense network of the run folder ``shared`` that of ``run``; False if it has its own.
 
-    Files are linked, or copied, and held against their recorded hashes; the manifest is last, so that a kill
+    Files are linked, or copied, and compared with their recorded hashes; the manifest is last, so that a kill
     leaves a folder without the stage. Whether the inputs are the run's own is for the stage to say, which
     skips only what came from equal ones. Raises RunFolderError for a file that is not the recorded one.
     """

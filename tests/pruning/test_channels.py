@@ -63,7 +63,7 @@ def test_the_search_and_the_finished_network_compute_the_same(network: Residual)
     units = granularity(made)
     counts = {group.name: group.channels // 2 for group in units.coupling.groups}
     scored = ScoredNetwork(made, units, Fixed(counts))
-    scored.wear(scored.select())
+    scored.apply_mask(scored.select())
     images = torch.rand(4, *SIZE)
     searched = made(images)
     masks = scored.finish()
@@ -83,21 +83,21 @@ def test_a_channel_gradient_is_that_of_a_free_multiplier(network: Residual) -> N
     scored = ScoredNetwork(
         made, units, Fixed({group.name: group.channels for group in units.coupling.groups})
     )
-    scored.wear(scored.select())
+    scored.apply_mask(scored.select())
     images, labels = torch.rand(5, *SIZE), torch.tensor([0, 1, 2, 0, 1])
     found = scored.gradients(nn.functional.cross_entropy(made(images), labels))
     weights = {name: parameter.detach() for name, parameter in made.named_parameters()}
     for group in units.coupling.groups:
         multiplier = torch.ones(group.channels, requires_grad=True)
-        worn = dict(weights)
+        masked = dict(weights)
         for touched in group.readers:
             factor = torch.ones(weights[touched.parameter].shape[1])
             factor = factor.scatter(
                 0, touched.index.flatten(), multiplier.repeat_interleave(touched.index.shape[1])
             )
             sides = [1, -1] + [1] * (weights[touched.parameter].dim() - 2)
-            worn[touched.parameter] = weights[touched.parameter] * factor.view(sides)
-        loss = nn.functional.cross_entropy(torch.func.functional_call(made, worn, images), labels)
+            masked[touched.parameter] = weights[touched.parameter] * factor.view(sides)
+        loss = nn.functional.cross_entropy(torch.func.functional_call(made, masked, images), labels)
         (expected,) = torch.autograd.grad(loss, multiplier)
         torch.testing.assert_close(found[group.name], expected, rtol=1e-4, atol=1e-6)
 

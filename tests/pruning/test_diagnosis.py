@@ -48,7 +48,7 @@ def measure(stripes: Callable[[int], MemorySplit], gamma: float = 0.1, every: in
 def test_it_is_repeatable_and_leaves_scores_weights_and_statistics_alone(
     scored: ScoredNetwork, stripes: Callable[[int], MemorySplit]
 ) -> None:
-    scored.wear(scored.select())
+    scored.apply_mask(scored.select())
     before = weights_hash(scored.network)
     scores = {name: score.clone() for name, score in scored.scores.items()}
     scored.network.train()
@@ -58,7 +58,7 @@ def test_it_is_repeatable_and_leaves_scores_weights_and_statistics_alone(
     assert weights_hash(scored.network) == before
     assert scored.network.training
     assert all(torch.equal(scores[name], scored.scores[name]) for name in NAMES)
-    assert all(worn.grad is None for worn in scored.worn.values())
+    assert all(masked.grad is None for masked in scored.masked.values())
 
 
 def test_a_wider_ball_holds_a_worse_point(

@@ -39,7 +39,7 @@ def test_worn_weights_are_the_masked_originals() -> None:
     original = network[4].weight.detach().clone()
     scored = ScoredNetwork(network, Weights(NAMES), Fixed(KEEP))
     masks = scored.masks()
-    scored.wear(masks)
+    scored.apply_mask(masks)
     assert {name: int(mask.sum()) for name, mask in masks.items()} == KEEP
     assert torch.equal(network[4].weight, original * masks["4.weight"])
     assert torch.equal(scored.weights["4.weight"], original)
@@ -52,15 +52,15 @@ def test_gradients_match_autograd_through_an_explicit_mask() -> None:
     scored.scores["4.weight"][0, 0] = 0.0
     scored.update_signs()
     masks = scored.masks()
-    scored.wear(masks)
+    scored.apply_mask(masks)
     images, labels = torch.rand(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1])
     network.train()
     gradients = scored.gradients(nn.functional.cross_entropy(network(images), labels))
 
     multipliers = {name: masks[name].float().requires_grad_() for name in NAMES}
-    worn = {name: scored.weights[name] * multipliers[name] for name in NAMES}
+    masked = {name: scored.weights[name] * multipliers[name] for name in NAMES}
     reference = torch.func.functional_call(
-        tiny().train(), {**dict(network.named_parameters()), **worn}, images
+        tiny().train(), {**dict(network.named_parameters()), **masked}, images
     )
     nn.functional.cross_entropy(reference, labels).backward()
     for name in NAMES:
@@ -82,14 +82,14 @@ def test_a_score_that_is_pushed_across_zero_loses_its_importance(sign: float) ->
     scores.view(-1)[top] = -sign * 100.0  # as a perturbation would leave it
     masks = scored.masks()
     assert not bool(masks["4.weight"].view(-1)[top])
-    scored.wear(masks)
+    scored.apply_mask(masks)
     images, labels = torch.rand(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1])
     gradient = scored.gradients(nn.functional.cross_entropy(network(images), labels))["4.weight"].view(-1)[
         top
     ]
-    worn = dict(network.named_parameters())["4.weight"]
+    masked = dict(network.named_parameters())["4.weight"]
     loss = nn.functional.cross_entropy(network(images), labels)
-    (slope,) = torch.autograd.grad(loss, worn)
+    (slope,) = torch.autograd.grad(loss, masked)
     expected = sign * scored.weights["4.weight"].view(-1)[top] * slope.view(-1)[top]
     torch.testing.assert_close(gradient, expected)
 
@@ -119,7 +119,7 @@ def test_an_unused_layer_is_named() -> None:
     network.add_module("spare", nn.Linear(2, 2))
     network.forward = lambda x: network[4](network[3](network[2](network[1](network[0](x)))))  # type: ignore
     scored = ScoredNetwork(network, Weights((*NAMES, "spare.weight")), Fixed({**KEEP, "spare.weight": 1}))
-    scored.wear(scored.select())
+    scored.apply_mask(scored.select())
     with pytest.raises(InputError, check=lambda error: error.code == "layer-unused"):
         scored.gradients(network(torch.rand(2, 1, 8, 8)).sum())
 

@@ -1,4 +1,4 @@
-"""The model card: what a reader of the model must know, as Markdown. No torch."""
+"""The model card: what a reader of the model must know, as Markdown."""
 
 from __future__ import annotations
 

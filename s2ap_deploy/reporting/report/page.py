@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs no network and no JavaScript, in light and dark. No torch."""
+"""The page: one HTML file that needs no network and no JavaScript, in light and dark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of a run as rows of text, the same for the page and for the card. No torch."""
+"""The tables of a run as rows of text, the same for the page and for the card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures and answers as people read them, for the page and for the card. No torch."""
+"""Figures and answers as people read them, for the page and for the card."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def _options(command: str) -> Iterator[tuple[str, str | None]]:
     """Those options of one command line that are carried on, with their values."""
     try:
         words = shlex.split(command)
-    except ValueError:  # a quotation that nobody closed is no command of ours
+    except ValueError:  # an unclosed quotation is not one of our commands
         return
     for word, after in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")
