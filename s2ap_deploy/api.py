@@ -419,7 +419,7 @@ def report(run: Path | str = DEFAULT_RUN, *, output: Path | str | None = None, i
     """
     from s2ap_deploy import files
     from s2ap_deploy.errors import StorageError
-    from s2ap_deploy.reporting.report import card, page
+    from s2ap_deploy.reporting.report import page
     from s2ap_deploy.reporting.run_facts import collect
 
     facts = collect(Path(run), images=images)
@@ -437,8 +437,8 @@ def report(run: Path | str = DEFAULT_RUN, *, output: Path | str | None = None, i
         missing=dict(facts.missing),
         problems=tuple(facts.problems),
     )
-    files.write_text(written.page, page.render(facts))
-    files.write_text(written.card, card.render(facts))
+    files.write_text(written.page, page.render_page(facts))
+    files.write_text(written.card, page.render_card(facts))
     return written
 
 
@@ -462,7 +462,7 @@ def run(
         What the stages raise.
     """
     from s2ap_deploy.reporting.charts import draw_curves, draw_search
-    from s2ap_deploy.reporting.summary import summarize
+    from s2ap_deploy.reporting.ci_formats import summarize
     from s2ap_deploy.stages import open_run
     from s2ap_deploy.stages.pipeline import whole
 
@@ -577,7 +577,7 @@ def plan(
     Raises:
         UsageError, CheckpointError, ArchitectureError.
     """
-    from s2ap_deploy.planning.model_source import blueprint, read
+    from s2ap_deploy.planning.generated_recipe import blueprint, read
     from s2ap_deploy.stages import resolve
     from s2ap_deploy.stages.plan import plan as work
 
@@ -716,7 +716,7 @@ def _write_statement(path: Path, certificate: Path, found: Verification) -> None
     """Write an unsigned in-toto statement on a verified certificate. Raises StorageError."""
     from s2ap_deploy import files, runtime
     from s2ap_deploy.evaluation.certificate import Certificate
-    from s2ap_deploy.reporting.in_toto import statement
+    from s2ap_deploy.reporting.ci_formats import statement
 
     verification = {
         "status": found.status,
@@ -855,11 +855,11 @@ def _dry_run(recipe: Recipe, run: Path | str, session: Mapping[str, Any], **opti
 
 def _write_sweep(report: SweepReport, folder: Path) -> None:
     """Write the sweep's tables and plot, after every combination."""
-    from s2ap_deploy.reporting import pareto_plot
+    from s2ap_deploy.reporting import sweep_report
     from s2ap_deploy.reporting import sweep_report as tables
 
     tables.write(report, folder)
-    pareto_plot.draw_pareto(report, folder)
+    sweep_report.draw_pareto(report, folder)
 
 
 def _output(path: Path | str | None, suffixes: tuple[str, ...], given: Mapping[str, Any]) -> Path | None:

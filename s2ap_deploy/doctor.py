@@ -224,7 +224,7 @@ def plug_in(offered: plugins.Plugin) -> PlugIn:
             plugins.load("methods", offered.name, Method)
         elif offered.kind == "losses":
             from s2ap_deploy.recipe.methods import OWN_LOSSES
-            from s2ap_deploy.training.losses import RobustLoss
+            from s2ap_deploy.training.objective import RobustLoss
 
             if offered.name in OWN_LOSSES:
                 problem = "the tool's own loss of that name comes first"

@@ -1,10 +1,19 @@
-"""Numbers as text: percentages, counts, sizes, rates and durations."""
+"""Text for people: percentages, counts, sizes, rates, durations, and untrusted names made harmless."""
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 ABSENT: Final = "n/a"
+LONGEST = 1000
+LONGEST_PATH = 200
+
+# Control characters and lone surrogates, which report formats refuse, and marks that reverse or hide text.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\ufffe\uffff]"
+)
 
 
 def percent(fraction: float | None, digits: int = 1) -> str:
@@ -43,3 +52,23 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def plain(text: str, longest: int = LONGEST) -> str:
+    """Return ``text`` as one printable line of at most ``longest`` characters.
+
+    Line ends, control and direction characters become U+FFFD. A ``##[`` anywhere in a line is a command to
+    GitHub's runner, as is ``::`` at its start: the first is split here, the second cannot occur in a
+    message, which starts with a fixed text.
+    """
+    shown = _UNSAFE.sub("\ufffd", text).replace("##[", "## [")
+    return shown if len(shown) <= longest else shown[: longest - 1] + "…"
+
+
+def exact_percent(share: float) -> str:
+    """Format a share; with more digits where rounding would hide a difference from 0 or 1."""
+    for digits in (1, 2, 3, 4):
+        text = f"{share:.{digits}%}"
+        if share in (0.0, 1.0) or float(text[:-1]) not in (0.0, 100.0):
+            break
+    return text

@@ -3,7 +3,7 @@
 ::
 
     [project.entry-points."s2ap_deploy.methods"]     →  s2ap_deploy.recipe.methods.Method
-    [project.entry-points."s2ap_deploy.losses"]      →  s2ap_deploy.training.losses.RobustLoss
+    [project.entry-points."s2ap_deploy.losses"]      →  s2ap_deploy.training.objective.RobustLoss
     [project.entry-points."s2ap_deploy.targets"]     →  s2ap_deploy.recipe.target.Target
 
 A plug-in is imported only when it is named. The tool's own names come first, and an error in a plug-in names

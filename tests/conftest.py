@@ -27,8 +27,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from s2ap_deploy.data.augmentation import Augmentation
-from s2ap_deploy.data.splits import MemorySplit
+from s2ap_deploy.data.splits import Augmentation, MemorySplit
 from s2ap_deploy.distributed.collectives import Ranks
 from s2ap_deploy.evaluation.certificate import Certificate, Subject
 from s2ap_deploy.evaluation.samples import rows

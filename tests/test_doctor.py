@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from s2ap_deploy import doctor
-from s2ap_deploy.cli.doctor import _fitted
+from s2ap_deploy.cli.info_commands import _fitted
 from s2ap_deploy.doctor import Health, Problem, examine
 from s2ap_deploy.recorder import Silent
 

@@ -211,14 +211,14 @@ PAPER = re.compile(
     r"\b(1[89]|20)\d\d\b|arXiv|eq\. ?\d|section \d|HYDRA|HARP|FMN|Golub|Adversarial Pruning Benchmark"
 )
 NUMERICAL = (
-    "evaluation/statistics.py", "evaluation/minimum_norm/fmn.py",
+    "evaluation/statistics.py", "evaluation/fmn.py",
     "evaluation/bounds/propagation.py", "evaluation/autoattack/apgd.py",
     "evaluation/autoattack/fab.py", "evaluation/autoattack/square.py",
-    "pruning/budgets.py", "pruning/allocation.py", "pruning/curvature.py", "pruning/lanczos.py",
-    "pruning/scores.py", "pruning/initial_scores.py", "pruning/sharpness.py", "training/pgd.py",
-    "training/awp.py",
+    "pruning/budgets.py", "pruning/allocation.py", "pruning/curvature.py", "pruning/curvature.py",
+    "pruning/scores.py", "pruning/scores.py", "pruning/curvature.py", "training/pgd.py",
+    "training/adversary.py",
     "training/batchnorm.py",
-    "training/distillation.py", "training/losses.py", "training/objective.py", "training/loop.py",
+    "training/objective.py", "training/objective.py", "training/objective.py", "training/train.py",
     "codecs/encodings/elias_fano.py",
 )  # fmt: skip
 

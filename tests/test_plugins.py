@@ -20,11 +20,10 @@ from s2ap_deploy.errors import PluginError, RecipeError, UsageError
 from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.recipe import catalog, target
 from s2ap_deploy.recipe.methods import METHODS, OWN_NAMES, Method, origins
-from s2ap_deploy.recipe.prune_section import PruneSection
+from s2ap_deploy.recipe.sections import PruneSection
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.stages.scoring import start
-from s2ap_deploy.training.losses import RobustLoss
-from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.stages.prune import start
+from s2ap_deploy.training.objective import Objective, RobustLoss
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "plugin"
 PAGE = Path(__file__).parents[1] / "docs" / "plugins.md"
@@ -186,7 +185,7 @@ def test_no_plug_in_takes_the_place_of_our_own(install: Install) -> None:
 
 
 LOSS = """
-    from s2ap_deploy.training.losses import RobustLoss
+    from s2ap_deploy.training.objective import RobustLoss
     import torch.nn.functional as F
     def value(clean, adversarial, labels, beta):
         return {body}

@@ -19,7 +19,7 @@ from benchmarks.lib import arguments, commands, results
 from s2ap_deploy.data import datasets
 from s2ap_deploy.evaluation.autoattack import cascade
 from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig
-from s2ap_deploy.evaluation.bounds.relaxation import provably_robust
+from s2ap_deploy.evaluation.bounds.propagation import provably_robust
 from s2ap_deploy.evaluation.statistics import clopper_pearson
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.spec import ThreatModel

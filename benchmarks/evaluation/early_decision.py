@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.lib import arguments, commands, results
 from s2ap_deploy.data import datasets
-from s2ap_deploy.data.sampling import choose
+from s2ap_deploy.data.splits import choose
 from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, Cascade, run
 from s2ap_deploy.evaluation.samples import Progress
 from s2ap_deploy.gating.early_stopping import answers, verdict_of

@@ -13,7 +13,7 @@ import torch
 from benchmarks.lib import arguments, results
 from s2ap_deploy import runtime
 from s2ap_deploy.data import datasets
-from s2ap_deploy.evaluation.bounds.relaxation import provably_robust
+from s2ap_deploy.evaluation.bounds.propagation import provably_robust
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.spec import ThreatModel
 

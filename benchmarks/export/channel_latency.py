@@ -29,7 +29,7 @@ from s2ap_deploy.models.channels.narrowing import check_equal, compacted
 from s2ap_deploy.onnx_export.benchmark import paired_latency
 from s2ap_deploy.onnx_export.graph import to_onnx
 from s2ap_deploy.onnx_export.inference import session
-from s2ap_deploy.pruning.channel_budgets import ChannelCost, Limit, aligned, by_ratio, chosen
+from s2ap_deploy.pruning.budgets import ChannelCost, Limit, aligned, by_ratio, chosen
 from s2ap_deploy.pruning.granularity import Channels
 
 SIZE = networks.CIFAR

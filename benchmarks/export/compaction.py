@@ -22,7 +22,7 @@ from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.onnx_export.dead_channels.compact import compact, probes
 from s2ap_deploy.onnx_export.graph import check, to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
-from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxModule
+from s2ap_deploy.onnx_export.onnx_module import OnnxModule
 from s2ap_deploy.pruning import budgets
 from s2ap_deploy.pruning.masks import top_k
 

@@ -4,8 +4,7 @@ import torch
 from torch import nn
 
 from s2ap_deploy import runtime
-from s2ap_deploy.data.augmentation import Augmentation
-from s2ap_deploy.data.splits import MemorySplit
+from s2ap_deploy.data.splits import Augmentation, MemorySplit
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.classifier import Classifier, prunable
 from s2ap_deploy.pruning.allocation import Fixed

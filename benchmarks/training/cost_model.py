@@ -26,8 +26,8 @@ from benchmarks.lib import arguments, commands, networks, results
 from benchmarks.lib.processes import peak_bytes
 from s2ap_deploy.distributed import process_group
 from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
+from s2ap_deploy.pruning.curvature import ScorePerturbation
 from s2ap_deploy.pruning.search import update
-from s2ap_deploy.pruning.sharpness import ScorePerturbation
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training.adversary import Adversary
 from s2ap_deploy.training.batching import RankBatch

@@ -24,8 +24,7 @@ from benchmarks.lib import arguments, commands, results
 from benchmarks.lib.images import ARCHIVE, unpack
 from s2ap_deploy import files
 from s2ap_deploy.data import datasets
-from s2ap_deploy.data.sampling import choose
-from s2ap_deploy.data.splits import Split
+from s2ap_deploy.data.splits import Split, choose
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
@@ -34,15 +33,13 @@ from s2ap_deploy.pruning.diagnosis import diagnosis
 from s2ap_deploy.pruning.masks import kept, save_tensors
 from s2ap_deploy.pruning.search import Perturbation, choose_once, search
 from s2ap_deploy.recipe.methods import METHODS
-from s2ap_deploy.recipe.prune_section import PruneSection
-from s2ap_deploy.recipe.train_section import TrainSection
+from s2ap_deploy.recipe.sections import PruneSection, TrainSection
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.stages.scoring import score
-from s2ap_deploy.training.loop import TrainingData, TrainingEnvironment
+from s2ap_deploy.stages.prune import score
 from s2ap_deploy.training.objective import Objective
 from s2ap_deploy.training.pgd import Accuracy, pgd_accuracy
-from s2ap_deploy.training.train import train
+from s2ap_deploy.training.train import TrainingData, TrainingEnvironment, train
 
 GAMMA = 0.0005  # the default: the ball of the sharpness in every row, and of S2AP where it is on
 CPU = torch.device("cpu")

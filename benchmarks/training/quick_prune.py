@@ -22,10 +22,10 @@ from s2ap_deploy.data.splits import Split
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.budgets import total_kept
+from s2ap_deploy.pruning.curvature import ScorePerturbation
 from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.pruning.masks import departed, load_tensors
 from s2ap_deploy.pruning.scores import ScoredNetwork
-from s2ap_deploy.pruning.sharpness import ScorePerturbation
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training.objective import Objective

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib import arguments, networks, results
-from s2ap_deploy.pruning.sharpness import ScorePerturbation
+from s2ap_deploy.pruning.curvature import ScorePerturbation
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training import pgd
 from s2ap_deploy.training.batchnorm import frozen_statistics

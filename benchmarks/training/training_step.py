@@ -27,14 +27,12 @@ from benchmarks.lib import arguments, networks, results, timing
 from benchmarks.training import loader, plain
 from s2ap_deploy.pruning.masks import Masks, top_k
 from s2ap_deploy.pruning.search import Perturbation, search
-from s2ap_deploy.recipe.prune_section import SearchSection
-from s2ap_deploy.recipe.train_section import TrainSection
+from s2ap_deploy.recipe.sections import SearchSection, TrainSection
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training.loop import TrainingData, TrainingEnvironment
 from s2ap_deploy.training.objective import Objective
 from s2ap_deploy.training.precision import allow_tf32, choose_precision
-from s2ap_deploy.training.train import train
+from s2ap_deploy.training.train import TrainingData, TrainingEnvironment, train
 
 THREAT = ThreatModel(eps="8/255")
 ATTACK_STEPS = 10

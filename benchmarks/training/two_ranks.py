@@ -20,9 +20,9 @@ from benchmarks.lib import arguments, commands, networks, results
 from s2ap_deploy.distributed import process_group
 from s2ap_deploy.distributed.collectives import Ranks
 from s2ap_deploy.models.architectures.small import digits_conv
+from s2ap_deploy.pruning.curvature import ScorePerturbation
 from s2ap_deploy.pruning.masks import load_tensors
 from s2ap_deploy.pruning.search import update
-from s2ap_deploy.pruning.sharpness import ScorePerturbation
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training.adversary import Adversary
 from s2ap_deploy.training.batching import RankBatch

@@ -63,6 +63,13 @@ COMMANDS = {
     "doctor": "Check this machine, and say how to repair what does not work.",
 }
 
+COMMAND_MODULES = {
+    "stage_commands": ("pretrain", "prune", "certify", "export", "decode"),
+    "verdict_commands": ("gate", "verify", "compare", "report"),
+    "run_commands": ("demo", "run", "sweep", "plan"),
+    "info_commands": ("inspect", "init", "targets", "recipes", "doctor"),
+}
+
 
 class LazyGroup(click.Group):
     """A group that imports a command's module only when that command is called."""
@@ -73,7 +80,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command = importlib.import_module(f"s2ap_deploy.cli.{name}").command
+        module = next(module for module, names in COMMAND_MODULES.items() if name in names)
+        command = getattr(importlib.import_module(f"s2ap_deploy.cli.{module}"), f"{name}_command")
         assert isinstance(command, click.Command)
         return command
 

@@ -8,12 +8,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2ap_deploy.data import digits, published
-from s2ap_deploy.data.augmentation import Augmentation
+from s2ap_deploy.data import published
 from s2ap_deploy.data.imagefolder import ImageFiles, ImageFolder, decode_all, scan
 from s2ap_deploy.data.published import KNOWN
-from s2ap_deploy.data.sampling import hold_out
-from s2ap_deploy.data.splits import MemorySplit, Split
+from s2ap_deploy.data.splits import Augmentation, MemorySplit, Split, hold_out
 from s2ap_deploy.data.streaming import StreamedSplit
 from s2ap_deploy.errors import DataError, UsageError
 from s2ap_deploy.recorder import Recorder, Silent
@@ -94,7 +92,7 @@ def load(
     if not name.startswith(FOLDER_PREFIX):
         facts = spec(name, size=size)
         if name == "digits":
-            training, judging = digits.load()
+            training, judging = published.load_digits()
         else:
             training, judging = published.load(name, published.data_root(root), download=download)
         kept, held = hold_out(training.labels, validation_fraction, seed=seed)

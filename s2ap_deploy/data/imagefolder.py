@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from s2ap_deploy.data.sampling import hold_out
+from s2ap_deploy.data.splits import hold_out
 from s2ap_deploy.errors import DataError
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.spec import DataSpec, Preprocessing

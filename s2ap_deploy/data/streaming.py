@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from s2ap_deploy.data.augmentation import Augmentation
 from s2ap_deploy.data.imagefolder import ImageFiles, decode
-from s2ap_deploy.data.splits import Split
+from s2ap_deploy.data.splits import Augmentation, Split
 from s2ap_deploy.errors import DataError
 from s2ap_deploy.spec import Preprocessing
 

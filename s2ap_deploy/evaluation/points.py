@@ -15,7 +15,7 @@ from s2ap_deploy.errors import RunFolderError, VerificationError
 from s2ap_deploy.evaluation.certificate import PointsFile
 
 
-def save(path: Path, clean: Tensor, attacked: Tensor) -> PointsFile:
+def save_points(path: Path, clean: Tensor, attacked: Tensor) -> PointsFile:
     """Write float32 ``clean`` and ``attacked`` [n, C, H, W], in the certificate's order of samples.
 
     Where nothing broke a sample, both are the same image. Atomic; raises StorageError.
@@ -25,8 +25,8 @@ def save(path: Path, clean: Tensor, attacked: Tensor) -> PointsFile:
     return PointsFile(name=path.name, sha256=files.sha256(path))
 
 
-def load(path: Path, recorded: PointsFile) -> tuple[Tensor, Tensor]:
-    """Load the clean and attacked points [n, C, H, W] that :func:`save` wrote to ``path``.
+def load_points(path: Path, recorded: PointsFile) -> tuple[Tensor, Tensor]:
+    """Load the clean and attacked points [n, C, H, W] that :func:`save_points` wrote to ``path``.
 
     Raises VerificationError when the file is not the one that the certificate names, RunFolderError when
     it is damaged, StorageError when it cannot be read.

@@ -15,8 +15,8 @@ from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from s2ap_deploy.evaluation.statements import percent
 from s2ap_deploy.evaluation.statistics import clopper_pearson
+from s2ap_deploy.formatting import exact_percent
 from s2ap_deploy.spec import Record
 
 UNDECIDED: Final = "undecided"
@@ -131,7 +131,7 @@ class Interval(Record):
         return self
 
     def __str__(self) -> str:
-        return f"between {percent(self.low)} and {percent(self.high)}"
+        return f"between {exact_percent(self.low)} and {exact_percent(self.high)}"
 
 
 class ClassInterval(Record):

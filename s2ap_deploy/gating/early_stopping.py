@@ -16,12 +16,14 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from s2ap_deploy.errors import UsageError
+from s2ap_deploy.evaluation import statistics
 from s2ap_deploy.evaluation.samples import Progress
-from s2ap_deploy.evaluation.statements import percent
+from s2ap_deploy.formatting import exact_percent
 from s2ap_deploy.gating import sample_checks
 from s2ap_deploy.gating.check import Status
-from s2ap_deploy.gating.pairs import LEVEL, PairRange
+from s2ap_deploy.gating.sample_checks import LEVEL, PairRange
 from s2ap_deploy.recipe.thresholds import Rule, Thresholds
+from s2ap_deploy.spec import Record
 
 
 class Answer(NamedTuple):
@@ -58,25 +60,25 @@ def _floors(policy: Thresholds, network: Progress, n: int) -> Iterator[Answer]:
     rule = policy.rule
     if policy.min_clean is not None:
         status = sample_checks.floor("", "", network.clean, n, policy.min_clean, rule).status
-        found = f"{percent(network.clean / n)} are classified correctly"
-        yield Answer(status, f"{found}, {percent(policy.min_clean)} is required")
+        found = f"{exact_percent(network.clean / n)} are classified correctly"
+        yield Answer(status, f"{found}, {exact_percent(policy.min_clean)} is required")
     if policy.min_proven is not None:
         if network.proven is None:
             yield Answer(None, "nothing is proven")
         else:
             status = sample_checks.floor("", "", network.proven, n, policy.min_proven, rule).status
-            found = f"{percent(network.proven / n)} are proven robust"
-            yield Answer(status, f"{found}, {percent(policy.min_proven)} is required")
+            found = f"{exact_percent(network.proven / n)} are proven robust"
+            yield Answer(status, f"{found}, {exact_percent(policy.min_proven)} is required")
     if policy.min_robust is not None:
         low, high = network.settled, network.possible
         check = sample_checks.floor_between("", low, high, n, policy.min_robust, rule)
         found = (
-            f"at least {percent(low / n)} are"
+            f"at least {exact_percent(low / n)} are"
             if check.status == "pass"
-            else f"at most {percent(high / n)} can be"
+            else f"at most {exact_percent(high / n)} can be"
         )
-        bound = f" ({percent(check.bound or 0.0)} with {LEVEL:.0%})" if rule == "lower" else ""
-        yield Answer(check.status, f"{found} robust{bound}, {percent(policy.min_robust)} is required")
+        bound = f" ({exact_percent(check.bound or 0.0)} with {LEVEL:.0%})" if rule == "lower" else ""
+        yield Answer(check.status, f"{found} robust{bound}, {exact_percent(policy.min_robust)} is required")
 
 
 def _drops(
@@ -101,6 +103,62 @@ def _drops(
 def _drop(name: str, pairs: PairRange, threshold: float, rule: Rule) -> Answer:
     status = pairs.certain(threshold, rule)
     limit, side = (pairs.worst, "at most") if status == "pass" else (pairs.best, "at least")
-    bound = f" ({percent(limit.bound(rule))} with {LEVEL:.0%})" if rule == "lower" else ""
-    message = f"{name} is {side} {percent(limit.observed)}{bound}, {percent(threshold)} is allowed"
+    bound = f" ({exact_percent(limit.bound(rule))} with {LEVEL:.0%})" if rule == "lower" else ""
+    message = (
+        f"{name} is {side} {exact_percent(limit.observed)}{bound}, {exact_percent(threshold)} is allowed"
+    )
     return Answer(status, message)
+
+
+POWER = 0.8
+
+
+class DetectableDrop(Record):
+    """The smallest ``drop`` that is told from none with 80 % power.
+
+    ``discordance`` is the share of samples that are robust with only one of the two networks.
+    """
+
+    discordance: float
+    drop: float
+
+
+class SampleSize(Record):
+    """What ``n`` samples can show under the rule ``lower``.
+
+    ``needed`` of them must survive for a floor of ``threshold``; None when even all would not show it.
+    """
+
+    n: int
+    threshold: float | None
+    needed: int | None
+    drops: tuple[DetectableDrop, ...]
+
+    @classmethod
+    def of(cls, n: int, threshold: float | None = None) -> SampleSize:
+        """Compute it for ``n`` samples and a floor, if there is one. Raises ValueError for n < 1."""
+        return cls(
+            n=n,
+            threshold=threshold,
+            needed=None if threshold is None else statistics.least_survivors(n, threshold, LEVEL),
+            drops=tuple(
+                DetectableDrop(discordance=rate, drop=statistics.detectable_drop(n, rate, LEVEL, POWER))
+                for rate in statistics.DISCORDANCE_RATES
+            ),
+        )
+
+    def __str__(self) -> str:
+        """Sentences for a person, one per line."""
+        rates = ", ".join(
+            f"{each.drop:.2%} where they differ on {each.discordance:.0%}" for each in self.drops
+        )
+        lines = [
+            f"on {self.n} images a network that lost nothing against the dense one shows it in {POWER:.0%} "
+            f"of cases if the drop that is allowed is at least {rates} of the images"
+        ]
+        if self.threshold is not None and self.needed is None:
+            lines.append(f"{self.n} samples cannot show a floor of {self.threshold:.1%}, even if all survive")
+        elif self.threshold is not None:
+            share = f"{self.needed} of {self.n} ({(self.needed or 0) / self.n:.1%})"
+            lines.append(f"a floor of {self.threshold:.1%} needs {share} to survive")
+        return "\n".join(lines)

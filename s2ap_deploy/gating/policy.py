@@ -15,7 +15,7 @@ from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.gating import file_checks, sample_checks
 from s2ap_deploy.gating.check import Check, Verdict
 from s2ap_deploy.gating.file_checks import ShippedFile
-from s2ap_deploy.gating.pairs import LEVEL
+from s2ap_deploy.gating.sample_checks import LEVEL
 from s2ap_deploy.recipe.thresholds import Thresholds
 
 DOUBTS = {

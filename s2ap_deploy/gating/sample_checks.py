@@ -2,16 +2,134 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 from s2ap_deploy.evaluation import statistics
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.samples import Robust
-from s2ap_deploy.evaluation.statements import percent, plain
+from s2ap_deploy.formatting import exact_percent, plain
 from s2ap_deploy.gating.check import Check, Status, inconclusive
-from s2ap_deploy.gating.pairs import LEVEL, PairRange, Pairs
 from s2ap_deploy.recipe.thresholds import Rule
+
+LEVEL = 0.95
+
+
+class Pairs(NamedTuple):
+    """Counts of samples that are robust with the dense model only, and with the pruned one only, of ``n``."""
+
+    lost: int
+    gained: int
+    n: int
+
+    def losing(self, more: int) -> Pairs:
+        """Return the counts with up to ``more`` further samples lost."""
+        lost = min(self.n, self.lost + more)
+        return Pairs(lost, min(self.gained, self.n - lost), self.n)
+
+    @property
+    def observed(self) -> float:
+        return (self.lost - self.gained) / self.n
+
+    def bound(self, rule: Rule) -> float:
+        """Return the value that is compared with a threshold."""
+        if rule == "point":
+            return self.observed
+        return statistics.paired_drop_upper_bound(*self, LEVEL)
+
+    def judged(self, threshold: float, rule: Rule) -> Status:
+        """Answer whether the drop is at most ``threshold``."""
+        if self.bound(rule) <= threshold:
+            return "pass"
+        if rule == "point":
+            return "fail"
+        shown_miss = statistics.paired_drop_lower_bound(*self, LEVEL) > threshold
+        return "inconclusive" if self.hopeless(threshold) and not shown_miss else "fail"
+
+    def hopeless(self, threshold: float) -> bool:
+        """Return whether even no lost sample would pass. More gained ones can end this, never begin it."""
+        return statistics.paired_drop_upper_bound(0, self.gained, self.n, LEVEL) > threshold
+
+
+class PairRange(NamedTuple):
+    """Every pair of counts that undecided samples can still lead to.
+
+    ``may_lose`` more samples can be lost, ``may_gain`` more gained, ``may_either`` one of both (where
+    neither network is decided), each independently of the others.
+    """
+
+    lost: int
+    gained: int
+    n: int
+    may_lose: int = 0
+    may_gain: int = 0
+    may_either: int = 0
+
+    @classmethod
+    def of(cls, dense: Sequence[Robust], pruned: Sequence[Robust]) -> PairRange:
+        """Count pairs of samples in the same order.
+
+        A network compared with itself (the same object twice) loses nothing, decided or not.
+        """
+        if dense is pruned:
+            return cls(0, 0, len(pruned))
+        found = Counter(zip(dense, pruned, strict=True))
+        return cls(
+            lost=found[True, False],
+            gained=found[False, True],
+            n=sum(found.values()),
+            may_lose=found[True, None] + found[None, False],
+            may_gain=found[False, None] + found[None, True],
+            may_either=found[None, None],
+        )
+
+    @classmethod
+    def by_class(
+        cls, dense: Sequence[Robust], pruned: Sequence[Robust], labels: Sequence[int]
+    ) -> dict[int, PairRange]:
+        """Count pairs for each class that has a sample, in order of the labels."""
+        before: dict[int, list[Robust]] = {label: [] for label in sorted(set(labels))}
+        after: dict[int, list[Robust]] = {label: [] for label in before}
+        for one, other, label in zip(dense, pruned, labels, strict=True):
+            before[label].append(one)
+            after[label].append(other)
+        if dense is pruned:
+            before = after
+        return {label: cls.of(before[label], after[label]) for label in before}
+
+    @property
+    def worst(self) -> Pairs:
+        return Pairs(self.lost + self.may_lose + self.may_either, self.gained, self.n)
+
+    @property
+    def best(self) -> Pairs:
+        return Pairs(self.lost, self.gained + self.may_gain + self.may_either, self.n)
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is undecided."""
+        return self.worst == self.best
+
+    def certain(self, threshold: float, rule: Rule, more: int = 0) -> Status | None:
+        """Return the answer of every completion if it is pass or fail, else None.
+
+        ``more`` samples may be lost on top. With more lost and equally many gained the answer never improves,
+        so the fewest lost decide for all: only ``gained`` is walked, to the end of "too few samples".
+        """
+        if self.worst.losing(more).judged(threshold, rule) == "pass":
+            return "pass"
+        best = self.best
+        answers = {best.judged(threshold, rule)}
+        if rule == "lower":
+            for gained in range(self.gained, best.gained):
+                pairs = best._replace(gained=gained)
+                if not pairs.hopeless(threshold):
+                    break
+                answers.add(pairs.judged(threshold, rule))
+        return "fail" if answers == {"fail"} else None
+
 
 DROP = "drop of robust accuracy"
 CLASS_DROP = "drop of robust accuracy in the worst class"
@@ -28,17 +146,16 @@ def floor(kind: str, name: str, k: int, n: int, threshold: float, rule: Rule, si
     ``kind`` is the check's rule; ``side`` precedes the count in the message.
     """
     bound = statistics.lower_bound(k, n, LEVEL) if rule == "lower" else k / n
-    shown = f"{side}{k} of {n} = {percent(k / n)}"
-    shown += f", at least {percent(bound)} with {_LEVEL}" if rule == "lower" else ""
+    shown = f"{side}{k} of {n} = {exact_percent(k / n)}"
+    shown += f", at least {exact_percent(bound)} with {_LEVEL}" if rule == "lower" else ""
     status: Status = "pass" if bound >= threshold else "fail"
-    message, reason = f"{name}: {shown}; required {percent(threshold)}", None
+    message, reason = f"{name}: {shown}; required {exact_percent(threshold)}", None
     if status == "fail" and rule == "lower":
         reachable = statistics.lower_bound(n, n, LEVEL)
         if reachable < threshold <= statistics.upper_bound(k, n, LEVEL):
             status, reason = "inconclusive", _TOO_FEW
-            message = (
-                f"{name}: too few samples: even {n} of {n} would not show {percent(threshold)} ({shown})"
-            )
+            would = f"even {n} of {n} would not show {exact_percent(threshold)}"
+            message = f"{name}: too few samples: {would} ({shown})"
     return Check(
         rule=kind,
         name=name,
@@ -66,7 +183,7 @@ def floor_between(name: str, low: int, high: int, n: int, threshold: float, rule
         return found.model_copy(update={"message": f"{found.message}; {_EARLY}", "observed": None})
     if best.status == "inconclusive":
         return best.model_copy(update={"observed": None, "bound": None})
-    shown = f"{low} to {high} of {n} = {percent(low / n)} to {percent(high / n)}"
+    shown = f"{low} to {high} of {n} = {exact_percent(low / n)} to {exact_percent(high / n)}"
     return _inside(kind, name, threshold, shown)
 
 
@@ -97,7 +214,7 @@ def drop(
         return _drop_between("drop", DROP, found, threshold, rule, more)
     pairs = found.worst.losing(more)
     shown = _shown(pairs, pairs.bound(rule), rule)
-    message = f"{DROP}: {shown}; allowed {percent(threshold)}"
+    message = f"{DROP}: {shown}; allowed {exact_percent(threshold)}"
     if pairs.judged(threshold, rule) == "inconclusive":
         message = f"{DROP}: {_hopeless(pairs.n, threshold)} ({shown})"
     return _drop_check("drop", DROP, message, pairs, threshold, rule)
@@ -129,7 +246,7 @@ def class_drop(
     missing = sum(each > 0 for each in severity)
     shown = _shown(pairs, pairs.bound(rule), rule)
     many = f"; {missing} of {len(judged)} classes do not pass" if missing else ""
-    message = f"{CLASS_DROP}: class {name!r}: {shown}; allowed {percent(threshold)}{many}"
+    message = f"{CLASS_DROP}: class {name!r}: {shown}; allowed {exact_percent(threshold)}{many}"
     if pairs.judged(threshold, rule) == "inconclusive":
         message = f"{CLASS_DROP}: {_hopeless(pairs.n, threshold)} (class {name!r}: {shown}{many})"
     return _drop_check("class-drop", CLASS_DROP, message, pairs, threshold, rule)
@@ -150,7 +267,7 @@ def _drop_check(kind: str, name: str, message: str, pairs: Pairs, threshold: flo
 
 
 def _hopeless(n: int, threshold: float) -> str:
-    return f"too few samples: even none lost of {n} would not show {percent(threshold)}"
+    return f"too few samples: even none lost of {n} would not show {exact_percent(threshold)}"
 
 
 def _outcomes(dense: Certificate, pruned: Certificate) -> tuple[Sequence[Robust], Sequence[Robust]]:
@@ -167,7 +284,7 @@ def _drop_between(kind: str, name: str, pairs: PairRange, threshold: float, rule
         if rule == "lower" and best.hopeless(threshold):
             why = _hopeless(pairs.n, threshold)
             return inconclusive(kind, name, why, reason=_TOO_FEW, threshold=threshold)
-        shown = f"{percent(best.observed)} to {percent(worst.observed)} of {pairs.n}"
+        shown = f"{exact_percent(best.observed)} to {exact_percent(worst.observed)} of {pairs.n}"
         return _inside(kind, name, threshold, shown)
     limit, side = (worst, "at worst") if status == "pass" else (best, "at best")
     bound = limit.bound(rule)
@@ -175,7 +292,7 @@ def _drop_between(kind: str, name: str, pairs: PairRange, threshold: float, rule
         rule=kind,
         name=name,
         status=status,
-        message=f"{name}: {side} {_shown(limit, bound, rule)}; allowed {percent(threshold)}; {_EARLY}",
+        message=f"{name}: {side} {_shown(limit, bound, rule)}; allowed {exact_percent(threshold)}; {_EARLY}",
         threshold=threshold,
         bound=bound,
     )
@@ -199,15 +316,15 @@ def _class_drop_between(
 def _inside(kind: str, name: str, threshold: float, shown: str) -> Check:
     """Build the answer to a threshold inside the interval that an early stop leaves."""
     why = (
-        f"{percent(threshold)} lies inside the certificate's interval ({shown}), because the attack "
+        f"{exact_percent(threshold)} lies inside the certificate's interval ({shown}), because the attack "
         "stopped when another policy was decided: run s2ap-deploy certify --full --resume"
     )
     return inconclusive(kind, name, why, reason="decided-early", threshold=threshold)
 
 
 def _shown(pairs: Pairs, bound: float, rule: Rule) -> str:
-    shown = f"{pairs.lost} lost and {pairs.gained} gained of {pairs.n} = {percent(pairs.observed)}"
-    return shown + (f", at most {percent(bound)} with {_LEVEL}" if rule == "lower" else "")
+    shown = f"{pairs.lost} lost and {pairs.gained} gained of {pairs.n} = {exact_percent(pairs.observed)}"
+    return shown + (f", at most {exact_percent(bound)} with {_LEVEL}" if rule == "lower" else "")
 
 
 def _incomparable(

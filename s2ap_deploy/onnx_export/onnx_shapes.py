@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from s2ap_deploy.codecs.prediction import Contents, WeightTensor
+from s2ap_deploy.codecs.registry import Contents, WeightTensor
 from s2ap_deploy.models.channels.layer_channels import Coupling, places, tensor_names
 from s2ap_deploy.models.classifier import dry_run, prunable
 

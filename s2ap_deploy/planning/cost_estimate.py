@@ -11,25 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from s2ap_deploy.data.sampling import choose
-from s2ap_deploy.data.splits import train_steps
-from s2ap_deploy.evaluation.autoattack.cost import expected_cost
+from s2ap_deploy.data.splits import choose, train_steps
+from s2ap_deploy.evaluation.autoattack.cascade import expected_cost
 from s2ap_deploy.evaluation.autoattack.scheduler import default_block_size
 from s2ap_deploy.models.classifier import prunable
-from s2ap_deploy.planning.model_source import ModelAndData
+from s2ap_deploy.planning.generated_recipe import ModelAndData
+from s2ap_deploy.pruning.curvature import ScorePerturbation
 from s2ap_deploy.pruning.search import RECALIBRATION_BATCHES, update
-from s2ap_deploy.pruning.sharpness import ScorePerturbation
 from s2ap_deploy.recipe.methods import METHODS
-from s2ap_deploy.recipe.prune_section import PruneSection
-from s2ap_deploy.recipe.train_section import TrainSection
+from s2ap_deploy.recipe.sections import PruneSection, TrainSection
 from s2ap_deploy.runtime import generator
-from s2ap_deploy.stages.context import RunContext
-from s2ap_deploy.stages.execution import ExecutionConfig
-from s2ap_deploy.stages.scoring import score
+from s2ap_deploy.stages.context import ExecutionConfig, RunContext
+from s2ap_deploy.stages.prune import score
 from s2ap_deploy.training.adversary import Adversary
 from s2ap_deploy.training.batching import RankBatch
-from s2ap_deploy.training.loop import VALIDATION_IMAGES
 from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.train import VALIDATION_IMAGES
 
 _LONG = 0.15  # seconds of a step after which more images would tell no more
 _FEW = 2  # BatchNorm needs more than one image

@@ -8,21 +8,21 @@ from pathlib import Path
 
 from s2ap_deploy.errors import InputError
 from s2ap_deploy.planning.cost_estimate import Timing
-from s2ap_deploy.planning.model_source import ModelAndData, scene_of
+from s2ap_deploy.planning.generated_recipe import ModelAndData, scene_of
 from s2ap_deploy.recipe.methods import METHODS
-from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.recipe.schema import Recipe
+from s2ap_deploy.recipe.sections import PruneSection
 from s2ap_deploy.recorder import Recorder, Silent
 from s2ap_deploy.runs.folder import MODEL
 from s2ap_deploy.spec import Record
 from s2ap_deploy.stages.certify import certify
-from s2ap_deploy.stages.execution import ExecutionConfig
+from s2ap_deploy.stages.context import ExecutionConfig
 from s2ap_deploy.stages.export import export
 from s2ap_deploy.stages.export_target import target_of
+from s2ap_deploy.stages.open_run import DryRunJob, ReadOnlyRun, StagePending, State
 from s2ap_deploy.stages.plan import plan
 from s2ap_deploy.stages.pretrain import dense
 from s2ap_deploy.stages.prune import finetune, search_mask
-from s2ap_deploy.stages.read_only import DryRunJob, ReadOnlyRun, StagePending, State
 from s2ap_deploy.sweeps.grid import Combination
 from s2ap_deploy.sweeps.runner import DENSE, RUNS, dense_recipe
 

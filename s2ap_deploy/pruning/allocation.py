@@ -9,8 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from s2ap_deploy.pruning.budgets import Shapes, affordable, apportion
-from s2ap_deploy.pruning.channel_budgets import ChannelCost, limit_of, within
+from s2ap_deploy.pruning.budgets import ChannelCost, Shapes, affordable, apportion, limit_of, within
 from s2ap_deploy.pruning.masks import top_k
 
 Importance = Mapping[str, Tensor]

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from s2ap_deploy.errors import UsageError
+from s2ap_deploy.models.channels.coupling import Coupling
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -99,3 +105,182 @@ def affordable(sizes: Mapping[str, int], sparsity: float, least: Mapping[str, in
             hint=f"the highest sparsity for this network is {math.floor(1e6 * (1 - needed / weights)) / 1e6}",
         )
     return total
+
+
+Measure = Literal["weights", "macs"]
+ChannelCounts = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ChannelCost:
+    """Count prunable weights, or multiply-accumulates per image, by the channels each group keeps.
+
+    rows x columns x kernel (x places of application for MACs) of every prunable weight. Works on numbers and
+    on tensors, through which the gradient flows.
+    """
+
+    terms: tuple[tuple[Side, Side, int], ...]
+
+    @classmethod
+    def of(cls, coupling: Coupling, shapes: Shapes, measure: Measure) -> ChannelCost:
+        sides: dict[tuple[str, int], Side] = {
+            (name, dim): Side(shapes[name][dim], {}) for name in coupling.weights for dim in (0, 1)
+        }
+        for group in coupling.groups:
+            for touched in (*group.writers, *group.readers):
+                if (side := sides.get((touched.parameter, touched.dim))) is not None:
+                    width = touched.index.shape[1]
+                    side.widths[group.name] = side.widths.get(group.name, 0) + width
+                    sides[touched.parameter, touched.dim] = Side(
+                        side.fixed - group.channels * width, side.widths
+                    )
+        terms = []
+        for name in coupling.weights:
+            places = 1 if measure == "weights" else coupling.positions.get(name, 0)
+            terms.append((sides[name, 0], sides[name, 1], math.prod(shapes[name][2:]) * places))
+        return cls(tuple(terms))
+
+    def __call__(self, keep: Mapping[str, Any]) -> Any:
+        return sum(rows(keep) * columns(keep) * factor for rows, columns, factor in self.terms)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Rows or columns of a weight: those in no group, and ``widths`` per channel of each group."""
+
+    fixed: int
+    widths: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, keep: Mapping[str, Any]) -> Any:
+        return self.fixed + sum(width * keep[name] for name, width in self.widths.items())
+
+
+def by_ratio(channels: Mapping[str, int], ratio: float) -> dict[str, int]:
+    """Keep the same share of every group, rounded half up. Raises UsageError where a group would be empty."""
+    share = Fraction(repr(float(ratio)))
+    keep = {name: math.floor(share * count + Fraction(1, 2)) for name, count in channels.items()}
+    for name, count in keep.items():
+        if count == 0:
+            raise UsageError(
+                f"keep ratio {ratio:g} would leave none of the {channels[name]} channels of {name}",
+                code="keep-ratio-too-low",
+                hint=f"the lowest ratio for this network is {0.5 / min(channels.values()):.4g}",
+            )
+    return keep
+
+
+def within(
+    channels: Mapping[str, int],
+    ideal: Mapping[str, float],
+    cost: Callable[[Mapping[str, int]], int],
+    limit: int,
+) -> dict[str, int]:
+    """Return the most channels in proportion to ``ideal`` whose cost stays within ``limit``.
+
+    Every group keeps at least one. Raises UsageError when even that costs more than ``limit``.
+    """
+    if cost(dict.fromkeys(channels, 1)) > limit:
+        raise UsageError(
+            f"with one channel in every group the network still costs {cost(dict.fromkeys(channels, 1))}, "
+            f"above the {limit} that the sparsity allows: it would empty a stream",
+            code="sparsity-unaffordable",
+            hint="lower --sparsity, or use --granularity weight",
+        )
+
+    def scaled(factor: float) -> dict[str, int]:
+        return {name: min(max(round(factor * ideal[name]), 1), count) for name, count in channels.items()}
+
+    low, high = 0.0, max(count / ideal[name] for name, count in channels.items())
+    if cost(scaled(high)) <= limit:
+        return scaled(high)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(scaled(middle)) <= limit else (low, middle)
+    keep = scaled(low)
+    short = sorted(channels, key=lambda name: keep[name] - high * ideal[name])
+    while True:  # what rounding left over, to those it took most from
+        grown = [n for n in short if keep[n] < channels[n] and cost({**keep, n: keep[n] + 1}) <= limit]
+        if not grown:
+            return keep
+        keep[grown[0]] += 1
+
+
+def limit_of(cost: ChannelCost, channels: Mapping[str, int], sparsity: float) -> int:
+    """Return the cost that ``sparsity`` allows."""
+    return total_kept(cost(channels), sparsity)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Limit what a network may cost in one ``measure``: ``cost`` maps channels per group to a number."""
+
+    measure: str
+    cost: Callable[[ChannelCounts], int]
+    most: int
+
+
+def aligned(
+    wanted: ChannelCounts, channels: ChannelCounts, align: int, limits: tuple[Limit, ...]
+) -> dict[str, int]:
+    """Return counts near ``wanted`` that ``align`` divides, at which the network stays within ``limits``.
+
+    Every count is rounded down, and up again where that stays within the limits: first where most was lost.
+    Nothing goes below ``align``, except in groups with fewer ``channels``, which keep what is wanted; a group
+    that is wanted whole stays whole. Raises UsageError where the least counts already cost too much.
+    """
+    low = {name: _down(count, channels[name], align) for name, count in wanted.items()}
+    for limit in limits:
+        if limit.cost(low) > limit.most:
+            raise UsageError(
+                f"in multiples of {align} the network has at least {limit.cost(low):,} {limit.measure}, "
+                f"more than the {limit.most:,} of the keep ratio",
+                code="align-unaffordable",
+                hint="lower --align, or raise --keep-ratio",
+            )
+    counts = dict(low)
+    for name in sorted(wanted, key=lambda name: counts[name] - wanted[name]):
+        more = {**counts, name: min(counts[name] + align, channels[name])}
+        if wanted[name] > counts[name] and all(limit.cost(more) <= limit.most for limit in limits):
+            counts = more
+    return counts
+
+
+def filled(wanted: ChannelCounts, channels: ChannelCounts, align: int) -> dict[str, int]:
+    """Round ``wanted`` up to multiples of ``align``, as far as there are ``channels``."""
+    return {name: min(-(-count // align) * align, channels[name]) for name, count in wanted.items()}
+
+
+def chosen(
+    scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], counts: ChannelCounts
+) -> dict[str, Tensor]:
+    """Choose the channels of largest |score|, ``counts`` of each group, as int64 numbers in their order.
+
+    Channels that are ``alive`` (bool, [channels] by group) come first: the weights of the others are gone.
+    """
+    picked = {}
+    for name, count in counts.items():
+        order = scores[name].abs().argsort(descending=True, stable=True)
+        first = alive[name][order]
+        picked[name] = torch.cat([order[first], order[~first]])[:count].sort().values
+    return picked
+
+
+def survivors(coupling: Coupling, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Find the channels of each group that some weight still reads: bool [channels] by name of group.
+
+    ``masks`` are those of the finished network, by parameter name.
+    """
+    alive = {}
+    for group in coupling.groups:
+        reads = torch.zeros(group.channels, dtype=torch.bool)
+        for touched in group.readers:
+            columns = masks[touched.parameter].bool().transpose(0, 1).flatten(1).any(dim=1).cpu()
+            reads |= columns[touched.index].any(dim=1)
+        alive[group.name] = reads
+    return alive
+
+
+def _down(count: int, channels: int, align: int) -> int:
+    if count >= channels or channels < align:
+        return count
+    return max(count // align, 1) * align

@@ -12,8 +12,72 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from s2ap_deploy.errors import InputError, UsageError
-from s2ap_deploy.pruning.lanczos import Eigenvalue, lanczos
 from s2ap_deploy.runtime import generator
+
+Operator = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Eigenvalue:
+    """Hold a Rayleigh quotient v·Hv at the best unit vector v that was found.
+
+    Up to rounding the largest eigenvalue is never below ``value``, and some eigenvalue lies within
+    ``residual`` = ‖Hv - value v‖ of it. ``iterations`` is the dimension of the Krylov space.
+    """
+
+    value: float
+    residual: float
+    iterations: int
+
+
+def lanczos(product: Operator, start: Tensor, iterations: int) -> Eigenvalue:
+    """Compute the largest algebraic eigenvalue of a symmetric operator on vectors [n] by Lanczos.
+
+    Lanczos (Golub and Van Loan, Matrix Computations, chapter 10) with full reorthogonalisation, which small
+    spaces can afford and without which copies of found eigenvalues come back. Exact once ``iterations``
+    reaches the number of distinct eigenvalues; one that ``start`` has no part in is not found.
+    """
+    if iterations < 1:
+        raise UsageError(
+            f"an eigenvalue needs at least one iteration, not {iterations}", code="iterations-too-few"
+        )
+    length = float(start.norm())
+    if not 0 < length < math.inf:
+        raise InputError(
+            "the Krylov space cannot start from a vector that is zero or not finite",
+            code="start-vector-invalid",
+        )
+    basis = [start / length]
+    diagonal: list[float] = []
+    beside: list[float] = []
+    scale = 0.0
+    while True:
+        moved = product(basis[-1])
+        diagonal.append(float(basis[-1] @ moved))
+        scale = max(scale, float(moved.norm()))
+        for _ in range(2):  # once leaves rounding errors, twice is enough
+            for vector in basis:
+                moved = moved - (vector @ moved) * vector
+        length = float(moved.norm())
+        # What is left below rounding is no direction: the space is invariant, or the whole of it.
+        exhausted = length <= 10 * torch.finfo(moved.dtype).eps * scale or len(basis) == len(start)
+        if exhausted or len(basis) == iterations:
+            break
+        beside.append(length)
+        basis.append(moved / length)
+    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    if beside:
+        off = torch.tensor(beside, dtype=torch.float64)
+        tridiagonal += torch.diag(off, 1) + torch.diag(off, -1)
+    weights = torch.linalg.eigh(tridiagonal).eigenvectors[:, -1].tolist()
+    best = torch.zeros_like(start)
+    for weight, vector in zip(weights, basis, strict=True):
+        best += weight * vector
+    best = best / best.norm()
+    moved = product(best)
+    value = float(best @ moved)
+    return Eigenvalue(value, float((moved - value * best).norm()), len(basis))
+
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images, adversarial images, labels: what ``Objective.robust_loss`` takes after the network."""
@@ -268,3 +332,36 @@ def aligned(like: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str
                 f"scores, weights or gradients of {name} are not finite", code="scores-not-finite"
             )
     return {name: found[name].detach() for name in like}
+
+
+class ScorePerturbation:
+    """Move scores to the top of the robust loss within a relative ball, and back.
+
+    S2AP solves min_s max_z L(w ⊙ M(s+z)) subject to ‖z_l‖₂ ≤ gamma ‖s_l‖₂ for every layer l
+    (arXiv 2510.18381). One normalized ascent step, as in SAM and AWP, solves the inner problem:
+    z_l = gamma ‖s_l‖₂ g_l / ‖g_l‖₂, with g_l the loss gradient at s_l. ``gamma`` has no unit.
+    Masks at s + z keep the signs of s (see ``ScoredNetwork.update_signs``).
+    """
+
+    def __init__(self, scores: Mapping[str, Tensor], gamma: float) -> None:
+        self.scores = scores
+        self.gamma = gamma
+        self.saved: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def perturb(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Apply s ← s + z. Return whether any layer moved (a bool tensor of no dimension)."""
+        moved = []
+        for name, score in self.scores.items():
+            self.saved[name] = score.clone()
+            length = gradients[name].norm()
+            # 1e-12 lets a dead layer, whose gradient is 0, stay where it is instead of becoming NaN.
+            score.add_(gradients[name] * (self.gamma * score.norm() / (length + 1e-12)))
+            moved.append(length > 0)
+        return torch.stack(moved).any()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Apply s + z → s, by copy: adding and subtracting z would drift in the last bits."""
+        for name, score in self.scores.items():
+            score.copy_(self.saved.pop(name))

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from s2ap_deploy.data.sampling import choose
-from s2ap_deploy.data.splits import Split
+from s2ap_deploy.data.splits import Split, choose
 from s2ap_deploy.errors import InputError
 from s2ap_deploy.pruning.curvature import evaluating, largest_eigenvalue, mean_loss, sharpness_lower_bound
 from s2ap_deploy.pruning.scores import ScoredNetwork

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from s2ap_deploy.data.splits import Split
 from s2ap_deploy.errors import InputError
+from s2ap_deploy.pruning.curvature import ScorePerturbation
 from s2ap_deploy.pruning.masks import departed, hamming, replaced
 from s2ap_deploy.pruning.scores import ScoredNetwork
-from s2ap_deploy.pruning.sharpness import ScorePerturbation
-from s2ap_deploy.recipe.prune_section import SearchSection
+from s2ap_deploy.recipe.sections import SearchSection
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.runtime import generator, seed_layers
 from s2ap_deploy.training.adversary import Adversary
 from s2ap_deploy.training.batching import Accumulator, MicroBatch, RankBatch, rank_batches
 from s2ap_deploy.training.batchnorm import frozen_statistics, recalibrate, shared_statistics
-from s2ap_deploy.training.loop import (
+from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.train import (
     Epoch,
     EpochLoop,
     TrainingData,
@@ -30,7 +31,6 @@ from s2ap_deploy.training.loop import (
     momentum,
     save_loop,
 )
-from s2ap_deploy.training.objective import Objective
 
 RECALIBRATION_BATCHES = 100
 INERT, NOISY = 1e-4, 0.2  # flip rates below and above which gamma does nothing useful

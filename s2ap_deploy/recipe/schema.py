@@ -30,9 +30,8 @@ from s2ap_deploy.recipe.field_types import (
     Positive,
     Whole,
 )
-from s2ap_deploy.recipe.prune_section import PruneSection
+from s2ap_deploy.recipe.sections import PruneSection, TrainSection
 from s2ap_deploy.recipe.thresholds import Thresholds
-from s2ap_deploy.recipe.train_section import TrainSection
 from s2ap_deploy.spec import Normalization, Record, ThreatModel, invalid
 
 

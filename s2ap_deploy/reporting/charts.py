@@ -11,8 +11,8 @@ from typing import Any
 from s2ap_deploy import files
 from s2ap_deploy.errors import InputError
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.evaluation.minimum_norm.security_curve import SecurityCurve
 from s2ap_deploy.evaluation.samples import ClassInterval, ClassRow, Interval, Proven, Share
+from s2ap_deploy.evaluation.security_curve import SecurityCurve
 from s2ap_deploy.evaluation.statistics import clopper_pearson
 from s2ap_deploy.reporting import svg
 from s2ap_deploy.reporting.report import words

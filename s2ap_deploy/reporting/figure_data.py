@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from s2ap_deploy.codecs.codec import Codec, entropy_bits
+from s2ap_deploy.codecs.registry import CODECS, DENSE, StoredEncoding, WeightTensor, choose, tensor_bytes
+from s2ap_deploy.codecs.values import FLOAT32, VALUES, ValuesName
 from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.samples import UNDECIDED, Sample
+from s2ap_deploy.onnx_export.export_report import EncodedTensor, ExportReport
 
 PointOutcome = Literal["lost", "gained", "broken", "held", "undecided", "wrong"]
 ORDER: tuple[PointOutcome, ...] = ("lost", "broken", "held", "gained", "undecided", "wrong")
@@ -71,7 +76,7 @@ def gallery(
     if not same:
         return ()
     fates = [fate([each.samples[i] for each in same.values()]) for i in range(next(iter(same.values())).n)]
-    chosen = choose(fates, [sample.label for sample in next(iter(same.values())).samples], most)
+    chosen = choose_points(fates, [sample.label for sample in next(iter(same.values())).samples], most)
     return tuple(_shown(same, points, index, fates[index]) for index in chosen)
 
 
@@ -89,7 +94,7 @@ def fate(samples: Sequence[Sample]) -> PointOutcome:
     return "gained" if last is None else "broken"
 
 
-def choose(fates: Sequence[PointOutcome], labels: Sequence[int], most: int) -> list[int]:
+def choose_points(fates: Sequence[PointOutcome], labels: Sequence[int], most: int) -> list[int]:
     """Indices: a third of those chosen lost or broken at least, where there are such, new classes first."""
     queues = {kind: list(_varied([i for i, f in enumerate(fates) if f == kind], labels)) for kind in ORDER}
     chosen: list[int] = []
@@ -171,3 +176,111 @@ def data_uri(shown: Picture) -> str:
     mode = "L" if shown.channels == 1 else "RGB"
     Image.frombytes(mode, (shown.width, shown.height), shown.pixels).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+WHOLE_FILE = "whole file"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of all listed weights under one encoding; ``measured`` is None where none is written."""
+
+    encoding: str
+    predicted: float
+    measured: int | None
+    note: str
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as the file holds it: ``predicted`` bytes by its encoding's formula, and real ones."""
+
+    name: str
+    encoding: str
+    entries: int
+    nonzeros: int
+    predicted: float
+    measured: int
+    dense: int
+
+
+def sizes(report: ExportReport) -> tuple[Size, ...]:
+    """Predict the bytes of the listed weights under every encoding, and add those of the whole file.
+
+    Nearly dense tensors stay dense under each of them. Entropy: the values, and N H(k/N) bits of positions,
+    which no code of independent positions beats on average; it has no names and no nodes.
+    """
+    tensors = report.tensors
+    written = sum(tensor.bytes for tensor in tensors)
+    rows = [
+        Size(codec.title, *_under(report, codec, written), codec.summary)
+        for codec in CODECS.values()
+        if codec.selectable
+    ]
+    rows.append(
+        Size("entropy", sum(_entropy(t, values(report, t)) for t in tensors), None, "a limit, not a format")
+    )
+    predicted = sum(each.predicted for each in stored_tensors(report))
+    rows.append(Size("as written", predicted, written, "the form that each tensor has"))
+    if report.predicted is not None:
+        note = "predicted from shapes alone, before the export"
+        rows.append(Size(WHOLE_FILE, report.predicted.bytes, report.bytes, note))
+    return tuple(rows)
+
+
+def stored_tensors(report: ExportReport) -> tuple[StoredTensor, ...]:
+    """Return every listed tensor, in the file's order."""
+    return tuple(
+        StoredTensor(
+            name=tensor.name,
+            encoding=tensor.encoding,
+            entries=tensor.entries,
+            nonzeros=tensor.nonzeros,
+            predicted=_bytes(report, tensor, tensor.encoding, index),
+            measured=tensor.bytes,
+            dense=tensor.dense_bytes,
+        )
+        for index, tensor in enumerate(report.tensors)
+    )
+
+
+def values(report: ExportReport, tensor: EncodedTensor) -> ValuesName:
+    """Return the type in which a tensor's values are stored; only what has rows and columns is rounded."""
+    if report.quantization is not None:
+        return "int8"
+    return FLOAT32 if len(tensor.shape) < 2 else report.values
+
+
+def _under(report: ExportReport, codec: Codec, written: int) -> tuple[float, int | None]:
+    """Bytes under one encoding, and those that were written if that is how every tensor is stored."""
+    chosen = [
+        choose(_weight(tensor), codec.name, values(report, tensor), index)
+        for index, tensor in enumerate(report.tensors)
+    ]
+    same = all(stored == each.encoding for stored, each in zip(chosen, report.tensors, strict=True))
+    predicted = sum(
+        _bytes(report, tensor, stored, index)
+        for index, (tensor, stored) in enumerate(zip(report.tensors, chosen, strict=True))
+    )
+    if codec is DENSE and not same:
+        return predicted, sum(tensor.dense_bytes for tensor in report.tensors)
+    return predicted, written if same else None
+
+
+def _bytes(report: ExportReport, tensor: EncodedTensor, stored: StoredEncoding, index: int) -> float:
+    scaled = report.quantization is None
+    return tensor_bytes(_weight(tensor), stored, values(report, tensor), index, scaled=scaled)
+
+
+def _entropy(tensor: EncodedTensor, kind: ValuesName) -> float:
+    weight = _weight(tensor)
+    kept = weight.nonzeros
+    return VALUES[kind].bytes * kept + (kept * entropy_bits(kept, weight.entries) / 8 if kept else 0.0)
+
+
+def _weight(tensor: EncodedTensor) -> WeightTensor:
+    """The tensor by its counts; a damaged report may name a shape that they do not fit."""
+    entries = max(0, tensor.entries)
+    fits = bool(tensor.shape) and min(tensor.shape) > 0 and math.prod(tensor.shape) == entries
+    shape = tensor.shape if fits else (entries,)
+    return WeightTensor(tensor.name, shape, max(0, min(tensor.nonzeros, entries)))

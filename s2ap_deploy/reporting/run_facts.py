@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from s2ap_deploy import files
 from s2ap_deploy.errors import DeployError, RunFolderError
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.evaluation.minimum_norm.security_curve import SecurityCurve
+from s2ap_deploy.evaluation.security_curve import SecurityCurve
 from s2ap_deploy.gating.check import Verdict
-from s2ap_deploy.gating.pairs import PairRange
+from s2ap_deploy.gating.sample_checks import PairRange
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.reporting.figure_data import Shown, gallery
 from s2ap_deploy.runs import manifest

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from markupsafe import Markup
+
 from s2ap_deploy import files
-from s2ap_deploy.evaluation.statements import plain
+from s2ap_deploy.formatting import plain
+from s2ap_deploy.reporting import svg, sweep_report
+from s2ap_deploy.reporting.svg import Canvas, Drawing
 from s2ap_deploy.sweeps.results import Group, Row, Setting, Spread, SweepReport
 
 TABLE, CSV = "table.md", "sweep.csv"
@@ -42,8 +48,8 @@ def cells(group: Group) -> tuple[str, ...]:
         method(group.setting),
         group.setting.structure,
         f"{100 * group.sparsity.mean:.2f} %",
-        f"{percent(group.clean_dense)} {ARROW} {percent(group.clean)}",
-        f"{percent(group.robust_dense)} {ARROW} {percent(group.robust)}",
+        f"{spread_percent(group.clean_dense)} {ARROW} {spread_percent(group.clean)}",
+        f"{spread_percent(group.robust_dense)} {ARROW} {spread_percent(group.robust)}",
         f"{group.bytes.mean:,.0f}",
         str(len(group.seeds)),
     )
@@ -55,7 +61,7 @@ def method(setting: Setting) -> str:
     return base if setting.budget is None else f"{base}, {setting.budget}"
 
 
-def percent(spread: Spread) -> str:
+def spread_percent(spread: Spread) -> str:
     """``94.17 ± 0.21``, or the mean alone where there is no deviation."""
     mean = f"{100 * spread.mean:.2f}"
     return mean if spread.deviation is None else f"{mean} ± {100 * spread.deviation:.2f}"
@@ -138,3 +144,196 @@ def _facts(row: Row) -> dict[str, object]:
 
 def _row(texts: tuple[str, ...]) -> str:
     return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+
+FILE = "pareto.svg"
+WIDTH, HEIGHT = 420.0, 330.0
+# Where the note of a point may be written, in units from it; the first place that is free is taken.
+_PLACES = (
+    (7, -5, "start"), (7, 13, "start"), (-7, -5, "end"), (-7, 13, "end"),
+    (0, -9, "middle"), (0, 19, "middle"), (17, 4, "start"), (-17, 4, "end"),
+)  # fmt: skip
+_SAME = 36.0  # points nearer than this share the note that they have in common
+_MARKER = 5.0
+_FEW_TIMES = 4.0  # largest over smallest size: below, even steps are legible
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Hold one group: ``cost`` in bytes or as a ratio of times, mean robust accuracy and its deviation."""
+
+    label: str
+    note: str
+    cost: float
+    robust: float
+    deviation: float | None
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Return the points that no other beats in one figure without losing in the other, by rising cost.
+
+    Of equal points one is enough.
+    """
+    best: list[Point] = []
+    for point in sorted(points, key=lambda each: (each.cost, -each.robust)):
+        if not best or point.robust > best[-1].robust:
+            best.append(point)
+    return best
+
+
+def draw_pareto(report: SweepReport, folder: Path) -> Path | None:
+    """Draw the groups of a sweep into ``pareto.svg``; None where nothing has finished yet.
+
+    The left panel has bytes of the exported file, the right one its time over that of its dense baseline; it
+    is left out where no time was measured. Raises StorageError.
+    """
+    if not report.groups:
+        return None
+    size = [_point(group, group.bytes.mean) for group in report.groups]
+    time = [
+        _point(group, group.latency_ratio.mean) for group in report.groups if group.latency_ratio is not None
+    ]
+    styles = {label: number for number, label in enumerate(dict.fromkeys(point.label for point in size))}
+    dense = sum(group.robust_dense.mean for group in report.groups) / len(report.groups)
+    figures = [svg.Figure("", panel(size, styles, dense, "size of the exported ONNX file", by_bytes=True))]
+    if time:
+        label = "time over the dense file's (1: no faster)"
+        figures.append(svg.Figure("", panel(time, styles, dense, label, by_bytes=False)))
+    keys = [(svg.marker(12, 0, tone(style), style), label) for label, style in styles.items()]
+    keys += [(_line("front"), "not beaten"), (_line("guide"), "dense network")]
+    width = len(figures) * (WIDTH + 24)
+    figures.append(svg.Figure("", svg.legend(keys, width)))
+    path = folder / FILE
+    files.write_text(
+        path, svg.document(figures, heading=sweep_report.title(report), columns=2 if time else 1)
+    )
+    return path
+
+
+def tone(style: int) -> int:
+    """Return the color of a style; the shape of its marker repeats what the color says."""
+    return style % svg.TONES + 1
+
+
+def panel(
+    points: Sequence[Point], styles: Mapping[str, int], dense: float, x_label: str, *, by_bytes: bool
+) -> Drawing:
+    """Draw points, the front of those that nothing beats, the dense network's accuracy, and the notes."""
+    canvas = scales([*points], dense, logarithmic=by_bytes)
+    canvas.axes(
+        x_label,
+        "robust accuracy (upper bound)",
+        svg.as_bytes if by_bytes else "{:.4g}".format,
+        svg.as_percent,
+    )
+    canvas.horizontal(dense)
+    if not by_bytes:
+        canvas.vertical(1.0)
+    best = [(canvas.across(point.cost), canvas.up(point.robust)) for point in front(points)]
+    steps = "".join(f"H{x:.1f}V{y:.1f}" for x, y in best[1:])
+    if steps:
+        canvas.parts.append(
+            Markup('<path class="front" d="M{x:.1f} {y:.1f}{steps}"/>').format(
+                x=best[0][0], y=best[0][1], steps=steps
+            )
+        )
+    for point in points:
+        style = styles[point.label]
+        if point.deviation:
+            low, high = point.robust - point.deviation, point.robust + point.deviation
+            canvas.whisker(point.cost, low, high, tone(style))
+        place = canvas.across(point.cost), canvas.up(point.robust)
+        canvas.parts.append(svg.marker(*place, tone(style), style))
+    canvas.parts += [
+        svg.text(x, y, note, anchor, f"note f{color}")
+        for note, x, y, anchor, color in place_notes(canvas, points, styles)
+    ]
+    return canvas.drawing(x_label, WIDTH, HEIGHT)
+
+
+def scales(points: Sequence[Point], dense: float, *, logarithmic: bool) -> Canvas:
+    """Return a canvas that holds all points, with room around them."""
+    costs = [point.cost for point in points] + ([] if logarithmic else [1.0])
+    shares = [point.robust + side * (point.deviation or 0.0) for point in points for side in (-1, 1)]
+    low, high = min([*shares, dense]), max([*shares, dense])
+    room = 0.12 * (high - low) or 0.05
+    left, right = min(costs), max(costs)
+    logarithmic = logarithmic and left > 0 and right > _FEW_TIMES * left
+    if logarithmic:
+        factor = (right / left) ** 0.1
+        left, right = left / factor, right * factor
+    else:
+        side = 0.12 * (right - left) or 0.1 * abs(right) or 1.0
+        left, right = left - side, right + side
+    across = svg.scale(left, right, svg.LEFT, WIDTH - svg.RIGHT, logarithmic=logarithmic)
+    up = svg.scale(max(low - room, 0.0), min(high + room, 1.0), HEIGHT - svg.BOTTOM, svg.TOP)
+    return Canvas(across, up)
+
+
+def place_notes(
+    canvas: Canvas, points: Sequence[Point], styles: Mapping[str, int]
+) -> list[tuple[str, float, float, str, int]]:
+    """Place notes beside their points, once where neighbors share one, where they cover least.
+
+    Returns text, x, y, anchor and tone (0: of several styles) of each.
+    """
+    places = {id(point): (canvas.across(point.cost), canvas.up(point.robust)) for point in points}
+    taken = [(x - _MARKER, y - _MARKER, x + _MARKER, y + _MARKER) for x, y in places.values()]
+    inside = (canvas.across.start, canvas.up.end, canvas.across.end, canvas.up.start)
+    found = []
+    for note in dict.fromkeys(point.note for point in points):
+        left = [point for point in points if point.note == note]
+        while left:
+            first = places[id(left[0])]
+            near = [point for point in left if math.dist(places[id(point)], first) < _SAME]
+            left = [point for point in left if point not in near]
+            own = {styles[point.label] for point in near}
+            candidates = [
+                (places[id(point)][0] + x, places[id(point)][1] + y, anchor)
+                for point in near
+                for x, y, anchor in _PLACES
+            ]
+
+            def cost(place: tuple[float, float, str], note: str = note) -> float:
+                box = text_box(note, *place)
+                outside = _area(box) - _shared(box, inside)
+                return sum(_shared(box, each) for each in taken) + outside
+
+            x, y, anchor = min(candidates, key=cost)
+            taken.append(text_box(note, x, y, anchor))
+            found.append((note, x, y, anchor, tone(own.pop()) if len(own) == 1 else 0))
+    return found
+
+
+def text_box(text: str, x: float, y: float, anchor: str) -> Box:
+    """Return about the box of a note of 11 px."""
+    width = 6.0 * len(text)
+    left = x - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
+    return left, y - 9.0, left + width, y + 2.0
+
+
+def _point(group: Group, cost: float) -> Point:
+    """Turn a group into a point; what its label does not say is written beside it."""
+    structure = "" if group.setting.granularity == "weight" else f", {group.setting.structure}"
+    return Point(
+        label=sweep_report.method(group.setting) + structure,
+        note=f"{100 * group.sparsity.mean:.3g} %",
+        cost=cost,
+        robust=group.robust.mean,
+        deviation=group.robust.deviation,
+    )
+
+
+def _line(kind: str) -> Markup:
+    return Markup('<path class="{kind}" d="M2 0H22"/>').format(kind=kind)
+
+
+def _area(box: Box) -> float:
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def _shared(one: Box, other: Box) -> float:
+    """Return the area that two boxes have in common."""
+    return _area((max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3])))

@@ -17,10 +17,10 @@ from typing import Any, Final
 from s2ap_deploy import files
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.evaluation.minimum_norm.security_curve import SecurityCurve
 from s2ap_deploy.evaluation.samples import Share
+from s2ap_deploy.evaluation.security_curve import SecurityCurve
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
-from s2ap_deploy.recipe.prune_section import PruneSection
+from s2ap_deploy.recipe.sections import PruneSection
 from s2ap_deploy.runs.folder import MODEL
 from s2ap_deploy.spec import Normalization, parse_eps
 from s2ap_deploy.stages.context import RunContext, read_classifier

@@ -11,8 +11,8 @@ from s2ap_deploy import files
 from s2ap_deploy.errors import DeployError, UsageError
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.samples import Interval
-from s2ap_deploy.evaluation.statements import plain
 from s2ap_deploy.evaluation.statistics import clopper_pearson
+from s2ap_deploy.formatting import plain
 from s2ap_deploy.gating.check import Check, Status, Verdict
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.recipe import catalog

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from s2ap_deploy import files
-from s2ap_deploy.data.sampling import choose
+from s2ap_deploy.data.splits import choose
 from s2ap_deploy.errors import OutOfTimeError, StorageError
-from s2ap_deploy.evaluation import points
 from s2ap_deploy.evaluation.autoattack import cascade
-from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, Cascade
-from s2ap_deploy.evaluation.autoattack.cost import expected_cost
+from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, Cascade, expected_cost
 from s2ap_deploy.evaluation.autoattack.scheduler import default_block_size
 from s2ap_deploy.evaluation.certificate import Certificate, Subject
+from s2ap_deploy.evaluation.points import save_points
 from s2ap_deploy.evaluation.samples import Proven, ids_sha256
-from s2ap_deploy.gating.sample_size import SampleSize
+from s2ap_deploy.gating.early_stopping import SampleSize
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, weights_hash
 from s2ap_deploy.recipe import catalog
@@ -28,7 +27,7 @@ from s2ap_deploy.recipe.thresholds import Thresholds
 from s2ap_deploy.runs.folder import MASKS, RECIPE_FILE
 from s2ap_deploy.stages import early_certify
 from s2ap_deploy.stages.context import RunContext, on_first_rank
-from s2ap_deploy.stages.evidence import Samples, certificate_of, check_curve, prove, trace_curve
+from s2ap_deploy.stages.early_certify import Samples, certificate_of, check_curve, prove, trace_curve
 
 DENSE, PRUNED = "dense", "pruned"
 _JOURNAL = ".jsonl"
@@ -176,7 +175,7 @@ class Certification:
                 sparsity=candidate.info.sparsity,
             ),
             class_names=candidate.info.class_names,
-            points=points.save(_points_file(folder, candidate.role), samples.images, outcome.adversarial),
+            points=save_points(_points_file(folder, candidate.role), samples.images, outcome.adversarial),
             seconds=time.monotonic() - attempt.started,
             proven=attempt.proven,
             decision=decision,

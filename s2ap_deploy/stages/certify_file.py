@@ -15,12 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from s2ap_deploy import files
-from s2ap_deploy.data.sampling import choose
+from s2ap_deploy.data.splits import choose
 from s2ap_deploy.errors import OutOfTimeError, RunFolderError
-from s2ap_deploy.evaluation import points
 from s2ap_deploy.evaluation.autoattack import cascade
-from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig
-from s2ap_deploy.evaluation.autoattack.cost import expected_cost
+from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, expected_cost
 from s2ap_deploy.evaluation.autoattack.frozen_model import OnnxModel, exact_arithmetic
 from s2ap_deploy.evaluation.autoattack.scheduler import AttackOutcome, default_block_size
 from s2ap_deploy.evaluation.certificate import (
@@ -31,18 +29,19 @@ from s2ap_deploy.evaluation.certificate import (
     Transfer,
     TwinAgreement,
 )
+from s2ap_deploy.evaluation.points import load_points, save_points
 from s2ap_deploy.evaluation.samples import ids_sha256
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.onnx_export.encoding import decode, weights
 from s2ap_deploy.onnx_export.onnx_file import OnnxFile
+from s2ap_deploy.onnx_export.onnx_module import OnnxModule
 from s2ap_deploy.onnx_export.quantization import quantized_weights
-from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxModule
 from s2ap_deploy.onnx_export.verification import compare_logits
 from s2ap_deploy.records import AttackRow
 from s2ap_deploy.runs.folder import CERTIFICATE, COPY, Run
 from s2ap_deploy.stages.certify import DENSE, PRUNED
 from s2ap_deploy.stages.context import RunContext, on_first_rank
-from s2ap_deploy.stages.evidence import Samples, certificate_of
+from s2ap_deploy.stages.early_certify import Samples, certificate_of
 from s2ap_deploy.training.pgd import pgd
 
 POINTS = "points.safetensors"
@@ -126,7 +125,7 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
             ),
         ),
         class_names=names if len(names) == outcome.num_classes else (),
-        points=points.save(stage.folder / POINTS, samples.images, outcome.adversarial),
+        points=save_points(stage.folder / POINTS, samples.images, outcome.adversarial),
         seconds=time.monotonic() - started,
         flags=() if agreement.matches else ("twin_mismatch",),
     )
@@ -209,7 +208,7 @@ def _stored_points(run: Run, samples: Samples, threat: dict[str, Any]) -> _Store
             return None
         if certificate.decision is not None:  # what it left undecided was never attacked to the end
             return None
-        clean, attacked = points.load(run.output("certify", certificate.points.name), certificate.points)
+        clean, attacked = load_points(run.output("certify", certificate.points.name), certificate.points)
         if not torch.equal(clean, samples.images):
             return None
         return _StoredPoints(files.sha256(path), attacked)

@@ -4,28 +4,82 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from s2ap_deploy import runtime
+import torch
+
+from s2ap_deploy import files, runtime
 from s2ap_deploy.data import datasets
 from s2ap_deploy.data.datasets import ImageData
 from s2ap_deploy.data.splits import Split
-from s2ap_deploy.errors import ArchitectureError
-from s2ap_deploy.evaluation.workers.executors import closing_units, serve_units
+from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
+from s2ap_deploy.errors import ArchitectureError, RunFolderError
+from s2ap_deploy.evaluation.workers.pool import WorkerSpec, closing_units, serve_units
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.recipe.schema import Recipe
-from s2ap_deploy.recipe.train_section import ObjectiveSection
+from s2ap_deploy.recipe.sections import ObjectiveSection
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.runs.folder import MODEL, Run
 from s2ap_deploy.runs.manifest import Manifest, StageName
-from s2ap_deploy.runs.stage import Stage
-from s2ap_deploy.stages.execution import ExecutionConfig
-from s2ap_deploy.training.loop import TrainingEnvironment
+from s2ap_deploy.runs.snapshot import Stage
 from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.precision import FLOAT32, Precision
+from s2ap_deploy.training.train import TrainingEnvironment
+
+MACHINE = "machine.json"
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """What only the command line knows: where data lies here, and what computes.
+
+    ``arch`` is an architecture by import path, and ``trust_pickle`` allows pickles to run code; both are
+    the word of the person at the keyboard and never come from a file. ``ranks`` share the training, each in
+    ``accumulate`` pieces of its rows; ``workers`` are attack processes where there is one rank.
+    ``precision`` is that of training alone; attacks that certify compute in float32.
+    """
+
+    device: torch.device
+    data_root: Path | None = None
+    download: bool = False
+    workers: int | None = None
+    arch: str | None = None
+    trust_pickle: bool = False
+    accumulate: int = 1
+    ranks: Ranks = SINGLE_PROCESS
+    precision: Precision = FLOAT32
+
+    @property
+    def pieces(self) -> dict[str, int]:
+        """What a training stage records of ``accumulate``: BatchNorm normalizes by the piece."""
+        return {} if self.accumulate == 1 else {"accumulate": self.accumulate}
+
+    @property
+    def workforce(self) -> WorkerSpec:
+        """The ranks or worker processes that run attacks."""
+        return self.ranks if self.ranks.size > 1 else self.workers
+
+    def save(self, folder: Path) -> None:
+        """Keep in ``folder`` where data lies, for the commands that follow. Raises StorageError."""
+        if self.data_root is not None:
+            files.write_json(folder / MACHINE, {"data_root": str(self.data_root)})
+
+
+def remembered_data_root(folder: Path) -> Path | None:
+    """The data root that an earlier command was given, or None. Raises RunFolderError when damaged."""
+    path = folder / MACHINE
+    if not path.exists():
+        return None
+    try:
+        return Path(files.parse_json(files.read_bytes(path))["data_root"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{path} is damaged: {error}", hint="give --data-root again") from error
+
 
 HISTORY = "history.json"
 Parameters = ParamSpec("Parameters")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from s2ap_deploy import files
 from s2ap_deploy.codecs.values import FLOAT32
-from s2ap_deploy.data.sampling import choose
+from s2ap_deploy.data.splits import choose
 from s2ap_deploy.errors import RunFolderError, VerificationError
-from s2ap_deploy.evaluation import points
 from s2ap_deploy.evaluation.certificate import Certificate
+from s2ap_deploy.evaluation.points import load_points
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export.benchmark import benchmark_export
@@ -27,7 +27,7 @@ from s2ap_deploy.pruning.masks import load_tensors, sparsity
 from s2ap_deploy.recipe.schema import ExportSection
 from s2ap_deploy.recipe.target import Found
 from s2ap_deploy.runs.folder import MASKS
-from s2ap_deploy.runs.stage import Stage
+from s2ap_deploy.runs.snapshot import Stage
 from s2ap_deploy.stages import export_channels, export_target
 from s2ap_deploy.stages.certify import DENSE, PRUNED
 from s2ap_deploy.stages.context import RunContext
@@ -223,7 +223,7 @@ def _points(job: RunContext, certificate_file: Path) -> CertifiedPoints:
             code="certificate-points-missing",
             hint="certify again with --overwrite",
         )
-    clean, attacked = points.load(job.run.output("certify", certificate.points.name), certificate.points)
+    clean, attacked = load_points(job.run.output("certify", certificate.points.name), certificate.points)
     if len(clean) != certificate.n:
         raise VerificationError(
             f"{certificate_file} is for {certificate.n} points, but {len(clean)} are stored",

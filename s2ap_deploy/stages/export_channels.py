@@ -25,15 +25,7 @@ from s2ap_deploy.onnx_export.export_report import (
     Narrowing,
     SkippedWeight,
 )
-from s2ap_deploy.pruning.channel_budgets import (
-    ChannelCost,
-    Limit,
-    aligned,
-    by_ratio,
-    chosen,
-    filled,
-    survivors,
-)
+from s2ap_deploy.pruning.budgets import ChannelCost, Limit, aligned, by_ratio, chosen, filled, survivors
 from s2ap_deploy.pruning.granularity import Channels
 from s2ap_deploy.pruning.masks import load_tensors
 from s2ap_deploy.recipe.schema import ExportSection

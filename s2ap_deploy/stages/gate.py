@@ -10,7 +10,7 @@ from typing import NamedTuple
 from s2ap_deploy import files
 from s2ap_deploy.errors import InconclusiveError
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.evaluation.statements import LONGEST_PATH, plain
+from s2ap_deploy.formatting import LONGEST_PATH, plain
 from s2ap_deploy.gating.check import Check, Verdict
 from s2ap_deploy.gating.file_checks import ShippedFile, intact
 from s2ap_deploy.gating.policy import judge

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -22,12 +22,13 @@ from s2ap_deploy.models.classifier import Classifier, Normalize, dry_run
 from s2ap_deploy.recipe import keys
 from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.recorder import Recorder, Silent
-from s2ap_deploy.runs.folder import Run
-from s2ap_deploy.runs.manifest import StageName, StageRecord, tool_version
+from s2ap_deploy.runs import manifest
+from s2ap_deploy.runs.folder import Run, check_is_run_folder, manifest_of
+from s2ap_deploy.runs.manifest import Manifest, StageName, StageRecord, tool_version
+from s2ap_deploy.runs.snapshot import Stage
 from s2ap_deploy.spec import Normalization
 from s2ap_deploy.stages import resolve
-from s2ap_deploy.stages.context import RunContext
-from s2ap_deploy.stages.execution import ExecutionConfig, remembered_data_root
+from s2ap_deploy.stages.context import ExecutionConfig, RunContext, remembered_data_root
 from s2ap_deploy.stages.pretrain import dense
 from s2ap_deploy.stages.results import Loaded
 from s2ap_deploy.tracking import flat, tracked
@@ -271,3 +272,71 @@ def _stage_lines(job: RunContext, before: Mapping[StageName, StageRecord]) -> It
         yield f"{name}: {record.status}, {spent}, inputs {record.inputs_sha256}"
         for output in record.outputs:
             yield f"{output.path}: {output.bytes:,} bytes, SHA-256 {output.sha256}"
+
+
+State = Literal["done", "to do", "to continue", "to repeat", "refused"]
+
+
+class StagePending(Exception):
+    """A stage that is not done, raised where the work on it would begin; ``words`` say why."""
+
+    def __init__(self, name: StageName, state: State, words: str = "") -> None:
+        super().__init__(f"{name}: {state}")
+        self.name = name
+        self.state: State = state
+        self.words = words
+
+
+class ReadOnlyRun(Run):
+    """A run folder opened without its lock and never written to; unfinished stages raise StagePending."""
+
+    def __init__(self, path: Path) -> None:
+        """``path`` may be absent. Raises RunFolderError when it holds something else or is damaged."""
+        self.path = path
+        check_is_run_folder(path, create=True)
+        self.manifest = manifest_of(path)
+
+    def save(self, contents: Manifest) -> None:
+        raise AssertionError("a folder that is looked at is not written")
+
+    def close(self) -> None: ...
+
+    def stage(
+        self,
+        name: StageName,
+        *,
+        inputs: Mapping[str, Any],
+        resume: bool,
+        overwrite: bool,
+        environment: Mapping[str, Any] | None = None,
+    ) -> Stage:
+        """The stage, if it is finished with the same inputs and intact. Raises Due otherwise."""
+        record = self.manifest.stages.get(name)
+        if record is None:
+            raise StagePending(name, "to do")
+        if overwrite:
+            raise StagePending(name, "to repeat", "--overwrite")
+        changed = manifest.differences(record.inputs, manifest.as_json(inputs))
+        if changed:
+            raise StagePending(
+                name, "refused", f"made from other inputs ({changed[0]}): --overwrite starts it again"
+            )
+        if record.status == "started":
+            raise StagePending(
+                name, "to continue", "" if resume else "started and not finished: add --resume"
+            )
+        damage = self._damage(record)
+        if damage is not None:
+            raise StagePending(name, "to repeat", damage if resume else f"{damage}: add --resume")
+        return Stage(self, name, "finished")
+
+    def reopen(self, name: StageName, *, inputs: Mapping[str, Any]) -> NoReturn:
+        raise StagePending(name, "to continue")
+
+    def save_recipe(self, resolved: Recipe) -> None: ...
+
+
+class DryRunJob(RunContext):
+    """A job that finds out what is done: stages raise :class:`StagePending` where their work would begin."""
+
+    def remember(self) -> None: ...

@@ -8,23 +8,21 @@ from typing import Literal
 
 from torch import nn
 
-from s2ap_deploy.codecs.prediction import Contents
-from s2ap_deploy.codecs.registry import DENSE, ENCODINGS, EncodingName
+from s2ap_deploy.codecs.registry import DENSE, ENCODINGS, Contents, EncodingName
 from s2ap_deploy.codecs.values import VALUES, ValuesName
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.channels.coupling import Coupling, channel_groups
 from s2ap_deploy.onnx_export.export_report import BudgetCheck, ExportTarget
 from s2ap_deploy.onnx_export.onnx_shapes import Outline, narrowed, outline
 from s2ap_deploy.pruning.allocation import ChannelQuotas, Fixed, Global, Quotas
-from s2ap_deploy.pruning.budgets import floors, uniform
-from s2ap_deploy.pruning.channel_budgets import ChannelCost, Limit, aligned, filled, limit_of, within
+from s2ap_deploy.pruning.budgets import ChannelCost, Limit, aligned, filled, floors, limit_of, uniform, within
 from s2ap_deploy.pruning.granularity import NOfM
 from s2ap_deploy.recipe.methods import n_of_m
-from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.recipe.schema import ExportSection
+from s2ap_deploy.recipe.sections import PruneSection
 from s2ap_deploy.recipe.target import OPTIONS, UNITS, BudgetName, Found, Target, budgets
 from s2ap_deploy.spec import Record
-from s2ap_deploy.stages.scoring import allocation, share_channels
+from s2ap_deploy.stages.prune import allocation, share_channels
 
 # Types of values, and whether the file computes in int8.
 FORMS: tuple[tuple[ValuesName, bool], ...] = (*((name, False) for name in VALUES), ("int8", True))

@@ -14,16 +14,15 @@ from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, dry_run
 from s2ap_deploy.recipe.methods import origins
 from s2ap_deploy.recipe.schema import ModelSection
-from s2ap_deploy.recipe.train_section import TrainSection
+from s2ap_deploy.recipe.sections import TrainSection
 from s2ap_deploy.runs.folder import MODEL
 from s2ap_deploy.runs.manifest import tool_version
 from s2ap_deploy.runtime import derive_seed
 from s2ap_deploy.spec import DataSpec
-from s2ap_deploy.stages import input_spec
+from s2ap_deploy.stages import resolve
 from s2ap_deploy.stages.context import HISTORY, RunContext
-from s2ap_deploy.training.loop import TrainingData, validation_sample
 from s2ap_deploy.training.pgd import pgd_accuracy
-from s2ap_deploy.training.train import train
+from s2ap_deploy.training.train import TrainingData, train, validation_sample
 
 CHANCE_MARGIN = 2.0
 
@@ -108,7 +107,7 @@ def adopt(job: RunContext, path: Path) -> None:
     classifier, info, notes = checkpoint.load(
         path,
         arch=job.machine.arch or recipe.model.arch,
-        preprocessing=input_spec.preprocessing(
+        preprocessing=resolve.preprocessing(
             path,
             job.machine.arch,
             recipe.data.name,

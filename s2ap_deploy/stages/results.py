@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from s2ap_deploy.evaluation.certificate import Certificate
     from s2ap_deploy.gating.check import Verdict
-    from s2ap_deploy.models.checkpoints.info import CheckpointInfo
+    from s2ap_deploy.models.checkpoints.read import CheckpointInfo
     from s2ap_deploy.models.classifier import Classifier
 
 

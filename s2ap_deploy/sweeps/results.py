@@ -15,7 +15,7 @@ from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.samples import Share
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.recipe.methods import n_of_m
-from s2ap_deploy.recipe.prune_section import PruneSection
+from s2ap_deploy.recipe.sections import PruneSection
 from s2ap_deploy.runs.folder import Run
 from s2ap_deploy.spec import Record, ThreatModel
 from s2ap_deploy.sweeps.grid import Combination

@@ -14,14 +14,12 @@ from s2ap_deploy import files
 from s2ap_deploy.errors import UNFORESEEN, DeployError, RunFolderError, StorageError, UsageError
 from s2ap_deploy.recipe.schema import ExportSection, Recipe
 from s2ap_deploy.recorder import Recorder
-from s2ap_deploy.runs import lock
-from s2ap_deploy.runs.folder import Run
-from s2ap_deploy.runs.lock import FolderLock
+from s2ap_deploy.runs import folder
+from s2ap_deploy.runs.folder import FolderLock, Run
 from s2ap_deploy.runs.manifest import Manifest, StageName
 from s2ap_deploy.stages.certify import DENSE as DENSE_ROLE
 from s2ap_deploy.stages.certify import certify
-from s2ap_deploy.stages.context import RunContext
-from s2ap_deploy.stages.execution import ExecutionConfig
+from s2ap_deploy.stages.context import ExecutionConfig, RunContext
 from s2ap_deploy.stages.pipeline import whole
 from s2ap_deploy.stages.pretrain import dense
 from s2ap_deploy.sweeps.grid import Combination
@@ -288,7 +286,7 @@ def _check(path: Path) -> None:
             f"cannot read {path}: {error.strerror or error}", code="folder-not-readable"
         ) from error
     # A kill before the first report was written leaves no more than these.
-    entries = {name for name in entries if name != lock.FILE_NAME and not name.startswith(files.TEMPORARY)}
+    entries = {name for name in entries if name != folder.FILE_NAME and not name.startswith(files.TEMPORARY)}
     if entries and FILE not in entries:
         raise RunFolderError(f"{path} holds other files and no sweep", code="folder-not-empty", hint=_OTHER)
 

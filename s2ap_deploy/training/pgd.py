@@ -17,8 +17,7 @@ from s2ap_deploy.errors import UsageError
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training.batching import rand, row_stream
-from s2ap_deploy.training.folding import folded
-from s2ap_deploy.training.image_layer import ImageConv2d, reads_image
+from s2ap_deploy.training.folding import ImageConv2d, folded, reads_image
 from s2ap_deploy.training.precision import compiled
 
 ATTACKED_AT_ONCE = 100  # images on a CPU: more leave its caches and take longer each

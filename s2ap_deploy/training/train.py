@@ -2,30 +2,237 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from s2ap_deploy.distributed.collectives import Ranks
-from s2ap_deploy.recipe.train_section import TrainSection
-from s2ap_deploy.training.adversary import Adversary
-from s2ap_deploy.training.awp import WeightPerturbation
-from s2ap_deploy.training.batching import Accumulator, MicroBatch, RankBatch
+from s2ap_deploy.data.splits import Split, choose, train_steps
+from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
+from s2ap_deploy.errors import InputError
+from s2ap_deploy.recipe.sections import SearchSection, TrainSection
+from s2ap_deploy.recorder import NoSnapshots, Recorder, Silent, Snapshots
+from s2ap_deploy.runtime import derive_seed, generator, seed_layers
+from s2ap_deploy.training.adversary import Adversary, WeightPerturbation
+from s2ap_deploy.training.batching import Accumulator, MicroBatch, RankBatch, mean_loss, rank_batches
 from s2ap_deploy.training.batchnorm import frozen_statistics, shared_statistics
-from s2ap_deploy.training.distillation import Teacher
-from s2ap_deploy.training.loop import (
-    Epoch,
-    EpochLoop,
-    TrainingData,
-    TrainingEnvironment,
-    load_loop,
-    load_momentum,
-    momentum,
-    save_loop,
-)
-from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.objective import Objective, Teacher
+from s2ap_deploy.training.pgd import Accuracy, pgd_accuracy
+from s2ap_deploy.training.precision import FLOAT32, Precision
+
+VALIDATION_IMAGES = 1000
+VALIDATION_STEPS = 10
+
+
+class TrainingData(NamedTuple):
+    """The images that a loop learns from, and those by which it chooses its best epoch."""
+
+    train: Split
+    validation: Split
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingEnvironment:
+    """What a loop runs on, and where it reports and saves: all that is not data or a recipe's setting.
+
+    ``snapshots`` keep the state after every epoch. ``precision`` is that of the steps. The batch size of a
+    recipe is that of all ``ranks`` together; each works through its rows in ``accumulate`` micro-batches.
+    """
+
+    device: torch.device
+    seed: int = 0
+    snapshots: Snapshots = field(default_factory=NoSnapshots)
+    recorder: Recorder = field(default_factory=Silent)
+    precision: Precision = FLOAT32
+    accumulate: int = 1
+    ranks: Ranks = SINGLE_PROCESS
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The figures of one epoch; accuracies are on validation images, ``robust_accuracy`` under PGD-10.
+
+    Of a search: ``replaced`` is the share of kept weights that left the mask since the epoch before and
+    ``hamming`` the share of mask bits that changed, ``flip_rate`` the share of kept weights that leaves
+    under S2AP's perturbation (None where it was off). ``sharpness`` is a lower bound on the worst rise
+    of the loss within the ball of scores, ``eigenvalue`` the largest of the surrogate's Hessian, with the
+    residual of its computation.
+    """
+
+    epoch: int
+    loss: float
+    clean_accuracy: float
+    robust_accuracy: float
+    seconds: float
+    replaced: float | None = None
+    hamming: float | None = None
+    flip_rate: float | None = None
+    sharpness: float | None = None
+    eigenvalue: float | None = None
+    eigenvalue_residual: float | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """Return the row as JSON values, without the figures that do not apply."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class EpochLoop:
+    """Iterate over the batches of an epoch, and measure and record the epoch when they are done.
+
+    ``stage`` names the random streams and the progress. Used once per epoch: :meth:`batches`, then
+    :meth:`validate`, :meth:`row` and :meth:`record`.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        adversary: Adversary,
+        data: TrainingData,
+        section: SearchSection | TrainSection,
+        env: TrainingEnvironment,
+    ) -> None:
+        self.stage, self.network, self.optimizer, self.adversary = stage, network, optimizer, adversary
+        self.train, self.section, self.env = data.train, section, env
+        self.sample = validation_sample(data.validation, env.seed)
+        self.steps = train_steps(len(data.train), section.batch_size)
+        self.computing = env.precision.apply(network, env.recorder.warn)
+        self.started = time.monotonic()
+
+    def begin(self, done: int) -> None:
+        """Start the progress of the stage, of which ``done`` epochs were finished before."""
+        self.env.recorder.begin(self.stage, self.section.epochs * self.steps, "step")
+        self.env.recorder.advance(done * self.steps)
+
+    def batches(self, epoch: int) -> Iterator[tuple[RankBatch, torch.Generator]]:
+        """Yield every batch of ``epoch`` with its noise stream, several times under free training.
+
+        Puts the network into train mode and sets the learning rate before each batch.
+        """
+        env, section = self.env, self.section
+        self.started = time.monotonic()
+        self.network.train()
+        # Dropout and its like draw from torch's own streams: seeded here, an epoch repeats to the bit.
+        seed_layers(env.seed, self.stage, "layers", epoch, env.ranks.rank)
+        batches = rank_batches(
+            self.train,
+            section.batch_size,
+            ranks=env.ranks,
+            seed=env.seed,
+            epoch=epoch,
+            device=env.device,
+            accumulate=env.accumulate,
+        )
+        for step, batch in enumerate(batches):
+            cosine(self.optimizer, section.learning_rate, epoch + step / self.steps, section.epochs)
+            noise = generator(env.seed, self.stage, epoch, step, device=env.device)
+            for _ in range(self.adversary.replays):
+                yield batch, noise
+            env.recorder.advance()
+
+    def validate(self) -> Accuracy:
+        """Measure clean accuracy and accuracy under PGD-10 on the validation sample."""
+        env = self.env
+        with self.computing:
+            return pgd_accuracy(
+                self.network,
+                self.sample,
+                threat=self.adversary.objective.threat,
+                steps=VALIDATION_STEPS,
+                seed=derive_seed(env.seed, "val"),
+                device=env.device,
+                ranks=env.ranks,
+            )
+
+    def row(self, epoch: int, losses: list[Tensor], accuracy: Accuracy, **figures: float | None) -> Epoch:
+        """Return the figures of a finished epoch. Raises InputError when its loss is not finite."""
+        row = Epoch(
+            epoch=epoch + 1,
+            loss=mean_loss(losses, self.env.ranks),
+            clean_accuracy=accuracy.clean_accuracy,
+            robust_accuracy=accuracy.robust_accuracy,
+            seconds=time.monotonic() - self.started,
+            **figures,
+        )
+        if not math.isfinite(row.loss):
+            raise InputError(
+                f"the loss of {self.stage} became {row.loss} in epoch {row.epoch}",
+                code="loss-not-finite",
+                hint="lower the learning rate of this stage, or look for non-finite values in the data",
+            )
+        return row
+
+    def record(self, row: Epoch) -> None:
+        """Report a finished epoch."""
+        self.env.recorder.log(self.stage, {**row.figures(), "epochs": self.section.epochs})
+
+
+def cosine(optimizer: torch.optim.Optimizer, peak: float, progress: float, total: float) -> None:
+    """Set the rate to half a cosine from ``peak`` to 0 over ``total`` epochs, at ``progress`` epochs.
+
+    Loshchilov and Hutter (2017), eq. 5 with a minimum of 0 and no restart; epochs may be fractions.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5 * peak * (1 + math.cos(math.pi * progress / total))
+
+
+def validation_sample(validation: Split, seed: int) -> Split:
+    """Choose at most 1,000 validation images, the same ones in every epoch."""
+    chosen = choose(validation.labels, VALIDATION_IMAGES, seed=derive_seed(seed, "validation") % 2**31)
+    return validation.subset(chosen)
+
+
+class SavedLoop(NamedTuple):
+    """The state of a loop after its last finished epoch: tensors by ``group/name``, rows, other numbers."""
+
+    tensors: dict[str, Tensor]
+    history: list[Epoch]
+    state: dict[str, Any]
+
+    def group(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of one group under their own names."""
+        prefix = f"{name}/"
+        return {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
+
+
+def save_loop(
+    snapshots: Snapshots, groups: Mapping[str, Mapping[str, Tensor]], history: Sequence[Epoch], **state: int
+) -> None:
+    """Save everything that the next epoch depends on: named groups of tensors, history, other numbers."""
+    tensors = {
+        f"{group}/{name}": value for group, members in groups.items() for name, value in members.items()
+    }
+    snapshots.save_snapshot(tensors, {"history": [row.figures() for row in history], **state})
+
+
+def load_loop(snapshots: Snapshots) -> SavedLoop | None:
+    """Load what :func:`save_loop` saved last, or None."""
+    snapshot = snapshots.load_snapshot()
+    if snapshot is None:
+        return None
+    tensors, state = snapshot
+    return SavedLoop(tensors, [Epoch(**row) for row in state["history"]], state)
+
+
+def momentum(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the momentum buffers of named parameters, without those that never had a gradient."""
+    states = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
+    return {name: state["momentum_buffer"] for name, state in states.items() if "momentum_buffer" in state}
+
+
+def load_momentum(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> None:
+    """Put the buffers of :func:`momentum` back."""
+    for name, buffer in buffers.items():
+        optimizer.state[parameters[name]]["momentum_buffer"] = buffer.to(parameters[name].device)
+
 
 Pruned = list[tuple[nn.Parameter, Tensor]]
 

@@ -261,10 +261,10 @@ def test_the_recipe_that_is_left_behind_repeats_the_run(
 
 
 def test_demo_is_the_recipe_of_that_name(s2ap: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from s2ap_deploy.cli import run
+    from s2ap_deploy.cli import run_commands
 
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(run.command, "callback", lambda **options: seen.update(options) or 0)
+    monkeypatch.setattr(run_commands.run_command, "callback", lambda **options: seen.update(options) or 0)
     assert s2ap("demo", "--sparsity", "0.999", "--run", "elsewhere", "--workers", 2).code == 0
     assert (seen["recipe"], seen["overrides"]) == ("demo", ("prune.sparsity=0.999",))
     assert (seen["run"], seen["workers"]) == (Path("elsewhere"), 2)

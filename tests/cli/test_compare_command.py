@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from s2ap_deploy.cli import compare, tables
+from s2ap_deploy.cli import tables, verdict_commands
 from s2ap_deploy.pruning.masks import save_tensors
 from s2ap_deploy.runs.folder import Run
 
@@ -77,7 +77,7 @@ def test_a_terminal_of_eighty_columns_clips_nothing(
     found = json.loads(s2ap("compare", "one", "one", "--json", cwd=runs).out)
     found["runs"][0]["run"] = "/a/long/path/" + "x" * 100
     found["runs"][0] |= {"method": "magnitude", "finetune": {"clean_accuracy": 1.0, "robust_accuracy": 1.0}}
-    compare.show_comparison(found)
+    verdict_commands.show_comparison(found)
     text = stream.getvalue()
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "…" not in text

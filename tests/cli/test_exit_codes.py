@@ -16,12 +16,12 @@ RAISING = """
 import errno, os, signal, sys, time
 import click
 from s2ap_deploy import errors
-from s2ap_deploy.cli import gate
+from s2ap_deploy.cli import verdict_commands
 
 def boom(*arguments, **options):
     {body}
 
-gate.command.callback = boom
+verdict_commands.gate_command.callback = boom
 sys.argv = ["s2ap-deploy", "gate", *sys.argv[1:]]
 from s2ap_deploy.__main__ import main
 main()

@@ -17,7 +17,7 @@ import click
 import pytest
 import yaml
 
-from s2ap_deploy.cli.gate import command
+from s2ap_deploy.cli.verdict_commands import gate_command as command
 
 ROOT = Path(__file__).parents[2]
 ACTION = ROOT / ".github" / "actions" / "gate" / "action.yml"

@@ -59,7 +59,7 @@ def test_no_run_and_no_place(
 
 def test_it_imports_no_torch() -> None:
     probe = (
-        "import sys, s2ap_deploy.cli.report, s2ap_deploy.reporting.run_facts; "
+        "import sys, s2ap_deploy.cli.verdict_commands, s2ap_deploy.reporting.run_facts; "
         "import s2ap_deploy.reporting.report.page; "
         "print(sorted({'torch', 'onnx', 'onnxruntime'} & set(sys.modules)))"
     )

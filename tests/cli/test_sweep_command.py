@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from s2ap_deploy import tracking
-from s2ap_deploy.cli.sweep import exit_code
+from s2ap_deploy.cli.run_commands import exit_code
 from s2ap_deploy.runs.manifest import Manifest
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.sweeps import runner as sweeping

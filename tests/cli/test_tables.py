@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from s2ap_deploy.cli import tables
-from s2ap_deploy.cli.gate import show_checks
 from s2ap_deploy.cli.terminal import WORDS
+from s2ap_deploy.cli.verdict_commands import show_checks
 from s2ap_deploy.gating.check import Check, Verdict
 from s2ap_deploy.onnx_export.export_report import Inference, PairedTimes, PeakMemory, Performance
 

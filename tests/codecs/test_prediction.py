@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
-from s2ap_deploy.codecs.prediction import Contents, WeightTensor, choose, tensor_bytes
-from s2ap_deploy.codecs.registry import CODECS, ENCODINGS, EncodingName
+from s2ap_deploy.codecs.registry import (
+    CODECS,
+    ENCODINGS,
+    Contents,
+    EncodingName,
+    WeightTensor,
+    choose,
+    tensor_bytes,
+)
 from s2ap_deploy.codecs.values import VALUES, ValuesName
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.classifier import Classifier

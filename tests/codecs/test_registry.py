@@ -52,8 +52,8 @@ def test_candidates(encoding: str) -> None:
 
 def test_listing_encodings_needs_no_numpy() -> None:
     probe = (
-        "import sys; from s2ap_deploy.codecs import prediction; "
-        "prediction.Contents((prediction.WeightTensor('w', (64, 64), 400),), ()).bytes('auto'); "
+        "import sys; from s2ap_deploy.codecs import registry; "
+        "registry.Contents((registry.WeightTensor('w', (64, 64), 400),), ()).bytes('auto'); "
         "print(sorted({'torch', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from s2ap_deploy.data import datasets, digits
+from s2ap_deploy.data import datasets, published
 from s2ap_deploy.data.published import KNOWN
 from s2ap_deploy.errors import DataError, UsageError
 from s2ap_deploy.spec import DataSpec
@@ -30,7 +30,7 @@ def test_digits_test_set_never_moves() -> None:
 
 def test_digits_are_those_of_scikit_learn() -> None:
     bundled = load_digits()
-    train, test = digits.load()
+    train, test = published.load_digits()
     for part in (train, test):
         rows = [int(name.removeprefix("digits/")) for name in part.ids]
         levels = torch.from_numpy(bundled.images[rows])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2ap_deploy.data.sampling import choose, hold_out
+from s2ap_deploy.data.splits import choose, hold_out
 from s2ap_deploy.errors import UsageError
 
 LABELS = st.lists(st.integers(0, 5), min_size=1, max_size=60)

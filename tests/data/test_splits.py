@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from s2ap_deploy.data import datasets
-from s2ap_deploy.data.augmentation import Augmentation
-from s2ap_deploy.data.splits import MemorySplit, train_steps
+from s2ap_deploy.data.splits import Augmentation, MemorySplit, train_steps
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.runtime import derive_seed
 

@@ -13,20 +13,18 @@ from torch import nn
 from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
 from s2ap_deploy.pruning.allocation import Fixed, Quotas
 from s2ap_deploy.pruning.budgets import floors
+from s2ap_deploy.pruning.curvature import ScorePerturbation
 from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import Perturbation, SearchResult, search, update
-from s2ap_deploy.pruning.sharpness import ScorePerturbation
-from s2ap_deploy.recipe.prune_section import SearchSection
-from s2ap_deploy.recipe.train_section import TrainSection
+from s2ap_deploy.recipe.sections import SearchSection, TrainSection
 from s2ap_deploy.recorder import NoSnapshots
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training.adversary import Adversary
 from s2ap_deploy.training.batching import RankBatch
-from s2ap_deploy.training.loop import TrainingData, TrainingEnvironment
 from s2ap_deploy.training.objective import Objective
-from s2ap_deploy.training.train import train
+from s2ap_deploy.training.train import TrainingData, TrainingEnvironment, train
 
 OnRanks = Callable[[int, Callable[[Ranks], Any]], list[Any]]
 THREAT = ThreatModel(eps="0.1")

@@ -14,8 +14,8 @@ import torch
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import InputError, StorageError
-from s2ap_deploy.evaluation import points
 from s2ap_deploy.evaluation.certificate import Certificate
+from s2ap_deploy.evaluation.points import save_points
 from s2ap_deploy.evaluation.samples import Proven, ids_sha256
 from s2ap_deploy.evaluation.statistics import clopper_pearson
 
@@ -150,7 +150,7 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
 def test_the_points_file_holds_what_was_given(tmp_path: Path) -> None:
     clean = torch.rand(3, 2, 4, 4).to(memory_format=torch.channels_last)
     attacked = clean + 0.1
-    found = points.save(tmp_path / "points.safetensors", clean, attacked)
+    found = save_points(tmp_path / "points.safetensors", clean, attacked)
     assert found.name == "points.safetensors"
     assert found.sha256 == files.sha256(tmp_path / found.name)
     loaded = safetensors.torch.load_file(tmp_path / found.name)

@@ -9,25 +9,25 @@ import safetensors.torch
 import torch
 
 from s2ap_deploy.errors import RunFolderError, StorageError, VerificationError
-from s2ap_deploy.evaluation import points
 from s2ap_deploy.evaluation.certificate import PointsFile
+from s2ap_deploy.evaluation.points import load_points, save_points
 from s2ap_deploy.files import sha256
 
 
 def test_points_come_back_as_they_were(tmp_path: Path) -> None:
     clean, attacked = torch.rand(3, 1, 4, 4), torch.rand(3, 1, 4, 4)
-    recorded = points.save(tmp_path / "p.safetensors", clean, attacked)
-    loaded = points.load(tmp_path / "p.safetensors", recorded)
+    recorded = save_points(tmp_path / "p.safetensors", clean, attacked)
+    loaded = load_points(tmp_path / "p.safetensors", recorded)
     assert torch.equal(loaded[0], clean)
     assert torch.equal(loaded[1], attacked)
 
 
 def test_swapped_points_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
-    recorded = points.save(path, torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
-    points.save(path, torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4))
+    recorded = save_points(path, torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
+    save_points(path, torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4))
     with pytest.raises(VerificationError, check=lambda error: error.code == "points-changed"):
-        points.load(path, recorded)
+        load_points(path, recorded)
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def test_points_that_do_not_match_are_refused(tmp_path: Path, tensors: dict[str,
     path = tmp_path / "p.safetensors"
     path.write_bytes(safetensors.torch.save(tensors))
     with pytest.raises(RunFolderError, check=lambda error: error.code == "points-damaged"):
-        points.load(path, PointsFile(name=path.name, sha256=sha256(path)))
+        load_points(path, PointsFile(name=path.name, sha256=sha256(path)))
 
 
 def test_missing_points_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot read"):
-        points.load(tmp_path / "p.safetensors", PointsFile(name="p.safetensors", sha256="0" * 64))
+        load_points(tmp_path / "p.safetensors", PointsFile(name="p.safetensors", sha256="0" * 64))

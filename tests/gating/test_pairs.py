@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2ap_deploy.evaluation.samples import Robust
-from s2ap_deploy.gating.pairs import PairRange, Pairs
+from s2ap_deploy.gating.sample_checks import PairRange, Pairs
 from s2ap_deploy.recipe.thresholds import Rule
 
 RULES: st.SearchStrategy[Rule] = st.sampled_from(["lower", "point"])

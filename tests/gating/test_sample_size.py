@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from s2ap_deploy.evaluation.statistics import DISCORDANCE_RATES, detectable_drop, lower_bound
-from s2ap_deploy.gating.sample_size import SampleSize
+from s2ap_deploy.gating.early_stopping import SampleSize
 
 
 def test_a_plan_holds_what_the_statistics_say() -> None:

@@ -27,8 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from s2ap_deploy.data import imagefolder as evaluation
-from s2ap_deploy.data.augmentation import Augmentation
-from s2ap_deploy.data.splits import MemorySplit
+from s2ap_deploy.data.splits import Augmentation, MemorySplit
 from s2ap_deploy.onnx_export import encoding
 from s2ap_deploy.onnx_export.dead_channels.compact import compact
 from s2ap_deploy.onnx_export.graph import to_onnx

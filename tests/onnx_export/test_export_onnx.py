@@ -21,7 +21,7 @@ from s2ap_deploy.models.classifier import Classifier, weights_hash
 from s2ap_deploy.onnx_export import encoding, export_onnx, graph
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.onnx_export.onnx_file import load
-from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxModule
+from s2ap_deploy.onnx_export.onnx_module import OnnxModule
 from s2ap_deploy.onnx_export.verification import CertifiedPoints
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.records import Agreement

@@ -21,7 +21,7 @@ from s2ap_deploy.files import sha256
 from s2ap_deploy.onnx_export.encoding import encode, round_weights
 from s2ap_deploy.onnx_export.inference import FileAnswers, logits, session
 from s2ap_deploy.onnx_export.onnx_file import load
-from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxModule
+from s2ap_deploy.onnx_export.onnx_module import OnnxModule
 from s2ap_deploy.onnx_export.verification import compare_logits
 
 SPARSE = [codec.name for codec in CODECS.values() if codec.sparse]

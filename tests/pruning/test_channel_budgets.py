@@ -13,15 +13,7 @@ from torch import nn
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.channels.coupling import channel_groups
-from s2ap_deploy.pruning.channel_budgets import (
-    ChannelCost,
-    Limit,
-    aligned,
-    by_ratio,
-    chosen,
-    filled,
-    survivors,
-)
+from s2ap_deploy.pruning.budgets import ChannelCost, Limit, aligned, by_ratio, chosen, filled, survivors
 from s2ap_deploy.pruning.granularity import Channels
 
 

@@ -14,7 +14,7 @@ from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.channels.coupling import channel_groups
 from s2ap_deploy.models.channels.layer_channels import macs_kept, weights_kept
 from s2ap_deploy.pruning.allocation import ChannelQuotas, Fixed
-from s2ap_deploy.pruning.channel_budgets import ChannelCost, by_ratio, limit_of, within
+from s2ap_deploy.pruning.budgets import ChannelCost, by_ratio, limit_of, within
 from s2ap_deploy.pruning.granularity import Channels
 from s2ap_deploy.pruning.scores import ScoredNetwork
 

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from s2ap_deploy.errors import InputError, UsageError
 from s2ap_deploy.pruning.curvature import (
     Batch,
+    Eigenvalue,
     Surrogate,
     differentiable,
     largest_eigenvalue,
@@ -23,7 +24,6 @@ from s2ap_deploy.pruning.curvature import (
     on_the_ball,
     sharpness_lower_bound,
 )
-from s2ap_deploy.pruning.lanczos import Eigenvalue
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training.objective import Objective
 

@@ -14,7 +14,7 @@ from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.errors import InputError
 from s2ap_deploy.models.channels.coupling import channel_groups
 from s2ap_deploy.pruning.granularity import Channels, Weights
-from s2ap_deploy.pruning.initial_scores import initial_scores, mask_gradients, reinitialize
+from s2ap_deploy.pruning.scores import initial_scores, mask_gradients, reinitialize
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training.objective import Objective

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2ap_deploy.errors import InputError, UsageError
-from s2ap_deploy.pruning.lanczos import lanczos
+from s2ap_deploy.pruning.curvature import lanczos
 
 
 def symmetric(seed: int, spectrum: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,7 @@ from s2ap_deploy.recipe import catalog
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.runs.folder import Run
 from s2ap_deploy.stages import pretrain, prune
-from s2ap_deploy.stages.context import RunContext
-from s2ap_deploy.stages.execution import ExecutionConfig
+from s2ap_deploy.stages.context import ExecutionConfig, RunContext
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {"conv": (16, 3, 3, 3), "shortcut": (32, 16, 1, 1), "body": (32, 16, 3, 3), "head": (10, 32)}

@@ -9,8 +9,7 @@ from torch import nn
 from s2ap_deploy.errors import InputError
 from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.granularity import Weights
-from s2ap_deploy.pruning.initial_scores import random_scores, scaled
-from s2ap_deploy.pruning.scores import ScoredNetwork
+from s2ap_deploy.pruning.scores import ScoredNetwork, random_scores, scaled
 
 
 def tiny() -> nn.Sequential:

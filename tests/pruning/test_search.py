@@ -18,11 +18,11 @@ from s2ap_deploy.pruning.granularity import NOfM, Weights
 from s2ap_deploy.pruning.masks import top_k
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import Perturbation, SearchResult, choose_once, search
-from s2ap_deploy.recipe.prune_section import SearchSection
+from s2ap_deploy.recipe.sections import SearchSection
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training.loop import TrainingData, TrainingEnvironment
 from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.train import TrainingData, TrainingEnvironment
 
 NAMES = ("0.weight", "4.weight")
 KEEP = {"0.weight": 20, "4.weight": 60}

@@ -21,12 +21,10 @@ from s2ap_deploy.pruning.granularity import NOfM, Weights
 from s2ap_deploy.pruning.masks import top_k
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import Perturbation, search
-from s2ap_deploy.recipe.prune_section import SearchSection
-from s2ap_deploy.recipe.train_section import TrainSection
+from s2ap_deploy.recipe.sections import SearchSection, TrainSection
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training.loop import TrainingData, TrainingEnvironment
 from s2ap_deploy.training.objective import Objective
-from s2ap_deploy.training.train import train
+from s2ap_deploy.training.train import TrainingData, TrainingEnvironment, train
 
 KEEP = {"0.weight": 20, "1.weight": 100, "5.weight": 60}
 SHAPES = {"0.weight": (6, 1, 3, 3), "1.weight": (8, 6, 3, 3), "5.weight": (3, 128)}

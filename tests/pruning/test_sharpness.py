@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2ap_deploy.pruning.sharpness import ScorePerturbation
+from s2ap_deploy.pruning.curvature import ScorePerturbation
 
 
 def layers(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:

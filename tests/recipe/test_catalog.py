@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from s2ap_deploy.errors import RecipeError, UsageError
-from s2ap_deploy.recipe import catalog, field_types, keys, prune_section, schema, train_section
+from s2ap_deploy.recipe import catalog, field_types, keys, schema, sections
 from s2ap_deploy.recipe.methods import METHODS
 from s2ap_deploy.recipe.schema import Recipe
 
@@ -115,9 +115,9 @@ def test_the_cifar_recipes_follow_the_published_schedule(percent: int) -> None:
     shipped = catalog.load(f"cifar10-resnet18-hydra-s2ap-{percent}")
     assert shipped.prune.sparsity == percent / 100
     assert shipped.threat.eps == "8/255"
-    trades = train_section.ObjectiveSection(loss="trades", beta=6.0)
-    assert shipped.prune.search == prune_section.SearchSection(objective=trades)
-    assert shipped.prune.finetune == prune_section.FinetuneSection(objective=trades)
+    trades = sections.ObjectiveSection(loss="trades", beta=6.0)
+    assert shipped.prune.search == sections.SearchSection(objective=trades)
+    assert shipped.prune.finetune == sections.FinetuneSection(objective=trades)
     assert changed(shipped, schema.preset("published")) == shipped
 
 
@@ -137,7 +137,7 @@ def test_defaults_are_the_published_schedule_with_adversarial_training(file: Pat
         0.01,
         128,
     )
-    assert prune.search.objective == train_section.ObjectiveSection(
+    assert prune.search.objective == sections.ObjectiveSection(
         loss="at", attack_steps=None, step_size=None, beta=None, replays=4
     )
     assert not hasattr(prune.search, "weight_decay")

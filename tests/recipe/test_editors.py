@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 
 from s2ap_deploy.recipe import catalog, yaml_document
-from s2ap_deploy.recipe.editors import json_schema
+from s2ap_deploy.recipe.catalog import json_schema
 
 
 @pytest.fixture(scope="module")

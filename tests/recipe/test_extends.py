@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2ap_deploy.errors import RecipeError
-from s2ap_deploy.recipe import catalog, extends
+from s2ap_deploy.recipe import catalog
 from s2ap_deploy.recipe.yaml_document import Document
 
 BASE = """\
@@ -161,9 +161,9 @@ documents = st.dictionaries(st.sampled_from("abc"), trees, max_size=3)
 @given(documents, documents)
 def test_merging_keeps_every_own_value_and_every_other_one(base: dict[str, Any], own: dict[str, Any]) -> None:
     before = copy.deepcopy((base, own))
-    result = extends.merged(Document(base), Document(own)).content
+    result = catalog.merged(Document(base), Document(own)).content
     assert (base, own) == before
-    assert extends.merged(Document(result), Document(own)).content == result
+    assert catalog.merged(Document(result), Document(own)).content == result
     for path, value in leaves(own):
         assert at(result, path) == value
     for path, value in leaves(base):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2ap_deploy.recipe import catalog, writing, yaml_document
+from s2ap_deploy.recipe import catalog, yaml_document
 
 ODD = "\ufeff\ufffe\uffff\x85\u2028\u2029"  # what YAML itself does not take unescaped
 KEYS = st.from_regex(r"[a-z]{1,5}", fullmatch=True)
@@ -35,19 +35,19 @@ values = st.recursive(
 )
 def test_what_is_written_reads_back_whatever_the_comments_say(content: dict[str, Any], comment: str) -> None:
     comments = {(key,): comment for key in content}
-    text = writing.annotated(content, comments, head=[comment, "second line"])
+    text = catalog.annotated(content, comments, head=[comment, "second line"])
     assert yaml_document.parse(text, "test").content == content
 
 
 def test_a_comment_cannot_end_early() -> None:
-    text = writing.annotated({"seed": 1}, {("seed",): "first\nname: second"}, head=["a\nseed: 2"])
+    text = catalog.annotated({"seed": 1}, {("seed",): "first\nname: second"}, head=["a\nseed: 2"])
     assert yaml_document.parse(text, "test").content == {"seed": 1}
 
 
 @pytest.mark.parametrize("name", catalog.names())
 def test_every_shipped_recipe_reads_back_from_its_resolved_text(name: str, tmp_path: Path) -> None:
     recipe, document = catalog.resolved(name)
-    text = writing.annotated(recipe.model_dump(mode="json"), writing.provenance(recipe, document))
+    text = catalog.annotated(recipe.model_dump(mode="json"), catalog.provenance(recipe, document))
     (tmp_path / "resolved.yaml").write_text(text)
     assert catalog.load(str(tmp_path / "resolved.yaml")) == recipe
 
@@ -58,7 +58,7 @@ def test_sources_name_file_and_line_override_target_and_default(tmp_path: Path) 
         "extends: mnist\nname: mine\nprune:\n  sparsity: 0.5\nexport: {target: microcontroller}\n"
     )
     recipe, document = catalog.resolved(str(path), overrides=["seed=7", "certify={n: 20}"])
-    sources = writing.provenance(recipe, document)
+    sources = catalog.provenance(recipe, document)
     assert sources[("name",)] == "mine.yaml, line 2"
     assert sources[("prune", "sparsity")] == "mine.yaml, line 4"
     assert sources[("model", "arch")] == "mnist.yaml, line 14"
@@ -78,6 +78,6 @@ def test_a_method_by_evidence_is_called_a_default(tmp_path: Path) -> None:
     recipe, document = catalog.resolved(str(path))
     assert recipe.prune is not None
     assert recipe.prune.method == "harp"
-    assert writing.provenance(recipe, document)[("prune", "method")].startswith(
+    assert catalog.provenance(recipe, document)[("prune", "method")].startswith(
         "default for this granularity"
     )

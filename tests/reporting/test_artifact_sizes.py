@@ -16,7 +16,7 @@ from s2ap_deploy.onnx_export.export_report import (
     Rounding,
 )
 from s2ap_deploy.records import Agreement
-from s2ap_deploy.reporting.artifact_sizes import WHOLE_FILE, sizes, stored_tensors, values
+from s2ap_deploy.reporting.figure_data import WHOLE_FILE, sizes, stored_tensors, values
 
 EF = CODECS["ef"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from s2ap_deploy.errors import InputError
-from s2ap_deploy.evaluation.minimum_norm.security_curve import security_curve
+from s2ap_deploy.evaluation.security_curve import security_curve
 from s2ap_deploy.reporting import svg
 from s2ap_deploy.reporting.charts import SEARCH, search_document, security_curves, short_names
 

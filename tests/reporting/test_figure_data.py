@@ -18,7 +18,7 @@ from s2ap_deploy.reporting.figure_data import (
     LONGEST_SIDE,
     ORDER,
     Picture,
-    choose,
+    choose_points,
     data_uri,
     fate,
     picture,
@@ -32,7 +32,7 @@ def test_as_many_as_there_are_each_once_and_no_fate_left_out(
     samples: list[tuple[str, int]], most: int
 ) -> None:
     fates = [kind for kind, _ in samples]
-    chosen = choose(fates, [label for _, label in samples], most)  # type: ignore[arg-type]
+    chosen = choose_points(fates, [label for _, label in samples], most)  # type: ignore[arg-type]
     assert len(chosen) == len(set(chosen)) == min(most, len(samples))
     if most >= len(ORDER):
         assert {fates[index] for index in chosen} == set(fates)
@@ -41,7 +41,7 @@ def test_as_many_as_there_are_each_once_and_no_fate_left_out(
 
 def test_new_classes_come_first() -> None:
     labels = [0, 0, 0, 1, 1, 2]
-    assert Counter(labels[i] for i in choose(["broken"] * 6, labels, 3)) == {0: 1, 1: 1, 2: 1}
+    assert Counter(labels[i] for i in choose_points(["broken"] * 6, labels, 3)) == {0: 1, 1: 1, 2: 1}
 
 
 @pytest.mark.parametrize(

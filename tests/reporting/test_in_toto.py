@@ -12,7 +12,7 @@ from s2ap_deploy.errors import UsageError
 from s2ap_deploy.evaluation.certificate import Certificate, Subject
 from s2ap_deploy.evaluation.samples import rows
 from s2ap_deploy.records import AttackRow
-from s2ap_deploy.reporting.in_toto import STATEMENT_TYPE, statement
+from s2ap_deploy.reporting.ci_formats import STATEMENT_TYPE, statement
 from s2ap_deploy.spec import ThreatModel
 
 # What spec/v1/statement.md of the in-toto Attestation Framework says, written down as a schema.

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2ap_deploy.gating.check import Check, Status, Verdict
-from s2ap_deploy.reporting.junit import junit
+from s2ap_deploy.reporting.ci_formats import junit
 
 xmlschema = pytest.importorskip("xmlschema")
 XSD = Path(__file__).parent / "schemas" / "junit-10.xsd"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2ap_deploy.reporting import pareto_plot
-from s2ap_deploy.reporting.pareto_plot import Point, draw_pareto, front
+from s2ap_deploy.reporting import sweep_report
+from s2ap_deploy.reporting.sweep_report import Point, draw_pareto, front
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.sweeps.results import Group, Setting, Spread, SweepReport
 
@@ -107,11 +107,11 @@ def test_many_methods_and_equal_points_can_be_drawn(tmp_path: Path) -> None:
     assert draw_pareto(report(*(group(f"m{number}", size=1) for number in range(9))), tmp_path) is not None
 
 
-def placed(points: list[Point]) -> tuple[pareto_plot.Canvas, list[tuple[str, float, float, str, int]]]:
+def placed(points: list[Point]) -> tuple[sweep_report.Canvas, list[tuple[str, float, float, str, int]]]:
     """Points on a canvas of their own, and the notes beside them."""
     styles = {label: number for number, label in enumerate(dict.fromkeys(point.label for point in points))}
-    canvas = pareto_plot.scales(points, 0.5, logarithmic=False)
-    return canvas, pareto_plot.notes(canvas, points, styles)
+    canvas = sweep_report.scales(points, 0.5, logarithmic=False)
+    return canvas, sweep_report.place_notes(canvas, points, styles)
 
 
 places = st.tuples(st.integers(0, 20).map(float), st.integers(0, 20).map(lambda share: share / 20))
@@ -124,10 +124,10 @@ def test_notes_are_inside_and_not_over_each_other(found: list[tuple[float, float
     canvas, notes = placed(points)
     inside = (canvas.across.start, canvas.up.end, canvas.across.end, canvas.up.start)
     assert {note for note, *_ in notes} == {point.note for point in points}
-    boxes = [pareto_plot.text_box(note, x, y, anchor) for note, x, y, anchor, _ in notes]
+    boxes = [sweep_report.text_box(note, x, y, anchor) for note, x, y, anchor, _ in notes]
     for index, box in enumerate(boxes):
-        assert pareto_plot._shared(box, inside) == pytest.approx(pareto_plot._area(box))
-        assert all(pareto_plot._shared(box, other) == 0 for other in boxes[:index])
+        assert sweep_report._shared(box, inside) == pytest.approx(sweep_report._area(box))
+        assert all(sweep_report._shared(box, other) == 0 for other in boxes[:index])
 
 
 def test_neighbors_share_a_note_and_far_ones_do_not() -> None:

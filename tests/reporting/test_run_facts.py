@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from s2ap_deploy.errors import RunFolderError
-from s2ap_deploy.reporting.report import card, page
+from s2ap_deploy.reporting.report import page
 from s2ap_deploy.reporting.run_facts import collect, number
 from s2ap_deploy.runs.folder import Run
 
@@ -49,8 +49,8 @@ def test_a_file_that_is_not_the_recorded_one_is_left_out_and_named(name: str, ow
     DAMAGES[name](own_run / name)
     facts = collect(own_run)
     assert [problem for problem in facts.problems if problem.startswith(name)]
-    assert name in page.render(facts)
-    assert "left out" in card.render(facts)
+    assert name in page.render_page(facts)
+    assert "left out" in page.render_card(facts)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_recorded_file_of_nonsense(content: str, tmp_path: Path) -> None:
         stage.finish([stage.folder / "history.json"], {"layers": layers})
     facts = collect(tmp_path / "run")
     assert facts.layers == ()
-    assert page.render(facts)
+    assert page.render_page(facts)
     if "epoch" in content:
         assert facts.histories["search"] == ({"loss": None, "epoch": None},)
     else:

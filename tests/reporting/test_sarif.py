@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from s2ap_deploy.gating.check import Check, Verdict
-from s2ap_deploy.reporting.sarif import sarif
+from s2ap_deploy.reporting.ci_formats import sarif
 
 jsonschema = pytest.importorskip("jsonschema")
 SCHEMA = json.loads((Path(__file__).parent / "schemas" / "sarif-2.1.0-rtm.5.json").read_text())

@@ -11,7 +11,7 @@ import pytest
 
 from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.recipe.thresholds import Thresholds
-from s2ap_deploy.reporting.summary import summarize
+from s2ap_deploy.reporting.ci_formats import summarize
 from s2ap_deploy.runs.folder import Run
 from s2ap_deploy.stages.gate import gate
 

@@ -25,7 +25,7 @@ from s2ap_deploy.recipe import catalog
 from s2ap_deploy.runs import snapshot
 from s2ap_deploy.runs.folder import Run
 from s2ap_deploy.runs.manifest import STAGES, StageName
-from s2ap_deploy.runs.stage import Stage
+from s2ap_deploy.runs.snapshot import Stage
 
 INPUTS = {"weights": "ab" * 32, "prune": {"sparsity": 0.9}, "seed": 0}
 

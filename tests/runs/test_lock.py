@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from s2ap_deploy.errors import RunFolderError, StorageError
-from s2ap_deploy.runs.lock import FolderLock
+from s2ap_deploy.runs.folder import FolderLock
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from s2ap_deploy.runs.lock import FolderLock\n"
+    "import sys, time; from pathlib import Path; from s2ap_deploy.runs.folder import FolderLock\n"
     "held = FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 )
 

@@ -15,8 +15,8 @@ import pytest
 from s2ap_deploy import files
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.evaluation.minimum_norm.security_curve import security_curve
 from s2ap_deploy.evaluation.samples import Share
+from s2ap_deploy.evaluation.security_curve import security_curve
 from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.spec import Normalization
 from s2ap_deploy.stages import benchmark_entry

@@ -11,11 +11,10 @@ import torch
 
 from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.recipe import catalog
-from s2ap_deploy.recipe.train_section import ObjectiveSection
+from s2ap_deploy.recipe.sections import ObjectiveSection
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.runs.folder import Run
-from s2ap_deploy.stages.context import RunContext
-from s2ap_deploy.stages.execution import ExecutionConfig, remembered_data_root
+from s2ap_deploy.stages.context import ExecutionConfig, RunContext, remembered_data_root
 from s2ap_deploy.training.objective import Objective
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ import torch
 from s2ap_deploy import files
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.evaluation.minimum_norm.security_curve import SecurityCurve
+from s2ap_deploy.evaluation.security_curve import SecurityCurve
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.stages.evidence import check_curve
+from s2ap_deploy.stages.early_certify import check_curve
 
 
 def test_both_sides_and_the_curve_through_the_command(

@@ -24,8 +24,7 @@ from s2ap_deploy.recorder import Silent
 from s2ap_deploy.runs.folder import Run
 from s2ap_deploy.spec import Preprocessing
 from s2ap_deploy.stages import export_channels
-from s2ap_deploy.stages.context import RunContext
-from s2ap_deploy.stages.execution import ExecutionConfig
+from s2ap_deploy.stages.context import ExecutionConfig, RunContext
 
 SIZE = (1, 8, 8)
 INFO = CheckpointInfo(

@@ -18,12 +18,11 @@ from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.channels.coupling import channel_groups
 from s2ap_deploy.models.channels.layer_channels import macs
 from s2ap_deploy.models.channels.narrowing import compacted
-from s2ap_deploy.planning.model_source import ModelSource, blueprint
-from s2ap_deploy.pruning.budgets import erk, floors, total_kept
-from s2ap_deploy.pruning.channel_budgets import by_ratio
+from s2ap_deploy.planning.generated_recipe import ModelSource, blueprint
+from s2ap_deploy.pruning.budgets import by_ratio, erk, floors, total_kept
 from s2ap_deploy.recipe import target
-from s2ap_deploy.recipe.prune_section import PruneSection
 from s2ap_deploy.recipe.schema import ExportSection
+from s2ap_deploy.recipe.sections import PruneSection
 from s2ap_deploy.stages.plan import BY_DATA, Plan, plan
 
 

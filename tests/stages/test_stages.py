@@ -29,8 +29,7 @@ from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.runs.folder import Run
 from s2ap_deploy.stages import certify, export, gate, pipeline, pretrain, prune
-from s2ap_deploy.stages.context import RunContext
-from s2ap_deploy.stages.execution import ExecutionConfig
+from s2ap_deploy.stages.context import ExecutionConfig, RunContext
 
 TINY = (
     "pretrain.epochs=1",

@@ -14,14 +14,14 @@ import torch
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import DeployError
-from s2ap_deploy.evaluation import points
 from s2ap_deploy.evaluation.autoattack import protocols
 from s2ap_deploy.evaluation.certificate import Certificate, PointsFile
+from s2ap_deploy.evaluation.points import load_points, save_points
 from s2ap_deploy.evaluation.samples import rows
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.runs.manifest import Manifest
 from s2ap_deploy.stages.certified_files import Verification, verify_files
-from s2ap_deploy.stages.execution import ExecutionConfig
+from s2ap_deploy.stages.context import ExecutionConfig
 from s2ap_deploy.stages.verify import verify
 
 CPU = ExecutionConfig(device=torch.device("cpu"), workers=1)
@@ -58,8 +58,8 @@ def forge(run: Path, *, attacked: torch.Tensor | None = None, relisted: bool = T
     assert old.points is not None
     points_path = run / "certify" / old.points.name
     if attacked is not None:
-        clean, _ = points.load(points_path, old.points)
-        changes["points"] = points.save(points_path, clean, attacked)
+        clean, _ = load_points(points_path, old.points)
+        changes["points"] = save_points(points_path, clean, attacked)
     columns = {
         "sample_ids": "id",
         "labels": "label",
@@ -90,7 +90,7 @@ def overstated(run: Path) -> dict[str, Any]:
     """Everything that an attack broke is called robust."""
     old = Certificate.load(run / "certify" / "pruned.json")
     assert old.points is not None
-    clean, _ = points.load(run / "certify" / old.points.name, old.points)
+    clean, _ = load_points(run / "certify" / old.points.name, old.points)
     return {
         "attacked": clean,
         "broken_by": [by if (by := sample.broken_by) == "clean" else None for sample in old.samples],
@@ -182,7 +182,7 @@ def test_a_survivor_that_withstands_again(own_run: Path, monkeypatch: pytest.Mon
 def test_stored_points_that_break_nothing(own_run: Path) -> None:
     old = Certificate.load(own_run / "certify" / "pruned.json")
     assert old.points is not None
-    clean, attacked = points.load(own_run / "certify" / old.points.name, old.points)
+    clean, attacked = load_points(own_run / "certify" / old.points.name, old.points)
     index = next(i for i, sample in enumerate(old.samples) if sample.broken_by == "apgd-ce")
     attacked[index] = clean[index]
     forge(own_run, attacked=attacked)
@@ -196,7 +196,7 @@ def test_stored_points_that_break_nothing(own_run: Path) -> None:
 def test_stored_points_outside_of_the_threat_model(value: float | None, own_run: Path) -> None:
     old = Certificate.load(own_run / "certify" / "pruned.json")
     assert old.points is not None
-    clean, attacked = points.load(own_run / "certify" / old.points.name, old.points)
+    clean, attacked = load_points(own_run / "certify" / old.points.name, old.points)
     index = next(i for i, sample in enumerate(old.samples) if sample.broken_by == "apgd-ce")
     # Without a value: a pixel that goes from one end of [0, 1] to the other, farther than eps.
     attacked[index, 0, 0, 0] = 1 - clean[index, 0, 0, 0].round() if value is None else value
@@ -210,8 +210,8 @@ def test_images_that_are_not_the_data_sets(own_run: Path) -> None:
     old = Certificate.load(own_run / "certify" / "pruned.json")
     assert old.points is not None
     path = own_run / "certify" / old.points.name
-    clean, attacked = points.load(path, old.points)
-    forge(own_run, points=points.save(path, clean * 0.999, attacked * 0.999))
+    clean, attacked = load_points(path, old.points)
+    forge(own_run, points=save_points(path, clean * 0.999, attacked * 0.999))
     assert "images: the stored ones are not those of the data set" in words(checked(own_run), "fail")
 
 
@@ -364,9 +364,9 @@ def test_a_points_file_with_another_number_of_points(damage: str, own_run: Path)
     old = Certificate.load(own_run / "certify" / "pruned.json")
     assert old.points is not None
     path = own_run / "certify" / old.points.name
-    clean, attacked = points.load(path, old.points)
+    clean, attacked = load_points(path, old.points)
     if damage == "shorter":
-        forge(own_run, points=points.save(path, clean[1:], attacked[1:]))
+        forge(own_run, points=save_points(path, clean[1:], attacked[1:]))
     else:
         path.write_bytes((3).to_bytes(8, "little") + b"no!")
         forge(own_run, points=PointsFile(name=path.name, sha256=files.sha256(path)))

@@ -127,22 +127,22 @@ def waiting(
 keyed = runtime.generator
 runtime.generator = lambda *keys, device="cpu": keyed(*keys)
 
-from s2ap_deploy.data.augmentation import Augmentation  # noqa: E402
-from s2ap_deploy.data.splits import MemorySplit  # noqa: E402
+from s2ap_deploy.data.splits import Augmentation, MemorySplit  # noqa: E402
 from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks  # noqa: E402
 from s2ap_deploy.pruning.allocation import Allocation, Fixed, Global, Quotas  # noqa: E402
 from s2ap_deploy.pruning.budgets import floors  # noqa: E402
 from s2ap_deploy.pruning.granularity import Weights  # noqa: E402
 from s2ap_deploy.pruning.scores import ScoredNetwork  # noqa: E402
 from s2ap_deploy.pruning.search import Perturbation, search  # noqa: E402
-from s2ap_deploy.recipe.prune_section import SearchSection  # noqa: E402
-from s2ap_deploy.recipe.train_section import TrainSection  # noqa: E402
+from s2ap_deploy.recipe.sections import SearchSection, TrainSection  # noqa: E402
 from s2ap_deploy.recorder import Silent  # noqa: E402
 from s2ap_deploy.spec import ThreatModel  # noqa: E402
-from s2ap_deploy.training.distillation import Teacher  # noqa: E402
-from s2ap_deploy.training.loop import TrainingData, TrainingEnvironment  # noqa: E402
-from s2ap_deploy.training.objective import Objective  # noqa: E402
-from s2ap_deploy.training.train import train  # noqa: E402
+from s2ap_deploy.training.objective import Objective, Teacher  # noqa: E402
+from s2ap_deploy.training.train import (  # noqa: E402
+    TrainingData,
+    TrainingEnvironment,
+    train,
+)
 
 COMMON = ("at", "trades", "mart")
 LOSSES = (*COMMON, "fast", "free")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from s2ap_deploy.training.awp import WeightPerturbation, perturbable
+from s2ap_deploy.training.adversary import WeightPerturbation, perturbable
 
 
 def network(seed: int = 0, scale: float = 1.0) -> nn.Sequential:

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from s2ap_deploy.data.augmentation import Augmentation
-from s2ap_deploy.data.splits import MemorySplit
+from s2ap_deploy.data.splits import Augmentation, MemorySplit
 from s2ap_deploy.distributed.collectives import Ranks
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.runtime import generator

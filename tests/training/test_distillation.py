@@ -10,8 +10,7 @@ from torch import nn
 
 from s2ap_deploy.errors import InputError, UsageError
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training.distillation import Teacher
-from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.objective import Objective, Teacher
 
 THREAT = ThreatModel(eps="8/255")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from s2ap_deploy.data.splits import MemorySplit
-from s2ap_deploy.training.loop import VALIDATION_IMAGES, Epoch, cosine, validation_sample
+from s2ap_deploy.training.train import VALIDATION_IMAGES, Epoch, cosine, validation_sample
 
 ROW = Epoch(epoch=3, loss=0.5, clean_accuracy=0.9, robust_accuracy=0.6, seconds=1.5, replaced=0.01)
 

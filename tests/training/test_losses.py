@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2ap_deploy.training.losses import boosted_cross_entropy, divergence, mart, trades
+from s2ap_deploy.training.objective import boosted_cross_entropy, divergence, mart, trades
 
 
 def logits(seed: int, classes: int, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

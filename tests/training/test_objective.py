@@ -10,8 +10,7 @@ from torch import nn
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training.losses import mart
-from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.objective import Objective, mart
 from s2ap_deploy.training.pgd import random_start
 
 THREAT = ThreatModel(eps="8/255")

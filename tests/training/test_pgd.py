@@ -14,7 +14,7 @@ from torch import nn
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training.image_layer import ImageConv2d
+from s2ap_deploy.training.folding import ImageConv2d
 from s2ap_deploy.training.pgd import attacked, confine, pgd, project, random_start
 
 LINF, L2 = ThreatModel(norm="Linf", eps="8/255"), ThreatModel(norm="L2", eps="0.5")

@@ -16,14 +16,12 @@ from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.pruning.search import Perturbation, search
-from s2ap_deploy.recipe.prune_section import SearchSection
-from s2ap_deploy.recipe.train_section import TrainSection
+from s2ap_deploy.recipe.sections import SearchSection, TrainSection
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training.loop import TrainingData, TrainingEnvironment
 from s2ap_deploy.training.objective import Objective
 from s2ap_deploy.training.precision import FLOAT32, Precision, choose_precision
-from s2ap_deploy.training.train import train
+from s2ap_deploy.training.train import TrainingData, TrainingEnvironment, train
 
 CPU = torch.device("cpu")
 BF16 = Precision(bf16=True)

@@ -11,18 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s2ap_deploy.data.augmentation import Augmentation
-from s2ap_deploy.data.splits import MemorySplit
+from s2ap_deploy.data.splits import Augmentation, MemorySplit
 from s2ap_deploy.errors import InputError
-from s2ap_deploy.recipe.train_section import TrainSection
+from s2ap_deploy.recipe.sections import TrainSection
 from s2ap_deploy.recorder import NoSnapshots, Recorder, Silent, Snapshots
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training.distillation import Teacher
-from s2ap_deploy.training.loop import TrainingData, TrainingEnvironment
-from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.training.objective import Objective, Teacher
 from s2ap_deploy.training.pgd import pgd_accuracy
-from s2ap_deploy.training.train import TrainingResult, train
+from s2ap_deploy.training.train import TrainingData, TrainingEnvironment, TrainingResult, train
 
 THREAT = ThreatModel(eps="0.1")
 L2 = ThreatModel(norm="L2", eps="0.6")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2ap_deploy.training.losses import RobustLoss
+from s2ap_deploy.training.objective import RobustLoss
 
 
 def smoothed(clean: Tensor | None, adversarial: Tensor, labels: Tensor, beta: float) -> Tensor:

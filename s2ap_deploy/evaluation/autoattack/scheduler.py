@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from s2ap_deploy.evaluation.autoattack import protocols
-from s2ap_deploy.evaluation.autoattack.attacker import Unit, UnitResult
+from s2ap_deploy.evaluation.autoattack.frozen_model import Unit, UnitResult
 from s2ap_deploy.evaluation.samples import Robust
 from s2ap_deploy.records import AttackRow
 from s2ap_deploy.runtime import derive_seed

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import RunFolderError, StorageError
-from s2ap_deploy.evaluation.autoattack.attacker import Unit, UnitResult
+from s2ap_deploy.evaluation.autoattack.frozen_model import Unit, UnitResult
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.runtime import versions
 

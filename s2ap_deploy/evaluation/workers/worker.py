@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from s2ap_deploy.evaluation.workers.executors import UnitRunner
+    from s2ap_deploy.evaluation.workers.pool import UnitRunner
 
 
 class NotPicklable(Exception):

@@ -27,7 +27,7 @@ from s2ap_deploy.models.channels.layer_channels import (
     positions_gone,
     sliced,
 )
-from s2ap_deploy.models.checkpoints.info import CheckpointInfo
+from s2ap_deploy.models.checkpoints.read import CheckpointInfo
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.recipe.field_types import Whole
 from s2ap_deploy.spec import Normalization, Record

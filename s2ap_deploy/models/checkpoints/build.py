@@ -15,9 +15,8 @@ from s2ap_deploy.errors import CheckpointError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.architectures.architecture import Architecture
 from s2ap_deploy.models.channels.narrowing import ChannelPlan, narrow, tied
-from s2ap_deploy.models.checkpoints.info import CheckpointInfo
 from s2ap_deploy.models.checkpoints.match import COUNTER, Match
-from s2ap_deploy.models.checkpoints.read import RawCheckpoint
+from s2ap_deploy.models.checkpoints.read import CheckpointInfo, RawCheckpoint
 from s2ap_deploy.models.classifier import Classifier, dry_run, prunable
 from s2ap_deploy.spec import Normalization, Preprocessing
 

@@ -20,7 +20,6 @@ from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import masked
 from s2ap_deploy.models.checkpoints.build import build_classifier, build_network, count_nonfinite
-from s2ap_deploy.models.checkpoints.info import CheckpointInfo
 from s2ap_deploy.models.checkpoints.key_mapping import is_normalization
 from s2ap_deploy.models.checkpoints.masked import DenseFromMasks
 from s2ap_deploy.models.checkpoints.match import (
@@ -32,7 +31,13 @@ from s2ap_deploy.models.checkpoints.match import (
     match_architecture,
     match_dense,
 )
-from s2ap_deploy.models.checkpoints.read import FORMAT, METADATA_KEY, RawCheckpoint, read_tensors
+from s2ap_deploy.models.checkpoints.read import (
+    FORMAT,
+    METADATA_KEY,
+    CheckpointInfo,
+    RawCheckpoint,
+    read_tensors,
+)
 from s2ap_deploy.models.classifier import Classifier, prunable
 from s2ap_deploy.spec import Normalization, Preprocessing
 

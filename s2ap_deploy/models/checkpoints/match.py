@@ -15,9 +15,8 @@ from s2ap_deploy.errors import ArchitectureError, CheckpointError
 from s2ap_deploy.models.architectures import imagenet, registry
 from s2ap_deploy.models.architectures.architecture import Architecture, StateDictSpec
 from s2ap_deploy.models.checkpoints import key_mapping, masked
-from s2ap_deploy.models.checkpoints.info import CheckpointInfo
 from s2ap_deploy.models.checkpoints.masked import DenseFromMasks
-from s2ap_deploy.models.checkpoints.read import RawCheckpoint
+from s2ap_deploy.models.checkpoints.read import CheckpointInfo, RawCheckpoint
 from s2ap_deploy.spec import Normalization
 
 # Where models.classifier.Classifier keeps its two parts.

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -21,7 +21,33 @@ from torch import Tensor, nn
 from s2ap_deploy import files, records
 from s2ap_deploy.errors import CheckpointError, UnsafePickleError
 from s2ap_deploy.models.checkpoints import pickle_scan
-from s2ap_deploy.models.checkpoints.info import CheckpointInfo
+from s2ap_deploy.spec import Normalization, Preprocessing, Record, ThreatModel
+
+Stage = Literal["pretrain", "search", "finetune", "foreign"]
+
+
+class CheckpointInfo(Record):
+    """The facts about a network: what it is, what it was trained on and against, and its source.
+
+    Attributes:
+        stage: the last one that changed the weights.
+        sparsity: the fraction of zeros among prunable weights; None before pruning.
+        source_sha256: the hash of the file that this one was made from.
+    """
+
+    schema_version: Literal[1] = 1
+    arch: str
+    num_classes: int
+    data: str | None = None
+    preprocessing: Preprocessing
+    normalization: Normalization | None = None
+    threat: ThreatModel | None = None
+    class_names: tuple[str, ...] = ()
+    stage: Stage
+    sparsity: float | None = None
+    source_sha256: str | None = None
+    tool_version: str
+
 
 FORMAT = "s2ap-deploy"
 METADATA_KEY = "s2ap_deploy"

@@ -9,9 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
-from s2ap_deploy.onnx_export.dead_channels import ops_elementwise, ops_reshape
-from s2ap_deploy.onnx_export.dead_channels.layout import Layout, attributes, captured, layout
-from s2ap_deploy.onnx_export.dead_channels.operators import Operator, Span, Unsupported, Values
+from s2ap_deploy.onnx_export.dead_channels import ops_linear, ops_reshape
+from s2ap_deploy.onnx_export.dead_channels.layout import (
+    Layout,
+    Operator,
+    Span,
+    Unsupported,
+    Values,
+    attributes,
+    captured,
+    layout,
+)
 from s2ap_deploy.onnx_export.dead_channels.ops_linear import Convolution, GroupedConvolution, Matrix, Product
 
 
@@ -68,7 +76,7 @@ def recognize(node: NodeProto, known: Layout) -> Operator:
         return GroupedConvolution(node, known) if grouped else Convolution(node, known)
     if kind in ("Gemm", "MatMul"):
         return Matrix(node, known)
-    factory = ops_elementwise.OPERATORS.get(kind) or ops_reshape.OPERATORS.get(kind)
+    factory = ops_linear.OPERATORS.get(kind) or ops_reshape.OPERATORS.get(kind)
     if factory is None:
         raise Unsupported("compaction does not know it")
     return factory(node, known)

@@ -8,14 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from s2ap_deploy.onnx_export.dead_channels.layout import Layout, attributes
-from s2ap_deploy.onnx_export.dead_channels.operators import (
+from s2ap_deploy.onnx_export.dead_channels.layout import (
     Kept,
+    Layout,
     NarrowedNode,
     Operator,
     Span,
     Unsupported,
     Values,
+    attributes,
 )
 
 CHANNEL_AXIS = 1

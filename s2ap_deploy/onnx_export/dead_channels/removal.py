@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-from s2ap_deploy.onnx_export.dead_channels.layout import captured
+from s2ap_deploy.onnx_export.dead_channels.layout import NarrowedNode, Values, captured
 from s2ap_deploy.onnx_export.dead_channels.network import Network
-from s2ap_deploy.onnx_export.dead_channels.operators import NarrowedNode, Values
 from s2ap_deploy.onnx_export.dead_channels.ops_linear import Product
 
 Array = NDArray[np.generic]

@@ -8,7 +8,7 @@ from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.samples import ClassInterval, ClassRow
 from s2ap_deploy.onnx_export.export_report import ExportReport, PairedTimes, Performance
 from s2ap_deploy.reporting import charts
-from s2ap_deploy.reporting.artifact_sizes import sizes, stored_tensors
+from s2ap_deploy.reporting.figure_data import sizes, stored_tensors
 from s2ap_deploy.reporting.report import words
 from s2ap_deploy.reporting.run_facts import DENSE, PRUNED, Facts
 from s2ap_deploy.reporting.svg import Drawing

@@ -8,8 +8,8 @@ from typing import Any
 
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.samples import Interval, Proven, Share
-from s2ap_deploy.evaluation.statements import percent
-from s2ap_deploy.gating.pairs import LEVEL, PairRange
+from s2ap_deploy.formatting import exact_percent
+from s2ap_deploy.gating.sample_checks import LEVEL, PairRange
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.reporting.run_facts import DENSE, PRUNED, Facts
 
@@ -45,7 +45,7 @@ def share(value: Share | Interval | Proven | None) -> str:
 
 def spaced(value: float) -> str:
     """A share as a percentage, ``91.7 %``."""
-    return percent(value).replace("%", "\N{NO-BREAK SPACE}%")
+    return exact_percent(value).replace("%", "\N{NO-BREAK SPACE}%")
 
 
 def size(number: float) -> str:

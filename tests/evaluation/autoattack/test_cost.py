@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from s2ap_deploy.errors import CheckpointError
-from s2ap_deploy.evaluation.autoattack.attacker import Attacker, Unit
-from s2ap_deploy.evaluation.autoattack.cost import ExpectedCost, expected_cost
-from s2ap_deploy.evaluation.autoattack.frozen_model import FrozenModel, exact_arithmetic
+from s2ap_deploy.evaluation.autoattack.cascade import ExpectedCost, expected_cost
+from s2ap_deploy.evaluation.autoattack.frozen_model import Attacker, FrozenModel, Unit, exact_arithmetic
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.spec import ThreatModel
 

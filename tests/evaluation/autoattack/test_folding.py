@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, attack
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.training.folding import folded_copy
-from s2ap_deploy.training.image_layer import ImageConv2d
+from s2ap_deploy.training.folding import ImageConv2d, folded_copy
 
 
 class Block(nn.Module):

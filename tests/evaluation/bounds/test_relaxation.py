@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from s2ap_deploy.errors import ArchitectureError, CheckpointError, DataError, DeployError
 from s2ap_deploy.evaluation.autoattack.frozen_model import FrozenModel
-from s2ap_deploy.evaluation.bounds import relaxation
+from s2ap_deploy.evaluation.bounds import propagation
 from s2ap_deploy.evaluation.bounds.layers import Convolution, Forms
 from s2ap_deploy.evaluation.bounds.propagation import (
     Bounds,
@@ -25,8 +25,8 @@ from s2ap_deploy.evaluation.bounds.propagation import (
     evaluate,
     lower_bounds,
     propagate,
+    provably_robust,
 )
-from s2ap_deploy.evaluation.bounds.relaxation import provably_robust
 from s2ap_deploy.evaluation.bounds.tracing import trace
 from s2ap_deploy.models.architectures.preact_resnet import PreActBlock
 from s2ap_deploy.models.architectures.resnet import BasicBlock, Bottleneck, PaddedBlock, ResNet
@@ -225,7 +225,7 @@ def test_linear_relaxation_is_tighter_than_intervals() -> None:
     assert (narrow.upper[last] < wide.upper[last]).all()
     assert (narrow.lower[last] > wide.lower[last]).all()
     loose, tight = (
-        relaxation._margins(traced, region, bounds, labels, "adaptive")[0] for bounds in (wide, narrow)
+        propagation._margins(traced, region, bounds, labels, "adaptive")[0] for bounds in (wide, narrow)
     )
     assert (tight > loose).all()
 
@@ -246,7 +246,9 @@ def test_a_linear_network_is_bounded_exactly(name: str, eps: float) -> None:
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     double = trace(network, (2, 6, 6), CPU)
     region = Region(clean, "Linf", eps)
-    found, rounding = relaxation._margins(double, region, propagate(double, region, None), labels, "adaptive")
+    found, rounding = propagation._margins(
+        double, region, propagate(double, region, None), labels, "adaptive"
+    )
     probe = clean.float().double().requires_grad_()
     logits = copy.deepcopy(network).double()(probe)
     for shift in (1, 2):
@@ -265,7 +267,7 @@ def test_without_a_radius_margins_are_the_clean_ones(seed: int, norm: str, slope
     labels = torch.arange(5) % 3
     traced, region = trace(network, (2, 6, 6), CPU), Region(clean.double(), norm, 0.0)  # type: ignore[arg-type]
     bounds = propagate(traced, region, slope)  # type: ignore[arg-type]
-    found, rounding = relaxation._margins(traced, region, bounds, labels, slope)  # type: ignore[arg-type]
+    found, rounding = propagation._margins(traced, region, bounds, labels, slope)  # type: ignore[arg-type]
     exact = margins_of(network, clean[None], labels)[0]
     assert rounding < 1e-3
     assert torch.allclose(found.amin(1), exact, rtol=0, atol=10 * rounding)

@@ -13,7 +13,7 @@ from torch import nn
 
 from s2ap_deploy.distributed.collectives import Ranks
 from s2ap_deploy.errors import DeployError, InconclusiveError, UsageError
-from s2ap_deploy.evaluation.workers.executors import DistributedExecutor, closing_units, serve_units
+from s2ap_deploy.evaluation.workers.pool import DistributedExecutor, closing_units, serve_units
 
 OnRanks = Callable[[int, Callable[[Ranks], Any]], list[Any]]
 CPU = torch.device("cpu")

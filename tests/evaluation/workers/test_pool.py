@@ -19,11 +19,9 @@ import torch
 from torch import nn
 
 from s2ap_deploy.errors import CheckpointError, DeployError, InconclusiveError
-from s2ap_deploy.evaluation.autoattack.attacker import Attacker, Unit
 from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, attack
-from s2ap_deploy.evaluation.autoattack.frozen_model import FrozenModel
-from s2ap_deploy.evaluation.workers.executors import InProcess
-from s2ap_deploy.evaluation.workers.pool import WorkerPool, count
+from s2ap_deploy.evaluation.autoattack.frozen_model import Attacker, FrozenModel, Unit
+from s2ap_deploy.evaluation.workers.pool import InProcess, WorkerPool, count
 from s2ap_deploy.evaluation.workers.worker import NotPicklable, PickledAttacker, import_file
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import ThreatModel

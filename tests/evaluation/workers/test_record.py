@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from s2ap_deploy.errors import RunFolderError, StorageError
-from s2ap_deploy.evaluation.autoattack.attacker import Unit, UnitResult
+from s2ap_deploy.evaluation.autoattack.frozen_model import Unit, UnitResult
 from s2ap_deploy.evaluation.workers.record import AttackRecord
 
 HEADER: dict[str, Any] = {"seed": 0, "shape": (2, 1, 3, 3), "eps": "8/255"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import ArchitectureError
-from s2ap_deploy.models.channels.coupling_check import CouplingCheck
+from s2ap_deploy.models.channels.coupling import CouplingCheck
 from s2ap_deploy.models.channels.layer_channels import ChannelGroup, Slice
 
 SIZE = (2, 5, 5)

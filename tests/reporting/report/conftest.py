@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 from s2ap_deploy import files
 from s2ap_deploy.evaluation.certificate import Certificate, PointsFile, Subject
-from s2ap_deploy.evaluation.minimum_norm.security_curve import security_curve
 from s2ap_deploy.evaluation.samples import rows
+from s2ap_deploy.evaluation.security_curve import security_curve
 from s2ap_deploy.gating.check import Check, Verdict
 from s2ap_deploy.onnx_export.export_report import EncodedTensor, ExportReport
 from s2ap_deploy.records import Agreement, AttackRow

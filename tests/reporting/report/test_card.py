@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from s2ap_deploy.reporting.report import card
+from s2ap_deploy.reporting.report import page
 from s2ap_deploy.reporting.run_facts import collect
 
 ALL = ("pretrain", "search", "finetune", "certify", "export", "gate")
@@ -17,8 +17,8 @@ ALL = ("pretrain", "search", "finetune", "certify", "export", "gate")
 
 def test_a_finished_run(make_folder: Callable[..., Path]) -> None:
     facts = collect(make_folder(*ALL))
-    text = card.render(facts)
-    assert text == card.render(facts)
+    text = page.render_card(facts)
+    assert text == page.render_card(facts)
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "s2ap-deploy"
     for words in ("**Verdict: Failed.**", "upper bound", "not a formal guarantee", "no latency gain"):
         assert words in text
@@ -30,20 +30,20 @@ def test_a_finished_run(make_folder: Callable[..., Path]) -> None:
 def test_tables_have_the_same_number_of_cells_in_every_row(
     stages: tuple[str, ...], make_folder: Callable[..., Path]
 ) -> None:
-    text = card.render(collect(make_folder(*stages)))
+    text = page.render_card(collect(make_folder(*stages)))
     for block in text.split("\n\n"):
         rows = [re.sub(r"\\.", "", line).count("|") for line in block.splitlines() if line.startswith("|")]
         assert len(set(rows)) <= 1, block
 
 
 def test_names_of_strangers_stay_text(make_folder: Callable[..., Path]) -> None:
-    text = re.sub(r"\\.", "", card.render(collect(make_folder(*ALL))))
+    text = re.sub(r"\\.", "", page.render_card(collect(make_folder(*ALL))))
     assert "<" not in text
     assert "](" not in text
     assert "![" not in text
 
 
 def test_what_is_missing_is_said(make_folder: Callable[..., Path]) -> None:
-    text = card.render(collect(make_folder()))
+    text = page.render_card(collect(make_folder()))
     for words in ("Not judged yet", "Nothing has attacked", "Nothing is exported yet"):
         assert words in text

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from s2ap_deploy.onnx_export.export_report import Inference, PairedTimes, PeakMemory, Performance
-from s2ap_deploy.reporting.report import card, page
+from s2ap_deploy.reporting.report import page
 from s2ap_deploy.reporting.run_facts import collect
 
 ALL = ("pretrain", "search", "finetune", "certify", "export", "gate")
@@ -63,7 +63,7 @@ class Document(HTMLParser):
 
 
 def rendered(folder: Path) -> tuple[str, Document]:
-    text = page.render(collect(folder))
+    text = page.render_page(collect(folder))
     return text, Document(text)
 
 
@@ -126,7 +126,7 @@ def test_honest_words(make_folder: Callable[..., Path]) -> None:
 
 def test_equal_facts_give_equal_bytes(make_folder: Callable[..., Path]) -> None:
     folder = make_folder(*ALL)
-    assert page.render(collect(folder)) == page.render(collect(folder))
+    assert page.render_page(collect(folder)) == page.render_page(collect(folder))
 
 
 def test_one_network_alone(make_folder: Callable[..., Path]) -> None:
@@ -148,8 +148,8 @@ def test_a_search_without_sharpness_says_so(
     facts = collect(make_folder("search"))
     rows = tuple({**row, "sharpness": None} for row in facts.histories["search"])
     without = replace(facts, histories={"search": rows})
-    assert "recorded no sharpness" in Document(page.render(without)).text
-    assert "recorded no sharpness" not in Document(page.render(facts)).text
+    assert "recorded no sharpness" in Document(page.render_page(without)).text
+    assert "recorded no sharpness" not in Document(page.render_page(facts)).text
 
 
 def test_a_long_measurement_is_shown_with_its_quartiles(make_folder: Callable[..., Path]) -> None:
@@ -170,7 +170,7 @@ def test_a_long_measurement_is_shown_with_its_quartiles(make_folder: Callable[..
         processor="a chip",
     )
     measured = replace(facts, export=facts.export.model_copy(update={"performance": found}))
-    document = Document(page.render(measured))
+    document = Document(page.render_page(measured))
     text = document.text.replace("\N{NO-BREAK SPACE}", " ")
     for words in (
         "32 images, 1 thread",
@@ -180,8 +180,8 @@ def test_a_long_measurement_is_shown_with_its_quartiles(make_folder: Callable[..
         "does not speed up CPU inference",
     ):
         assert words in text, words
-    assert "0.51" not in Document(page.render(facts)).text
-    assert "0.51" in card.render(measured)
+    assert "0.51" not in Document(page.render_page(facts)).text
+    assert "0.51" in page.render_card(measured)
 
 
 def test_an_interval_is_kept_whole_where_there_is_room(make_folder: Callable[..., Path]) -> None:

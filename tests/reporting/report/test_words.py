@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2ap_deploy.cli.main import cli
-from s2ap_deploy.reporting.report import card, page
+from s2ap_deploy.reporting.report import page
 from s2ap_deploy.reporting.report.words import repetition
 from s2ap_deploy.reporting.run_facts import Facts, collect
 from s2ap_deploy.runs.manifest import Manifest
@@ -61,8 +61,8 @@ def test_the_thresholds_of_the_verdict_are_a_command_of_their_own(make_folder: C
     assert run.startswith("s2ap-deploy run ")
     assert gate == "s2ap-deploy gate --run again --min-robust 0.4"
     assert parsed(gate)["min_robust"] == 0.4
-    assert gate in page.render(found)
-    assert "min-robust 0.4" in card.render(found)
+    assert gate in page.render_page(found)
+    assert "min-robust 0.4" in page.render_card(found)
 
 
 def test_without_a_recipe_nothing_is_promised() -> None:

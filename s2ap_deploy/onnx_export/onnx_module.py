@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from s2ap_deploy.errors import ArchitectureError
 from s2ap_deploy.onnx_export.encoding import decode
 from s2ap_deploy.onnx_export.inference import first_line
-from s2ap_deploy.onnx_export.torch_backend.operators import OPERATORS, UNROUNDED, Unsupported
+from s2ap_deploy.onnx_export.torch_operators import OPERATORS, UNROUNDED, Unsupported
 
 _HINT = "the file can still be measured on a device, but not attacked here: export it with s2ap-deploy export"
 

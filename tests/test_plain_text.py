@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2ap_deploy.evaluation.statements import percent, plain
+from s2ap_deploy.formatting import exact_percent, plain
 
 
 @given(st.text(st.characters(exclude_categories=())))
@@ -39,4 +39,4 @@ def test_ordinary_names_stay_as_they_are() -> None:
     ],
 )
 def test_rounding_hides_no_difference_from_nothing_and_everything(share: float, text: str) -> None:
-    assert percent(share) == text
+    assert exact_percent(share) == text

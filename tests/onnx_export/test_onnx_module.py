@@ -21,8 +21,8 @@ from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export.encoding import encode
 from s2ap_deploy.onnx_export.graph import to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
+from s2ap_deploy.onnx_export.onnx_module import OnnxModule
 from s2ap_deploy.onnx_export.quantization import quantize
-from s2ap_deploy.onnx_export.torch_backend.onnx_module import OnnxModule
 
 
 def answers(twin: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -14,12 +14,7 @@ from hypothesis import strategies as st
 
 from s2ap_deploy import records
 from s2ap_deploy.errors import InputError, StorageError
-from s2ap_deploy.evaluation.minimum_norm.security_curve import (
-    SecurityCurve,
-    capped,
-    even_radii,
-    security_curve,
-)
+from s2ap_deploy.evaluation.security_curve import SecurityCurve, capped, even_radii, security_curve
 
 DISTANCES = (0.0, 0.1, 0.2, math.inf)
 norms = st.lists(st.one_of(st.just(0.0), st.just(math.inf), st.floats(1e-6, 10)), min_size=1, max_size=30)

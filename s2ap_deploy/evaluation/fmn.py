@@ -24,10 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import OutOfTimeError, UsageError
-from s2ap_deploy.evaluation.autoattack.attacker import Attacker, Unit, UnitResult
 from s2ap_deploy.evaluation.autoattack.cascade import check_workers
 from s2ap_deploy.evaluation.autoattack.frozen_model import (
+    Attacker,
     FrozenModel,
+    Unit,
+    UnitResult,
     check_labels,
     checked,
     distances,

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import CheckpointError, DataError, OutOfTimeError, RunFolderError, UsageError
+from s2ap_deploy.evaluation import fmn
 from s2ap_deploy.evaluation.autoattack import cascade
 from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig
 from s2ap_deploy.evaluation.autoattack.frozen_model import FrozenModel, distances
-from s2ap_deploy.evaluation.minimum_norm import fmn
-from s2ap_deploy.evaluation.minimum_norm.fmn import FMNConfig, margin
+from s2ap_deploy.evaluation.fmn import FMNConfig, margin
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import ThreatModel

@@ -1,1 +1,0 @@
-"""The security curve: the distance to the nearest adversarial point, and accuracy against the radius."""
