@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from s2ap_deploy.stages.certified_files import Verification
     from s2ap_deploy.stages.context import RunContext
     from s2ap_deploy.stages.plan import Plan
+    from s2ap_deploy.sweeps.aggregate import SweepReport
     from s2ap_deploy.sweeps.grid import Combination
-    from s2ap_deploy.sweeps.results import SweepReport
 
     Model = Path | str | Loaded | nn.Module
 

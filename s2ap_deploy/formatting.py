@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import Final
 
 ABSENT: Final = "n/a"
@@ -48,10 +49,16 @@ def rate(per_second: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return ``90 s``, ``25 min`` or ``3.5 h``."""
+    """Return ``2.5 s``, ``90 s``, ``25 min`` or ``3.5 h``."""
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def age(span: timedelta) -> str:
+    """Return ``36 hours`` or ``2.5 days``."""
+    hours = span / timedelta(hours=1)
+    return f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:.1f} days"
 
 
 def plain(text: str, longest: int = LONGEST) -> str:

@@ -54,7 +54,7 @@ FLOORS: dict[str, float] = {
 DOORS = {
     "click": {"cli"},
     "rich": {"cli"},
-    "pyautoattack": {"evaluation.autoattack.build"},
+    "pyautoattack": {"evaluation.autoattack.attacks"},
     "onnx": {"codecs", "onnx_export"},
     "onnxruntime": {"onnx_export"},
     "onnxscript": {"onnx_export"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
 from s2ap_deploy import formatting
@@ -43,9 +45,12 @@ def test_units_have_a_plural(number: int, unit: str, text: str) -> None:
         (formatting.mebibytes(1.5 * 2**20), "1.5 MiB"),
         (formatting.gibibytes(2**30), "1.0 GiB"),
         (formatting.gibibytes(None), "unknown"),
+        (formatting.duration(2.51), "2.5 s"),
         (formatting.duration(119), "119 s"),
         (formatting.duration(1500), "25 min"),
         (formatting.duration(12_600), "3.5 h"),
+        (formatting.age(timedelta(hours=36)), "36 hours"),
+        (formatting.age(timedelta(hours=60)), "2.5 days"),
     ],
 )
 def test_quantities(found: str, text: str) -> None:

@@ -29,7 +29,7 @@ from s2ap_deploy.models.channels.narrowing import check_equal, compacted
 from s2ap_deploy.onnx_export.benchmark import paired_latency
 from s2ap_deploy.onnx_export.graph import to_onnx
 from s2ap_deploy.onnx_export.inference import session
-from s2ap_deploy.pruning.budgets import ChannelCost, Limit, aligned, by_ratio, chosen
+from s2ap_deploy.pruning.budgets import BudgetLimit, ChannelCost, aligned, by_ratio, chosen
 from s2ap_deploy.pruning.granularity import Channels
 
 SIZE = networks.CIFAR
@@ -45,7 +45,7 @@ def smaller(network: nn.Module, ratio: float) -> tuple[nn.Module, dict[str, Any]
     channels = {name: group.channels for name, group in granularity.groups.items()}
     wanted = by_ratio(channels, ratio)
     costs = {measure: ChannelCost.of(coupling, shapes, measure) for measure in ("weights", "macs")}
-    limits = tuple(Limit(measure, cost, cost(wanted)) for measure, cost in costs.items())
+    limits = tuple(BudgetLimit(measure, cost, cost(wanted)) for measure, cost in costs.items())
     counts = aligned(wanted, channels, ALIGN, limits)
     scores = granularity.pool({name: network.get_parameter(name).detach() for name in coupling.weights})
     everything = {name: torch.ones(count, dtype=torch.bool) for name, count in channels.items()}

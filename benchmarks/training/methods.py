@@ -29,9 +29,9 @@ from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier, prunable
-from s2ap_deploy.pruning.diagnosis import diagnosis
 from s2ap_deploy.pruning.masks import kept, save_tensors
 from s2ap_deploy.pruning.search import Perturbation, choose_once, search
+from s2ap_deploy.pruning.search_diagnostics import diagnosis
 from s2ap_deploy.recipe.methods import METHODS
 from s2ap_deploy.recipe.sections import PruneSection, TrainSection
 from s2ap_deploy.recorder import Silent

@@ -14,7 +14,7 @@ from s2ap_deploy.errors import FAILED, INCONCLUSIVE, UNFORESEEN, UNUSABLE
 from s2ap_deploy.recipe import keys
 
 if TYPE_CHECKING:
-    from s2ap_deploy.sweeps.results import SweepReport
+    from s2ap_deploy.sweeps.aggregate import SweepReport
 
 
 @click.command()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     )
     from s2ap_deploy.planning.dry_run import DryRunReport, SweepDryRunReport
     from s2ap_deploy.stages.plan import Plan
-    from s2ap_deploy.sweeps.results import SweepReport
+    from s2ap_deploy.sweeps.aggregate import SweepReport
 
 LOG_WIDTH = 200
 

@@ -26,14 +26,14 @@ from s2ap_deploy.recipe.thresholds import Rule, Thresholds
 from s2ap_deploy.spec import Record
 
 
-class Answer(NamedTuple):
+class EarlyAnswer(NamedTuple):
     """The answer of every completion to one threshold (None: they differ), and the reason as a sentence."""
 
     status: Status | None
     message: str
 
 
-def verdict_of(found: Sequence[Answer]) -> Literal["pass", "fail"] | None:
+def verdict_of(found: Sequence[EarlyAnswer]) -> Literal["pass", "fail"] | None:
     """Return the verdict that every completion of the attacks leads to, or None while they differ.
 
     Fail as soon as one threshold fails in every completion, pass when all pass in all of them. "Too few
@@ -47,7 +47,7 @@ def verdict_of(found: Sequence[Answer]) -> Literal["pass", "fail"] | None:
 
 def answers(
     policy: Thresholds, pruned: Progress, dense: Progress | None, labels: Sequence[int]
-) -> list[Answer]:
+) -> list[EarlyAnswer]:
     """Answer each threshold of ``policy``.
 
     ``labels`` are those of the samples; ``dense`` may be ``pruned`` itself (a network alone, which loses
@@ -56,19 +56,19 @@ def answers(
     return [*_floors(policy, pruned, len(labels)), *_drops(policy, pruned, dense, labels)]
 
 
-def _floors(policy: Thresholds, network: Progress, n: int) -> Iterator[Answer]:
+def _floors(policy: Thresholds, network: Progress, n: int) -> Iterator[EarlyAnswer]:
     rule = policy.rule
     if policy.min_clean is not None:
         status = sample_checks.floor("", "", network.clean, n, policy.min_clean, rule).status
         found = f"{exact_percent(network.clean / n)} are classified correctly"
-        yield Answer(status, f"{found}, {exact_percent(policy.min_clean)} is required")
+        yield EarlyAnswer(status, f"{found}, {exact_percent(policy.min_clean)} is required")
     if policy.min_proven is not None:
         if network.proven is None:
-            yield Answer(None, "nothing is proven")
+            yield EarlyAnswer(None, "nothing is proven")
         else:
             status = sample_checks.floor("", "", network.proven, n, policy.min_proven, rule).status
             found = f"{exact_percent(network.proven / n)} are proven robust"
-            yield Answer(status, f"{found}, {exact_percent(policy.min_proven)} is required")
+            yield EarlyAnswer(status, f"{found}, {exact_percent(policy.min_proven)} is required")
     if policy.min_robust is not None:
         low, high = network.settled, network.possible
         check = sample_checks.floor_between("", low, high, n, policy.min_robust, rule)
@@ -78,12 +78,14 @@ def _floors(policy: Thresholds, network: Progress, n: int) -> Iterator[Answer]:
             else f"at most {exact_percent(high / n)} can be"
         )
         bound = f" ({exact_percent(check.bound or 0.0)} with {LEVEL:.0%})" if rule == "lower" else ""
-        yield Answer(check.status, f"{found} robust{bound}, {exact_percent(policy.min_robust)} is required")
+        yield EarlyAnswer(
+            check.status, f"{found} robust{bound}, {exact_percent(policy.min_robust)} is required"
+        )
 
 
 def _drops(
     policy: Thresholds, pruned: Progress, dense: Progress | None, labels: Sequence[int]
-) -> Iterator[Answer]:
+) -> Iterator[EarlyAnswer]:
     if not policy.needs_dense:
         return
     if dense is None:
@@ -100,14 +102,14 @@ def _drops(
             yield _drop(f"the drop of class {label}", pairs, policy.max_class_drop, policy.rule)
 
 
-def _drop(name: str, pairs: PairRange, threshold: float, rule: Rule) -> Answer:
+def _drop(name: str, pairs: PairRange, threshold: float, rule: Rule) -> EarlyAnswer:
     status = pairs.certain(threshold, rule)
     limit, side = (pairs.worst, "at most") if status == "pass" else (pairs.best, "at least")
     bound = f" ({exact_percent(limit.bound(rule))} with {LEVEL:.0%})" if rule == "lower" else ""
     message = (
         f"{name} is {side} {exact_percent(limit.observed)}{bound}, {exact_percent(threshold)} is allowed"
     )
-    return Answer(status, message)
+    return EarlyAnswer(status, message)
 
 
 POWER = 0.8

@@ -114,7 +114,7 @@ def _file_check(file: ShippedFile, status: Status, message: str, reason: str | N
 
 
 @dataclass(frozen=True)
-class Limit:
+class FileLimit:
     """A quantity of an exported file with a largest allowed value; ``name`` and ``text`` are for messages."""
 
     rule: str
@@ -124,9 +124,9 @@ class Limit:
 
 
 LIMITS = {
-    "max_bytes": Limit("size", "size", "{:,.0f} bytes", lambda file, _: file.bytes),
-    "max_latency_ms": Limit("latency", "latency", "{:g} ms", lambda _, facts: facts.latency_ms),
-    "max_latency_ratio": Limit(
+    "max_bytes": FileLimit("size", "size", "{:,.0f} bytes", lambda file, _: file.bytes),
+    "max_latency_ms": FileLimit("latency", "latency", "{:g} ms", lambda _, facts: facts.latency_ms),
+    "max_latency_ratio": FileLimit(
         "latency", "latency ratio", "{:.3g} of the dense file's time", lambda _, facts: facts.latency_ratio
     ),
 }
@@ -214,14 +214,9 @@ def age_limit(limit: str, age: timedelta | None) -> Check:
         rule="age",
         name=name,
         status="pass" if recent else "inconclusive",
-        message=f"{name}: {_span(old)}; allowed {_span(allowed)}" + ("" if recent else ": certify again"),
+        message=f"{name}: {age(old)}; allowed {age(allowed)}" + ("" if recent else ": certify again"),
         reason=None if recent else "too-old",
         threshold=allowed / timedelta(hours=1),
         observed=hours,
         bound=hours,
     )
-
-
-def _span(span: timedelta) -> str:
-    hours = span / timedelta(hours=1)
-    return f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:.1f} days"

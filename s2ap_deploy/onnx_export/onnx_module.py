@@ -22,7 +22,7 @@ from s2ap_deploy.onnx_export.torch_operators import OPERATORS, UNROUNDED, Unsupp
 _HINT = "the file can still be measured on a device, but not attacked here: export it with s2ap-deploy export"
 
 
-class Step(NamedTuple):
+class GraphStep(NamedTuple):
     """One node: plain values only, so that a module can be copied and sent to another process."""
 
     operator: str
@@ -102,7 +102,7 @@ class OnnxModule(nn.Module):
             self.register_buffer(key, value)
 
 
-def _step(node: NodeProto) -> Step:
+def _step(node: NodeProto) -> GraphStep:
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     if node.op_type == "Constant":
         attributes = {"value": torch.from_numpy(numpy_helper.to_array(_constant(attributes)).copy())}
@@ -111,7 +111,7 @@ def _step(node: NodeProto) -> Step:
         raise _unsupported(f"operator {name} has no differentiable counterpart here")
     if sum(map(bool, node.output[1:])):
         raise _unsupported(f"operator {node.op_type} with {len(node.output)} outputs")
-    return Step(node.op_type, node.name, tuple(node.input), node.output[0], attributes)
+    return GraphStep(node.op_type, node.name, tuple(node.input), node.output[0], attributes)
 
 
 def _constant(attributes: Mapping[str, Any]) -> Any:
@@ -120,7 +120,7 @@ def _constant(attributes: Mapping[str, Any]) -> Any:
     return attributes["value"]
 
 
-def _folded(steps: Iterable[Step], constants: dict[str, Tensor]) -> list[Step]:
+def _folded(steps: Iterable[GraphStep], constants: dict[str, Tensor]) -> list[GraphStep]:
     """The steps that depend on the input; the others are computed into ``constants``."""
     left = []
     with torch.no_grad():
@@ -134,7 +134,7 @@ def _folded(steps: Iterable[Step], constants: dict[str, Tensor]) -> list[Step]:
     return left
 
 
-def _compute(step: Step, values: Mapping[str, Tensor]) -> Tensor:
+def _compute(step: GraphStep, values: Mapping[str, Tensor]) -> Tensor:
     try:
         inputs = [values[name] if name else None for name in step.inputs]
         return OPERATORS[step.operator](step.attributes, inputs)

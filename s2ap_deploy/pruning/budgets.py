@@ -211,7 +211,7 @@ def limit_of(cost: ChannelCost, channels: Mapping[str, int], sparsity: float) ->
 
 
 @dataclass(frozen=True)
-class Limit:
+class BudgetLimit:
     """Limit what a network may cost in one ``measure``: ``cost`` maps channels per group to a number."""
 
     measure: str
@@ -220,7 +220,7 @@ class Limit:
 
 
 def aligned(
-    wanted: ChannelCounts, channels: ChannelCounts, align: int, limits: tuple[Limit, ...]
+    wanted: ChannelCounts, channels: ChannelCounts, align: int, limits: tuple[BudgetLimit, ...]
 ) -> dict[str, int]:
     """Return counts near ``wanted`` that ``align`` divides, at which the network stays within ``limits``.
 

@@ -39,7 +39,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Answer:
+class PointAnswer:
     """One network's answers to one sample; ``attacked`` is None where nothing broke the sample."""
 
     clean: str
@@ -56,7 +56,7 @@ class Shown:
     fate: PointOutcome
     label: str
     image: Picture
-    answers: Mapping[str, Answer]
+    answers: Mapping[str, PointAnswer]
 
 
 def gallery(
@@ -123,7 +123,7 @@ def _shown(
         image = image or picture(_read(points[role], "clean", index, certificate.n))
         label = names.get(sample.label, f"class {sample.label}")
         broken = sample.broken_by not in (None, UNDECIDED, "clean")
-        answers[role] = Answer(
+        answers[role] = PointAnswer(
             clean=names.get(sample.clean_prediction, f"class {sample.clean_prediction}"),
             adversarial=names.get(sample.adversarial_prediction, f"class {sample.adversarial_prediction}"),
             broken_by=sample.broken_by,

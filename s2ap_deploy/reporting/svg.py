@@ -81,7 +81,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Scale:
+class AxisScale:
     """Map values to units of the drawing, in proportion or to their logarithm; ``whole``: integers only."""
 
     low: float
@@ -110,8 +110,8 @@ class Scale:
 class Canvas:
     """Collect what is drawn on a pair of scales, of which x runs along the bottom and y up the left side."""
 
-    across: Scale
-    up: Scale
+    across: AxisScale
+    up: AxisScale
     parts: list[Markup] = field(default_factory=list)
 
     def axes(self, x_label: str, y_label: str, x_text: Formatter, y_text: Formatter) -> None:
@@ -342,12 +342,12 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 def scale(
     low: float, high: float, start: float, end: float, *, logarithmic: bool = False, whole: bool = False
-) -> Scale:
+) -> AxisScale:
     """Return a scale from low to high, with room on both sides of a single value."""
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-280):
         half = abs(low) / 2 or 0.5
         low, high = low - half, high + half
-    return Scale(low, high, start, end, logarithmic, whole)
+    return AxisScale(low, high, start, end, logarithmic, whole)
 
 
 def as_percent(share: float) -> str:
@@ -379,7 +379,7 @@ def marker(x: float, y: float, tone: int, shape: int = 0) -> Markup:
     )
 
 
-def _tracks(across: Scale, y: float, marks: Sequence[Mark], lines: Sequence[float]) -> Markup:
+def _tracks(across: AxisScale, y: float, marks: Sequence[Mark], lines: Sequence[float]) -> Markup:
     """Draw intervals one below the other from ``y`` on, over short grid lines."""
     bottom = y + STEP * (len(marks) - 1) + 6
     parts = [_segment(across(x), y - 6, across(x), bottom, "grid") for x in lines]

@@ -15,7 +15,7 @@ from s2ap_deploy import files
 from s2ap_deploy.formatting import plain
 from s2ap_deploy.reporting import svg, sweep_report
 from s2ap_deploy.reporting.svg import Canvas, Drawing
-from s2ap_deploy.sweeps.results import Group, Row, Setting, Spread, SweepReport
+from s2ap_deploy.sweeps.aggregate import Group, Row, Setting, Spread, SweepReport
 
 TABLE, CSV = "table.md", "sweep.csv"
 ARROW = "→"

@@ -25,7 +25,7 @@ from s2ap_deploy.onnx_export.export_report import (
     Narrowing,
     SkippedWeight,
 )
-from s2ap_deploy.pruning.budgets import ChannelCost, Limit, aligned, by_ratio, chosen, filled, survivors
+from s2ap_deploy.pruning.budgets import BudgetLimit, ChannelCost, aligned, by_ratio, chosen, filled, survivors
 from s2ap_deploy.pruning.granularity import Channels
 from s2ap_deploy.pruning.masks import load_tensors
 from s2ap_deploy.recipe.schema import ExportSection
@@ -110,7 +110,7 @@ def narrowed(
         scores = {name: torch.zeros(count) for name, count in channels.items()}
     else:
         wanted = _wanted(channels, searched, section.keep_ratio or 1)
-        limits = tuple(Limit(unit, cost, cost(wanted)) for unit, cost in costs.items())
+        limits = tuple(BudgetLimit(unit, cost, cost(wanted)) for unit, cost in costs.items())
         counts = aligned(wanted, channels, section.align, limits)
         scores = _scores(job, channels)
     # Choose them by score, and build the smaller layers.

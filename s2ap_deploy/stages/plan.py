@@ -15,7 +15,16 @@ from s2ap_deploy.models.channels.coupling import Coupling, channel_groups
 from s2ap_deploy.onnx_export.export_report import BudgetCheck, ExportTarget
 from s2ap_deploy.onnx_export.onnx_shapes import Outline, narrowed, outline
 from s2ap_deploy.pruning.allocation import ChannelQuotas, Fixed, Global, Quotas
-from s2ap_deploy.pruning.budgets import ChannelCost, Limit, aligned, filled, floors, limit_of, uniform, within
+from s2ap_deploy.pruning.budgets import (
+    BudgetLimit,
+    ChannelCost,
+    aligned,
+    filled,
+    floors,
+    limit_of,
+    uniform,
+    within,
+)
 from s2ap_deploy.pruning.granularity import NOfM
 from s2ap_deploy.recipe.methods import n_of_m
 from s2ap_deploy.recipe.schema import ExportSection
@@ -244,7 +253,7 @@ def _channels(whole: Outline, coupling: Coupling, section: PruneSection, export:
     limits = []
     for measure, unit in (("weights", "weights"), ("macs", "multiply-accumulates")):
         cost = ChannelCost.of(coupling, shapes, measure)  # type: ignore[arg-type]
-        limits.append(Limit(unit, cost, cost(wanted)))
+        limits.append(BudgetLimit(unit, cost, cost(wanted)))
     return narrowed(whole, coupling, aligned(wanted, channels, export.align, tuple(limits)))
 
 

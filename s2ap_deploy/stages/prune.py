@@ -29,7 +29,6 @@ from s2ap_deploy.pruning.budgets import (
     uniform,
     within,
 )
-from s2ap_deploy.pruning.diagnosis import diagnosis
 from s2ap_deploy.pruning.granularity import Channels, Granularity, NOfM, Weights
 from s2ap_deploy.pruning.masks import kept, load_tensors, save_tensors, sparsity
 from s2ap_deploy.pruning.scores import (
@@ -41,6 +40,7 @@ from s2ap_deploy.pruning.scores import (
     reinitialize,
 )
 from s2ap_deploy.pruning.search import Perturbation, SearchResult, choose_once, search
+from s2ap_deploy.pruning.search_diagnostics import diagnosis
 from s2ap_deploy.recipe.methods import METHODS, n_of_m, origins
 from s2ap_deploy.recipe.sections import PruneSection
 from s2ap_deploy.runs.folder import MASKS, MODEL, Run

@@ -22,8 +22,8 @@ from s2ap_deploy.stages.certify import certify
 from s2ap_deploy.stages.context import ExecutionConfig, RunContext
 from s2ap_deploy.stages.pipeline import whole
 from s2ap_deploy.stages.pretrain import dense
+from s2ap_deploy.sweeps.aggregate import FILE, Row, SweepReport, figures, groups
 from s2ap_deploy.sweeps.grid import Combination
-from s2ap_deploy.sweeps.results import FILE, Row, SweepReport, figures, groups
 
 SHARED: StageName = "pretrain"
 

@@ -17,7 +17,7 @@ from s2ap_deploy.cli.run_commands import exit_code
 from s2ap_deploy.runs.manifest import Manifest
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.sweeps import runner as sweeping
-from s2ap_deploy.sweeps.results import Row, SweepReport
+from s2ap_deploy.sweeps.aggregate import Row, SweepReport
 
 # At this radius every image falls to the first attack, so that certifying takes a second, not minutes.
 RECIPE = """\

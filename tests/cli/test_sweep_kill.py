@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from s2ap_deploy.sweeps.results import SweepReport
+from s2ap_deploy.sweeps.aggregate import SweepReport
 
 RECIPE = """\
 name: small

@@ -13,7 +13,7 @@ from torch import nn
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.channels.coupling import channel_groups
-from s2ap_deploy.pruning.budgets import ChannelCost, Limit, aligned, by_ratio, chosen, filled, survivors
+from s2ap_deploy.pruning.budgets import BudgetLimit, ChannelCost, aligned, by_ratio, chosen, filled, survivors
 from s2ap_deploy.pruning.granularity import Channels
 
 
@@ -35,7 +35,7 @@ def test_counts_are_multiples_within_the_limit_or_refused(
     request: tuple[dict[str, int], dict[str, int], int],
 ) -> None:
     wanted, channels, align = request
-    limit = Limit("weights", chain, chain(wanted))
+    limit = BudgetLimit("weights", chain, chain(wanted))
     least = {
         name: count if count == channels[name] or channels[name] < align else max(count // align, 1) * align
         for name, count in wanted.items()
@@ -71,7 +71,7 @@ def test_without_alignment_the_request_is_met_exactly(
     request: tuple[dict[str, int], dict[str, int], int],
 ) -> None:
     wanted, channels, _ = request
-    assert aligned(wanted, channels, 1, (Limit("weights", chain, chain(wanted)),)) == wanted
+    assert aligned(wanted, channels, 1, (BudgetLimit("weights", chain, chain(wanted)),)) == wanted
     assert filled(wanted, channels, 1) == wanted
 
 
@@ -84,7 +84,7 @@ def test_a_resnet_18_in_multiples_of_8(ratio: float) -> None:
     channels = {group.name: group.channels for group in coupling.groups}
     wanted = by_ratio(channels, ratio)
     cost = ChannelCost.of(coupling, shapes, "macs")
-    counts = aligned(wanted, channels, 8, (Limit("MACs", cost, cost(wanted)),))
+    counts = aligned(wanted, channels, 8, (BudgetLimit("MACs", cost, cost(wanted)),))
     assert all(count % 8 == 0 and count < channels[name] for name, count in counts.items())
     assert 0.9 * cost(wanted) <= cost(counts) <= cost(wanted)
     assert cost(channels) / cost(counts) >= {0.5: 3.9, 0.25: 15, 0.1: 90}[ratio]

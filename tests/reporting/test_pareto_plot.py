@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from s2ap_deploy.reporting import sweep_report
 from s2ap_deploy.reporting.sweep_report import Point, draw_pareto, front
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.sweeps.results import Group, Setting, Spread, SweepReport
+from s2ap_deploy.sweeps.aggregate import Group, Setting, Spread, SweepReport
 
 
 def spread(value: float, deviation: float | None = None) -> Spread:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from s2ap_deploy.reporting import sweep_report
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.sweeps.results import Count, Figures, Row, Setting, Spread, SweepReport, groups
+from s2ap_deploy.sweeps.aggregate import Count, Figures, Row, Setting, Spread, SweepReport, groups
 
 HYDRA = Setting(method="hydra", s2ap=True, granularity="weight", budget="erk", sparsity=0.9, keep_ratio=None)
 

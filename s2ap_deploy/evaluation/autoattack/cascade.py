@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import RunFolderError, UsageError
-from s2ap_deploy.evaluation.autoattack import build, protocols
+from s2ap_deploy.evaluation.autoattack import attacks, protocols
 from s2ap_deploy.evaluation.autoattack.frozen_model import (
     Attacker,
     FrozenModel,
@@ -38,6 +38,7 @@ from s2ap_deploy.evaluation.autoattack.scheduler import AttackOutcome, Scheduler
 from s2ap_deploy.evaluation.samples import Progress
 from s2ap_deploy.evaluation.workers.pool import Attackers, Executor, WorkerSpec, count, executor_for
 from s2ap_deploy.evaluation.workers.record import AttackRecord, binding
+from s2ap_deploy.formatting import duration
 from s2ap_deploy.recorder import Recorder, Silent
 from s2ap_deploy.runtime import derive_seed
 from s2ap_deploy.spec import ThreatModel
@@ -87,7 +88,7 @@ class Cascade:
         size = default_block_size(images, device) if config.block_size is None else config.block_size
         if size < 1:
             raise UsageError("the block size must be at least 1", code="block-size-invalid")
-        build.check_size(tuple(images.shape[1:]), threat.norm, config.version)
+        attacks.check_size(tuple(images.shape[1:]), threat.norm, config.version)
         answers = config.answers
         judge = FrozenModel(classifier, device) if answers is None else OnnxModel(classifier, answers, device)
         # The clean pass runs twice: networks that answer differently each time are flagged.
@@ -323,8 +324,8 @@ class ExpectedCost:
             self.version, f"AutoAttack ({self.version})"
         )
         return (
-            f"{attack} on {self.survivors} images takes at most about {_span(self.seconds)} "
-            f"({_span(self.per_survivor)} per image that survives, {self.workers} at a time)"
+            f"{attack} on {self.survivors} images takes at most about {duration(self.seconds)} "
+            f"({duration(self.per_survivor)} per image that survives, {self.workers} at a time)"
         )
 
 
@@ -376,23 +377,17 @@ def _attack_seconds(
 ) -> float:
     """Extrapolate the seconds of the whole attack on ``block`` from a few of its iterations."""
     iterations = _QUERIES if step.name == "square" else _ITERATIONS
-    attack = build.build(
+    attack = attacks.build(
         step.name,
         judge,
         threat,
         num_classes=num_classes,
         seed=0,
         device=block.device,
-        warnings=build.WarningCount(),
+        warnings=attacks.WarningCount(),
         version=version,
         iterations=iterations,
     )
     started = time.monotonic()
     attack.perturb(block.clone(), labels.clone())
     return (time.monotonic() - started) * step.iterations / iterations
-
-
-def _span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import CheckpointError, DataError
-from s2ap_deploy.evaluation.autoattack import build
+from s2ap_deploy.evaluation.autoattack import attacks
 from s2ap_deploy.evaluation.autoattack.protocols import Version
 from s2ap_deploy.spec import ThreatModel
 
@@ -276,8 +276,8 @@ class Attacker:
         chosen = torch.tensor(unit.indices)
         clean = self.images[chosen].to(self.device)
         labels = self.labels[chosen].to(self.device)
-        warnings = build.WarningCount()
-        attack = build.build(
+        warnings = attacks.WarningCount()
+        attack = attacks.build(
             unit.attack,
             self._attacked(unit.attack),
             self.threat,

@@ -103,7 +103,7 @@ class Affine(ABC):
         return None
 
 
-class Convolution(Affine):
+class ConvolutionLayer(Affine):
     """A 2-d convolution of [C, H, W] with zero padding ``pad`` (top, bottom, left, right)."""
 
     def __init__(
@@ -167,7 +167,7 @@ class Convolution(Affine):
         return Forms(_unflatten(inside, points, count), reach)
 
 
-class Dense(Affine):
+class DenseLayer(Affine):
     """``weight`` [out, in] times a vector, plus ``bias``."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -187,7 +187,7 @@ class Dense(Affine):
         return Forms(forms.values @ self.weight)
 
 
-class Scale(Affine):
+class ScaleLayer(Affine):
     """``scale`` times each value plus ``bias``; BatchNorm, normalization and constants.
 
     ``canceling`` bounds the sum of the absolute values of the terms that make up ``bias``.
@@ -215,7 +215,7 @@ class Scale(Affine):
         return window
 
 
-class Pooling(Affine):
+class PoolingLayer(Affine):
     """Any linear map ``apply`` of [B, \\*in] with coefficients of 0 or more: means, slices, zero padding."""
 
     def __init__(self, apply: Callable[[Tensor], Tensor], shape: Shape, terms: int) -> None:

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from s2ap_deploy.errors import ArchitectureError
 from s2ap_deploy.evaluation.bounds.layers import (
     Affine,
-    Convolution,
-    Dense,
+    ConvolutionLayer,
+    DenseLayer,
     Node,
-    Pooling,
+    PoolingLayer,
     Relu,
     Reshape,
-    Scale,
+    ScaleLayer,
     Shape,
     Sum,
     Trace,
@@ -189,13 +189,13 @@ class _Builder:
             rows, columns = (0, 0) if padding == "valid" else _pair(padding)
             pad = (rows, rows, columns, columns)
         double = None if bias is None else bias.double()
-        layer = Convolution(weight.double(), double, x.shape, _pair(stride), pad, dilation, groups)
+        layer = ConvolutionLayer(weight.double(), double, x.shape, _pair(stride), pad, dilation, groups)
         return self._add_node(layer, layer.shape, x)
 
     def _on_linear(self, x: _Ref, weight: Tensor, bias: Tensor | None = None) -> _Ref:
         if len(x.shape) != 1 or x.shape[0] != weight.shape[1]:
             raise _Unsupported(f"an input of shape {list(x.shape)} per image")
-        layer = Dense(weight.double(), None if bias is None else bias.double())
+        layer = DenseLayer(weight.double(), None if bias is None else bias.double())
         return self._add_node(layer, (len(weight),), x)
 
     def _on_batch_norm(
@@ -322,13 +322,13 @@ class _Builder:
 
     def _pooled(self, x: _Ref, apply: Callable[[Tensor], Tensor], terms: int) -> _Ref:
         shape = tuple(apply(torch.zeros(1, *x.shape, dtype=torch.float64)).shape[1:])
-        return self._add_node(Pooling(apply, x.shape, terms), shape, x)
+        return self._add_node(PoolingLayer(apply, x.shape, terms), shape, x)
 
     def _scaled(self, x: _Ref, scale: Tensor, bias: Tensor, canceling: Tensor | None = None) -> _Ref:
         values = (scale, bias, bias.abs() if canceling is None else canceling)
         # ``expand`` refuses what would add images or values.
         full = (value.to(self._device).expand(1, *x.shape)[0] for value in values)
-        return self._add_node(Scale(*full), x.shape, x)
+        return self._add_node(ScaleLayer(*full), x.shape, x)
 
     def _add_node(self, layer: Affine | Relu | Sum, shape: Shape, *parents: _Ref) -> _Ref:
         if not all(isinstance(parent, _Ref) for parent in parents) or not math.prod(shape):

@@ -153,7 +153,7 @@ Span = tuple[str, NDArray[np.int64]]
 """Some channels of a tensor, in order."""
 
 
-class Unsupported(Exception):
+class UnsupportedLayout(Exception):
     """An operator whose channels must stay as they are; the message says why."""
 
 
@@ -175,7 +175,7 @@ class Operator(ABC):
         self.targets = [name for name in node.output if name]
         for name in self.targets:
             if layout.channels(name) is None:
-                raise Unsupported(f"the number of channels of {name} is not known")
+                raise UnsupportedLayout(f"the number of channels of {name} is not known")
 
     @abstractmethod
     def ties(self) -> Iterator[tuple[Span, Span]]:
@@ -194,10 +194,10 @@ class Operator(ABC):
         return name, np.arange(start, self.width(name) if end is None else end)
 
     def width(self, name: str) -> int:
-        """Count the channels of a tensor. Raises Unsupported where the graph does not say."""
+        """Count the channels of a tensor. Raises UnsupportedLayout where the graph does not say."""
         channels = self.layout.channels(name)
         if channels is None:
-            raise Unsupported(f"the number of channels of {name} is not known")
+            raise UnsupportedLayout(f"the number of channels of {name} is not known")
         return channels
 
     def fixed(self, position: int) -> NDArray[np.generic] | None:
@@ -206,7 +206,7 @@ class Operator(ABC):
             return None
         name = self.node.input[position]
         if name not in self.layout.arrays:
-            raise Unsupported(f"its input {name} is computed")
+            raise UnsupportedLayout(f"its input {name} is computed")
         return self.layout.arrays[name]
 
     def copy(self) -> NodeProto:

@@ -14,13 +14,18 @@ from s2ap_deploy.onnx_export.dead_channels.layout import (
     Layout,
     Operator,
     Span,
-    Unsupported,
+    UnsupportedLayout,
     Values,
     attributes,
     captured,
     layout,
 )
-from s2ap_deploy.onnx_export.dead_channels.ops_linear import Convolution, GroupedConvolution, Matrix, Product
+from s2ap_deploy.onnx_export.dead_channels.ops_linear import (
+    ConvolutionOperator,
+    GroupedConvolution,
+    Matrix,
+    Product,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +60,7 @@ def read(model: ModelProto) -> Network:
             continue
         try:
             operators[index] = recognize(node, known)
-        except Unsupported as error:
+        except UnsupportedLayout as error:
             barriers[index] = str(error)
             held.update(touched)
     tensors = _tensors(model, known)
@@ -67,18 +72,18 @@ def read(model: ModelProto) -> Network:
 
 
 def recognize(node: NodeProto, known: Layout) -> Operator:
-    """The operator of a node. Raises Unsupported with the reason."""
+    """The operator of a node. Raises UnsupportedLayout with the reason."""
     kind = node.op_type
     if node.domain not in ("", "ai.onnx"):
-        raise Unsupported(f"it is not a standard operator but one of {node.domain}")
+        raise UnsupportedLayout(f"it is not a standard operator but one of {node.domain}")
     if kind == "Conv":
         grouped = attributes(node).get("group", 1) != 1
-        return GroupedConvolution(node, known) if grouped else Convolution(node, known)
+        return GroupedConvolution(node, known) if grouped else ConvolutionOperator(node, known)
     if kind in ("Gemm", "MatMul"):
         return Matrix(node, known)
     factory = ops_linear.OPERATORS.get(kind) or ops_reshape.OPERATORS.get(kind)
     if factory is None:
-        raise Unsupported("compaction does not know it")
+        raise UnsupportedLayout("compaction does not know it")
     return factory(node, known)
 
 

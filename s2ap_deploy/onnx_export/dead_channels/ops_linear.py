@@ -16,7 +16,7 @@ from s2ap_deploy.onnx_export.dead_channels.layout import (
     NarrowedNode,
     Operator,
     Span,
-    Unsupported,
+    UnsupportedLayout,
     Values,
     attributes,
     set_attribute,
@@ -95,7 +95,7 @@ class Product(Weighted):
         return self.weights[rows][:, kept[self.source]], bias
 
 
-class Convolution(Product):
+class ConvolutionOperator(Product):
     """``Conv`` in one group."""
 
     def __init__(self, node: NodeProto, layout: Layout) -> None:
@@ -145,13 +145,13 @@ class Matrix(Product):
         super().__init__(node, layout)
         settings = {"transA": 0, "transB": 0, "alpha": 1.0, "beta": 1.0} | attributes(node)
         if (settings["transA"], settings["alpha"], settings["beta"]) != (0, 1.0, 1.0):
-            raise Unsupported("it transposes its activation or scales its terms")
+            raise UnsupportedLayout("it transposes its activation or scales its terms")
         matrix = self.fixed(1)
         if self.sources != [node.input[0]] or matrix is None or matrix.ndim != 2:
-            raise Unsupported("it is not an activation times a fixed matrix")
+            raise UnsupportedLayout("it is not an activation times a fixed matrix")
         self.source, self.target = self.sources[0], self.targets[0]
         if layout.rank(self.source) != 2:
-            raise Unsupported("its channels do not lie along axis 1")
+            raise UnsupportedLayout("its channels do not lie along axis 1")
         self.transposed = bool(settings["transB"])
         self.weights = (matrix if self.transposed else matrix.T)[:, :, None].copy()
         self.bias = _per_row(self.fixed(2), self.width(self.target))
@@ -170,7 +170,7 @@ def _convolution(operator: Operator) -> tuple[str, str, tuple[int, ...], Array, 
     """Source, target, shape of the weights, weights [M, C / groups, taps] and bias."""
     weights = operator.fixed(1)
     if operator.sources != [operator.node.input[0]] or weights is None:
-        raise Unsupported("its weights are computed")
+        raise UnsupportedLayout("its weights are computed")
     target = operator.targets[0]
     bias = _per_row(operator.fixed(2), operator.width(target))
     flat = weights.reshape(*weights.shape[:2], -1).copy()
@@ -187,7 +187,7 @@ def _per_row(bias: Array | None, rows: int) -> Array | None:
     if bias is None:
         return None
     if bias.size not in (1, rows) or (bias.ndim and bias.shape[-1] != bias.size):
-        raise Unsupported("its bias is not one value per channel")
+        raise UnsupportedLayout("its bias is not one value per channel")
     return np.broadcast_to(bias.reshape(-1), (rows,)).copy()
 
 
@@ -209,11 +209,11 @@ class Channelwise(Operator):
     def __init__(self, node: NodeProto, layout: Layout) -> None:
         super().__init__(node, layout)
         if len(self.targets) != 1:
-            raise Unsupported("it has more than one output")
+            raise UnsupportedLayout("it has more than one output")
         self.target = self.targets[0]
         self.channels = self.width(self.target)
         if not self.sources or any(self.width(name) != self.channels for name in self.sources):
-            raise Unsupported("its inputs have other channels than its output")
+            raise UnsupportedLayout("its inputs have other channels than its output")
 
     def ties(self) -> Iterator[tuple[Span, Span]]:
         for name in self.sources:
@@ -230,7 +230,7 @@ class Unchanged(Channelwise):
         super().__init__(node, layout)
         training = self.fixed(2) if node.op_type == "Dropout" else None
         if training is not None and training.any():
-            raise Unsupported("it drops values at random")
+            raise UnsupportedLayout("it drops values at random")
 
 
 class Elementwise(Channelwise):
@@ -240,7 +240,7 @@ class Elementwise(Channelwise):
         super().__init__(node, layout)
         ranks = {layout.rank(name) for name in (*self.sources, self.target)}
         if len(ranks) != 1:
-            raise Unsupported("its inputs have different numbers of dimensions")
+            raise UnsupportedLayout("its inputs have different numbers of dimensions")
         self.rank = ranks.pop()
         self.operands: dict[int, NDArray[np.generic]] = {}
         for position, name in enumerate(node.input):
@@ -251,7 +251,7 @@ class Elementwise(Channelwise):
 
     def _add_operand(self, position: int, array: NDArray[np.generic]) -> None:
         if array.ndim > self.rank:
-            raise Unsupported(f"its input {self.node.input[position]} has more dimensions")
+            raise UnsupportedLayout(f"its input {self.node.input[position]} has more dimensions")
         self.operands[position] = array
 
     def constants(self, values: Mapping[str, Values]) -> list[Values]:
@@ -292,7 +292,7 @@ class Quotient(Elementwise):
         super().__init__(node, layout)
         divisor = self.operands.get(1)
         if divisor is None or not np.all(divisor):
-            raise Unsupported("it divides by something computed or by zero")
+            raise UnsupportedLayout("it divides by something computed or by zero")
 
 
 class Activation(Channelwise):
@@ -301,7 +301,7 @@ class Activation(Channelwise):
     def __init__(self, node: NodeProto, layout: Layout) -> None:
         super().__init__(node, layout)
         if len(self.sources) != 1 or node.input[0] != self.sources[0]:
-            raise Unsupported("its limits are computed")
+            raise UnsupportedLayout("its limits are computed")
         self.limits = [self.fixed(position) for position in range(1, len(node.input))]
 
     def constants(self, values: Mapping[str, Values]) -> list[Values]:
@@ -314,17 +314,17 @@ class Activation(Channelwise):
         return [found]
 
 
-class Normalization(Channelwise):
+class NormalizationOperator(Channelwise):
     """``BatchNormalization`` with fixed statistics: ``(x - mean) / sqrt(var + epsilon) * scale + shift``."""
 
     def __init__(self, node: NodeProto, layout: Layout) -> None:
         super().__init__(node, layout)
         if attributes(node).get("training_mode", 0):
-            raise Unsupported("it normalizes by the batch")
+            raise UnsupportedLayout("it normalizes by the batch")
         parts = [self.fixed(position) for position in range(1, 5)]
         self.parts = [part for part in parts if part is not None]
         if len(self.sources) != 1 or len(self.parts) != 4:
-            raise Unsupported("its parameters are computed")
+            raise UnsupportedLayout("its parameters are computed")
 
     def constants(self, values: Mapping[str, Values]) -> list[Values]:
         scale, shift, mean, variance = (part.astype(np.float64) for part in self.parts)
@@ -338,7 +338,7 @@ class Normalization(Channelwise):
         )
 
 
-class Pooling(Channelwise):
+class PoolingOperator(Channelwise):
     """Pools and spatial reductions. ``keeps``: which constants come out as they went in."""
 
     def __init__(self, node: NodeProto, layout: Layout) -> None:
@@ -366,7 +366,7 @@ class Pooling(Channelwise):
         found = self.fixed(1) if given is None else np.asarray(given)
         rank = self.layout.rank(self.sources[0])
         if found is None or found.size == 0 or (found.astype(np.int64) % rank < 2).any():
-            raise Unsupported("it reduces over channels or the batch")
+            raise UnsupportedLayout("it reduces over channels or the batch")
 
 
 class Rearranged(Channelwise):
@@ -377,12 +377,12 @@ class Rearranged(Channelwise):
         if node.op_type == "Transpose":
             order = attributes(node).get("perm")
             if not isinstance(order, list) or order[:2] != [0, 1]:
-                raise Unsupported("it moves the channel axis")
+                raise UnsupportedLayout("it moves the channel axis")
             return
         axes = self.fixed(1)
         rank = layout.rank(self.target if node.op_type == "Unsqueeze" else self.sources[0])
         if axes is None or (axes.astype(np.int64) % rank < 2).any():
-            raise Unsupported("it moves the channel axis")
+            raise UnsupportedLayout("it moves the channel axis")
 
 
 def compute(node: NodeProto, opset: int, operands: list[NDArray[np.generic] | None]) -> Values:
@@ -408,9 +408,9 @@ Factory = Callable[[NodeProto, Layout], Operator]
 OPERATORS: dict[str, Factory] = {
     **dict.fromkeys(ACTIVATIONS, Activation),
     **dict.fromkeys(COMBINATIONS, Elementwise),
-    **dict.fromkeys(POOLS, Pooling),
+    **dict.fromkeys(POOLS, PoolingOperator),
     **dict.fromkeys(("Identity", "Dropout"), Unchanged),
     **dict.fromkeys(("Transpose", "Squeeze", "Unsqueeze"), Rearranged),
-    "BatchNormalization": Normalization,
+    "BatchNormalization": NormalizationOperator,
     "Div": Quotient,
 }

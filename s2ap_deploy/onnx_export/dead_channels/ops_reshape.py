@@ -14,7 +14,7 @@ from s2ap_deploy.onnx_export.dead_channels.layout import (
     NarrowedNode,
     Operator,
     Span,
-    Unsupported,
+    UnsupportedLayout,
     Values,
     attributes,
 )
@@ -28,9 +28,9 @@ class Concatenation(Operator):
     def __init__(self, node: NodeProto, layout: Layout) -> None:
         super().__init__(node, layout)
         if _axis(attributes(node).get("axis"), layout.rank(self.targets[0])) != CHANNEL_AXIS:
-            raise Unsupported("it does not concatenate channels")
+            raise UnsupportedLayout("it does not concatenate channels")
         if self.sources != list(node.input):
-            raise Unsupported("it concatenates something that has no channels")
+            raise UnsupportedLayout("it concatenates something that has no channels")
 
     def ties(self) -> Iterator[tuple[Span, Span]]:
         start = 0
@@ -49,9 +49,9 @@ class Division(Operator):
     def __init__(self, node: NodeProto, layout: Layout) -> None:
         super().__init__(node, layout)
         if _axis(attributes(node).get("axis", 0), layout.rank(node.input[0])) != CHANNEL_AXIS:
-            raise Unsupported("it does not split channels")
+            raise UnsupportedLayout("it does not split channels")
         if len(self.targets) != len(node.output):
-            raise Unsupported("it has an unnamed output")
+            raise UnsupportedLayout("it has an unnamed output")
         self.sizes = self.fixed(1)
         self.source = self.sources[0]
 
@@ -85,7 +85,7 @@ class Slicing(Operator):
         self.source, self.target = node.input[0], self.targets[0]
         starts, ends, axes, steps = (self.fixed(position) for position in range(1, 5))
         if self.sources != [self.source] or starts is None or ends is None:
-            raise Unsupported("its limits are computed")
+            raise UnsupportedLayout("its limits are computed")
         rank, count = layout.rank(self.source), starts.size
         given = np.arange(count) if axes is None else axes.astype(np.int64)
         self.place = next((i for i, axis in enumerate(given) if axis % rank == CHANNEL_AXIS), None)
@@ -94,11 +94,11 @@ class Slicing(Operator):
         if self.place is not None:
             step = 1 if steps is None else int(steps[self.place])
             if step != 1:
-                raise Unsupported("it takes channels in steps or backwards")
+                raise UnsupportedLayout("it takes channels in steps or backwards")
             bounds = slice(int(starts[self.place]), int(ends[self.place]))
             self.run = slice(*bounds.indices(self.width(self.source)))
         if any(given % rank == 0):
-            raise Unsupported("it slices the batch")
+            raise UnsupportedLayout("it slices the batch")
 
     def ties(self) -> Iterator[tuple[Span, Span]]:
         yield self.span(self.source, self.run.start, self.run.stop), self.span(self.target)
@@ -126,7 +126,7 @@ class Padding(Operator):
         self.source, self.target = node.input[0], self.targets[0]
         pads, value, axes = (self.fixed(position) for position in range(1, 4))
         if self.sources != [self.source] or pads is None:
-            raise Unsupported("its amounts are computed")
+            raise UnsupportedLayout("its amounts are computed")
         rank = layout.rank(self.source)
         given = np.arange(rank) if axes is None else axes.astype(np.int64) % rank
         amounts = pads.astype(np.int64).reshape(2, -1)
@@ -137,9 +137,9 @@ class Padding(Operator):
         self.before, self.after = (0, 0) if self.place is None else map(int, amounts[:, self.place])
         self.around = bool(amounts[:, given >= 2].any())
         if min(self.before, self.after) < 0 or amounts[:, given == 0].any():
-            raise Unsupported("it cuts channels or pads the batch")
+            raise UnsupportedLayout("it cuts channels or pads the batch")
         if self.before + self.after and not self.constant:
-            raise Unsupported("it repeats channels")
+            raise UnsupportedLayout("it repeats channels")
 
     def ties(self) -> Iterator[tuple[Span, Span]]:
         width = self.width(self.source)
@@ -173,18 +173,18 @@ class Reshaping(Operator):
         self.source, self.target = node.input[0], self.targets[0]
         sizes = [layout.spatial(name) for name in (self.source, self.target)]
         if self.sources != [self.source] or None in sizes:
-            raise Unsupported("its shape is not known")
+            raise UnsupportedLayout("its shape is not known")
         self.old, self.new = self.width(self.source), self.width(self.target)
         before, after = (size or 0 for size in sizes)
         if self.old * before != self.new * after or max(self.old, self.new) % min(self.old, self.new):
-            raise Unsupported("it mixes channels with other dimensions")
+            raise UnsupportedLayout("it mixes channels with other dimensions")
         self.shape: NDArray[np.int64] | None = None
         if node.op_type == "Reshape":
             shape = self.fixed(1)
             assert shape is not None
             self.shape = shape.astype(np.int64)
             if self.shape[CHANNEL_AXIS] == 0 and self.old != self.new:
-                raise Unsupported("its shape is not known")
+                raise UnsupportedLayout("its shape is not known")
 
     def ties(self) -> Iterator[tuple[Span, Span]]:
         wide = max(self.old, self.new)
@@ -216,9 +216,9 @@ class Selection(Operator):
         self.source, self.target = node.input[0], self.targets[0]
         chosen = self.fixed(1)
         if self.sources != [self.source] or chosen is None or chosen.ndim != 1:
-            raise Unsupported("what it takes is computed or no list")
+            raise UnsupportedLayout("what it takes is computed or no list")
         if _axis(attributes(node).get("axis", 0), layout.rank(self.source)) != CHANNEL_AXIS:
-            raise Unsupported("it does not take channels")
+            raise UnsupportedLayout("it does not take channels")
         self.chosen = chosen.astype(np.int64) % self.width(self.source)
 
     def ties(self) -> Iterator[tuple[Span, Span]]:

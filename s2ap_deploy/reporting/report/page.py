@@ -14,7 +14,7 @@ from s2ap_deploy.gating.check import Check
 from s2ap_deploy.reporting import charts
 from s2ap_deploy.reporting.ci_formats import cell
 from s2ap_deploy.reporting.figure_data import data_uri
-from s2ap_deploy.reporting.report import tables, words
+from s2ap_deploy.reporting.report import sections, words
 from s2ap_deploy.reporting.report.words import repetition
 from s2ap_deploy.reporting.run_facts import Facts
 from s2ap_deploy.reporting.svg import Drawing
@@ -37,7 +37,7 @@ def render_page(facts: Facts) -> str:
         facts=facts,
         words=words,
         charts=charts,
-        tables=tables,
+        tables=sections,
         data_uri=data_uri,
         fates=FATES,
         speaks=words.subject(facts),
@@ -155,16 +155,19 @@ def _problems(facts: Facts) -> list[str]:
 def _evaluation(facts: Facts) -> list[str]:
     if "comparison" in facts.missing:
         return [cell(facts.missing["comparison"])]
-    blocks = [_table(tables.comparison(facts))]
+    blocks = [_table(sections.comparison(facts))]
     if facts.pairs is not None:
         blocks.append(f"Drop of robust accuracy: {words.drop(facts.pairs)}.")
     blocks.append(words.CHOICE)
-    found = tables.classes(facts)
-    blocks += ["### Per class", _table(tables.Table(found.head[:-1], tuple(row[:-1] for row in found.rows)))]
+    found = sections.classes(facts)
+    blocks += [
+        "### Per class",
+        _table(sections.Table(found.head[:-1], tuple(row[:-1] for row in found.rows))),
+    ]
     if found.note:
         blocks.append(found.note)
     if facts.curves:
-        blocks += ["### Security curve (upper bound)", _table(tables.curve(facts))]
+        blocks += ["### Security curve (upper bound)", _table(sections.curve(facts))]
     return blocks
 
 
@@ -178,17 +181,17 @@ def _export(facts: Facts) -> list[str]:
         cell(export.statement),
     ]
     if export.tensors:
-        blocks.append(_table(tables.by_encoding(export)))
+        blocks.append(_table(sections.by_encoding(export)))
     if export.performance is not None:
-        timed = tables.performance(export.performance)
+        timed = sections.performance(export.performance)
         blocks += [_table(timed), cell(timed.note)]
     return blocks
 
 
 def _provenance(facts: Facts) -> list[str]:
-    rows = [(label, _code(value)) for label, value in tables.hashes(facts)]
-    rows += [(f"seed, {label}", cell(value)) for label, value in tables.seeds(facts)]
-    rows += [(label, cell(value)) for label, value in tables.versions(facts)]
+    rows = [(label, _code(value)) for label, value in sections.hashes(facts)]
+    rows += [(f"seed, {label}", cell(value)) for label, value in sections.seeds(facts)]
+    rows += [(label, cell(value)) for label, value in sections.versions(facts)]
     blocks = [_pairs(rows)] if rows else []
     if again := repetition(facts):
         lines = "\n".join(f"- {cell(line)}" for line in again)
@@ -212,6 +215,6 @@ def _pairs(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {cell(label)} | {value} |" for label, value in rows)])
 
 
-def _table(table: tables.Table) -> str:
+def _table(table: sections.Table) -> str:
     lines = ["| " + " | ".join(cell(str(each)) for each in row) + " |" for row in (table.head, *table.rows)]
     return "\n".join([lines[0], "|" + "---|" * len(table.head), *lines[1:]])

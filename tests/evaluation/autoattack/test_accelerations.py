@@ -15,7 +15,7 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from s2ap_deploy.evaluation.autoattack import build
+from s2ap_deploy.evaluation.autoattack import attacks
 from s2ap_deploy.evaluation.autoattack.apgd import deeply_wrong
 from s2ap_deploy.evaluation.autoattack.fab import project
 from s2ap_deploy.evaluation.autoattack.square import Proposals
@@ -48,7 +48,7 @@ class Watched(nn.Module):
 
 def reference(name: str, model: nn.Module, norm: str, eps: float, iterations: int) -> Any:
     shared: dict[str, Any] = {"norm": norm, "eps": eps, "seed": 5, "device": torch.device("cpu")}
-    apgd = {"n_iter": iterations, "use_largereps": norm == "L1", "logger": build.WarningCount()}
+    apgd = {"n_iter": iterations, "use_largereps": norm == "L1", "logger": attacks.WarningCount()}
     targets = 5 if norm == "L1" else 9
     makers = {
         "apgd-ce": lambda: APGDAttack(
@@ -74,9 +74,9 @@ def both(
         model = Watched(network, images, labels, norm)
         attack = reference(name, model, norm, EPS[norm], iterations)
         if ours:
-            attack = build.build(
+            attack = attacks.build(
                 name, model, ThreatModel(norm=norm, eps=repr(EPS[norm])), num_classes=10, seed=5,
-                device=torch.device("cpu"), warnings=build.WarningCount(), iterations=iterations,
+                device=torch.device("cpu"), warnings=attacks.WarningCount(), iterations=iterations,
                 version="plus" if name in ("apgd-dlr", "fab") else "standard",
             )  # fmt: skip
         attacked = attack.perturb(images.clone(), labels.clone())

@@ -10,7 +10,7 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import UsageError
-from s2ap_deploy.evaluation.autoattack import build, protocols
+from s2ap_deploy.evaluation.autoattack import attacks, protocols
 from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, attack
 from s2ap_deploy.evaluation.certificate import STATEMENTS
 from s2ap_deploy.gating.policy import judge
@@ -142,9 +142,9 @@ def test_rand_is_for_randomized_networks_and_repeats_itself(make_network, classe
 def test_rand_keeps_the_loop_of_the_reference() -> None:
     """There a point is wrong by chance at one step, and must not leave before its loss is high."""
     for name, classes in (("apgd-ce", 10), ("apgd-dlr", 10), ("apgd-margin", 2)):
-        built: Any = build.build(
+        built: Any = attacks.build(
             name, nn.Flatten(), ThreatModel(eps="0.1"), num_classes=classes, seed=0, device=CPU,
-            warnings=build.WarningCount(), version="rand",
+            warnings=attacks.WarningCount(), version="rand",
         )  # fmt: skip
         assert type(built).attack_single_run.__module__.startswith("pyautoattack")
         assert built.eot_iter == 20

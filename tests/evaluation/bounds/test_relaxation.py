@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from s2ap_deploy.errors import ArchitectureError, CheckpointError, DataError, DeployError
 from s2ap_deploy.evaluation.autoattack.frozen_model import FrozenModel
 from s2ap_deploy.evaluation.bounds import propagation
-from s2ap_deploy.evaluation.bounds.layers import Convolution, Forms
+from s2ap_deploy.evaluation.bounds.layers import ConvolutionLayer, Forms
 from s2ap_deploy.evaluation.bounds.propagation import (
     Bounds,
     Region,
@@ -329,7 +329,7 @@ def test_windows_carry_the_same_forms_as_whole_maps(
         return
     weight = torch.randn(4, 2 // groups, kernel, kernel, generator=noise, dtype=torch.float64)
     pad = (padding, max(0, padding - 1), padding, padding)
-    layer = Convolution(weight, None, size, (stride, stride), pad, (dilation, dilation), groups)
+    layer = ConvolutionLayer(weight, None, size, (stride, stride), pad, (dilation, dilation), groups)
     x = torch.randn(1, *size, generator=noise, dtype=torch.float64)
     y = layer.interval(x, x)[0]
     for row in range(layer.shape[1]):

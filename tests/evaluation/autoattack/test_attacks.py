@@ -10,8 +10,7 @@ from pyautoattack import AutoAttack
 from torch import nn
 
 from s2ap_deploy.errors import DataError
-from s2ap_deploy.evaluation.autoattack import build as attacks
-from s2ap_deploy.evaluation.autoattack import protocols
+from s2ap_deploy.evaluation.autoattack import attacks, protocols
 from s2ap_deploy.evaluation.autoattack.frozen_model import FrozenModel, distances
 from s2ap_deploy.spec import ThreatModel
 

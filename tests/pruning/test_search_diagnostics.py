@@ -11,9 +11,9 @@ from torch import nn
 from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.pruning.allocation import Fixed
-from s2ap_deploy.pruning.diagnosis import Diagnosis, diagnosis
 from s2ap_deploy.pruning.granularity import Weights
 from s2ap_deploy.pruning.scores import ScoredNetwork
+from s2ap_deploy.pruning.search_diagnostics import Diagnosis, diagnosis
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training.objective import Objective
