@@ -55,7 +55,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def age(span: timedelta) -> str:
+def age_text(span: timedelta) -> str:
     """Return ``36 hours`` or ``2.5 days``."""
     hours = span / timedelta(hours=1)
     return f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:.1f} days"

@@ -49,8 +49,8 @@ def test_units_have_a_plural(number: int, unit: str, text: str) -> None:
         (formatting.duration(119), "119 s"),
         (formatting.duration(1500), "25 min"),
         (formatting.duration(12_600), "3.5 h"),
-        (formatting.age(timedelta(hours=36)), "36 hours"),
-        (formatting.age(timedelta(hours=60)), "2.5 days"),
+        (formatting.age_text(timedelta(hours=36)), "36 hours"),
+        (formatting.age_text(timedelta(hours=60)), "2.5 days"),
     ],
 )
 def test_quantities(found: str, text: str) -> None:

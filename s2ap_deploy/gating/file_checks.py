@@ -11,6 +11,7 @@ from pathlib import Path
 
 from s2ap_deploy import files
 from s2ap_deploy.evaluation.certificate import Certificate
+from s2ap_deploy.formatting import age_text
 from s2ap_deploy.gating.check import Check, Status, inconclusive
 from s2ap_deploy.records import ExportFacts, PointsCheck
 from s2ap_deploy.spec import Record
@@ -214,7 +215,8 @@ def age_limit(limit: str, age: timedelta | None) -> Check:
         rule="age",
         name=name,
         status="pass" if recent else "inconclusive",
-        message=f"{name}: {age(old)}; allowed {age(allowed)}" + ("" if recent else ": certify again"),
+        message=f"{name}: {age_text(old)}; allowed {age_text(allowed)}"
+        + ("" if recent else ": certify again"),
         reason=None if recent else "too-old",
         threshold=allowed / timedelta(hours=1),
         observed=hours,
