@@ -63,10 +63,17 @@ def record(args: argparse.Namespace) -> None:
     found = commands.read(args.out) if args.out.exists() else {}
     for name in [each for each in args.only or RUNS if each not in found]:
         started = time.monotonic()
-        found[name] = results(args.checkout.resolve(), name, work, args.shared.resolve())
+        found[name] = {"commit": commit(args.checkout)}
+        found[name] |= results(args.checkout.resolve(), name, work, args.shared.resolve())
         found[name]["seconds"] = round(time.monotonic() - started, 1)
         args.out.write_text(json.dumps(found, indent=1, sort_keys=True), encoding="utf-8")
         print(f"{name}: {found[name]['seconds']} s", flush=True)
+
+
+def commit(checkout: Path) -> str:
+    """The commit of a checkout, with ``-dirty`` where files were changed since."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def results(checkout: Path, name: str, work: Path, shared: Path) -> dict[str, Any]:

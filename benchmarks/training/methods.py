@@ -99,14 +99,19 @@ def main() -> None:
     parser.add_argument("--tested", type=int, help="first test images under PGD-50 [default: 10000, 5000]")
     parser.add_argument("--dense-images", type=int, default=20_000, help="that train CIFAR's dense network")
     parser.add_argument("--dense-epochs", type=int, default=12)
+    parser.add_argument("--dense-only", action="store_true", help="attack the dense network, prune nothing")
     args = parser.parse_args()
     mnist = args.data == "mnist"
     args.images = args.images or (6_000 if mnist else 10_000)
     args.tested = (10_000 if mnist else 5_000) if args.tested is None else args.tested
     args.work.mkdir(parents=True, exist_ok=True)
     base = mnist_base(args) if mnist else cifar_base(args)
-    facts = {} if mnist else {"network": CIFAR_ARCH, "dense": dense_accuracy(base, args.tested)}
-    write_table(args, base, args.name.replace("DATA", args.data), facts)
+    name = args.name.replace("DATA", args.data)
+    dense = {"tested": args.tested, "dense": dense_accuracy(base, args.tested)}
+    if args.dense_only:
+        results.write(f"{name}-dense", dense)
+    else:
+        write_table(args, base, name, dense if mnist else {"network": CIFAR_ARCH, **dense})
 
 
 def mnist_base(args: argparse.Namespace) -> Base:
@@ -149,7 +154,7 @@ def dense_accuracy(base: Base, tested: int) -> dict[str, float]:
     """The dense network under the attack of the table."""
     if not tested:
         return {}
-    test = first(datasets.load(base.data, seed=0).test, tested, base.by_class)
+    test = first(datasets.load(base.data, root=base.root, seed=0).test, tested, base.by_class)
     found = base.attack(checkpoint.load(base.checkpoint)[0], test)
     return {"clean": found.clean_accuracy, "robust": found.robust_accuracy}
 
