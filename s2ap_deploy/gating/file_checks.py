@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from s2ap_deploy import files
 from s2ap_deploy.evaluation.certificate import Certificate
@@ -16,6 +16,23 @@ from s2ap_deploy.gating.check import Check, Status, inconclusive
 from s2ap_deploy.records import ExportFacts, PointsCheck
 from s2ap_deploy.spec import Record
 
+RUNNABLE: Mapping[str, tuple[str, ...]] = {
+    "ONNX": (".onnx", ".ort"),
+    "PyTorch": (".pt", ".pt2", ".pth", ".ptl", ".safetensors"),
+    "ExecuTorch": (".pte", ".ptd"),
+    "TensorFlow Lite": (".tflite",),
+    "Core ML": (".mlpackage", ".mlmodel", ".mlmodelc"),
+    "OpenVINO": (".xml", ".bin", ".blob"),
+    "ncnn": (".param", ".bin"),
+    "MNN": (".mnn",),
+    "TensorRT": (".engine", ".plan"),
+    "C": (".c", ".h", ".so", ".a", ".o", ".dll", ".dylib"),
+}
+"""The kinds of file that a device can run or load a network from, by runtime.
+
+A suffix counts anywhere in a name (``model.onnx.bak``) and in the name of a folder (``model.mlpackage``).
+"""
+_SUFFIXES = frozenset(suffix for suffixes in RUNNABLE.values() for suffix in suffixes)
 _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 _CLOCK_SKEW = timedelta(hours=1)
 _UNMEASURED = ("not-measured", "was not measured")
@@ -47,6 +64,25 @@ class ShippedFile(Record):
             recorded_sha256=recorded_sha256,
             bytes=path.stat().st_size if there else None,
         )
+
+
+def is_runnable(name: str) -> bool:
+    """Return whether a device could run the file, or the folder around it, by its path in the run folder."""
+    if name.startswith("gate/") and name.endswith(".xml"):
+        return False  # a JUnit report; OpenVINO's graphs load their weights from a .bin file
+    parts = PurePosixPath(name.lower()).parts
+    return any(not _SUFFIXES.isdisjoint(PurePosixPath(part).suffixes) for part in parts)
+
+
+def runnable_files(folder: Path) -> Iterator[str]:
+    """Yield the names, relative to ``folder``, of the files below it that a device could run, in order.
+
+    A link to a folder is yielded as well: what it leads to is not looked at.
+    """
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if (path.is_symlink() and path.is_dir()) or (not path.is_dir() and is_runnable(name)):
+            yield name
 
 
 def coverage(file: ShippedFile, *certificates: Certificate) -> Check:

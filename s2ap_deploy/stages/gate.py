@@ -12,17 +12,17 @@ from s2ap_deploy.errors import InconclusiveError
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.formatting import LONGEST_PATH, plain
 from s2ap_deploy.gating.check import Check, Verdict
-from s2ap_deploy.gating.file_checks import ShippedFile, intact
+from s2ap_deploy.gating.file_checks import ShippedFile, intact, is_runnable, runnable_files
 from s2ap_deploy.gating.policy import judge
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.recipe.thresholds import Thresholds
 from s2ap_deploy.runs.folder import Run
-from s2ap_deploy.runs.manifest import Output, StageName, StageRecord
+from s2ap_deploy.runs.manifest import STAGES, Output, StageName, StageRecord
 
 VERDICT = "verdict.json"
 REPORT = "export/report.json"
 FILE_CERTIFICATE = "artifact/certificate.json"
-ARTIFACT_SUFFIXES = {".onnx", ".ort", ".pt2", ".pte", ".tflite", ".engine", ".mlmodel", ".mlpackage"}
+_WEIGHTS = ".safetensors"  # also the form of masks, scores and points
 
 
 class _Recorded(NamedTuple):
@@ -169,7 +169,7 @@ def _shipped(run: Run, subject: str, report: ExportReport | None) -> list[Shippe
     recorded = {
         output.path: output.sha256
         for output in (*_outputs(run, "export"), *_outputs(run, "artifact"))
-        if Path(output.path).suffix in ARTIFACT_SUFFIXES
+        if is_runnable(output.path) and not output.path.endswith(_WEIGHTS)
     }
     exported = None
     if report is not None:
@@ -184,15 +184,18 @@ def _shipped(run: Run, subject: str, report: ExportReport | None) -> list[Shippe
         file = _file(run, name, sha256)
         found.append(file.model_copy(update={**facts, "export": report if name == exported else None}))
     # Files that no stage recorded need a certificate as well.
-    for path in sorted(run.path.rglob("*")):
-        name = path.relative_to(run.path).as_posix()
-        if (
-            path.suffix.lower() in ARTIFACT_SUFFIXES
-            and name not in recorded
-            and not path.name.startswith(files.TEMPORARY)
-        ):
-            found.append(_named(name, ShippedFile.read(path, None)))
+    for name in runnable_files(run.path):
+        in_stage = name.split("/")[0] in (*STAGES, "steps") and name.endswith(_WEIGHTS)
+        file = _named(name, ShippedFile.read(run.path / name, None))
+        if name not in recorded and not in_stage and not _adopted(run, file):
+            found.append(file)
     return found
+
+
+def _adopted(run: Run, file: ShippedFile) -> bool:
+    """Return whether the file is the checkpoint that the run started from."""
+    record = run.manifest.stages.get("pretrain")
+    return record is not None and file.sha256 is not None and record.inputs.get("checkpoint") == file.sha256
 
 
 def _networks(run: Run, stage: StageName) -> list[Output]:

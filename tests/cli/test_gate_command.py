@@ -53,13 +53,26 @@ def test_before_certify_there_is_nothing_to_judge(
 
 
 @pytest.mark.parametrize(
-    "name", ["export/int8.onnx", "spare.onnx", "export/deep/x.ONNX", "export/model.tflite"]
+    "name",
+    [
+        *(
+            "export/int8.onnx",
+            "spare.onnx",
+            "export/deep/x.ONNX",
+            "export/model.tflite",
+            "model.pte",
+            "m.pt2",
+        ),
+        *("m.pth", "export/m.mlpackage/Data/weight.bin", "export/model.xml", "net.param", "net.bin"),
+        *("net.mnn", "best.safetensors", "net.c", "net.h", "libnet.so", "libnet.a", "export/model.onnx.bak"),
+        "export/.tmp-0123456789abcdef.onnx",
+    ],
 )
 def test_an_artifact_that_nothing_covers_is_inconclusive(
     name: str, s2ap: Callable[..., Any], own_run: Path
 ) -> None:
     stranger = own_run / name
-    stranger.parent.mkdir(exist_ok=True)
+    stranger.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(own_run / "export" / "model.onnx", stranger)
     done = s2ap("gate", *EASY, "--run", own_run)
     assert done.code == 3
