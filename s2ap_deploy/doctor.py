@@ -1,6 +1,6 @@
-"""Doctor: what this machine has, what will not work and what to type. No network, no torch by itself.
+"""Check the machine: list what it has, what will not work, and how to fix it. Uses no network.
 
-Every check is guarded, because users run this on machines on which something is broken.
+Every check is guarded, because users run this command when something is broken.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LITTLE_DISK = LITTLE_MEMORY = 2 << 30  # bytes
 
 
 class Problem(Record):
-    """Something that will not work. ``blocks`` is true where no command can do its work without it."""
+    """Something that will not work. ``blocks`` is true if no command can run without it."""
 
     what: str
     why: str
@@ -39,7 +39,7 @@ class Problem(Record):
 
 
 class Computer(Record):
-    """What computes: cores, instruction sets, bytes of memory and disk (None where unknown)."""
+    """The hardware: cores, instruction sets, bytes of memory and disk (None if unknown)."""
 
     system: str
     machine: str
@@ -52,14 +52,14 @@ class Computer(Record):
 
 
 class DataSet(Record):
-    """A data set by name, and where it was found; None where it was not."""
+    """A data set by name, and the folder in which it was found; None if it was not."""
 
     name: str
     where: str | None
 
 
 class PlugIn(Record):
-    """A plug-in, and why it cannot be used; None for one that can."""
+    """A plug-in, and the reason why it cannot be used, or None."""
 
     kind: Kind
     name: str
@@ -68,7 +68,7 @@ class PlugIn(Record):
 
 
 class Health(Record):
-    """What :func:`examine` found. ``usable`` is false where a problem blocks everything."""
+    """The result of :func:`examine`. ``usable`` is false if a problem blocks every command."""
 
     versions: dict[str, str]
     computer: Computer
@@ -81,7 +81,7 @@ class Health(Record):
 
 
 def examine(folder: Path, recorder: Recorder, *, data_root: Path | None = None) -> Health:
-    """Look at everything; ``folder`` is where run folders would lie. What fails becomes a problem."""
+    """Run all checks; ``folder`` is the place for run folders. A check that fails becomes a problem."""
     recorder.begin("doctor", len(MODULES) + 3, "check")
     problems = [*requirements()]
     for distribution, module in MODULES.items():
@@ -113,7 +113,7 @@ def examine(folder: Path, recorder: Recorder, *, data_root: Path | None = None) 
 
 
 def versions() -> dict[str, str]:
-    """Python's, ours, and those of every distribution that we need."""
+    """Return the versions of Python, this package and all its dependencies."""
     found = {"python": platform.python_version()}
     for name in (DISTRIBUTION, *MODULES):
         try:
@@ -124,7 +124,7 @@ def versions() -> dict[str, str]:
 
 
 def requirements() -> Iterator[Problem]:
-    """What the installed distribution asks for and does not have, or has in another version."""
+    """Yield a problem for each requirement that is missing or installed in an unsupported version."""
     try:
         asked = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
@@ -154,9 +154,9 @@ def requirements() -> Iterator[Problem]:
 
 
 def importable(distribution: str, module: str) -> Iterator[Problem]:
-    """A library that is there but cannot be loaded."""
+    """Yield a problem if the library is installed but cannot be imported."""
     if not _installed(distribution):
-        return  # told by its requirement
+        return  # reported by requirements()
     try:
         importlib.import_module(module)
     except (Exception, SystemExit) as error:  # a broken library may raise anything
@@ -165,7 +165,7 @@ def importable(distribution: str, module: str) -> Iterator[Problem]:
 
 
 def look_around(folder: Path) -> tuple[Computer, list[Problem]]:
-    """The machine, and what it is too small for."""
+    """Describe the machine and report insufficient resources."""
     problems: list[Problem] = []
     device = _device(problems)
     instructions = _instructions()
@@ -199,7 +199,7 @@ def look_around(folder: Path) -> tuple[Computer, list[Problem]]:
 
 
 def data_sets(root: Path | None) -> tuple[Path, tuple[DataSet, ...]]:
-    """Where data sets are looked for, and which are there; the digits are a file of the package."""
+    """Return the data root and the data sets found there; the digits are part of the package."""
     try:
         from s2ap_deploy.data.published import FOOTPRINTS, data_root
     except (Exception, SystemExit):  # torch may be what is broken
@@ -213,7 +213,7 @@ def data_sets(root: Path | None) -> tuple[Path, tuple[DataSet, ...]]:
 
 
 def plug_in(offered: plugins.Plugin) -> PlugIn:
-    """A plug-in after an attempt to import it."""
+    """Import a plug-in and record the result."""
     problem = None
     try:
         if offered.kind == "methods":
@@ -255,7 +255,7 @@ def _installed(distribution: str) -> bool:
 
 
 def _device(problems: list[Problem]) -> Literal["cpu"] | str:
-    """What ``--device auto`` would take."""
+    """Return the device that ``--device auto`` selects."""
     try:
         import torch
 
@@ -272,7 +272,7 @@ def _device(problems: list[Problem]) -> Literal["cpu"] | str:
 
 
 def _instructions() -> tuple[str, ...]:
-    """Instruction sets that matter here, as Linux names them; empty where the system does not say."""
+    """Return the relevant instruction sets by their Linux names; empty if unknown."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -286,7 +286,7 @@ def _instructions() -> tuple[str, ...]:
 
 
 def _memory() -> tuple[int | None, int | None]:
-    """Bytes of memory in all, and those that are available."""
+    """Return the bytes of total and of available memory."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}

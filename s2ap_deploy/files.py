@@ -70,7 +70,7 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON of which equal values have equal bytes: sorted keys, two spaces, a final line end.
+    """Return JSON in which equal values have equal bytes: sorted keys, two spaces, a final newline.
 
     Raises ValueError for NaN and infinity, which JSON does not have.
     """

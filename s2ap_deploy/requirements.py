@@ -1,6 +1,6 @@
 """The libraries that the package needs, and the commands that install missing ones.
 
-``gate`` and ``verify --files`` need three small libraries. This installs the package with these alone::
+``gate`` and ``verify --files`` need three small libraries. This installs the package with only these::
 
     pip install --no-deps s2ap-deploy
     pip install --no-warn-conflicts $(python -m s2ap_deploy.requirements gate)
@@ -74,7 +74,7 @@ def install_incomplete(error: ImportError) -> UsageError | None:
 
 
 def _name(requirement: str) -> str:
-    """The distribution's name as pip compares it: ``py-yaml`` for ``Py_YAML<7``."""
+    """Return the normalized name of a requirement: ``py-yaml`` for ``Py_YAML<7``."""
     return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
 
 

@@ -15,7 +15,7 @@ PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "pyautoattack", "nump
 
 
 def device(name: str | None = None) -> torch.device:
-    """The named device, or the best one present (CUDA, then CPU)."""
+    """Return the named device, or the best one present (CUDA, then CPU)."""
     if name is None or name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -30,31 +30,31 @@ def device(name: str | None = None) -> torch.device:
 
 
 def derive_seed(*keys: int | str) -> int:
-    """A 63-bit seed from any keys, the same on every machine.
+    """Derive a 63-bit seed from any keys, the same on every machine.
 
-    Random streams are keyed by what they are for (seed, stage, epoch, step) instead of being drawn
-    from one running state: a resumed epoch then sees the numbers that the uninterrupted one saw.
+    Random streams are keyed by their purpose (seed, stage, epoch, step) instead of being drawn from one
+    running state: a resumed epoch then draws the same numbers as an uninterrupted one.
     """
     digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def generator(*keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator seeded by :func:`derive_seed`."""
+    """Return a generator seeded by :func:`derive_seed`."""
     return torch.Generator(device=device).manual_seed(derive_seed(*keys))
 
 
 def seed_layers(*keys: int | str) -> None:
-    """Seed torch's own streams, which layers such as dropout draw from without being asked.
+    """Seed torch's global streams, which layers such as dropout draw from.
 
-    Everything else here has a :func:`generator` of its own. Done once an epoch, an epoch after a kill draws
-    what it would have drawn; ranks give their number as a key, so as not to draw alike.
+    All other code uses its own :func:`generator`. Seeding once per epoch makes an epoch after a kill draw
+    the same numbers; ranks add their number as a key so that they draw different ones.
     """
     torch.manual_seed(derive_seed(*keys))
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Return the versions of all software that a result depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -65,7 +65,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(chosen: torch.device) -> dict[str, str | int | bool]:
-    """Facts about the machine that a result may depend on, without naming the machine."""
+    """Return facts about the machine that a result may depend on, without its name."""
     facts: dict[str, str | int | bool] = {
         "device": str(chosen),
         "threads": torch.get_num_threads(),

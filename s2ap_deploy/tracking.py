@@ -1,7 +1,7 @@
-"""Figures of long work for TensorBoard or MLflow: recorders beside the one that a person watches.
+"""Log metrics to TensorBoard or MLflow, in addition to the recorder on screen.
 
-Both are optional (``pip install 's2ap-deploy[tracking]'``) and imported only when they are asked for. Nothing
-leaves the machine: files lie below the run folder, unless MLFLOW_TRACKING_URI names another place for MLflow.
+Both are optional (``pip install 's2ap-deploy[tracking]'``) and imported only on request. Nothing leaves the
+machine: files are written below the run folder, unless MLFLOW_TRACKING_URI names another place for MLflow.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Figures = Mapping[str, float | int | str]
 
 
 class Tracker(Protocol):
-    """Where figures go. ``stage`` and name of a figure together are its tag: ``search/loss``."""
+    """Interface of a tracker. The tag of a metric is its stage and name: ``search/loss``."""
 
     def facts(self, values: Mapping[str, str]) -> None:
-        """What was asked for: the recipe's keys and their values."""
+        """Log the recipe's keys and values."""
 
     def figures(self, stage: str, values: Mapping[str, float], step: int) -> None:
-        """The figures of one row; ``step`` is the epoch, or the row's number where there are no epochs."""
+        """Log the metrics of one row; ``step`` is the epoch, or the row's number if there are no epochs."""
 
     def close(self) -> None:
-        """Everything is told."""
+        """Flush and close the tracker."""
 
 
 class TensorBoard:
@@ -57,7 +57,7 @@ class TensorBoard:
 
 
 class MLflow:
-    """One MLflow run called ``name``, kept in ``folder`` unless MLFLOW_TRACKING_URI says where."""
+    """One MLflow run called ``name``, stored in ``folder`` unless MLFLOW_TRACKING_URI is set."""
 
     def __init__(self, folder: Path, name: str) -> None:
         # Figures are only for the user, and a folder needs no database.
@@ -87,7 +87,7 @@ class MLflow:
 
 
 class Tracked:
-    """A recorder that tells another one everything, and trackers the figures."""
+    """A recorder that forwards everything to another one, and metrics to trackers."""
 
     def __init__(self, inner: Recorder, trackers: Sequence[Tracker]) -> None:
         self.inner = inner
@@ -127,9 +127,9 @@ class Tracked:
 def tracked(
     inner: Recorder, names: Sequence[str], folder: Path, facts: Mapping[str, Any]
 ) -> Iterator[Recorder]:
-    """``inner``, or with ``names`` a recorder that also tells those trackers, below ``folder``.
+    """Return ``inner``, or with ``names`` a recorder that also logs to those trackers, below ``folder``.
 
-    ``facts`` are nested settings. Raises UsageError for a tracker that is not installed or not known, and
+    ``facts`` are nested settings. Raises UsageError for a tracker that is not installed or unknown, and
     StorageError when it cannot write.
     """
     if not names:
@@ -153,7 +153,7 @@ def require(names: Sequence[str]) -> None:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings by dotted names, as text; those that are None are left out."""
+    """Flatten nested settings to dotted names and text, without those that are None."""
     found: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -194,5 +194,5 @@ def _require(module: str, name: str) -> None:
 
 
 def _tag(stage: str, values: Figures) -> str:
-    """Attacks of one stage are kept apart."""
+    """Return the tag prefix of a stage, one per attack."""
     return f"{stage}/{values['attack']}" if "attack" in values else stage

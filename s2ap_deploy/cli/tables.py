@@ -172,7 +172,7 @@ def performance_table(performance: Performance) -> Table:
 
 
 def int8_words(instructions: Sequence[str] | None) -> str:
-    """Say whether the processor has instructions for int8."""
+    """State whether the processor has instructions for int8."""
     if instructions is None:
         return "whether the processor has instructions for int8 is not known"
     vnni = [each for each in instructions if "vnni" in each]

@@ -24,16 +24,16 @@ class Codec(ABC):
     commands can list encodings at once; methods import what they need.
 
     Attributes:
-        name: as options, recipes and reports spell it.
+        name: its name in options, recipes and reports.
         title: its name in tables.
-        summary: what it stores, in a few words.
-        order: position in lists, and which of two equally small encodings ``auto`` takes.
-        selectable: whether a recipe can ask for it.
+        summary: a short description of what it stores.
+        order: position in lists; ``auto`` takes the first of two equally small encodings.
+        selectable: whether a recipe can select it.
         automatic: whether ``auto`` considers it.
         any_density: whether ``auto`` considers it above MAX_DENSITY too.
         sparse: whether it stores positions.
-        statement: what a report says of files that use it; empty for nothing.
-        operators: the ONNX operators of its decode graph. Files with other ones are refused.
+        statement: a sentence for reports on files that use it; may be empty.
+        operators: the ONNX operators of its decode graph; files with others are refused.
         intermediate_ratio: bytes of intermediate values per byte of the decoded float32 weight, at most.
         node_bytes: measured bytes of its nodes and names, in the first tensors of a file and in later ones,
             whose names are longer.
@@ -66,7 +66,7 @@ class Codec(ABC):
         """Predict the bytes of values, ``value_bytes`` each, and positions, without names and nodes."""
 
     def saved_node_bytes(self, nonzeros: int, entries: int) -> int:
-        """Predict the bytes of nodes that such a weight does without."""
+        """Predict the bytes of nodes that this weight does not need."""
         return 0
 
 
@@ -86,7 +86,7 @@ def check_positions(positions: NDArray[np.integer], universe: int) -> NDArray[np
 
 
 def entropy_bits(count: int, universe: int) -> float:
-    """Bits per position of a Bernoulli source of the same density, ``N H(k/N) / k``."""
+    """Compute the bits per position of a Bernoulli source of the same density, ``N H(k/N) / k``."""
     import numpy as np
 
     if count in (0, universe):

@@ -1,7 +1,7 @@
-"""How the values of a weight are stored: as float32, or rounded to float16, or to int8 with scales.
+"""Types of stored values: float32, or rounded to float16, or to int8 with scales.
 
-Rounded values are converted back to float32 before anything is computed, so that a runtime needs no
-arithmetic of a lower precision. But they are other values: what is exported is then another network.
+Rounded values are converted back to float32 before anything is computed, so a runtime needs no
+low-precision arithmetic. The rounded values make the exported file a different network.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class ValueType:
     """A type of stored values.
 
     Attributes:
-        name: as options, recipes, targets and reports spell it.
-        description: in sentences.
+        name: its name in options, recipes, targets and reports.
+        description: a noun phrase for messages.
         bytes: of one value.
         node_bytes: measured bytes of the nodes that restore float32.
         row_bytes: bytes of the scale of one output channel.

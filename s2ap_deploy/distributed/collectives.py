@@ -1,7 +1,7 @@
 """Collective operations of a training loop; with one process each of them does nothing.
 
-A loop is written once: it asks its :class:`Ranks` to sum what each rank found in its own rows of the batch.
-With one rank a sum over ranks is what is already there, to the bit.
+A loop is written once: it calls its :class:`Ranks` to sum the results of each rank's rows of the batch.
+With one rank the sum over ranks returns its input, bit for bit.
 """
 
 from __future__ import annotations

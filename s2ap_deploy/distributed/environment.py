@@ -27,7 +27,7 @@ _POLL_SECONDS = 0.5
 
 
 def rank() -> int:
-    """Return the rank of this process, 0 where there is but one.
+    """Return the rank of this process; 0 for a single process.
 
     Raises UsageError for a variable that is not a number.
     """
@@ -47,14 +47,14 @@ def size() -> int:
 
 
 def shares(arguments: list[str]) -> bool:
-    """Tell whether several ranks share the work of the command line ``arguments``."""
+    """Return whether several ranks share the work of the command line ``arguments``."""
     return size() > 1 and bool(arguments) and arguments[0] in COMMANDS
 
 
 def prepare() -> None:
     """Set up a process that is one of several ranks, before torch is imported.
 
-    Ranks other than 0 print nothing and hold nothing worth saving: SIGINT and SIGTERM end them at once.
+    Ranks other than 0 print nothing and have no state to save: SIGINT and SIGTERM end them at once.
     """
     # When one rank ends with an error, torch would print C++ stack traces of the others beside its message.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -67,7 +67,7 @@ def prepare() -> None:
 
 
 def takes_error(message: str, hint: str | None, code: str, exit_code: int) -> bool:
-    """Leave an error to the launcher; False where this process has to print it itself.
+    """Pass an error to the launcher; return False if this process has to print it itself.
 
     Every rank writes its error into the file that torch's elastic agent reads. The agent's process reports
     the first one: ``launch`` as an error of its own, torchrun in its summary, beside what rank 0 prints.

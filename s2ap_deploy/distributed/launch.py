@@ -105,7 +105,7 @@ def _configuration(count: int, folder: str) -> LaunchConfig:
 def exit_code_of(failures: Mapping[int, ProcessFailure]) -> int:
     """Raise the error of the rank that failed first, or return the exit code of a rank 0 that had none.
 
-    Errors and signals that follow from another rank's failure count only where there is no other.
+    Errors and signals that follow from another rank's failure count only if there is no other.
     """
     earliest = sorted(failures.items(), key=lambda each: (each[1].timestamp, each[0]))
     rank, failure = min(earliest, key=lambda each: _follows(each[1]))
@@ -125,7 +125,7 @@ def exit_code_of(failures: Mapping[int, ProcessFailure]) -> int:
 
 
 def _follows(failure: ProcessFailure) -> bool:
-    """Whether a failure may be the consequence of another rank's."""
+    """Return whether a failure may be the consequence of another rank's."""
     report: Any = failure.error_file_data.get("message")
     if isinstance(report, dict):
         return report.get("code") in _CONSEQUENCES
@@ -133,7 +133,7 @@ def _follows(failure: ProcessFailure) -> bool:
 
 
 def _environment(count: int) -> dict[str, str]:
-    """What the ranks find in their environment, where the user has not set it."""
+    """Return environment variables for the ranks; variables that the user has set take precedence."""
     own = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
         # gloo would look up the machine's name, which need not resolve; the ranks are all here.

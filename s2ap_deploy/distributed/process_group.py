@@ -83,9 +83,9 @@ class DistributedGroup(Ranks):
 
 
 def current_group(device: torch.device) -> Ranks:
-    """Return the ranks that work on ``device``: this process alone where it was started alone.
+    """Return the ranks that work on ``device``: only this process if it was started alone.
 
-    Raises UsageError where a rank cannot have a GPU of its own.
+    Raises UsageError if a rank cannot have a GPU of its own.
     """
     if environment.size() == 1:
         return SINGLE_PROCESS
@@ -134,7 +134,7 @@ def init_process_group() -> DistributedGroup:
 
 
 def shutdown() -> None:
-    """Leave the group, if this process is in one, when all ranks have finished their work."""
+    """Leave the process group, if there is one, after all ranks have finished their work."""
     global _group
     if _group is not None:
         _group.broadcast(None)

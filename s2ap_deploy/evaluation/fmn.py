@@ -225,7 +225,7 @@ class FMNAttacker(Attacker):
     step: float
 
     def run(self, unit: Unit) -> UnitResult:
-        """One run from the unit's clean images. Raises CheckpointError for non-finite logits."""
+        """Run once from the unit's clean images. Raises CheckpointError for non-finite logits."""
         started = time.monotonic()
         rows = torch.tensor(unit.indices)
         clean, truth = self.images[rows].to(self.device), self.labels[rows].to(self.device)
@@ -431,7 +431,7 @@ class FMNState:
         return adversarial
 
     def _resize(self, adversarial: Tensor, gamma: float, boundary: Tensor) -> None:
-        """Algorithm 1: shrink inside the adversarial region, grow outside of it."""
+        """Update the radius (algorithm 1): shrink inside the adversarial region, grow outside it."""
         shrunk = torch.minimum(self.radius * (1 - gamma), self.best)
         adapted = torch.where(adversarial, shrunk, self.radius * (1 + gamma))
         # At the first adversarial point the radius is still the estimate that led there.

@@ -116,7 +116,7 @@ POWER = 0.8
 
 
 class DetectableDrop(Record):
-    """The smallest ``drop`` that is told from none with 80 % power.
+    """The smallest ``drop`` that is distinguished from none with 80 % power.
 
     ``discordance`` is the share of samples that are robust with only one of the two networks.
     """
@@ -126,7 +126,7 @@ class DetectableDrop(Record):
 
 
 class SampleSize(Record):
-    """What ``n`` samples can show under the rule ``lower``.
+    """The evidence that ``n`` samples can give under the rule ``lower``.
 
     ``needed`` of them must survive for a floor of ``threshold``; None when even all would not show it.
     """
@@ -150,7 +150,7 @@ class SampleSize(Record):
         )
 
     def __str__(self) -> str:
-        """Sentences for a person, one per line."""
+        """Return sentences, one per line."""
         rates = ", ".join(
             f"{each.drop:.2%} where they differ on {each.discordance:.0%}" for each in self.drops
         )

@@ -271,7 +271,7 @@ def _hopeless(n: int, threshold: float) -> str:
 
 
 def _outcomes(dense: Certificate, pruned: Certificate) -> tuple[Sequence[Robust], Sequence[Robust]]:
-    """Both in the order of samples; the same object twice for a network that is compared with itself."""
+    """Return both outcomes by sample; the same object twice for a network compared with itself."""
     after = pruned.robustness
     return (after if dense.sha256 == pruned.sha256 else dense.robustness), after
 
@@ -339,7 +339,7 @@ def _incomparable(
 
 
 def _differences(one: Certificate, other: Certificate) -> list[str]:
-    """List what keeps two certificates from being compared sample by sample."""
+    """List the differences that prevent a sample-by-sample comparison of two certificates."""
     same = {
         "data": (one.data, one.split) == (other.data, other.split),
         "sample ids": one.sample_ids_sha256 == other.sample_ids_sha256,

@@ -77,7 +77,7 @@ class PairedLatency:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: each timing takes ``seconds``, and longer where ``pairs`` pairs need it.
+    """Duration of the measurement: each timing takes ``seconds``, or longer if ``pairs`` pairs need it.
 
     ``threads`` are one and all cores by default. Peak memory is measured in ``processes`` processes for each
     file.
@@ -278,7 +278,7 @@ def cores() -> int:
 
 
 def _batches(file: Path, baseline: Path, wanted: Sequence[int]) -> tuple[int, ...]:
-    """``wanted``, or the one batch size that a model takes."""
+    """Return ``wanted``, or the one batch size that a model takes."""
     for path in (file, baseline):
         extent = session(path).get_inputs()[0].shape[0]
         if isinstance(extent, int):
@@ -287,7 +287,7 @@ def _batches(file: Path, baseline: Path, wanted: Sequence[int]) -> tuple[int, ..
 
 
 def _images(running: ort.InferenceSession, batch: int) -> NDArray[np.float32]:
-    """Noise in [0, 1]: the content of an image does not change the time."""
+    """Return random images in [0, 1]; their content does not change the time."""
     size = running.get_inputs()[0].shape[1:]
     noise: NDArray[np.float32] = torch.rand((batch, *size), generator=runtime.generator(0, "bench")).numpy()
     return noise

@@ -24,9 +24,9 @@ PROBES = 8
 
 
 class Decoded(Record):
-    """One dense file and the one it was made from.
+    """A dense file and the encoded one that it was made from.
 
-    ``tensors`` counts the weights that were encoded, ``entries`` and ``nonzeros`` what they hold.
+    ``tensors`` counts the encoded weights, ``entries`` and ``nonzeros`` their contents.
     ``bit_equal``: ONNX Runtime and ONNX's reference evaluator decode them to the same bits, which the dense
     file has. ``max_logit_difference`` is that of both files on random images, in ONNX Runtime.
     """
@@ -76,7 +76,7 @@ def decode_file(opened: OnnxFile, output: Path) -> Decoded:
 
 
 def _by_reference(model: ModelProto) -> dict[str, NDArray[np.generic]]:
-    """The encoded weights, by ONNX's reference evaluator: :func:`decode` uses ONNX Runtime instead."""
+    """Decode the weights with ONNX's reference evaluator (:func:`decode` uses ONNX Runtime)."""
     decoded = codec.run_decoder(codec.decoder(model), _evaluate)
     for sparse in map(dense_tensor, model.graph.sparse_initializer):
         if not is_internal(sparse.name):
@@ -104,7 +104,7 @@ def _compare(expected: dict[str, NDArray[np.generic]], found: dict[str, NDArray[
 
 
 def _difference(opened: OnnxFile, path: Path) -> float:
-    """The largest difference between the logits of the two files on random images."""
+    """Return the largest difference between the logits of the two files on random images."""
     images = np.random.default_rng(0).random((PROBES, *opened.input_size), dtype=np.float32)
     before, after = opened.answers(images), logits(session(path), images)
     if not np.isfinite(before).all():

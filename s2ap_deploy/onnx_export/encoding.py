@@ -164,7 +164,7 @@ def default_opset(model: ModelProto) -> int:
 
 
 def _encodable(model: ModelProto) -> list[TensorProto]:
-    """The initializers that are weights and large enough to be encoded."""
+    """Return the initializers that are weights and large enough to be encoded."""
     bound = {value.name for value in (*model.graph.input, *model.graph.output)}
     quantized = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     return [
@@ -182,7 +182,7 @@ def _encodable(model: ModelProto) -> list[TensorProto]:
 def _encode_tensor(
     tensor: TensorProto, weight: StoredWeight, graph: DecodeGraph, encoding: EncodingName
 ) -> tuple[DecodeGraph, DecodeSubgraph | None, EncodedTensor]:
-    """The graph with the smallest form of one tensor; no subgraph where it stays an ordinary initializer."""
+    """Encode one tensor in its smallest form; return no subgraph if it stays an ordinary initializer."""
     entries, nonzeros = weight.data.size, int(np.count_nonzero(weight.data))
     dense_bytes = tensor.ByteSize()
     best: tuple[int, Codec, DecodeGraph, DecodeSubgraph] | None = None
@@ -215,7 +215,7 @@ def _encode_tensor(
 
 
 def _types(nodes: Iterable[NodeProto], stored: Iterable[TensorProto]) -> dict[str, int]:
-    """The element type of every value: Cast and ConstantOfShape state theirs, others keep their input's."""
+    """Return the element type of every value; only Cast and ConstantOfShape change it."""
     types = {tensor.name: tensor.data_type for tensor in stored}
     for node in nodes:
         attributes = {attribute.name: attribute for attribute in node.attribute}
@@ -235,7 +235,7 @@ def _rebuilt(
     initializers: Iterable[TensorProto],
     sparse: Iterable[SparseTensorProto] = (),
 ) -> ModelProto:
-    """A copy of ``model`` with these nodes and initializers in place of its own."""
+    """Return a copy of ``model`` with these nodes and initializers in place of its own."""
     result = ModelProto()
     result.CopyFrom(model)
     del result.graph.node[:]
@@ -248,7 +248,7 @@ def _rebuilt(
 
 
 def _output_axis(model: ModelProto, name: str, rank: int) -> int:
-    """The dimension of a weight that counts the outputs of its reader."""
+    """Return the output dimension of a weight."""
     for node in model.graph.node:
         for position, read in enumerate(node.input):
             if read == name and node.op_type in _OUTPUT_AXES:

@@ -182,7 +182,7 @@ def export_onnx(
 
 
 def _storage_facts(section: ExportSection) -> dict[str, str]:
-    """Metadata on the form of the file, where it is not the default."""
+    """Return metadata on the form of the file where it differs from the default."""
     facts: dict[str, str] = {} if section.values == FLOAT32 else {"s2ap.values": section.values}
     return facts if section.fixed_batch is None else {**facts, "s2ap.batch": str(section.fixed_batch)}
 
@@ -213,7 +213,7 @@ def _check_file(
     source: ExportSource,
     recorder: Recorder,
 ) -> _Checks:
-    """Write ``model`` to ``path`` and check what is there. Raises VerificationError."""
+    """Write ``model`` to ``path`` and check the file. Raises VerificationError."""
     data = model.SerializeToString()
     write(path, data)
     check_model(ModelProto.FromString(data), graphs.dense)
@@ -258,7 +258,7 @@ def check_model(model: ModelProto, dense: ModelProto) -> None:
 
 
 def _skeleton(model: ModelProto) -> ModelProto:
-    """The model without its initializers."""
+    """Return the model without its initializers."""
     skeleton = ModelProto()
     skeleton.CopyFrom(model)
     del skeleton.graph.initializer[:]
@@ -278,7 +278,7 @@ def _agreement(classifier: nn.Module, running: ort.InferenceSession, images: Ima
 
 
 def _rounded_agreement(source: ExportSource, running: ort.InferenceSession, graphs: _Graphs) -> Agreement:
-    """The file against its own graph before encoding, and against the float32 classifier, class by class.
+    """Compare the file with its graph before encoding, and its classes with those of the float32 classifier.
 
     int8 arithmetic must give the same bits; sums over rounded weights may differ in their own rounding.
     """
@@ -336,7 +336,7 @@ def _note_dense(recorder: Recorder, encoding: str, tensors: Sequence[EncodedTens
 
 
 def _count(graphs: _Graphs) -> tuple[int, int]:
-    """Entries and non-zero entries of the weights; those of removed channels count as zeros."""
+    """Count entries and non-zero entries of the weights; those of removed channels count as zeros."""
     tensors = {**weights(graphs.dense), **quantized_weights(graphs.dense)}.values()
     removed = sum(tensor.size for tensor in weights(graphs.traced).values())
     removed -= sum(tensor.size for tensor in weights(graphs.small).values())

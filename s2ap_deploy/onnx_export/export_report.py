@@ -127,7 +127,7 @@ class Compaction(Record):
 
     @property
     def statement(self) -> str:
-        """What removing channels means for speed, in one sentence."""
+        """The effect of removing channels on speed, in one sentence."""
         share = self.macs_after / max(self.macs_before, 1)
         speed = "which does save time" if share < NOTICEABLE else "so hardly any time is saved"
         return (
@@ -141,7 +141,7 @@ class Compaction(Record):
 
 
 class NarrowedGroup(Record):
-    """Channels that can only be removed together, and how many the search and this export kept.
+    """Channels that can only be removed together, and the numbers that the search and this export kept.
 
     ``wanted`` is the requested number before alignment.
     """
@@ -200,7 +200,7 @@ class Narrowing(Record):
 
     @property
     def summary(self) -> str:
-        """What was achieved, in one sentence."""
+        """The result in one sentence."""
         kept, channels = sum(g.kept for g in self.groups), sum(g.channels for g in self.groups)
         text = (
             f"{kept:,} of {channels:,} channels in {len(self.groups)} groups: "
@@ -226,7 +226,7 @@ class ExportTarget(Record):
 
 
 class BudgetCheck(Record):
-    """A limit and what was found: bytes, macs (multiply-accumulates per image), ms per inference."""
+    """A limit and the actual value: bytes, macs (multiply-accumulates per image), ms per inference."""
 
     what: Literal["bytes", "macs", "latency_ms"]
     asked: int | float
@@ -234,7 +234,7 @@ class BudgetCheck(Record):
 
     @property
     def holds(self) -> bool | None:
-        """None where nothing was found yet."""
+        """Whether the budget is met; None before it was measured."""
         return None if self.found is None else self.found <= self.asked
 
 
@@ -338,7 +338,7 @@ class ExportReport(ExportFacts):
 
     @property
     def values(self) -> ValuesName:
-        """How the values of the weights are stored."""
+        """The type in which the values of the weights are stored."""
         return FLOAT32 if self.rounding is None else self.rounding.values
 
     @property
@@ -369,7 +369,7 @@ def statement(
     rounding: Rounding | None,
     tensors: Iterable[EncodedTensor],
 ) -> str:
-    """Say in a few sentences what the form of a file means for its speed, its robustness and its readers."""
+    """Describe the consequences of a file's form for speed, robustness and compatibility."""
     sentences = [INT8_STATEMENT if quantized else LATENCY_STATEMENT]
     if compaction is not None and compaction.removed:
         sentences.append(compaction.statement)

@@ -89,11 +89,11 @@ def logits(
 class FileAnswers:
     """An ONNX file as a function: float32 [n, C, H, W] in [0, 1] to logits [n, K], on one thread of the CPU.
 
-    It travels between processes as the bytes of the file; each opens a session of its own.
+    It is pickled as the bytes of the file; each process opens its own session.
     """
 
     def __init__(self, content: bytes) -> None:
-        """Raises VerificationError at the first call for a file that ONNX Runtime refuses."""
+        """Store the model. The first call raises VerificationError for one that ONNX Runtime refuses."""
         self._content = content
         self._running: ort.InferenceSession | None = None
 
@@ -102,7 +102,7 @@ class FileAnswers:
 
     @property
     def running(self) -> ort.InferenceSession:
-        """The session, opened at the first use."""
+        """The session, opened on first use."""
         if self._running is None:
             self._running = session(self._content)
         return self._running

@@ -23,9 +23,9 @@ _MAX_BYTES = 2**31
 
 @dataclass(frozen=True, eq=False)
 class OnnxFile:
-    """One file: its bytes and their hash, its graph, and what it takes.
+    """One file: its bytes and their hash, its graph, and its input.
 
-    ``input_size`` is (C, H, W); ``metadata`` are the texts that travel inside the file.
+    ``input_size`` is (C, H, W); ``metadata`` are the texts stored inside the file.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class OnnxFile:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """As the file states them; empty when it does not, or not readably."""
+        """Class names from the metadata; empty if they are missing or unreadable."""
         try:
             names = json.loads(self.metadata.get("s2ap.class_names", "[]"))
         except (ValueError, RecursionError):
@@ -52,7 +52,7 @@ class OnnxFile:
 
     @property
     def sparsity(self) -> float | None:
-        """As the file states it."""
+        """Sparsity from the metadata."""
         try:
             stated = float(self.metadata.get("s2ap.sparsity", ""))
         except ValueError:
@@ -136,7 +136,7 @@ def _input_size(path: Path, model: ModelProto) -> tuple[int, int, int]:
 
 
 def _sizes(value: ValueInfoProto) -> list[int]:
-    """Sizes of the dimensions, 0 where one is open."""
+    """Return the sizes of the dimensions, 0 for one that is not fixed."""
     return [max(0, dimension.dim_value) for dimension in value.type.tensor_type.shape.dim]
 
 

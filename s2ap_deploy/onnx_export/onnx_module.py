@@ -1,7 +1,7 @@
 """A torch module that computes what an ONNX file computes, built from the file.
 
 White-box attacks need gradients, which a runtime does not compute. The module of a quantized file rounds as
-the file does and passes gradients through the rounding, so that the attack sees the network that ships.
+the file does and passes gradients through the rounding, so the attack targets the network that ships.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class GraphStep(NamedTuple):
 class OnnxModule(nn.Module):
     """Images float32 [B, C, H, W] to logits [B, K], as the file computes them.
 
-    Weights are parameters without gradient, other constants buffers; what depends on constants alone is
-    computed once, at construction. A file of a fixed batch is run batch by batch.
+    Weights are parameters without gradient, other constants are buffers; nodes that depend on constants alone
+    are evaluated once, at construction. A file with a fixed batch size is run batch by batch.
     """
 
     def __init__(self, model: ModelProto) -> None:
-        """``model`` may be sparsely encoded. Raises ArchitectureError for what torch cannot do."""
+        """Build the module of a model, encoded or not. Raises ArchitectureError for unsupported operators."""
         super().__init__()
         graph = decode(model).graph
         constants = {
@@ -66,7 +66,7 @@ class OnnxModule(nn.Module):
                 self._keep(name, value)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of ``images`` [B, C, H, W]."""
+        """Compute logits [B, K] of ``images`` [B, C, H, W]."""
         if not self._batch or len(images) == self._batch:
             return self._run(images)
         parts = []
@@ -78,7 +78,7 @@ class OnnxModule(nn.Module):
         return torch.cat(parts)
 
     def unrounded(self) -> OnnxModule:
-        """A copy that saturates where the file does but does not round: a network of real numbers."""
+        """Return a copy that saturates as the file does but does not round."""
         other = copy.deepcopy(self)
         other._steps = [
             step._replace(operator=UNROUNDED) if step.operator == "QuantizeLinear" else step
@@ -121,7 +121,7 @@ def _constant(attributes: Mapping[str, Any]) -> Any:
 
 
 def _folded(steps: Iterable[GraphStep], constants: dict[str, Tensor]) -> list[GraphStep]:
-    """The steps that depend on the input; the others are computed into ``constants``."""
+    """Return the steps that depend on the input; evaluate the others into ``constants``."""
     left = []
     with torch.no_grad():
         for step in steps:

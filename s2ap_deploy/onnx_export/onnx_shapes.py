@@ -1,4 +1,4 @@
-"""What of a network ends up in its file: shapes alone, so that weights may lie on the meta device."""
+"""Predict the tensors of an exported file from shapes alone; weights may be on the meta device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class WeightedLayer:
-    """One prunable weight [out, in, ...], how often an image applies it, and whether it gets a bias.
+    """One prunable weight [out, in, ...], how often it is applied per image, and whether it gets a bias.
 
     A BatchNorm that follows a convolution becomes its bias in the file.
     """
@@ -64,7 +64,7 @@ class Outline:
         return sum(math.prod(shape) for shape in self.parameters.values())
 
     def contents(self, kept: Mapping[str, int]) -> Contents:
-        """The file of this network with ``kept`` non-zero weights per layer; a layer not named is whole."""
+        """Return the file's contents with ``kept`` non-zero weights per layer; other layers stay dense."""
         weights = tuple(
             WeightTensor(layer.name, layer.shape, kept.get(layer.name, math.prod(layer.shape)))
             for layer in self.layers
@@ -74,7 +74,7 @@ class Outline:
 
 
 def outline(network: nn.Module, input_size: tuple[int, int, int]) -> Outline:
-    """The outline of ``network`` on images of ``input_size`` (C, H, W).
+    """Return the outline of ``network`` on images of ``input_size`` (C, H, W).
 
     The network runs three times on one black image and is as before afterwards. Raises ArchitectureError
     when it cannot run on that size.
@@ -101,7 +101,7 @@ def outline(network: nn.Module, input_size: tuple[int, int, int]) -> Outline:
 
 
 def narrowed(whole: Outline, coupling: Coupling, keep: Mapping[str, int]) -> Outline:
-    """The outline of what is left when each group of ``coupling`` keeps ``keep`` of its channels.
+    """Return the outline after each group of ``coupling`` keeps ``keep`` of its channels.
 
     Groups that ``keep`` does not name stay whole. Other stored tensors are left as they are.
     """
@@ -140,7 +140,7 @@ class _Sums(TorchFunctionMode):
 def _folded(
     network: nn.Module, input_size: tuple[int, int, int], watch: TorchFunctionMode
 ) -> tuple[set[nn.Module], set[int]]:
-    """The BatchNorms that read a convolution's output as it is, and the identities of those convolutions."""
+    """Return the BatchNorms that directly follow a convolution, and the ids of those convolutions."""
     written: dict[int, tuple[nn.Module, Tensor, int]] = {}
     folded: set[nn.Module] = set()
     followed: set[int] = set()

@@ -130,7 +130,7 @@ class _Images(CalibrationDataReader):  # type: ignore[misc]
 
 
 def _shaped(model: ModelProto) -> ModelProto:
-    """A copy with the shapes of all values, by which the quantizer distinguishes weights from activations."""
+    """Return a copy with all shapes, by which the quantizer distinguishes weights from activations."""
     return onnx.shape_inference.infer_shapes(model)
 
 

@@ -125,7 +125,7 @@ def _check_size(name: str, size: int | None, limit: int) -> None:
 
 
 def _tensor_bytes(name: str, sizes: Iterable[int], kind: int) -> int:
-    """Bytes of a tensor. Raises VerificationError when there are more than a dense file holds."""
+    """Compute the bytes of a tensor. Raises VerificationError when there are more than a dense file holds."""
     try:
         item = helper.tensor_dtype_to_np_dtype(kind).itemsize
     except KeyError:
@@ -138,7 +138,7 @@ def _tensor_bytes(name: str, sizes: Iterable[int], kind: int) -> int:
 
 
 def _value_bytes(value: ValueInfoProto | None) -> int | None:
-    """None where the shape or the type is not known."""
+    """Compute the bytes of a value; None if its shape or type is unknown."""
     if value is None or not value.type.tensor_type.HasField("shape"):
         return None
     sizes = value.type.tensor_type.shape.dim
@@ -152,7 +152,7 @@ def _value_bytes(value: ValueInfoProto | None) -> int | None:
 
 
 def _decoded_values(model: ModelProto, nodes: list[NodeProto]) -> list[ValueInfoProto]:
-    """Type and shape of everything that the decode nodes produce."""
+    """Return type and shape of every value that the decode nodes produce."""
     if not nodes:
         return []
     graph = model.graph
@@ -170,9 +170,9 @@ def _decoded_values(model: ModelProto, nodes: list[NodeProto]) -> list[ValueInfo
 
 
 def _shapes(model: ModelProto) -> dict[str, ValueInfoProto]:
-    """Type and shape of every value that can be inferred, for a whole batch, by name.
+    """Return type and shape of every value that can be inferred, for a whole batch, by name.
 
-    What the file itself states about intermediate values and its outputs is ignored. Large constants are
+    The file's own statements about intermediate values and outputs are ignored. Large constants are
     left out: inference needs only their shapes.
     """
     graph = model.graph
@@ -191,7 +191,7 @@ def _shapes(model: ModelProto) -> dict[str, ValueInfoProto]:
 
 
 def _infer(model: ModelProto, part: GraphProto, *, strict: bool = False) -> GraphProto:
-    """ONNX's shape inference over ``part`` of ``model``."""
+    """Run ONNX's shape inference over ``part`` of ``model``."""
     whole = helper.make_model(
         part,
         opset_imports=model.opset_import,
@@ -226,7 +226,7 @@ def _check_repeats(nodes: Iterable[NodeProto]) -> None:
 
 
 def _check_nested(graph: GraphProto) -> None:
-    """In the branch of a condition sizes are not inferred, so that none may follow from a value."""
+    """Refuse computed sizes in the branches of a condition, where shapes are not inferred."""
     _check_repeats(graph.node)
     for node in graph.node:
         if node.op_type in _SIZED_BY_VALUES:

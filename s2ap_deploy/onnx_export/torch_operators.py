@@ -177,7 +177,7 @@ def _gather(attributes: Attributes, inputs: Inputs) -> Tensor:
 
 
 def _quantize(attributes: Attributes, inputs: Inputs) -> Tensor:
-    """The integers of QuantizeLinear, held as reals so that gradients reach what was rounded.
+    """Compute the integers of QuantizeLinear as floats, so that gradients pass through the rounding.
 
     The gradient ends where saturation changes the integer, half a step outside the range. At the edge itself
     it must pass: ranges end at the pixels 0 and 1, from which an attack can still move inwards.
@@ -195,7 +195,7 @@ def _unrounded(attributes: Attributes, inputs: Inputs) -> Tensor:
 
 
 def _scaled(attributes: Attributes, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``x / scale``, the range of its integers before the zero point is added, and the zero point."""
+    """Return ``x / scale``, the range of its integers before the zero point is added, and the zero point."""
     x, scale, zero = _three(inputs)
     low, high = RANGES.get(torch.uint8 if zero is None else zero.dtype, (0, 0))
     if high == 0 or (zero is None and attributes.get("output_dtype", 0)):
@@ -213,7 +213,7 @@ def _dequantize(attributes: Attributes, inputs: Inputs) -> Tensor:
 
 
 def _along(attributes: Attributes, x: Tensor, values: Tensor) -> Tensor:
-    """Scales or zero points [n] along their axis of ``x``; a single one broadcasts as it is."""
+    """Reshape scales or zero points [n] to broadcast along their axis of ``x``."""
     if attributes.get("block_size", 0) or values.dim() > 1:
         raise Unsupported("in blocks")
     if values.numel() == 1:
@@ -313,7 +313,7 @@ def _two(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _three(inputs: Inputs) -> tuple[Any, Any, Any]:
-    """The first three inputs; absent ones are None."""
+    """Return the first three inputs; absent ones are None."""
     first, second, third = (*inputs, None, None)[:3]
     return first, second, third
 
@@ -339,7 +339,7 @@ def _uneven(attributes: Attributes) -> bool:
 
 
 def _padded(attributes: Attributes, x: Tensor, value: float) -> tuple[Tensor, tuple[int, int]]:
-    """``x`` padded beforehand where torch's own even padding cannot say it, and what is left to pad."""
+    """Pad ``x`` where torch's symmetric padding does not suffice; return it with the remaining padding."""
     if _text(attributes, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         raise Unsupported(f"with auto_pad {_text(attributes, 'auto_pad', '')}")
     top, left, bottom, right = attributes.get("pads") or (0, 0, 0, 0)
@@ -351,6 +351,6 @@ def _padded(attributes: Attributes, x: Tensor, value: float) -> tuple[Tensor, tu
 
 
 def _axes(attributes: Attributes, inputs: Inputs) -> list[int]:
-    """Axes come as the second input, in old opsets as an attribute; an empty list stands for none."""
+    """Return the axes: the second input, or an attribute in old opsets; an empty list means none."""
     given = inputs[1] if len(inputs) > 1 else None
     return list(given.tolist() if given is not None else attributes.get("axes", ()))

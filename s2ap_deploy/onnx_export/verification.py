@@ -124,7 +124,7 @@ def compare_logits(
 def check_points(
     running: ort.InferenceSession, points: CertifiedPoints, *, batch_size: int = 64
 ) -> PointsCheck:
-    """Let the exported file itself classify every clean and adversarial point of a certificate."""
+    """Classify every clean and adversarial point of a certificate with the exported file itself."""
     clean = logits(running, points.clean, batch_size)
     attacked = logits(running, points.adversarial, batch_size)
     tolerance = _tolerance(max(_largest(clean), _largest(attacked)))
@@ -196,8 +196,9 @@ def _agreement(
 def _differences(
     scores: NDArray[np.float32], classes: NDArray[np.integer], tolerance: float
 ) -> tuple[int, int]:
-    """How many rows of ``scores`` [n, K] peak elsewhere than at ``classes`` [n], and how many of
-    these give both classes the same score within twice the tolerance (each may be off by one)."""
+    """Count rows of ``scores`` [n, K] that peak elsewhere than at ``classes`` [n], and ties among them.
+
+    In a tie both classes have the same score within twice the tolerance (each may be off by one)."""
     chosen = scores.argmax(1)
     gap = np.take_along_axis(scores, np.stack([chosen, classes], axis=1), axis=1)
     differs = chosen != classes
@@ -219,5 +220,5 @@ def _reference(classifier: nn.Module, images: NDArray[np.float32], batch_size: i
 
 
 def _largest(values: NDArray[np.float32]) -> float:
-    """The largest magnitude; NaN when any value is NaN."""
+    """Return the largest magnitude; NaN when any value is NaN."""
     return float(np.abs(values).max())

@@ -51,7 +51,7 @@ def training_cost(
     batch_size: int,
     device: torch.device,
 ) -> StepCost:
-    """The cost of a step of adversarial training on images of (C, H, W); ``network`` stays as it is."""
+    """Time a step of adversarial training on images of (C, H, W); ``network`` is not changed."""
     trained = copy.deepcopy(network).to(device).train()
     for parameter in trained.parameters():
         parameter.requires_grad_(True)
@@ -81,9 +81,9 @@ def search_cost(
     *,
     perturbed: bool,
 ) -> StepCost:
-    """The cost of a step of the mask search, with S2AP acting or not; ``network`` is left as it is.
+    """Time a step of the mask search, with or without S2AP; ``network`` is not changed.
 
-    Raises what a section raises that does not fit the network.
+    Raises the errors of a section that does not fit the network.
     """
     copied = copy.deepcopy(network).to(device).train()
     scored = score(copied, prunable(copied, size), size, section, 0).scored
@@ -101,7 +101,7 @@ def search_cost(
 
 
 def _scaled(step: Step, objective: Objective, batch_size: int, device: torch.device) -> StepCost:
-    """Time ``step`` on as many images as are quick, with few attack steps, and scale up to the real ones."""
+    """Time ``step`` on a small batch with few attack steps, and scale up to the real numbers."""
     plain = objective.loss in ("fast", "free")
     once = objective if plain else dataclasses.replace(objective, attack_steps=1)
     images = min(batch_size, _FEW)
@@ -119,7 +119,7 @@ def _scaled(step: Step, objective: Objective, batch_size: int, device: torch.dev
 
 
 def _timed(step: Step, images: int, objective: Objective, device: torch.device) -> float:
-    """Seconds of one step, the better of two where that costs nothing."""
+    """Return the seconds of one step; the faster of two if a step is short."""
     best = float("inf")
     for _ in range(2):
         started = time.monotonic()
@@ -133,7 +133,7 @@ def _timed(step: Step, images: int, objective: Objective, device: torch.device) 
 
 
 def _batch(images: int, size: tuple[int, int, int], classes: int, device: torch.device) -> RankBatch:
-    """Random inputs are enough for timing."""
+    """Return random inputs, which are enough for timing."""
     stream = generator("probe", images)
     labels = torch.randint(classes, (images,), generator=stream)
     return RankBatch(torch.rand((images, *size), generator=stream).to(device), labels.to(device))
@@ -143,7 +143,7 @@ VALIDATION_STEPS = 10
 
 
 class Timing:
-    """How long a stage takes; steps of one kind are timed once for a whole sweep."""
+    """Estimates the time of each stage; steps of one kind are timed once for a whole sweep."""
 
     def __init__(self, machine: ExecutionConfig) -> None:
         self.machine = machine
@@ -151,18 +151,18 @@ class Timing:
         self._attacks: dict[object, float] = {}
 
     def pretrain(self, scene: ModelAndData, job: RunContext, section: TrainSection) -> float | None:
-        """Seconds of training the dense network."""
+        """Estimate the seconds of training the dense network."""
         return self._train(scene, job, section)
 
     def finetune(self, scene: ModelAndData, job: RunContext, section: PruneSection) -> float | None:
-        """Seconds of fine-tuning, after each of the steps on the way."""
+        """Estimate the seconds of fine-tuning, over all steps of iterative pruning."""
         if not METHODS[section.method].finetunes:
             return 0.0
         seconds = self._train(scene, job, section.finetune)
         return None if seconds is None else seconds * (1 + len(section.steps))
 
     def search(self, scene: ModelAndData, job: RunContext, section: PruneSection) -> float | None:
-        """Seconds of the search, or of choosing once; after each of the steps on the way."""
+        """Estimate the seconds of the search or one-shot selection, over all steps of iterative pruning."""
         if scene.images is None:
             return None
         part, objective = section.search, job.objective(section.search.objective)
@@ -186,7 +186,7 @@ class Timing:
         return (seconds + recalibration) * (1 + len(section.steps))
 
     def certify(self, scene: ModelAndData, job: RunContext) -> float | None:
-        """At most so many seconds for one network."""
+        """Estimate the most seconds that the attack on one network takes."""
         if scene.images is None:
             return None
         section, test = job.recipe.certify, scene.images.test
@@ -246,6 +246,6 @@ class Timing:
         return self._costs[key]
 
     def _validation(self, scene: ModelAndData, cost: StepCost) -> float:
-        """PGD-10 on the validation sample, once per epoch."""
+        """Estimate the seconds of PGD-10 on the validation sample, once per epoch."""
         assert scene.images is not None
         return min(len(scene.images.validation), VALIDATION_IMAGES) * VALIDATION_STEPS * cost.attack_step

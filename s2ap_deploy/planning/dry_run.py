@@ -1,4 +1,4 @@
-"""Dry runs: what a run or a sweep would do, and how long it may take. Nothing is written."""
+"""Dry runs: predict the work and the time of a run or a sweep. Nothing is written."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class PlannedStage(Record):
 
 
 class DryRunReport(Record):
-    """What one run would do. ``seconds`` is the sum of what is not done and can be estimated.
+    """The prediction for one run. ``seconds`` is the sum over unfinished stages that can be estimated.
 
-    ``bytes`` and ``dense_bytes`` are predicted sizes of the ONNX file and of its dense twin.
+    ``bytes`` and ``dense_bytes`` are predicted sizes of the ONNX file and of its dense counterpart.
     """
 
     name: str
@@ -70,7 +70,7 @@ class DryRunReport(Record):
 
 
 class SweepDryRunReport(Record):
-    """What a sweep would do: the dense network of every seed first, and ``skipped`` with their reasons."""
+    """The prediction for a sweep: the dense network of every seed first; ``skipped`` has reasons."""
 
     run: str
     shared: tuple[DryRunReport, ...]
@@ -93,10 +93,10 @@ def dry_run_report(
     timing: Timing | None = None,
     known_dense: bool = False,
 ) -> DryRunReport:
-    """What ``whole`` would do with ``recipe`` in ``folder``; with ``stages`` only those of them.
+    """Predict what ``whole`` would do with ``recipe`` in ``folder``, or only its ``stages``.
 
-    ``known_dense``: the dense network and the attack on it come from elsewhere. Raises what reading the
-    recipe's network raises, and RunFolderError for a folder that the run could not use.
+    ``known_dense``: the dense network and the attack on it come from another folder. Raises the errors of
+    reading the recipe's network, and RunFolderError for a folder that the run could not use.
     """
     machine = dataclasses.replace(machine, download=False)
     looked = ReadOnlyRun(folder)
@@ -117,7 +117,7 @@ def dry_run_report(
 def rehearse_sweep(
     combinations: Sequence[Combination], folder: Path, machine: ExecutionConfig, recorder: Recorder
 ) -> SweepDryRunReport:
-    """What a sweep would do in ``folder``. Raises what :func:`dry_run_report` raises."""
+    """Predict what a sweep would do in ``folder``. Raises the errors of :func:`dry_run_report`."""
     timing = Timing(dataclasses.replace(machine, download=False))
     possible = [(each.name, each.recipe) for each in combinations if each.recipe is not None]
     recorder.note(f"timing a few steps of each kind for {len(possible)} combinations")
@@ -150,7 +150,7 @@ def _stages(
     known_dense: bool,
     notes: list[str],
 ) -> Iterator[PlannedStage]:
-    """Every stage in order. After the first that is not done, all that were built on it are due as well."""
+    """Return every stage in order. All stages after the first unfinished one are pending as well."""
     recipe, section = job.recipe, job.recipe.prune
     waiting = scene.images is None  # without images it is unknown whether a stage had the same ones
 
@@ -211,7 +211,7 @@ def _stages(
 
 
 def _search(job: DryRunJob, section: PruneSection) -> None:
-    """Raise Due where a search is not done, those of lower sparsities on the way included."""
+    """Raise StagePending at the first unfinished search, those of lower sparsities included."""
     begin = first = job.run.output("pretrain", MODEL)
     for lower in section.steps:
         step = section.model_copy(update={"sparsity": lower, "steps": ()})

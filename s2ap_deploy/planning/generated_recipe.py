@@ -1,4 +1,4 @@
-"""A recipe for somebody's checkpoint: what the file says, what its shapes suggest, and one blank at most."""
+"""Generate a recipe for a checkpoint from its facts, guesses from its shapes, and at most one blank."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BLANK = "FILL IN"
 
 @dataclass(frozen=True)
 class GeneratedRecipe:
-    """``text`` is the recipe. ``blanks`` are keys that are left to the user, ``guesses`` those to look at.
+    """``text`` is the recipe. ``blanks`` are keys for the user to fill in, ``guesses`` those to check.
 
     ``command`` runs it once the blanks are filled in.
     """
@@ -72,7 +72,7 @@ def draft(
     """Inspect the checkpoint at ``path`` and write a recipe that prunes it, for ``recipe_file``.
 
     Arguments that are not None are taken as they are; ``masking`` holds ``keep`` and ``alpha`` of a file with
-    pruning scores. Raises what ``checkpoint.load`` raises, and UsageError
+    pruning scores. Raises the errors of ``checkpoint.load``, and UsageError
     for arguments that no recipe can have.
     """
     if data is not None and data != BLANK and not data.startswith(FOLDER_PREFIX) and data not in KNOWN:
@@ -151,7 +151,7 @@ _COMMENTS: dict[Key, str] = {
 def _data(
     info: CheckpointInfo, asked: str | None, comments: dict[Key, str], guesses: list[str]
 ) -> tuple[str, bool]:
-    """The data's name, and whether it is left blank."""
+    """Return the name of the data set, and whether it is left blank."""
     key: Key = ("data", "name")
     if asked is not None:
         return asked, False
@@ -217,7 +217,7 @@ def _model(
 
 
 def _size(info: CheckpointInfo, name: str) -> dict[str, Any]:
-    """An image folder learns its size from the network; other data have theirs."""
+    """Return the image size for an image folder, taken from the network; other data sets define theirs."""
     return {} if name in KNOWN else {"size": list(info.preprocessing.size)}
 
 
@@ -241,7 +241,7 @@ def _command(recipe_file: Path, arch: str | None, trust_pickle: bool, data: str)
 
 
 def _fetching(data: str) -> list[str]:
-    """What brings ``data`` here: nothing where ``run`` finds it, no other folder where one is set."""
+    """Return the options that make ``data`` available to ``run``; empty if it is found already."""
     traces = published.FOOTPRINTS.get(data)
     if traces is None or all((published.data_root(None) / trace).exists() for trace in traces):
         return []
@@ -250,7 +250,7 @@ def _fetching(data: str) -> list[str]:
 
 
 def _word(text: str) -> str:
-    """A file's name as a recipe's: without what would end a line or a comment."""
+    """Return a file's name as a recipe's name, without characters that would end a line or a comment."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in text)[:80] or "recipe"
 
 
@@ -279,7 +279,7 @@ def read(
     keep: float | None,
     alpha: float | None,
 ) -> ModelSource:
-    """The network in a file. Raises what ``checkpoint.load`` raises, and UsageError as :func:`blueprint`."""
+    """Load the network in a file. Raises the errors of ``checkpoint.load`` and :func:`blueprint`."""
     preprocessing = None
     if resolve.input_unsaid(path, arch, trust_pickle=trust_pickle):
         if input_size is None:
@@ -298,7 +298,7 @@ def read(
 
 
 def blueprint(reference: str, *, num_classes: int | None, input_size: Size | None, real: bool) -> ModelSource:
-    """The network that ``reference`` (a registered name or an import path) stands for.
+    """Build the network of ``reference``, a registered name or an import path.
 
     Unless ``real``, a registered one for large images is built on the meta device. Otherwise its weights are
     drawn, always the same ones. Raises ArchitectureError, and UsageError where the input size is unknown.
@@ -327,7 +327,7 @@ def _size_missing(reference: str) -> UsageError:
 
 @dataclass(frozen=True, eq=False)
 class ModelAndData:
-    """The network and the images that a recipe is about; ``images`` None where they are not here."""
+    """The network and the images of a recipe; ``images`` is None if they are not available."""
 
     classifier: Classifier
     size: Size
@@ -336,7 +336,7 @@ class ModelAndData:
 
 
 def scene_of(job: RunContext, notes: list[str]) -> ModelAndData:
-    """The network, trained or not, since it takes as long either way; and the images, if they are here."""
+    """Return the network, trained or not, since the time is the same; and the images, if available."""
     recipe, machine = job.recipe, job.machine
     reference = machine.arch or recipe.model.arch
     if recipe.model.checkpoint is not None:

@@ -19,7 +19,7 @@ _NEAR_ONE = 0.99
 
 
 class Allocation(Protocol):
-    """Decide the integer count per layer; some have parameters that learn along with the scores."""
+    """Determine the integer count per layer; some allocations learn parameters together with the scores."""
 
     def counts(self, importance: Importance) -> Counts:
         """Return the units that each layer keeps, by their importance; tensors where a device decides."""
@@ -49,7 +49,7 @@ class Allocation(Protocol):
 
 
 def numbers(counts: Tensor) -> Sequence[int | Tensor]:
-    """Integers [layers] one by one; as tensors where reading them would wait for the device."""
+    """Return integers [layers] as a list; as tensors if reading them would synchronize with the device."""
     return counts.tolist() if counts.device.type == "cpu" else counts.unbind()
 
 
@@ -110,8 +110,9 @@ class Quotas(Fixed):
     k_l = k_min + (1 - k_min) sigmoid(r_l) with k_min = ``floor_share`` times the target a_t, so that no
     layer falls below a tenth of it. r_l learns from the robust loss, dL/dk_l = sum_i dL/dM_i, and from
     gamma_e max(0, rate / a_t - 1), where rate is the fraction kept over all layers and gamma_e grows by
-    ``compression_weight`` every epoch until that loss is 0 to four digits, then rests. The published
-    method meets its target softly; :meth:`final` rescales the learned fractions to the exact budget.
+    ``compression_weight`` every epoch until that loss is 0 to four digits, and then stays constant. The
+    published method meets its target only approximately; :meth:`final` rescales the learned fractions to the
+    exact budget.
 
     Every layer starts at ``start`` of its weights, by default a tenth, or the target where that is more.
     """

@@ -84,7 +84,7 @@ class NOfM(Weights):
         return {name: self.best(values) for name, values in importance.items()}
 
     def best(self, values: Tensor) -> Tensor:
-        """The ``n`` largest of every group, ties to the lower channel."""
+        """Select the ``n`` largest of every group, ties to the lower channel."""
         groups = values.reshape(values.shape[0], values.shape[1] // self.m, self.m, -1)
         order = groups.argsort(dim=2, descending=True, stable=True)[:, :, : self.n]
         chosen = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, order, True)
@@ -92,7 +92,7 @@ class NOfM(Weights):
 
     @staticmethod
     def divide(shapes: Shapes, n: int, m: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of the layers that take the pattern, and of those whose inputs ``m`` does not divide.
+        """Return the layers that take the pattern, and those whose inputs ``m`` does not divide.
 
         Raises UsageError when the pattern fits no layer.
         """
@@ -106,16 +106,16 @@ class NOfM(Weights):
         return fitting, tuple(name for name in shapes if name not in fitting)
 
     def kept(self, shapes: Shapes) -> dict[str, int]:
-        """Weights that stay in each layer that takes the pattern."""
+        """Count the weights kept in each layer that takes the pattern."""
         return {name: math.prod(shapes[name]) // self.m * self.n for name in self.parameters}
 
 
 class Channels:
-    """One score per channel; a channel that goes, goes from the whole group that is coupled to it.
+    """One score per channel; a channel is removed from all layers that are coupled through it.
 
     During the search only the columns that read a channel are masked, as in HARP's channel variant (Zhao and
-    Wressnegger, 2023): its writers still compute, so that its gradient says what the channel would be worth.
-    The finished masks take the writers' rows as well; nothing reads them, so the function is the same.
+    Wressnegger, 2023): its writers still compute, so that its gradient shows what the channel would
+    contribute. The final masks also prune the writers' rows; nothing reads them, so the function is the same.
     """
 
     def __init__(self, coupling: Coupling, shapes: Shapes) -> None:
@@ -139,7 +139,7 @@ class Channels:
         self.placed: dict[int, tuple[Tensor, Tensor]] = {}
 
     def index(self, touched: Slice, device: torch.device) -> Tensor:
-        """``touched.index`` on ``device``, moved there once: a copy at every step would wait for it."""
+        """Return ``touched.index`` on ``device``, moved there once: a copy per step would synchronize."""
         found = self.placed.get(id(touched.index))
         # An identity may have been another tensor's before this object was copied to another process.
         if found is None or found[0] is not touched.index or found[1].device != device:
@@ -147,7 +147,7 @@ class Channels:
         return found[1]
 
     def pool(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """L1 norm of the columns that read each channel."""
+        """Return the L1 norm of the columns that read each channel."""
         return self.gather({name: weight.abs().float() for name, weight in weights.items()})
 
     def select(self, importance: Mapping[str, Tensor], counts: Counts) -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ class Channels:
         return {name: sums[name] for name in self.groups}
 
     def final(self, selection: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Masks of every weight, without the rows that write a lost channel and the columns that read it."""
+        """Return the masks of all weights, without rows that write and columns that read a pruned channel."""
         device = next(iter(selection.values())).device
         masks = {
             name: torch.ones(self.shapes[name], dtype=torch.bool, device=device)
@@ -182,7 +182,7 @@ class Channels:
     def _side(
         self, name: str, dim: int, slices: list[tuple[str, Slice]], selection: Mapping[str, Tensor]
     ) -> Tensor:
-        """A bool mask of one dimension of a weight, shaped to broadcast against it."""
+        """Return a bool mask of one dimension of a weight, shaped to broadcast against it."""
         shape = self.shapes[name]
         device = next(iter(selection.values())).device
         stays = torch.ones(shape[dim], dtype=torch.bool, device=device)

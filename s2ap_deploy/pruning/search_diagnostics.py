@@ -21,8 +21,8 @@ from s2ap_deploy.training.objective import Objective
 class Diagnosis:
     """Measures a scored network on fixed training images [B, C, H, W], attacked anew at its present mask.
 
-    ``gamma`` is the radius of the ball for the worst rise, also where the search itself does not perturb;
-    ``iterations`` are Lanczos's, ``directions`` the random ones; ``every`` so many epochs.
+    ``gamma`` is the radius of the ball, also if the search itself does not perturb. ``iterations`` is the
+    number of Lanczos steps, ``directions`` that of random directions; ``every`` is a period in epochs.
     """
 
     images: Tensor
@@ -36,7 +36,7 @@ class Diagnosis:
     recorder: Recorder
 
     def __call__(self, scored: ScoredNetwork, epoch: int) -> dict[str, float]:
-        """``sharpness``, ``eigenvalue`` and its residual, by the names of ``Epoch``; nothing when not due.
+        """Measure ``sharpness``, ``eigenvalue`` and its residual, named as in ``Epoch``; empty when not due.
 
         M(s) is applied to the network afterwards; BatchNorm statistics and modes are as before.
         """
@@ -84,7 +84,7 @@ class Diagnosis:
     def loss_at(
         self, scored: ScoredNetwork, scores: Mapping[str, Tensor], batch: tuple[Tensor, Tensor, Tensor]
     ) -> float:
-        """The loss under M at other ``scores``, whose signs stay those at rest."""
+        """Compute the loss under M at other ``scores``, with the signs of the unperturbed ones."""
         resting = scored.scores
         scored.scores = dict(scores)
         try:

@@ -145,7 +145,7 @@ class Thresholds(Record):
                 )
 
     def __str__(self) -> str:
-        """The thresholds as options of ``s2ap-deploy certify``."""
+        """Return the thresholds as options of ``s2ap-deploy certify``."""
         options = [f"--{name.replace('_', '-')} {value:g}" for name, value in sorted(self.asked.items())]
         return " ".join([*options, f"--gate {self.rule}"])
 

@@ -1,4 +1,4 @@
-"""Samples for the report: clean images, what the attacks made of them, and both networks' predictions."""
+"""Samples for the report: clean images, attacked images, and both networks' predictions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class PointAnswer:
-    """One network's answers to one sample; ``attacked`` is None where nothing broke the sample."""
+    """One network's predictions for one sample; ``attacked`` is None if nothing broke the sample."""
 
     clean: str
     adversarial: str
@@ -50,7 +50,7 @@ class PointAnswer:
 
 @dataclass(frozen=True)
 class Shown:
-    """One sample: what happened to it, its true class, its clean image, and each network's answer by role."""
+    """One sample: its fate, its true class, its clean image, and each network's predictions by role."""
 
     id: str
     fate: PointOutcome
@@ -62,10 +62,10 @@ class Shown:
 def gallery(
     certificates: Mapping[str, Certificate], points: Mapping[str, Path], most: int
 ) -> tuple[Shown, ...]:
-    """At most ``most`` samples of the certificates (by role), taken in turn from each fate.
+    """Choose at most ``most`` samples of the certificates (by role), taken in turn from each fate.
 
     ``points`` are the files of the roles, of which the hash was checked. With certificates of different
-    samples, the last one stands alone. Raises RunFolderError for points that do not fit their certificate.
+    samples, only the last one is used. Raises RunFolderError for points that do not fit their certificate.
     """
     last = list(certificates)[-1]
     same = {
@@ -81,7 +81,7 @@ def gallery(
 
 
 def fate(samples: Sequence[Sample]) -> PointOutcome:
-    """What became of one sample: ``samples`` are the first (dense) and the last (pruned) network's."""
+    """Return the fate of one sample from its records of the first (dense) and the last (pruned) network."""
     first, last = samples[0].broken_by, samples[-1].broken_by
     if UNDECIDED in (first, last):
         return "undecided"
@@ -95,7 +95,7 @@ def fate(samples: Sequence[Sample]) -> PointOutcome:
 
 
 def choose_points(fates: Sequence[PointOutcome], labels: Sequence[int], most: int) -> list[int]:
-    """Indices: a third of those chosen lost or broken at least, where there are such, new classes first."""
+    """Choose indices: at least a third lost or broken samples, if there are any, and new classes first."""
     queues = {kind: list(_varied([i for i, f in enumerate(fates) if f == kind], labels)) for kind in ORDER}
     chosen: list[int] = []
     while len(chosen) < most and any(queues.values()):
@@ -106,7 +106,7 @@ def choose_points(fates: Sequence[PointOutcome], labels: Sequence[int], most: in
 
 
 def _varied(indices: Sequence[int], labels: Sequence[int]) -> Iterator[int]:
-    """The first sample of each class, then the second of each, and so on."""
+    """Order samples by rank within their class: the first of each class, then the second of each."""
     seen: dict[int, int] = {}
     ranks = {}
     for index in indices:
@@ -134,12 +134,12 @@ def _shown(
 
 
 def class_names(certificate: Certificate) -> dict[int, str]:
-    """Names of the classes that have a sample; a class without one is known by its number alone."""
+    """Return the names of the classes that have a sample; others are known by number only."""
     return {row.label: row.name or f"class {row.label}" for row in certificate.per_class}
 
 
 def _read(path: Path, name: str, index: int, n: int) -> NDArray[np.float32]:
-    """One image [C, H, W] without the rest of the file. Raises RunFolderError."""
+    """Read one image [C, H, W] without the rest of the file. Raises RunFolderError."""
     try:
         with safe_open(path, framework="numpy") as stored:
             rows: Any = stored.get_slice(name)
@@ -155,7 +155,7 @@ def _read(path: Path, name: str, index: int, n: int) -> NDArray[np.float32]:
 
 
 def picture(image: NDArray[np.float32]) -> Picture:
-    """An image [C, H, W] in [0, 1] as bytes; other than 1 or 3 channels are averaged to gray.
+    """Convert an image [C, H, W] in [0, 1] to bytes; other than 1 or 3 channels are averaged to gray.
 
     Raises RunFolderError for an image without pixels.
     """
@@ -252,7 +252,7 @@ def values(report: ExportReport, tensor: EncodedTensor) -> ValuesName:
 
 
 def _under(report: ExportReport, codec: Codec, written: int) -> tuple[float, int | None]:
-    """Bytes under one encoding, and those that were written if that is how every tensor is stored."""
+    """Return the predicted bytes under one encoding, and the written bytes if all tensors use it."""
     chosen = [
         choose(_weight(tensor), codec.name, values(report, tensor), index)
         for index, tensor in enumerate(report.tensors)
@@ -279,7 +279,7 @@ def _entropy(tensor: EncodedTensor, kind: ValuesName) -> float:
 
 
 def _weight(tensor: EncodedTensor) -> WeightTensor:
-    """The tensor by its counts; a damaged report may name a shape that they do not fit."""
+    """Return the tensor by its counts, as a damaged report may name a shape that they do not fit."""
     entries = max(0, tensor.entries)
     fits = bool(tensor.shape) and min(tensor.shape) > 0 and math.prod(tensor.shape) == entries
     shape = tensor.shape if fits else (entries,)

@@ -28,24 +28,24 @@ Found = TypeVar("Found")
 
 
 class Reader:
-    """Files of finished stages, if they are as recorded; what is wrong with them is kept as ``problems``."""
+    """Reads files of finished stages if they are as recorded, and collects ``problems``."""
 
     def __init__(self, folder: Path, contents: Manifest) -> None:
         self.folder, self.contents, self.problems = folder, contents, list[str]()
 
     def record(self, stage: StageName) -> StageRecord | None:
-        """The stage, if it is finished."""
+        """Return the stage, if it is finished."""
         found = self.contents.stages.get(stage)
         return found if found is not None and found.status == "finished" else None
 
     def recorded(self, stage: StageName, name: str) -> list[str]:
-        """The hashes under which the manifest lists the file: one, or none."""
+        """Return the hashes under which the manifest lists the file: one, or none."""
         record = self.record(stage)
         listed = record.outputs if record is not None else ()
         return [output.sha256 for output in listed if output.path == f"{stage}/{name}"]
 
     def path(self, stage: StageName, name: str) -> Path | None:
-        """The file, if the manifest lists it and its hash is the recorded one."""
+        """Return the file, if the manifest lists it and its hash is the recorded one."""
         for sha256 in self.recorded(stage, name):
             path = self.attempt(partial(files.within, self.folder, f"{stage}/{name}"))
             if path is None:
@@ -57,12 +57,12 @@ class Reader:
         return None
 
     def read(self, stage: StageName, name: str, load: Callable[[Path], Found]) -> Found | None:
-        """What ``load`` makes of the file, or None."""
+        """Return the result of ``load`` for the file, or None."""
         path = self.path(stage, name)
         return self.attempt(lambda: load(path)) if path is not None else None
 
     def attempt(self, work: Callable[[], Found]) -> Found | None:
-        """The result of ``work``; an error of ours becomes a problem."""
+        """Return the result of ``work``; a DeployError is recorded as a problem."""
         try:
             return work()
         except DeployError as error:
@@ -116,12 +116,12 @@ class Facts:
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def inputs(self, stage: StageName) -> Mapping[str, Any]:
-        """The inputs of a stage, or nothing."""
+        """Return the inputs of a stage; empty if there are none."""
         record = self.manifest.stages.get(stage)
         return record.inputs if record is not None else {}
 
     def results(self, stage: StageName) -> Mapping[str, Any]:
-        """The results of a finished stage, or nothing."""
+        """Return the results of a finished stage; empty if there are none."""
         record = self.manifest.stages.get(stage)
         return record.results if record is not None and isinstance(record.results, dict) else {}
 
@@ -132,9 +132,9 @@ class Facts:
 
 
 def collect(folder: Path, *, images: int = 12) -> Facts:
-    """Read the run folder, which may be at work on a later stage, and change nothing in it.
+    """Read the run folder without changing it; a later stage may be running in it.
 
-    ``images`` is the most samples of the gallery. Raises RunFolderError where there is no run.
+    ``images`` is the most samples of the gallery. Raises RunFolderError if there is no run.
     """
     if not (folder / manifest.FILE_NAME).is_file():
         raise RunFolderError(
@@ -203,7 +203,7 @@ def _verdict(path: Path) -> Verdict:
 
 
 def _rows(path: Path) -> tuple[Row, ...]:
-    """The rows of a history: finite numbers, everything else None."""
+    """Return the rows of a history: finite numbers, everything else None."""
     try:
         content = files.parse_json(files.read_bytes(path))
     except ValueError:
@@ -214,14 +214,14 @@ def _rows(path: Path) -> tuple[Row, ...]:
 
 
 def number(value: Any) -> float | None:
-    """``value`` if it is a finite number."""
+    """Return ``value`` if it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if abs(value) < 1e300 and math.isfinite(value) else None
 
 
 def _layers(results: Any) -> tuple[LayerSparsity, ...]:
-    """The layers that the search recorded; those that make no sense are left out."""
+    """Return the layers that the search recorded, without inconsistent ones."""
     listed = results.get("layers") if isinstance(results, dict) else None
     return tuple(
         LayerSparsity(str(layer.get("name")), int(kept), int(weights))
@@ -235,7 +235,7 @@ def _layers(results: Any) -> tuple[LayerSparsity, ...]:
 
 
 def _pairs(networks: Mapping[str, Certificate]) -> PairRange | None:
-    """Lost and gained samples, where both networks faced the same samples under the same threat."""
+    """Count lost and gained samples if both networks saw the same samples under the same threat model."""
     if set(networks) != {DENSE, PRUNED}:
         return None
     dense, pruned = networks[DENSE], networks[PRUNED]
@@ -256,7 +256,7 @@ def _shown(reader: Reader, networks: Mapping[str, Certificate], images: int) -> 
 
 
 def _missing(facts: Facts) -> dict[str, str]:
-    """By section, what is not there, why, and what to type for it."""
+    """Return, by section, a message on missing content with the reason and the command to create it."""
     run = f"--run {shlex.quote(facts.name)}"
     certify = f"Nothing has attacked this run's networks yet: s2ap-deploy certify {run}"
     export = f"Nothing is exported yet: s2ap-deploy export --onnx {run}"

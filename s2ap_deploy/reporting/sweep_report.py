@@ -43,7 +43,7 @@ _FACTS = (
 
 
 def cells(group: Group) -> tuple[str, ...]:
-    """The row of one group, a text for each of :data:`COLUMNS`."""
+    """Return the row of one group, a text for each of :data:`COLUMNS`."""
     return (
         method(group.setting),
         group.setting.structure,
@@ -56,25 +56,25 @@ def cells(group: Group) -> tuple[str, ...]:
 
 
 def method(setting: Setting) -> str:
-    """``hydra + S2AP, erk``: the base method, the plug-in, and how layers share."""
+    """Return ``hydra + S2AP, erk``: the base method, S2AP, and the budget."""
     base = setting.method + (" + S2AP" if setting.s2ap else "")
     return base if setting.budget is None else f"{base}, {setting.budget}"
 
 
 def spread_percent(spread: Spread) -> str:
-    """``94.17 ± 0.21``, or the mean alone where there is no deviation."""
+    """Return ``94.17 ± 0.21``, or the mean alone if there is no deviation."""
     mean = f"{100 * spread.mean:.2f}"
     return mean if spread.deviation is None else f"{mean} ± {100 * spread.deviation:.2f}"
 
 
 def title(report: SweepReport) -> str:
-    """What was swept, on which data, under which attack."""
+    """Return the title: what was swept, on which data, under which attack."""
     network = f", {report.arch}" if report.arch is not None else ""
     return f"{plain(report.recipe)}: {plain(report.data)}{network}, {report.threat}"
 
 
 def notes(report: SweepReport) -> Iterator[str]:
-    """What a reader of the table must know, the combinations that are not in it included."""
+    """Return the notes below the table, including the combinations that are missing from it."""
     if report.statement is not None:
         n = sorted({row.figures.robust.n for row in report.rows if row.figures is not None})
         images = " or ".join(map(str, n))
@@ -87,7 +87,7 @@ def notes(report: SweepReport) -> Iterator[str]:
 
 
 def markdown(report: SweepReport) -> str:
-    """The table as a page of its own; equal figures give equal bytes, whatever happened on the way."""
+    """Render the table as a Markdown page; equal figures give equal bytes, also after interruptions."""
     lines = [
         f"# {title(report)}",
         "",
@@ -100,7 +100,7 @@ def markdown(report: SweepReport) -> str:
 
 
 def comma_separated(report: SweepReport) -> str:
-    """One line per combination; shares between 0 and 1, hashes in hexadecimal, empty where nothing is."""
+    """Render CSV, one line per combination: fractions, hexadecimal hashes, empty cells for missing values."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _FACTS, lineterminator="\n")
     writer.writeheader()
@@ -110,7 +110,7 @@ def comma_separated(report: SweepReport) -> str:
 
 
 def write(report: SweepReport, folder: Path) -> None:
-    """Leave the table and the CSV file in the sweep's folder. Raises StorageError."""
+    """Write the table and the CSV file into the sweep's folder. Raises StorageError."""
     files.write_text(folder / TABLE, markdown(report))
     files.write_text(folder / CSV, comma_separated(report))
 

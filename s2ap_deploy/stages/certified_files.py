@@ -35,10 +35,10 @@ class SubjectFile(Record):
 
 
 class Verification(Record):
-    """What a verification found.
+    """The result of a verification.
 
-    ``scope`` is ``files`` where no network was run. ``attacked`` is the number of images that were attacked
-    anew, and ``seed`` drew them; None where nothing was drawn.
+    ``scope`` is ``files`` where no network was run. ``attacked`` is the number of images attacked
+    again, drawn with ``seed``; None if none were drawn.
     """
 
     certificate: str
@@ -137,7 +137,7 @@ class CertifiedRun(NamedTuple):
         return check(name, "pass", f"{name}: consistent, and as recorded (SHA-256 {self.digest})")
 
     def subjects(self) -> tuple[SubjectFile, ...]:
-        """The attacked network, and the exported file if it gave the certificate's answers on every point."""
+        """Return the attacked network, and the exported file if it matched the certificate on every point."""
         found = []
         if self.attacked_sha256 is not None:
             found.append(SubjectFile(name=self.attacked_name, sha256=self.attacked_sha256))
@@ -176,7 +176,7 @@ class CertifiedRun(NamedTuple):
 
 
 def verify_files(path: Path, folder: Path | None) -> Verification:
-    """Check what the certificate at ``path`` says as far as files alone can show it.
+    """Check the certificate at ``path`` as far as possible from files alone.
 
     Counts and intervals are computed again from the samples, every named file is hashed, the points file must
     hold one point per sample, and the recipe must ask for this data set and threat model. No network is run.
@@ -321,5 +321,5 @@ def _recipe(run: CertifiedRun) -> list[Check]:
 
 
 def _kind(data: str) -> str:
-    """The data set's name; of an image folder without its path, which depends on the machine."""
+    """Return the data set's name; that of an image folder without its machine-dependent path."""
     return data.partition(":")[0]

@@ -1,4 +1,4 @@
-"""Compare: how alike the masks of finished searches are, and what each of them is worth."""
+"""Compare the masks of finished searches, and list the results of each."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Searched:
 
 
 def compare(folders: Sequence[Path]) -> dict[str, Any]:
-    """The comparison of two or more run folders as JSON values: ``runs``, and ``pairs`` of their numbers.
+    """Compare two or more run folders: JSON values ``runs``, and ``pairs`` of their numbers.
 
-    The folders are only read, and may be at work on a later stage. Runs are numbered from 1, in the order
+    The folders are only read; later stages may be running in them. Runs are numbered from 1, in the order
     given. Raises UsageError for less than two folders, RunFolderError for a folder without a finished and
     intact search, InputError for masks of different networks.
     """
@@ -61,7 +61,7 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def searched(folder: Path) -> Searched:
-    """The finished search of a run folder. Raises RunFolderError, which names the folder."""
+    """Return the finished search of a run folder. Raises RunFolderError, which names the folder."""
     if not (folder / manifest.FILE_NAME).is_file():
         raise RunFolderError(
             f"there is no run in {folder}", code="run-missing", hint="name run folders, such as s2ap-run"
@@ -84,7 +84,7 @@ def searched(folder: Path) -> Searched:
 
 
 def intact(folder: Path, record: StageRecord) -> Path:
-    """The file of the masks, whose hash is the recorded one. Raises RunFolderError."""
+    """Return the file of the masks after checking its hash. Raises RunFolderError."""
     hint = "repeat s2ap-deploy prune with --resume, which makes it again"
     name = f"search/{MASKS}"
     recorded = next((output for output in record.outputs if output.path == name), None)
@@ -99,7 +99,7 @@ def intact(folder: Path, record: StageRecord) -> Path:
 
 
 def described(record: StageRecord, masks: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What was searched and how it ended; None where the method or an older version does not say."""
+    """Return the settings and final figures of a search; None for values that were not recorded."""
     results, asked = mapping(record.results), mapping(record.inputs.get("prune"))
     last = mapping(results.get("last"))
     return {
@@ -115,7 +115,7 @@ def described(record: StageRecord, masks: Mapping[str, Tensor]) -> dict[str, Any
 
 
 def tuned(stages: Mapping[StageName, StageRecord]) -> dict[str, Any]:
-    """The best epoch of a finished fine-tuning, or None."""
+    """Return the best epoch of a finished fine-tuning, or None."""
     record = stages.get("finetune")
     if record is None or record.status != "finished":
         return {"finetune": None}
@@ -124,15 +124,15 @@ def tuned(stages: Mapping[StageName, StageRecord]) -> dict[str, Any]:
 
 
 def by_layer(layers: Mapping[str, Likeness]) -> dict[str, dict[str, float]]:
-    """The likeness of every layer as JSON values."""
+    """Return the likeness of every layer as JSON values."""
     return {name: asdict(found) for name, found in layers.items()}
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """``value`` if it is a JSON object, else an empty one."""
+    """Return ``value`` if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def number(value: Any) -> float | None:
-    """``value`` if it is a number, else None."""
+    """Return ``value`` if it is a number, else None."""
     return value if isinstance(value, int | float) else None

@@ -1,4 +1,4 @@
-"""One run on one machine: what every stage needs to start."""
+"""The context of a run on one machine, which every stage needs."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ MACHINE = "machine.json"
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """What only the command line knows: where data lies here, and what computes.
+    """Settings given only on the command line: the folder of the data, and the hardware to use.
 
     ``arch`` is an architecture by import path, and ``trust_pickle`` allows pickles to run code; both are
-    the word of the person at the keyboard and never come from a file. ``ranks`` share the training, each in
-    ``accumulate`` pieces of its rows; ``workers`` are attack processes where there is one rank.
+    given only on the command line, never read from a file. ``ranks`` share the training, each in
+    ``accumulate`` pieces of its rows; ``workers`` are attack processes if there is one rank.
     ``precision`` is that of training alone; attacks that certify compute in float32.
     """
 
@@ -56,7 +56,7 @@ class ExecutionConfig:
 
     @property
     def pieces(self) -> dict[str, int]:
-        """What a training stage records of ``accumulate``: BatchNorm normalizes by the piece."""
+        """The value of ``accumulate`` that a training stage records, as BatchNorm normalizes each piece."""
         return {} if self.accumulate == 1 else {"accumulate": self.accumulate}
 
     @property
@@ -65,13 +65,13 @@ class ExecutionConfig:
         return self.ranks if self.ranks.size > 1 else self.workers
 
     def save(self, folder: Path) -> None:
-        """Keep in ``folder`` where data lies, for the commands that follow. Raises StorageError."""
+        """Store the data root in ``folder`` for later commands. Raises StorageError."""
         if self.data_root is not None:
             files.write_json(folder / MACHINE, {"data_root": str(self.data_root)})
 
 
 def remembered_data_root(folder: Path) -> Path | None:
-    """The data root that an earlier command was given, or None. Raises RunFolderError when damaged."""
+    """Return the data root of an earlier command, or None. Raises RunFolderError if the file is damaged."""
     path = folder / MACHINE
     if not path.exists():
         return None
@@ -87,7 +87,7 @@ Result = TypeVar("Result")
 
 
 class RunContext:
-    """A run folder, the recipe that says what to do in it, and the machine that does it."""
+    """A run folder, its recipe, and the machine that runs it."""
 
     def __init__(
         self,
@@ -108,9 +108,9 @@ class RunContext:
         self._images: ImageData | None = None
 
     def stage(self, name: StageName, inputs: Mapping[str, Any]) -> Stage:
-        """Enter a stage of the run folder; see ``Run.stage``. Tells the user what was found there.
+        """Enter a stage of the run folder; see ``Run.stage``. Reports to the user what was found.
 
-        Work that begins is what makes the recipe the folder's own: a refused command leaves it alone.
+        The recipe is stored once work begins: a refused command leaves the stored one unchanged.
         """
         environment = {**runtime.environment(self.machine.device), "versions": runtime.versions()}
         if name in ("pretrain", "search", "finetune"):
@@ -129,7 +129,7 @@ class RunContext:
         return stage
 
     def remember(self) -> None:
-        """Keep the recipe, and where data lies, in the run folder. Raises StorageError."""
+        """Store the recipe and the data root in the run folder. Raises StorageError."""
         if not self.first:
             return
         self.run.save_recipe(self.recipe)
@@ -146,9 +146,9 @@ class RunContext:
         return "pretrain" if self.recipe.prune is None else "finetune"
 
     def images(self, size: tuple[int, int, int] | None) -> ImageData:
-        """The recipe's data at the size (C, H, W) the model takes; read once per process.
+        """Return the recipe's data at the model's input size (C, H, W); read once per process.
 
-        A size in the recipe comes first: it is how an image folder learns it from a user.
+        A size in the recipe takes precedence: it sets the size of an image folder.
         """
 
         def read() -> None:
@@ -161,7 +161,7 @@ class RunContext:
         return self._images
 
     def data_inputs(self, *splits: Split) -> dict[str, Any]:
-        """What a stage records of the images it reads, so that changed data is not mistaken for the same."""
+        """Return what a stage records of its images, so that changed data is detected."""
         return {
             "name": self.images(None).spec.name,
             "validation_fraction": self.recipe.data.validation_fraction,
@@ -169,7 +169,7 @@ class RunContext:
         }
 
     def classifier(self, stage: StageName) -> tuple[Classifier, CheckpointInfo, Path]:
-        """The classifier that a finished stage left, on the machine's device, with its file.
+        """Return the classifier of a finished stage, on the machine's device, with its file.
 
         Raises RunFolderError when the stage is not finished, ArchitectureError when the network comes
         from an import path that was not given again.
@@ -178,15 +178,15 @@ class RunContext:
         return *self.load(path), path
 
     def load(self, path: Path) -> tuple[Classifier, CheckpointInfo]:
-        """The classifier in a file of this tool, on the machine's device. Raises ArchitectureError."""
+        """Load the classifier in a file of this tool, on the machine's device. Raises ArchitectureError."""
         return read_classifier(path, self.machine)
 
     def objective(self, section: ObjectiveSection) -> Objective:
-        """The recipe's objective under the recipe's threat model."""
+        """Return the recipe's objective under the recipe's threat model."""
         return Objective(self.recipe.threat, **section.model_dump())
 
     def environment(self, stage: Stage) -> TrainingEnvironment:
-        """What the training loop of ``stage`` runs on."""
+        """Return the environment of the training loop of ``stage``."""
         return TrainingEnvironment(
             device=self.machine.device,
             seed=self.recipe.seed,
@@ -224,7 +224,7 @@ def on_first_rank(
 def read_images(
     recipe: Recipe, machine: ExecutionConfig, size: tuple[int, int, int] | None, recorder: Recorder
 ) -> ImageData:
-    """The recipe's data where ``machine`` has them; see :meth:`RunContext.images`. Raises DataError."""
+    """Read the recipe's data on ``machine``; see :meth:`RunContext.images`. Raises DataError."""
     return datasets.load(
         recipe.data.name,
         root=machine.data_root,
@@ -237,7 +237,8 @@ def read_images(
 
 
 def read_classifier(path: Path, machine: ExecutionConfig) -> tuple[Classifier, CheckpointInfo]:
-    """The classifier in a file of this tool, on the machine's device.
+    """Load the classifier in a file of this tool, on the machine's device.
+
 
     Raises CheckpointError, and ArchitectureError when the network comes from an import path that the machine
     was not given.

@@ -42,10 +42,10 @@ COMPARED_IMAGES = 512
 
 @dataclass(frozen=True, eq=False)
 class _Request:
-    """What is exported: the network of the run, and what the recipe's export section refers to.
+    """The network to export, and the objects that the recipe's export section refers to.
 
     ``masks`` is None for a dense network, ``certificate`` before ``certify`` has finished. ``narrow`` is the
-    network of channels that were chosen anew.
+    network with newly chosen channels.
     """
 
     section: ExportSection
@@ -62,7 +62,7 @@ def export(job: RunContext, *, output: Path | None = None, bench: bool = False) 
     """Write ``model.onnx`` and its report in the ``export`` stage.
 
     The pruned network is exported, or the dense one when nothing was pruned. A file of int8 or rounded
-    weights is another network than the certified one: the report says so, with the command that certifies it.
+    weights is a different network from the certified one; its report names the command that certifies it.
 
     Args:
         job: the run.
@@ -90,7 +90,7 @@ def export(job: RunContext, *, output: Path | None = None, bench: bool = False) 
 
 
 def _request(job: RunContext) -> _Request:
-    """Collect what the export needs; whatever must be refused is refused before the stage begins."""
+    """Collect the inputs of the export; refuse an invalid request before the stage begins."""
     section = job.recipe.export
     pruned = job.result == "finetune"
     export_channels.refuse_unfit(job, section)
@@ -124,7 +124,7 @@ def _inputs(job: RunContext, request: _Request) -> dict[str, object]:
 
 
 def _export(job: RunContext, request: _Request, file: Path) -> tuple[ExportReport, list[Path]]:
-    """Write and check ``file``; its report, and the files that were written."""
+    """Write and check ``file``; return its report and the files that were written."""
     section, masks, narrow, info = request.section, request.masks, request.narrow, request.info
     if narrow is None and masks is not None and section.compact and export_channels.by_channels(job):
         narrow = export_channels.narrowed(job, request.classifier, info, masks, section)
@@ -178,8 +178,8 @@ def _export(job: RunContext, request: _Request, file: Path) -> tuple[ExportRepor
 def _benchmark(job: RunContext, request: _Request, stage: Stage, report: ExportReport) -> ExportReport:
     """Measure the exported file and store the result in its report.
 
-    The file stays as it is, so that its certificate still holds. It is measured again at each request: the
-    machine may be another, or busier.
+    The file stays as it is, so that its certificate still holds. It is measured again on each request, as the
+    machine or its load may differ.
     """
     performance = benchmark_export(
         request.classifier,
@@ -205,7 +205,7 @@ def _file_name(section: ExportSection) -> str:
 
 
 def _certificate(job: RunContext, role: str) -> Path | None:
-    """The certificate of this run's network, or None before ``certify`` has finished."""
+    """Return the certificate of this run's network, or None before ``certify`` has finished."""
     try:
         return job.run.output("certify", f"{role}.json")
     except RunFolderError:
@@ -215,7 +215,7 @@ def _certificate(job: RunContext, role: str) -> Path | None:
 
 
 def _points(job: RunContext, certificate_file: Path) -> CertifiedPoints:
-    """The certificate's clean and adversarial points, in its own order."""
+    """Return the certificate's clean and adversarial points, in its order."""
     certificate = Certificate.load(certificate_file)
     if certificate.points is None:
         raise RunFolderError(
@@ -246,7 +246,7 @@ def _points(job: RunContext, certificate_file: Path) -> CertifiedPoints:
 
 
 def _test_images(job: RunContext, info: CheckpointInfo) -> NDArray[np.float32]:
-    """Test images to compare logits on, where no certificate has its own; nothing is chosen by them."""
+    """Return test images for comparing logits if no certificate provides points; nothing is tuned on them."""
     test = job.images(info.preprocessing.size).test
     chosen = choose(test.labels, COMPARED_IMAGES, seed=0)
     pixels: NDArray[np.float32] = test.subset(chosen).tensors()[0].numpy()
@@ -254,7 +254,7 @@ def _test_images(job: RunContext, info: CheckpointInfo) -> NDArray[np.float32]:
 
 
 def _calibration(job: RunContext, info: CheckpointInfo) -> NDArray[np.float32]:
-    """Training images, stratified by class; the same ones each time."""
+    """Return calibration images from the training split, stratified by class, always the same ones."""
     train = job.images(info.preprocessing.size).train
     chosen = choose(train.labels, job.recipe.export.calibration, seed=0)
     pixels: NDArray[np.float32] = train.subset(chosen).tensors()[0].numpy()
@@ -262,7 +262,7 @@ def _calibration(job: RunContext, info: CheckpointInfo) -> NDArray[np.float32]:
 
 
 def _not_covered(report: ExportReport, file: Path, run: Path) -> str:
-    """Say why no certificate of the run covers the file, and how to certify it."""
+    """Explain why no certificate of the run covers the file, and how to certify it."""
     command = shlex.join(["s2ap-deploy", "certify", "--artifact", str(file), "--run", str(run)])
     if report.narrowed is not None and report.narrowed.reselected:
         return f"{RESELECTED_STATEMENT} Certify the file itself: {command}"
@@ -274,7 +274,7 @@ def _not_covered(report: ExportReport, file: Path, run: Path) -> str:
 
 
 def _metadata(info: CheckpointInfo, narrowed: float | None, certificate: Path | None) -> dict[str, str]:
-    """Facts that are stored inside the file, for its users on a device.
+    """Return the metadata stored inside the file for users on a device.
 
     ``narrowed``: the sparsity of a network with fewer channels, in place of the run's.
     """

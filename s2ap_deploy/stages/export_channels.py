@@ -42,7 +42,7 @@ PROBES = 8
 class NarrowNetwork:
     """``network`` computes what ``reference`` computes, which has all channels and zeros by its ``masks``.
 
-    ``changed`` are the numbers that its layers are built with now; ``kept`` the channels of every group.
+    ``changed`` are the changed constructor arguments of its layers; ``kept`` the channels of every group.
     """
 
     reference: nn.Module
@@ -55,7 +55,7 @@ class NarrowNetwork:
 
 
 def by_channels(job: RunContext) -> bool:
-    """Whether this run pruned channels."""
+    """Return whether this run pruned channels."""
     return job.recipe.prune is not None and job.recipe.prune.granularity == "channel"
 
 
@@ -85,7 +85,7 @@ def narrowed(
 ) -> NarrowNetwork:
     """Remove the pruned channels from ``classifier``.
 
-    ``masks`` are the run's. With a keep ratio the channels are chosen anew by the run's scores, among those
+    ``masks`` are the run's. With a keep ratio the channels are chosen again by the run's scores, among those
     that the search kept. Raises UsageError for a ratio that leaves nothing to choose, empties a group or
     cannot be aligned, RunFolderError for scores of another network, and VerificationError when the smaller
     network computes something else or does not have the requested size.
@@ -147,9 +147,9 @@ def narrowed(
 def save_pair(
     onnx_file: Path, narrow: NarrowNetwork, classifier: nn.Module, info: CheckpointInfo, job: RunContext
 ) -> list[Path]:
-    """Write the smaller network beside ``onnx_file``: weights as safetensors, and the plan.
+    """Write the smaller network next to ``onnx_file``: weights as safetensors, and the plan.
 
-    ``classifier`` and ``info`` are those of the network that it was made from. Both files are read again.
+    ``classifier`` and ``info`` are those of the network that it was made from. Both files are read back.
     Raises VerificationError when they do not restore the network, and then removes all three files.
     """
     weights, plan = onnx_file.with_name(WEIGHTS), onnx_file.with_name(PLAN)
@@ -186,7 +186,7 @@ def described(paths: list[Path]) -> tuple[CompactFile, ...]:
 
 
 def _wanted(channels: Mapping[str, int], searched: Mapping[str, int], ratio: float) -> dict[str, int]:
-    """Channels per group at ``ratio``, but none that the search removed: their weights are gone."""
+    """Return the channels per group at ``ratio``, at most those that the search kept."""
     asked = by_ratio(channels, ratio)
     wanted = {name: min(count, searched[name]) for name, count in asked.items()}
     if wanted == searched:
@@ -216,7 +216,7 @@ def _scores(job: RunContext, channels: Mapping[str, int]) -> dict[str, Tensor]:
 def _mask(
     network: nn.Module, granularity: Channels, kept: Mapping[str, Tensor], masks: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Zero what belongs to channels that are not ``kept``; the masks that result."""
+    """Zero the weights of channels that are not ``kept``; return the resulting masks."""
     selection = {}
     for name, group in granularity.groups.items():
         selection[name] = torch.zeros(group.channels, dtype=torch.bool)

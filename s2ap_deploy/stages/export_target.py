@@ -44,7 +44,7 @@ def target_of(section: ExportSection) -> Found | None:
 
 
 def inputs(found: Found | None) -> dict[str, str]:
-    """Return what a stage records of the target: another profile under the same name is another input."""
+    """Return what a stage records of the target, so that a changed profile of the same name is detected."""
     return {} if found is None else {"target": found.sha256}
 
 
@@ -70,7 +70,7 @@ def refuse_misfit(found: Found | None, section: ExportSection, network: nn.Modul
 
 
 def off_pattern(weights: Mapping[str, Tensor], n: int, m: int, *, ends: tuple[str, ...] = ()) -> str | None:
-    """Say why ``weights`` [out, in, ...] do not keep ``n`` of every ``m`` consecutive inputs, or None.
+    """Explain why ``weights`` [out, in, ...] do not keep ``n`` of each ``m`` inputs; None if they do.
 
     Weights whose inputs ``m`` does not divide are exempt; those among ``ends`` may be left dense.
     """
@@ -141,7 +141,7 @@ def number(value: float | None) -> str:
 
 
 def _predicted(exported: Exported, recipe: Recipe) -> PredictedSize | None:
-    """The prediction of a plan; None for a network that no plan can be made for."""
+    """Return the predicted size, or None if the network cannot be planned."""
     try:
         expected = plan(
             exported.network,
@@ -157,7 +157,7 @@ def _predicted(exported: Exported, recipe: Recipe) -> PredictedSize | None:
 
 
 def _macs(report: ExportReport, exported: Exported) -> int:
-    """Of the file's graph, where it was counted, else of the network."""
+    """Return multiply-accumulates of the file's graph if counted, else of the network."""
     if report.compaction is not None:
         return report.compaction.macs_after
     if report.narrowed is not None:

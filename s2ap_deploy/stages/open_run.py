@@ -1,4 +1,4 @@
-"""Open a run: resolve its recipe, set up the machine, report, and hand the job to the stages."""
+"""Open a run: resolve its recipe, set up the machine and reporting, and yield the job for the stages."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def _defaults() -> dict[str, str]:
 
 
 def _stage_lines(job: RunContext, before: Mapping[StageName, StageRecord]) -> Iterator[str]:
-    """Yield, per stage that was worked on, its time, the hash of its inputs, and its files with hashes."""
+    """Yield time, input hash and files with hashes of each stage that ran."""
     for name, record in job.run.manifest.stages.items():
         if before.get(name) == record:
             continue
@@ -278,7 +278,7 @@ State = Literal["done", "to do", "to continue", "to repeat", "refused"]
 
 
 class StagePending(Exception):
-    """A stage that is not done, raised where the work on it would begin; ``words`` say why."""
+    """Raised where the work on an unfinished stage would begin; ``words`` give the reason."""
 
     def __init__(self, name: StageName, state: State, words: str = "") -> None:
         super().__init__(f"{name}: {state}")
@@ -310,7 +310,7 @@ class ReadOnlyRun(Run):
         overwrite: bool,
         environment: Mapping[str, Any] | None = None,
     ) -> Stage:
-        """The stage, if it is finished with the same inputs and intact. Raises Due otherwise."""
+        """Return the stage if finished with the same inputs and intact. Raises StagePending otherwise."""
         record = self.manifest.stages.get(name)
         if record is None:
             raise StagePending(name, "to do")
@@ -337,6 +337,6 @@ class ReadOnlyRun(Run):
 
 
 class DryRunJob(RunContext):
-    """A job that finds out what is done: stages raise :class:`StagePending` where their work would begin."""
+    """A job for dry runs: stages raise :class:`StagePending` where their work would begin."""
 
     def remember(self) -> None: ...

@@ -1,4 +1,4 @@
-"""The whole path: every stage that a recipe asks for, in order."""
+"""Run every stage that a recipe asks for, in order."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from s2ap_deploy.stages.prune import prune
 def whole(
     job: RunContext, *, time_budget: float | None = None, dense_record: Path | None = None
 ) -> Verdict | None:
-    """Dense network, pruned network, certificates, exported file, the file's own certificate if need be;
-    verdict.
+    """Run all stages, from the dense network to the verdict; certify the exported file if needed.
 
     ``dense_record`` is the record of an attack on the same dense network, see ``certify``. Returns None for a
-    recipe without a gate. Raises what the stages raise.
+    recipe without a gate. Raises the errors of the stages.
     """
     dense(job)
     if job.recipe.prune is not None:

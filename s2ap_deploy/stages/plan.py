@@ -52,7 +52,7 @@ PATTERN_SPEED = (
 
 
 class PlannedLayer(Record):
-    """One weight: its shape before and after, and how many of the entries that stay are not zero."""
+    """One weight: its shape before and after, and the number of non-zero entries that are kept."""
 
     name: str
     shape: tuple[int, ...]
@@ -61,7 +61,7 @@ class PlannedLayer(Record):
 
 
 class PlannedFile(Record):
-    """A file under one encoding. ``values`` are stored so; ``int8`` is int8 arithmetic."""
+    """A file under one encoding. ``values`` is the type of stored values; ``int8`` means int8 arithmetic."""
 
     encoding: EncodingName
     values: ValuesName
@@ -76,9 +76,9 @@ class PlannedFile(Record):
 class Plan(Record):
     """Prediction for one network and one request; bytes are whole files.
 
-    ``sparsity`` counts zeros among the prunable weights, those of channels that are gone included. ``macs``
+    ``sparsity`` counts zeros among the prunable weights, including those of removed channels. ``macs``
     are multiply-accumulates per image in the layers that are called, ``parameters`` learnable values; zeros
-    that stay where they are still count as both. ``chosen`` is the file that the export's settings ask for,
+    inside remaining layers count in both. ``chosen`` is the file that the export's settings ask for,
     and is compared with ``budgets``; ``target`` has the hash of its profile.
     """
 
@@ -105,7 +105,7 @@ class Plan(Record):
 
     @property
     def fits(self) -> bool | None:
-        """Whether every budget holds; None where nothing misses, but something can only be measured."""
+        """Whether every budget is met; None if the rest can only be measured."""
         answers = [check.holds for check in self.budgets]
         return False if False in answers else None if None in answers else True
 
@@ -210,7 +210,7 @@ def _budget_checks(
 
 
 def _weights(whole: Outline, section: PruneSection) -> tuple[dict[str, int], list[str]]:
-    """Weights that stay in each layer, and notes on what shapes alone do not determine."""
+    """Return the weights kept in each layer, and notes on what shapes alone do not determine."""
     shapes, names = whole.shapes, tuple(whole.shapes)
     ends = (names[0], names[-1]) if section.dense_ends else ()
     pattern = n_of_m(section.granularity)
@@ -228,7 +228,7 @@ def _weights(whole: Outline, section: PruneSection) -> tuple[dict[str, int], lis
 
 
 def _channels(whole: Outline, coupling: Coupling, section: PruneSection, export: ExportSection) -> Outline:
-    """What is left without the pruned channels, each with its rows and columns."""
+    """Return the layers without the pruned channels, and their rows and columns."""
     if export.reselects:
         section = section.model_copy(update={"keep_ratio": export.keep_ratio, "sparsity": None})
     channels = {group.name: group.channels for group in coupling.groups}
@@ -258,7 +258,7 @@ def _channels(whole: Outline, coupling: Coupling, section: PruneSection, export:
 
 
 def _speed(granularity: str, whole: Outline, left: Outline, export: ExportSection) -> tuple[Speed, str]:
-    """The class of speed-up, and why."""
+    """Return the class of speed-up and its explanation."""
     if left.macs < whole.macs:
         ratio = whole.macs / max(left.macs, 1)
         factor = f"{ratio:.1f} times fewer multiply-accumulates, which does save time"
@@ -271,7 +271,7 @@ def _speed(granularity: str, whole: Outline, left: Outline, export: ExportSectio
 
 
 def _missing(target: Target, granularity: str, limits: Mapping[BudgetName, float | None]) -> Iterator[str]:
-    """The requirements of the target that this plan does not meet."""
+    """Return the requirements of the target that this plan does not meet."""
     pattern = target.requires.granularity
     if pattern is not None and granularity != pattern:
         yield f"{target.name} needs {pattern}: s2ap-deploy prune --granularity {pattern}"

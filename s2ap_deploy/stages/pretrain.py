@@ -1,4 +1,4 @@
-"""The dense network: trained here, or taken over from a checkpoint and checked against its data."""
+"""Train the dense network, or import it from a checkpoint and check it on its data."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ CHANCE_MARGIN = 2.0
 
 
 def dense(job: RunContext) -> None:
-    """Leave the dense network in the run folder's ``pretrain`` stage.
+    """Write the dense network into the run folder's ``pretrain`` stage.
 
-    A recipe with a checkpoint takes it over; one without trains its architecture. Raises RecipeError when
-    it has neither, and what reading checkpoints and data raises.
+    A recipe with a checkpoint imports it; one without trains its architecture. Raises RecipeError if it
+    has neither, and the errors of reading checkpoints and data.
     """
     recipe = job.recipe
     if recipe.model.checkpoint is not None:
@@ -47,7 +47,7 @@ def dense(job: RunContext) -> None:
 
 
 def pretrain(job: RunContext, section: TrainSection) -> None:
-    """Adversarial training from random weights."""
+    """Train a network adversarially from random weights."""
     recipe = job.recipe
     reference = job.machine.arch or recipe.model.arch
     assert reference is not None
@@ -102,7 +102,7 @@ def pretrain(job: RunContext, section: TrainSection) -> None:
 
 
 def adopt(job: RunContext, path: Path) -> None:
-    """Take over a checkpoint: find its architecture, hold it against the data, look at its robustness."""
+    """Import a checkpoint: find its architecture, check that it fits the data, and measure its robustness."""
     recipe, recorder = job.recipe, job.recorder
     classifier, info, notes = checkpoint.load(
         path,
@@ -175,7 +175,7 @@ def adopt(job: RunContext, path: Path) -> None:
 
 
 def _masking(section: ModelSection) -> dict[str, float]:
-    """What rebuilds the masks of a pruned checkpoint; other networks are recorded without it, as ever."""
+    """Return the options that rebuild the masks of a pruned checkpoint; empty for other networks."""
     given = {"keep": section.keep, "alpha": section.alpha}
     return {name: value for name, value in given.items() if value is not None}
 

@@ -53,9 +53,9 @@ from s2ap_deploy.training.train import TrainingData, train
 
 @dataclass(frozen=True, eq=False)
 class Scoring:
-    """``kept`` is the exact number of weights that the request leaves, None where the pattern decides.
+    """``kept`` is the exact number of weights to keep, None if the pattern decides.
 
-    ``dense`` names the prunable layers that stay whole; they count in every sparsity.
+    ``dense`` names the prunable layers that stay dense; they count in every sparsity.
     """
 
     scored: ScoredNetwork
@@ -70,7 +70,7 @@ def score(
     section: PruneSection,
     seed: int,
 ) -> Scoring:
-    """The network under the section's method, with its starting scores.
+    """Return the network under the section's method, with its initial scores.
 
     ``names`` are the prunable weights in forward order; the last is the classifier's. ``input_size`` is
     (C, H, W). Raises ArchitectureError without any, UsageError and InputError for what does not fit the
@@ -119,7 +119,7 @@ def score_channels(
     section: PruneSection,
     seed: int,
 ) -> Scoring:
-    """One score per channel of every coupled group."""
+    """Create one score per channel of every coupled group."""
     coupling = channel_groups(network, input_size)
     channels = {group.name: group.channels for group in coupling.groups}
     granularity = Channels(coupling, shapes)
@@ -137,7 +137,7 @@ def share_channels(
     section: PruneSection,
     device: torch.device | None = None,
 ) -> Allocation:
-    """How the groups share the channels that are kept."""
+    """Return the allocation of kept channels to groups."""
     if section.keep_ratio is not None:
         return Fixed(by_ratio(channels, section.keep_ratio))
     assert section.sparsity is not None
@@ -158,7 +158,7 @@ def allocation(
     dense: tuple[str, ...],
     device: torch.device | None = None,
 ) -> Allocation:
-    """How the layers share the weights that are kept; what learns lies on ``device``, as the scores do."""
+    """Return the allocation of kept weights to layers; its learned parameters are on ``device``."""
     assert section.sparsity is not None
     least = floors(shapes, classifier=classifier, dense=dense)
     budget = section.layer_budget
@@ -214,7 +214,7 @@ def gradient_scores(
 
 
 def scores_file(folder: str) -> Path:
-    """Where a run folder keeps the scores of its search."""
+    """Return the path of the scores of a run folder's search."""
     return Path(folder) / "search" / "scores.safetensors"
 
 
@@ -223,7 +223,7 @@ DENOMINATOR = "weights of the convolutions and linear layers that a forward pass
 
 
 def prune(job: RunContext) -> None:
-    """Search and fine-tuning, after those of every lower sparsity on the way there.
+    """Run search and fine-tuning, after those of every lower sparsity of iterative pruning.
 
     Raises RecipeError for a recipe that does not prune.
     """
@@ -238,7 +238,7 @@ def prune(job: RunContext) -> None:
 
 
 def prune_to(job: RunContext, section: PruneSection, lower: float, begin: Path, dense: Path) -> Path:
-    """One step of iterative pruning, in a run folder of its own under ``steps``; returns its network."""
+    """Run one step of iterative pruning in its own run folder under ``steps``; return its network."""
     step = section.model_copy(update={"sparsity": lower, "steps": ()})
     recipe = job.recipe.model_copy(
         update={
@@ -256,7 +256,7 @@ def prune_to(job: RunContext, section: PruneSection, lower: float, begin: Path, 
 
 
 def search_mask(job: RunContext, section: PruneSection, begin: Path) -> None:
-    """Leave masks, scores and the masked network in the ``search`` stage; ``begin`` is the network before."""
+    """Write masks, scores and the masked network into the ``search`` stage; ``begin`` is the input."""
     recipe = job.recipe
     classifier, info = job.load(begin)
     job.machine.precision.to_channels_last(classifier)
@@ -317,7 +317,7 @@ def search_mask(job: RunContext, section: PruneSection, begin: Path) -> None:
 def find_mask(
     job: RunContext, section: PruneSection, scored: ScoredNetwork, images: ImageData, stage: Stage
 ) -> SearchResult:
-    """Learn the scores, or take them as they are where the method does not learn any."""
+    """Learn the scores, or use the initial ones if the method does not learn any."""
     method, objective = METHODS[section.method], job.objective(section.search.objective)
     env = job.environment(stage)
     if method.gradients and section.scores_from is None:
@@ -349,12 +349,12 @@ def find_mask(
 
 
 def _unused(section: PruneSection) -> set[str]:
-    """What of the section the search does not read: a changed value there is no other search."""
+    """Return the keys of the section that the search does not read; changing them keeps its result."""
     return {"finetune", "steps", *(() if section.perturbs else ("gamma", "warmup_epochs"))}
 
 
 def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:
-    """Leave the pruned, retrained network in the ``finetune`` stage; ``dense`` is whom it may distil from."""
+    """Write the pruned, fine-tuned network into the ``finetune`` stage; ``dense`` is the teacher, if any."""
     recipe = job.recipe
     classifier, info, path = job.classifier("search")
     images = job.images(info.preprocessing.size)
@@ -409,5 +409,5 @@ def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:
 
 
 def nonzero(network: nn.Module, masks: Mapping[str, Tensor]) -> int:
-    """Masked weights that are not zero: at most as many as the masks keep."""
+    """Count masked weights that are not zero: at most as many as the masks keep."""
     return sum(int((network.get_parameter(name) != 0).sum()) for name in masks)

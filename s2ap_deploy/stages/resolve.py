@@ -1,4 +1,4 @@
-"""Resolve recipes from keyword arguments, or options, and from what a model file states."""
+"""Resolve recipes from keyword arguments, options, and the facts in a model file."""
 
 from __future__ import annotations
 
@@ -193,11 +193,11 @@ def preprocessing(
     root: Path | None = None,
     trust_pickle: bool = False,
 ) -> Preprocessing | None:
-    """The input that ``data`` has, for a foreign checkpoint of the user's own code without an ``input_size``.
+    """Return the preprocessing of ``data`` for a foreign checkpoint of user code without an ``input_size``.
 
-    None where the file or the architecture ``arch`` says what goes in. ``size`` (C, H, W) is asked of an
-    image folder. Reads no image set, at most the listing of a folder. Raises what ``datasets.spec`` and
-    ``registry.resolve`` raise.
+    None if the file or the architecture ``arch`` defines the input. ``size`` (C, H, W) applies to an image
+    folder. Reads no images, at most the listing of a folder. Raises the errors of ``datasets.spec`` and
+    ``registry.resolve``.
     """
     if not input_unsaid(path, arch, trust_pickle=trust_pickle):
         return None
@@ -205,7 +205,7 @@ def preprocessing(
 
 
 def input_unsaid(path: Path, arch: str | None, *, trust_pickle: bool = False) -> bool:
-    """Whether neither the file at ``path`` nor the code of ``arch`` says what goes into the network."""
+    """Return whether neither the file at ``path`` nor the code of ``arch`` defines the input."""
     if arch is None or not registry.is_import_path(arch) or registry.resolve(arch).input_size is not None:
         return False
     return checkpoint.read_tensors(path, trust_pickle=trust_pickle).info is None

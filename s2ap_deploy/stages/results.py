@@ -19,7 +19,7 @@ class Loaded:
     """A checkpoint in memory.
 
     ``classifier`` maps images float32 [B, C, H, W] in [0, 1] to logits [B, K], in eval mode on the CPU;
-    ``info`` are its facts, ``notes`` what was found out or left aside while reading.
+    ``info`` are its facts, ``notes`` describe what was inferred or ignored while reading.
     """
 
     classifier: Classifier
@@ -29,7 +29,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Trained:
-    """A network that a stage left: its file, and the accuracies of the epoch it was taken from (fractions).
+    """A network that a stage wrote: its file, and the accuracies of its epoch (fractions).
 
     ``sparsity`` is the fraction of zeros among prunable weights, None for a dense network.
     """
@@ -42,7 +42,7 @@ class Trained:
     stages: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def load(self) -> Loaded:
-        """The network itself. Raises CheckpointError."""
+        """Load the network. Raises CheckpointError."""
         from s2ap_deploy.models.checkpoints import checkpoint
 
         return Loaded(*checkpoint.load(self.model))
@@ -50,7 +50,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Certificates:
-    """What was attacked: the dense network, the pruned one, or the exported file itself."""
+    """The certificates of the dense network, the pruned one, or the exported file."""
 
     run: Path
     dense: Certificate | None = None

@@ -1,4 +1,4 @@
-"""What a sweep shows: a row per combination, a group per combination without its seed."""
+"""Aggregate a sweep: a row per combination, a group per combination over its seeds."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Count(Record):
 
 
 class Figures(Record):
-    """What one finished combination shows. ``sparsity`` is measured; ``bytes`` are whole ONNX files.
+    """Figures of one finished combination. ``sparsity`` is measured; ``bytes`` are whole ONNX files.
 
-    ``latency_ratio`` is the exported file's time over that of its dense twin, measured on one machine, or
-    None. Hashes are those of the files that say it.
+    ``latency_ratio`` is the exported file's time over that of its dense counterpart, measured on one
+    machine, or None. Hashes are those of the evidence files.
     """
 
     sparsity: float
@@ -63,7 +63,7 @@ class Figures(Record):
 
 
 class Setting(Record):
-    """How a combination prunes: what its row says before any figure. ``sparsity`` was requested."""
+    """Pruning settings of a combination, the first columns of its row. ``sparsity`` is the requested one."""
 
     method: str
     s2ap: bool
@@ -106,7 +106,7 @@ class Row(Record):
 
     @classmethod
     def waiting(cls, combination: Combination) -> Row:
-        """The row before any work; an impossible combination is skipped, with its reason."""
+        """Return the row before any work; an impossible combination is skipped, with its reason."""
         recipe = combination.recipe
         common: dict[str, Any] = {
             "name": combination.name,
@@ -184,7 +184,7 @@ class SweepReport(Record):
 
 
 def figures(run: Run, verdict: str | None) -> tuple[Figures, str]:
-    """The figures of a finished run folder, and the statement of its certificate.
+    """Return the figures of a finished run folder, and the statement of its certificate.
 
     Every file is compared with its recorded hash. Raises RunFolderError for a missing or changed one.
     """
@@ -218,7 +218,7 @@ def figures(run: Run, verdict: str | None) -> tuple[Figures, str]:
 
 
 def groups(rows: Sequence[Row]) -> tuple[Group, ...]:
-    """Means and deviations over the seeds of each setting, in the order of the rows."""
+    """Compute means and deviations over the seeds of each setting, in the order of the rows."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row.figures is not None and row.setting is not None:

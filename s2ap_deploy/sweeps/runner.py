@@ -1,4 +1,4 @@
-"""Run a sweep: every combination in a run folder of its own, what they share computed once."""
+"""Run a sweep: every combination in its own run folder, with shared stages computed once."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ SHARED: StageName = "pretrain"
 
 
 def dense_recipe(recipe: Recipe) -> Recipe:
-    """The part of ``recipe`` that does not prune: the same for every combination of its seed."""
+    """Return the part of ``recipe`` before pruning, which all combinations of a seed share."""
     base = recipe.name.partition("/")[0]
     changes = {"name": f"{base}/dense-seed-{recipe.seed}", "prune": None, "gate": None}
     return recipe.model_copy(update={**changes, "export": ExportSection()})
 
 
 def share(job: RunContext) -> None:
-    """Train or take over the dense network in a folder of its own, and attack it; done once, then skipped.
+    """Train or import the dense network in its own folder and attack it; done once, then skipped.
 
-    The record of the attack stays there, for ``certify`` to go on from in every combination. Raises what the
-    stages raise.
+    The record of the attack stays there for ``certify`` in every combination. Raises the errors of the
+    stages.
     """
     dense(job)
     certify(job, keep_records=True)
@@ -47,16 +47,16 @@ def share(job: RunContext) -> None:
 
 
 def dense_record(folder: Path) -> Path:
-    """Where :func:`share` keeps the record of the attack on the dense network."""
+    """Return the path of the record that :func:`share` keeps of the attack on the dense network."""
     return folder / "certify" / f"record-{DENSE_ROLE}"
 
 
 def take_over(run: Run, shared: Path) -> bool:
-    """Make the finished dense network of the run folder ``shared`` that of ``run``; False if it has its own.
+    """Link the finished dense network of the folder ``shared`` into ``run``; False if it has its own.
 
-    Files are linked, or copied, and compared with their recorded hashes; the manifest is last, so that a kill
-    leaves a folder without the stage. Whether the inputs are the run's own is for the stage to say, which
-    skips only what came from equal ones. Raises RunFolderError for a file that is not the recorded one.
+    Files are linked, or copied, and compared with their recorded hashes. The manifest is written last, so
+    that a kill leaves a folder without the stage. The stage itself checks that its inputs are
+    equal. Raises RunFolderError for a file that is not the recorded one.
     """
     if SHARED in run.manifest.stages:
         return False
@@ -98,7 +98,7 @@ _OTHER = "choose another folder with --run"
 
 
 class Changed(Protocol):
-    """Told after every combination how the sweep stands, to write what people read."""
+    """Called after every combination with the state of the sweep, to write tables and plots."""
 
     def __call__(self, report: SweepReport, folder: Path) -> None: ...
 
@@ -107,7 +107,7 @@ class SweepFolder:
     """A locked folder of runs; a context manager. Another process that sweeps here is refused."""
 
     def __init__(self, path: Path, *, resume: bool, overwrite: bool) -> None:
-        """Raises RunFolderError for a folder of something else, in use, or with an unfinished sweep."""
+        """Lock the folder. Raises RunFolderError if it is foreign, in use, or has an unfinished sweep."""
         self.path = path
         _check(path)
         try:
@@ -150,11 +150,11 @@ def sweep(
     changed: Changed,
     telling: Telling = nullcontext,
 ) -> SweepReport:
-    """Run every possible combination, one after the other, and return what they show.
+    """Run every possible combination, one after another, and return the report.
 
-    A combination that fails is told with its error, and the rest goes on; only an interruption ends the
-    sweep. What is finished is skipped, so that a sweep that was killed at any moment ends as one that was
-    not. ``telling`` wraps the work on every run folder. Raises UsageError where no combination is possible.
+    A combination that fails is reported with its error and the sweep continues; only an interruption ends
+    it. Finished work is skipped, so a resumed sweep ends like an uninterrupted one. ``telling`` wraps the
+    work on every run folder. Raises UsageError if no combination is possible.
     """
     rows = [Row.waiting(each) for each in combinations]
     for row in rows:
@@ -194,7 +194,7 @@ def sweep(
 
 
 def possible(combinations: Sequence[Combination]) -> tuple[Recipe, ...]:
-    """The recipes of the combinations that have one. Raises UsageError, with reasons, where none has."""
+    """Return the possible combinations' recipes. Raises UsageError, with reasons, if there are none."""
     recipes = tuple(each.recipe for each in combinations if each.recipe is not None)
     if not recipes:
         reasons = "; ".join(f"{each.name}: {each.reason}" for each in combinations[:3])
@@ -205,7 +205,7 @@ def possible(combinations: Sequence[Combination]) -> tuple[Recipe, ...]:
 
 
 class _Sweeping:
-    """The work on single combinations; remembers which dense network could not be made."""
+    """Runs single combinations; remembers which dense networks failed."""
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class _Sweeping:
         self._dense: dict[int, Exception | None] = {}
 
     def row(self, row: Row, recipe: Recipe) -> tuple[Row, str | None]:
-        """The combination's row when it is over, and the statement of its certificate."""
+        """Run the combination; return its row and the statement of its certificate."""
         try:
             shared = self._shared(recipe)
             return self._run(row, recipe, shared)
@@ -233,7 +233,7 @@ class _Sweeping:
             return self._failed(row, error), None
 
     def _shared(self, recipe: Recipe) -> Path:
-        """The folder with the dense network of the recipe's seed. An error there is repeated, not retried."""
+        """Return the folder with the dense network of the recipe's seed. A failure is not retried."""
         folder = self.path / DENSE / f"seed-{recipe.seed}"
         if recipe.seed not in self._dense:
             try:

@@ -1,7 +1,7 @@
-"""BatchNorm statistics: of the whole batch over all ranks, kept still through extra passes, measured anew.
+"""BatchNorm statistics: shared over all ranks, frozen during extra passes, and recomputed.
 
-torch's SyncBatchNorm refuses the CPU, and takes its counts on trust; :func:`shared_statistics` works
-wherever the ranks can talk.
+torch's SyncBatchNorm does not support CPUs and does not check its counts; :func:`shared_statistics` works
+with any backend.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _SHAREABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def layers(network: nn.Module) -> list[BatchNorm]:
-    """The BatchNorm layers of ``network`` that keep running statistics."""
+    """Return the BatchNorm layers of ``network`` that keep running statistics."""
     return [m for m in network.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
 
 
 @contextmanager
 def frozen_statistics(network: nn.Module) -> Iterator[None]:
-    """Passes inside normalize by their batch, as in training, but leave no trace in the statistics."""
+    """Normalize passes inside by their batch, as in training, without updating running statistics."""
     tracking = layers(network)
     for layer in tracking:
         layer.track_running_stats = False
@@ -42,8 +42,8 @@ def frozen_statistics(network: nn.Module) -> Iterator[None]:
 def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> int:
     """Replace the running statistics by the plain average over ``batches`` of images [B, C, H, W].
 
-    During a search the statistics trail behind masks that are gone. Returns the number of batches
-    read, which is 0 for a network without BatchNorm.
+    During a search the statistics belong to earlier masks. Returns the number of batches read, which is 0
+    for a network without BatchNorm.
     """
     tracking = layers(network)
     if not tracking:
@@ -71,10 +71,10 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> int:
 
 @contextmanager
 def shared_statistics(network: nn.Module, ranks: Ranks) -> Iterator[None]:
-    """Training passes inside normalize by the batch over all ranks, and its statistics are what is kept.
+    """Normalize training passes inside by the batch over all ranks, and update statistics from it.
 
-    Every rank makes the same passes in the same order. Layers of torch's three BatchNorm classes take part;
-    a layer of any other class goes on normalizing by the rows of its own rank.
+    Every rank makes the same passes in the same order. Only layers of torch's three BatchNorm classes take
+    part; a layer of any other class normalizes by the rows of its own rank.
     """
     taking_part = [m for m in network.modules() if type(m) in _SHAREABLE] if ranks.size > 1 else []
     originals: list[type[nn.Module]] = [type(layer) for layer in taking_part]
@@ -92,10 +92,10 @@ _SHARING: dict[tuple[type[nn.Module], Ranks, bool], type[nn.Module]] = {}
 
 
 def _sharing(kind: type[nn.Module], ranks: Ranks, uncompiled: bool) -> type[nn.Module]:
-    """``kind`` with statistics over ``ranks``. A class of its own: a copied layer keeps it, and no state.
+    """Return a subclass of ``kind`` with statistics over ``ranks``; a copied layer keeps it, without state.
 
-    One class for good, because a compiler takes a layer of another class for another layer. With
-    ``uncompiled`` it leaves this layer out: what talks to other ranks cannot be compiled.
+    The class is cached, because a compiler treats a layer of another class as another layer. With
+    ``uncompiled`` the compiler skips this layer, as collectives cannot be compiled.
     """
     key = kind, ranks, uncompiled
     if key not in _SHARING:
@@ -107,7 +107,7 @@ def _sharing(kind: type[nn.Module], ranks: Ranks, uncompiled: bool) -> type[nn.M
 
 
 class _Shared(BatchNorm):
-    """What a BatchNorm layer does differently in company: its training pass."""
+    """The training pass of a BatchNorm layer whose statistics are shared over ranks."""
 
     ranks: Ranks
 
@@ -125,7 +125,7 @@ class _Shared(BatchNorm):
 
     @torch.no_grad()
     def _keep(self, mean: Tensor, unbiased: Tensor) -> None:
-        """Move the running statistics, as torch's own layer does."""
+        """Update the running statistics as torch's own layer does."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -137,9 +137,9 @@ class _Shared(BatchNorm):
 
 @torch.no_grad()
 def batch_statistics(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance [C] of ``x`` [b, C, ...] over the rows of all ranks, and the count of values.
+    """Compute mean, biased variance [C] and number of values of ``x`` [b, C, ...] over all ranks.
 
-    The count is a tensor of no dimension: reading it would wait for the device in every layer.
+    The count is a scalar tensor: reading it would synchronize with the device in every layer.
 
     The ranks' own means and variances are merged (Chan, Golub and LeVeque, 1979), rather than sums of
     squares, which cancel. Rows of a rank that is not ``present`` do not count. Never below float32.

@@ -35,7 +35,7 @@ class ImageConv2d(nn.Conv2d):
 
     @classmethod
     def like(cls, layer: nn.Conv2d) -> ImageConv2d:
-        """The same convolution; it shares ``layer``'s tensors."""
+        """Return the same convolution; it shares ``layer``'s tensors."""
         twin = cls.__new__(cls)
         twin.__dict__.update(layer.__dict__)
         return twin
@@ -71,7 +71,7 @@ class _ImageConvolution(torch.autograd.Function):
 
 
 def reads_image(module: nn.Conv2d) -> bool:
-    """Whether :class:`ImageConv2d` computes what ``module`` does, and faster."""
+    """Return whether :class:`ImageConv2d` computes what ``module`` does, and faster."""
     return (
         type(module) is nn.Conv2d
         and module.in_channels <= _IMAGE_CHANNELS
@@ -85,7 +85,7 @@ def reads_image(module: nn.Conv2d) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether something listens to the module's calls, which must not be replaced."""
+    """Return whether the module has hooks, so that it must not be replaced."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -101,7 +101,7 @@ _LOOKS = ("dim", "size", "__get__", "is_floating_point")  # at a tensor's shape 
 
 
 class _Passing(nn.BatchNorm2d):
-    """A BatchNorm whose work the layer before it does."""
+    """A BatchNorm that is folded into the layer before it."""
 
     def forward(self, input: Tensor) -> Tensor:
         return input
@@ -280,7 +280,7 @@ def _foldable(first: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
 
 @torch.no_grad()
 def _merged(first: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does the work of both."""
+    """Return weight and bias of the convolution that computes both layers."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = (norm.running_var + norm.eps).rsqrt()

@@ -1,4 +1,4 @@
-"""A board that takes small files with a fixed batch."""
+"""Define a target for a board that needs small files with a fixed batch size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adversarial training on smoothed labels (Szegedy et al., 2016, section 7, on the examples of PGD)."""
+"""Adversarial training with label smoothing (Szegedy et al., 2016, section 7, on PGD examples)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from s2ap_deploy.training.objective import RobustLoss
 
 
 def smoothed(clean: Tensor | None, adversarial: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """Return the mean cross-entropy on logits [B, K] with the fraction ``beta`` of each label on all."""
+    """Return the mean cross-entropy on logits [B, K] with the fraction ``beta`` of each label spread over all classes."""
     return F.cross_entropy(adversarial, labels, label_smoothing=beta)
 
 

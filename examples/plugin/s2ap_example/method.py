@@ -1,4 +1,4 @@
-"""LAMP: magnitudes that can be compared between layers (Lee et al., 2021, arXiv 2010.07611)."""
+"""LAMP: magnitudes that are comparable between layers (Lee et al., 2021, arXiv 2010.07611)."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def lamp(weights: Tensor, generator: torch.Generator) -> Tensor:
     return scores.view_as(weights)
 
 
-# The scores are comparable across layers, so the budget is global. They do not learn, so S2AP does not apply.
+# The scores are comparable across layers, so the budget is global. They are not learned, so S2AP does not apply.
 LAMP = Method(learns=False, scores=lamp, budgets=("global",))

@@ -46,7 +46,7 @@ class Coo(Codec):
             graph.restore(name, weight, output)
 
     def data_bytes(self, nonzeros: int, entries: int, value_bytes: int) -> float:
-        """Each position as a number of 7 bits a byte."""
+        """Predict the bytes with each position stored at 7 bits a byte."""
         return max(0, min(nonzeros, entries)) * (value_bytes + _varint_bytes(entries))
 
 
@@ -99,7 +99,7 @@ def _damaged(name: str, message: str) -> VerificationError:
 
 
 def _positions(indices: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.int64]:
-    """[nnz] positions in row-major order, from those or from [nnz, rank] coordinates."""
+    """Return [nnz] positions in row-major order, from such positions or from [nnz, rank] coordinates."""
     import numpy as np
 
     if indices.dtype.kind not in "iu" or indices.ndim not in (1, 2):
@@ -114,7 +114,7 @@ def _positions(indices: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[
 
 
 def _varint_bytes(entries: int) -> float:
-    """Mean bytes of a number below ``entries`` at 7 bits a byte."""
+    """Compute the mean bytes of a number below ``entries`` at 7 bits a byte."""
     below, total, size = 0, 0, 1
     while below < entries:
         upto = min(entries, 1 << (7 * size))

@@ -50,12 +50,12 @@ class EliasFano(Codec):
         graph.scatter(index, graph.values(weight.nonzeros, weight), weight, output)
 
     def data_bytes(self, nonzeros: int, entries: int, value_bytes: int) -> float:
-        """At most ``l k + k + (N >> l) + 1`` bits for k positions below N (Elias 1974)."""
+        """Predict at most ``l k + k + (N >> l) + 1`` bits for k positions below N (Elias 1974)."""
         kept = max(0, min(nonzeros, entries))
         return value_bytes * kept + bits_bound(kept, entries) / 8
 
     def saved_node_bytes(self, nonzeros: int, entries: int) -> int:
-        """The densest tensors have no low parts."""
+        """Predict the bytes of the nodes for low bits, which the densest tensors do without."""
         return LOW_PART_NODES if nonzeros and low_bits(nonzeros, entries) == 0 else 0
 
 
@@ -112,7 +112,7 @@ def encode(positions: NDArray[np.integer], universe: int) -> Positions:
 
 
 def _high_parts(graph: DecodeSubgraph, code: Positions) -> str:
-    """int32 [k]: the number of unset bits before the i-th set bit, for each i.
+    """Build int32 [k]: the number of unset bits before the i-th set bit, for each i.
 
     The count of set bits up to a set bit is its rank from 1; every unset bit goes to slot 0,
     which is cut off afterwards.
@@ -129,7 +129,7 @@ def _high_parts(graph: DecodeSubgraph, code: Positions) -> str:
 
 
 def _low_parts(graph: DecodeSubgraph, code: Positions) -> str:
-    """int32 [k]: the low bits of each position, summed by their powers of two."""
+    """Build int32 [k]: the low bits of each position, summed by their powers of two."""
     import numpy as np
 
     bits = graph.unpack_bits(code.low, "float32")

@@ -35,7 +35,7 @@ class Gaps(Codec):
         graph.scatter(index, graph.values(steps.interleave(weight.nonzeros), weight), weight, output)
 
     def data_bytes(self, nonzeros: int, entries: int, value_bytes: int) -> float:
-        """A byte for each value and each escape, which stores a zero as its value."""
+        """Predict a byte for each value and each escape, which stores a zero as its value."""
         kept = max(0, min(nonzeros, entries))
         return (value_bytes + 1) * (kept + expected_escapes(kept, entries))
 

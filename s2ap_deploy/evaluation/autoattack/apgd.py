@@ -58,7 +58,7 @@ class EarlyExitAPGD:
     def attack_single_run(
         self, x: Tensor, y: Tensor, x_init: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One run on ``x`` [B, C, H, W] with ``y`` [B] from a random point, or from ``x_init``.
+        """Run once on ``x`` [B, C, H, W] with ``y`` [B] from a random point, or from ``x_init``.
 
         Returns (points of highest loss, [B] bool that is False where a point was broken, highest losses,
         points that broke). Before the last radius of the schedule for L1 no point is dropped.

@@ -45,7 +45,7 @@ class FrozenModel(nn.Module):
             tensor.data = tensor.data.contiguous()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Float32 [B, C, H, W] in [0, 1] to logits [B, K]."""
+        """Map float32 [B, C, H, W] in [0, 1] to logits [B, K]."""
         return _usable(self.network(images), images)
 
     def decisive_logits(self, images: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class Scheduler:
         )
 
     def _pending(self) -> list[int]:
-        """Samples whose attacks did not all run."""
+        """Return the samples whose attacks did not all run."""
         return [
             index
             for block, done in enumerate(self._done)
@@ -170,7 +170,7 @@ class Scheduler:
         ]
 
     def _survivors(self, block: int) -> tuple[int, ...]:
-        """Samples of the block that are still to be attacked."""
+        """Return the samples of the block that are still to be attacked."""
         return tuple(
             index
             for index in self._blocks[block]

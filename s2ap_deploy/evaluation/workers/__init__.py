@@ -1,1 +1,1 @@
-"""Who does the work of an attack: this process or several, and the record that survives a kill."""
+"""Executors of attack units (this process, a pool, several ranks), and the record that survives a kill."""

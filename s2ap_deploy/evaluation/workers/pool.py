@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class UnitRunner(Protocol):
-    """What runs units: an attacker, or several of them as one (:class:`Attackers`)."""
+    """Interface of an object that runs units: an attacker, or several combined (:class:`Attackers`)."""
 
     @property
     def judge(self) -> nn.Module:
@@ -46,7 +46,7 @@ class UnitRunner(Protocol):
 
 
 class Attackers:
-    """Attackers of several networks as one: ``network`` of a unit is the index of its attacker."""
+    """Several networks' attackers combined: ``network`` of a unit is the index of its attacker."""
 
     def __init__(self, attackers: Sequence[Attacker]) -> None:
         self._attackers = tuple(attackers)
@@ -58,7 +58,7 @@ class Attackers:
 
 
 class Executor(Protocol):
-    """Takes units and gives back their results, in any order."""
+    """Runs submitted units and returns their results in any order."""
 
     @property
     def idle(self) -> bool:
@@ -81,7 +81,7 @@ class Executor(Protocol):
 
 
 class InProcess(AbstractContextManager["InProcess"]):
-    """Runs one unit at a time here: on a GPU, and where processes would cost more than they bring."""
+    """Runs one unit at a time in this process: on a GPU, and when worker processes would not pay off."""
 
     def __init__(self, attacker: UnitRunner) -> None:
         self._attacker = attacker
@@ -111,7 +111,7 @@ class InProcess(AbstractContextManager["InProcess"]):
 
 
 class _End:
-    """Scattered in place of units: the attack is over."""
+    """Sentinel that is scattered in place of units when the attack is over."""
 
 
 class DistributedExecutor:
@@ -165,7 +165,7 @@ class DistributedExecutor:
 
 
 def serve_units(ranks: Ranks, device: torch.device) -> None:
-    """Run the units that rank 0 scatters, for one attack after the other until :func:`closing_units` ends."""
+    """Run the units that rank 0 scatters, one attack after another, until :func:`closing_units` ends."""
     packed: PickledAttacker | None = None
     while (packed := ranks.broadcast(packed)) is not None:
         attacker = packed.unpack(device)
@@ -175,7 +175,7 @@ def serve_units(ranks: Ranks, device: torch.device) -> None:
 
 @contextmanager
 def closing_units(ranks: Ranks) -> Iterator[None]:
-    """Let the other ranks out of :func:`serve_units` at the end, unless a signal has ended the work."""
+    """End :func:`serve_units` on the other ranks on exit, unless a signal has ended the work."""
     try:
         yield
     except Exception:
@@ -199,7 +199,7 @@ WorkerSpec = int | Ranks | None
 
 
 def count(requested: WorkerSpec, units: int) -> int:
-    """Return how many processes serve on a CPU: ``requested`` (None: one per core), at most one per unit."""
+    """Return the number of processes on a CPU: ``requested`` (None: one per core), at most one per unit."""
     if isinstance(requested, Ranks):
         requested = requested.size
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -211,7 +211,7 @@ def executor_for(
 ) -> Executor:
     """Return the executor for ``units`` units to begin with, entered into ``stack``.
 
-    All ranks of a group; else processes where they help: on a CPU with more than one core and unit. A network
+    All ranks of a group are used, else worker processes on a CPU with more than one core and unit. A network
     that cannot be pickled is attacked in this process, with a warning to ``recorder``.
     """
     if isinstance(workers, Ranks) and workers.size > 1:
@@ -319,7 +319,7 @@ class WorkerPool:
         )
 
     def _kill(self) -> None:
-        """End every process now; what they were doing is not recorded and will be done again."""
+        """Kill every process; unfinished units are not recorded and will run again."""
         for process in self._processes.values():
             process.kill()
         for connection, process in self._processes.items():

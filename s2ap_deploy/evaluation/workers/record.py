@@ -1,8 +1,8 @@
-"""The append-only record of an attack: what every finished unit found, safe against a kill at any moment.
+"""The append-only record of an attack: the result of every finished unit, safe against a kill at any time.
 
 ``attack.jsonl`` starts with a header (everything the outcome depends on) and gains one line per unit.
-The points a unit found lie in a file of their own, which is whole before its line is written. A line
-torn by a kill is dropped, and its unit is run again.
+The points that a unit found are stored in a separate file, which is complete before its line is written.
+A line torn by a kill is dropped, and its unit is run again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class AttackRecord:
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
         """Open or begin a record whose outcome depends on ``header`` (JSON values).
 
-        Raises RunFolderError for a record of something else or one that is damaged, StorageError
+        Raises RunFolderError for a damaged record or one of a different attack, StorageError
         when the disk refuses.
         """
         self._folder = folder
@@ -80,7 +80,7 @@ class AttackRecord:
             raise StorageError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def _whole_lines(self) -> list[dict[str, Any]]:
-        """Every line that was written to its end; a torn last one is cut off the file."""
+        """Return the complete lines; truncate the file after them if the last line is torn."""
         content = files.read_bytes(self._path)
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
@@ -133,7 +133,7 @@ class AttackRecord:
 def binding(
     network: nn.Module, images: Tensor, labels: Tensor, *, seed: int, block_size: int, device: torch.device
 ) -> dict[str, Any]:
-    """What every attack's outcome depends on, as JSON values for a header."""
+    """Return everything that an attack's outcome depends on, as JSON values for the header."""
     samples = hashlib.sha256(images.numpy().tobytes())
     samples.update(labels.numpy().tobytes())
     found = versions()

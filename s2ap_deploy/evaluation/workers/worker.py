@@ -1,7 +1,7 @@
 """A worker process, and the pickled messages between it and its parent.
 
 Both ends of the pipe belong to one command, so unpickling runs no foreign code. Importing this module is
-cheap: a worker must arrange its own end before it spends seconds on importing torch.
+fast: a worker must tie its lifetime to the parent's before it spends seconds on importing torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PickledAttacker:
 
     @classmethod
     def pack(cls, attacker: UnitRunner) -> PickledAttacker:
-        """Raises NotPicklable when the classifier cannot be pickled."""
+        """Pickle the attacker. Raises NotPicklable when the classifier cannot be pickled."""
         import torch
 
         buffer = io.BytesIO()
@@ -50,7 +50,7 @@ class PickledAttacker:
         return cls(buffer.getvalue(), source_files(attacker.judge))
 
     def unpack(self, device: torch.device | str = "cpu") -> UnitRunner:
-        """Rebuild the attacker; what was on the first GPU is put on this rank's, if ``device`` is CUDA.
+        """Rebuild the attacker; with CUDA, tensors of the first GPU are moved to this rank's ``device``.
 
         Raises NotPicklable when a class cannot be imported here.
         """
@@ -72,7 +72,7 @@ class PickledAttacker:
 
 
 class RemoteError:
-    """An exception on its way to the process that waits for the result."""
+    """An exception that is sent to the process waiting for the result."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error if isinstance(error, DeployError | NotPicklable) else None
@@ -137,7 +137,7 @@ def source_files(network: nn.Module) -> dict[str, str]:
 
 
 def import_file(name: str, file: str) -> None:
-    """Make ``import name`` work for a module that is on no path, as of an architecture given as a file."""
+    """Make ``import name`` work for a module outside the import path, such as ``--arch FILE``."""
     try:
         found = name in sys.modules or importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):

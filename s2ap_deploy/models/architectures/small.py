@@ -31,7 +31,7 @@ def digits_conv(num_classes: int) -> nn.Module:
 def _strided(
     channels: int, widths: tuple[int, int], *, map_values: int, hidden: int, num_classes: int
 ) -> nn.Module:
-    """Two 4x4 convolutions that halve the image, then two linear layers."""
+    """Build two 4x4 convolutions that halve the image, then two linear layers."""
     first, second = widths
     return nn.Sequential(
         nn.Conv2d(channels, first, kernel_size=4, stride=2, padding=1),

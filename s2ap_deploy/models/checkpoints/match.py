@@ -71,7 +71,7 @@ class Match:
 
     @property
     def not_compared(self) -> tuple[str, ...]:
-        """What names and shapes do not show; empty where the file itself names its architecture."""
+        """Properties that names and shapes do not show; empty if the file names its architecture."""
         return () if self.matched_by == "description" else NOT_IN_TENSORS
 
 
@@ -192,7 +192,7 @@ def _match_description(
 
 
 def _is_compacted(difference: Difference, tensors: Mapping[str, Tensor], spec: StateDictSpec) -> bool:
-    """Whether all that differs is that some tensors have fewer rows or columns than the architecture's."""
+    """Return whether the only difference is that some tensors have fewer rows or columns."""
     if difference.missing or difference.unexpected:
         return False
     for name in spec.shapes:
@@ -248,7 +248,7 @@ def _require_exact(difference: Difference, path: str) -> None:
 
 @dataclass(frozen=True)
 class Difference:
-    """What separates a checkpoint from an architecture; empty when it can be loaded strictly.
+    """Differences between a checkpoint and an architecture; empty when it can be loaded strictly.
 
     Attributes:
         num_classes: read from the head's shape, where the architecture has a head (``has_head``).

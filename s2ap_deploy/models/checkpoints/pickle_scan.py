@@ -1,8 +1,8 @@
-"""List what the pickles of a file would import, from their opcodes; nothing is executed.
+"""List the imports that the pickles of a file request, from their opcodes; nothing is executed.
 
-``torch.load(weights_only=True)`` already refuses everything that is not on its list. This module reports what
-was requested, all of it at once, in every format and protocol, so that a user can judge the file. It explains
-a refusal and proves no safety: a pickle can compute a name, which is then listed as computed.
+``torch.load(weights_only=True)`` already refuses everything that is not on its list. This module reports
+all requests at once, in every format and protocol, so that a user can judge the file. It explains a refusal
+but does not prove safety: a pickle can compute a name, which is then listed as computed.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _in_zip(data: bytes) -> list[Opcodes]:
 
 
 def _in_stream(data: bytes) -> tuple[list[Opcodes], bool]:
-    """The pickles at the start of a file, and whether they are those of torch.save before 1.6."""
+    """Return the pickles at the start of a file, and whether torch.save before 1.6 wrote them."""
     stream = io.BytesIO(data)
     pickles = [_opcodes(stream)]
     legacy = any(argument == LEGACY_MAGIC for _, argument in pickles[0])

@@ -1,4 +1,4 @@
-"""Read a checkpoint file into named tensors on the CPU; its code runs only where the user trusts it."""
+"""Read a checkpoint file into named tensors on the CPU; code in it runs only if the user trusts it."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def _file_bytes(path: Path) -> bytes:
 
 
 def _looks_like_safetensors(data: bytes) -> bool:
-    """Eight bytes of header length, then JSON; the start of a zip or a pickle is no such length."""
+    """Return whether the file starts with a header length (8 bytes) and JSON, unlike a zip or a pickle."""
     return data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= LARGEST_HEADER
 
 

@@ -223,7 +223,7 @@ def scored_layers(tensors: Mapping[str, Tensor], layout: str) -> list[ScoredLaye
 
 
 def _by_channels(layers: list[ScoredLayer]) -> list[ScoredLayer]:
-    """HARP prunes channels in all layers or in none; a 1x1 layer of one output alone cannot tell."""
+    """Mark HARP's layers as channel-wise; all or none must be, as a 1x1 layer of one output is ambiguous."""
     if all(layer.scores.shape == layer.weight.shape for layer in layers):
         return layers
     single = [layer.name for layer in layers if not _is_channelwise(layer.scores, layer.weight)]
@@ -248,7 +248,7 @@ def _broadcast(scores: Tensor, weight: Tensor, layout: str) -> tuple[int, ...] |
 
 
 def _is_channelwise(scores: Tensor, weight: Tensor) -> bool:
-    """[1, C_in, 1, ...], one score per input channel."""
+    """Return whether scores have shape [1, C_in, 1, ...], one per input channel."""
     return weight.dim() >= 2 and list(scores.shape) == [1, weight.shape[1], *[1] * (weight.dim() - 2)]
 
 

@@ -24,7 +24,7 @@ _HINT = "export with --no-compact, and please report the network"
 
 @dataclass
 class _Tally:
-    """One weight over all rounds."""
+    """Counts for one weight over all rounds."""
 
     name: str
     before: int
@@ -144,7 +144,7 @@ def probes(shape: tuple[int, ...], *, noisy: int = 4) -> NDArray[np.float32]:
 
 
 def _widths(network: Network) -> list[tuple[str, str, int]]:
-    """Target, weight and written channels of every weighted operation, in order."""
+    """Return target, weight and number of written channels of every weighted operation, in order."""
     return [
         (each.target, each.node.input[1], len(each.weights))
         for each in network.operators.values()
@@ -153,7 +153,7 @@ def _widths(network: Network) -> list[tuple[str, str, int]]:
 
 
 def _count(found: Liveness, tallies: dict[str, _Tally]) -> None:
-    """Enter the channels that are about to be removed."""
+    """Count the channels that are about to be removed."""
     merged = np.zeros_like(found.live)
     for product, leaving in found.leaving.items():
         merged[found.network.groups[product.source][leaving]] = True

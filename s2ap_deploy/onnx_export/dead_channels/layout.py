@@ -1,7 +1,7 @@
-"""What an ONNX graph says about its tensors: shapes, channel counts and fixed contents.
+"""Read shapes, channel counts and constant contents of the tensors of an ONNX graph.
 
 A *channel* is an index along axis 1. Every activation of rank 2 or more whose axis 1 has a known length
-has channels, whatever that axis means to the network.
+has channels, whatever the axis represents.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Layout:
     arrays: Mapping[str, NDArray[np.generic]]
 
     def channels(self, name: str) -> int | None:
-        """The number of channels of an activation; None where it has no such axis or an open one."""
+        """Return the number of channels of an activation; None if axis 1 is absent or of unknown length."""
         if name in self.arrays:
             return None
         shape = self.shapes.get(name, ())
@@ -42,7 +42,7 @@ class Layout:
         return len(self.shapes[name])
 
     def spatial(self, name: str) -> int | None:
-        """The number of points of one channel, None when open."""
+        """Return the number of points of one channel; None if unknown."""
         rest = self.shapes[name][2:]
         sizes = [size for size in rest if size is not None]
         return math.prod(sizes) if len(sizes) == len(rest) else None
@@ -73,7 +73,7 @@ def layout(model: ModelProto) -> Layout:
 
 
 def _without_weights(model: ModelProto) -> ModelProto:
-    """A model of the same shapes whose large tensors are inputs: inference copies it several times."""
+    """Return the model with large tensors as inputs, as shape inference copies it repeatedly."""
     light = ModelProto(ir_version=model.ir_version)
     light.opset_import.extend(model.opset_import)
     light.functions.extend(model.functions)
@@ -93,13 +93,13 @@ def _without_weights(model: ModelProto) -> ModelProto:
 
 
 def attributes(node: NodeProto) -> dict[str, Any]:
-    """The attributes of a node as Python values; bytes become text."""
+    """Return the attributes of a node as Python values; bytes become text."""
     found = {each.name: helper.get_attribute_value(each) for each in node.attribute}
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()}
 
 
 def captured(model: ModelProto) -> set[str]:
-    """Names that nested graphs (``If``, ``Loop``) may read from outside: every name they mention."""
+    """Return all names in nested graphs (``If``, ``Loop``), which may read them from outside."""
     names: set[str] = set()
     stack = [
         attribute.g
@@ -117,12 +117,12 @@ def captured(model: ModelProto) -> set[str]:
 
 
 def macs(model: ModelProto, known: Layout) -> int:
-    """Multiply-accumulates of convolutions and matrix products for one image; open dimensions count once."""
+    """Count multiply-accumulates per image of convolutions and products; unknown sizes count as 1."""
     return sum(_macs(node, known) for node in model.graph.node)
 
 
 def parameters(model: ModelProto) -> int:
-    """Entries of all stored floating-point tensors."""
+    """Count the entries of all stored floating-point tensors."""
     floating = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
     return sum(math.prod(each.dims) for each in model.graph.initializer if each.data_type in floating)
 

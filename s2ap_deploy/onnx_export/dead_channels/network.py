@@ -1,4 +1,4 @@
-"""A graph as compaction sees it: supported operators, the channels they tie, and what is left alone."""
+"""The channel structure of a graph: supported operators, the channels they tie, and unsupported nodes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from s2ap_deploy.onnx_export.dead_channels.ops_linear import (
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """``operators`` by the index of their node, in order; ``barriers``: why each other node is left alone.
+    """``operators`` by the index of their node, in order; ``barriers``: why each other node is skipped.
 
     ``groups``: tensor -> the number [C] of the group each of its channels belongs to. Channels of one
     group are tied, over any number of tensors. ``pinned`` groups stay whatever they hold.
@@ -72,7 +72,7 @@ def read(model: ModelProto) -> Network:
 
 
 def recognize(node: NodeProto, known: Layout) -> Operator:
-    """The operator of a node. Raises UnsupportedLayout with the reason."""
+    """Return the operator of a node. Raises UnsupportedLayout with the reason."""
     kind = node.op_type
     if node.domain not in ("", "ai.onnx"):
         raise UnsupportedLayout(f"it is not a standard operator but one of {node.domain}")
@@ -88,7 +88,7 @@ def recognize(node: NodeProto, known: Layout) -> Operator:
 
 
 def constants(network: Network) -> dict[str, Values]:
-    """The values of every tensor's channels, front to back."""
+    """Return the constant values of every tensor's channels, in forward order."""
     values = {name: np.full(len(group), np.nan) for name, group in network.groups.items()}
     for operator in network.operators.values():
         for name, found in zip(operator.targets, operator.constants(values), strict=True):
@@ -97,7 +97,7 @@ def constants(network: Network) -> dict[str, Values]:
 
 
 def tied(tensors: Mapping[str, int], ties: Iterable[tuple[Span, Span]]) -> dict[str, NDArray[np.int64]]:
-    """Number the groups of channels that the ties connect, over all tensors, from 0.
+    """Assign numbers from 0 to the groups of channels that the ties connect, over all tensors.
 
     ``tensors``: name -> number of channels.
     """
@@ -124,5 +124,5 @@ def _tensors(model: ModelProto, known: Layout) -> dict[str, int]:
 
 
 def _reads_batch_only(node: NodeProto) -> bool:
-    """``Shape`` of the batch axis alone says nothing about channels."""
+    """Return whether the node is a ``Shape`` of the batch axis alone, which does not involve channels."""
     return node.op_type == "Shape" and attributes(node).get("end") == 1

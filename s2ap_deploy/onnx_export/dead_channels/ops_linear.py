@@ -64,7 +64,7 @@ class Product(Weighted):
         yield from ()
 
     def absorb(self, channels: NDArray[np.int64], values: Values) -> None:
-        """Add constant source channels to the bias and read them no more. Exact without padding."""
+        """Add constant source channels to the bias and stop reading them. Exact without padding."""
         columns = self.weights[:, channels].astype(np.float64)
         before = 0.0 if self.bias is None else self.bias.astype(np.float64)
         self.bias = (before + columns.sum(2) @ values).astype(self.weights.dtype)
@@ -81,15 +81,15 @@ class Product(Weighted):
         self.weights[:, channels] = 0
 
     def silence(self, rows: Kept) -> None:
-        """Let these target channels read nothing: they stay only to fill their tensor."""
+        """Zero the weights of these target channels, which are kept only to fill their tensor."""
         self.weights[rows] = 0
 
     def ignore(self, columns: Kept) -> None:
-        """Read these source channels no more; what they hold no longer matters."""
+        """Zero the weights that read these source channels, whose content no longer matters."""
         self.weights[:, columns] = 0
 
     def narrow_weights(self, kept: Mapping[str, Kept]) -> tuple[Array, Array | None]:
-        """Weights [rows, columns, ...] and bias [rows] of the channels that are kept."""
+        """Return weights [rows, columns, ...] and bias [rows] of the kept channels."""
         rows = kept[self.target]
         bias = None if self.bias is None else self.bias[rows]
         return self.weights[rows][:, kept[self.source]], bias
@@ -167,7 +167,7 @@ class Matrix(Product):
 
 
 def _convolution(operator: Operator) -> tuple[str, str, tuple[int, ...], Array, Array | None]:
-    """Source, target, shape of the weights, weights [M, C / groups, taps] and bias."""
+    """Return source, target, shape of the weights, weights [M, C / groups, taps] and bias."""
     weights = operator.fixed(1)
     if operator.sources != [operator.node.input[0]] or weights is None:
         raise UnsupportedLayout("its weights are computed")
@@ -278,7 +278,7 @@ class Elementwise(Channelwise):
         return result
 
     def _per_channel(self, array: NDArray[np.generic]) -> Values:
-        """The operand as one value per channel, NaN where it differs from point to point."""
+        """Return the operand as one value per channel, NaN where it varies within a channel."""
         full = array.reshape((1,) * (self.rank - array.ndim) + array.shape).astype(np.float64)
         rows = np.moveaxis(full, 1, 0).reshape(full.shape[1], -1)
         uniform = np.where((rows == rows[:, :1]).all(1), rows[:, 0], np.nan)
@@ -386,7 +386,7 @@ class Rearranged(Channelwise):
 
 
 def compute(node: NodeProto, opset: int, operands: list[NDArray[np.generic] | None]) -> Values:
-    """What the operator makes of fixed float64 operands, by ONNX's own reference implementation."""
+    """Evaluate the operator on constant float64 operands with ONNX's reference implementation."""
     given = {f"input{i}": each for i, each in enumerate(operands) if each is not None}
     feed = {name: each.astype(np.float64) for name, each in given.items()}
     single = helper.make_node(

@@ -32,11 +32,11 @@ class Liveness:
     standing_in: dict[Product, int] = field(default_factory=dict)
 
     def kept(self, name: str) -> Groups:
-        """Per channel of a tensor: whether it stays. Shape [C]."""
+        """Return which channels of a tensor are kept, bool [C]."""
         return self.live[self.network.groups[name]]
 
     def rows(self, product: Product) -> Groups:
-        """The target channels of a product that are needed. Shape [M]."""
+        """Return which target channels of a product are needed, bool [M]."""
         groups = self.network.groups[product.target]
         return self.live[groups] & ~self.fillers[groups]
 
@@ -74,7 +74,7 @@ def _propagate(found: Liveness) -> None:
 
 
 def _leaving(found: Liveness, product: Product) -> NDArray[np.int64]:
-    """Source channels of a constant other than zero that are removed but read by a remaining channel."""
+    """Return removed source channels with a non-zero constant that a remaining channel reads."""
     values = found.values[product.source]
     constant = ~np.isnan(values) & (values != 0) & ~found.kept(product.source)
     return np.flatnonzero(constant & product.reads[found.rows(product)].any(0))
@@ -83,7 +83,7 @@ def _leaving(found: Liveness, product: Product) -> NDArray[np.int64]:
 def _eligible(
     found: Liveness, product: Product, leaving: NDArray[np.int64], *, live: bool
 ) -> NDArray[np.int64]:
-    """Channels of the same tensor that can replace the removed ones, the largest constant first."""
+    """Return channels of the same tensor that can replace the removed ones, the largest constant first."""
     values = np.nan_to_num(found.values[product.source])
     least = SMALLEST_SHARE * np.abs(values[leaving]).max()
     fitting = np.flatnonzero((np.abs(values) >= least) & (found.kept(product.source) == live))
@@ -91,7 +91,7 @@ def _eligible(
 
 
 def _stand_in(found: Liveness) -> int | None:
-    """The group that serves most padded readers without a replacement yet; None when all have one."""
+    """Return the group that serves most padded readers that lack a replacement; None if none does."""
     votes: dict[int, int] = {}
     for product in found.network.products:
         leaving = _leaving(found, product)
@@ -194,7 +194,7 @@ class _Store:
 
 
 def _changes(node: NodeProto, narrowed: NarrowedNode, arrays: Mapping[str, Array]) -> dict[int, Array]:
-    """The inputs that differ from what they were, in the type that they had."""
+    """Return the inputs whose content changed, in their original type."""
     found = {}
     for position, array in narrowed.arrays.items():
         old = arrays.get(node.input[position]) if position < len(node.input) else None
@@ -205,7 +205,7 @@ def _changes(node: NodeProto, narrowed: NarrowedNode, arrays: Mapping[str, Array
 
 
 def _read_as_before(model: ModelProto, changes: Mapping[int, Mapping[int, Array]]) -> set[str]:
-    """Every name whose old content is still read."""
+    """Return every name whose old content is still read."""
     names = _outside(model)
     for index, node in enumerate(model.graph.node):
         names |= {name for i, name in enumerate(node.input) if i not in changes.get(index, {})}

@@ -32,7 +32,7 @@ FATES = {
 
 
 def render_page(facts: Facts) -> str:
-    """The page as text: equal facts give equal text. Names out of files are escaped, and defused first."""
+    """Render the page as HTML; equal facts give equal text. Names from files are sanitized and escaped."""
     return _environment().get_template("page.html.j2").render(
         facts=facts,
         words=words,
@@ -49,7 +49,7 @@ def render_page(facts: Facts) -> str:
 
 
 def _commands(facts: Facts) -> list[str]:
-    """The command lines that opened the folder, without repetitions in a row; the last of very many."""
+    """Return the last command lines that opened the folder, without consecutive repeats."""
     found = [
         command
         for before, command in zip((None, *facts.manifest.commands), facts.manifest.commands, strict=False)
@@ -74,14 +74,14 @@ def _environment() -> Environment:
 
 
 def _defused(value: Any) -> Any:
-    """Text as one line without control and direction characters; our own markup as it is."""
+    """Return text as one line without control and direction characters; keep our own markup."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return value if value.startswith("data:image/png;base64,") else plain(value, LONGEST)
     return value
 
 
 def _whole(value: str | Drawing) -> Markup | Drawing:
-    """Text whose intervals in brackets break in the middle only where a line has no room for one."""
+    """Keep bracketed intervals on one line unless they do not fit."""
     if isinstance(value, Markup | Drawing):
         return value
     text = str(escape(plain(value, LONGEST)))
@@ -89,7 +89,7 @@ def _whole(value: str | Drawing) -> Markup | Drawing:
 
 
 def _dotted(value: str) -> Markup:
-    """A name such as ``layer1.0.weight``, which rather breaks after a dot than within a word."""
+    """Return a name such as ``layer1.0.weight`` with line breaks allowed after dots."""
     text = str(escape(plain(value, LONGEST)))
     return Markup(re.sub(r"(?<=\w)\.(?=[A-Za-z]|\d+\.)", ".<wbr>", text))
 
@@ -116,7 +116,7 @@ USE = (
 
 
 def render_card(facts: Facts) -> str:
-    """The card as text: equal facts give equal text; names out of files never become markup."""
+    """Render the card as Markdown; equal facts give equal text. Names from files never become markup."""
     status = words.VERDICTS[facts.verdict.status if facts.verdict is not None else None]
     blocks = [
         "\n".join(FRONT),
@@ -202,12 +202,12 @@ def _provenance(facts: Facts) -> list[str]:
 
 
 def _code(value: str) -> str:
-    """A hash in code style; whatever else stands in its place is text."""
+    """Return a hash in code style, and any other value as plain text."""
     return f"`{value}`" if re.fullmatch("[0-9a-f]{64}", value) else cell(value)
 
 
 def _facts(rows: Sequence[tuple[str, str]]) -> str:
-    """A table of labels and values without a heading."""
+    """Return a table of labels and values without a heading."""
     return _pairs([(label, cell(value)) for label, value in rows])
 
 

@@ -22,7 +22,7 @@ NBSP = "\N{NO-BREAK SPACE}"
 
 @dataclass(frozen=True)
 class Table:
-    """A heading, cells under it, and a sentence about what is not in it."""
+    """A heading, cells under it, and a sentence about omitted rows."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str | Drawing, ...], ...]
@@ -30,7 +30,7 @@ class Table:
 
 
 def comparison(facts: Facts) -> Table:
-    """A row per figure, a column per network."""
+    """Return a row per figure and a column per network."""
     networks = {**facts.networks, **{r: c for r, c in facts.certificates.items() if r == "file"}}
     columns = list(networks.values())
     rows = [
@@ -48,7 +48,7 @@ def comparison(facts: Facts) -> Table:
 
 
 def attacks(facts: Facts) -> Table:
-    """What each attack broke of what it was given."""
+    """Return, per attack, how many samples it broke and how many it saw."""
     names = dict.fromkeys(row.name for each in facts.networks.values() for row in each.attacks)
     rows = []
     for name in names:
@@ -61,7 +61,7 @@ def attacks(facts: Facts) -> Table:
 
 
 def curve(facts: Facts) -> Table:
-    """Accuracy at a few radii around eps, with intervals."""
+    """Return accuracy at a few radii around eps, with intervals."""
     if not facts.curves:
         return Table((), ())
     threat = next(iter(facts.networks.values())).threat
@@ -73,7 +73,7 @@ def curve(facts: Facts) -> Table:
 
 
 def classes(facts: Facts) -> Table:
-    """A row per class, clean and robust counts of each network; of very many the least robust ones."""
+    """Return a row per class with clean and robust counts of each network; only the least robust of many."""
     speaks = words.subject(facts)
     if speaks is None:
         return Table((), ())
@@ -97,23 +97,23 @@ def classes(facts: Facts) -> Table:
 
 
 def rows_of(certificate: Certificate) -> list[ClassRow | ClassInterval]:
-    """The certificate's classes, of a full attack or of one that stopped early."""
+    """Return the certificate's classes, of a full attack or of one that stopped early."""
     return [*certificate.per_class]
 
 
 def standing(row: ClassRow | ClassInterval) -> tuple[int, int]:
-    """How many samples of the class stand, and how many may."""
+    """Return the least and the most samples of the class that are robust."""
     return (row.settled, row.possible) if isinstance(row, ClassInterval) else (row.robust, row.robust)
 
 
 def counted(row: ClassRow | ClassInterval) -> str:
-    """``6 → 4``, or ``6 → 2 to 5`` where the attack stopped early."""
+    """Return ``6 → 4``, or ``6 → 2 to 5`` if the attack stopped early."""
     low, high = standing(row)
     return f"{row.clean}{NBSP}→{NBSP}{low}" + (f" to {high}" if low != high else "")
 
 
 def by_encoding(report: ExportReport) -> Table:
-    """All listed weights under every encoding, predicted beside measured."""
+    """Return the bytes of all listed weights under every encoding, predicted and measured."""
     rows = [
         (
             each.encoding,
@@ -127,7 +127,7 @@ def by_encoding(report: ExportReport) -> Table:
 
 
 def by_tensor(report: ExportReport) -> Table:
-    """Every weight of the file: what it takes, by the formula of its encoding and in truth."""
+    """Return the bytes of every weight of the file, predicted and actual."""
     rows = [
         (
             each.name,
@@ -142,7 +142,7 @@ def by_tensor(report: ExportReport) -> Table:
 
 
 def performance(found: Performance) -> Table:
-    """A row for each number of threads and images, one for loading, two for memory."""
+    """Return a row for each number of threads and images, one for loading, two for memory."""
     rows = [
         (f"{_count(row.batch, 'image')}, {_count(row.threads, 'thread')}", *_times(row.times))
         for row in found.inference
@@ -175,7 +175,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def hashes(facts: Facts) -> list[tuple[str, str]]:
-    """The SHA-256 of everything that the certificates and the export name."""
+    """Return the SHA-256 of everything that the certificates and the export name."""
     rows = [(f"certificate, {words.ROLES[role]}", value) for role, value in facts.hashes.items()]
     for role, each in facts.networks.items():
         rows += _of_network(role, each)
@@ -199,7 +199,7 @@ def _of_network(role: str, certificate: Certificate) -> list[tuple[str, str]]:
 
 
 def seeds(facts: Facts) -> list[tuple[str, str]]:
-    """Every seed that the run recorded."""
+    """Return every seed that the run recorded."""
     rows: list[tuple[str, str]] = [
         (stage, str(facts.inputs(stage)["seed"])) for stage in STAGES if "seed" in facts.inputs(stage)
     ]
@@ -210,7 +210,7 @@ def seeds(facts: Facts) -> list[tuple[str, str]]:
 
 
 def versions(facts: Facts) -> list[tuple[str, str]]:
-    """Versions and machine of the certificate, or else of the latest stage that says them."""
+    """Return versions and machine of the certificate, or else of the latest stage that records them."""
     speaks = words.subject(facts)
     if speaks is not None:
         found: dict[str, object] = {**speaks.versions, **speaks.environment}
@@ -224,7 +224,7 @@ def versions(facts: Facts) -> list[tuple[str, str]]:
 
 
 def stages(facts: Facts) -> Table:
-    """What was done, when, and how long it took."""
+    """Return the finished stages with their times and durations."""
     rows = [
         (
             name,

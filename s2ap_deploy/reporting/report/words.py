@@ -1,4 +1,4 @@
-"""Figures and answers as people read them, for the page and for the card."""
+"""Format figures and results as text, for the page and for the card."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _AS_FAST = 0.95
 
 
 def share(value: Share | Interval | Proven | None) -> str:
-    """``91.7 % [81.6 %, 97.2 %]``, with every part rounded so that it does not hide a difference."""
+    """Return ``91.7 % [81.6 %, 97.2 %]``, rounded so that no difference is hidden."""
     if value is None:
         return "not measured"
     if isinstance(value, Interval):
@@ -44,17 +44,17 @@ def share(value: Share | Interval | Proven | None) -> str:
 
 
 def spaced(value: float) -> str:
-    """A share as a percentage, ``91.7 %``."""
+    """Return a fraction as a percentage, ``91.7 %``."""
     return exact_percent(value).replace("%", "\N{NO-BREAK SPACE}%")
 
 
 def size(number: float) -> str:
-    """``81,896 B``."""
+    """Return ``81,896 B``."""
     return f"{number:,.0f}\N{NO-BREAK SPACE}B"
 
 
 def times(large: float, small: float) -> str:
-    """``8.1 times smaller``, or what it is where nothing shrank."""
+    """Return ``8.1 times smaller``, or the fitting words if nothing shrank."""
     if small <= 0 or large <= 0:
         return "size unknown"
     if large >= small:
@@ -63,7 +63,7 @@ def times(large: float, small: float) -> str:
 
 
 def drop(pairs: PairRange) -> str:
-    """Lost and gained samples, and the upper bound on the drop in the worst case that is still open."""
+    """Return lost and gained samples, and the upper bound on the drop in the worst open case."""
     worst = pairs.worst
     lost = f"{worst.lost}" if pairs.exact else f"{pairs.lost} to {worst.lost}"
     gained = f"{pairs.gained}" if pairs.exact else f"{pairs.gained} to {pairs.best.gained}"
@@ -74,12 +74,12 @@ def drop(pairs: PairRange) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference of shares in percentage points."""
+    """Return a difference of fractions in percentage points."""
     return f"{100 * value:+.1f} points".replace("-", "\N{MINUS SIGN}").replace("+0.0", "0.0")
 
 
 def latency(report: ExportReport) -> str:
-    """The paired ratio with its reading; a ratio near 1 is called what it is."""
+    """Return the paired ratio with its interpretation; a ratio near 1 is reported as no difference."""
     if report.latency_ratio is None:
         return "not measured"
     said = f"{report.latency_ratio:.2f} of the dense file's time"
@@ -89,21 +89,21 @@ def latency(report: ExportReport) -> str:
 
 
 def ratio(report: ExportReport) -> str:
-    """The paired ratio alone, for a heading."""
+    """Return the paired ratio alone, for a heading."""
     if report.latency_ratio is None:
         return "not measured"
     return f"{report.latency_ratio:.2f}" + (f", {_NO_GAIN}" if report.latency_ratio >= _AS_FAST else "")
 
 
 def robust_label(facts: Facts) -> str:
-    """Robust accuracy with what it is: nothing bounds that of a randomized model from above."""
+    """Return the label of robust accuracy; that of a randomized model is not an upper bound."""
     speaks = subject(facts)
     estimate = speaks is not None and speaks.protocol.startswith("rand")
     return f"Robust accuracy ({'estimate' if estimate else 'upper bound'})"
 
 
 def asked(facts: Facts) -> list[tuple[str, str]]:
-    """What the run was asked for, as label and value, from the inputs of its stages."""
+    """Return the run's settings as label and value, from the inputs of its stages."""
     first = next(iter(facts.certificates.values()), None)
     prune, certify = _table(facts.inputs("search"), "prune"), _table(facts.inputs("certify"), "certify")
     stages = [facts.inputs(name) for name in ("certify", "finetune", "search", "pretrain")]
@@ -124,7 +124,7 @@ def asked(facts: Facts) -> list[tuple[str, str]]:
 
 
 def thresholds(facts: Facts) -> list[tuple[str, str]]:
-    """What the gate was asked to check, as options and values."""
+    """Return the thresholds of the gate as options and values."""
     policy = _table(facts.inputs("gate"), "policy")
     return [(f"--{key.replace('_', '-')}", str(value)) for key, value in policy.items() if value is not None]
 
@@ -151,14 +151,14 @@ def _sparsity(prune: Mapping[str, Any]) -> str | None:
 
 
 def sparsity(facts: Facts) -> str:
-    """The share of zeros that was reached, or what is known of it."""
+    """Return the achieved sparsity, as far as it is known."""
     certificate = facts.certificates.get(PRUNED)
     value = certificate.subject.sparsity if certificate else facts.results("search").get("sparsity")
     return spaced(value) if isinstance(value, int | float) and 0 <= value <= 1 else "not pruned"
 
 
 def subject(facts: Facts) -> Certificate | None:
-    """The certificate that speaks for the run: the pruned network's, or else the dense one's."""
+    """Return the certificate that represents the run: the pruned network's, or else the dense one's."""
     return facts.certificates.get(PRUNED) or facts.certificates.get(DENSE)
 
 
@@ -169,7 +169,7 @@ FLAGS = ("--trust-pickle", "--compile")
 
 
 def repetition(facts: Facts) -> tuple[str, ...]:
-    """Command lines to type in the folder that holds the run folder; none where no recipe is there.
+    """Return the commands that repeat the run, for the parent of the run folder; none without a recipe.
 
     The first runs the recipe, with the machine's options as the recorded commands last gave them; the second
     judges by the thresholds of the verdict, where there is one.
@@ -189,7 +189,7 @@ def repetition(facts: Facts) -> tuple[str, ...]:
 
 
 def _carried(commands: tuple[str, ...]) -> list[str]:
-    """The machine's options, each as the last command that named it did."""
+    """Return the machine options, each with the value of the last command that set it."""
     said: dict[str, str | None] = {}
     for command in commands:
         said |= dict(_options(command))
@@ -197,7 +197,7 @@ def _carried(commands: tuple[str, ...]) -> list[str]:
 
 
 def _options(command: str) -> Iterator[tuple[str, str | None]]:
-    """Those options of one command line that are carried on, with their values."""
+    """Return the options of one command line that carry over, with their values."""
     try:
         words = shlex.split(command)
     except ValueError:  # an unclosed quotation is not one of our commands
