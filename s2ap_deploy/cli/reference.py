@@ -53,7 +53,7 @@ def commands_page() -> str:
         "# Commands and options",
         MADE,
         "Every command prints its help with `--help` or `-h`; `s2ap-deploy --version` prints the version. "
-        "Exit codes are those of the [README](../README.md#exit-codes).",
+        "Exit codes are listed in the [README](../README.md#gate).",
         "\n".join(f"* [`{name}`](#{name}): {line}" for name, line in COMMANDS.items()),
         _completion(),
     ]

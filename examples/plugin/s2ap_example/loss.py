@@ -9,7 +9,7 @@ from s2ap_deploy.training.objective import RobustLoss
 
 
 def smoothed(clean: Tensor | None, adversarial: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """Return the mean cross-entropy on logits [B, K] with the fraction ``beta`` of each label spread over all classes."""
+    """Return the mean cross-entropy on logits [B, K] with ``beta`` of each label spread over all classes."""
     return F.cross_entropy(adversarial, labels, label_smoothing=beta)
 
 

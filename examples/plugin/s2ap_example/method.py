@@ -19,5 +19,5 @@ def lamp(weights: Tensor, generator: torch.Generator) -> Tensor:
     return scores.view_as(weights)
 
 
-# The scores are comparable across layers, so the budget is global. They are not learned, so S2AP does not apply.
+# Scores are comparable across layers, so the budget is global. They are not learned: S2AP does not apply.
 LAMP = Method(learns=False, scores=lamp, budgets=("global",))
