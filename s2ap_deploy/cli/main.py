@@ -43,7 +43,7 @@ DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # Name → its line in --help. Importing the commands for these lines would slow `s2ap-deploy --help` down;
 # a test compares them with the commands' docstrings.
 COMMANDS = {
-    "demo": "Run the whole pipeline on real handwritten digits in a few minutes.",
+    "demo": "Run the whole pipeline on handwritten digits in a few minutes.",
     "inspect": "Show a checkpoint's contents and the architecture that fits it.",
     "pretrain": "Train a robust dense network.",
     "prune": "Search a mask with S2AP and fine-tune under it.",

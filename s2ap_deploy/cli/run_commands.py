@@ -86,7 +86,7 @@ def run_command(
 def demo_command(
     context: click.Context, /, sparsity: float, overrides: tuple[str, ...], **keywords: Any
 ) -> int:
-    """Run the whole pipeline on real handwritten digits in a few minutes.
+    """Run the whole pipeline on handwritten digits in a few minutes.
 
     Trains a small network against PGD, prunes it with S2AP, attacks both with AutoAttack, exports sparse
     ONNX, verifies it and judges it. Needs no download, no GPU and no argument; it is the recipe "demo".
