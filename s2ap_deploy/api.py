@@ -261,6 +261,8 @@ def export(
 ) -> ExportReport:
     """Write the run's network as sparse ONNX and check it bit for bit, logit for logit, point for point.
 
+    A run may hold several files, each under its own name: another form is added beside those that are there.
+
     Args:
         run: the run folder.
         output: also copy the file here.
@@ -281,7 +283,7 @@ def export(
         None,
         keywords,
         name="export",
-        changes=lambda recipe: resolve.export_changes(changes, recipe),
+        changes=lambda recipe: resolve.export_changes(changes, recipe, onnx=bool(keywords.get("onnx"))),
     ) as job:
         return work(job, output=target, bench=keywords.get("bench", False))
 
@@ -679,7 +681,7 @@ def _certify_file(
     """Certify an ONNX file, which may also be named by its path inside the run folder."""
     from s2ap_deploy.onnx_export.onnx_file import load
     from s2ap_deploy.stages import open_run, resolve
-    from s2ap_deploy.stages.certify_file import certify_file
+    from s2ap_deploy.stages.certify_file import artifact_stage, certify_file
 
     of_networks = (
         "arch",
@@ -708,8 +710,9 @@ def _certify_file(
         certificate = certify_file(job, file, time_budget=session.get("time_budget"))
         if not job.first:
             return Certificates(job.run.path)
-        results: Any = job.run.manifest.stages["artifact"].results
-        return Certificates(job.run.path, file=certificate, results=results or {})
+        stage = artifact_stage(job.run, file)
+        results: Any = job.run.manifest.stages[stage].results
+        return Certificates(job.run.path, file=certificate, results=results or {}, folder=stage)
 
 
 def _write_statement(path: Path, certificate: Path, found: Verification) -> None:

@@ -163,7 +163,7 @@ def certify_command(
     with session.reporting(quiet) as reporting:
         found = api.certify(run, model=checkpoint, artifact=artifact, **keywords, **reporting)
         note = reporting["recorder"].note
-        note(f"certificates: {run / ('certify' if artifact is None else 'artifact')}")
+        note(f"certificates: {run / found.folder}")
         if artifact is None and checkpoint is None:
             note(session.following("export --onnx", run, keywords["arch"]))
     if as_json:
@@ -171,7 +171,7 @@ def certify_command(
 
 
 @click.command()
-@click.option("--onnx", is_flag=True, default=True, help="Write ONNX, the default and only format.")
+@click.option("--onnx", is_flag=True, help="Write the float32 ONNX file, the default for a new run.")
 @click.option("--output", type=options.PATH, help="Also copy the file here.")
 @options.recipe_options(keys.EXPORT)
 @click.option(
@@ -186,11 +186,11 @@ def certify_command(
 @options.data_options
 @options.verbose_option
 @options.output_options
-def export_command(
-    onnx: bool, output: Path | None, run: Path, as_json: bool, quiet: bool, **keywords: Any
-) -> None:
+def export_command(output: Path | None, run: Path, as_json: bool, quiet: bool, **keywords: Any) -> None:
     """Write a sparse ONNX file and check it against the certificate.
 
+    A run may hold several files: one of another form (--int8, --values, --encoding dense, --target), or of
+    another --name, is added to those that are there, with a report and a certificate or coverage of its own.
     The file decodes bit for bit to the pruned weights, gives PyTorch's logits in ONNX Runtime, and
     classifies every clean and adversarial point of the certificate again. A file that fails one of these is
     not written. Channels that cannot change the output are removed first; a run on channels gets smaller
@@ -218,7 +218,7 @@ def export_command(
     with session.reporting(quiet) as reporting:
         report = api.export(run, output=output, **keywords, **reporting)
         note = reporting["recorder"].note
-        note(f"ONNX file: {output or run / 'export' / report.file}")
+        note(f"ONNX file: {output or run / report.folder / report.file}")
         rounded = report.quantization is not None or report.rounding is not None
         if report.points_checks and not rounded:  # the certificate covers the file: it can be judged
             note(session.following("gate --min-robust 0.40 --max-drop 0.05", run))

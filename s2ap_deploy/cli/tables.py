@@ -74,6 +74,8 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         ratio = summary["export"]["latency_ratio"]
         measured = f" (measured: {ratio:.2f} of the dense file's time)" if ratio is not None else ""
         out.print(Text(f"{summary['export']['statement']}{measured}", style="dim"))
+        for file in summary.get("further_files", ()):
+            out.print(Text(f"also {file['file']}: {file['bytes']:,} bytes", style="dim"))
     if "gate" in summary:
         _verdict(out, summary["gate"])
 

@@ -7,7 +7,7 @@ inconclusive.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 
 from s2ap_deploy.evaluation import statistics
@@ -38,6 +38,7 @@ def judge(
     pruned: Certificate,
     dense: Certificate | None = None,
     others: Sequence[Certificate] = (),
+    attacked: Mapping[str, Certificate] | None = None,
     shipped: Sequence[ShippedFile] = (),
     recorded: Sequence[Check] = (),
     age: timedelta | None = None,
@@ -49,6 +50,7 @@ def judge(
         pruned: the certificate that is judged.
         dense: the certificate that drops are measured against.
         others: further certificates that may cover a file.
+        attacked: certificates of further files by their paths; each must keep the thresholds as well.
         shipped: files that a certificate must cover. A file counts with its own answers where they are worse
             than the certificate's; those with an export report are also checked for size and speed.
         recorded: checks of files that were made before.
@@ -58,15 +60,27 @@ def judge(
         UsageError: a threshold that no number of samples can show.
     """
     policy.refuse_unprovable()
-    checks = [*recorded, *(file_checks.coverage(file, pruned, *others) for file in shipped)]
+    own = attacked or {}
+    covering = (pruned, *own.values(), *others)
+    checks = [*recorded, *(file_checks.coverage(file, *covering) for file in shipped)]
     checks += [_flag("the model", flag) for flag in _doubts(pruned)]
-    checks += _sample_checks(policy, pruned, dense, shipped)
+    # A file that was attacked itself is judged by its own answers only.
+    checks += _sample_checks(policy, pruned, dense, [file for file in shipped if file.path not in own])
+    for path, certificate in own.items():
+        checks += [_flag(path, flag) for flag in _doubts(certificate)]
+        checks += (_of_file(path, each) for each in _sample_checks(policy, certificate, dense, ()))
     if policy.needs_dense and dense is not None:
         checks += [_flag("the dense model", flag) for flag in _doubts(dense)]
     checks += _file_checks(policy, [file for file in shipped if file.export is not None])
     if policy.max_age is not None:
         checks.append(file_checks.age_limit(policy.max_age, age))
     return Verdict.of(checks, method(policy))
+
+
+def _of_file(path: str, check: Check) -> Check:
+    """Name the file in a check of its certificate."""
+    names = {"name": f"{check.name} of {path}", "message": f"{path}: {check.message}", "path": path}
+    return check.model_copy(update=names)
 
 
 def method(policy: Thresholds) -> str:

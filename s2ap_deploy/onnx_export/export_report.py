@@ -312,10 +312,11 @@ class ExportReport(ExportFacts):
     float32, also of an int8 file, and has all its channels: ``compaction`` says which the file lacks. Their
     weights count as zeros. ``narrowed``, of a run on channels, says what each group of them kept.
     ``performance`` is the result of --bench. ``batch`` is the only batch size that the file takes, None for
-    any.
+    any. ``folder`` is the file's in its run: ``export``, or for a further file ``export-NAME``.
     """
 
     schema_version: Literal[1] = 1
+    folder: str = "export"
     dense_bytes: int
     opset: int
     encoding: EncodingName

@@ -59,6 +59,7 @@ CERTIFY: Final[Keywords] = {
 EXPORT: Final[Keywords] = {
     name: (f"export.{name}",)
     for name in (
+        "name",
         "opset",
         "encoding",
         "values",

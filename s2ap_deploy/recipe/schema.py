@@ -8,12 +8,14 @@ training (HYDRA used TRADES), and gamma, which is not published.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from s2ap_deploy.codecs.registry import AUTO, EncodingName, describe
+from s2ap_deploy.codecs.registry import AUTO, DENSE, EncodingName, describe
 from s2ap_deploy.codecs.values import FLOAT32, ValuesName
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.recipe import target
@@ -33,6 +35,8 @@ from s2ap_deploy.recipe.field_types import (
 from s2ap_deploy.recipe.sections import PruneSection, TrainSection
 from s2ap_deploy.recipe.thresholds import Thresholds
 from s2ap_deploy.spec import Normalization, Record, ThreatModel, invalid
+
+FILE_NAME = "^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
 class ModelSection(Record):
@@ -90,8 +94,13 @@ class CertifySection(Record):
 
 
 class ExportSection(Record):
-    """The ONNX file. A file that misses one of its budgets (``max_...``) is not written."""
+    """One exported file. A file that misses one of its budgets (``max_...``) is not written."""
 
+    name: Annotated[str, Field(pattern=FILE_NAME)] | None = Field(
+        default=None,
+        description="Name of the file among those of the run.  [default: by its form: onnx, int8, dense, the "
+        "target's name]",
+    )
     opset: Opset = Field(default=20, description="ONNX operator set, 18 to 25.")
     encoding: EncodingName = Field(default=AUTO, description=f"How weights are stored: {describe()}.")
     values: ValuesName = Field(
@@ -137,6 +146,22 @@ class ExportSection(Record):
     @classmethod
     def _taken_back(cls, value: str | None) -> str | None:
         return None if value == target.NONE else value
+
+    @property
+    def label(self) -> str:
+        """The name of the file among those of its run: as given, its target's, or that of its form."""
+        if self.name is not None:
+            return self.name
+        if self.target is not None:
+            stem = re.sub("[^a-z0-9._-]", "-", Path(self.target).stem.lower()).lstrip("._-")
+            return stem[:64] or "target"
+        parts = {
+            "compact": self.reselects,
+            "int8": self.int8,
+            f"{self.values}-weights": self.values != FLOAT32,
+            DENSE.name: self.encoding == DENSE.name,
+        }
+        return "-".join(part for part, there in parts.items() if there) or "onnx"
 
     @property
     def fixed_batch(self) -> int | None:

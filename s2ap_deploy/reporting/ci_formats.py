@@ -235,24 +235,33 @@ def summarize(run: Run, verdict: Verdict | None) -> dict[str, Any]:
     """Collect the results of a run as JSON values; stages that were not run are absent.
 
     ``bytes`` of the dense network is the size of its plain ONNX twin, of the pruned one that of the
-    exported file. Raises RunFolderError when a finished stage's file has changed.
+    exported file, of several the first; ``further_files`` are the others.
+
+    Raises RunFolderError when a finished stage's file has changed.
     """
     stages = run.manifest.stages
     summary: dict[str, Any] = {
         "run": str(run.path),
         "seconds": {name: record.seconds for name, record in stages.items()},
     }
-    report = None
-    if _finished(run, "export"):
-        report = ExportReport.load(run.output("export", "report.json"))
-        summary["export"] = {
-            "file": f"export/{report.file}",
-            "sha256": report.sha256,
-            "bytes": report.bytes,
-            "dense_bytes": report.dense_bytes,
-            "latency_ratio": report.latency_ratio,
-            "statement": report.statement,
+    exports = run.manifest.finished("export")
+    reports = {stage: ExportReport.load(run.output(stage, "report.json")) for stage in exports}
+    exported = [
+        {
+            "file": f"{stage}/{each.file}",
+            "sha256": each.sha256,
+            "bytes": each.bytes,
+            "dense_bytes": each.dense_bytes,
+            "latency_ratio": each.latency_ratio,
+            "statement": each.statement,
         }
+        for stage, each in reports.items()
+    ]
+    if exported:
+        summary["export"] = exported[0]
+    if exported[1:]:
+        summary["further_files"] = exported[1:]
+    report = next(iter(reports.values()), None)
     if _finished(run, "certify"):
         written = {output.path for output in stages["certify"].outputs}
         for role in ("dense", "pruned"):
@@ -272,7 +281,7 @@ def summarize(run: Run, verdict: Verdict | None) -> dict[str, Any]:
 
 
 def _finished(run: Run, name: str) -> bool:
-    record = run.manifest.stages.get(name)  # type: ignore[call-overload]
+    record = run.manifest.stages.get(name)
     return record is not None and record.status == "finished"
 
 

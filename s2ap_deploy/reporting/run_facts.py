@@ -21,7 +21,7 @@ from s2ap_deploy.gating.sample_checks import PairRange
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.reporting.figure_data import Shown, gallery
 from s2ap_deploy.runs import manifest
-from s2ap_deploy.runs.folder import RECIPE_FILE
+from s2ap_deploy.runs.folder import CERTIFICATE, RECIPE_FILE
 from s2ap_deploy.runs.manifest import Manifest, StageName, StageRecord
 
 Found = TypeVar("Found")
@@ -72,12 +72,7 @@ class Reader:
 
 Row = Mapping[str, float | None]
 
-DENSE, PRUNED, FILE = "dense", "pruned", "file"
-CERTIFICATES: dict[str, tuple[StageName, str]] = {
-    DENSE: ("certify", "dense.json"),
-    PRUNED: ("certify", "pruned.json"),
-    FILE: ("artifact", "certificate.json"),
-}
+DENSE, PRUNED = "dense", "pruned"
 LONGEST_RECIPE = 20_000
 
 
@@ -94,9 +89,10 @@ class LayerSparsity:
 class Facts:
     """What a run folder holds. ``missing`` says, by section, what is not there and what to type for it.
 
-    ``certificates`` are those of the roles dense, pruned and file (the exported file itself), ``hashes``
-    the SHA-256 of their files; ``problems`` are files that are not as the manifest recorded them, and that
-    the report therefore leaves out. ``inputs`` are a stage's, by its name.
+    ``certificates`` are those of the roles dense and pruned, and of exported files themselves by the stage
+    of the certificate, ``hashes`` the SHA-256 of their files; ``exports`` are the reports of the exported
+    files by stage. ``problems`` are files that are not as the manifest recorded them, and that the report
+    therefore leaves out. ``inputs`` are a stage's, by its name.
     """
 
     name: str
@@ -110,7 +106,7 @@ class Facts:
     curves: Mapping[str, SecurityCurve] = field(default_factory=dict)
     histories: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
     layers: tuple[LayerSparsity, ...] = ()
-    export: ExportReport | None = None
+    exports: Mapping[StageName, ExportReport] = field(default_factory=dict)
     shown: tuple[Shown, ...] = ()
     problems: tuple[str, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
@@ -124,6 +120,11 @@ class Facts:
         """Return the results of a finished stage; empty if there are none."""
         record = self.manifest.stages.get(stage)
         return record.results if record is not None and isinstance(record.results, dict) else {}
+
+    def path_of(self, stage: StageName) -> str:
+        """The path of an exported file in the run, by the stage of its export or of its certificate."""
+        report = self.exports.get(manifest.beside("export", stage))
+        return f"{manifest.beside('export', stage)}/{report.file}" if report is not None else stage
 
     @property
     def networks(self) -> Mapping[str, Certificate]:
@@ -142,12 +143,16 @@ def collect(folder: Path, *, images: int = 12) -> Facts:
         )
     contents = Manifest.load(folder)
     reader = Reader(folder, contents)
+    places: dict[str, tuple[StageName, str]] = {
+        **{role: ("certify", f"{role}.json") for role in (DENSE, PRUNED)},
+        **{stage: (stage, CERTIFICATE) for stage in contents.of_kind("artifact")},
+    }
     certificates = {
         role: found
-        for role, (stage, name) in CERTIFICATES.items()
+        for role, (stage, name) in places.items()
         if (found := reader.read(stage, name, Certificate.load)) is not None
     }
-    networks = {role: each for role, each in certificates.items() if role != FILE}
+    networks = {role: each for role, each in certificates.items() if role in (DENSE, PRUNED)}
     search, recipe = reader.record("search"), _recipe(reader)
     facts = Facts(
         name=folder.resolve().name,
@@ -157,8 +162,9 @@ def collect(folder: Path, *, images: int = 12) -> Facts:
         verdict=reader.read("gate", "verdict.json", _verdict),
         certificates=certificates,
         hashes={
-            role: files.sha256(folder / CERTIFICATES[role][0] / CERTIFICATES[role][1])
-            for role in certificates
+            role: files.sha256(folder / stage / name)
+            for role, (stage, name) in places.items()
+            if role in certificates
         },
         pairs=_pairs(networks),
         curves={
@@ -172,7 +178,11 @@ def collect(folder: Path, *, images: int = 12) -> Facts:
             if (rows := reader.read(stage, "history.json", _rows))
         },
         layers=_layers(search.results if search is not None else None),
-        export=reader.read("export", "report.json", ExportReport.load),
+        exports={
+            stage: report
+            for stage in contents.of_kind("export")
+            if (report := reader.read(stage, "report.json", ExportReport.load)) is not None
+        },
         shown=_shown(reader, networks, images),
         problems=tuple(dict.fromkeys(reader.problems)),
     )
@@ -264,8 +274,8 @@ def _missing(facts: Facts) -> dict[str, str]:
     prune = f"No finished mask search is in this folder: s2ap-deploy prune MODEL {run}"
     record = facts.manifest.stages.get("search")
     searched = record is not None and record.status == "finished"
-    measured = facts.export is not None and (
-        facts.export.latency_ratio is not None or facts.export.performance is not None
+    measured = any(
+        each.latency_ratio is not None or each.performance is not None for each in facts.exports.values()
     )
     there: dict[str, tuple[object, str]] = {
         "verdict": (facts.verdict, f"No gate has judged this run: s2ap-deploy gate --min-robust 0.40 {run}"),
@@ -281,10 +291,10 @@ def _missing(facts: Facts) -> dict[str, str]:
             "The search recorded no epochs: some methods choose their mask at once." if searched else prune,
         ),
         "training": (facts.histories, "No stage of this run recorded a training curve."),
-        "sizes": (facts.export, export),
+        "sizes": (facts.exports, export),
         "latency": (
             measured,
-            f"The latency of this export was not measured: {bench}" if facts.export else export,
+            f"The latency of this export was not measured: {bench}" if facts.exports else export,
         ),
         "images": (
             facts.shown,

@@ -7,6 +7,7 @@
       recipe.yaml       the resolved recipe, when a recipe started the run
       .lock             held by the process that works here
       search/           one folder per stage; files in it belong to that stage
+      export-int8/      a further exported file; its own certificate is in artifact-int8/
         snapshot.safetensors   only while the stage is unfinished
 
 The manifest decides: a file that it does not list does not count. A stage starts in three steps
@@ -30,7 +31,16 @@ from s2ap_deploy import files
 from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
 from s2ap_deploy.errors import RunFolderError, StorageError
 from s2ap_deploy.runs import folder, manifest, snapshot
-from s2ap_deploy.runs.manifest import STAGES, Manifest, Output, Session, StageName, StageRecord, now
+from s2ap_deploy.runs.manifest import (
+    STAGES,
+    Manifest,
+    Output,
+    Session,
+    StageName,
+    StageRecord,
+    kind_of,
+    now,
+)
 from s2ap_deploy.runs.snapshot import Stage, State
 
 if TYPE_CHECKING:
@@ -127,7 +137,8 @@ MASKS = "masks.safetensors"
 CERTIFICATE = "certificate.json"  # of an exported file
 COPY = "model.onnx"  # of an exported file from outside the folder
 _OVERWRITE = "add --overwrite to start again, or choose another folder with --run"
-_COMMANDS: dict[StageName, str] = {
+_BESIDE = "add --overwrite to replace it, or --name NAME to keep both"
+_COMMANDS = {
     "pretrain": "pretrain or prune",
     "search": "prune",
     "finetune": "prune",
@@ -297,7 +308,7 @@ class Run:
                 "finished": None,
             }
         )
-        later = _later(name)
+        later = self._later(name)
         folders = [self.folder(each) for each in later]
         self.save(self.manifest.without(later).with_stage(name, opened))
         try:
@@ -309,7 +320,7 @@ class Run:
 
     def folder(self, name: StageName) -> Path:
         """Return the folder of a stage, which may not exist. Raises RunFolderError if it is a link."""
-        if name not in STAGES:
+        if not manifest.is_stage(name):
             raise ValueError(f"{name!r} is no stage; stages are {', '.join(STAGES)}")
         folder = self.path / name
         if folder.is_symlink():
@@ -325,7 +336,7 @@ class Run:
         """
         record = self.manifest.stages.get(name)
         if record is None or record.status != "finished":
-            first = f"run s2ap-deploy {_COMMANDS[name]} first"
+            first = f"run s2ap-deploy {_COMMANDS[kind_of(name)]} first"
             hint = first if record is None else "repeat the command that began it, with --resume"
             raise RunFolderError(f"{self.path} holds no finished {name}", code="stage-missing", hint=hint)
         path = f"{name}/{file_name}"
@@ -333,7 +344,8 @@ class Run:
             if output.path == path:
                 damage = self._damage_of(output)
                 if damage is not None:
-                    hint = f"repeat s2ap-deploy {_COMMANDS[name]} with --resume, which makes it again"
+                    command = _COMMANDS[kind_of(name)]
+                    hint = f"repeat s2ap-deploy {command} with --resume, which makes it again"
                     raise RunFolderError(
                         f"{name} in {self.path} finished, but {damage}", code="output-damaged", hint=hint
                     )
@@ -356,7 +368,7 @@ class Run:
     def _start(
         self, name: StageName, inputs: dict[str, JsonValue], session: Session, *, note: str | None
     ) -> Stage:
-        obsolete = (name, *_later(name))
+        obsolete = (name, *self._later(name))
         folders = [self.folder(each) for each in obsolete]
         if any(each in self.manifest.stages for each in obsolete):
             self.save(self.manifest.without(obsolete))
@@ -390,11 +402,11 @@ class Run:
         raise RunFolderError(
             f"{self.path} already holds a {name} from other inputs ({'; '.join(changed)})",
             code="stage-inputs-changed",
-            hint=_OVERWRITE,
+            hint=_BESIDE if kind_of(name) == "export" else _OVERWRITE,
         )
 
     def _check_nothing_is_lost(self, name: StageName) -> None:
-        finished = [late for late in _later(name) if self._is_finished(late)]
+        finished = [late for late in self._later(name) if self._is_finished(late)]
         lost = [late for late in finished if late != "gate"]  # a verdict is computed again in a second
         if lost:
             raise RunFolderError(
@@ -406,6 +418,18 @@ class Run:
     def _is_finished(self, name: StageName) -> bool:
         record = self.manifest.stages.get(name)
         return record is not None and record.status == "finished"
+
+    def _later(self, name: StageName) -> tuple[StageName, ...]:
+        """Return the stages that are built on ``name``, with folders that a kill may have left.
+
+        Files of a run do not depend on one another: on an export, only that file's certificate is built.
+        """
+        if kind_of(name) == "export":
+            return manifest.beside("artifact", name), "gate"
+        later = STAGES[STAGES.index(kind_of(name)) + 1 :]
+        left = {each.name for each in self.path.iterdir() if manifest.is_stage(each.name)}
+        named = sorted({*self.manifest.stages, *left} - {*STAGES})
+        return (*later, *(each for each in named if kind_of(each) in later))
 
     def _damage(self, record: StageRecord) -> str | None:
         return next((damage for damage in map(self._damage_of, record.outputs) if damage), None)
@@ -449,7 +473,3 @@ def check_is_run_folder(path: Path, *, create: bool) -> None:
             code="run-missing",
             hint="start one with s2ap-deploy prune or s2ap-deploy run, or name its folder with --run",
         )
-
-
-def _later(name: StageName) -> tuple[StageName, ...]:
-    return STAGES[STAGES.index(name) + 1 :]

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, TypeAdapter
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
 from s2ap_deploy import files, records
 from s2ap_deploy.errors import RunFolderError
@@ -18,10 +18,37 @@ from s2ap_deploy.spec import Record
 
 FILE_NAME = "manifest.json"
 
-StageName = Literal["pretrain", "search", "finetune", "certify", "export", "artifact", "gate"]
-STAGES: tuple[StageName, ...] = get_args(StageName)
+STAGES = ("pretrain", "search", "finetune", "certify", "export", "artifact", "gate")
+"""The kinds of stages, in order. A run may hold several of the kinds in ``SEVERAL``, one for each file."""
+SEVERAL = ("export", "artifact")
+
+StageName = Annotated[
+    str,
+    Field(pattern=rf"^({'|'.join(STAGES)}|({'|'.join(SEVERAL)})-[a-z0-9][a-z0-9._-]{{0,63}})$"),
+]
+"""A kind, or for a further file of the run the kind and the file's name: ``export-int8``."""
+_STAGE_NAME = TypeAdapter(StageName)
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def is_stage(name: str) -> bool:
+    """Return whether ``name`` is one that a stage can have."""
+    try:
+        _STAGE_NAME.validate_python(name)
+    except ValidationError:
+        return False
+    return True
+
+
+def kind_of(name: StageName) -> str:
+    """Return the kind of a stage: ``export`` of ``export-int8``."""
+    return name.partition("-")[0]
+
+
+def beside(kind: str, name: StageName) -> StageName:
+    """Return the stage of another ``kind`` for the file of stage ``name``: ``artifact-int8``."""
+    return kind + name.removeprefix(kind_of(name))
 
 
 class Output(Record):
@@ -63,6 +90,14 @@ class Manifest(Record):
     created: str
     commands: tuple[str, ...] = ()
     stages: dict[StageName, StageRecord] = Field(default_factory=dict)
+
+    def of_kind(self, kind: str) -> dict[StageName, StageRecord]:
+        """Return the stages of one kind, the one without a name first, then by name."""
+        return {name: self.stages[name] for name in sorted(self.stages) if kind_of(name) == kind}
+
+    def finished(self, kind: str) -> dict[StageName, StageRecord]:
+        """Return the finished stages of one kind, in the order of :meth:`of_kind`."""
+        return {name: each for name, each in self.of_kind(kind).items() if each.status == "finished"}
 
     def with_command(self, command: str) -> Manifest:
         return self.model_copy(update={"commands": (*self.commands, command)})

@@ -141,10 +141,13 @@ class CertifyArguments(NetworkArguments, total=False):
 class ExportArguments(Settings, total=False):
     """Keyword arguments of ``export``; see the recipe keys of the same names.
 
+    ``onnx`` asks for the float32 file where the run remembers another form.
     ``bench`` measures the file beside its dense twin: milliseconds, ratios with quartiles, peak memory.
     """
 
+    onnx: bool
     bench: bool
+    name: str | None
     opset: int | None
     encoding: str | None
     values: str | None

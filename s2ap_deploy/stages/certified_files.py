@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -89,7 +90,7 @@ class CertifiedRun(NamedTuple):
         if self.certificate.subject.artifact is None:
             return f"{STAGES[self.role]}/{MODEL}"
         named = (name for name, sha256 in self.recorded.items() if sha256 == self.attacked_sha256)
-        return next(named, f"artifact/{COPY}")
+        return next(named, f"{self._stage}/{COPY}")
 
     @property
     def attacked_sha256(self) -> str | None:
@@ -104,8 +105,17 @@ class CertifiedRun(NamedTuple):
 
     @property
     def _stage(self) -> str:
-        """The folder of the certificate and of its points."""
-        return "artifact" if self.role == FILE else "certify"
+        """The folder of the certificate and of its points; of a copy elsewhere, that of the recorded one."""
+        if self.role != FILE:
+            return "certify"
+        stages = self.contents.of_kind("artifact")
+        own = self.path.resolve().parent.name
+        by_hash = (
+            name
+            for name, record in stages.items()
+            if any(output.sha256 == self.digest for output in record.outputs)
+        )
+        return own if own in stages else next(by_hash, "artifact")
 
     def file_checks(self) -> list[Check]:
         """Check the certificate itself, and hash every file that it names."""
@@ -127,7 +137,7 @@ class CertifiedRun(NamedTuple):
         if self.digest != self.certificate.sha256:
             return check(name, "fail", f"{name}: its bytes are not the canonical text of its content")
         recorded = self.recorded.get(
-            f"artifact/{CERTIFICATE}" if self.role == FILE else f"certify/{self.role}.json"
+            f"{self._stage}/{CERTIFICATE}" if self.role == FILE else f"certify/{self.role}.json"
         )
         if recorded is None:
             of = "an exported file" if self.role == FILE else f"its {self.role} network"
@@ -137,25 +147,29 @@ class CertifiedRun(NamedTuple):
         return check(name, "pass", f"{name}: consistent, and as recorded (SHA-256 {self.digest})")
 
     def subjects(self) -> tuple[SubjectFile, ...]:
-        """Return the attacked network, and the exported file if it matched the certificate on every point."""
+        """Return the attacked network, and exported files that matched the certificate on every point."""
         found = []
         if self.attacked_sha256 is not None:
             found.append(SubjectFile(name=self.attacked_name, sha256=self.attacked_sha256))
-        record, report_file = self.contents.stages.get("export"), self.folder / "export" / "report.json"
-        if self.role == FILE or record is None or record.status != "finished" or not report_file.is_file():
-            return tuple(found)
+        exports = () if self.role == FILE else self.contents.finished("export")
+        return (*found, *(file for stage in exports for file in self._covered(stage)))
+
+    def _covered(self, stage: str) -> Iterator[SubjectFile]:
+        """Yield the file of an ``export`` stage if the certificate covers it."""
+        report_file = self.folder / stage / "report.json"
+        if not report_file.is_file():
+            return
         try:
             report = ExportReport.load(report_file)
-            path = files.within(self.folder / "export", report.file)
+            path = files.within(self.folder / stage, report.file)
         except DeployError:  # the gate reports it; here the file is only not covered
-            return tuple(found)
+            return
         covered = any(
             answer.certificate_sha256 == self.digest and answer.n == self.certificate.n and answer.explained
             for answer in report.points_checks
         )
         if covered and path.is_file() and files.sha256(path) == report.sha256:
-            found.append(SubjectFile(name=f"export/{report.file}", sha256=report.sha256))
-        return tuple(found)
+            yield SubjectFile(name=f"{stage}/{report.file}", sha256=report.sha256)
 
     def verification(
         self, checks: list[Check], *, scope: Literal["network", "files"], seed: int | None, attacked: int

@@ -39,6 +39,7 @@ from s2ap_deploy.onnx_export.quantization import quantized_weights
 from s2ap_deploy.onnx_export.verification import compare_logits
 from s2ap_deploy.records import AttackRow
 from s2ap_deploy.runs.folder import CERTIFICATE, COPY, Run
+from s2ap_deploy.runs.manifest import StageName, beside
 from s2ap_deploy.stages.certify import DENSE, PRUNED
 from s2ap_deploy.stages.context import RunContext, on_first_rank
 from s2ap_deploy.stages.early_certify import Samples, certificate_of
@@ -68,7 +69,7 @@ class _TransferResult(NamedTuple):
 
 @on_first_rank
 def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None = None) -> Certificate:
-    """Write the file's own certificate into the ``artifact`` stage, beside its adversarial points.
+    """Write the file's own certificate into its ``artifact`` stage, beside its adversarial points.
 
     White-box attacks run on the twin, Square on the file; the points that a certificate of the same run
     holds for the same samples are tried as well. Every answer is the file's, in ONNX Runtime. A file from
@@ -86,7 +87,7 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
     images = job.images(opened.input_size)
     chosen = choose(images.test.labels, section.n, seed=section.sample_seed)
     stage = job.stage(
-        "artifact",
+        artifact_stage(job.run, opened),
         {
             "file": opened.sha256,
             "data": job.data_inputs(images.test),
@@ -95,7 +96,7 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
         },
     )
     if stage.state == "finished":
-        return Certificate.load(job.run.output("artifact", CERTIFICATE))
+        return Certificate.load(job.run.output(stage.name, CERTIFICATE))
     subset = images.test.subset(chosen)
     samples = Samples(*subset.tensors(), subset.ids)
     started = time.monotonic()
@@ -138,6 +139,17 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
     shutil.rmtree(_record(stage.folder), ignore_errors=True)
     _report(job, certificate)
     return certificate
+
+
+def artifact_stage(run: Run, opened: OnnxFile) -> StageName:
+    """Return the stage of the file's certificate: ``artifact-int8`` for the file of ``export-int8``."""
+    holding = [
+        name
+        for name, record in run.manifest.of_kind("export").items()
+        if any(output.sha256 == opened.sha256 for output in record.outputs)
+    ]
+    own = opened.path.resolve().parent.name
+    return beside("artifact", own if own in holding else holding[0] if holding else "export")
 
 
 def _attack(

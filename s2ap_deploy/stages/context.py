@@ -25,7 +25,7 @@ from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.recipe.sections import ObjectiveSection
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.runs.folder import MODEL, Run
-from s2ap_deploy.runs.manifest import Manifest, StageName
+from s2ap_deploy.runs.manifest import STAGES, Manifest, StageName
 from s2ap_deploy.runs.snapshot import Stage
 from s2ap_deploy.training.objective import Objective
 from s2ap_deploy.training.precision import FLOAT32, Precision
@@ -110,7 +110,8 @@ class RunContext:
     def stage(self, name: StageName, inputs: Mapping[str, Any]) -> Stage:
         """Enter a stage of the run folder; see ``Run.stage``. Reports to the user what was found.
 
-        The recipe is stored once work begins: a refused command leaves the stored one unchanged.
+        The recipe is stored once work begins: a refused command leaves the stored one unchanged, and so does
+        a further file of the run, whose options are inputs of its own stage.
         """
         environment = {**runtime.environment(self.machine.device), "versions": runtime.versions()}
         if name in ("pretrain", "search", "finetune"):
@@ -124,7 +125,7 @@ class RunContext:
             self.recorder.note(stage.note)
         if stage.state == "finished":
             self.recorder.note(f"{name}: already done with the same inputs, skipped")
-        else:
+        elif name in STAGES:
             self.remember()
         return stage
 

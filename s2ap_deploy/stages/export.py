@@ -1,4 +1,4 @@
-"""Export: one sparse ONNX file, checked against the network and against the certificate's points."""
+"""Export: sparse ONNX files, each checked against the network and against the certificate's points."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor
 
 from s2ap_deploy import files
@@ -26,7 +27,8 @@ from s2ap_deploy.onnx_export.verification import CertifiedPoints
 from s2ap_deploy.pruning.masks import load_tensors, sparsity
 from s2ap_deploy.recipe.schema import ExportSection
 from s2ap_deploy.recipe.target import Found
-from s2ap_deploy.runs.folder import MASKS
+from s2ap_deploy.runs.folder import MASKS, Run
+from s2ap_deploy.runs.manifest import StageName, StageRecord
 from s2ap_deploy.runs.snapshot import Stage
 from s2ap_deploy.stages import export_channels, export_target
 from s2ap_deploy.stages.certify import DENSE, PRUNED
@@ -59,7 +61,7 @@ class _Request:
 
 
 def export(job: RunContext, *, output: Path | None = None, bench: bool = False) -> ExportReport:
-    """Write ``model.onnx`` and its report in the ``export`` stage.
+    """Write a file and its report in a stage of its own: ``export``, or for a further file ``export-NAME``.
 
     The pruned network is exported, or the dense one when nothing was pruned. A file of int8 or rounded
     weights is a different network from the certified one; its report names the command that certifies it.
@@ -74,19 +76,43 @@ def export(job: RunContext, *, output: Path | None = None, bench: bool = False) 
             budget; it is then removed.
     """
     request = _request(job)
-    stage = job.stage("export", _inputs(job, request))
+    stage = job.stage(export_stage(job.run, request.section), _inputs(job, request))
     file, report_file = stage.folder / _file_name(request.section), stage.folder / REPORT
     if stage.state != "finished":
         report, outputs = _export(job, request, file)
         report.save(report_file)
         stage.finish([*outputs, report_file], {"bytes": report.bytes, "dense_bytes": report.dense_bytes})
-    report = ExportReport.load(report_file)
+    report = ExportReport.load(report_file).model_copy(update={"folder": stage.name})
     if bench:
         report = _benchmark(job, request, stage, report)
     if output is not None:
         with files.atomic(output) as temporary:
             shutil.copyfile(file, temporary)
     return report
+
+
+def export_stage(run: Run, section: ExportSection) -> StageName:
+    """Return the stage of a file: that of the file of its name, ``export`` for the first, or one of its own.
+
+    A recorded file that says no name has that of its form.
+    """
+    exports = run.manifest.of_kind("export")
+    for stage, record in exports.items():
+        if file_label(record) == section.label:
+            return stage
+    return f"export-{section.label}" if "export" in exports else "export"
+
+
+def file_label(record: StageRecord) -> str:
+    """Return the name of the file of an ``export`` stage."""
+    recorded = record.inputs.get("export")
+    known = recorded if isinstance(recorded, dict) else {}
+    try:
+        return ExportSection.model_validate(
+            {k: known[k] for k in ExportSection.model_fields if k in known}
+        ).label
+    except ValidationError:  # of another version
+        return ExportSection().label
 
 
 def _request(job: RunContext) -> _Request:

@@ -35,7 +35,7 @@ def deliver(job: RunContext, time_budget: float | None, dense_record: Path | Non
     certify(job, time_budget=time_budget, dense_record=dense_record)
     report = export(job)
     if not job.recipe.export.covered_by_certificate:
-        certify_file(job, load(job.run.output("export", report.file)), time_budget=time_budget)
+        certify_file(job, load(job.run.output(report.folder, report.file)), time_budget=time_budget)
     job.remember()
     if job.recipe.gate is None:
         return None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from s2ap_deploy.codecs.values import FLOAT32
 from s2ap_deploy.data import datasets
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.architectures import registry
@@ -17,7 +18,7 @@ from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.recipe import diagnosis, keys, target
 from s2ap_deploy.recipe.schema import ExportSection, Recipe
 from s2ap_deploy.recipe.sections import PruneSection
-from s2ap_deploy.runs.manifest import FILE_NAME, Manifest
+from s2ap_deploy.runs.manifest import FILE_NAME, Manifest, kind_of
 from s2ap_deploy.spec import Normalization, Preprocessing
 
 if TYPE_CHECKING:
@@ -44,11 +45,13 @@ def resolve(content: dict[str, Any], changes: Mapping[str, Any]) -> Recipe:
         raise diagnosis.refused(error, Recipe) from None
 
 
-def export_changes(changes: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Return ``changes`` completed by the target that they name.
+def export_changes(changes: Mapping[str, Any], recipe: Recipe, *, onnx: bool = False) -> dict[str, Any]:
+    """Return ``changes`` completed by the target that they name, and without what another form left.
 
-    What is given explicitly has priority over the target, and the target over the recipe.
+    What is given explicitly has priority over the target, and the target over the recipe. ``onnx`` asks for
+    the float32 file, whatever the recipe's own is.
     """
+    changes = _of_one_form(changes, recipe.export, onnx=onnx)
     name = changes.get("export.target")
     if name in (None, target.NONE):
         return dict(changes)
@@ -56,6 +59,23 @@ def export_changes(changes: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
     unit = recipe.prune.granularity if recipe.prune is not None else None
     filled = target.fill(section, target.find(name).target, ExportSection.model_fields, unit)
     return {**{f"export.{k}": value for k, value in filled.items() if value is not None}, **changes}
+
+
+def _of_one_form(changes: Mapping[str, Any], remembered: ExportSection, *, onnx: bool) -> dict[str, Any]:
+    """Return ``changes`` that undo the remembered form of a file where they ask for another one."""
+    int8, values = changes.get("export.int8"), changes.get("export.values", FLOAT32)
+    found = dict(changes)
+    if not (onnx or int8 or values != FLOAT32 or changes.get("export.target")):
+        return found
+    found = {"export.name": None, **found}
+    if onnx or int8:
+        found.setdefault("export.values", FLOAT32)
+    if not int8 and not changes.get("export.target"):
+        found.setdefault("export.int8", False)
+    if remembered.target is not None and "export.target" not in changes:
+        defaults = {f"export.{key}": each.default for key, each in ExportSection.model_fields.items()}
+        found = {**defaults, **found}
+    return found
 
 
 def plan_sections(given: Mapping[str, Any]) -> tuple[PruneSection, ExportSection, target.Found | None]:
@@ -161,7 +181,8 @@ def foreign_recipe(opened: OnnxFile, folder: Path, changes: Mapping[str, Any]) -
     """
     if _exported_by(folder, opened.sha256):
         return None
-    if (folder / FILE_NAME).is_file() and Manifest.load(folder).stages.keys() - {"artifact", "gate"}:
+    stages = Manifest.load(folder).stages if (folder / FILE_NAME).is_file() else {}
+    if any(kind_of(name) not in ("artifact", "gate") for name in stages):
         raise UsageError(
             f"{opened.path} is not the file that the run in {folder} exported",
             code="artifact-of-another-run",
@@ -180,8 +201,8 @@ def _exported_by(folder: Path, sha256: str) -> bool:
     """Return whether the run in ``folder`` exported the file with that hash. Raises RunFolderError."""
     if not (folder / FILE_NAME).is_file():
         return False
-    record = Manifest.load(folder).stages.get("export")
-    return record is not None and any(output.sha256 == sha256 for output in record.outputs)
+    exports = Manifest.load(folder).of_kind("export").values()
+    return any(output.sha256 == sha256 for record in exports for output in record.outputs)
 
 
 def preprocessing(

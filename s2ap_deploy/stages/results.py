@@ -50,13 +50,17 @@ class Trained:
 
 @dataclass(frozen=True)
 class Certificates:
-    """The certificates of the dense network, the pruned one, or the exported file."""
+    """The certificates of the dense network, the pruned one, or the exported file.
+
+    ``folder`` in the run holds them.
+    """
 
     run: Path
     dense: Certificate | None = None
     pruned: Certificate | None = None
     file: Certificate | None = None
     results: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    folder: str = "certify"
 
 
 @dataclass(frozen=True)

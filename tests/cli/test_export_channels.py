@@ -138,17 +138,18 @@ def test_fewer_channels_are_another_network(s2ap: Callable[..., Any], own: Path)
     assert done.code == 0, done.err
     told = json.loads(done.out)
     assert told["file"] == "model-compact.onnx"
-    assert not (own / "export" / "model.onnx").exists()
-    assert conv_widths(own / "export" / "model-compact.onnx") == [8, 16]
+    assert conv_widths(own / "export-compact" / "model-compact.onnx") == [8, 16]
     assert told["points_checks"] == []
     assert "s2ap-deploy certify --artifact" in done.err
     narrowed = told["narrowed"]
     assert narrowed["macs"]["achieved"] <= narrowed["macs"]["wanted"]
-    facts = {entry.key: entry.value for entry in onnx.load(own / "export" / told["file"]).metadata_props}
+    facts = {
+        entry.key: entry.value for entry in onnx.load(own / "export-compact" / told["file"]).metadata_props
+    }
     assert "s2ap.certificate_sha256" not in facts
     assert float(facts["s2ap.sparsity"]) == pytest.approx(told["sparsity"], abs=1e-4)
-    small, _, _ = checkpoint.load(own / "export" / "compact.safetensors")
-    session = ort.InferenceSession(own / "export" / "model-compact.onnx")
+    small, _, _ = checkpoint.load(own / "export-compact" / "compact.safetensors")
+    session = ort.InferenceSession(own / "export-compact" / "model-compact.onnx")
     with torch.no_grad():
         expected = small(torch.from_numpy(real_images())).numpy()
     np.testing.assert_allclose(session.run(None, {"image": real_images()})[0], expected, atol=1e-4)
@@ -166,19 +167,20 @@ def test_the_gate_does_not_pass_what_no_certificate_covers(s2ap: Callable[..., A
     done = s2ap("export", "--keep-ratio", 0.25, "--overwrite", cwd=own.parent)
     assert done.code == 0, done.err
     assert s2ap(*policy, cwd=own.parent).code == 3
-    file = own / "export" / "model-compact.onnx"
+    file = own / "export-compact" / "model-compact.onnx"
     certified = s2ap("certify", "--artifact", file, "--run", own, "--threads", 1)
     assert certified.code == 0, certified.err
     assert s2ap(*policy, cwd=own.parent).code == 0
 
 
-def test_a_ratio_of_one_takes_a_remembered_one_back(s2ap: Callable[..., Any], own: Path) -> None:
-    assert s2ap("export", "--keep-ratio", 0.25, "--overwrite", cwd=own.parent).code == 0
-    again = s2ap("export", cwd=own.parent)
+def test_a_further_file_leaves_the_options_of_the_first_alone(s2ap: Callable[..., Any], own: Path) -> None:
+    before = (own / "recipe.yaml").read_bytes()
+    assert s2ap("export", "--keep-ratio", 0.25, cwd=own.parent).code == 0
+    assert (own / "recipe.yaml").read_bytes() == before
+    again = s2ap("export", "--json", cwd=own.parent)
     assert "already done with the same inputs" in again.err
-    done = s2ap("export", "--keep-ratio", 1, "--overwrite", "--json", cwd=own.parent)
-    assert json.loads(done.out)["file"] == "model.onnx"
-    assert json.loads(done.out)["points_checks"] != []
+    assert json.loads(again.out)["file"] == "model.onnx"
+    assert json.loads(again.out)["points_checks"] != []
 
 
 @pytest.mark.parametrize(

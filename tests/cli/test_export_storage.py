@@ -42,14 +42,15 @@ def test_every_encoding_from_the_command_line(s2ap: Command, own_run: Path, enco
 def test_float16_values_are_another_network(s2ap: Command, own_run: Path) -> None:
     done = s2ap("export", "--values", "float16", "--run", own_run, "--overwrite", "--threads", 1)
     assert done.code == 0, done.err
-    file = own_run / "export" / "model-float16-weights.onnx"
+    folder = own_run / "export-float16-weights"
+    file = folder / "model-float16-weights.onnx"
     assert "does not carry over to weights in float16" in done.err
     assert f"certify --artifact {file} --run {own_run}" in done.err
     assert "rounded" in done.out
     facts = metadata(file)
     assert facts["s2ap.values"] == "float16"
     assert "s2ap.certificate_sha256" not in facts
-    report = json.loads((own_run / "export" / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text())
     assert report["rounding"]["values"] == "float16"
     assert report["agreement"]["argmax_agree"] <= report["agreement"]["n"] == 40
     assert any("does not carry over" in warning for warning in report["warnings"])
@@ -60,7 +61,7 @@ def test_float16_values_are_another_network(s2ap: Command, own_run: Path) -> Non
     assert certified.code == 0, certified.err
     gate = s2ap("gate", "--min-clean", 0, "--rule", "point", "--run", own_run)
     assert gate.code == 0, gate.out
-    assert "file export/model-float16-weights.onnx is the attacked file" in gate.out
+    assert "file export-float16-weights/model-float16-weights.onnx is the attacked file" in gate.out
 
 
 def test_int8_values_keep_a_name_of_their_own(s2ap: Command, own_run: Path) -> None:

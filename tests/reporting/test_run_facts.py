@@ -24,7 +24,7 @@ def test_a_real_run(finished_run: Path, files_in: Callable[[Path], dict[str, byt
     assert sum(layer.kept for layer in facts.layers) == 15_107
     assert len(facts.histories["search"]) == 1
     assert facts.pairs is not None
-    assert facts.export is not None
+    assert list(facts.exports) == ["export"]
     assert len(facts.shown) == 12
     assert all(set(shown.answers) == {"dense", "pruned"} for shown in facts.shown)
     assert facts.problems == ()

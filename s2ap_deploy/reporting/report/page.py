@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 
 from s2ap_deploy.formatting import plain
 from s2ap_deploy.gating.check import Check
+from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.reporting import charts
 from s2ap_deploy.reporting.ci_formats import cell
 from s2ap_deploy.reporting.figure_data import data_uri
@@ -172,9 +173,16 @@ def _evaluation(facts: Facts) -> list[str]:
 
 
 def _export(facts: Facts) -> list[str]:
-    if facts.export is None:
+    if not facts.exports:
         return [cell(facts.missing["sizes"])]
-    export = facts.export
+    several = len(facts.exports) > 1
+    blocks = [_table(tables.exported(facts))] if several else []
+    for stage, report in facts.exports.items():
+        blocks += ([f"### {cell(facts.path_of(stage))}"] if several else []) + _file(report)
+    return blocks
+
+
+def _file(export: ExportReport) -> list[str]:
     blocks = [
         f"{words.size(export.bytes)} instead of {words.size(export.dense_bytes)}: "
         f"{words.times(export.dense_bytes, export.bytes)}. Latency: {words.latency(export)}.",

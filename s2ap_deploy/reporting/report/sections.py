@@ -12,7 +12,7 @@ from s2ap_deploy.reporting.figure_data import sizes, stored_tensors
 from s2ap_deploy.reporting.report import words
 from s2ap_deploy.reporting.run_facts import DENSE, PRUNED, Facts
 from s2ap_deploy.reporting.svg import Drawing
-from s2ap_deploy.runs.manifest import STAGES
+from s2ap_deploy.runs.manifest import STAGES, beside
 
 MOST_CLASSES = 50
 RADII = ((0.0, "0"), (0.5, "ε/2"), (1.0, "ε"), (1.5, "1.5 ε"), (2.0, "2 ε"))
@@ -30,9 +30,8 @@ class Table:
 
 
 def comparison(facts: Facts) -> Table:
-    """Return a row per figure and a column per network."""
-    networks = {**facts.networks, **{r: c for r, c in facts.certificates.items() if r == "file"}}
-    columns = list(networks.values())
+    """Return a row per figure, a column per network and per file that was attacked itself."""
+    columns = list(facts.certificates.values())
     rows = [
         ("Clean accuracy", *(words.share(each.clean) for each in columns)),
         (words.robust_label(facts), *(words.share(each.robust) for each in columns)),
@@ -44,7 +43,7 @@ def comparison(facts: Facts) -> Table:
         ("Sparsity", *(words.spaced(each.subject.sparsity or 0.0) for each in columns)),
         ("Reliability flags", *(", ".join(each.flags) or "none" for each in columns)),
     ]
-    return Table(("", *(words.ROLES[role] for role in networks)), tuple(rows))
+    return Table(("", *(words.role(role, facts) for role in facts.certificates)), tuple(rows))
 
 
 def attacks(facts: Facts) -> Table:
@@ -57,7 +56,7 @@ def attacks(facts: Facts) -> Table:
             found = next((row for row in each.attacks if row.name == name), None)
             cells.append("not run" if found is None else f"{found.n_broken:,} of {found.n_in:,}")
         rows.append((name, *cells))
-    return Table(("Attack: broke", *(words.ROLES[role] for role in facts.networks)), tuple(rows))
+    return Table(("Attack: broke", *(words.role(role, facts) for role in facts.networks)), tuple(rows))
 
 
 def curve(facts: Facts) -> Table:
@@ -69,7 +68,8 @@ def curve(facts: Facts) -> Table:
         (name, *(words.share(each.share(factor * threat.radius)) for each in facts.curves.values()))
         for factor, name in RADII
     ]
-    return Table((f"Radius (ε = {threat.eps})", *(words.ROLES[role] for role in facts.curves)), tuple(rows))
+    head = (f"Radius (ε = {threat.eps})", *(words.role(role, facts) for role in facts.curves))
+    return Table(head, tuple(rows))
 
 
 def classes(facts: Facts) -> Table:
@@ -110,6 +110,32 @@ def counted(row: ClassRow | ClassInterval) -> str:
     """Return ``6 → 4``, or ``6 → 2 to 5`` if the attack stopped early."""
     low, high = standing(row)
     return f"{row.clean}{NBSP}→{NBSP}{low}" + (f" to {high}" if low != high else "")
+
+
+def exported(facts: Facts) -> Table:
+    """Return a row per exported file, with the accuracy of its own or of the covering certificate."""
+    rows = []
+    for stage, report in facts.exports.items():
+        own = facts.certificates.get(beside("artifact", stage))
+        covered = any(
+            answers.certificate_sha256 in facts.hashes.values() and answers.explained
+            for answers in report.points_checks
+        )
+        rounded = report.quantization is not None or report.rounding is not None
+        found = own or (words.subject(facts) if covered and not rounded else None)
+        by = "its own" if own else "the network's, same answers" if found else "none"
+        rows.append(
+            (
+                facts.path_of(stage),
+                words.size(report.bytes),
+                words.ratio(report),
+                words.share(found.clean) if found else "not certified",
+                words.share(found.robust) if found else "not certified",
+                by,
+            )
+        )
+    head = ("File", "Size", "Latency, of dense", "Clean accuracy", words.robust_label(facts), "Certificate")
+    return Table(head, tuple(rows))
 
 
 def by_encoding(report: ExportReport) -> Table:
@@ -176,14 +202,13 @@ def _count(number: int, noun: str) -> str:
 
 def hashes(facts: Facts) -> list[tuple[str, str]]:
     """Return the SHA-256 of everything that the certificates and the export name."""
-    rows = [(f"certificate, {words.ROLES[role]}", value) for role, value in facts.hashes.items()]
+    rows = [(f"certificate, {words.role(role, facts)}", value) for role, value in facts.hashes.items()]
     for role, each in facts.networks.items():
         rows += _of_network(role, each)
     pruned = facts.networks.get(PRUNED)
     if pruned is not None and pruned.mask_sha256:
         rows.append(("masks", pruned.mask_sha256))
-    if facts.export is not None:
-        rows.append((f"exported file {facts.export.file}", facts.export.sha256))
+    rows += [(f"exported file {facts.path_of(stage)}", each.sha256) for stage, each in facts.exports.items()]
     return rows
 
 
@@ -232,7 +257,7 @@ def stages(facts: Facts) -> Table:
             f"{record.seconds:,.0f} s" if record.seconds is not None else "",
             (record.finished or "").replace("T", " ")[:16],
         )
-        for name in STAGES
-        if (record := facts.manifest.stages.get(name)) is not None
+        for kind in STAGES
+        for name, record in facts.manifest.of_kind(kind).items()
     ]
     return Table(("Stage", "State", "Time", "Finished (UTC)"), tuple(rows))

@@ -19,7 +19,6 @@ VERDICTS = {
     "inconclusive": "Inconclusive",
     None: "Not judged yet",
 }
-ROLES = {"dense": "dense", "pruned": "pruned", "file": "exported file"}
 PROMISE = (
     "Robust accuracy under attack is an upper bound: a stronger attack may break more. It is not a formal "
     "guarantee. Only provably robust accuracy is a guarantee, and it is a lower bound."
@@ -30,6 +29,13 @@ CHOICE = (
 )
 _NO_GAIN = "no latency gain"
 _AS_FAST = 0.95
+
+
+def role(name: str, facts: Facts) -> str:
+    """The network's role, or for the certificate of a file what distinguishes it from other files."""
+    if name in (DENSE, PRUNED):
+        return name
+    return "exported file" if len(facts.exports) < 2 else facts.path_of(name)
 
 
 def share(value: Share | Interval | Proven | None) -> str:
