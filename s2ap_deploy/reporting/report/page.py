@@ -176,7 +176,7 @@ def _export(facts: Facts) -> list[str]:
     if not facts.exports:
         return [cell(facts.missing["sizes"])]
     several = len(facts.exports) > 1
-    blocks = [_table(tables.exported(facts))] if several else []
+    blocks = [_table(sections.exported(facts))] if several else []
     for stage, report in facts.exports.items():
         blocks += ([f"### {cell(facts.path_of(stage))}"] if several else []) + _file(report)
     return blocks
