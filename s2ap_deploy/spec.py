@@ -107,3 +107,42 @@ class DataSpec(Record):
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+
+class OutsideWeight(Record):
+    """A parameter that multiplies activations and cannot be pruned, with the reason."""
+
+    name: str
+    weights: int
+    reason: str
+
+
+class WeightCount(Record):
+    """The learnable values of a network by what a forward pass does with them.
+
+    ``counted`` multiply activations, and every sparsity is a share of them; ``prunable`` of them can be
+    pruned, and ``outside`` names the others. Not counted are biases, scales (with normalization), additive
+    ``tables`` such as position embeddings, and ``unused`` values that no pass reaches.
+    """
+
+    counted: int
+    prunable: int
+    outside: tuple[OutsideWeight, ...] = ()
+    biases: int = 0
+    scales: int = 0
+    tables: int = 0
+    unused: int = 0
+
+    @property
+    def text(self) -> str:
+        """Return the counts as one sentence, with the weights that cannot be pruned by name."""
+        apart = {"biases": self.biases, "scales": self.scales, "additive tables": self.tables}
+        listed = [f"{count:,} {kind}" for kind, count in apart.items() if count]
+        words = f"{self.counted:,} weights multiply activations"
+        if self.outside:
+            first = "; ".join(f"{each.name} ({each.weights:,}: {each.reason})" for each in self.outside[:3])
+            more = f"; and {len(self.outside) - 3} more" if len(self.outside) > 3 else ""
+            words += f", of which {self.counted - self.prunable:,} cannot be pruned: {first}{more}"
+        if listed:
+            words += f"; not counted: {', '.join(listed)}"
+        return words + (f"; {self.unused:,} values are not reached" if self.unused else "")

@@ -6,7 +6,8 @@ from torch import nn
 from s2ap_deploy import runtime
 from s2ap_deploy.data.splits import Augmentation, MemorySplit
 from s2ap_deploy.models.architectures import registry
-from s2ap_deploy.models.classifier import Classifier, prunable
+from s2ap_deploy.models.classifier import Classifier
+from s2ap_deploy.models.used_weights import prunable
 from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.budgets import erk, uniform
 from s2ap_deploy.pruning.granularity import Weights

@@ -28,7 +28,8 @@ from s2ap_deploy.data.splits import Split, choose
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
-from s2ap_deploy.models.classifier import Classifier, prunable
+from s2ap_deploy.models.classifier import Classifier
+from s2ap_deploy.models.used_weights import used_weights
 from s2ap_deploy.pruning.masks import kept, save_tensors
 from s2ap_deploy.pruning.search import Perturbation, choose_once, search
 from s2ap_deploy.pruning.search_diagnostics import diagnosis
@@ -200,7 +201,7 @@ def run(job: tuple[argparse.Namespace, Base, str, float, float, int]) -> dict[st
     subset = images.train.subset(choose(images.train.labels, args.images, seed=seed))
     classifier, info, _ = checkpoint.load(base.checkpoint)
     size = info.preprocessing.size
-    scoring = score(classifier, prunable(classifier, size), size, section, seed)
+    scoring = score(classifier, used_weights(classifier, size), size, section, seed)
     objective = Objective(threat, attack_steps=args.attack_steps)
     data, env = TrainingData(subset, images.validation), TrainingEnvironment(CPU, seed)
     schedule = {"epochs": args.epochs, "batch_size": args.batch_size}

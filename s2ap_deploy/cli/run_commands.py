@@ -187,7 +187,9 @@ def parse_image_size(text: str) -> tuple[int, int, int]:
 @click.option(
     "--input-size", type=parse_image_size, metavar="C,H,W", help="Image size.  [default: the architecture's]"
 )
-@options.recipe_options(keys.PRUNE, "sparsity", "granularity", "keep_ratio", "budget", "dense_ends")
+@options.recipe_options(
+    keys.PRUNE, "sparsity", "granularity", "keep_ratio", "budget", "dense_ends", "allow_unpruned"
+)
 @options.recipe_options(
     keys.EXPORT,
     "align",

@@ -16,6 +16,7 @@ from rich.text import Text
 from s2ap_deploy.cli.terminal import COLORS, SYMBOLS, WORDS
 from s2ap_deploy.codecs.registry import CODECS
 from s2ap_deploy.formatting import counted, duration, mebibytes, percent
+from s2ap_deploy.spec import WeightCount
 
 if TYPE_CHECKING:
     from s2ap_deploy.onnx_export.decoding import Decoded
@@ -262,6 +263,8 @@ def show_checkpoint(description: Mapping[str, Any], asked: str | None = None) ->
             f"{description['sparsity']:.2%}: {description['zeros']:,} zeros of "
             f"{description['prunable_weights']:,} ({description['denominator']})",
         )
+    if description["weights"]:
+        table.add_row("weights", Text(WeightCount.model_validate(description["weights"]).text))
     info = description["info"] or {}
     for key in ("data", "threat", "stage"):
         if info.get(key):
@@ -366,6 +369,8 @@ def _facts(plan: Plan) -> Table:
         "weights",
         f"{plan.nonzeros:,} of {plan.weights:,} stay other than zero ({percent(plan.sparsity, 2)} sparse)",
     )
+    if plan.count is not None:
+        table.add_row("counted", Text(plan.count.text))
     table.add_row("parameters", _change(plan.parameters_before, plan.parameters_after))
     table.add_row("multiply-accumulates", _change(plan.macs_before, plan.macs_after))
     table.add_row("speed-up", f"[bold]{plan.speed}[/]: {plan.speed_words}")

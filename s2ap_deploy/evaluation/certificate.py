@@ -33,7 +33,7 @@ from s2ap_deploy.evaluation.samples import (
     survivors,
 )
 from s2ap_deploy.records import AttackRow
-from s2ap_deploy.spec import Record, ThreatModel
+from s2ap_deploy.spec import Record, ThreatModel, WeightCount
 
 STATEMENTS = {
     "standard": "robust accuracy under AutoAttack (upper bound)",
@@ -122,8 +122,10 @@ class AttackedFile(Record):
 
 
 class Subject(Record):
-    """The model that was attacked. ``sparsity`` is the share of zeros among its prunable weights.
+    """The model that was attacked.
 
+    ``sparsity`` is the share of zeros among all weights that multiply activations; ``weights`` counts those,
+    and names the ones that cannot be pruned.
     With an ``artifact`` that file gave every answer; ``weights_sha256`` is then the hash of its twin.
     """
 
@@ -132,6 +134,7 @@ class Subject(Record):
     weights_sha256: str
     checkpoint_sha256: str | None = None
     sparsity: float | None = None
+    weights: WeightCount | None = None
     artifact: AttackedFile | None = None
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from s2ap_deploy.errors import ArchitectureError, CheckpointError
 from s2ap_deploy.plugins import reason
@@ -77,41 +77,28 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def prunable(classifier: nn.Module, input_size: tuple[int, int, int]) -> tuple[str, ...]:
-    """Return the names of the Conv2d and Linear weights that a forward pass uses, in the order of first use.
-
-    A weight counts when it is an argument of an operation, not when its module is called: attention layers
-    pass their projections to a functional. Registered but unused layers are left out. The network runs once
-    on a black image in eval mode; modes and statistics are restored.
-
-    Raises:
-        ArchitectureError: when the network cannot run on ``input_size`` (C, H, W).
-    """
-    held = {
-        id(module.weight) for module in classifier.modules() if isinstance(module, (nn.Conv2d, nn.Linear))
-    }
-    # A weight that layers share has its first name everywhere; one that is computed has none.
-    weights = {id(weight): name for name, weight in classifier.named_parameters() if id(weight) in held}
-    used = _UsedTensors()
-    dry_run(classifier, input_size, watch=used)
-    return tuple(weights[identity] for identity in used.seen if identity in weights)
-
-
 def dry_run(
-    classifier: nn.Module, input_size: tuple[int, int, int], *, watch: TorchFunctionMode | None = None
+    classifier: nn.Module,
+    input_size: tuple[int, int, int],
+    *,
+    watch: AbstractContextManager[Any] | None = None,
+    images: Tensor | None = None,
 ) -> Tensor:
-    """Return the logits [1, K] of one black image in eval mode, and restore every module's mode.
+    """Return the logits [n, K] of ``images`` in eval mode, and restore every module's mode.
+
+    ``images`` [n, C, H, W] are one black image by default.
 
     Raises:
-        ArchitectureError: when the network fails on that size or does not return logits [1, K].
+        ArchitectureError: when the network fails on that size or does not return logits [n, K].
     """
     modes = {module: module.training for module in classifier.modules()}
     tensor = next(classifier.parameters(), torch.empty(0))
-    image = torch.zeros(1, *input_size, dtype=tensor.dtype, device=tensor.device)
+    if images is None:
+        images = torch.zeros(1, *input_size, dtype=tensor.dtype, device=tensor.device)
     classifier.eval()
     try:
         with torch.no_grad(), watch or contextlib.nullcontext():
-            logits = classifier(image)
+            logits = classifier(images)
     except Exception as error:  # the network may be the user's own code
         raise ArchitectureError(
             f"the network cannot run on an input of size {_text(input_size)}: {reason(error)}",
@@ -130,20 +117,3 @@ def dry_run(
 
 def _text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "()"
-
-
-class _UsedTensors(TorchFunctionMode):
-    """Records the identities of tensors that are arguments of a torch function, in the order of first use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[int, None] = {}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, nn.Parameter):
-                self.seen.setdefault(id(value))
-        return func(*args, **kwargs)

@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from s2ap_deploy.codecs.registry import Contents, WeightTensor
-from s2ap_deploy.models.channels.layer_channels import Coupling, places, tensor_names
-from s2ap_deploy.models.classifier import dry_run, prunable
+from s2ap_deploy.models.channels.layer_channels import Coupling
+from s2ap_deploy.models.classifier import dry_run
+from s2ap_deploy.models.used_weights import UsedWeights, used_weights, weight_count
+from s2ap_deploy.spec import WeightCount
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class WeightedLayer:
-    """One prunable weight [out, in, ...], how often it is applied per image, and whether it gets a bias.
+    """One counted weight, such as [out, in, ...], how often it is applied per image, and whether it gets a bias.
 
     A BatchNorm that follows a convolution becomes its bias in the file.
     """
@@ -40,22 +43,24 @@ class WeightedLayer:
 class Outline:
     """The layers in forward order, other stored tensors by shape, and all shapes of learnable parameters.
 
-    ``sums`` counts the places where two branches are added.
+    ``sums`` counts the places where two branches are added, ``used`` says what the weights do.
     """
 
     layers: tuple[WeightedLayer, ...]
     others: tuple[tuple[int, ...], ...]
     parameters: Shapes
     sums: int
+    used: UsedWeights
+    count: WeightCount
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the prunable weights."""
+        """Shapes of the counted weights."""
         return {layer.name: layer.shape for layer in self.layers}
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates per image in convolutions and linear layers that are called."""
+        """Multiply-accumulates per image with the counted weights."""
         return sum(layer.macs for layer in self.layers)
 
     @property
@@ -76,28 +81,33 @@ class Outline:
 def outline(network: nn.Module, input_size: tuple[int, int, int]) -> Outline:
     """Return the outline of ``network`` on images of ``input_size`` (C, H, W).
 
-    The network runs three times on one black image and is as before afterwards. Raises ArchitectureError
+    The network runs twice on one black image and is as before afterwards. Raises ArchitectureError
     when it cannot run on that size.
     """
-    names = prunable(network, input_size)
-    applied = places(network, input_size)
+    used = used_weights(network, input_size)
     adds = _Sums()
     folded, followed = _folded(network, input_size, adds)
     owners = {id(module.weight): module for module in _layers(network)}
-    known = tensor_names(network)
     layers = []
-    for weight in map(network.get_parameter, names):
-        name, owner = known[id(weight)], owners[id(weight)]
-        bias = owner.bias is not None or id(owner) in followed
-        layers.append(WeightedLayer(name, tuple(weight.shape), applied.get(name, 0), bias))
-    aside = {id(weight) for module in _layers(network) for weight in (module.weight, module.bias)}
+    for name in used.counted:
+        weight = network.get_parameter(name)
+        owner = owners.get(id(weight))
+        # Another layout's bias is listed with the other tensors.
+        joined = owner is not None and (owner.bias is not None or id(owner) in followed)
+        bias = joined and used.reads.get(name) == 1
+        layers.append(WeightedLayer(name, tuple(weight.shape), used.macs[name] // weight.numel(), bias))
+    turned = {id(network.get_parameter(name)) for name in used.prunable if used.reads[name] == 0}
+    aside = {id(module.weight) for module in _layers(network)}
+    aside |= {id(module.bias) for module in _layers(network) if id(module.weight) not in turned}
     aside |= {id(tensor) for norm in folded for tensor in norm.parameters()}
+    aside |= {id(network.get_parameter(name)) for name in used.counted}
     others = [tuple(tensor.shape) for tensor in network.parameters() if id(tensor) not in aside]
     for module in network.modules():  # what a BatchNorm that cannot be folded keeps beside its parameters
         if isinstance(module, _BatchNorm) and module not in folded and module.running_mean is not None:
             others += [tuple(module.running_mean.shape)] * 2
     parameters = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
-    return Outline(tuple(layers), tuple(others), parameters, adds.count)
+    count = weight_count(network, used)
+    return Outline(tuple(layers), tuple(others), parameters, adds.count, used, count)
 
 
 def narrowed(whole: Outline, coupling: Coupling, keep: Mapping[str, int]) -> Outline:
@@ -116,8 +126,8 @@ def narrowed(whole: Outline, coupling: Coupling, keep: Mapping[str, int]) -> Out
     return replace(whole, layers=layers, parameters=parameters)
 
 
-def _layers(network: nn.Module) -> Iterable[nn.Conv2d | nn.Linear]:
-    return (module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
+def _layers(network: nn.Module) -> Iterable[Any]:
+    return (module for module in network.modules() if isinstance(module, (_ConvNd, nn.Linear)))
 
 
 class _Sums(TorchFunctionMode):
@@ -155,7 +165,7 @@ def _folded(
             folded.add(module)
             followed.add(id(writer))
 
-    convolutions = (layer for layer in _layers(network) if isinstance(layer, nn.Conv2d))
+    convolutions = (layer for layer in _layers(network) if isinstance(layer, _ConvNd))
     hooks = [layer.register_forward_hook(write) for layer in convolutions]
     hooks += [
         module.register_forward_pre_hook(read)

@@ -14,7 +14,7 @@ from torch import nn
 from s2ap_deploy.data.splits import choose, train_steps
 from s2ap_deploy.evaluation.autoattack.cascade import expected_cost
 from s2ap_deploy.evaluation.autoattack.scheduler import default_block_size
-from s2ap_deploy.models.classifier import prunable
+from s2ap_deploy.models.used_weights import used_weights
 from s2ap_deploy.planning.generated_recipe import ModelAndData
 from s2ap_deploy.pruning.curvature import ScorePerturbation
 from s2ap_deploy.pruning.search import RECALIBRATION_BATCHES, update
@@ -86,7 +86,7 @@ def search_cost(
     Raises the errors of a section that does not fit the network.
     """
     copied = copy.deepcopy(network).to(device).train()
-    scored = score(copied, prunable(copied, size), size, section, 0).scored
+    scored = score(copied, used_weights(copied, size), size, section, 0).scored
     optimizer = torch.optim.SGD(scored.parameters(), lr=0.0)
 
     def step(images: int, objective: Objective) -> None:

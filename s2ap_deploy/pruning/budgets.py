@@ -26,7 +26,7 @@ def total_kept(weights: int, sparsity: float) -> int:
         raise UsageError(
             f"sparsity must lie strictly between 0 and 1, not {sparsity}",
             code="sparsity-out-of-range",
-            hint="0.9 removes 90 % of the prunable weights",
+            hint="0.9 removes 90 % of the weights",
         )
     return math.floor((1 - Fraction(repr(float(sparsity)))) * weights + Fraction(1, 2))
 
@@ -122,7 +122,8 @@ class ChannelCost:
     terms: tuple[tuple[Side, Side, int], ...]
 
     @classmethod
-    def of(cls, coupling: Coupling, shapes: Shapes, measure: Measure) -> ChannelCost:
+    def of(cls, coupling: Coupling, shapes: Shapes, measure: Measure, *, fixed: int = 0) -> ChannelCost:
+        """Return the cost of the network; ``fixed`` is that of weights which are never pruned."""
         sides: dict[tuple[str, int], Side] = {
             (name, dim): Side(shapes[name][dim], {}) for name in coupling.weights for dim in (0, 1)
         }
@@ -138,6 +139,8 @@ class ChannelCost:
         for name in coupling.weights:
             places = 1 if measure == "weights" else coupling.positions.get(name, 0)
             terms.append((sides[name, 0], sides[name, 1], math.prod(shapes[name][2:]) * places))
+        if fixed:
+            terms.append((Side(fixed), Side(1), 1))
         return cls(tuple(terms))
 
     def __call__(self, keep: Mapping[str, Any]) -> Any:

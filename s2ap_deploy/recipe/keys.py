@@ -38,6 +38,7 @@ PRUNE: Final[Keywords] = {
     "warmup_epochs": ("prune.warmup_epochs",),
     "budget": ("prune.budget",),
     "dense_ends": ("prune.dense_ends",),
+    "allow_unpruned": ("prune.allow_unpruned",),
     "steps": ("prune.steps",),
     "scores_from": ("prune.scores_from",),
     "loss": ("prune.search.objective.loss", "prune.finetune.objective.loss"),

@@ -128,7 +128,9 @@ class PruneSection(Record):
         default="harp", description="Base method.  [default: harp for weights, else hydra]"
     )
     sparsity: OpenFraction | None = Field(
-        default=None, description="Fraction of prunable weights to remove; N:M and keep_ratio need none."
+        default=None,
+        description="Fraction to remove of all weights that multiply activations; N:M and keep_ratio need "
+        "none.",
     )
     granularity: Granularity = Field(
         default="weight", description="Unit of removal: weight, channel or N:M as in 2:4."
@@ -142,6 +144,10 @@ class PruneSection(Record):
         "for harp, uniform for channels]",
     )
     dense_ends: Flag = Field(default=False, description="Keep the first and the last layer dense.")
+    allow_unpruned: Flag = Field(
+        default=False,
+        description="Ask sparsity of the weights that can be pruned alone, where a network has others.",
+    )
     s2ap: bool | None = Field(
         default=None,
         description="Perturb the scores during the search (S2AP).  [default: where scores are learned]",

@@ -101,6 +101,7 @@ class PruneArguments(NetworkArguments, total=False):
     warmup_epochs: int | None
     budget: str | None
     dense_ends: bool | None
+    allow_unpruned: bool | None
     steps: Sequence[float] | None
     scores_from: str | None
     preset: str | None
@@ -172,6 +173,7 @@ class PlanArguments(TypedDict, total=False):
     keep_ratio: float | None
     budget: str | None
     dense_ends: bool | None
+    allow_unpruned: bool | None
     align: int | None
     encoding: str | None
     values: str | None

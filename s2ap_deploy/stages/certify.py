@@ -173,6 +173,7 @@ class Certification:
                 weights_sha256=weights_hash(candidate.classifier),
                 checkpoint_sha256=files.sha256(candidate.path),
                 sparsity=candidate.info.sparsity,
+                weights=candidate.info.weights,
             ),
             class_names=candidate.info.class_names,
             points=save_points(_points_file(folder, candidate.role), samples.images, outcome.adversarial),

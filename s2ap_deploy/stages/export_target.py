@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from s2ap_deploy import files
 from s2ap_deploy.errors import InputError, UsageError, VerificationError
 from s2ap_deploy.models.channels.layer_channels import Coupling, macs
-from s2ap_deploy.models.classifier import prunable
+from s2ap_deploy.models.used_weights import used_weights
 from s2ap_deploy.onnx_export.benchmark import paired_latency
 from s2ap_deploy.onnx_export.export_report import BudgetCheck, ExportReport, ExportTarget, PredictedSize
 from s2ap_deploy.onnx_export.inference import session
@@ -57,8 +57,9 @@ def refuse_misfit(found: Found | None, section: ExportSection, network: nn.Modul
         return
     pattern = n_of_m(found.target.requires.granularity)
     assert pattern is not None
-    names = prunable(network, size)
-    weights = {name: network.get_parameter(name).detach() for name in names}
+    used = used_weights(network, size)
+    names = used.prunable
+    weights = {name: network.get_parameter(name).detach() for name in names if used.reads[name] == 1}
     misfit = off_pattern(weights, *pattern, ends=(names[0], names[-1]) if names else ())
     if misfit is not None:
         wanted = f"{pattern[0]}:{pattern[1]}"

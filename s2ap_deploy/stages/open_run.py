@@ -191,6 +191,7 @@ def _memory_recipe(
     sections = resolve.completed("a network in memory", resolve.stated(info), changes)
     classifier = network if isinstance(network, Classifier) else Classifier(network, None)
     if info is None:
+        classifier = custom.with_plain_weights(classifier)
         root, arch = session.get("data_root"), session.get("arch")
         preprocessing = datasets.spec(
             sections["data"]["name"], root=Path(root) if root else None

@@ -30,7 +30,7 @@ from s2ap_deploy.recipe.methods import n_of_m
 from s2ap_deploy.recipe.schema import ExportSection
 from s2ap_deploy.recipe.sections import PruneSection
 from s2ap_deploy.recipe.target import OPTIONS, UNITS, BudgetName, Found, Target, budgets
-from s2ap_deploy.spec import Record
+from s2ap_deploy.spec import Record, WeightCount
 from s2ap_deploy.stages.prune import allocation, share_channels
 
 # Types of values, and whether the file computes in int8.
@@ -76,10 +76,11 @@ class PlannedFile(Record):
 class Plan(Record):
     """Prediction for one network and one request; bytes are whole files.
 
-    ``sparsity`` counts zeros among the prunable weights, including those of removed channels. ``macs``
-    are multiply-accumulates per image in the layers that are called, ``parameters`` learnable values; zeros
-    inside remaining layers count in both. ``chosen`` is the file that the export's settings ask for,
-    and is compared with ``budgets``; ``target`` has the hash of its profile.
+    ``sparsity`` counts zeros among the weights that multiply activations, those of channels that are gone
+    included; ``count`` says which these are. ``macs`` are multiply-accumulates per image with them,
+    ``parameters`` learnable values; zeros that stay where they are still count as both. ``chosen`` is the
+    file that the export's settings ask for, and is compared with ``budgets``; ``target`` has the hash of its
+    profile.
     """
 
     network: str
@@ -101,6 +102,7 @@ class Plan(Record):
     chosen: PlannedFile
     target: ExportTarget | None = None
     budgets: tuple[BudgetCheck, ...] = ()
+    count: WeightCount | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -178,6 +180,7 @@ def plan(
         chosen=chosen,
         target=ExportTarget(name=found.target.name, sha256=found.sha256) if found is not None else None,
         budgets=_budget_checks(limits, {"bytes": chosen.bytes, "macs": remaining.macs, "latency_ms": None}),
+        count=whole.count,
         notes=tuple(notes),
     )
 
@@ -211,11 +214,14 @@ def _budget_checks(
 
 def _weights(whole: Outline, section: PruneSection) -> tuple[dict[str, int], list[str]]:
     """Return the weights kept in each layer, and notes on what shapes alone do not determine."""
-    shapes, names = whole.shapes, tuple(whole.shapes)
-    ends = (names[0], names[-1]) if section.dense_ends else ()
+    names = whole.used.prunable
+    outside = () if section.allow_unpruned else tuple(whole.used.outside)
+    shapes = {name: whole.shapes[name] for name in (*names, *outside)}
+    ends = (*((names[0], names[-1]) if section.dense_ends else ()), *outside)
     pattern = n_of_m(section.granularity)
     if pattern is not None:
-        fitting, dense = NOfM.divide({n: s for n, s in shapes.items() if n not in ends}, *pattern)
+        able = {n: shapes[n] for n in names if n not in ends and whole.used.reads[n] == 1}
+        fitting, dense = NOfM.divide(able, *pattern)
         note = f"stay dense, as {pattern[1]} does not divide their inputs: {', '.join(dense)}"
         return NOfM(fitting, *pattern).kept(shapes), [note] if dense else []
     assert section.sparsity is not None
@@ -240,7 +246,11 @@ def _channels(whole: Outline, coupling: Coupling, section: PruneSection, export:
             hint="--granularity weight prunes any layer",
         )
     shapes = whole.shapes
-    shared = share_channels(coupling, channels, shapes, section)
+    outside = () if section.allow_unpruned else tuple(whole.used.outside)
+    fixed = sum(math.prod(shapes[name]) for name in outside)
+    if section.layer_budget == "macs":
+        fixed = sum(whole.used.macs[name] for name in outside)
+    shared = share_channels(coupling, channels, shapes, section, fixed=fixed)
     if isinstance(shared, ChannelQuotas):
         even = {name: float(count) for name, count in channels.items()}
         assert section.sparsity is not None

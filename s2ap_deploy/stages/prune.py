@@ -16,10 +16,11 @@ from s2ap_deploy.data.datasets import ImageData
 from s2ap_deploy.errors import ArchitectureError, InputError, RecipeError
 from s2ap_deploy.models.channels.coupling import Coupling, channel_groups
 from s2ap_deploy.models.checkpoints import checkpoint
-from s2ap_deploy.models.classifier import prunable
+from s2ap_deploy.models.used_weights import UsedWeights, used_weights, weight_count
 from s2ap_deploy.pruning.allocation import Allocation, ChannelQuotas, Fixed, Global, Quotas
 from s2ap_deploy.pruning.budgets import (
     ChannelCost,
+    Measure,
     Shapes,
     by_ratio,
     erk,
@@ -55,7 +56,7 @@ from s2ap_deploy.training.train import TrainingData, train
 class Scoring:
     """``kept`` is the exact number of weights to keep, None if the pattern decides.
 
-    ``dense`` names the prunable layers that stay dense; they count in every sparsity.
+    ``dense`` names the counted weights that stay whole.
     """
 
     scored: ScoredNetwork
@@ -65,48 +66,56 @@ class Scoring:
 
 def score(
     network: nn.Module,
-    names: tuple[str, ...],
+    used: UsedWeights,
     input_size: tuple[int, int, int],
     section: PruneSection,
     seed: int,
 ) -> Scoring:
     """Return the network under the section's method, with its initial scores.
 
-    ``names`` are the prunable weights in forward order; the last is the classifier's. ``input_size`` is
-    (C, H, W). Raises ArchitectureError without any, UsageError and InputError for what does not fit the
-    network.
+    ``used`` are its weights; the last that can be pruned is the classifier's. Those that cannot be pruned
+    count as dense layers in the requested sparsity, unless the section allows to leave them out.
+    ``input_size`` is (C, H, W). Raises ArchitectureError without any weight to prune, UsageError and
+    InputError for what does not fit the network.
     """
+    names = used.prunable
     if not names:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(used.outside.items())[:3])
         raise ArchitectureError(
-            "there is nothing to prune: a forward pass uses no weight of a convolution or linear layer",
+            "there is nothing to prune: "
+            + (listed or "in a forward pass no parameter of the network multiplies activations"),
             code="prunable-layers-missing",
-            hint="weights are pruned in torch.nn.Conv2d and torch.nn.Linear, unless they are computed",
+            hint="weights are pruned where the forward pass reads them as they are",
         )
+    outside = () if section.allow_unpruned else tuple(used.outside)
     method = METHODS[section.method]
     if method.untrained:
         reinitialize(network, names, generator(seed, "untrain"))
     parameters = dict(network.named_parameters())
-    shapes = {name: tuple(parameters[name].shape) for name in names}
-    ends = (names[0], names[-1]) if section.dense_ends else ()
+    shapes = {name: tuple(parameters[name].shape) for name in (*names, *outside)}
+    ends = (*((names[0], names[-1]) if section.dense_ends else ()), *outside)
     pattern = n_of_m(section.granularity)
     if pattern is not None:
-        open_shapes = {name: shape for name, shape in shapes.items() if name not in ends}
-        fitting, whole = NOfM.divide(open_shapes, *pattern)
+        open_shapes = {name: shapes[name] for name in names if name not in ends and used.reads[name] == 1}
+        fitting, _ = NOfM.divide(open_shapes, *pattern)
         groups = NOfM(fitting, *pattern)
         scored = ScoredNetwork(
             network, groups, Fixed(groups.kept(shapes)), start(network, groups, section, seed)
         )
-        return Scoring(scored, None, tuple(name for name in names if name in (*whole, *ends)))
+        return Scoring(scored, None, tuple(name for name in shapes if name not in fitting))
     if section.granularity == "channel":
-        return score_channels(network, input_size, shapes, section, seed)
+        fixed = sum(math.prod(shapes[name]) for name in outside)
+        if section.layer_budget == "macs":
+            fixed = sum(used.macs[name] for name in outside)
+        return score_channels(network, input_size, shapes, section, seed, fixed=fixed)
     assert section.sparsity is not None
-    weights = Weights(names)
+    weights = Weights((*names, *outside))
     scored = ScoredNetwork(
         network,
         weights,
         allocation(shapes, section, classifier=names[-1], dense=ends, device=parameters[names[0]].device),
         start(network, weights, section, seed),
-        covered=names[-1:],
+        covered=names[-1:] if used.reads[names[-1]] == 1 else (),
     )
     total = sum(math.prod(shape) for shape in shapes.values())
     return Scoring(scored, total_kept(total, section.sparsity), ends)
@@ -118,14 +127,16 @@ def score_channels(
     shapes: Shapes,
     section: PruneSection,
     seed: int,
+    *,
+    fixed: int = 0,
 ) -> Scoring:
-    """Create one score per channel of every coupled group."""
+    """One score per channel of every coupled group; ``fixed`` is the cost of what is never pruned."""
     coupling = channel_groups(network, input_size)
     channels = {group.name: group.channels for group in coupling.groups}
     granularity = Channels(coupling, shapes)
     begin = start(network, granularity, section, seed)
     device = next(network.parameters()).device
-    share = share_channels(coupling, channels, shapes, section, device)
+    share = share_channels(coupling, channels, shapes, section, device, fixed=fixed)
     scored = ScoredNetwork(network, granularity, share, begin)
     return Scoring(scored, None, tuple(name for name, _ in coupling.skipped))
 
@@ -136,12 +147,15 @@ def share_channels(
     shapes: Shapes,
     section: PruneSection,
     device: torch.device | None = None,
+    *,
+    fixed: int = 0,
 ) -> Allocation:
-    """Return the allocation of kept channels to groups."""
+    """How the groups share the channels that are kept; ``fixed`` is the cost of what is never pruned."""
     if section.keep_ratio is not None:
         return Fixed(by_ratio(channels, section.keep_ratio))
     assert section.sparsity is not None
-    cost = ChannelCost.of(coupling, shapes, "macs" if section.layer_budget == "macs" else "weights")
+    measure: Measure = "macs" if section.layer_budget == "macs" else "weights"
+    cost = ChannelCost.of(coupling, shapes, measure, fixed=fixed)
     if "learned" in METHODS[section.method].budgets:
         return ChannelQuotas(
             channels, cost, section.sparsity, compression_weight=section.compression_weight, device=device
@@ -219,7 +233,8 @@ def scores_file(folder: str) -> Path:
 
 
 SCORES = "scores.safetensors"
-DENOMINATOR = "weights of the convolutions and linear layers that a forward pass uses"
+PATH_IMAGES = 4
+DENOMINATOR = "weights that multiply activations in a forward pass"
 
 
 def prune(job: RunContext) -> None:
@@ -260,8 +275,10 @@ def search_mask(job: RunContext, section: PruneSection, begin: Path) -> None:
     recipe = job.recipe
     classifier, info = job.load(begin)
     job.machine.precision.to_channels_last(classifier)
-    names = prunable(classifier, info.preprocessing.size)
     images = job.images(info.preprocessing.size)
+    used = weights_on_images(job, classifier, info.preprocessing.size, images)
+    names = used.prunable
+    count = weight_count(classifier, used)
     inputs = {
         "dense": files.sha256(begin),
         "data": job.data_inputs(images.train, images.validation),
@@ -275,18 +292,23 @@ def search_mask(job: RunContext, section: PruneSection, begin: Path) -> None:
         inputs["scores_from"] = files.sha256(scores_file(section.scores_from))
     inputs |= origins(method=section.method, loss=section.search.objective.loss)
     # Before the stage begins: a budget that no mask can meet is refused without touching the folder.
-    scoring = score(classifier, names, info.preprocessing.size, section, recipe.seed)
+    scoring = score(classifier, used, info.preprocessing.size, section, recipe.seed)
     stage = job.stage("search", inputs)
     if stage.state == "finished":
         return
+    if count.outside:
+        job.recorder.note(count.text)
     if scoring.dense:
         job.recorder.note(f"{len(scoring.dense)} layers stay dense: {', '.join(scoring.dense)}")
     result = find_mask(job, section, scoring.scored, images, stage)
     everywhere = {name: torch.ones_like(p, dtype=torch.bool) for name, p in classifier.named_parameters()}
-    masks = {name: result.masks.get(name, everywhere[name]) for name in names}
+    masks = {name: result.masks.get(name, everywhere[name]) for name in used.counted}
     achieved = sparsity(masks)
+    if count.outside:
+        share = sparsity({name: masks[name] for name in names})
+        job.recorder.note(f"sparsity {share:.2%} of the weights that can be pruned, {achieved:.2%} of all")
     if job.first:
-        info = info.model_copy(update={"stage": "search", "sparsity": achieved})
+        info = info.model_copy(update={"stage": "search", "sparsity": achieved, "weights": count})
         save_tensors(stage.folder / MASKS, masks)
         save_tensors(stage.folder / SCORES, result.scores)
         checkpoint.save(stage.folder / MODEL, classifier, info)
@@ -301,17 +323,57 @@ def search_mask(job: RunContext, section: PruneSection, begin: Path) -> None:
             "granularity": section.granularity,
             "kept": kept(masks),
             "kept_requested": scoring.kept,
-            "prunable": sum(mask.numel() for mask in masks.values()),
+            "prunable": sum(masks[name].numel() for name in names),
             "sparsity": achieved,
             "denominator": DENOMINATOR,
+            "weights": count.model_dump(),
             "dense_layers": list(scoring.dense),
             "layers": [
                 {"name": name, "kept": int(masks[name].sum()), "weights": masks[name].numel()}
-                for name in names
+                for name in used.counted
             ],
             "perturbed_steps": result.perturbed_steps,
         },
     )
+
+
+def weights_on_images(
+    job: RunContext, classifier: nn.Module, size: tuple[int, int, int], images: ImageData
+) -> UsedWeights:
+    """Return the weights that a pass over training images uses, alone, in a batch and under attack.
+
+    Raises InputError where they are not the same, or where the logits have no gradient: a mask would be
+    searched on one path and attacked on another.
+    """
+    few = images.train.subset(range(min(PATH_IMAGES, len(images.train))))
+    batch, labels = (part.to(job.machine.device) for part in few.tensors())
+    classifier.eval()
+    inputs = batch.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        logits = classifier(inputs)
+        if not logits.requires_grad:
+            raise InputError(
+                "the logits do not depend on the images by any differentiable path",
+                code="logits-without-gradient",
+                hint="a forward pass that detaches, rounds or runs under no_grad can be neither attacked nor "
+                "pruned by its loss",
+            )
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        # The sign step of one gradient (Goodfellow et al., 2015, arXiv 1412.6572), for any norm.
+        (slope,) = torch.autograd.grad(loss, inputs, allow_unused=True)
+    moved = batch if slope is None else (batch + float(job.recipe.threat.radius) * slope.sign()).clamp(0, 1)
+    used = used_weights(classifier, size, batch)
+    others = [used_weights(classifier, size, image[None]) for image in (*batch, *moved)]
+    others.append(used_weights(classifier, size, moved))
+    for other in others:
+        if differing := sorted(set(used.counted) ^ set(other.counted)):
+            raise InputError(
+                f"the layers that run depend on the image: {', '.join(differing[:4])} for some of "
+                f"{len(others) + 1} inputs only",
+                code="path-depends-on-images",
+                hint="prune a network with one path, or one path of it as a network of its own",
+            )
+    return used
 
 
 def find_mask(
@@ -349,8 +411,9 @@ def find_mask(
 
 
 def _unused(section: PruneSection) -> set[str]:
-    """Return the keys of the section that the search does not read; changing them keeps its result."""
-    return {"finetune", "steps", *(() if section.perturbs else ("gamma", "warmup_epochs"))}
+    """What of the section the search does not read: a changed value there is no other search."""
+    unread = {"finetune", "steps", *(() if section.perturbs else ("gamma", "warmup_epochs"))}
+    return unread if section.allow_unpruned else unread | {"allow_unpruned"}
 
 
 def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:

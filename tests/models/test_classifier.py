@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from s2ap_deploy.errors import ArchitectureError, CheckpointError
 from s2ap_deploy.models.architectures import registry
-from s2ap_deploy.models.classifier import Classifier, Normalize, dry_run, prunable, weights_hash
+from s2ap_deploy.models.classifier import Classifier, Normalize, dry_run, weights_hash
+from s2ap_deploy.models.used_weights import prunable
 from s2ap_deploy.spec import Normalization
 
 
@@ -131,7 +132,7 @@ def test_prunable_names_carry_the_classifiers_prefix() -> None:
 
 def test_attention_projections_count() -> None:
     names = prunable(nn.Sequential(Attention()), (1, 2, 4))
-    assert names == ("0.attention.out_proj.weight", "0.head.weight")
+    assert names == ("0.attention.in_proj_weight", "0.attention.out_proj.weight", "0.head.weight")
 
 
 class Attention(nn.Module):
@@ -154,9 +155,10 @@ def test_a_tied_weight_is_listed_once() -> None:
     assert prunable(network, (1, 2, 2))[0] in dict(network.named_parameters())
 
 
-def test_a_computed_weight_is_not_listed() -> None:
+def test_the_direction_of_a_normed_weight_is_prunable() -> None:
     computed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-    assert prunable(nn.Sequential(nn.Flatten(), computed, nn.Linear(4, 3)), (1, 2, 2)) == ("2.weight",)
+    names = prunable(nn.Sequential(nn.Flatten(), computed, nn.Linear(4, 3)), (1, 2, 2))
+    assert names == ("1.parametrizations.weight.original1", "2.weight")
 
 
 def test_the_wrong_input_size_is_said_and_modes_are_restored() -> None:

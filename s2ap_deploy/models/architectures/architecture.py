@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from torch.overrides import TorchFunctionMode
 
 
@@ -25,6 +28,8 @@ class Architecture:
             (an auxiliary head of training, a block that was registered and never called).
         parameters: number of learnable values at the default number of classes, where it is known without
             building a network whose head is a single layer; matching skips hundreds of networks by it.
+        parametrized: like ``build``, where that folds parametrizations of the user's code to plain weights:
+            the network as its code defines it, under whose names its checkpoints are.
     """
 
     name: str
@@ -33,6 +38,7 @@ class Architecture:
     num_classes: int
     unused: tuple[str, ...] = ()
     parameters: int | None = None
+    parametrized: Callable[[int], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,20 @@ class StateDictSpec:
 
 def state_dict_spec(architecture: Architecture) -> StateDictSpec:
     """Build twice, with the default number of classes and one more: what changes shape is the head."""
-    shapes = _shapes(architecture.build(architecture.num_classes))
-    wider = _shapes(architecture.build(architecture.num_classes + 1))
+    return _spec(architecture.build, architecture.num_classes)
+
+
+def parametrized_spec(architecture: Architecture) -> StateDictSpec | None:
+    """Return the spec of the network as its code defines it; None where nothing in it is parametrized."""
+    build = architecture.parametrized
+    if build is None or not fold_parametrizations(build(architecture.num_classes)):
+        return None
+    return _spec(build, architecture.num_classes)
+
+
+def _spec(build: Callable[[int], nn.Module], num_classes: int) -> StateDictSpec:
+    shapes = _shapes(build(num_classes))
+    wider = _shapes(build(num_classes + 1))
     heads = {}
     for name, shape in shapes.items():
         moved = [i for i, (a, b) in enumerate(zip(shape, wider.get(name, ()), strict=False)) if a != b]
@@ -85,6 +103,37 @@ class WithoutStorage(TorchFunctionMode):
         if func in self.CREATORS and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
+
+
+def fold_parametrizations(network: nn.Module) -> tuple[str, ...]:
+    """Replace weights that are computed from others by their values in eval mode; return their names.
+
+    Covers weight_norm and spectral_norm, old and new, and every parametrization of
+    ``torch.nn.utils.parametrize``. The network is changed, and left in eval mode if anything was folded.
+    """
+    names = []
+    for prefix, module in list(network.named_modules()):
+        old = {
+            id(hook): hook
+            for hook in module._forward_pre_hooks.values()
+            if isinstance(hook, WeightNorm | SpectralNorm)
+        }
+        if not old and not parametrize.is_parametrized(module):
+            continue
+        network.eval()  # outside of it, spectral_norm moves at every look
+        for hook in old.values():
+            if isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
+                # torch 2.14 looks for its own hook inside a wrapper, finds none, and leaves it.
+                module._load_state_dict_pre_hooks.clear()
+            else:
+                remove_weight_norm(module, hook.name)
+            names.append(f"{prefix}.{hook.name}".lstrip("."))
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+                names.append(f"{prefix}.{name}".lstrip("."))
+    return tuple(names)
 
 
 def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -18,17 +18,23 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from s2ap_deploy.errors import ArchitectureError
-from s2ap_deploy.models.architectures.architecture import Architecture
+from s2ap_deploy.models.architectures.architecture import Architecture, fold_parametrizations
 from s2ap_deploy.plugins import reason
 
 IN_MEMORY = "given/"
 FALLBACK_CLASSES = 10
 _SOURCE = "__s2ap_deploy_source__"
+
+Network = TypeVar("Network", bound=nn.Module)
 
 _IN_MEMORY: dict[str, Architecture] = {}
 
@@ -92,10 +98,11 @@ def public_names(module: Any) -> str:
 def checked(architecture: Architecture, reference: str) -> Architecture:
     """Return ``architecture``, named ``reference``, with a ``build`` that raises only ArchitectureError.
 
-    Networks are converted to float32, the precision of all computation here.
+    Networks are converted to float32, the precision of all computation here, and parametrizations are folded
+    to plain weights, which alone can be pruned and exported.
     """
 
-    def build(num_classes: int) -> nn.Module:
+    def parametrized(num_classes: int) -> nn.Module:
         try:
             network: object = architecture.build(num_classes)
         except Exception as error:  # foreign code
@@ -109,7 +116,12 @@ def checked(architecture: Architecture, reference: str) -> Architecture:
             )
         return network.float()
 
-    return dataclasses.replace(architecture, name=reference, build=build)
+    def build(num_classes: int) -> nn.Module:
+        network = parametrized(num_classes)
+        fold_parametrizations(network)
+        return network
+
+    return dataclasses.replace(architecture, name=reference, build=build, parametrized=parametrized)
 
 
 def register(network: nn.Module, *, input_size: tuple[int, int, int], num_classes: int) -> str:
@@ -137,6 +149,30 @@ def register(network: nn.Module, *, input_size: tuple[int, int, int], num_classe
         name, lambda _: copy.deepcopy(kept), input_size=input_size, num_classes=num_classes
     )
     return name
+
+
+def with_plain_weights(network: Network) -> Network:
+    """Return ``network``, or a copy of it without parametrizations where it has any."""
+    hooked = any(module._forward_pre_hooks for module in network.modules())
+    if not hooked and not any(map(parametrize.is_parametrized, network.modules())):
+        return network
+    try:
+        with torch.no_grad():
+            for module in network.modules():
+                for hook in module._forward_pre_hooks.values():
+                    if isinstance(hook, WeightNorm | SpectralNorm):
+                        # Computed anew at every pass; as the result of a graph it could not be copied.
+                        setattr(module, hook.name, getattr(module, hook.name).detach())
+        copied = copy.deepcopy(network)
+    except Exception:  # foreign code; whoever needs the copy reports it
+        return network
+    for module in copied.modules():
+        if parametrize.is_parametrized(module):
+            # The copy shares its class with the original, from which folding would take the weight away.
+            shared = type(module)
+            module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+    fold_parametrizations(copied)
+    return copied
 
 
 def registered() -> Mapping[str, Architecture]:

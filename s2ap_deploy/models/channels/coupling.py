@@ -35,7 +35,8 @@ from s2ap_deploy.models.channels.layer_channels import (
     tensor_names,
     unread,
 )
-from s2ap_deploy.models.classifier import dry_run, prunable
+from s2ap_deploy.models.classifier import dry_run
+from s2ap_deploy.models.used_weights import prunable
 from s2ap_deploy.plugins import reason
 from s2ap_deploy.runtime import generator
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import UsageError
-from s2ap_deploy.models.classifier import dry_run
+from s2ap_deploy.models.used_weights import used_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,36 +133,21 @@ def positions_gone(
 
 
 def places(network: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
-    """Count how often per image each Conv2d and Linear weight is applied, by name, in order of first call.
+    """Count how often per image each counted weight is applied, by name, in order of first use.
 
     Raises ArchitectureError when the network cannot run on ``input_size`` (C, H, W).
     """
-    names = tensor_names(network)
-    counted: dict[str, int] = {}
-
-    def count(module: Any, _: object, output: Tensor) -> None:
-        name = names.get(id(module.weight))
-        if name is not None:
-            counted[name] = counted.get(name, 0) + output.numel() // module.weight.shape[0]
-
-    layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    try:
-        dry_run(network, input_size)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return counted
+    used = used_weights(network, input_size)
+    return {name: used.macs[name] // network.get_parameter(name).numel() for name in used.counted}
 
 
 def macs(network: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Count multiply-accumulates per image in the Conv2d and Linear layers that are called.
+    """Count multiply-accumulates per image of all weights that multiply activations.
 
-    Attention's projections, which are passed to a functional, and products of two activations do not count.
-    Raises ArchitectureError when the network cannot run on ``input_size`` (C, H, W).
+    Products of two activations, as in attention, do not count. Raises ArchitectureError when the network
+    cannot run on ``input_size`` (C, H, W).
     """
-    applied = places(network, input_size)
-    return sum(network.get_parameter(name).numel() * count for name, count in applied.items())
+    return sum(used_weights(network, input_size).macs.values())
 
 
 def weights_kept(coupling: Coupling, keep: Mapping[str, int], network: nn.Module) -> int:

@@ -17,7 +17,8 @@ from s2ap_deploy.models.architectures.architecture import Architecture
 from s2ap_deploy.models.channels.narrowing import ChannelPlan, narrow, tied
 from s2ap_deploy.models.checkpoints.match import COUNTER, Match
 from s2ap_deploy.models.checkpoints.read import CheckpointInfo, RawCheckpoint
-from s2ap_deploy.models.classifier import Classifier, dry_run, prunable
+from s2ap_deploy.models.classifier import Classifier, dry_run
+from s2ap_deploy.models.used_weights import used_weights
 from s2ap_deploy.spec import Normalization, Preprocessing
 
 
@@ -146,11 +147,11 @@ def _intended_input(architecture: Architecture, path: str) -> Preprocessing:
 
 
 def _sparsity(classifier: Classifier, size: tuple[int, int, int]) -> float | None:
-    """Return the fraction of zeros among the weights that a forward pass uses; None without any zero."""
+    """Return the fraction of zeros among the weights that multiply activations; None without any zero."""
     weights = [tensor for tensor in classifier.network.parameters() if tensor.dim() >= 2]
     if all(bool(tensor.all()) for tensor in weights):
         return None
-    used = [classifier.get_parameter(name) for name in prunable(classifier, size)]
+    used = [classifier.get_parameter(name) for name in used_weights(classifier, size).counted]
     zeros = sum(tensor.numel() - int(tensor.count_nonzero()) for tensor in used)
     return zeros / sum(tensor.numel() for tensor in used) if zeros else None
 

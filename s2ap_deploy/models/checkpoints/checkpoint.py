@@ -13,7 +13,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError
@@ -23,7 +23,6 @@ from s2ap_deploy.models.checkpoints.build import build_classifier, build_network
 from s2ap_deploy.models.checkpoints.key_mapping import is_normalization
 from s2ap_deploy.models.checkpoints.masked import DenseFromMasks
 from s2ap_deploy.models.checkpoints.match import (
-    NETWORK,
     Match,
     closest,
     key_readings,
@@ -38,13 +37,14 @@ from s2ap_deploy.models.checkpoints.read import (
     RawCheckpoint,
     read_tensors,
 )
-from s2ap_deploy.models.classifier import Classifier, prunable
-from s2ap_deploy.spec import Normalization, Preprocessing
+from s2ap_deploy.models.classifier import Classifier
+from s2ap_deploy.models.used_weights import used_weights, weight_count
+from s2ap_deploy.spec import Normalization, Preprocessing, WeightCount
 
 __all__ = ["CheckpointInfo", "RawCheckpoint", "describe", "load", "read_tensors", "save"]
 
-REACHED = "weights of the convolutions and linear layers that a forward pass uses"
-REGISTERED = "weights of all convolutions and linear layers (no input size known to run the network on)"
+REACHED = "weights that multiply activations in a forward pass"
+REGISTERED = "parameters of two or more dimensions (no input size known to run the network on)"
 SHAPED = "tensors of two or more dimensions called weight (no architecture known)"
 
 
@@ -151,7 +151,7 @@ def describe(
         hint = f"; {error.hint}" if error.hint else ""
         warnings.append(f"{error.message.partition('; closest:')[0]}{hint}")
     tensors = dense.tensors if match is None else match.tensors
-    names, denominator = _prunable(raw, dense, match)
+    names, denominator, kinds = _counted(raw, dense, match)
     layers = [_layer(name, tensors[name]) for name in names if name in tensors]
     weights = sum(layer["weights"] for layer in layers)
     zeros = sum(layer["zeros"] for layer in layers)
@@ -173,6 +173,7 @@ def describe(
         "zeros": zeros,
         "sparsity": zeros / weights if weights else None,
         "denominator": denominator,
+        "weights": kinds.model_dump(mode="json") if kinds else None,
         "layers": layers,
         "dtypes": dict(Counter(_dtype(tensor) for tensor in raw.tensors.values())),
         "devices": list(raw.locations),
@@ -209,18 +210,19 @@ def _dense(
     return DenseFromMasks(masked.without_scores(raw.tensors), layout)
 
 
-def _prunable(raw: RawCheckpoint, dense: DenseFromMasks, match: Match | None) -> tuple[list[str], str]:
-    """Return the names of the prunable weights, in forward order where possible, and what they are."""
+def _counted(
+    raw: RawCheckpoint, dense: DenseFromMasks, match: Match | None
+) -> tuple[list[str], str, WeightCount | None]:
+    """Return the names of the counted weights, in forward order where possible, what they are, and counts."""
     if match is None:
         shaped = [n for n, t in dense.tensors.items() if t.dim() >= 2 and n.endswith("weight")]
-        return shaped, SHAPED
+        return shaped, SHAPED, None
     network = build_network(match)
     size = raw.info.preprocessing.size if raw.info else match.architecture.input_size
     if size is None:
-        layers = network.named_modules()
-        return [f"{n}.weight" for n, m in layers if isinstance(m, (nn.Conv2d, nn.Linear))], REGISTERED
-    names = prunable(Classifier(network), size)
-    return [name.removeprefix(NETWORK) for name in names], REACHED
+        return [n for n, p in network.named_parameters() if p.dim() >= 2], REGISTERED, None
+    used = used_weights(network, size)
+    return list(used.counted), REACHED, weight_count(network, used)
 
 
 def _layer(name: str, tensor: Tensor) -> dict[str, Any]:

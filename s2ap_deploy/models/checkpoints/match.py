@@ -13,7 +13,12 @@ from torch import Tensor
 
 from s2ap_deploy.errors import ArchitectureError, CheckpointError
 from s2ap_deploy.models.architectures import imagenet, registry
-from s2ap_deploy.models.architectures.architecture import Architecture, StateDictSpec
+from s2ap_deploy.models.architectures.architecture import (
+    Architecture,
+    StateDictSpec,
+    fold_parametrizations,
+    parametrized_spec,
+)
 from s2ap_deploy.models.checkpoints import key_mapping, masked
 from s2ap_deploy.models.checkpoints.masked import DenseFromMasks
 from s2ap_deploy.models.checkpoints.read import CheckpointInfo, RawCheckpoint
@@ -154,9 +159,38 @@ def _match_option(readings: list[KeyReading], path: str, arch: str) -> Match:
     for reading in readings:
         weights, normal = reading.split(spec.shapes)
         compared.append((compare(architecture, weights, spec), reading, weights, normal))
-    difference, reading, weights, normal = max(compared, key=lambda entry: entry[0].agreeing)
+    if not any(difference.exact for difference, *_ in compared):
+        folded = [found for reading in readings if (found := _folded(architecture, reading)) is not None]
+        compared += [
+            (compare(architecture, weights, spec), reading, weights, normal)
+            for reading in folded
+            for weights, normal in [reading.split(spec.shapes)]
+        ]
+    difference, reading, weights, normal = max(
+        compared, key=lambda entry: (entry[0].exact, entry[0].agreeing)
+    )
     _require_exact(difference, path)
     return _matched("option", difference, reading, weights, normal)
+
+
+def _folded(architecture: Architecture, reading: KeyReading) -> KeyReading | None:
+    """Return ``reading`` with plain weights in place of the parametrized ones of ``architecture``.
+
+    None where the architecture has none, or the file does not hold exactly what they are computed from.
+    """
+    spec = parametrized_spec(architecture)
+    if spec is None or architecture.parametrized is None:
+        return None
+    weights, normal = reading.split(spec.shapes)
+    difference = compare(architecture, weights, spec)
+    if not difference.exact:
+        return None
+    network = architecture.parametrized(difference.num_classes)
+    network.load_state_dict(weights, strict=False)  # old files lack batch counters
+    names = fold_parametrizations(network)
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    note = f"parametrizations (weight_norm, spectral_norm or the like) folded to plain weights: {shown}"
+    return KeyReading(reading.prefix, {**network.state_dict(), **normal}, (*reading.notes, note))
 
 
 def _match_description(

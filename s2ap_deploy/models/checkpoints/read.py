@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from s2ap_deploy import files, records
 from s2ap_deploy.errors import CheckpointError, UnsafePickleError
 from s2ap_deploy.models.checkpoints import pickle_scan
-from s2ap_deploy.spec import Normalization, Preprocessing, Record, ThreatModel
+from s2ap_deploy.spec import Normalization, Preprocessing, Record, ThreatModel, WeightCount
 
 Stage = Literal["pretrain", "search", "finetune", "foreign"]
 
@@ -31,7 +31,8 @@ class CheckpointInfo(Record):
 
     Attributes:
         stage: the last one that changed the weights.
-        sparsity: the fraction of zeros among prunable weights; None before pruning.
+        sparsity: the fraction of zeros among the weights that multiply activations; None before pruning.
+        weights: what these are, and what is counted apart; None before pruning.
         source_sha256: the hash of the file that this one was made from.
     """
 
@@ -45,6 +46,7 @@ class CheckpointInfo(Record):
     class_names: tuple[str, ...] = ()
     stage: Stage
     sparsity: float | None = None
+    weights: WeightCount | None = None
     source_sha256: str | None = None
     tool_version: str
 

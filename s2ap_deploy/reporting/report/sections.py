@@ -41,6 +41,7 @@ def comparison(facts: Facts) -> Table:
     rows += [
         ("Test images", *(f"{each.n:,}" for each in columns)),
         ("Sparsity", *(words.spaced(each.subject.sparsity or 0.0) for each in columns)),
+        ("Weights that cannot be pruned", *(words.outside(each.subject.weights) for each in columns)),
         ("Reliability flags", *(", ".join(each.flags) or "none" for each in columns)),
     ]
     return Table(("", *(words.role(role, facts) for role in facts.certificates)), tuple(rows))

@@ -12,6 +12,7 @@ from s2ap_deploy.formatting import exact_percent
 from s2ap_deploy.gating.sample_checks import LEVEL, PairRange
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.reporting.run_facts import DENSE, PRUNED, Facts
+from s2ap_deploy.spec import WeightCount
 
 VERDICTS = {
     "pass": "Passed",
@@ -153,7 +154,16 @@ def _sparsity(prune: Mapping[str, Any]) -> str | None:
     if prune.get("keep_ratio") is not None:
         return f"{prune['keep_ratio']} of the channels kept"
     value = prune.get("sparsity")
-    return f"{spaced(value)} of the prunable weights" if isinstance(value, int | float) else None
+    whose = "weights that can be pruned" if prune.get("allow_unpruned") else "weights"
+    return f"{spaced(value)} of the {whose}" if isinstance(value, int | float) else None
+
+
+def outside(count: WeightCount | None) -> str:
+    """The number of weights that cannot be pruned, with their names."""
+    if count is None:
+        return "not counted"
+    names = ", ".join(each.name for each in count.outside)
+    return f"{count.counted - count.prunable:,} of {count.counted:,}" + (f": {names}" if names else "")
 
 
 def sparsity(facts: Facts) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from s2ap_deploy.models.architectures import imagenet, registry
 from s2ap_deploy.models.architectures.architecture import WithoutStorage, registered_spec
-from s2ap_deploy.models.classifier import prunable
+from s2ap_deploy.models.used_weights import prunable
 
 OWN = [name for name in registry.names() if "/" not in name]
 # Learnable values at ten classes: the usual implementations' figures, or counted by hand (VGG, WRN-28-4).

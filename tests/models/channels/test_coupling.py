@@ -21,7 +21,8 @@ from s2ap_deploy.models.channels.layer_channels import (
     macs_kept,
     weights_kept,
 )
-from s2ap_deploy.models.classifier import Classifier, prunable, weights_hash
+from s2ap_deploy.models.classifier import Classifier, weights_hash
+from s2ap_deploy.models.used_weights import prunable
 from s2ap_deploy.spec import Normalization
 
 Size = tuple[int, int, int]
@@ -512,6 +513,7 @@ def test_attention_is_left_out_and_what_lies_between_its_blocks_is_not() -> None
     assert [(group.name, group.channels) for group in coupling.groups] == [("up.weight", 12)]
     assert [name for name, _ in coupling.skipped] == [
         "patches.weight",
+        "attention.in_proj_weight",
         "attention.out_proj.weight",
         "down.weight",
     ]
@@ -527,7 +529,7 @@ def test_weights_that_are_computed_are_not_touched() -> None:
     )
     coupling = check(network, SIZE)
     assert coupling.groups == ()
-    assert [name for name, _ in coupling.skipped] == ["a.weight"]
+    assert [name for name, _ in coupling.skipped] == ["a.weight", "b.parametrizations.weight.original1"]
 
 
 def test_the_image_and_the_logits_stay_whole() -> None:

@@ -14,7 +14,7 @@ from s2ap_deploy.errors import ArchitectureError, UsageError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.channels.coupling import Coupling, channel_groups
 from s2ap_deploy.models.channels.layer_channels import macs, macs_kept, sliced, unread, weights_kept
-from s2ap_deploy.models.classifier import prunable
+from s2ap_deploy.models.used_weights import prunable
 
 SIZE = (2, 6, 6)
 

@@ -20,7 +20,7 @@ from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints.checkpoint import describe, load
 from s2ap_deploy.models.checkpoints.masked import apply_masks, layout_of
-from s2ap_deploy.models.classifier import prunable
+from s2ap_deploy.models.used_weights import prunable
 from s2ap_deploy.recipe.schema import ModelSection
 
 State = dict[str, Tensor]
