@@ -263,7 +263,7 @@ def show_checkpoint(description: Mapping[str, Any], asked: str | None = None) ->
             f"{description['sparsity']:.2%}: {description['zeros']:,} zeros of "
             f"{description['prunable_weights']:,} ({description['denominator']})",
         )
-    if description["weights"]:
+    if description.get("weights"):
         table.add_row("weights", Text(WeightCount.model_validate(description["weights"]).text))
     info = description["info"] or {}
     for key in ("data", "threat", "stage"):

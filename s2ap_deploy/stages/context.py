@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 
 from s2ap_deploy import files, runtime
 from s2ap_deploy.data import datasets
 from s2ap_deploy.data.datasets import ImageData
 from s2ap_deploy.data.splits import Split
 from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
-from s2ap_deploy.errors import ArchitectureError, RunFolderError
+from s2ap_deploy.errors import ArchitectureError, InputError, RunFolderError
 from s2ap_deploy.evaluation.workers.pool import WorkerSpec, closing_units, serve_units
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier
+from s2ap_deploy.models.used_weights import UsedWeights, used_weights
 from s2ap_deploy.recipe.schema import Recipe
 from s2ap_deploy.recipe.sections import ObjectiveSection
 from s2ap_deploy.recorder import Recorder
@@ -82,6 +84,7 @@ def remembered_data_root(folder: Path) -> Path | None:
 
 
 HISTORY = "history.json"
+PATH_IMAGES = 8
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -197,6 +200,45 @@ class RunContext:
             accumulate=self.machine.accumulate,
             ranks=self.machine.ranks,
         )
+
+
+def weights_on_images(
+    job: RunContext, classifier: nn.Module, size: tuple[int, int, int], images: ImageData
+) -> UsedWeights:
+    """Return the weights that a pass over training images uses, alone, in a batch and under attack.
+
+    Raises InputError where they are not the same, or where the logits have no gradient: a mask would be
+    searched on one path and attacked on another.
+    """
+    few = images.train.subset(range(min(PATH_IMAGES, len(images.train))))
+    batch, labels = (part.to(job.machine.device) for part in few.tensors())
+    classifier.eval()
+    inputs = batch.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        logits = classifier(inputs)
+        if not logits.requires_grad:
+            raise InputError(
+                "the logits do not depend on the images by any differentiable path",
+                code="logits-without-gradient",
+                hint="a forward pass that detaches, rounds or runs under no_grad can be neither attacked nor "
+                "pruned by its loss",
+            )
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        # The sign step of one gradient (Goodfellow et al., 2015, arXiv 1412.6572), for any norm.
+        (slope,) = torch.autograd.grad(loss, inputs, allow_unused=True)
+    moved = batch if slope is None else (batch + float(job.recipe.threat.radius) * slope.sign()).clamp(0, 1)
+    used = used_weights(classifier, size, batch)
+    others = [used_weights(classifier, size, image[None]) for image in (*batch, *moved)]
+    others.append(used_weights(classifier, size, moved))
+    for other in others:
+        if differing := sorted(set(used.counted) ^ set(other.counted)):
+            raise InputError(
+                f"the layers that run depend on the image: {', '.join(differing[:4])} for some of "
+                f"{len(others) + 1} inputs only",
+                code="path-depends-on-images",
+                hint="prune a network with one path, or one path of it as a network of its own",
+            )
+    return used
 
 
 def on_first_rank(

@@ -20,7 +20,7 @@ from s2ap_deploy.runs.manifest import tool_version
 from s2ap_deploy.runtime import derive_seed
 from s2ap_deploy.spec import DataSpec
 from s2ap_deploy.stages import resolve
-from s2ap_deploy.stages.context import HISTORY, RunContext
+from s2ap_deploy.stages.context import HISTORY, RunContext, weights_on_images
 from s2ap_deploy.training.pgd import pgd_accuracy
 from s2ap_deploy.training.train import TrainingData, train, validation_sample
 
@@ -124,6 +124,8 @@ def adopt(job: RunContext, path: Path) -> None:
         recorder.note(f"{path.name}: {note}")
     images = job.images(info.preprocessing.size)
     _check_classes(info.num_classes, images.spec, str(path))
+    if recipe.prune is not None:
+        weights_on_images(job, classifier.to(job.machine.device), info.preprocessing.size, images)
     stage = job.stage(
         "pretrain",
         {

@@ -16,7 +16,7 @@ from s2ap_deploy.data.datasets import ImageData
 from s2ap_deploy.errors import ArchitectureError, InputError, RecipeError
 from s2ap_deploy.models.channels.coupling import Coupling, channel_groups
 from s2ap_deploy.models.checkpoints import checkpoint
-from s2ap_deploy.models.used_weights import UsedWeights, used_weights, weight_count
+from s2ap_deploy.models.used_weights import UsedWeights, weight_count
 from s2ap_deploy.pruning.allocation import Allocation, ChannelQuotas, Fixed, Global, Quotas
 from s2ap_deploy.pruning.budgets import (
     ChannelCost,
@@ -47,7 +47,7 @@ from s2ap_deploy.recipe.sections import PruneSection
 from s2ap_deploy.runs.folder import MASKS, MODEL, Run
 from s2ap_deploy.runs.snapshot import Stage
 from s2ap_deploy.runtime import generator
-from s2ap_deploy.stages.context import HISTORY, RunContext
+from s2ap_deploy.stages.context import HISTORY, RunContext, weights_on_images
 from s2ap_deploy.training.objective import Objective, Teacher
 from s2ap_deploy.training.train import TrainingData, train
 
@@ -233,7 +233,6 @@ def scores_file(folder: str) -> Path:
 
 
 SCORES = "scores.safetensors"
-PATH_IMAGES = 4
 DENOMINATOR = "weights that multiply activations in a forward pass"
 
 
@@ -335,45 +334,6 @@ def search_mask(job: RunContext, section: PruneSection, begin: Path) -> None:
             "perturbed_steps": result.perturbed_steps,
         },
     )
-
-
-def weights_on_images(
-    job: RunContext, classifier: nn.Module, size: tuple[int, int, int], images: ImageData
-) -> UsedWeights:
-    """Return the weights that a pass over training images uses, alone, in a batch and under attack.
-
-    Raises InputError where they are not the same, or where the logits have no gradient: a mask would be
-    searched on one path and attacked on another.
-    """
-    few = images.train.subset(range(min(PATH_IMAGES, len(images.train))))
-    batch, labels = (part.to(job.machine.device) for part in few.tensors())
-    classifier.eval()
-    inputs = batch.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        logits = classifier(inputs)
-        if not logits.requires_grad:
-            raise InputError(
-                "the logits do not depend on the images by any differentiable path",
-                code="logits-without-gradient",
-                hint="a forward pass that detaches, rounds or runs under no_grad can be neither attacked nor "
-                "pruned by its loss",
-            )
-        loss = torch.nn.functional.cross_entropy(logits, labels)
-        # The sign step of one gradient (Goodfellow et al., 2015, arXiv 1412.6572), for any norm.
-        (slope,) = torch.autograd.grad(loss, inputs, allow_unused=True)
-    moved = batch if slope is None else (batch + float(job.recipe.threat.radius) * slope.sign()).clamp(0, 1)
-    used = used_weights(classifier, size, batch)
-    others = [used_weights(classifier, size, image[None]) for image in (*batch, *moved)]
-    others.append(used_weights(classifier, size, moved))
-    for other in others:
-        if differing := sorted(set(used.counted) ^ set(other.counted)):
-            raise InputError(
-                f"the layers that run depend on the image: {', '.join(differing[:4])} for some of "
-                f"{len(others) + 1} inputs only",
-                code="path-depends-on-images",
-                hint="prune a network with one path, or one path of it as a network of its own",
-            )
-    return used
 
 
 def find_mask(

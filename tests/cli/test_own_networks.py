@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,42 @@ class Tied(nn.Module):
 class Bare(nn.Module):
     def __init__(self):
         super().__init__()
-        self.matrix = nn.Parameter(torch.ones(64, 10))
+        self.matrix = nn.Parameter(torch.randn(64, 10))
 
     def forward(self, x):
         return x.flatten(1) @ self.matrix
+
+
+class Computed(Bare):
+    def forward(self, x):
+        return x.flatten(1) @ (self.matrix - self.matrix.mean())
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3))
+        self.computed = Computed()
+        self.computed.matrix = nn.Parameter(torch.randn(48, 12))
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.computed(torch.relu(self.first(x[:, 0])))))
+
+
+class Forked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dark, self.bright = nn.Linear(64, 10), nn.Linear(64, 10)
+
+    def forward(self, x):
+        layer = self.bright if float(x.detach().mean()) > 0.31 else self.dark
+        return layer(x.flatten(1))
+
+
+class Cut(Bare):
+    def forward(self, x):
+        return super().forward(x).detach()
 
 
 def double():
@@ -42,7 +75,7 @@ def double():
 """
 
 
-def prune(s2ap: Callable[..., Any], folder: Path, name: str) -> Any:
+def prune(s2ap: Callable[..., Any], folder: Path, name: str, *options: str) -> Any:
     (folder / "net.py").write_text(NETWORKS)
     spaces: dict[str, Any] = {}
     exec(NETWORKS, spaces)
@@ -50,10 +83,10 @@ def prune(s2ap: Callable[..., Any], folder: Path, name: str) -> Any:
     torch.save(spaces[name]().state_dict(), folder / "model.pt")
     short = ["--search-epochs", 1, "--finetune-epochs", 1, "--loss", "at", "--threads", 1]
     asked = ["--arch", f"net.py:{name}", "--data", "digits", "--eps", "0.3", "--sparsity", 0.8]
-    return s2ap("prune", "model.pt", *asked, *short, cwd=folder)
+    return s2ap("prune", "model.pt", *asked, *short, *options, cwd=folder)
 
 
-@pytest.mark.parametrize("name", ["Tied", "double"])
+@pytest.mark.parametrize("name", ["Tied", "double", "Bare"])
 def test_shared_weights_and_other_precisions_are_pruned_and_exported(
     name: str, s2ap: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -63,7 +96,33 @@ def test_shared_weights_and_other_precisions_are_pruned_and_exported(
     assert exported.code == 0, exported.err
 
 
-def test_a_network_without_prunable_layers_is_refused(s2ap: Callable[..., Any], tmp_path: Path) -> None:
-    done = prune(s2ap, tmp_path, "Bare")
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("Computed", "prunable-layers-missing"),
+        ("Mixed", "sparsity-unaffordable"),
+        ("Forked", "path-depends-on-images"),
+        ("Cut", "logits-without-gradient"),
+    ],
+)
+def test_what_cannot_be_pruned_as_asked_is_refused_before_the_search(
+    name: str, code: str, s2ap: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = prune(s2ap, tmp_path, name, "--json")
     assert done.code == 2
-    assert "there is nothing to prune" in done.err
+    assert json.loads(done.out)["code"] == code
+    assert not (tmp_path / "s2ap-run" / "search").exists()
+
+
+def test_both_figures_are_reported_where_weights_stay_unpruned(
+    s2ap: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = prune(s2ap, tmp_path, "Mixed", "--allow-unpruned", "--json")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "s2ap-run" / "manifest.json").read_text())["stages"]["search"]["results"]
+    weights = found["weights"]
+    assert (weights["counted"], weights["prunable"]) == (192 + 576 + 120, 192 + 120)
+    assert [each["name"] for each in weights["outside"]] == ["network.computed.matrix"]
+    assert found["kept"] == 576 + 62
+    assert found["sparsity"] == pytest.approx(1 - 638 / 888)
+    assert "80.13% of the weights that can be pruned, 28.15% of all" in " ".join(done.err.split())
