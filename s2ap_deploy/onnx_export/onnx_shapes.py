@@ -24,7 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class WeightedLayer:
-    """One counted weight, such as [out, in, ...], how often it is applied per image, and whether it gets a bias.
+    """One counted weight [out, in, ...], how often it is applied per image, and whether it gets a bias.
 
     A BatchNorm that follows a convolution becomes its bias in the file.
     """
