@@ -1,12 +1,11 @@
 """Fixtures shared by all tests."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools
 import inspect
 import io
+import json
 import os
 import shutil
 import signal
@@ -204,6 +203,12 @@ class Outcome:
     out: str
     err: str
 
+    @property
+    def answer(self) -> dict[str, Any]:
+        """The object that --json prints."""
+        found: dict[str, Any] = json.loads(self.out)
+        return found
+
 
 def command_line(*arguments: object, cwd: Path | None = None) -> Outcome:
     """Run the command line inside this process, in ``cwd``, as ``main`` does but for leaving it."""
@@ -221,14 +226,41 @@ def command_line(*arguments: object, cwd: Path | None = None) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-@pytest.fixture(scope="session")
-def s2ap() -> Callable[..., Outcome]:
+class CommandLine:
     """The command line, in this process: ``s2ap("gate", "--json", cwd=folder)``."""
-    return command_line
+
+    def __call__(self, *arguments: object, cwd: Path | None = None) -> Outcome:
+        return command_line(*arguments, cwd=cwd)
+
+    def ok(self, *arguments: object, cwd: Path | None = None) -> Outcome:
+        """Run a command that has to succeed."""
+        done = command_line(*arguments, cwd=cwd)
+        assert done.code == 0, done.out + done.err
+        return done
+
+    def json(self, *arguments: object, cwd: Path | None = None) -> dict[str, Any]:
+        """Run a command that has to succeed with --json and return its object."""
+        return self.ok(*arguments, "--json", cwd=cwd).answer
+
+    def refused(self, code: str, *arguments: object, cwd: Path | None = None) -> Outcome:
+        """Run a command that has to be refused with this error code: one object, one error, no traceback."""
+        done = command_line(*arguments, "--json", cwd=cwd)
+        assert done.code == 2, done.out + done.err
+        assert (done.answer["code"], done.answer["exit_code"]) == (code, 2)
+        assert done.answer["error"]
+        assert done.err.count("error: ") == 1
+        assert "Traceback" not in done.err
+        return done
 
 
 @pytest.fixture(scope="session")
-def digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def s2ap() -> CommandLine:
+    """The command line, in this process."""
+    return CommandLine()
+
+
+@pytest.fixture(scope="session")
+def digits_model(tmp_path_factory) -> Path:
     """A checkpoint of this tool: a small network after three epochs on the embedded digits."""
     folder = tmp_path_factory.mktemp("digits")
     network = ["--data", "digits", "--arch", "digits-conv", "--eps", "0.1", "--loss", "at"]
@@ -239,9 +271,7 @@ def digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished_run(
-    digits_model: Path, tmp_path_factory: pytest.TempPathFactory, one_operator_table: None
-) -> Path:
+def finished_run(digits_model, tmp_path_factory, one_operator_table) -> Path:
     """A run folder after prune, certify and export; copy it before changing anything in it.
 
     At this radius every image falls to the first attack, so that certifying takes a second, not minutes.
@@ -259,9 +289,25 @@ def finished_run(
 
 
 @pytest.fixture
-def own_run(finished_run: Path, tmp_path: Path) -> Path:
+def own_run(finished_run, tmp_path) -> Path:
     """A copy of the finished run that a test may spoil."""
     return Path(shutil.copytree(finished_run, tmp_path / "s2ap-run"))
+
+
+def forget(run: Path, *stages: str) -> Path:
+    """Undo stages of a run and return its folder."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    for stage in stages:
+        del manifest["stages"][stage]
+        shutil.rmtree(run / stage)
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    return run
+
+
+@pytest.fixture(scope="session")
+def without_stages() -> Callable[..., Path]:
+    """Undo stages of a run: ``without_stages(run, "certify", "export")`` returns its folder."""
+    return forget
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -155,6 +155,9 @@ for name in {TORCH_FREE!r}:
     importlib.import_module(name)
     heavy = {{'torch', 'onnx', 'onnxruntime', 'numpy'}} & set(sys.modules)
     assert not heavy, f'{{name}} imports {{heavy}}'
+from s2ap_deploy.recipe import catalog, target
+catalog.load('demo'), target.find('openvino')
+assert not {{'torch', 'onnx', 'onnxruntime', 'numpy'}} & set(sys.modules), 'recipes and targets'
 """
     found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr

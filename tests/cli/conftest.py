@@ -1,8 +1,7 @@
 """Run folders made of records alone: what the gate reads, without a network that somebody trained."""
 
-from __future__ import annotations
-
 import inspect
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,25 @@ from s2ap_deploy.runs.folder import Run
 from s2ap_deploy.spec import ThreatModel
 
 
+@pytest.fixture(scope="session")
+def channel_run(s2ap, digits_model, tmp_path_factory) -> Path:
+    """A run that kept half of its channels, exported with the pair for PyTorch."""
+    folder = tmp_path_factory.mktemp("channels")
+    short = ["--preset", "quick", "--search-epochs", 1, "--finetune-epochs", 1, "--batch-size", 512]
+    prune = ["--granularity", "channel", "--keep-ratio", 0.5, "--eps", "0.5", *short]
+    for command in (["prune", digits_model, *prune], ["certify", "--n", 20], ["export", "--torch"]):
+        s2ap.ok(*command, "--threads", 1, cwd=folder)
+    return folder / "s2ap-run"
+
+
+@pytest.fixture
+def own_channel_run(channel_run, tmp_path) -> Path:
+    """A copy of the run on channels that a test may spoil."""
+    return Path(shutil.copytree(channel_run, tmp_path / "s2ap-run"))
+
+
 @pytest.fixture(autouse=True)
-def _no_ci_around(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_ci_around(monkeypatch) -> None:
     """These tests say themselves when they run on GitHub; the real one shall not get their summaries."""
     for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT"):
         monkeypatch.delenv(name, raising=False)
@@ -101,7 +117,7 @@ def report_of(onnx: Path, certificate: Certificate, **changes: Any) -> ExportRep
 
 
 @pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Path]:
+def make_run(tmp_path) -> Callable[..., Path]:
     """``make_run(dense=900, pruned=890, n=1000)``: a run folder after certify and export."""
 
     def make(

@@ -1,9 +1,6 @@
 """``certify`` with a policy: it stops when the gate is decided, says so, and can be completed."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +16,17 @@ def read(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def early_run(s2ap: Callable[..., Any], own_run: Path) -> Path:
-    done = s2ap("certify", "--overwrite", *HOPELESS, "--run", own_run, "--workers", 1)
-    assert done.code == 0, done.err
+def early_run(s2ap, own_run) -> Path:
+    s2ap.ok("certify", "--overwrite", *HOPELESS, "--run", own_run, "--workers", 1)
     return own_run
 
 
-def test_it_stops_and_reports_an_interval_and_no_figure(s2ap: Callable[..., Any], own_run: Path) -> None:
-    done = s2ap("certify", "--overwrite", *HOPELESS, "--json", "--run", own_run, "--workers", 1)
-    assert done.code == 0, done.err
+def test_it_stops_and_reports_an_interval_and_no_figure(s2ap, own_run) -> None:
+    done = s2ap.ok("certify", "--overwrite", *HOPELESS, "--json", "--run", own_run, "--workers", 1)
     assert "decided early: fail; at most" in done.err
     assert "can be robust, 99.9% is required;" in done.err
     assert "of 40 images unresolved" in done.err
-    answer = json.loads(done.out)["certify"]
+    answer = done.answer["certify"]
     for role in ("dense", "pruned"):
         certificate = read(own_run / "certify" / f"{role}.json")
         robust = answer[role]["robust"]
@@ -47,7 +42,7 @@ def test_it_stops_and_reports_an_interval_and_no_figure(s2ap: Callable[..., Any]
         assert [i for i, by in enumerate(standing) if by == "undecided"] == decision["undecided"]
 
 
-def test_the_gate_agrees_and_does_not_guess(s2ap: Callable[..., Any], early_run: Path) -> None:
+def test_the_gate_agrees_and_does_not_guess(s2ap, early_run) -> None:
     decided = s2ap("gate", "--min-robust", 0.999, "--rule", "point", "--run", early_run)
     assert decided.code == 1
     assert "required 99.9%; decided early" in decided.out
@@ -62,18 +57,9 @@ def test_the_gate_agrees_and_does_not_guess(s2ap: Callable[..., Any], early_run:
     assert (check["status"], check["observed"]) == ("fail", None)
 
 
-def test_a_full_run_completes_it(
-    s2ap: Callable[..., Any],
-    early_run: Path,
-    finished_run: Path,
-    files_in: Callable[[Path], dict[str, bytes]],
-) -> None:
-    refused = s2ap("certify", "--full", "--run", early_run)
-    assert refused.code == 2
-    assert "was for another policy: decide" in refused.err
-    assert "add --resume to continue from what it attacked" in refused.err
-    done = s2ap("certify", "--full", "--resume", "--run", early_run)
-    assert done.code == 0, done.err
+def test_a_full_run_completes_it(s2ap, early_run, finished_run, files_in) -> None:
+    s2ap.refused("stage-policy-changed", "certify", "--full", "--run", early_run)
+    s2ap.ok("certify", "--full", "--resume", "--run", early_run)
     for role in ("dense", "pruned"):
         certificate, before = (read(run / "certify" / f"{role}.json") for run in (early_run, finished_run))
         assert certificate["samples"] == before["samples"]
@@ -86,25 +72,23 @@ def test_a_full_run_completes_it(
     assert inputs == read(finished_run / "manifest.json")["stages"]["certify"]["inputs"]
 
 
-def test_another_policy_goes_on_from_there(s2ap: Callable[..., Any], early_run: Path) -> None:
+def test_another_policy_goes_on_from_there(s2ap, early_run) -> None:
     again = s2ap("certify", *HOPELESS, "--run", early_run)
     assert "already done with the same inputs" in again.err
     assert s2ap("certify", "--min-robust", 0.5, "--gate", "point", "--run", early_run).code == 2
     easier = ["--min-robust", 0.001, "--max-drop", 0.5, "--gate", "point", "--resume"]
-    done = s2ap("certify", *easier, "--run", early_run, "--workers", 1)
-    assert done.code == 0, done.err
+    done = s2ap.ok("certify", *easier, "--run", early_run, "--workers", 1)
     assert "decided early: fail; at most 0.0% can be robust" in done.err
     assert "value" in read(early_run / "certify" / "pruned.json")["robust"], "nothing was left of it"
     assert "value" not in read(early_run / "certify" / "dense.json")["robust"]
 
 
-def test_what_a_full_run_found_serves_every_policy(s2ap: Callable[..., Any], own_run: Path) -> None:
-    done = s2ap("certify", *HOPELESS, "--run", own_run)
-    assert done.code == 0
+def test_what_a_full_run_found_serves_every_policy(s2ap, own_run) -> None:
+    done = s2ap.ok("certify", *HOPELESS, "--run", own_run)
     assert "already done with the same inputs" in done.err
 
 
-def test_the_recipes_gate_decides_unless_full(s2ap: Callable[..., Any], own_run: Path) -> None:
+def test_the_recipes_gate_decides_unless_full(s2ap, own_run) -> None:
     recipe = yaml.safe_load((own_run / "recipe.yaml").read_text())
     recipe["gate"] = {"min_robust": 0.999, "rule": "point"}
     (own_run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -121,20 +105,17 @@ def test_the_recipes_gate_decides_unless_full(s2ap: Callable[..., Any], own_run:
     assert "already done" in s2ap("certify", "--run", own_run).err
 
 
-def test_a_network_alone_is_decided_too(s2ap: Callable[..., Any], digits_model: Path, tmp_path: Path) -> None:
+def test_a_network_alone_is_decided_too(s2ap, digits_model, tmp_path) -> None:
     options = ["--eps", "0.5", "--n", 20, "--max-drop", 0.01, "--gate", "point", "--workers", 1]
-    done = s2ap("certify", digits_model, *options, cwd=tmp_path)
-    assert done.code == 0, done.err
+    done = s2ap.ok("certify", digits_model, *options, cwd=tmp_path)
     assert "decided early: pass; the drop is at most 0.0%" in done.err
-    gate = s2ap("gate", "--max-drop", 0.01, "--rule", "point", cwd=tmp_path)
-    assert gate.code == 0, gate.out
+    s2ap.ok("gate", "--max-drop", 0.01, "--rule", "point", cwd=tmp_path)
 
 
-def test_out_of_time_before_it_is_decided(s2ap: Callable[..., Any], own_run: Path) -> None:
+def test_out_of_time_before_it_is_decided(s2ap, own_run) -> None:
     policy = ["--min-robust", 0.01, "--gate", "point", "--workers", 1, "--run", own_run]
     stopped = s2ap("certify", "--overwrite", "--time-budget", 0, *policy)
     assert stopped.code == 3
     assert "the time budget ran out" in stopped.err
-    resumed = s2ap("certify", "--resume", *policy)
-    assert resumed.code == 0, resumed.err
+    resumed = s2ap.ok("certify", "--resume", *policy)
     assert "decided early: fail" in resumed.err

@@ -1,12 +1,8 @@
 """``s2ap-deploy compare``: a table for people, one object with --json, exit code 2 for what does not fit."""
 
-from __future__ import annotations
-
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +16,7 @@ EPOCH = {"clean_accuracy": 0.912, "robust_accuracy": 0.634, "replaced": 0.02, "f
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> Path:
+def runs(tmp_path) -> Path:
     """A folder of three run folders that a search left, of which ``other`` prunes another network."""
     found = {"one": ("a", [0, 1]), "[two]": ("a", [1, 2]), "other": ("b", [0])}
     for name, (layer, ones) in found.items():
@@ -35,10 +31,10 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_finished_run_beside_itself(s2ap: Callable[..., Any], finished_run: Path) -> None:
+def test_a_finished_run_beside_itself(s2ap, finished_run) -> None:
     done = s2ap("compare", finished_run, finished_run, "--json")
     assert (done.code, done.err) == (0, "")
-    found = json.loads(done.out)
+    found = done.answer
     assert found["pairs"][0]["hamming"] == 0
     assert found["pairs"][0]["by_chance"] > 0
     run = found["runs"][0]
@@ -48,7 +44,7 @@ def test_a_finished_run_beside_itself(s2ap: Callable[..., Any], finished_run: Pa
     assert found["note"] in s2ap("compare", finished_run, finished_run).out
 
 
-def test_the_tables(s2ap: Callable[..., Any], runs: Path) -> None:
+def test_the_tables(s2ap, runs) -> None:
     done = s2ap("compare", "one", "[two]", "one", cwd=runs)
     assert (done.code, done.err) == (0, "")
     lines = [" ".join(line.replace("│", " ").split()) for line in done.out.splitlines()]
@@ -64,13 +60,7 @@ def test_the_tables(s2ap: Callable[..., Any], runs: Path) -> None:
         assert line in lines
 
 
-def test_two_runs_need_no_mean(s2ap: Callable[..., Any], runs: Path) -> None:
-    assert "mean" not in s2ap("compare", "one", "[two]", cwd=runs).out
-
-
-def test_a_terminal_of_eighty_columns_clips_nothing(
-    runs: Path, s2ap: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_of_eighty_columns_clips_nothing(runs, s2ap, monkeypatch) -> None:
     stream = io.StringIO()
     narrow = Console(file=stream, width=80, force_terminal=True, color_system=None, highlight=False)
     monkeypatch.setattr(tables, "console", lambda: narrow)
@@ -85,31 +75,8 @@ def test_a_terminal_of_eighty_columns_clips_nothing(
     assert "x" * 100 in "".join(line.strip() for line in text.splitlines())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["one", "other"], "run 1 (one) and run 2 (other) cannot be compared"),
-        (["one", "nowhere"], "there is no run in nowhere"),
-        (["one"], "at least two run folders"),
-        ([], "Missing argument 'RUN RUN [RUN]...'"),
-        (["one", "one", "--nonsense"], "No such option"),
-    ],
-)
-@pytest.mark.parametrize("json_option", [[], ["--json"]])
-def test_what_cannot_be_compared(
-    arguments: list[str], message: str, json_option: list[str], s2ap: Callable[..., Any], runs: Path
-) -> None:
-    done = s2ap("compare", *arguments, *json_option, cwd=runs)
-    assert done.code == 2
-    assert message in done.err
-    assert done.err.count("error: ") == 1
-    assert (json.loads(done.out)["exit_code"] == 2) if json_option else (done.out == "")
-
-
-def test_an_unfinished_search_is_named(s2ap: Callable[..., Any], runs: Path) -> None:
+def test_what_cannot_be_compared(s2ap, runs) -> None:
+    s2ap.refused("masks-differ", "compare", "one", "other", cwd=runs)
     with Run.open(runs / "begun", create=True, command="test") as run:
         run.stage("search", inputs={}, resume=False, overwrite=False)
-    done = s2ap("compare", "one", "begun", cwd=runs)
-    assert done.code == 2
-    assert "the search in begun is not finished" in done.err
-    assert "--resume" in done.err
+    s2ap.refused("stage-unfinished", "compare", "one", "begun", cwd=runs)

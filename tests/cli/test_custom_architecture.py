@@ -1,11 +1,8 @@
 """A network of the user's own: from a file or a package, by his word at the keyboard and by nothing else."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +40,17 @@ def own_checkpoint(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["file", "package"])
-def test_the_whole_path(
-    form: str, s2ap: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_whole_path(form, s2ap, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     arch = place(tmp_path, form)
     own_checkpoint(tmp_path)
-    done = s2ap("prune", "mine.pt", "--sparsity", 0.8, "--arch", arch, *SHORT, cwd=tmp_path)
-    assert done.code == 0, done.err
+    done = s2ap.ok("prune", "mine.pt", "--sparsity", 0.8, "--arch", arch, *SHORT, cwd=tmp_path)
     assert f"next: s2ap-deploy certify --arch {arch}\n" in done.err
     for command in ("certify", "export"):
-        refused = s2ap(command, cwd=tmp_path)
-        assert refused.code == 2
-        assert f"was built by {arch}, which is only imported on request" in refused.err
-        assert f"hint: add --arch {arch}" in refused.err
+        refused = s2ap.refused("architecture", command, cwd=tmp_path)
+        assert refused.answer["hint"].startswith(f"add --arch {arch}")
         n = ["--n", 20] if command == "certify" else []
-        again = s2ap(command, "--arch", arch, *n, cwd=tmp_path)
-        assert again.code == 0, again.err
+        again = s2ap.ok(command, "--arch", arch, *n, cwd=tmp_path)
         following = (
             f"export --onnx --arch {arch}"
             if command == "certify"
@@ -71,35 +62,33 @@ def test_the_whole_path(
         sys.modules.pop(name, None)
 
 
-def test_a_network_that_does_not_say_its_input_is_planned_drafted_and_rehearsed(
-    s2ap: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_network_that_does_not_say_its_input_is_planned_drafted_and_rehearsed(s2ap, tmp_path) -> None:
     arch = place(tmp_path, "file")
     own_checkpoint(tmp_path)
-    rehearsed = s2ap(
+    rehearsed = s2ap.ok(
         "prune", "mine.pt", "--sparsity", 0.8, "--arch", arch, *SHORT, "--dry-run", "--json", cwd=tmp_path
     )
-    assert rehearsed.code == 0, rehearsed.err
-    assert json.loads(rehearsed.out)["seconds"] > 0
-    planned = s2ap("plan", "mine.pt", "--sparsity", 0.8, "--arch", arch, cwd=tmp_path)
-    assert planned.code == 2
-    assert f"the input size of {arch} is unknown" in planned.err
-    assert "hint: add --input-size" in planned.err
-    told = s2ap("plan", "mine.pt", "--sparsity", 0.8, "--arch", arch, "--input-size", "1,8,8", cwd=tmp_path)
-    assert told.code == 0, told.err
-    drafted = s2ap("init", "mine.pt", "--arch", arch, "--data", "digits", "--eps", "0.1", cwd=tmp_path)
-    assert drafted.code == 0, drafted.err
+    assert rehearsed.answer["seconds"] > 0
+    s2ap.refused("usage", "plan", "mine.pt", "--sparsity", 0.8, "--arch", arch, cwd=tmp_path)
+    s2ap.ok("plan", "mine.pt", "--sparsity", 0.8, "--arch", arch, "--input-size", "1,8,8", cwd=tmp_path)
+    drafted = s2ap.ok("init", "mine.pt", "--arch", arch, "--data", "digits", "--eps", "0.1", cwd=tmp_path)
     assert f"next: s2ap-deploy run recipe.yaml --arch {arch}" in drafted.out
 
 
-def test_pretrain_of_an_own_network_and_its_checkpoint(s2ap: Callable[..., Any], tmp_path: Path) -> None:
+def test_pretrain_of_an_own_network_and_its_checkpoint(s2ap, tmp_path) -> None:
     arch = place(tmp_path, "file")
     train = ["--data", "digits", "--eps", "0.1", "--epochs", 1, "--output", "mine.safetensors"]
-    done = s2ap("pretrain", "--arch", arch, *train, cwd=tmp_path)
-    assert done.code == 0, done.err
-    refused = s2ap("prune", "mine.safetensors", "--sparsity", 0.8, "--run", "b", cwd=tmp_path)
-    assert refused.code == 2
-    assert f"hint: add --arch {arch}" in refused.err
+    s2ap.ok("pretrain", "--arch", arch, *train, cwd=tmp_path)
+    s2ap.refused(
+        "architecture-import-not-allowed",
+        "prune",
+        "mine.safetensors",
+        "--sparsity",
+        0.8,
+        "--run",
+        "b",
+        cwd=tmp_path,
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +100,7 @@ def test_pretrain_of_an_own_network_and_its_checkpoint(s2ap: Callable[..., Any],
     ],
 )
 def test_an_own_network_that_does_not_fit_is_refused_before_any_work(
-    parameter: str, classes: str, message: str, s2ap: Callable[..., Any], tmp_path: Path
+    parameter, classes, message, s2ap, tmp_path
 ) -> None:
     arch = place(tmp_path, "file", parameter=parameter, classes=classes)
     done = s2ap("pretrain", "--arch", arch, "--data", "digits", "--eps", "0.1", cwd=tmp_path)
@@ -120,7 +109,7 @@ def test_an_own_network_that_does_not_fit_is_refused_before_any_work(
     assert json.loads((tmp_path / "s2ap-run" / "manifest.json").read_text())["stages"] == {}
 
 
-def test_code_that_ends_the_process_is_no_success(tmp_path: Path) -> None:
+def test_code_that_ends_the_process_is_no_success(tmp_path) -> None:
     (tmp_path / "mine.py").write_text("import sys\nsys.exit(0)\n")
     command = ["pretrain", "--arch", "mine.py:net", "--data", "digits", "--eps", "0.1"]
     done = subprocess.run(
@@ -138,9 +127,7 @@ def test_code_that_ends_the_process_is_no_success(tmp_path: Path) -> None:
     assert "SystemExit" in done.stderr
 
 
-def test_a_module_that_only_a_checkpoint_names_is_never_imported(
-    s2ap: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_module_that_only_a_checkpoint_names_is_never_imported(s2ap, tmp_path) -> None:
     arch = place(tmp_path, "file")
     train = ["--data", "digits", "--eps", "0.1", "--epochs", 1, "--output", "mine.pt"]
     assert s2ap("pretrain", "--arch", arch, *train, cwd=tmp_path).code == 0
@@ -148,14 +135,3 @@ def test_a_module_that_only_a_checkpoint_names_is_never_imported(
     for command in (["inspect", "mine.pt"], ["prune", "mine.pt", "--sparsity", "0.8", "--run", "b"]):
         assert s2ap(*command, cwd=tmp_path).code in (0, 2)
     assert not (tmp_path / "marker").exists()
-
-
-@pytest.mark.parametrize(
-    "command", [["prune", "--sparsity", "0.8"], ["inspect"], ["init"], ["plan"], ["run"]]
-)
-def test_a_file_without_the_name_of_its_factory(
-    command: list[str], s2ap: Callable[..., Any], tmp_path: Path
-) -> None:
-    done = s2ap(*command, "mine.pt", "--arch", "mine.py", cwd=tmp_path)
-    assert done.code == 2
-    assert "name also what builds the network in that file: mine.py:FACTORY" in done.err

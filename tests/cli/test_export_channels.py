@@ -1,12 +1,9 @@
 """Runs on channels, exported with smaller layers: through the command, and into plain PyTorch."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +20,12 @@ from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.onnx_export.encoding import decode
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["--preset", "quick", "--search-epochs", 1, "--finetune-epochs", 1, "--batch-size", 512]
-
-
-@pytest.fixture(scope="session")
-def channel_run(
-    s2ap: Callable[..., Any], digits_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A run that kept half of its channels, exported with the pair for PyTorch."""
-    folder = tmp_path_factory.mktemp("channels")
-    prune = ["--granularity", "channel", "--keep-ratio", 0.5, "--eps", "0.5", *SHORT]
-    for command in (["prune", digits_model, *prune], ["certify", "--n", 20], ["export", "--torch"]):
-        done = s2ap(*command, "--threads", 1, cwd=folder)
-        assert done.code == 0, done.err
-    return folder / "s2ap-run"
 
 
 @pytest.fixture
-def own(channel_run: Path, tmp_path: Path) -> Path:
+def own(own_channel_run) -> Path:
     """A copy that a test may spoil."""
-    return Path(shutil.copytree(channel_run, tmp_path / "s2ap-run"))
+    return own_channel_run
 
 
 def report(run: Path) -> dict[str, Any]:
@@ -62,7 +45,7 @@ def real_images(n: int = 64) -> np.ndarray[Any, np.dtype[np.float32]]:
     return pixels
 
 
-def test_the_certificates_network_is_exported_with_half_the_layers(channel_run: Path) -> None:
+def test_the_certificates_network_is_exported_with_half_the_layers(channel_run) -> None:
     told = report(channel_run)
     assert conv_widths(channel_run / "export" / "model.onnx") == [16, 32]
     assert told["points_checks"][0]["clean_disagreements"] == 0
@@ -75,7 +58,7 @@ def test_the_certificates_network_is_exported_with_half_the_layers(channel_run: 
     assert [tensor["channels_after"] for tensor in told["compaction"]["tensors"]] == [16, 32, 64]
 
 
-def test_the_pair_is_the_masked_network_on_real_and_random_images(channel_run: Path) -> None:
+def test_the_pair_is_the_masked_network_on_real_and_random_images(channel_run) -> None:
     masked, _, _ = checkpoint.load(channel_run / "finetune" / "model.safetensors")
     small, info, _ = checkpoint.load(channel_run / "export" / "compact.safetensors")
     assert info.stage == "finetune"
@@ -86,7 +69,7 @@ def test_the_pair_is_the_masked_network_on_real_and_random_images(channel_run: P
     assert sum(p.numel() for p in small.parameters()) * 3 < sum(p.numel() for p in masked.parameters())
 
 
-def test_the_pages_ten_lines_of_pytorch(channel_run: Path) -> None:
+def test_the_pages_ten_lines_of_pytorch(channel_run) -> None:
     text = (ROOT / "docs" / "compact.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
     lines = [line for line in block.splitlines() if line and not line.startswith(("import", "from"))]
@@ -102,29 +85,18 @@ def test_the_pages_ten_lines_of_pytorch(channel_run: Path) -> None:
     np.testing.assert_allclose(found.numpy(), session.run(None, {"image": images})[0], atol=1e-4)
 
 
-def test_inspect_and_certify_read_the_pair(s2ap: Callable[..., Any], own: Path, tmp_path: Path) -> None:
+def test_inspect_and_certify_read_the_pair(s2ap, own, tmp_path) -> None:
     pair = own / "export" / "compact.safetensors"
-    seen = s2ap("inspect", pair, "--json")
-    assert seen.code == 0, seen.err
-    assert [layer["shape"][0] for layer in json.loads(seen.out)["layers"]] == [16, 32, 64, 10]
+    seen = s2ap.ok("inspect", pair, "--json")
+    assert [layer["shape"][0] for layer in seen.answer["layers"]] == [16, 32, 64, 10]
     certify = ["--eps", "0.5", "--n", 10, "--run", tmp_path / "alone", "--threads", 1, "--json"]
-    done = s2ap("certify", pair, *certify)
-    assert done.code == 0, done.err
-    assert json.loads(done.out)["certify"]
+    done = s2ap.ok("certify", pair, *certify)
+    assert done.answer["certify"]
 
 
-def test_a_finished_export_is_not_done_again(s2ap: Callable[..., Any], own: Path) -> None:
-    before = (own / "export" / "report.json").read_bytes()
-    done = s2ap("export", cwd=own.parent)
-    assert done.code == 0
-    assert "export: already done with the same inputs, skipped" in done.err
-    assert (own / "export" / "report.json").read_bytes() == before
-
-
-def test_alignment_fills_up_and_keeps_the_function(s2ap: Callable[..., Any], own: Path) -> None:
-    done = s2ap("export", "--align", 24, "--overwrite", "--json", cwd=own.parent)
-    assert done.code == 0, done.err
-    told = json.loads(done.out)
+def test_alignment_fills_up_and_keeps_the_function(s2ap, own) -> None:
+    done = s2ap.ok("export", "--align", 24, "--overwrite", "--json", cwd=own.parent)
+    told = done.answer
     assert [group["kept"] for group in told["narrowed"]["groups"]] == [24, 48, 72]
     assert conv_widths(own / "export" / "model.onnx") == [24, 48]
     assert told["points_checks"][0]["adversarial_disagreements"] == 0
@@ -133,10 +105,9 @@ def test_alignment_fills_up_and_keeps_the_function(s2ap: Callable[..., Any], own
     assert weights.shape == (48, 24, 3, 3)
 
 
-def test_fewer_channels_are_another_network(s2ap: Callable[..., Any], own: Path) -> None:
-    done = s2ap("export", "--keep-ratio", 0.25, "--align", 8, "--overwrite", "--json", cwd=own.parent)
-    assert done.code == 0, done.err
-    told = json.loads(done.out)
+def test_fewer_channels_are_another_network(s2ap, own) -> None:
+    done = s2ap.ok("export", "--keep-ratio", 0.25, "--align", 8, "--overwrite", "--json", cwd=own.parent)
+    told = done.answer
     assert told["file"] == "model-compact.onnx"
     assert conv_widths(own / "export-compact" / "model-compact.onnx") == [8, 16]
     assert told["points_checks"] == []
@@ -160,82 +131,27 @@ def test_fewer_channels_are_another_network(s2ap: Callable[..., Any], own: Path)
     assert kept.flatten(1).any(1).all()
 
 
-def test_the_gate_does_not_pass_what_no_certificate_covers(s2ap: Callable[..., Any], own: Path) -> None:
+def test_the_gate_does_not_pass_what_no_certificate_covers(s2ap, own) -> None:
     policy = ["gate", "--min-robust", 0, "--rule", "point"]
     assert s2ap(*policy, cwd=own.parent).code == 0
-    done = s2ap("export", "--keep-ratio", 0.25, "--overwrite", cwd=own.parent)
-    assert done.code == 0, done.err
+    s2ap.ok("export", "--keep-ratio", 0.25, "--overwrite", cwd=own.parent)
     assert s2ap(*policy, cwd=own.parent).code == 3
     file = own / "export-compact" / "model-compact.onnx"
-    certified = s2ap("certify", "--artifact", file, "--run", own, "--threads", 1)
-    assert certified.code == 0, certified.err
+    s2ap.ok("certify", "--artifact", file, "--run", own, "--threads", 1)
     assert s2ap(*policy, cwd=own.parent).code == 0
 
 
-def test_a_further_file_leaves_the_options_of_the_first_alone(s2ap: Callable[..., Any], own: Path) -> None:
+def test_a_further_file_leaves_the_options_of_the_first_alone(s2ap, own) -> None:
     before = (own / "recipe.yaml").read_bytes()
     assert s2ap("export", "--keep-ratio", 0.25, cwd=own.parent).code == 0
     assert (own / "recipe.yaml").read_bytes() == before
     again = s2ap("export", "--json", cwd=own.parent)
     assert "already done with the same inputs" in again.err
-    assert json.loads(again.out)["file"] == "model.onnx"
-    assert json.loads(again.out)["points_checks"] != []
+    assert again.answer["file"] == "model.onnx"
+    assert again.answer["points_checks"] != []
 
 
-@pytest.mark.parametrize(
-    ("options", "code"),
-    [
-        (["--keep-ratio", "0"], "option-invalid"),
-        (["--keep-ratio", "-1"], "option-invalid"),
-        (["--keep-ratio", "1.5"], "option-invalid"),
-        (["--keep-ratio", "nan"], "option-invalid"),
-        (["--keep-ratio", "half"], "option-invalid"),
-        (["--align", "0"], "option-invalid"),
-        (["--align", "2000"], "option-invalid"),
-        (["--keep-ratio", "0.25", "--no-compact"], "compact-required"),
-        (["--align", "8", "--no-compact"], "compact-required"),
-        (["--keep-ratio", "0.001"], None),
-        (["--keep-ratio", "0.6"], None),
-        (["--keep-ratio", "0.25", "--align", "64"], None),
-    ],
-)
-def test_what_cannot_be_exported_is_refused_and_nothing_changes(
-    s2ap: Callable[..., Any],
-    own: Path,
-    files_in: Callable[[Path], dict[str, bytes]],
-    options: list[str],
-    code: str | None,
-) -> None:
-    before = files_in(own)
-    done = s2ap("export", *options, "--overwrite", "--json", cwd=own.parent)
-    assert done.code == 2, done.err
-    found = json.loads(done.out)["code"]
-    assert found == code if code is not None else found not in ("internal", "option-invalid")
-    after = files_in(own)
-    assert {name for name in before if before[name] != after.get(name)} <= {"manifest.json", ".lock"}
-
-
-@pytest.mark.parametrize("options", [["--keep-ratio", "0.5"], ["--align", "8"], ["--torch"]])
-def test_a_run_on_weights_has_no_use_for_them(
-    s2ap: Callable[..., Any], own_run: Path, options: list[str]
-) -> None:
-    done = s2ap("export", *options, "--overwrite", cwd=own_run.parent)
-    assert done.code == 2
-    assert f"{options[0]}: the run was pruned by weight" in done.err
-    assert "--granularity channel" in done.err
-    assert (own_run / "export" / "model.onnx").is_file()
-
-
-def test_a_file_in_place_of_the_folder(s2ap: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "s2ap-run").write_text("no folder")
-    done = s2ap("export", "--torch", cwd=tmp_path)
-    assert done.code == 2
-    assert "is a file, not a run folder" in done.err
-
-
-def test_scores_of_another_network_are_refused(
-    s2ap: Callable[..., Any], own: Path, finished_run: Path
-) -> None:
+def test_scores_of_another_network_are_refused(s2ap, own, finished_run) -> None:
     from s2ap_deploy import files
 
     scores = own / "search" / "scores.safetensors"
@@ -245,14 +161,10 @@ def test_scores_of_another_network_are_refused(
         if output["path"] == "search/scores.safetensors":
             output |= {"sha256": files.sha256(scores), "bytes": scores.stat().st_size}
     (own / "manifest.json").write_text(json.dumps(manifest))
-    done = s2ap("export", "--keep-ratio", 0.25, "--overwrite", cwd=own.parent)
-    assert done.code == 2
-    assert "are not those of this network's groups of channels" in done.err
+    s2ap.refused("scores-not-matching", "export", "--keep-ratio", 0.25, "--overwrite", cwd=own.parent)
 
 
-def test_a_pair_that_cannot_be_read_again_leaves_nothing(
-    s2ap: Callable[..., Any], own: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pair_that_cannot_be_read_again_leaves_nothing(s2ap, own, monkeypatch) -> None:
     from s2ap_deploy.stages import export_channels
 
     monkeypatch.setattr(export_channels, "weights_hash", lambda network: str(id(network)).zfill(64)[-64:])

@@ -1,9 +1,6 @@
 """``export`` with other ways to store weights, and with a fixed batch."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,9 @@ import pytest
 
 from s2ap_deploy.codecs.registry import CODECS
 
-Command = Callable[..., Any]
 
-
-def exported(s2ap: Command, run: Path, *options: object) -> dict[str, Any]:
-    done = s2ap("export", *options, "--run", run, "--overwrite", "--threads", 1, "--json")
-    assert done.code == 0, done.err
-    report: dict[str, Any] = json.loads(done.out)
+def exported(s2ap: Any, run: Path, *options: object) -> dict[str, Any]:
+    report: dict[str, Any] = s2ap.json("export", *options, "--run", run, "--overwrite", "--threads", 1)
     return report
 
 
@@ -29,7 +22,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("encoding", [each.name for each in CODECS.values() if each.sparse])
-def test_every_encoding_from_the_command_line(s2ap: Command, own_run: Path, encoding: str) -> None:
+def test_every_encoding_from_the_command_line(s2ap, own_run, encoding) -> None:
     report = exported(s2ap, own_run, "--encoding", encoding)
     assert report["encoding"] == encoding
     assert {row["encoding"] for row in report["tensors"] if len(row["shape"]) > 1} == {encoding}
@@ -39,9 +32,8 @@ def test_every_encoding_from_the_command_line(s2ap: Command, own_run: Path, enco
     assert s2ap("report", own_run, "--output", own_run.parent / "page.html").code == 0
 
 
-def test_float16_values_are_another_network(s2ap: Command, own_run: Path) -> None:
-    done = s2ap("export", "--values", "float16", "--run", own_run, "--overwrite", "--threads", 1)
-    assert done.code == 0, done.err
+def test_float16_values_are_another_network(s2ap, own_run) -> None:
+    done = s2ap.ok("export", "--values", "float16", "--run", own_run, "--overwrite", "--threads", 1)
     folder = own_run / "export-float16-weights"
     file = folder / "model-float16-weights.onnx"
     assert "does not carry over to weights in float16" in done.err
@@ -57,42 +49,38 @@ def test_float16_values_are_another_network(s2ap: Command, own_run: Path) -> Non
     gate = s2ap("gate", "--min-clean", 0, "--rule", "point", "--run", own_run)
     assert gate.code == 3
     assert "certify the file itself" in gate.out
-    certified = s2ap("certify", "--artifact", file, "--run", own_run, "--threads", 1, "--workers", 1)
-    assert certified.code == 0, certified.err
-    gate = s2ap("gate", "--min-clean", 0, "--rule", "point", "--run", own_run)
-    assert gate.code == 0, gate.out
+    s2ap.ok("certify", "--artifact", file, "--run", own_run, "--threads", 1, "--workers", 1)
+    gate = s2ap.ok("gate", "--min-clean", 0, "--rule", "point", "--run", own_run)
     assert "file export-float16-weights/model-float16-weights.onnx is the attacked file" in gate.out
 
 
-def test_int8_values_keep_a_name_of_their_own(s2ap: Command, own_run: Path) -> None:
+def test_int8_values_keep_a_name_of_their_own(s2ap, own_run) -> None:
     report = exported(s2ap, own_run, "--values", "int8")
     assert report["file"] == "model-int8-weights.onnx"
     assert report["rounding"]["flushed"] >= 0
     assert report["quantization"] is None
 
 
-def test_a_fixed_batch(s2ap: Command, own_run: Path) -> None:
+def test_a_fixed_batch(s2ap, own_run) -> None:
     report = exported(s2ap, own_run, "--batch", 4)
     file = own_run / "export" / "model.onnx"
     assert (report["batch"], metadata(file)["s2ap.batch"]) == (4, "4")
     running = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
     assert running.get_inputs()[0].shape == [4, 1, 8, 8]
     assert running.run(None, {"image": np.zeros((4, 1, 8, 8), np.float32)})[0].shape == (4, 10)
-    done = s2ap("certify", "--artifact", file, "--run", own_run, "--threads", 1, "--workers", 1)
-    assert done.code == 0, done.err
+    s2ap.ok("certify", "--artifact", file, "--run", own_run, "--threads", 1, "--workers", 1)
     decoded = s2ap("decode", file, "--output", own_run.parent / "dense.onnx", "--json")
-    assert json.loads(decoded.out)["max_logit_difference"] == 0
+    assert decoded.answer["max_logit_difference"] == 0
 
 
-def test_the_usual_settings_leave_a_finished_export_alone(s2ap: Command, own_run: Path) -> None:
+def test_the_usual_settings_leave_a_finished_export_alone(s2ap, own_run) -> None:
     before = (own_run / "manifest.json").read_text()
-    done = s2ap("export", "--values", "float32", "--batch", "dynamic", "--run", own_run)
-    assert done.code == 0, done.err
+    s2ap.ok("export", "--values", "float32", "--batch", "dynamic", "--run", own_run)
     stages = json.loads((own_run / "manifest.json").read_text())["stages"]
     assert stages["export"] == json.loads(before)["stages"]["export"]
 
 
-def test_float16_values_and_int8_arithmetic_exclude_each_other(s2ap: Command, own_run: Path) -> None:
-    done = s2ap("export", "--values", "float16", "--int8", "--overwrite", "--json", "--run", own_run)
-    assert done.code == 2
-    assert json.loads(done.out)["code"] not in ("internal", "option-invalid")
+def test_float16_values_and_int8_arithmetic_exclude_each_other(s2ap, own_run) -> None:
+    s2ap.refused(
+        "values-with-int8", "export", "--values", "float16", "--int8", "--overwrite", "--run", own_run
+    )

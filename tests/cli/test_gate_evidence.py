@@ -1,7 +1,5 @@
 """What the gate reads: every file that a certificate or a report names, and thresholds on what ships."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -9,7 +7,6 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,12 +18,9 @@ Make = Callable[..., Path]
 EASY = ["--min-robust", "0.5", "--max-drop", "0.1"]
 
 
-def test_a_whole_run_passes_with_one_line_for_all_files_that_are_as_recorded(
-    s2ap: Callable[..., Any], make_run: Make
-) -> None:
+def test_a_whole_run_passes_with_one_line_for_all_files_that_are_as_recorded(s2ap, make_run) -> None:
     folder = make_run()
-    done = s2ap("gate", *EASY, "--run", folder)
-    assert done.code == 0, done.out
+    done = s2ap.ok("gate", *EASY, "--run", folder)
     assert "✓ 6 files are as recorded" in done.out
     assert done.out.splitlines()[-1] == "gate: PASSED"
     verdict = json.loads((folder / "gate" / "verdict.json").read_text())
@@ -48,9 +42,7 @@ NAMED = [
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_swapped_file_fails_and_a_missing_one_is_inconclusive(
-    name: str, s2ap: Callable[..., Any], make_run: Make
-) -> None:
+def test_a_swapped_file_fails_and_a_missing_one_is_inconclusive(name, s2ap, make_run) -> None:
     folder = make_run()
     path = folder / name
     content = path.read_bytes()
@@ -66,43 +58,31 @@ def test_a_swapped_file_fails_and_a_missing_one_is_inconclusive(
     assert s2ap("gate", *EASY, "--run", folder).code == 0
 
 
-def test_a_report_that_speaks_of_another_file_than_the_manifest(
-    s2ap: Callable[..., Any], make_run: Make
-) -> None:
+def test_a_report_that_speaks_of_another_file_than_the_manifest(s2ap, make_run) -> None:
     done = s2ap("gate", *EASY, "--run", make_run(report_changes={"sha256": "0" * 64}))
     assert done.code == 1
     assert "✗ file export/model.onnx is not the one that was checked" in done.out
 
 
 @pytest.mark.parametrize("name", ["../finetune/model.safetensors", "/etc/passwd", "a\\b", ""])
-def test_a_name_in_a_report_that_leads_elsewhere(name: str, s2ap: Callable[..., Any], make_run: Make) -> None:
-    done = s2ap("gate", *EASY, "--run", make_run(report_changes={"file": name}))
-    assert done.code == 2
-    assert "is not the name of something inside" in done.err
+def test_a_name_in_a_report_that_leads_elsewhere(name, s2ap, make_run) -> None:
+    s2ap.refused("path-outside", "gate", *EASY, "--run", make_run(report_changes={"file": name}))
 
 
 @pytest.mark.parametrize("name", ["../export/model.onnx", "/etc/passwd", ".."])
-def test_a_name_in_a_certificate_that_leads_elsewhere(
-    name: str, s2ap: Callable[..., Any], make_run: Make
-) -> None:
+def test_a_name_in_a_certificate_that_leads_elsewhere(name, s2ap, make_run) -> None:
     points = {"points": PointsFile(name=name, sha256="0" * 64)}
     folder, own = make_run(name="other", dense_changes=points), make_run()
     for options in (["--run", folder], ["--run", own, "--baseline", folder / "certify" / "dense.json"]):
-        done = s2ap("gate", *EASY, *options)
-        assert done.code == 2
-        assert "is not the name of something inside" in done.err
+        s2ap.refused("path-outside", "gate", *EASY, *options)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs links")
-def test_a_link_that_leads_out_of_the_folder(
-    s2ap: Callable[..., Any], make_run: Make, tmp_path: Path
-) -> None:
+def test_a_link_that_leads_out_of_the_folder(s2ap, make_run, tmp_path) -> None:
     folder = make_run()
     shutil.move(folder / "export" / "model.onnx", tmp_path / "elsewhere.onnx")
     (folder / "export" / "model.onnx").symlink_to(tmp_path / "elsewhere.onnx")
-    done = s2ap("gate", *EASY, "--run", folder)
-    assert done.code == 2
-    assert "leads out of" in done.err
+    s2ap.refused("path-outside", "gate", *EASY, "--run", folder)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that takes any name")
@@ -110,7 +90,7 @@ def test_a_link_that_leads_out_of_the_folder(
     "name", [b"\xff.onnx", b"x\n::error::y.onnx", b"##[add-mask]x.onnx", b"\x1b[2J.onnx"]
 )
 def test_a_file_whose_name_is_an_attack_is_still_only_an_uncovered_file(
-    name: bytes, s2ap: Callable[..., Any], make_run: Make, tmp_path: Path
+    name, s2ap, make_run, tmp_path
 ) -> None:
     folder = make_run()
     with open(os.path.join(os.fsencode(folder), name), "wb") as stream:
@@ -145,91 +125,53 @@ def test_a_file_whose_name_is_an_attack_is_still_only_an_uncovered_file(
         (["--max-class-drop", 0.001], 3, "too few samples: even none lost of 500"),
     ],
 )
-def test_thresholds_on_what_ships(
-    options: list[Any], code: int, words: str, s2ap: Callable[..., Any], make_run: Make
-) -> None:
+def test_thresholds_on_what_ships(options, code, words, s2ap, make_run) -> None:
     done = s2ap("gate", *options, "--run", make_run())
     assert done.code == code, done.out + done.err
     assert words in done.out
 
 
-def test_a_measured_latency_is_read_where_a_report_has_one(s2ap: Callable[..., Any], make_run: Make) -> None:
+def test_a_measured_latency_is_read_where_a_report_has_one(s2ap, make_run) -> None:
     folder = make_run(report_changes={"latency_ms": 3.5})
     fast = s2ap("gate", "--max-latency-ms", 3.5, "--run", folder)
     assert (fast.code, "latency of export/model.onnx: 3.5 ms; allowed 3.5 ms" in fast.out) == (0, True)
     assert s2ap("gate", "--max-latency-ms", 3.4, "--run", folder).code == 1
 
 
-def test_a_run_without_an_export_has_no_size(s2ap: Callable[..., Any], make_run: Make) -> None:
-    folder = make_run()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["stages"]["export"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    shutil.rmtree(folder / "export")
+def test_a_run_without_an_export_has_no_size(s2ap, make_run, without_stages) -> None:
+    folder = without_stages(make_run(), "export")
     done = s2ap("gate", "--max-bytes", 9, "--min-sparsity", 0.1, "--run", folder)
     assert done.code == 3
     assert "size: there is no exported file" in done.out
     assert "sparsity: there is no exported file" in done.out
 
 
+def certified_at(folder: Path, finished: str | None) -> Path:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["stages"]["certify"]["finished"] = finished
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("days", "allowed", "code"), [(3, "4d", 0), (3, "71h", 3), (3, "1w", 0), (40, "30d", 3), (-1, "9w", 3)]
 )
-def test_an_old_certificate_is_no_evidence(
-    days: int, allowed: str, code: int, s2ap: Callable[..., Any], make_run: Make
-) -> None:
-    folder = make_run()
-    manifest = json.loads((folder / "manifest.json").read_text())
+def test_an_old_certificate_is_no_evidence(days, allowed, code, s2ap, make_run) -> None:
     made = datetime.now(UTC) - timedelta(days=days)
-    manifest["stages"]["certify"]["finished"] = made.isoformat(timespec="seconds")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    folder = certified_at(make_run(), made.isoformat(timespec="seconds"))
     done = s2ap("gate", *EASY, "--max-age", allowed, "--run", folder)
     assert done.code == code, done.out
     assert "age of the certificate" in done.out
 
 
 @pytest.mark.parametrize("finished", [None, "yesterday", "", "2020-01-01"])
-def test_a_certificate_whose_age_nobody_knows(
-    finished: str | None, s2ap: Callable[..., Any], make_run: Make
-) -> None:
-    folder = make_run()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["stages"]["certify"]["finished"] = finished
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+def test_a_certificate_whose_age_nobody_knows(finished, s2ap, make_run) -> None:
+    folder = certified_at(make_run(), finished)
     assert s2ap("gate", *EASY, "--max-age", "1w", "--run", folder).code == 3
     assert s2ap("gate", *EASY, "--run", folder).code == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "code"),
-    [
-        (["--max-age", "soon"], "option-invalid"),
-        (["--max-age", "30d\n", "--min-robust", "0.4"], "option-invalid"),
-        (["--min-sparsity", "90"], "option-invalid"),
-        (["--max-latency-ms", "0"], "option-invalid"),
-        (["--max-latency-ratio", "nan"], "option-invalid"),
-        (["--max-bytes", "0"], "option-invalid"),
-        (["--min-robust", "inf"], "option-invalid"),
-        (["--max-age", "30d"], "threshold-missing"),
-        (["--rule", "point"], "threshold-missing"),
-        (["--min-proven", "1"], "threshold-unprovable"),
-        (["--max-class-drop", "0"], "threshold-unprovable"),
-        ([*EASY, "--baseline", "nowhere.json"], "file-not-read"),
-        ([*EASY, "--baseline", "."], "file-not-read"),
-    ],
-)
-def test_thresholds_that_cannot_be_judged(
-    options: list[str], code: str | None, s2ap: Callable[..., Any], make_run: Make
-) -> None:
-    done = s2ap("gate", *options, "--run", make_run(), "--json")
-    assert done.code == 2, done.out
-    found = json.loads(done.out)["code"]
-    assert found == code if code is not None else found not in ("internal", "option-invalid")
-
-
-def test_the_age_limit_joins_the_recipes_policy_instead_of_replacing_it(
-    s2ap: Callable[..., Any], make_run: Make
-) -> None:
+def test_the_age_limit_joins_the_recipes_policy_instead_of_replacing_it(s2ap, make_run) -> None:
     from s2ap_deploy.recipe import catalog
 
     folder = make_run()
@@ -249,12 +191,11 @@ def test_the_age_limit_joins_the_recipes_policy_instead_of_replacing_it(
 class TestBaseline:
     """``--baseline``: another certificate in place of the run's dense one."""
 
-    def test_the_drop_is_counted_against_it(self, s2ap: Callable[..., Any], make_run: Make) -> None:
+    def test_the_drop_is_counted_against_it(self, s2ap, make_run) -> None:
         folder = make_run(dense=990, pruned=890)
         last = make_run(dense=900, pruned=900, name="last") / "certify" / "pruned.json"
         assert s2ap("gate", "--max-drop", 0.05, "--run", folder).code == 1
-        done = s2ap("gate", "--max-drop", 0.05, "--baseline", last, "--run", folder)
-        assert done.code == 0, done.out
+        done = s2ap.ok("gate", "--max-drop", 0.05, "--baseline", last, "--run", folder)
         assert "10 lost and 0 gained of 1000 = 1.0%" in done.out
 
     @pytest.mark.parametrize(
@@ -266,18 +207,14 @@ class TestBaseline:
             ({"protocol": "aa-adapted"}, "protocol"),
         ],
     )
-    def test_pairs_that_cannot_be_compared_are_refused(
-        self, change: dict[str, Any], named: str, s2ap: Callable[..., Any], make_run: Make
-    ) -> None:
+    def test_pairs_that_cannot_be_compared_are_refused(self, change, named, s2ap, make_run) -> None:
         other = make_run(name="other", changes=change) / "certify" / "pruned.json"
         options = ["--max-drop", 0.5, "--max-class-drop", 0.5, "--baseline", other]
         done = s2ap("gate", *options, "--run", make_run())
         assert done.code == 3
         assert done.out.count(f"cannot be compared, they differ in {named}") == 2
 
-    def test_it_may_travel_alone_but_not_beside_other_points(
-        self, s2ap: Callable[..., Any], make_run: Make, tmp_path: Path
-    ) -> None:
+    def test_it_may_travel_alone_but_not_beside_other_points(self, s2ap, make_run, tmp_path) -> None:
         folder, other = make_run(), make_run(name="other")
         alone = tmp_path / "dense.json"
         shutil.copy(other / "certify" / "dense.json", alone)
@@ -287,9 +224,7 @@ class TestBaseline:
         assert done.code == 1
         assert "✗ file dense-points.safetensors is not the one" in done.out
 
-    def test_a_doctored_one_contradicts_itself(
-        self, s2ap: Callable[..., Any], make_run: Make, tmp_path: Path
-    ) -> None:
+    def test_a_doctored_one_contradicts_itself(self, s2ap, make_run, tmp_path) -> None:
         folder = make_run()
         content = json.loads((folder / "certify" / "dense.json").read_text())
         content["robust"]["k"] = 1
@@ -298,18 +233,15 @@ class TestBaseline:
 
 
 @pytest.mark.parametrize(("count", "code"), [(800, 0), (705, 1), (600, 1)])
-def test_proofs_are_read_where_a_certificate_has_them(
-    count: int, code: int, s2ap: Callable[..., Any], make_run: Make
-) -> None:
+def test_proofs_are_read_where_a_certificate_has_them(count, code, s2ap, make_run) -> None:
     proven = Proven.of(range(count), 1000, method="test", tolerance=0.0)
     done = s2ap("gate", "--min-proven", 0.7, "--run", make_run(changes={"proven": proven}))
     assert done.code == code, done.out
     assert f"provably robust accuracy (lower bound): {count} of 1000" in done.out
 
 
-def test_a_plan_says_before_the_work_what_samples_can_show(s2ap: Callable[..., Any], tmp_path: Path) -> None:
-    done = s2ap("gate", "--plan", 200, "--min-robust", 0.4, cwd=tmp_path)
-    assert done.code == 0
+def test_a_plan_says_before_the_work_what_samples_can_show(s2ap, tmp_path) -> None:
+    done = s2ap.ok("gate", "--plan", 200, "--min-robust", 0.4, cwd=tmp_path)
     assert "on 200 images a network that lost nothing against the dense one shows it in 80%" in done.out
     assert (
         "of cases if the drop that is allowed is at least 3.55% where they differ on 1%, 4.31% where"
@@ -318,5 +250,4 @@ def test_a_plan_says_before_the_work_what_samples_can_show(s2ap: Callable[..., A
     assert "a floor of 40.0% needs 92 of 200 (46.0%) to survive" in done.out
     told = json.loads(s2ap("gate", "--plan", 3, "--min-robust", 0.4, "--json", cwd=tmp_path).out)
     assert (told["n"], told["needed"]) == (3, None)
-    assert s2ap("gate", "--plan", 3, "--min-robust", 2, cwd=tmp_path).code == 2
     assert list(tmp_path.iterdir()) == []

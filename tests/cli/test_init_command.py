@@ -1,11 +1,7 @@
 """``init``: a recipe that ``run`` takes as it is, guesses that are named, one blank at most."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +15,7 @@ QUIET = ["--threads", 1, "--workers", 1, "--quiet"]
 
 
 @pytest.fixture(autouse=True)
-def no_data_root(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_data_root(monkeypatch) -> None:
     """What the suite was started with is not what these commands are about."""
     monkeypatch.delenv("S2AP_DATA_ROOT", raising=False)
 
@@ -30,12 +26,9 @@ def foreign(path: Path, arch: str, classes: int | None = None) -> Path:
     return path
 
 
-def test_a_checkpoint_of_ours_needs_nothing(
-    digits_model: Path, tmp_path: Path, s2ap: Callable[..., Any]
-) -> None:
+def test_a_checkpoint_of_ours_needs_nothing(digits_model, tmp_path, s2ap) -> None:
     (tmp_path / "model.pt").write_bytes(digits_model.read_bytes())
-    done = s2ap("init", "model.pt", cwd=tmp_path)
-    assert done.code == 0, done.err
+    done = s2ap.ok("init", "model.pt", cwd=tmp_path)
     assert done.out.splitlines() == ["wrote recipe.yaml", "next: s2ap-deploy run recipe.yaml"]
     recipe = catalog.load(str(tmp_path / "recipe.yaml"))
     assert (recipe.model.arch, recipe.model.checkpoint) == ("digits-conv", "model.pt")
@@ -45,7 +38,7 @@ def test_a_checkpoint_of_ours_needs_nothing(
     assert text.count("  # ") > 10
 
 
-def test_run_accepts_it_as_it_is(digits_model: Path, tmp_path: Path, s2ap: Callable[..., Any]) -> None:
+def test_run_accepts_it_as_it_is(digits_model, tmp_path, s2ap) -> None:
     (tmp_path / "model.pt").write_bytes(digits_model.read_bytes())
     assert s2ap("init", "model.pt", "--output", "mine.yaml", "--eps", "0.5", cwd=tmp_path).code == 0
     short = ["prune.search.epochs=1", "prune.finetune.epochs=1", "certify.n=20", "prune.warmup_epochs=0"]
@@ -64,19 +57,9 @@ def test_run_accepts_it_as_it_is(digits_model: Path, tmp_path: Path, s2ap: Calla
         ("cifar-resnet20", 100, "cifar100", "8/255", None),
     ],
 )
-def test_a_foreign_file_gets_guesses_that_are_named(
-    tmp_path: Path,
-    s2ap: Callable[..., Any],
-    arch: str,
-    classes: int | None,
-    data: str,
-    eps: str,
-    others: str | None,
-) -> None:
+def test_a_foreign_file_gets_guesses_that_are_named(tmp_path, s2ap, arch, classes, data, eps, others) -> None:
     foreign(tmp_path / "foreign.pth", arch, classes)
-    done = s2ap("init", "foreign.pth", "--json", cwd=tmp_path)
-    assert done.code == 0, done.err
-    told = json.loads(done.out)
+    told = s2ap.json("init", "foreign.pth", cwd=tmp_path)
     assert (told["guesses"], told["blanks"]) == (["data.name", "threat.eps"], [])
     assert told["command"] == "s2ap-deploy run recipe.yaml --data-root data --download"
     recipe = catalog.load(str(tmp_path / "recipe.yaml"))
@@ -86,9 +69,7 @@ def test_a_foreign_file_gets_guesses_that_are_named(
     assert (f"{others} has the same shape" in text) == (others is not None)
 
 
-def test_data_that_lie_where_run_looks_are_not_fetched(
-    tmp_path: Path, s2ap: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_that_lie_where_run_looks_are_not_fetched(tmp_path, s2ap, monkeypatch) -> None:
     foreign(tmp_path / "foreign.pth", "mnist-conv")
     told = ["init", "foreign.pth", "--overwrite", "--json"]
 
@@ -105,29 +86,25 @@ def test_data_that_lie_where_run_looks_are_not_fetched(
     assert command() == "s2ap-deploy run recipe.yaml"
 
 
-def test_data_that_nobody_can_guess_are_the_one_blank_and_run_names_it(
-    tmp_path: Path, s2ap: Callable[..., Any]
-) -> None:
+def test_data_that_nobody_can_guess_are_the_one_blank_and_run_names_it(tmp_path, s2ap) -> None:
     foreign(tmp_path / "foreign.pth", "cifar-resnet20", 7)
-    done = s2ap("init", "foreign.pth", cwd=tmp_path)
-    assert done.code == 0, done.err
+    done = s2ap.ok("init", "foreign.pth", cwd=tmp_path)
     assert "a blank, fill it in: data.name" in done.out
     text = (tmp_path / "recipe.yaml").read_text()
     assert text.count("<- FILL IN") == 1
     line = 1 + next(number for number, each in enumerate(text.splitlines()) if "<- FILL IN" in each)
-    refused = s2ap("run", "recipe.yaml", *QUIET, cwd=tmp_path)
-    assert refused.code == 2
-    assert f"recipe.yaml, line {line}: data.name" in refused.err
+    refused = s2ap.refused("value-invalid", "run", "recipe.yaml", *QUIET, cwd=tmp_path)
+    assert refused.answer["error"].startswith(f"recipe.yaml, line {line}: data.name")
     (tmp_path / "recipe.yaml").write_text(text.replace("name: null", "name: imagefolder:photos"))
     assert catalog.load(str(tmp_path / "recipe.yaml")).data.size == (3, 32, 32)
 
 
-def test_options_are_taken_as_they_are(tmp_path: Path, s2ap: Callable[..., Any]) -> None:
+def test_options_are_taken_as_they_are(tmp_path, s2ap) -> None:
     foreign(tmp_path / "foreign.pth", "cifar-resnet20")
     asked = ["--data", "svhn", "--eps", "0.5", "--norm", "L2", "--sparsity", 0.75]
     norm = ["--mean", "0.49,0.48,0.45", "--std", "0.25,0.24,0.26"]
     done = s2ap("init", "foreign.pth", *asked, *norm, "--json", cwd=tmp_path)
-    assert json.loads(done.out)["guesses"] == []
+    assert done.answer["guesses"] == []
     recipe = catalog.load(str(tmp_path / "recipe.yaml"))
     assert recipe.prune is not None
     assert recipe.model.normalization is not None
@@ -135,9 +112,7 @@ def test_options_are_taken_as_they_are(tmp_path: Path, s2ap: Callable[..., Any])
     assert recipe.model.normalization.mean == (0.49, 0.48, 0.45)
 
 
-def test_code_of_ones_own_goes_into_the_command_and_never_into_the_recipe(
-    tmp_path: Path, s2ap: Callable[..., Any]
-) -> None:
+def test_code_of_ones_own_goes_into_the_command_and_never_into_the_recipe(tmp_path, s2ap) -> None:
     (tmp_path / "net.py").write_text(
         "from torch import nn\n"
         "def small(num_classes=10):\n"
@@ -145,26 +120,21 @@ def test_code_of_ones_own_goes_into_the_command_and_never_into_the_recipe(
         "small.input_size = (1, 8, 8)\n"
     )
     torch.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).state_dict(), tmp_path / "own.pt")
-    done = s2ap("init", "own.pt", "--arch", "net.py:small", "--json", cwd=tmp_path)
-    assert done.code == 0, done.err
-    assert json.loads(done.out)["command"] == "s2ap-deploy run recipe.yaml --arch net.py:small"
+    done = s2ap.ok("init", "own.pt", "--arch", "net.py:small", "--json", cwd=tmp_path)
+    assert done.answer["command"] == "s2ap-deploy run recipe.yaml --arch net.py:small"
     recipe = catalog.load(str(tmp_path / "recipe.yaml"))
     assert (recipe.model.arch, recipe.data.name) == (None, "digits")
 
 
-def test_a_file_that_is_there_stays(digits_model: Path, tmp_path: Path, s2ap: Callable[..., Any]) -> None:
+def test_a_file_that_is_there_stays(digits_model, tmp_path, s2ap) -> None:
     (tmp_path / "recipe.yaml").write_text("mine\n")
-    done = s2ap("init", digits_model, cwd=tmp_path)
-    assert done.code == 2
-    assert "recipe.yaml exists" in done.err
+    s2ap.refused("output-exists", "init", digits_model, cwd=tmp_path)
     assert (tmp_path / "recipe.yaml").read_text() == "mine\n"
     assert s2ap("init", digits_model, "--overwrite", cwd=tmp_path).code == 0
     assert catalog.load(str(tmp_path / "recipe.yaml")).model.checkpoint == str(digits_model)
 
 
-def test_an_odd_name_breaks_neither_comment_nor_recipe(
-    digits_model: Path, tmp_path: Path, s2ap: Callable[..., Any]
-) -> None:
+def test_an_odd_name_breaks_neither_comment_nor_recipe(digits_model, tmp_path, s2ap) -> None:
     odd = tmp_path / "a: b\n# c 'd' [é].pt"
     odd.write_bytes(digits_model.read_bytes())
     assert s2ap("init", odd.name, cwd=tmp_path).code == 0

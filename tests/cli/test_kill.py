@@ -1,7 +1,5 @@
 """SIGKILL at random moments of the whole path: resumed, it ends with the tensors of an undisturbed run."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -87,7 +85,7 @@ def fingerprint(run: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
+def undisturbed(tmp_path_factory) -> tuple[str, float]:
     """The hash of an uninterrupted run, and its seconds."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     started = time.monotonic()
@@ -98,9 +96,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("number", range(ROUNDS))
-def test_a_killed_run_resumes_to_the_same_tensors(
-    number: int, undisturbed: tuple[str, float], tmp_path: Path
-) -> None:
+def test_a_killed_run_resumes_to_the_same_tensors(number, undisturbed, tmp_path) -> None:
     wanted, seconds = undisturbed
     seed = time.time_ns()
     moments = random.Random(seed)

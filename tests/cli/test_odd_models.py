@@ -1,12 +1,5 @@
 """Networks that an attack says little about: each is told by name, and none passes a gate."""
 
-from __future__ import annotations
-
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
@@ -47,29 +40,22 @@ make.input_size = (1, 8, 8)
         ("return 1000 * logits", "loss_of_precision", "float32 is too coarse"),
     ],
 )
-def test_a_doubtful_network_makes_the_gate_inconclusive(
-    body: str, flag: str, words: str, s2ap: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_doubtful_network_makes_the_gate_inconclusive(body, flag, words, s2ap, tmp_path) -> None:
     (tmp_path / "net.py").write_text(NETWORK.format(body=body))
     torch.manual_seed(0)
     torch.save({"layer.weight": torch.randn(10, 64), "layer.bias": torch.zeros(10)}, tmp_path / "model.pt")
     certify = ["certify", "model.pt", "--arch", "net.py:make", "--data", "digits", "--eps", "0.9", "--n", 10]
-    done = s2ap(*certify, "--threads", 1, "--workers", 1, "--json", cwd=tmp_path)
-    assert done.code == 0, done.err
-    assert flag in json.loads(done.out)["certify"]["dense"]["flags"]
+    done = s2ap.ok(*certify, "--threads", 1, "--workers", 1, "--json", cwd=tmp_path)
+    assert flag in done.answer["certify"]["dense"]["flags"]
     assert f"reliability flag {flag}" in done.err
     gate = s2ap("gate", "--min-clean", 0, "--rule", "point", cwd=tmp_path)
     assert gate.code == 3, gate.out
     assert words in gate.out
 
 
-def test_logits_that_are_not_finite_are_an_error_and_no_accuracy(
-    s2ap: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_logits_that_are_not_finite_are_an_error_and_no_accuracy(s2ap, tmp_path) -> None:
     (tmp_path / "net.py").write_text(NETWORK.format(body="return logits / (x.max() < 0)"))
     torch.save({"layer.weight": torch.ones(10, 64), "layer.bias": torch.zeros(10)}, tmp_path / "model.pt")
     certify = ["certify", "model.pt", "--arch", "net.py:make", "--data", "digits", "--eps", "0.9", "--n", 10]
-    done = s2ap(*certify, "--threads", 1, "--workers", 1, cwd=tmp_path)
-    assert done.code == 2
-    assert "the classifier returns logits that are not finite" in done.err
+    s2ap.refused("logits-not-finite", *certify, "--threads", 1, "--workers", 1, cwd=tmp_path)
     assert not (tmp_path / "s2ap-run" / "certify" / "dense.json").exists()

@@ -1,7 +1,5 @@
 """Real processes on real folders: signals, workers, locks and full disks."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -81,9 +79,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 240) -> None:
         pytest.param(signal.SIGKILL, -signal.SIGKILL, "", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_ends_the_workers_too(
-    sent: signal.Signals, code: int, words: str, digits_model: Path, tmp_path: Path
-) -> None:
+def test_a_signal_ends_the_workers_too(sent, code, words, digits_model, tmp_path) -> None:
     with running(tmp_path, "certify", digits_model, "--n", 110, "--workers", 2) as process:
         wait_for(lambda: len(children(process.pid)) == 2)
         workers = children(process.pid)
@@ -99,7 +95,7 @@ def test_a_signal_ends_the_workers_too(
         wait_for(lambda: not any(map(alive, workers)), seconds=30)
 
 
-def test_training_that_was_terminated_continues(s2ap: Callable[..., Any], tmp_path: Path) -> None:
+def test_training_that_was_terminated_continues(s2ap, tmp_path) -> None:
     train = ["pretrain", "--data", "digits", "--arch", "digits-conv", "--eps", "0.1", "--threads", 1]
     train += ["--epochs", 4, "--batch-size", 512]
     snapshot = tmp_path / "s2ap-run" / "pretrain" / "snapshot.safetensors"
@@ -109,8 +105,7 @@ def test_training_that_was_terminated_continues(s2ap: Callable[..., Any], tmp_pa
         process.communicate(timeout=120)
         assert process.returncode == 3
     assert s2ap(*train, cwd=tmp_path).code == 2
-    resumed = s2ap(*train, "--resume", cwd=tmp_path)
-    assert resumed.code == 0, resumed.err
+    resumed = s2ap.ok(*train, "--resume", cwd=tmp_path)
     assert "epoch 1/4" not in resumed.err
     assert s2ap(*train, "--run", "straight", cwd=tmp_path).code == 0
     hashes = [
@@ -119,9 +114,7 @@ def test_training_that_was_terminated_continues(s2ap: Callable[..., Any], tmp_pa
     assert hashes[0] == hashes[1]
 
 
-def test_two_processes_never_share_a_folder(
-    s2ap: Callable[..., Any], digits_model: Path, tmp_path: Path
-) -> None:
+def test_two_processes_never_share_a_folder(s2ap, digits_model, tmp_path) -> None:
     train = ["pretrain", "--data", "digits", "--arch", "digits-conv", "--eps", "0.1", "--epochs", 1000]
     snapshot = tmp_path / "s2ap-run" / "pretrain" / "snapshot.safetensors"
     with running(tmp_path, *train) as process:
@@ -133,9 +126,7 @@ def test_two_processes_never_share_a_folder(
             ["gate", "--min-robust", 0.4],
             [*train, "--resume"],
         ):
-            done = s2ap(*arguments, cwd=tmp_path)
-            assert done.code == 2
-            assert f"s2ap-run is in use by process {process.pid}" in done.err
+            s2ap.refused("run-folder-in-use", *arguments, cwd=tmp_path)
         process.kill()
         process.communicate()
     assert "was started and did not finish" in s2ap(*train, cwd=tmp_path).err  # the lock died with it
@@ -174,7 +165,7 @@ def on_a_full_disk(cwd: Path, most: int, arguments: Sequence[object]) -> subproc
     ],
 )
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(
-    name: str, most: int, s2ap: Callable[..., Any], digits_model: Path, finished_run: Path, tmp_path: Path
+    name, most, s2ap, digits_model, finished_run, tmp_path
 ) -> None:
     shutil.copy(digits_model, tmp_path / "model.pt")
     run = tmp_path / "s2ap-run"
@@ -205,14 +196,13 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(
             for output in record["outputs"]:
                 assert files.sha256(run / output["path"]) == output["sha256"]
 
-    again = s2ap(*arguments, "--resume", cwd=tmp_path)
-    assert again.code == 0, again.err
+    s2ap.ok(*arguments, "--resume", cwd=tmp_path)
     for output in ("finetune/model.safetensors", "certify/pruned-points.safetensors"):
         if (run / output).exists():
             assert files.sha256(run / output) == files.sha256(finished_run / output)
 
 
-def test_no_space_has_its_own_words(s2ap: Callable[..., Any], digits_model: Path, tmp_path: Path) -> None:
+def test_no_space_has_its_own_words(s2ap, digits_model, tmp_path) -> None:
     fail = (
         "import errno, os, sys; from s2ap_deploy import files\n"
         "def full(path): raise OSError(errno.ENOSPC, 'No space left on device')\n"

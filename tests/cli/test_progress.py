@@ -1,7 +1,5 @@
 """What a terminal and a log show of long work."""
 
-from __future__ import annotations
-
 import io
 import sys
 import time
@@ -55,7 +53,7 @@ def test_a_row_beside_a_bar_fits_eighty_columns() -> None:
     assert progress.bar_text(UNIT) == "apgd-ce  17 unbroken"
 
 
-def test_a_log_has_one_line_per_row_and_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_has_one_line_per_row_and_tells_the_time_left(monkeypatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     lines, stream = log()
@@ -73,9 +71,7 @@ def test_a_log_has_one_line_per_row_and_tells_the_time_left(monkeypatch: pytest.
     assert last == "search: done in 10.0 s"
 
 
-def test_a_log_gives_a_sign_of_life_and_does_not_count_what_was_done_before(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_log_gives_a_sign_of_life_and_does_not_count_what_was_done_before(monkeypatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     lines, stream = log()
@@ -87,7 +83,7 @@ def test_a_log_gives_a_sign_of_life_and_does_not_count_what_was_done_before(
     assert "finetune: 70 of 100 steps, 1.0/s, about 30 s left" in stream.getvalue()
 
 
-def test_a_log_guesses_no_time_from_the_first_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_guesses_no_time_from_the_first_steps_alone(monkeypatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     lines, stream = log()
@@ -124,7 +120,7 @@ def test_a_terminal_shows_stage_epoch_loss_robust_accuracy_and_time_left() -> No
 
 
 @pytest.mark.parametrize("stage", ["end", "error"])
-def test_the_cursor_comes_back(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cursor_comes_back(stage, monkeypatch) -> None:
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.delenv("CI", raising=False)
@@ -151,7 +147,7 @@ def chosen() -> Recorder:
         return shown
 
 
-def test_the_display_fits_where_stderr_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_display_fits_where_stderr_goes(monkeypatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert isinstance(chosen(), progress.Lines)
     monkeypatch.setattr(sys, "stderr", Terminal())

@@ -1,10 +1,9 @@
 """Refusals: exit code 2, one error with its code, no traceback, nothing half-written."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,356 @@ from typing import Any
 import pytest
 import torch
 
-FOREIGN = ["--data", "digits", "--eps", "0.1"]
+# One refusal per line: the code of the error, and the command.
+# In a folder with a model, a foreign checkpoint, recipes and files that must not be lost.
+DESK = """
+option-invalid                prune model.pt --sparsity 1.0
+option-invalid                prune model.pt --sparsity -0.1
+option-invalid                prune model.pt --sparsity 0
+option-invalid                prune model.pt --sparsity abc
+option-invalid                prune model.pt --sparsity nan
+option-invalid                prune nowhere.pt --sparsity 2
+option-invalid                prune model.pt --sparsity 0.9 --eps 8/0
+option-invalid                prune model.pt --sparsity 0.9 --eps -1
+option-invalid                prune model.pt --sparsity 0.9 --norm L3
+option-invalid                prune model.pt --sparsity 0.9 --gamma -1
+option-invalid                prune model.pt --sparsity 0.9 --gamma nan
+option-invalid                prune model.pt --sparsity 0.9 --search-epochs 0
+option-invalid                prune model.pt --sparsity 0.9 --mean 0.5 --std half
+option-invalid                prune model.pt --sparsity 0.9 --data minst
+option-invalid                prune model.pt --sparsity 0.9 --seed -1
+option-invalid                prune model.pt --sparsity 0.9 --granularity 4:2
+option-invalid                prune model.pt --sparsity 0.9 --method hydr
+option-invalid                prune model.pt --sparsity 0.9 --arch net.py
+option-invalid                demo --sparsity 1.0
+option-invalid                pretrain --data digits --arch digits-conv --eps 0.1 --learning-rate 0
+option-invalid                export --opset 11
+option-invalid                export --batch 0
+option-invalid                export --batch 1025
+option-invalid                export --batch -1
+option-invalid                export --batch ²
+option-invalid                export --batch many
+option-invalid                export --values f8
+option-invalid                export --encoding huffman
+option-invalid                export --opset 11 --encoding gaps
+option-invalid                gate --min-robust 40
+option-invalid                gate --min-robust nan
+option-invalid                gate --max-drop -0.1
+option-invalid                gate --max-age soon
+option-unknown                prune model.pt --sparsity 0.9 --sparsty 0.9
+option-unknown                demo --nonsense
+option-missing                prune
+option-missing                pretrain
+option-missing                pretrain --data digits --eps 0.1
+usage                         recipes --json list
+command-unknown               nonsense
+command-unknown               prnue model.pt
+sparsity-missing              prune model.pt
+gamma-zero                    prune model.pt --sparsity 0.9 --gamma 0
+warmup-too-long               prune model.pt --sparsity 0.9 --warmup-epochs 20
+key-missing                   prune model.pt --sparsity 0.9 --mean 0.5
+normalization-invalid         prune model.pt --sparsity 0.9 --mean 0.5 --std 0
+normalization-invalid         prune model.pt --sparsity 0.9 --mean nan --std 1
+normalization-channel-mismatch prune model.pt --sparsity 0.9 --mean 0.5,0.5 --std 1,1
+steps-not-rising              prune model.pt --sparsity 0.9 --steps 0.9,0.8
+s2ap-needs-learned-scores     prune model.pt --sparsity 0.9 --method magnitude --s2ap
+gate-with-full                certify --full --min-robust 0.1
+first-with-sample-seed        certify --first --sample-seed 1
+artifact-with-network-options certify model.pt --artifact x.onnx
+artifact-with-network-options certify --artifact x.onnx --curve
+entry-missing                 certify --ap-method X
+entry-incomplete              certify --ap-benchmark-entry e.json
+entry-needs-pruned-run        certify model.pt --ap-benchmark-entry e.json --ap-method X --ap-paper p
+model-missing                 plan
+normalization-incomplete      init model.pt --mean 0.5
+s2ap-needs-learned-scores     prune model.pt --sparsity 0.9 --method random --s2ap
+budget-unfit                  prune model.pt --sparsity 0.9 --method hydra --budget learned
+budget-unfit                  prune model.pt --sparsity 0.9 --method harp --budget erk
+sparsity-contradicts-pattern  prune model.pt --sparsity 0.9 --granularity 2:4
+budget-unfit                  prune model.pt --sparsity 0.9 --granularity channel --budget erk
+budget-unfit                  prune model.pt --sparsity 0.9 --budget macs
+steps-need-finetuning         prune model.pt --sparsity 0.9 --method rst --steps 0.5
+keep-ratio-unused             prune model.pt --keep-ratio 0.5
+steps-not-rising              prune model.pt --steps 0.9,0.5 --sparsity 0.95
+data-missing                  prune foreign.pth --sparsity 0.9
+eps-missing                   prune foreign.pth --sparsity 0.9 --data digits
+data-size-mismatch            prune model.pt --sparsity 0.9 --data mnist
+image-folder-missing          prune model.pt --sparsity 0.9 --data imagefolder:nowhere
+architecture-unknown          prune model.pt --sparsity 0.9 --arch digit-conv
+architecture-mismatch         prune model.pt --sparsity 0.9 --arch mnist-conv
+architecture-file-missing     prune model.pt --sparsity 0.9 --arch nowhere.py:net
+device-unusable               prune model.pt --sparsity 0.9 --device cuda:99
+run-folder-is-file            prune model.pt --sparsity 0.9 --run model.pt
+folder-not-created            prune model.pt --sparsity 0.9 --run model.pt/below
+run-folder-foreign            prune model.pt --sparsity 0.9 --run thesis
+data-size-mismatch            pretrain --data digits --arch cifar-resnet18 --eps 0.1
+run-missing                   certify
+run-missing                   export --onnx
+run-missing                   gate --min-robust 0.4
+checkpoint-missing            inspect nowhere.pt
+sparsity-missing              plan --arch digits-conv
+option-invalid                plan --arch digits-conv --sparsity 1.5
+option-invalid                plan --arch digits-conv --granularity 5:4
+align-unused                  plan --arch digits-conv --sparsity 0.9 --align 8
+option-invalid                plan --arch digits-conv --sparsity 0.9 --input-size 3,32
+network-cannot-run            plan --arch digits-conv --sparsity 0.9 --input-size 3,8,8
+option-invalid                plan --arch digits-conv --sparsity 0.9 --num-classes 1
+target-unknown                plan --arch digits-conv --sparsity 0.9 --target arm64
+keep-ratio-too-low            plan --arch digits-conv --granularity channel --keep-ratio 0.001
+keep-ratio-unused             plan --arch digits-conv --granularity channel --keep-ratio 0.5 --sparsity 0.5
+architecture-unknown          plan --arch digit-conv --sparsity 0.9
+checkpoint-missing            plan nowhere.pt --sparsity 0.9
+target-unknown                targets show nope
+usage                         targets shwo
+checkpoint-missing            init nowhere.pt
+output-format-unknown         init model.pt --output recipe.txt
+folder-missing                init model.pt --output no/recipe.yaml
+option-invalid                init model.pt --data imagenet
+option-invalid                init model.pt --eps 0
+keep-unused                   init model.pt --keep 0.5
+option-invalid                init model.pt --sparsity 1
+output-exists                 pretrain --data digits --arch digits-conv --eps 0.1 --output old.pt
+output-format-unknown         pretrain --data digits --arch digits-conv --eps 0.1 --output x.onnx
+folder-missing                pretrain --data digits --arch digits-conv --eps 0.1 --output no/x.pt
+recipe-unknown                run dmeo
+recipe-unknown                recipes nonsense
+recipe-missing                run nowhere.yaml
+key-unknown                   run bad.yaml
+key-unknown                   recipes bad.yaml
+architecture-not-registered   run own-code.yaml
+architecture-not-registered   run demo --set model.arch=file.py:net
+value-invalid                 run demo --set prune.sparsity=abc
+value-invalid                 run demo --set prune.sparsity=1.0
+key-unknown                   run demo --set prune.sparsty=0.9
+override-malformed            run demo --set sparsity
+arch-already-decided          run demo --arch digits-conv
+option-invalid                sweep demo --seeds 0
+recipe-unknown                recipes dmeo
+recipe-missing                recipes show nowhere.yaml
+option-missing                recipes show
+value-invalid                 recipes show demo --set prune.sparsity=7
+usage                         recipes --json show demo
+option-unknown                recipes --nonsense
+option-invalid                sweep small.yaml --sparsity 0.9,,0.5
+option-invalid                sweep small.yaml --sparsity 0.9,2
+option-invalid                sweep small.yaml --method hydra,hrap
+combinations-impossible       sweep small.yaml --method random --s2ap on
+prune-section-missing         sweep small.yaml --set prune=null
+arch-already-decided          sweep small.yaml --arch digits-conv
+option-invalid                inspect model.pt --arch net.py
+option-invalid                init model.pt --arch net.py
+option-invalid                plan model.pt --arch net.py
+option-invalid                run model.pt --arch net.py
+output-exists                 init model.pt --output bad.yaml
+option-invalid                pretrain --data digits --arch digits-conv --eps 0.1 --precision fp8
+option-unknown                certify --precision bf16
+run-missing                   report nowhere
+run-missing                   compare nowhere nowhere
+runs-too-few                  compare nowhere
+option-missing                compare
+run-folder-is-file            export --torch --run old.pt
+"""
+# Beside a finished run.
+FINISHED = """
+already-decided               certify --data mnist
+already-decided               certify --eps 0.2 --norm L2
+arch-already-decided          certify --arch digits-conv
+option-invalid                certify --n 0
+stage-inputs-changed          certify --n 501
+gate-with-full                certify --full --min-robust 0.5
+gate-with-full                certify --full --gate point
+threshold-missing             certify --gate point
+option-invalid                certify --min-robust nan
+threshold-unprovable          certify --max-drop 0
+stage-inputs-changed          certify --n 41
+run-holds-pruned-network      certify model.pt --eps 0.5 --n 40
+arch-already-decided          export --arch digits-conv
+stage-inputs-changed          export --opset 21
+stage-inputs-changed          export --values float16
+output-exists                 export --output s2ap-run/export/model.onnx
+folder-missing                export --output no/model.onnx
+output-format-unknown         export --output model.tflite
+threshold-missing             gate
+threshold-unprovable          gate --min-robust 1.0
+report-place-invalid          gate --min-robust 0.4 --junit s2ap-run/x.xml
+folder-missing                gate --min-robust 0.4 --junit no/x.xml
+reports-share-file            gate --min-robust 0.4 --junit x --sarif x
+output-inside-run             verify s2ap-run/certify/pruned.json --in-toto s2ap-run/s.json
+stage-inputs-changed          prune model.pt --sparsity 0.95 --search-epochs 1 --finetune-epochs 1 --eps 0.5
+folder-not-created            report s2ap-run --output model.pt
+file-not-read                 decode none.onnx --output d.onnx
+file-not-onnx                 decode garbage.onnx --output d.onnx
+file-not-onnx                 decode empty.onnx --output d.onnx
+file-not-read                 decode folder --output d.onnx
+file-not-onnx                 decode torn.onnx --output d.onnx
+output-format-unknown         decode garbage.onnx --output d.pt
+folder-missing                decode garbage.onnx --output no/d.onnx
+folder-missing                decode garbage.onnx --output empty.onnx/d.onnx
+option-missing                decode garbage.onnx
+option-missing                decode
+output-exists                 decode s2ap-run/export/model.onnx --output garbage.onnx
+certificate-missing           verify nowhere.json
+certificate-missing           verify s2ap-run
+run-folder-missing            verify s2ap-run/certify/pruned.json --run nowhere
+record-kind-wrong             verify s2ap-run/manifest.json --run s2ap-run
+record-not-json               verify s2ap-run/recipe.yaml --run s2ap-run
+record-version-unknown        verify old.json --run s2ap-run
+record-invalid                verify odd.json --run s2ap-run
+run-folder-missing            verify odd.json
+option-invalid                verify s2ap-run/certify/pruned.json --k -1
+folder-missing                verify s2ap-run/certify/pruned.json --in-toto no/st.json
+output-format-unknown         verify s2ap-run/certify/pruned.json --in-toto st.txt
+output-inside-run             verify s2ap-run/certify/pruned.json --in-toto s2ap-run/certify/pruned.json
+verify-files-excludes-attacks verify s2ap-run/certify/pruned.json --files --k 5
+verify-files-excludes-attacks verify s2ap-run/certify/pruned.json --files --in-toto st.json
+arch-already-decided          verify s2ap-run/certify/pruned.json --arch digits-conv
+device-unusable               verify s2ap-run/certify/pruned.json --device cuda:99
+option-missing                verify
+channels-not-pruned           export --keep-ratio 0.5 --overwrite
+channels-not-pruned           export --align 8 --overwrite
+channels-not-pruned           export --torch --overwrite
+target-pattern-missing        export --target tensorrt-2-4 --overwrite
+target-budget-missing         export --target microcontroller --overwrite
+target-dtype-unsupported      export --target microcontroller --values float16 --overwrite
+target-encoding-unsupported   export --target openvino --encoding coo --overwrite
+target-unknown                export --target opnvino --overwrite
+option-invalid                certify --track wandb
+"""
+# Beside a run made of records alone, for the gate.
+RECORDS = """
+option-invalid                gate --max-age soon
+option-invalid                gate --min-sparsity 90
+option-invalid                gate --max-latency-ms 0
+option-invalid                gate --max-latency-ratio nan
+option-invalid                gate --max-bytes 0
+option-invalid                gate --min-robust inf
+threshold-missing             gate --max-age 30d
+threshold-missing             gate --rule point
+threshold-unprovable          gate --min-proven 1
+threshold-unprovable          gate --max-class-drop 0
+file-not-read                 gate --min-robust 0.5 --baseline nowhere.json
+file-not-read                 gate --min-robust 0.5 --baseline .
+report-place-invalid          gate --min-robust 0.5 --junit s2ap-run/manifest.json
+report-place-invalid          gate --min-robust 0.5 --sarif s2ap-run/certify/dense.json
+report-place-invalid          gate --min-robust 0.5 --summary s2ap-run/gate/verdict.json
+report-place-invalid          gate --min-robust 0.5 --junit .
+report-place-invalid          gate --min-robust 0.5 --sarif /dev/stdout
+report-place-invalid          gate --min-robust 0.5 --sarif link
+folder-missing                gate --min-robust 0.5 --junit nowhere/g.xml
+reports-share-file            gate --min-robust 0.5 --junit g --sarif ./g
+option-invalid                gate --plan 3 --min-robust 2
+"""
+# Beside a finished run that was pruned by channel.
+CHANNELS = """
+option-invalid                export --keep-ratio 0 --overwrite
+option-invalid                export --keep-ratio -1 --overwrite
+option-invalid                export --keep-ratio 1.5 --overwrite
+option-invalid                export --keep-ratio nan --overwrite
+option-invalid                export --keep-ratio half --overwrite
+option-invalid                export --align 0 --overwrite
+option-invalid                export --align 2000 --overwrite
+compact-required              export --keep-ratio 0.25 --no-compact --overwrite
+compact-required              export --align 8 --no-compact --overwrite
+keep-ratio-too-low            export --keep-ratio 0.001 --overwrite
+keep-ratio-too-high           export --keep-ratio 0.6 --overwrite
+align-unaffordable            export --keep-ratio 0.25 --align 64 --overwrite
+"""
+
+
+def refusals() -> list[tuple[str, str, str]]:
+    """Return (place, code, command) for every line of the tables."""
+    places = {"desk": DESK, "finished": FINISHED, "records": RECORDS, "channels": CHANNELS}
+    return [
+        (place, *row.split(maxsplit=1))
+        for place, table in places.items()
+        for row in table.splitlines()
+        if row
+    ]
 
 
 def weights(model: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = torch.load(model, weights_only=True)["state_dict"]
     return {name.removeprefix("network."): value for name, value in state.items() if "network" in name}
+
+
+RECIPE = """\
+name: mine
+model: {{{model}}}
+data: {{name: digits}}
+threat: {{eps: 0.5}}
+prune: {{method: hydra, {sparsity}: 0.9}}
+"""
+
+
+@pytest.fixture
+def desk(digits_model, tmp_path) -> Path:
+    (tmp_path / "model.pt").write_bytes(digits_model.read_bytes())
+    torch.save(weights(digits_model), tmp_path / "foreign.pth")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
+    (tmp_path / "old.pt").write_text("precious")
+    (tmp_path / "small.yaml").write_text(RECIPE.format(model="checkpoint: model.pt", sparsity="sparsity"))
+    (tmp_path / "bad.yaml").write_text(RECIPE.format(model="arch: digits-conv", sparsity="sparsty"))
+    (tmp_path / "own-code.yaml").write_text(RECIPE.format(model="arch: 'file.py:net'", sparsity="sparsity"))
+    return tmp_path
+
+
+@pytest.fixture
+def finished(digits_model, own_run) -> Path:
+    folder = own_run.parent
+    (folder / "model.pt").write_bytes(digits_model.read_bytes())
+    (folder / "garbage.onnx").write_bytes(b"\x89PNG and more of it")
+    (folder / "empty.onnx").write_bytes(b"")
+    (folder / "folder").mkdir()
+    (folder / "torn.onnx").write_bytes((own_run / "export" / "model.onnx").read_bytes()[:-3000])
+    certificate = json.loads((own_run / "certify" / "pruned.json").read_text())
+    (folder / "old.json").write_text(json.dumps({**certificate, "schema_version": 0}))
+    (folder / "odd.json").write_text(json.dumps({**certificate, "n": 41}))
+    return folder
+
+
+@pytest.fixture
+def records(make_run, tmp_path) -> Path:
+    make_run()
+    (tmp_path / "link").symlink_to("target")
+    return tmp_path
+
+
+@pytest.fixture
+def channels(own_channel_run) -> Path:
+    return own_channel_run.parent
+
+
+def stages(files: dict[str, bytes]) -> Any:
+    """Stages of the manifest; a refused command may leave the folder that it locked, and no work."""
+    return json.loads(files["s2ap-run/manifest.json"])["stages"] if "s2ap-run/manifest.json" in files else {}
+
+
+@pytest.fixture
+def refuse(s2ap, files_in) -> Callable[..., None]:
+    """Run a refused command and compare every file with what was there before."""
+
+    def run(code: str, *words: object, cwd: Path) -> None:
+        before = files_in(cwd)
+        s2ap.refused(code, *words, cwd=cwd)
+        after = files_in(cwd)
+        changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+        assert changed <= {"s2ap-run/manifest.json", "s2ap-run/.lock"}
+        assert stages(before) == stages(after)
+
+    return run
+
+
+@pytest.mark.parametrize(("place", "code", "line"), refusals())
+def test_a_refused_command_leaves_everything_as_it_was(place, code, line, request, refuse) -> None:
+    words = shlex.split(line)
+    if place == "desk" and words[0] == "prune" and len(words) > 1:
+        words += ["--data-root", "no-data"]
+    refuse(code, *words, cwd=request.getfixturevalue(place))
+
+
+def test_an_age_ends_with_its_unit(refuse, records) -> None:
+    refuse("option-invalid", "gate", "--max-age", "30d\n", "--min-robust", "0.4", cwd=records)
 
 
 class RunsCode:
@@ -30,34 +373,8 @@ class RunsCode:
         return os.system, (f"touch {self.marker}",)
 
 
-def truncated(model: Path, path: Path) -> None:
-    content = model.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-
-
-def text(model: Path, path: Path) -> None:
-    path.write_text("these are no weights\n")
-
-
-def empty(model: Path, path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def folder(model: Path, path: Path) -> None:
-    path.mkdir()
-
-
-def dangerous(model: Path, path: Path) -> None:
-    torch.save({"state_dict": weights(model), "extra": RunsCode(path.parent / "marker")}, path)
-
-
-def dangerous_legacy(model: Path, path: Path) -> None:
-    content = {"state_dict": weights(model), "extra": RunsCode(path.parent / "marker")}
-    torch.save(content, path, _use_new_zipfile_serialization=False)
-
-
-def dangerous_plain(model: Path, path: Path) -> None:
-    path.write_bytes(pickle.dumps(RunsCode(path.parent / "marker")))
+def dangerous(model: Path, path: Path, **options: Any) -> None:
+    torch.save({"state_dict": weights(model), "extra": RunsCode(path.parent / "marker")}, path, **options)
 
 
 def not_finite(model: Path, path: Path) -> None:
@@ -71,235 +388,39 @@ def seven_classes(model: Path, path: Path) -> None:
     torch.save({**state, "7.weight": state["7.weight"][:7], "7.bias": state["7.bias"][:7]}, path)
 
 
-def unknown_network(model: Path, path: Path) -> None:
-    torch.save({"some.weight": torch.zeros(3, 4)}, path)
-
-
-def code_of(done: Any) -> str:
-    """The code of a refusal with --json, which is one object on stdout and one error on stderr."""
-    assert done.code == 2, done.err
-    answer = json.loads(done.out)
-    assert answer["exit_code"] == 2
-    assert answer["error"]
-    assert done.err.count("error: ") == 1
-    assert "Traceback" not in done.err
-    code: str = answer["code"]
-    return code
-
-
-def without_runs(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {name: data for name, data in files.items() if not name.startswith("s2ap-run/")}
-
-
-def only_a_run_folder_without_stages(folder: Path) -> bool:
-    """A refused command may leave the folder that it locked, and no work in it."""
-    if not folder.exists():
-        return True
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return {path.name for path in folder.iterdir()} == {"manifest.json", ".lock"} and manifest["stages"] == {}
-
-
-@pytest.fixture
-def desk(digits_model: Path, tmp_path: Path) -> Path:
-    """A folder with a model, a foreign checkpoint, recipes and files that must not be lost."""
-    (tmp_path / "model.pt").write_bytes(digits_model.read_bytes())
-    torch.save(weights(digits_model), tmp_path / "foreign.pth")
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
-    (tmp_path / "old.pt").write_text("precious")
-    (tmp_path / "bad.yaml").write_text("name: mine\nmodel: {arch: digits-conv}\nprnue: {sparsity: 0.9}\n")
-    (tmp_path / "own-code.yaml").write_text(
-        "name: mine\nmodel: {arch: 'file.py:net'}\ndata: {name: digits}\nthreat: {eps: 0.1}\n"
-    )
-    return tmp_path
-
-
-PRUNE = "prune model.pt --sparsity 0.9"
-PRETRAIN = "pretrain --data digits --arch digits-conv --eps 0.1"
-PLAN = "plan --arch digits-conv"
-REFUSALS = [
-    # Values of options, by the constraints of the recipe's fields.
-    ("prune model.pt --sparsity 1.0", "option-invalid"),
-    ("prune model.pt --sparsity -0.1", "option-invalid"),
-    ("prune model.pt --sparsity 0", "option-invalid"),
-    ("prune model.pt --sparsity abc", "option-invalid"),
-    ("prune model.pt --sparsity nan", "option-invalid"),
-    ("prune nowhere.pt --sparsity 2", "option-invalid"),
-    (f"{PRUNE} --eps 8/0", "option-invalid"),
-    (f"{PRUNE} --eps -1", "option-invalid"),
-    (f"{PRUNE} --norm L3", "option-invalid"),
-    (f"{PRUNE} --gamma -1", "option-invalid"),
-    (f"{PRUNE} --gamma nan", "option-invalid"),
-    (f"{PRUNE} --search-epochs 0", "option-invalid"),
-    (f"{PRUNE} --mean 0.5 --std half", "option-invalid"),
-    (f"{PRUNE} --data minst", "option-invalid"),
-    (f"{PRUNE} --seed -1", "option-invalid"),
-    (f"{PRUNE} --granularity 4:2", "option-invalid"),
-    (f"{PRUNE} --method hydr", "option-invalid"),
-    (f"{PRUNE} --arch net.py", "option-invalid"),
-    ("demo --sparsity 1.0", "option-invalid"),
-    (f"{PRETRAIN} --learning-rate 0", "option-invalid"),
-    ("export --opset 11", "option-invalid"),
-    ("export --batch 0", "option-invalid"),
-    ("export --batch 1025", "option-invalid"),
-    ("export --batch -1", "option-invalid"),
-    ("export --batch ²", "option-invalid"),
-    ("export --batch many", "option-invalid"),
-    ("export --values f8", "option-invalid"),
-    ("export --encoding huffman", "option-invalid"),
-    ("export --opset 11 --encoding gaps", "option-invalid"),
-    ("gate --min-robust 40", "option-invalid"),
-    ("gate --min-robust nan", "option-invalid"),
-    ("gate --max-drop -0.1", "option-invalid"),
-    ("gate --max-age soon", "option-invalid"),
-    # Options that are missing or unknown.
-    (f"{PRUNE} --sparsty 0.9", "option-unknown"),
-    ("demo --nonsense", "option-unknown"),
-    ("prune", "option-missing"),
-    ("pretrain", "option-missing"),
-    ("pretrain --data digits --eps 0.1", "option-missing"),
-    ("recipes --json list", "usage"),
-    ("nonsense", "command-unknown"),
-    ("prnue model.pt", "command-unknown"),
-    # Values that do not fit each other.
-    ("prune model.pt", "sparsity-missing"),
-    (f"{PRUNE} --gamma 0", "gamma-zero"),
-    (f"{PRUNE} --warmup-epochs 20", "warmup-too-long"),
-    (f"{PRUNE} --mean 0.5", "key-missing"),
-    (f"{PRUNE} --mean 0.5 --std 0", "normalization-invalid"),
-    (f"{PRUNE} --mean nan --std 1", "normalization-invalid"),
-    (f"{PRUNE} --mean 0.5,0.5 --std 1,1", None),
-    (f"{PRUNE} --steps 0.9,0.8", "steps-not-rising"),
-    (f"{PRUNE} --method magnitude --s2ap", "s2ap-needs-learned-scores"),
-    ("certify --full --min-robust 0.1", "gate-with-full"),
-    ("certify --first --sample-seed 1", "first-with-sample-seed"),
-    ("certify model.pt --artifact x.onnx", "artifact-with-network-options"),
-    ("certify --artifact x.onnx --curve", "artifact-with-network-options"),
-    ("certify --ap-method X", "entry-missing"),
-    ("certify --ap-benchmark-entry e.json", "entry-incomplete"),
-    ("certify model.pt --ap-benchmark-entry e.json --ap-method X --ap-paper p", "entry-needs-pruned-run"),
-    ("plan", "model-missing"),
-    ("init model.pt --mean 0.5", "normalization-incomplete"),
-    # Methods, budgets and granularities that do not fit each other.
-    (f"{PRUNE} --method random --s2ap", "s2ap-needs-learned-scores"),
-    (f"{PRUNE} --method hydra --budget learned", "budget-unfit"),
-    (f"{PRUNE} --method harp --budget erk", "budget-unfit"),
-    (f"{PRUNE} --granularity 2:4", "sparsity-contradicts-pattern"),
-    (f"{PRUNE} --granularity channel --budget erk", "budget-unfit"),
-    (f"{PRUNE} --budget macs", "budget-unfit"),
-    (f"{PRUNE} --method rst --steps 0.5", "steps-need-finetuning"),
-    ("prune model.pt --keep-ratio 0.5", "keep-ratio-unused"),
-    ("prune model.pt --steps 0.9,0.5 --sparsity 0.95", "steps-not-rising"),
-    # Facts that a foreign checkpoint does not state.
-    ("prune foreign.pth --sparsity 0.9", "data-missing"),
-    ("prune foreign.pth --sparsity 0.9 --data digits", "eps-missing"),
-    # Data, architectures, devices and folders that cannot be used.
-    (f"{PRUNE} --data mnist", None),
-    (f"{PRUNE} --data imagefolder:nowhere", None),
-    (f"{PRUNE} --arch digit-conv", None),
-    (f"{PRUNE} --arch mnist-conv", None),
-    (f"{PRUNE} --arch nowhere.py:net", None),
-    (f"{PRUNE} --device cuda:99", None),
-    (f"{PRUNE} --run model.pt", None),
-    (f"{PRUNE} --run model.pt/below", None),
-    (f"{PRUNE} --run thesis", None),
-    ("pretrain --data digits --arch cifar-resnet18 --eps 0.1", None),
-    ("certify", None),
-    ("export --onnx", None),
-    ("gate --min-robust 0.4", None),
-    ("inspect nowhere.pt", None),
-    # Plans, targets and drafts.
-    (f"{PLAN}", "sparsity-missing"),
-    (f"{PLAN} --sparsity 1.5", "option-invalid"),
-    (f"{PLAN} --granularity 5:4", "option-invalid"),
-    (f"{PLAN} --sparsity 0.9 --align 8", "align-unused"),
-    (f"{PLAN} --sparsity 0.9 --input-size 3,32", "option-invalid"),
-    (f"{PLAN} --sparsity 0.9 --input-size 3,8,8", None),
-    (f"{PLAN} --sparsity 0.9 --num-classes 1", "option-invalid"),
-    (f"{PLAN} --sparsity 0.9 --target arm64", None),
-    (f"{PLAN} --granularity channel --keep-ratio 0.001", None),
-    (f"{PLAN} --granularity channel --keep-ratio 0.5 --sparsity 0.5", "keep-ratio-unused"),
-    ("plan --arch digit-conv --sparsity 0.9", None),
-    ("plan nowhere.pt --sparsity 0.9", None),
-    ("targets show nope", None),
-    ("targets shwo", "usage"),
-    ("init nowhere.pt", None),
-    ("init model.pt --output recipe.txt", "output-format-unknown"),
-    ("init model.pt --output no/recipe.yaml", "folder-missing"),
-    ("init model.pt --data imagenet", "option-invalid"),
-    ("init model.pt --eps 0", "option-invalid"),
-    ("init model.pt --keep 0.5", None),
-    ("init model.pt --sparsity 1", "option-invalid"),
-    # Outputs.
-    (f"{PRETRAIN} --output old.pt", "output-exists"),
-    (f"{PRETRAIN} --output x.onnx", "output-format-unknown"),
-    (f"{PRETRAIN} --output no/x.pt", "folder-missing"),
-    # Recipes.
-    ("run dmeo", "recipe-unknown"),
-    ("recipes nonsense", "recipe-unknown"),
-    ("run nowhere.yaml", "recipe-missing"),
-    ("run bad.yaml", "key-unknown"),
-    ("recipes bad.yaml", "key-unknown"),
-    ("run own-code.yaml", "architecture-not-registered"),
-    ("run demo --set model.arch=file.py:net", "architecture-not-registered"),
-    ("run demo --set prune.sparsity=abc", "value-invalid"),
-    ("run demo --set prune.sparsity=1.0", "value-invalid"),
-    ("run demo --set prune.sparsty=0.9", "key-unknown"),
-    ("run demo --set sparsity", "override-malformed"),
-    ("run demo --arch digits-conv", "arch-already-decided"),
-    ("sweep demo --seeds 0", "option-invalid"),
-]
-
-
-@pytest.mark.parametrize(("line", "code"), REFUSALS)
-def test_a_refused_command_leaves_everything_as_it_was(
-    line: str, code: str | None, s2ap: Callable[..., Any], files_in: Callable[..., Any], desk: Path
-) -> None:
-    before = files_in(desk)
-    command, *rest = line.split()
-    where = ["--data-root", "no-data"] if command == "prune" and rest else []
-    found = code_of(s2ap(command, *rest, *where, "--json", cwd=desk))
-    assert found == code if code is not None else found not in ("internal", "option-invalid")
-    assert only_a_run_folder_without_stages(desk / "s2ap-run")
-    assert without_runs(files_in(desk)) == before
-
-
 @pytest.mark.parametrize(
-    "build",
+    ("code", "build"),
     [
-        truncated,
-        text,
-        empty,
-        folder,
-        dangerous,
-        dangerous_legacy,
-        dangerous_plain,
-        not_finite,
-        seven_classes,
-        unknown_network,
+        ("checkpoint-damaged", lambda model, path: path.write_bytes(model.read_bytes()[:300_000])),
+        ("checkpoint-is-text", lambda model, path: path.write_text("these are no weights\n")),
+        ("checkpoint-empty", lambda model, path: path.write_bytes(b"")),
+        ("checkpoint-is-folder", lambda model, path: path.mkdir()),
+        ("pickle-unsafe", dangerous),
+        ("pickle-unsafe", lambda model, path: dangerous(model, path, _use_new_zipfile_serialization=False)),
+        (
+            "pickle-unsafe",
+            lambda model, path: path.write_bytes(pickle.dumps(RunsCode(path.parent / "marker"))),
+        ),
+        ("weights-nonfinite", not_finite),
+        ("classes-differ", seven_classes),
+        ("architecture-unmatched", lambda model, path: torch.save({"some.weight": torch.zeros(3, 4)}, path)),
     ],
 )
-@pytest.mark.parametrize("command", ["prune", "certify"])
-def test_checkpoints_that_cannot_be_used(
-    command: str,
-    build: Callable[[Path, Path], None],
-    s2ap: Callable[..., Any],
-    digits_model: Path,
-    files_in: Callable[[Path], dict[str, bytes]],
-    tmp_path: Path,
-) -> None:
+@pytest.mark.parametrize("command", ["prune --sparsity 0.9", "certify"])
+def test_checkpoints_that_cannot_be_used(command, code, build, refuse, digits_model, tmp_path) -> None:
     build(digits_model, tmp_path / "bad.pt")
-    before = files_in(tmp_path)
-    sparsity = ["--sparsity", 0.9] if command == "prune" else []
-    code = code_of(s2ap(command, "bad.pt", *sparsity, *FOREIGN, "--json", cwd=tmp_path))
-    assert code != "internal"
-    assert ("pickle" in code) == (build in (dangerous, dangerous_legacy, dangerous_plain))
+    refuse(code, *command.split(), "bad.pt", "--data", "digits", "--eps", "0.1", cwd=tmp_path)
     assert not (tmp_path / "marker").exists()
-    assert only_a_run_folder_without_stages(tmp_path / "s2ap-run")
-    assert without_runs(files_in(tmp_path)) == before
 
 
-def test_without_json_a_refusal_is_text_with_a_hint(s2ap: Callable[..., Any], desk: Path) -> None:
+def test_a_trusted_pickle_is_run(s2ap, digits_model, tmp_path) -> None:
+    dangerous(digits_model, tmp_path / "bad.pt")
+    answer = s2ap.json("inspect", "bad.pt", "--trust-pickle", cwd=tmp_path)
+    assert (tmp_path / "marker").exists()
+    assert "posix.system" in json.dumps(answer["notes"])
+
+
+def test_without_json_a_refusal_is_text_with_a_hint(s2ap, desk) -> None:
     done = s2ap("prune", "foreign.pth", "--sparsity", "0.9", cwd=desk)
     assert (done.code, done.out) == (2, "")
     first, second = done.err.splitlines()
@@ -307,66 +428,18 @@ def test_without_json_a_refusal_is_text_with_a_hint(s2ap: Callable[..., Any], de
     assert second.startswith("  hint: add --data")
 
 
-def test_a_trusted_pickle_is_run(s2ap: Callable[..., Any], digits_model: Path, tmp_path: Path) -> None:
-    dangerous(digits_model, tmp_path / "bad.pt")
-    done = s2ap("inspect", "bad.pt", "--trust-pickle", "--json", cwd=tmp_path)
-    assert done.code == 0, done.err
-    assert (tmp_path / "marker").exists()
-    assert "posix.system" in json.dumps(json.loads(done.out)["notes"])
-
-
-FINISHED = [
-    ("certify --data mnist", "already-decided"),
-    ("certify --eps 0.2 --norm L2", "already-decided"),
-    ("certify --arch digits-conv", "arch-already-decided"),
-    ("certify --n 0", "option-invalid"),
-    ("certify --n 501", None),
-    ("certify --full --min-robust 0.5", "gate-with-full"),
-    ("certify --full --gate point", "gate-with-full"),
-    ("certify --gate point", None),
-    ("certify --min-robust nan", "option-invalid"),
-    ("certify --max-drop 0", None),
-    ("certify --n 41", None),
-    ("certify model.pt --eps 0.5 --n 40", "run-holds-pruned-network"),
-    ("export --arch digits-conv", "arch-already-decided"),
-    ("export --opset 21", None),
-    ("export --values float16", None),
-    ("export --output s2ap-run/export/model.onnx", "output-exists"),
-    ("export --output no/model.onnx", "folder-missing"),
-    ("export --output model.tflite", "output-format-unknown"),
-    ("gate", None),
-    ("gate --min-robust 1.0", None),
-    ("gate --min-robust 0.4 --junit s2ap-run/x.xml", "report-place-invalid"),
-    ("gate --min-robust 0.4 --junit no/x.xml", "folder-missing"),
-    ("gate --min-robust 0.4 --junit x --sarif x", "reports-share-file"),
-    ("verify s2ap-run/certify/pruned.json --in-toto s2ap-run/s.json", "output-inside-run"),
-    ("prune model.pt --sparsity 0.95 --search-epochs 1 --finetune-epochs 1 --eps 0.5", None),
-]
-
-
-@pytest.mark.parametrize(("line", "code"), FINISHED)
-def test_a_finished_run_stays_as_it_was_when_a_command_is_refused(
-    line: str,
-    code: str | None,
-    s2ap: Callable[..., Any],
-    digits_model: Path,
-    own_run: Path,
-    files_in: Callable[[Path], dict[str, bytes]],
+@pytest.mark.parametrize(
+    ("code", "options"),
+    [
+        ("sparsity-unaffordable", "--sparsity 0.99999"),
+        ("sparsity-unaffordable", "--granularity channel --sparsity 0.99999"),
+        ("keep-ratio-too-low", "--granularity channel --keep-ratio 0.001"),
+        ("pattern-fits-no-layer", "--granularity 3:7"),
+        ("file-not-read", "--sparsity 0.9 --scores-from nowhere"),
+    ],
+)
+def test_what_needs_the_network_is_refused_before_the_search_begins(
+    code, options, s2ap, digits_model, tmp_path
 ) -> None:
-    (own_run.parent / "model.pt").write_bytes(digits_model.read_bytes())
-    before = files_in(own_run)
-    found = code_of(s2ap(*line.split(), "--json", cwd=own_run.parent))
-    assert found == code if code is not None else found != "internal"
-    after = files_in(own_run)
-    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed <= {"manifest.json", ".lock"}
-    old, new = json.loads(before["manifest.json"]), json.loads(after["manifest.json"])
-    assert {**old, "commands": ()} == {**new, "commands": ()}
-
-
-def test_a_sparsity_that_empties_a_layer_is_refused_before_the_search_begins(
-    s2ap: Callable[..., Any], digits_model: Path, tmp_path: Path
-) -> None:
-    code_of(s2ap("prune", digits_model, "--sparsity", "0.99999", "--json", cwd=tmp_path))
-    stages = json.loads((tmp_path / "s2ap-run" / "manifest.json").read_text())["stages"]
-    assert list(stages) == ["pretrain"]
+    s2ap.refused(code, "prune", digits_model, *options.split(), cwd=tmp_path)
+    assert list(json.loads((tmp_path / "s2ap-run" / "manifest.json").read_text())["stages"]) == ["pretrain"]

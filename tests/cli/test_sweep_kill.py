@@ -1,7 +1,5 @@
 """A sweep killed with SIGKILL and resumed ends with the table of one that was not."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal
@@ -37,7 +35,7 @@ def command(run: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_same_table_after_two_kills(tmp_path: Path) -> None:
+def test_the_same_table_after_two_kills(tmp_path) -> None:
     (tmp_path / "small.yaml").write_text(RECIPE)
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

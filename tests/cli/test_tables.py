@@ -1,11 +1,7 @@
 """Tables: what they say, and that nothing is clipped at 80 columns or broken up in a log."""
 
-from __future__ import annotations
-
 import io
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,7 +44,7 @@ def verdict() -> Verdict:
     return Verdict(status="fail", exit_code=1, checks=checks)
 
 
-def test_the_end_of_a_run_is_one_table_and_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_end_of_a_run_is_one_table_and_the_verdict(capsys) -> None:
     tables.show_summary(summary())
     out = capsys.readouterr().out
     for words in (
@@ -68,7 +64,7 @@ def test_the_end_of_a_run_is_one_table_and_the_verdict(capsys: pytest.CaptureFix
     assert "flags" not in out
 
 
-def test_both_sides_are_shown_where_one_is_proven(capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_sides_are_shown_where_one_is_proven(capsys) -> None:
     proven = summary()
     proven["dense"]["proven"] = {"value": 0.5, "interval": [0.428, 0.572]}
     tables.show_summary(proven)
@@ -79,20 +75,20 @@ def test_both_sides_are_shown_where_one_is_proven(capsys: pytest.CaptureFixture[
     assert "provably" not in capsys.readouterr().out
 
 
-def test_flags_are_shown_when_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_are_shown_when_there_are_any(capsys) -> None:
     flagged = summary()
     flagged["pruned"]["flags"] = ["zero_gradient"]
     tables.show_summary(flagged)
     assert "zero_gradient" in capsys.readouterr().out
 
 
-def test_a_log_keeps_each_check_on_its_line_and_brackets_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_keeps_each_check_on_its_line_and_brackets_are_text(capsys) -> None:
     expected = [f"{sign} {check.message}" for sign, check in zip("✓✗?", verdict().checks, strict=True)]
     show_checks(verdict().checks, "gate", "fail", WORDS)
     assert capsys.readouterr().out.splitlines() == [*expected, "gate: FAILED"]
 
 
-def test_a_terminal_of_eighty_columns_clips_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_of_eighty_columns_clips_nothing(monkeypatch) -> None:
     stream = io.StringIO()
     narrow = Console(file=stream, width=80, force_terminal=True, color_system=None, highlight=False)
     monkeypatch.setattr(tables, "console", lambda: narrow)
@@ -130,7 +126,7 @@ def test_a_terminal_of_eighty_columns_clips_nothing(monkeypatch: pytest.MonkeyPa
         assert words in text
 
 
-def test_without_stdout_nothing_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_stdout_nothing_breaks(monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     tables.show_summary(summary())
     show_checks(verdict().checks, "gate", "fail", WORDS)
@@ -211,23 +207,18 @@ def test_memory_that_was_not_measured_has_no_rows() -> None:
         (None, "is not known"),
     ],
 )
-def test_whether_the_processor_is_made_for_int8_is_said(
-    instructions: tuple[str, ...] | None, words: str
-) -> None:
+def test_whether_the_processor_is_made_for_int8_is_said(instructions, words) -> None:
     assert words in tables.int8_words(instructions)
 
 
-def test_bench_measures_a_finished_export_and_leaves_its_file_alone(
-    s2ap: Any, own_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bench_measures_a_finished_export_and_leaves_its_file_alone(s2ap, own_run, monkeypatch) -> None:
     from s2ap_deploy.onnx_export import benchmark
 
     short = benchmark.Effort(seconds=0.0, pairs=5, processes=1)
     monkeypatch.setattr(benchmark, "DEFAULT_EFFORT", short)
     file = own_run / "export" / "model.onnx"
     before = file.read_bytes()
-    done = s2ap("export", "--bench", "--run", own_run)
-    assert done.code == 0, done.err
+    done = s2ap.ok("export", "--bench", "--run", own_run)
     assert "ratio [quartiles]" in done.out
     assert "1 image, 1 thread" in done.out
     assert "peak memory, load" in done.out
@@ -235,7 +226,7 @@ def test_bench_measures_a_finished_export_and_leaves_its_file_alone(
     assert file.read_bytes() == before
     again = s2ap("export", "--json", "--run", own_run)
     assert "export: already done" in again.err
-    answer = json.loads(again.out)
+    answer = again.answer
     assert answer["performance"]["load"]["pairs"] == 5
     assert {row["batch"] for row in answer["performance"]["inference"]} == {1, 32}
     assert s2ap("gate", "--min-robust", 0, "--rule", "point", "--max-drop", 1, "--run", own_run).code == 0

@@ -1,7 +1,5 @@
 """Substitutes for symbols on a stream that cannot write them."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -19,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @given(st.text(), st.sampled_from(["ascii", "latin-1", "cp1252", "utf-8", "utf-16"]))
-def test_every_text_can_be_written_and_what_can_be_kept_is(text: str, encoding: str) -> None:
+def test_every_text_can_be_written_and_what_can_be_kept_is(text, encoding) -> None:
     text = "".join(letter for letter in text if not "\ud800" <= letter <= "\udfff")
     found = terminal.writable(text, encoding)
     found.encode(encoding)  # strictly
@@ -32,7 +30,7 @@ def test_every_text_can_be_written_and_what_can_be_kept_is(text: str, encoding: 
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_pass_is_no_question_mark(encoding: str) -> None:
+def test_a_pass_is_no_question_mark(encoding) -> None:
     told = [terminal.writable(sign, encoding) for sign in terminal.SYMBOLS.values()]
     assert told == ["+", "x", "?"]
 
@@ -62,7 +60,7 @@ def test_a_process_without_utf_8_writes_all_of_a_table() -> None:
     assert "robust accuracy (1)" in done.stdout
 
 
-def test_no_color_is_heard_by_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_color_is_heard_by_every_command(monkeypatch) -> None:
     heard: list[bool | None] = []
     command = click.Command("gate", callback=lambda: heard.append(click.get_current_context().color))
     monkeypatch.setattr(LazyGroup, "get_command", lambda self, ctx, name: command)

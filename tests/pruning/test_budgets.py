@@ -66,11 +66,6 @@ def test_impossible_sparsities_are_refused(sparsity: float) -> None:
         total_kept(100, sparsity)
 
 
-def test_a_budget_below_one_weight_a_layer_is_refused() -> None:
-    with pytest.raises(UsageError, check=lambda error: error.code == "sparsity-unaffordable"):
-        uniform({"a": (10, 10), "b": (10, 10)}, 0.999)
-
-
 @settings(deadline=None, max_examples=100)
 @given(layers=shapes, sparsity=st.sampled_from([0.1, 0.5, 0.9, 0.99]), budget=st.sampled_from([uniform, erk]))
 def test_floors_are_paid_from_inside_the_budget(layers, sparsity: float, budget) -> None:

@@ -279,36 +279,26 @@ def test_a_linear_loss_has_no_curvature() -> None:
     assert (found.value, found.residual, found.iterations) == (0.0, 0.0, 1)
 
 
-def test_what_cannot_be_measured() -> None:
+@pytest.mark.parametrize(
+    ("code", "changes"),
+    [
+        ("scores-missing", {"directions": {"v": torch.ones(3)}}),
+        ("scores-shape-differs", {"directions": {"w": torch.ones(4)}}),
+        ("scores-not-finite", {"directions": {"w": torch.ones(3) * torch.nan}}),
+        ("samples-missing", {"rows": ()}),
+        ("samples-missing", {"rows": (nothing(0),)}),
+        ("layer-unused", {"loss": lambda *_: torch.tensor(1.0)}),
+        ("curvature-not-finite", {"loss": lambda net, *_: (net.w - 1).abs().sqrt().sum()}),
+        ("iterations-too-few", {"iterations": 0}),
+    ],
+)
+def test_what_cannot_be_measured(code: str, changes: dict[str, Any]) -> None:
     net = Quadratic(torch.eye(3), torch.ones(3))
-    ones = torch.ones(3)
-
-    def measure(
-        directions: Mapping[str, Tensor] = {"w": ones},
-        rows: tuple[Batch, ...] = (nothing(),),
-        loss: Callable[..., Tensor] = its_value,
-        iterations: int = 5,
-    ) -> None:
-        largest_eigenvalue(net, {"w": net.w}, directions, rows, loss, iterations=iterations)
-
-    with pytest.raises(InputError, check=lambda error: error.code == "scores-missing"):
-        measure({"v": ones})
-    with pytest.raises(InputError, check=lambda error: error.code == "scores-shape-differs"):
-        measure({"w": torch.ones(4)})
-    with pytest.raises(InputError, check=lambda error: error.code == "scores-not-finite"):
-        measure({"w": ones * torch.nan})
-    with pytest.raises(InputError, check=lambda error: error.code == "samples-missing"):
-        measure(rows=())
-    with pytest.raises(InputError, check=lambda error: error.code == "samples-missing"):
-        measure(rows=(nothing(0),))
+    asked = {"directions": {"w": torch.ones(3)}, "rows": (nothing(),), "loss": its_value, **changes}
+    with pytest.raises((InputError, UsageError), check=lambda error: error.code == code):
+        largest_eigenvalue(net, {"w": net.w}, **asked)
     with pytest.raises(InputError, check=lambda error: error.code == "samples-missing"):
         mean_loss(net, [], its_value)
-    with pytest.raises(InputError, check=lambda error: error.code == "layer-unused"):
-        measure(loss=lambda *_: torch.tensor(1.0))
-    with pytest.raises(InputError, check=lambda error: error.code == "curvature-not-finite"):
-        measure(loss=lambda net, *_: (net.w - 1).abs().sqrt().sum())
-    with pytest.raises(UsageError, check=lambda error: error.code == "iterations-too-few"):
-        measure(iterations=0)
 
 
 def layers(seed: int) -> dict[str, Tensor]:
@@ -379,16 +369,17 @@ def test_a_layer_of_zero_scores_does_not_move() -> None:
     assert float(on_the_ball(scores, layers(1), 0.5)["a"].abs().max()) == 0.0
 
 
-def test_balls_that_make_no_sense() -> None:
-    scores, gradients = layers(0), layers(1)
-    for gamma in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(UsageError, check=lambda error: error.code == "gamma-invalid"):
-            sharpness_lower_bound(lambda at: 0.0, scores, gradients, gamma)
-    with pytest.raises(UsageError, check=lambda error: error.code == "directions-invalid"):
-        sharpness_lower_bound(lambda at: 0.0, scores, gradients, 0.1, directions=-1)
-    with pytest.raises(InputError, check=lambda error: error.code == "loss-not-finite"):
-        sharpness_lower_bound(lambda at: float("nan"), scores, gradients, 0.1)
-    with pytest.raises(InputError, check=lambda error: error.code == "scores-missing"):
-        sharpness_lower_bound(lambda at: 0.0, scores, {"a": gradients["a"]}, 0.1)
-    with pytest.raises(InputError, check=lambda error: error.code == "scores-not-finite"):
-        sharpness_lower_bound(lambda at: 0.0, scores, gradients | {"b": torch.ones(5) / 0}, 0.1)
+@pytest.mark.parametrize(
+    ("code", "changes"),
+    [
+        *(("gamma-invalid", {"gamma": gamma}) for gamma in (-0.1, float("nan"), float("inf"))),
+        ("directions-invalid", {"directions": -1}),
+        ("loss-not-finite", {"evaluate": lambda at: float("nan")}),
+        ("scores-missing", {"gradients": {"a": layers(1)["a"]}}),
+        ("scores-not-finite", {"gradients": layers(1) | {"b": torch.ones(5) / 0}}),
+    ],
+)
+def test_balls_that_make_no_sense(code: str, changes: dict[str, Any]) -> None:
+    asked = {"evaluate": lambda at: 0.0, "scores": layers(0), "gradients": layers(1), "gamma": 0.1, **changes}
+    with pytest.raises((InputError, UsageError), check=lambda error: error.code == code):
+        sharpness_lower_bound(**asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import hypothesis.extra.numpy as arrays
 import numpy as np
@@ -154,27 +155,18 @@ def test_a_layer_without_weights_counts_for_nothing() -> None:
     assert density({"none": empty}) == {"none": 0.0}
 
 
-def test_the_order_of_names_does_not_matter() -> None:
-    first, second = drawn(0, 0.3), drawn(1, 0.3)
-    assert likeness(first, dict(reversed(second.items()))) == likeness(first, second)
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "code"),
     [
-        (lambda m: {"conv": m["conv"]}, "the second has no head"),
-        (lambda m: m | {"tail": m["head"], "x": m["head"]}, "the first has no tail and 1 more"),
-        (lambda m: m | {"head": m["head"].T}, r"head is \(10, 7\) in the first and \(7, 10\) in the second"),
-        (lambda m: m | {"head": m["head"].float()}, "the mask of head is torch.float32, not bool"),
+        (lambda m: {"conv": m["conv"]}, "?1"),
+        (lambda m: m | {"tail": m["head"], "x": m["head"]}, "?2"),
+        (lambda m: m | {"head": m["head"].T}, "?3"),
+        (lambda m: m | {"head": m["head"].float()}, "?4"),
     ],
 )
-def test_masks_of_different_networks(change: object, message: str) -> None:
-    assert callable(change)
-    with pytest.raises(InputError, match=message):
+def test_masks_that_cannot_be_compared(change: Any, code: str) -> None:
+    with pytest.raises(InputError, check=lambda error: error.code == code):
         likeness(drawn(0, 0.3), change(drawn(1, 0.3)))
-
-
-def test_no_weight_at_all() -> None:
     with pytest.raises(InputError, check=lambda error: error.code == "masks-empty"):
         likeness({}, {})
 
@@ -188,16 +180,10 @@ def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
     assert loaded["mask"].dtype == torch.bool
 
 
-@pytest.mark.parametrize("keep", [0, 7, 30, -1])
-def test_a_cut_file_is_refused(tmp_path: Path, keep: int) -> None:
+@pytest.mark.parametrize("keep", [0, 7, 30, -1, None])
+def test_a_cut_file_and_values_that_are_not_finite_are_refused(tmp_path: Path, keep: int | None) -> None:
     path = tmp_path / "t.safetensors"
-    save_tensors(path, {"w": torch.ones(8)})
+    save_tensors(path, {"w": torch.tensor([1.0, torch.nan if keep is None else 2.0])})
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(RunFolderError, check=lambda error: error.code == "file-damaged"):
         load_tensors(path)
-
-
-def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    save_tensors(tmp_path / "t.safetensors", {"w": torch.tensor([1.0, torch.nan])})
-    with pytest.raises(RunFolderError, check=lambda error: error.code == "file-damaged"):
-        load_tensors(tmp_path / "t.safetensors")

