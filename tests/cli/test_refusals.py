@@ -176,7 +176,6 @@ stage-inputs-changed          certify --n 41
 run-holds-pruned-network      certify model.pt --eps 0.5 --n 40
 arch-already-decided          export --arch digits-conv
 stage-inputs-changed          export --opset 21
-stage-inputs-changed          export --values float16
 output-exists                 export --output s2ap-run/export/model.onnx
 folder-missing                export --output no/model.onnx
 output-format-unknown         export --output model.tflite
