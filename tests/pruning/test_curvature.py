@@ -295,8 +295,9 @@ def test_a_linear_loss_has_no_curvature() -> None:
 def test_what_cannot_be_measured(code: str, changes: dict[str, Any]) -> None:
     net = Quadratic(torch.eye(3), torch.ones(3))
     asked = {"directions": {"w": torch.ones(3)}, "rows": (nothing(),), "loss": its_value, **changes}
+    iterations = asked.pop("iterations", 5)
     with pytest.raises((InputError, UsageError), check=lambda error: error.code == code):
-        largest_eigenvalue(net, {"w": net.w}, **asked)
+        largest_eigenvalue(net, {"w": net.w}, *asked.values(), iterations=iterations)
     with pytest.raises(InputError, check=lambda error: error.code == "samples-missing"):
         mean_loss(net, [], its_value)
 
