@@ -1,7 +1,5 @@
 """The Python interface: the commands as functions, on files and on networks in memory."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import re
@@ -48,13 +46,13 @@ def test_the_interface_is_what_it_says_and_sorted() -> None:
 
 
 @pytest.mark.parametrize("work", ["s2ap_deploy.gate", "s2ap_deploy.report", "s2ap_deploy.__all__"])
-def test_importing_the_package_costs_nothing(work: str) -> None:
+def test_importing_the_package_costs_nothing(work) -> None:
     probe = f"import sys, s2ap_deploy; {work}; print(sorted({{'torch', 'numpy', 'onnx'}} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
 
-def test_judging_from_python_imports_no_torch(own_run: Path) -> None:
+def test_judging_from_python_imports_no_torch(own_run) -> None:
     probe = (
         f"import sys, s2ap_deploy; v = s2ap_deploy.gate({str(own_run)!r}, min_robust=0.5); "
         "print(v.status, v.exit_code, 'torch' in sys.modules)"
@@ -63,9 +61,7 @@ def test_judging_from_python_imports_no_torch(own_run: Path) -> None:
     assert found.stdout.split() == ["fail", "1", "False"]
 
 
-def test_the_functions_do_what_the_commands_do(
-    digits_model: Path, finished_run: Path, tmp_path: Path
-) -> None:
+def test_the_functions_do_what_the_commands_do(digits_model, finished_run, tmp_path) -> None:
     run = tmp_path / "run"
     pruned = s2ap_deploy.prune(digits_model, 0.9, run=run, loss="at", **SHORT)
     assert pruned.sparsity == pytest.approx(0.9, abs=0.001)
@@ -97,7 +93,7 @@ def test_the_functions_do_what_the_commands_do(
     assert "robust" in pages.card.read_text()
 
 
-def test_a_loaded_checkpoint_and_its_file_are_the_same_thing(digits_model: Path, tmp_path: Path) -> None:
+def test_a_loaded_checkpoint_and_its_file_are_the_same_thing(digits_model, tmp_path) -> None:
     loaded = s2ap_deploy.load_checkpoint(digits_model)
     assert loaded.info.arch == "digits-conv"
     one = s2ap_deploy.certify(tmp_path / "one", model=digits_model, n=10, eps="0.5", threads=1)
@@ -121,7 +117,7 @@ class Own(nn.Module):
         return self.last(self.first(x).relu().flatten(1))
 
 
-def test_a_network_in_memory_goes_the_whole_way(tmp_path: Path) -> None:
+def test_a_network_in_memory_goes_the_whole_way(tmp_path) -> None:
     torch.manual_seed(0)
     network, run = Own(), tmp_path / "run"
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -139,7 +135,7 @@ def test_a_network_in_memory_goes_the_whole_way(tmp_path: Path) -> None:
     assert s2ap_deploy.export(run, threads=1).sparsity == pytest.approx(0.8, abs=0.01)
 
 
-def test_another_process_is_told_what_a_network_in_memory_needs(tmp_path: Path) -> None:
+def test_another_process_is_told_what_a_network_in_memory_needs(tmp_path) -> None:
     s2ap_deploy.prune(Own(), 0.8, run=tmp_path / "run", data="digits", **SHORT)
     code = (
         "import s2ap_deploy, sys\ntry:\n    s2ap_deploy.certify(sys.argv[1], n=4)\n"
@@ -152,7 +148,7 @@ def test_another_process_is_told_what_a_network_in_memory_needs(tmp_path: Path) 
     assert "model=network" in found.stdout
 
 
-def test_a_registered_architecture_travels_by_name(tmp_path: Path) -> None:
+def test_a_registered_architecture_travels_by_name(tmp_path) -> None:
     trained = s2ap_deploy.certify(
         tmp_path / "run", model=build("digits-conv"), arch="digits-conv", data="digits", eps="0.5", n=4
     )
@@ -208,15 +204,13 @@ def own(sparsity: float | None = 0.5, **said: Any) -> Callable[[Path], Any]:
         ),
     ],
 )
-def test_what_cannot_be_done_is_refused(
-    call: Callable[[Path], Any], kind: type[DeployError], code: str | None, tmp_path: Path
-) -> None:
+def test_what_cannot_be_done_is_refused(call, kind, code, tmp_path) -> None:
     with pytest.raises(kind) as caught:
         call(tmp_path)
     assert caught.value.code == code or code is None
 
 
-def test_a_threshold_or_keyword_that_nobody_knows_is_refused(own_run: Path) -> None:
+def test_a_threshold_or_keyword_that_nobody_knows_is_refused(own_run) -> None:
     with pytest.raises(UsageError, match="min_robustness") as caught:
         s2ap_deploy.gate(own_run, min_robustness=0.4)
     assert "min_robust," in (caught.value.hint or "")
@@ -233,7 +227,7 @@ def test_the_thresholds_of_the_signature_are_those_of_the_gate() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in s2ap_deploy.__all__ if name[0].islower()])
-def test_every_argument_has_a_type_and_is_named(name: str) -> None:
+def test_every_argument_has_a_type_and_is_named(name) -> None:
     """At most two by position: what the function works on, and the one figure that everybody gives."""
     function = getattr(s2ap_deploy.api, name)
     parameters = inspect.signature(function).parameters.values()
@@ -253,9 +247,7 @@ def test_every_argument_has_a_type_and_is_named(name: str) -> None:
         ({"prune.granularity": "channel", "prune.sparsity": None, "prune.keep_ratio": 0.5}, "uniform"),
     ],
 )
-def test_settings_reach_every_key_and_may_be_null(
-    settings: dict[str, Any], budget: str, digits_model: Path
-) -> None:
+def test_settings_reach_every_key_and_may_be_null(settings, budget, digits_model) -> None:
     given = {"method": "hydra", "sparsity": 0.5, "budget": "uniform", "eps": "0.5", "settings": settings}
     changes = s2ap_deploy.api._pruning(given)
     recipe = open_run.checkpoint_recipe(digits_model, {}, name="prune", changes=changes)
@@ -271,7 +263,7 @@ def test_settings_reach_every_key_and_may_be_null(
         ({"steps": (0.5,), "sparsity": 0.9}, (0.5,), 0.9),
     ],
 )
-def test_steps_may_end_with_the_sparsity(given: Any, steps: tuple[float, ...], sparsity: float) -> None:
+def test_steps_may_end_with_the_sparsity(given, steps, sparsity) -> None:
     changes = s2ap_deploy.api._pruning(given)
     assert (changes["prune.steps"], changes["prune.sparsity"]) == (steps, sparsity)
 
@@ -297,7 +289,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_the_keyword_arguments_are_those_of_the_recipe_keys(kind: Any) -> None:
+def test_the_keyword_arguments_are_those_of_the_recipe_keys(kind) -> None:
     table, more = TABLES[kind]
     own = set(kind.__annotations__) - set(arguments.Settings.__annotations__)
     assert own - more == set(table) - {"sparsity"}
@@ -316,7 +308,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_of_a_command_is_an_argument_of_its_function(name: str) -> None:
+def test_every_option_of_a_command_is_an_argument_of_its_function(name) -> None:
     kind, own = COMMANDS[name]
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
@@ -347,7 +339,7 @@ def dense(folder: Path, **said: Any) -> tuple[bytes, dict[str, Any]]:
     return trained.model.read_bytes(), manifest["stages"]["pretrain"]["inputs"]
 
 
-def test_the_machine_is_the_callers_choice_as_on_the_command_line(tmp_path: Path) -> None:
+def test_the_machine_is_the_callers_choice_as_on_the_command_line(tmp_path) -> None:
     heard = Heard()
     plain, recorded = dense(tmp_path / "plain", device="cpu", recorder=heard)
     assert heard.stages
@@ -368,9 +360,7 @@ def test_the_machine_is_the_callers_choice_as_on_the_command_line(tmp_path: Path
         ({"compiled": True}, {"compiled": True}),
     ],
 )
-def test_the_arithmetic_of_training_is_recorded(
-    said: dict[str, Any], recorded: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_arithmetic_of_training_is_recorded(said, recorded, tmp_path) -> None:
     dense(tmp_path / "run", **said)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     (session,) = manifest["stages"]["pretrain"]["sessions"]
@@ -392,14 +382,7 @@ def test_the_arithmetic_of_training_is_recorded(
     ],
 )
 @pytest.mark.parametrize("function", ["pretrain", "verify"])
-def test_a_machine_that_is_not_there_is_refused(
-    function: str,
-    said: dict[str, Any],
-    kind: type[Exception],
-    words: str,
-    tmp_path: Path,
-    finished_run: Path,
-) -> None:
+def test_a_machine_that_is_not_there_is_refused(function, said, kind, words, tmp_path, finished_run) -> None:
     calls: dict[str, Callable[[], Any]] = {
         "pretrain": lambda: dense(tmp_path / "new", **{"threads": 1, **said}),
         "verify": lambda: s2ap_deploy.verify(finished_run / "certify" / "pruned.json", **said),
@@ -408,7 +391,7 @@ def test_a_machine_that_is_not_there_is_refused(
         calls[function]()
 
 
-def test_a_long_measurement_can_be_asked_for(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_measurement_can_be_asked_for(own_run, monkeypatch) -> None:
     asked: list[bool] = []
     times = PairedTimes(
         pairs=1, p50_ms=1, p95_ms=1, dense_p50_ms=1, dense_p95_ms=1, ratio=1, ratio_q1=1, ratio_q3=1,
@@ -421,16 +404,14 @@ def test_a_long_measurement_can_be_asked_for(own_run: Path, monkeypatch: pytest.
     assert asked == [True]
 
 
-def test_an_exported_file_answers_for_itself(own_run: Path) -> None:
+def test_an_exported_file_answers_for_itself(own_run) -> None:
     found = s2ap_deploy.certify(own_run, artifact=own_run / "export" / "model.onnx", n=4, threads=1)
     assert found.file is not None
     assert found.file.subject.artifact is not None
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S))
-def test_the_page_runs_as_it_stands(
-    block: str, digits_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_runs_as_it_stands(block, digits_model, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.pt").write_bytes(digits_model.read_bytes())
     exec(compile(block, str(PAGE), "exec"), {"__name__": "__main__"})

@@ -1,13 +1,9 @@
 """What the doctor says of a healthy machine, and of broken ones."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +15,12 @@ from s2ap_deploy.recorder import Silent
 
 
 @pytest.fixture(autouse=True)
-def _no_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_imports(monkeypatch) -> None:
     """Everything is imported by these tests already; the rest would only take time."""
     monkeypatch.setattr(doctor, "MODULES", {"torch": "torch", "numpy": "numpy"})
 
 
-def test_a_healthy_machine(s2ap: Callable[..., Any]) -> None:
+def test_a_healthy_machine(s2ap) -> None:
     done = s2ap("doctor", "--json")
     assert done.code == 0, done.err
     found = Health.model_validate_json(done.out)
@@ -37,7 +33,7 @@ def test_a_healthy_machine(s2ap: Callable[..., Any]) -> None:
     assert not any(problem.blocks for problem in found.problems)
 
 
-def test_people_get_lines(s2ap: Callable[..., Any], tmp_path: Path) -> None:
+def test_people_get_lines(s2ap, tmp_path) -> None:
     (tmp_path / "MNIST" / "raw").mkdir(parents=True)
     done = s2ap("doctor", "--data-root", tmp_path)
     assert done.code == 0
@@ -47,7 +43,7 @@ def test_people_get_lines(s2ap: Callable[..., Any], tmp_path: Path) -> None:
     assert s2ap("doctor", "--quiet").out == ""
 
 
-def test_a_terminal_gets_whole_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_whole_words(monkeypatch) -> None:
     line = (
         "versions    python 3.12.1, torch-pruning 1.6.1, scikit-learn 1.9.1, pyautoattack 0.2.0, x" + "y" * 70
     )
@@ -60,15 +56,13 @@ def test_a_terminal_gets_whole_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[2].strip() == "x" + "y" * 70
 
 
-def test_one_of_two_files_is_no_data_set(tmp_path: Path) -> None:
+def test_one_of_two_files_is_no_data_set(tmp_path) -> None:
     (tmp_path / "train_32x32.mat").touch()
     _, found = doctor.data_sets(tmp_path)
     assert {each.name: each.where for each in found}["svhn"] is None
 
 
-def test_a_broken_library_blocks_and_the_exit_code_says_so(
-    s2ap: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_broken_library_blocks_and_the_exit_code_says_so(s2ap, monkeypatch, tmp_path) -> None:
     (tmp_path / "broken_for_the_doctor.py").write_text("raise OSError('libgomp.so.1: cannot open')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(doctor, "MODULES", {"torch": "broken_for_the_doctor"})
@@ -80,7 +74,7 @@ def test_a_broken_library_blocks_and_the_exit_code_says_so(
     assert answer["usable"] is False
 
 
-def test_what_is_missing_or_of_another_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_or_of_another_version_is_told(monkeypatch) -> None:
     asked = ["numpy>=99", "nothing-of-that-name>=1", "rich>=1", "mlflow>=2; extra == 'tracking'"]
     monkeypatch.setattr(metadata, "requires", lambda _: asked)
     old, missing = doctor.requirements()
@@ -89,7 +83,7 @@ def test_what_is_missing_or_of_another_version_is_told(monkeypatch: pytest.Monke
     assert (missing.what, missing.blocks) == ("nothing-of-that-name", True)
 
 
-def test_an_installation_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installation_that_is_none(monkeypatch) -> None:
     def absent(_: str) -> Any:
         raise metadata.PackageNotFoundError("s2ap-deploy")
 
@@ -98,7 +92,7 @@ def test_an_installation_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install ." in only.hint
 
 
-def test_without_the_library_that_compares_versions_the_rest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_that_compares_versions_the_rest_is_told(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "packaging.requirements", None)
     (only,) = doctor.requirements()
     assert (only.what, only.blocks) == ("packaging", False)
@@ -108,9 +102,7 @@ def told(problems: list[Problem]) -> list[str]:
     return [problem.what for problem in problems]
 
 
-def test_a_small_machine_is_told_what_it_is_too_small_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_small_machine_is_told_what_it_is_too_small_for(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(doctor, "_memory", lambda: (4 << 30, 1 << 20))
     monkeypatch.setattr(doctor, "_free", lambda _: 1 << 20)
     monkeypatch.setattr(doctor, "_instructions", lambda: ("avx2",))
@@ -123,7 +115,7 @@ def test_a_small_machine_is_told_what_it_is_too_small_for(
     assert told(problems) == ["run folders here"]
 
 
-def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_torch_cannot_use(monkeypatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -133,9 +125,7 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(problems) == ["the GPU"]
 
 
-def test_a_plug_in_that_fails_is_listed_with_its_distribution(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plug_in_that_fails_is_listed_with_its_distribution(tmp_path, monkeypatch) -> None:
     info = tmp_path / "ailing-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ailing\nVersion: 1.0\n")
@@ -155,7 +145,7 @@ def test_a_plug_in_that_fails_is_listed_with_its_distribution(
     assert found.usable  # nobody has to name it
 
 
-def test_it_answers_where_torch_cannot_be_imported(tmp_path: Path) -> None:
+def test_it_answers_where_torch_cannot_be_imported(tmp_path) -> None:
     """In a real process: torch is in the way of nothing that the doctor says."""
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     command = [sys.executable, "-m", "s2ap_deploy", "doctor", "--json"]

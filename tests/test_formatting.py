@@ -1,7 +1,5 @@
 """Numbers as text."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 import pytest
@@ -23,7 +21,7 @@ from s2ap_deploy import formatting
         (0.99, "59.4/min"),
     ],
 )
-def test_a_rate_is_short(per_second: float, text: str) -> None:
+def test_a_rate_is_short(per_second, text) -> None:
     assert formatting.rate(per_second) == text
     assert len(text) <= 8
 
@@ -32,7 +30,7 @@ def test_a_rate_is_short(per_second: float, text: str) -> None:
     ("number", "unit", "text"),
     [(1, "step", "1 step"), (2308400, "forward pass", "2,308,400 forward passes"), (0, "image", "0 images")],
 )
-def test_units_have_a_plural(number: int, unit: str, text: str) -> None:
+def test_units_have_a_plural(number, unit, text) -> None:
     assert formatting.counted(number, unit) == text
 
 
@@ -53,5 +51,5 @@ def test_units_have_a_plural(number: int, unit: str, text: str) -> None:
         (formatting.age_text(timedelta(hours=60)), "2.5 days"),
     ],
 )
-def test_quantities(found: str, text: str) -> None:
+def test_quantities(found, text) -> None:
     assert found == text

@@ -1,7 +1,5 @@
 """Check the repository: tests mirror the package, packaging metadata, documentation and spelling."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import importlib
@@ -98,12 +96,7 @@ def test_the_citation_names_the_four_papers() -> None:
     assert {"message", "title", "authors", "references"} <= cited.keys()
     assert cited["version"] == PROJECT["version"]
     identifiers = {reference["identifiers"][0]["value"] for reference in cited["references"]}
-    assert identifiers == {
-        "arXiv:2510.18381",
-        "arXiv:2409.01249",
-        "arXiv:2002.10509",
-        "arXiv:2412.14714",
-    }
+    assert identifiers == {"arXiv:2510.18381", "arXiv:2409.01249", "arXiv:2002.10509", "arXiv:2412.14714"}
     for reference in cited["references"]:
         assert all(author["family-names"] for author in reference["authors"])
 
@@ -121,7 +114,7 @@ def test_hooks_name_no_host() -> None:
 
 
 @pytest.mark.parametrize("page", ["python.md", "plugins.md", "reference.md", "recipe-keys.md"])
-def test_the_page_is_reached_from_another(page: str) -> None:
+def test_the_page_is_reached_from_another(page) -> None:
     others = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     linked = [path for path in others if path.name != page and page in path.read_text(encoding="utf-8")]
     assert linked, f"nothing links to {page}"
@@ -196,7 +189,7 @@ def test_everything_public_is_explained() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in s2ap_deploy.__all__ if name[0].islower()])
-def test_the_python_interface_tells_arguments_errors_and_sources(name: str) -> None:
+def test_the_python_interface_tells_arguments_errors_and_sources(name) -> None:
     """Each function documents its errors, and the training ones cite their papers."""
     function = getattr(s2ap_deploy.api, name)
     words = inspect.getdoc(function) or ""
@@ -224,7 +217,7 @@ NUMERICAL = (
 
 
 @pytest.mark.parametrize("name", NUMERICAL)
-def test_a_module_of_mathematics_names_its_source(name: str) -> None:
+def test_a_module_of_mathematics_names_its_source(name) -> None:
     module = ast.parse((ROOT / "s2ap_deploy" / name).read_text(encoding="utf-8"))
     nodes = [module, *(node for node in ast.walk(module) if isinstance(node, Definition))]
     assert any(PAPER.search(ast.get_docstring(node) or "") for node in nodes)

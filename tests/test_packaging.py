@@ -1,7 +1,5 @@
 """Check the contents of wheel and sdist, and the installed package outside of the source tree."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -30,12 +28,12 @@ def built(target: str, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory) -> Path:
     return built("wheel", tmp_path_factory.mktemp("wheel") / "dist")
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_recipes_and_targets(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_recipes_and_targets(wheel) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (text,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
@@ -54,7 +52,7 @@ def test_the_wheel_holds_the_package_recipes_and_targets(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_sdist_holds_what_the_tests_read(tmp_path: Path) -> None:
+def test_the_sdist_holds_what_the_tests_read(tmp_path) -> None:
     with tarfile.open(built("sdist", tmp_path / "dist")) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     pages = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"}
@@ -88,7 +86,7 @@ def copied(names: tuple[str, ...], site: Path) -> None:
 
 
 @pytest.mark.slow
-def test_gate_runs_in_an_environment_without_torch(wheel: Path, own_run: Path, tmp_path: Path) -> None:
+def test_gate_runs_in_an_environment_without_torch(wheel, own_run, tmp_path) -> None:
     """The wheel with nothing but the libraries on its own short list, at most 60 MB in all."""
     place = tmp_path / "venv"
     venv.create(place, with_pip=True)

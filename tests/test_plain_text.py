@@ -1,7 +1,5 @@
 """Names in sentences: one line, no control characters, nothing that a CI system obeys."""
 
-from __future__ import annotations
-
 import unicodedata
 
 import pytest
@@ -12,7 +10,7 @@ from s2ap_deploy.formatting import exact_percent, plain
 
 
 @given(st.text(st.characters(exclude_categories=())))
-def test_plain_text_is_one_printable_line(text: str) -> None:
+def test_plain_text_is_one_printable_line(text) -> None:
     shown = plain(text, 20)
     assert len(shown) <= 20
     assert len(shown.splitlines()) <= 1
@@ -38,5 +36,5 @@ def test_ordinary_names_stay_as_they_are() -> None:
         (-0.02, "-2.0%"),
     ],
 )
-def test_rounding_hides_no_difference_from_nothing_and_everything(share: float, text: str) -> None:
+def test_rounding_hides_no_difference_from_nothing_and_everything(share, text) -> None:
     assert exact_percent(share) == text

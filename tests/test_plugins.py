@@ -1,7 +1,5 @@
 """Plug-ins by entry point: found without being imported, and whatever fails is told with whose it is."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import subprocess
@@ -34,7 +32,7 @@ Install = Callable[..., str]
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+def install(tmp_path, monkeypatch) -> Install:
     """``install("methods", "name", "code that defines FOUND")`` puts a distribution on the path; its name."""
 
     def put(kind: str, name: str, code: str, distribution: str | None = None) -> str:
@@ -80,7 +78,7 @@ def test_without_plug_ins_the_tools_own_names_are_all_there_is() -> None:
         plugins.load("methods", "nobody", Method)
 
 
-def test_a_method_is_found_by_name_and_imported_when_it_is_needed(install: Install) -> None:
+def test_a_method_is_found_by_name_and_imported_when_it_is_needed(install) -> None:
     mine = name()
     origin = install("methods", mine, METHOD.format(body="weights.abs() * 2"))
     assert mine in plugins.names("methods")
@@ -94,7 +92,7 @@ def test_a_method_is_found_by_name_and_imported_when_it_is_needed(install: Insta
     assert not section(mine).perturbs
 
 
-def test_a_method_may_draw_and_draws_the_same_again(install: Install) -> None:
+def test_a_method_may_draw_and_draws_the_same_again(install) -> None:
     mine = name()
     install("methods", mine, "import torch\n" + textwrap.dedent(METHOD).format(
         body="torch.rand(weights.shape, generator=generator)"))  # fmt: skip
@@ -116,7 +114,7 @@ def test_a_method_may_draw_and_draws_the_same_again(install: Install) -> None:
         ("weights.mul_(0) + undefined", "NameError"),
     ],
 )
-def test_a_start_that_is_none_is_told_with_its_distribution(body: str, words: str, install: Install) -> None:
+def test_a_start_that_is_none_is_told_with_its_distribution(body, words, install) -> None:
     mine = name()
     origin = install("methods", mine, METHOD.format(body=body))
     network = torch.nn.Linear(4, 3)
@@ -152,9 +150,7 @@ def test_a_start_that_is_none_is_told_with_its_distribution(body: str, words: st
         ),
     ],
 )
-def test_what_cannot_be_imported_is_told_with_its_distribution(
-    code: str, words: str, install: Install
-) -> None:
+def test_what_cannot_be_imported_is_told_with_its_distribution(code, words, install) -> None:
     mine = name()
     origin = install("methods", mine, code)
     with pytest.raises(PluginError) as caught:
@@ -165,7 +161,7 @@ def test_what_cannot_be_imported_is_told_with_its_distribution(
     assert origin.split()[0] in caught.value.hint
 
 
-def test_two_that_offer_one_name_are_both_named(install: Install) -> None:
+def test_two_that_offer_one_name_are_both_named(install) -> None:
     mine = name()
     one = install("methods", mine, METHOD.format(body="weights"))
     two = install("methods", mine, METHOD.format(body="weights"))
@@ -175,7 +171,7 @@ def test_two_that_offer_one_name_are_both_named(install: Install) -> None:
     assert two in caught.value.message
 
 
-def test_no_plug_in_takes_the_place_of_our_own(install: Install) -> None:
+def test_no_plug_in_takes_the_place_of_our_own(install) -> None:
     install("methods", "hydra", "raise RuntimeError('never imported')")
     install("losses", "at", "raise RuntimeError('never imported')")
     assert METHODS["hydra"].budgets[0] == "erk"
@@ -199,7 +195,7 @@ def batch() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Generato
     return network, torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1]), torch.Generator().manual_seed(1)
 
 
-def test_a_loss_is_minimized_and_attacked_as_it_says(install: Install) -> None:
+def test_a_loss_is_minimized_and_attacked_as_it_says(install) -> None:
     mine = name()
     body = "F.cross_entropy(adversarial, labels) + beta * (clean - adversarial).square().mean()"
     install("losses", mine, LOSS.format(body=body, clean=True, ascent="None"))
@@ -220,7 +216,7 @@ def test_a_loss_is_minimized_and_attacked_as_it_says(install: Install) -> None:
     assert network[1].weight.grad is not None  # type: ignore[index]
 
 
-def test_a_loss_may_bring_what_its_attack_maximizes(install: Install) -> None:
+def test_a_loss_may_bring_what_its_attack_maximizes(install) -> None:
     mine = name()
     ascent = "lambda logits, labels: -F.cross_entropy(logits, labels, reduction='sum')"
     body = "F.cross_entropy(adversarial, labels)"
@@ -240,9 +236,7 @@ def test_a_loss_may_bring_what_its_attack_maximizes(install: Install) -> None:
         ("labels.sum()", "tensor"),
     ],
 )
-def test_a_loss_that_gives_no_number_is_told_with_its_distribution(
-    body: str, words: str, install: Install
-) -> None:
+def test_a_loss_that_gives_no_number_is_told_with_its_distribution(body, words, install) -> None:
     mine = name()
     origin = install("losses", mine, LOSS.format(body=body, clean=False, ascent="None"))
     network, images, labels, _ = batch()
@@ -251,7 +245,7 @@ def test_a_loss_that_gives_no_number_is_told_with_its_distribution(
     assert origin in caught.value.message
 
 
-def test_a_name_that_nobody_offers_is_refused_with_those_that_are(install: Install) -> None:
+def test_a_name_that_nobody_offers_is_refused_with_those_that_are(install) -> None:
     mine = name()
     install("losses", mine, LOSS.format(body="0", clean=False, ascent="None"))
     with pytest.raises(UsageError, match="no robust loss 'bogus'") as caught:
@@ -264,7 +258,7 @@ def test_a_name_that_nobody_offers_is_refused_with_those_that_are(install: Insta
     assert catalog.load("demo", overrides=[f"prune.search.objective.loss={mine}"]).prune is not None
 
 
-def test_a_target_is_found_by_name_with_a_hash_of_what_it_says(install: Install) -> None:
+def test_a_target_is_found_by_name_with_a_hash_of_what_it_says(install) -> None:
     mine = name()
     code = "from s2ap_deploy.recipe.target import Target\nFOUND = Target(name='board', description='{}')"
     origin = install("targets", mine, code.format("one"))
@@ -279,7 +273,7 @@ def test_a_target_is_found_by_name_with_a_hash_of_what_it_says(install: Install)
     assert mine in (caught.value.hint or "")
 
 
-def test_the_command_line_takes_their_names(install: Install, s2ap: Callable[..., Any]) -> None:
+def test_the_command_line_takes_their_names(install, s2ap) -> None:
     mine = name()
     install("methods", mine, METHOD.format(body="weights"))
     missing = s2ap("prune", "absent.pt", "--sparsity", 0.9, "--method", mine)
@@ -290,13 +284,13 @@ def test_the_command_line_takes_their_names(install: Install, s2ap: Callable[...
     assert "(here: 'bogus')" in wrong.err
 
 
-def test_naming_no_plug_in_imports_none(install: Install) -> None:
+def test_naming_no_plug_in_imports_none(install) -> None:
     install("methods", name(), "raise RuntimeError('imported')")
     assert catalog.load("demo").prune is not None
 
 
 @pytest.fixture(scope="session")
-def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def example(tmp_path_factory) -> Path:
     """The example distribution, installed by pip into a folder of its own."""
     pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("site")
@@ -305,7 +299,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_example_is_what_the_tool_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_is_what_the_tool_expects(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE))
     from s2ap_example.board import TINY_BOARD  # type: ignore[import-not-found]
     from s2ap_example.loss import SMOOTHED  # type: ignore[import-not-found]
@@ -322,14 +316,14 @@ def test_the_example_is_what_the_tool_expects(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S))
-def test_the_pages_code_makes_what_it_says(block: str) -> None:
+def test_the_pages_code_makes_what_it_says(block) -> None:
     space: dict[str, Any] = {}
     exec(compile(block, str(PAGE), "exec", dont_inherit=True), space)
     assert any(isinstance(found, Method | RobustLoss) for found in space.values())
 
 
 @pytest.mark.slow
-def test_the_example_is_installed_and_runs_through_the_command_line(example: Path, tmp_path: Path) -> None:
+def test_the_example_is_installed_and_runs_through_the_command_line(example, tmp_path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "s2ap_deploy", *arguments]
         environment = {"PYTHONPATH": str(example), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}

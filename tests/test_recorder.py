@@ -1,11 +1,9 @@
 """The two recorders that keep nothing."""
 
-from __future__ import annotations
-
 from s2ap_deploy.recorder import NoSnapshots, Recorder, Silent, Snapshots
 
 
-def test_silence_takes_everything_and_says_nothing(capfd: object) -> None:
+def test_silence_takes_everything_and_says_nothing(capfd) -> None:
     recorder: Recorder = Silent()
     recorder.begin("search", 3, "step")
     recorder.advance()

@@ -1,7 +1,5 @@
 """The short list of libraries for gate and verify --files, and what is said where one is missing."""
 
-from __future__ import annotations
-
 import ast
 import json
 import subprocess
@@ -82,7 +80,7 @@ def test_every_dependency_is_imported() -> None:
     assert set(MODULES.values()) - imported == set()
 
 
-def test_gate_and_verify_files_import_nothing_but_what_the_list_names(own_run: Path) -> None:
+def test_gate_and_verify_files_import_nothing_but_what_the_list_names(own_run) -> None:
     reports = ["--junit", "gate.xml", "--sarif", "gate.sarif", "--summary", "gate.md", "--annotations"]
     certificate = ["verify", "--files", "s2ap-run/certify/pruned.json"]
     commands = [
@@ -100,7 +98,7 @@ def test_gate_and_verify_files_import_nothing_but_what_the_list_names(own_run: P
 
 
 @pytest.mark.parametrize("dropped", GATE)
-def test_no_name_in_the_list_is_superfluous(dropped: str, own_run: Path) -> None:
+def test_no_name_in_the_list_is_superfluous(dropped, own_run) -> None:
     """The gate of a run with a recipe imports each of them, and says so where one is missing."""
     present = tuple(name for name in GATE if name != dropped)
     done = with_only(present, ["gate", "--json"], cwd=own_run.parent)
@@ -111,7 +109,7 @@ def test_no_name_in_the_list_is_superfluous(dropped: str, own_run: Path) -> None
     assert all(f'"{each}"' in done.stderr for each in gate_requirements())
 
 
-def test_a_command_that_needs_more_says_how_to_install_it(own_run: Path) -> None:
+def test_a_command_that_needs_more_says_how_to_install_it(own_run) -> None:
     certificate = str(own_run / "certify" / "pruned.json")
     done = with_only(GATE, ["verify", certificate, "--json"], ["certify"], cwd=own_run.parent)
     told, first, second = done.stdout.splitlines()
@@ -131,12 +129,12 @@ def test_a_command_that_needs_more_says_how_to_install_it(own_run: Path) -> None
         (ImportError("libcudart.so.13: cannot open shared object file", name="torch"), None),
     ],
 )
-def test_only_a_missing_library_is_an_incomplete_installation(error: ImportError, code: str | None) -> None:
+def test_only_a_missing_library_is_an_incomplete_installation(error, code) -> None:
     found = install_incomplete(error)
     assert (found.code if found else None) == code
 
 
-def test_the_list_is_printed_with_the_declared_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_is_printed_with_the_declared_bounds(capsys) -> None:
     assert requirements.main(["gate"]) == 0
     printed = [Requirement(each) for each in capsys.readouterr().out.split()]
     declared = {canonicalize_name(each.name): each for each in map(Requirement, PROJECT["dependencies"])}
@@ -145,6 +143,6 @@ def test_the_list_is_printed_with_the_declared_bounds(capsys: pytest.CaptureFixt
     assert requirements.main([]) == 2
 
 
-def test_a_source_tree_that_is_not_installed_has_no_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_tree_that_is_not_installed_has_no_bounds(monkeypatch) -> None:
     monkeypatch.setattr(requirements, "DISTRIBUTION", "no-such-distribution")
     assert gate_requirements() == list(GATE)

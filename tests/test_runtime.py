@@ -1,7 +1,5 @@
 """Device, threads and random streams."""
 
-from __future__ import annotations
-
 import ast
 import platform
 from pathlib import Path
@@ -42,7 +40,7 @@ def test_the_keys_of_random_streams_are_as_ever() -> None:
 
 @given(KEYS)
 @settings(deadline=None, max_examples=50)
-def test_every_seed_fits_every_generator(keys: list[int | str]) -> None:
+def test_every_seed_fits_every_generator(keys) -> None:
     assert 0 <= runtime.derive_seed(*keys) < 2**63
     runtime.generator(*keys)
 
@@ -57,7 +55,7 @@ def test_streams_differ_by_any_key_and_repeat_with_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", "cpu:cpu", ""])
-def test_a_device_that_is_not_here_is_a_usage_error(name: str) -> None:
+def test_a_device_that_is_not_here_is_a_usage_error(name) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "device-unusable") as caught:
         runtime.device(name)
     assert caught.value.hint == "try --device cpu"

@@ -1,7 +1,5 @@
 """Value objects: exact radii, normalizations that can be applied, and no silent defaults."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 import pytest
@@ -20,13 +18,13 @@ def test_a_fraction_stays_the_text_that_was_given() -> None:
 
 @given(st.integers(1, 10_000), st.integers(1, 10_000))
 @settings(deadline=None, max_examples=50)
-def test_the_radius_of_a_fraction_is_its_nearest_float(top: int, bottom: int) -> None:
+def test_the_radius_of_a_fraction_is_its_nearest_float(top, bottom) -> None:
     assert ThreatModel(eps=f"{top}/{bottom}").radius == float(Fraction(top, bottom))
 
 
 @given(st.floats(1e-6, 1e6))
 @settings(deadline=None, max_examples=50)
-def test_a_number_is_taken_as_it_is_written(value: float) -> None:
+def test_a_number_is_taken_as_it_is_written(value) -> None:
     assert ThreatModel.model_validate({"eps": value}).radius == value
 
 
@@ -34,7 +32,7 @@ def test_a_number_is_taken_as_it_is_written(value: float) -> None:
     "text",
     ["", "0", "0/255", "-1", "-8/255", "8/0", "nan", "inf", "1e999", "8/255/1", "0x1", "eps", " ", "1_0"],
 )
-def test_what_is_no_positive_finite_radius_is_refused(text: str) -> None:
+def test_what_is_no_positive_finite_radius_is_refused(text) -> None:
     with pytest.raises(ValidationError):
         ThreatModel(eps=text)
 
@@ -50,9 +48,7 @@ def test_a_radius_cannot_be_so_long_that_reading_it_takes_forever() -> None:
     ("mean", "std"),
     [((0.5,), (0.0,)), ((0.5,), (-1.0,)), ((float("nan"),), (1.0,)), ((), ()), ((0.1, 0.2), (1.0,))],
 )
-def test_a_normalization_that_cannot_be_applied_is_refused(
-    mean: tuple[float, ...], std: tuple[float, ...]
-) -> None:
+def test_a_normalization_that_cannot_be_applied_is_refused(mean, std) -> None:
     with pytest.raises(ValidationError):
         Normalization(mean=mean, std=std)
 

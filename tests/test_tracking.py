@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -62,13 +61,13 @@ class Fake:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+def fake(monkeypatch) -> Fake:
     made = Fake()
     monkeypatch.setattr(tracking, "_tracker", lambda name, folder: made)
     return made
 
 
-def test_everything_reaches_the_person_and_figures_the_tracker(fake: Fake, tmp_path: Path) -> None:
+def test_everything_reaches_the_person_and_figures_the_tracker(fake, tmp_path) -> None:
     heard = Heard()
     attack = {"attack": "apgd-ce", "block": 1, "broken": 2, "seconds": 0.5}
     with tracking.tracked(heard, ["tensorboard"], tmp_path, {"seed": 1, "prune": {"s": 0.9}}) as recorder:
@@ -93,20 +92,20 @@ def test_everything_reaches_the_person_and_figures_the_tracker(fake: Fake, tmp_p
     assert fake.closed == 1
 
 
-def test_an_error_closes_the_tracker(fake: Fake, tmp_path: Path) -> None:
+def test_an_error_closes_the_tracker(fake, tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt), tracking.tracked(Silent(), ["mlflow"], tmp_path, {}):
         raise KeyboardInterrupt
     assert fake.closed == 1
 
 
-def test_without_trackers_the_recorder_is_the_very_same(tmp_path: Path) -> None:
+def test_without_trackers_the_recorder_is_the_very_same(tmp_path) -> None:
     heard = Heard()
     with tracking.tracked(heard, [], tmp_path, {}) as recorder:
         assert recorder is heard
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+def test_one_that_nobody_knows_is_refused(tmp_path) -> None:
     with (
         pytest.raises(UsageError, check=lambda error: error.code == "tracker-unknown"),
         tracking.tracked(Silent(), ["wandb"], tmp_path, {}),
@@ -115,9 +114,7 @@ def test_one_that_nobody_knows_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", tracking.NAMES)
-def test_one_that_is_missing_names_the_extra(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_one_that_is_missing_names_the_extra(name, monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with (
         pytest.raises(UsageError, check=lambda error: error.code == "tracker-not-installed") as caught,
@@ -157,7 +154,7 @@ class Client:
         self.calls.append(("end", run))
 
 
-def test_mlflow_is_told_the_recipe_and_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_is_told_the_recipe_and_the_figures(tmp_path, monkeypatch) -> None:
     library = types.ModuleType("mlflow")
     library.utils = types.SimpleNamespace(  # type: ignore[attr-defined]
         validation=types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=5)
@@ -185,7 +182,7 @@ def test_mlflow_is_told_the_recipe_and_the_figures(tmp_path: Path, monkeypatch: 
         assert Client.made[-1].uri == "file:///elsewhere"
 
 
-def test_tensorboard_writes_below_the_run_folder(tmp_path: Path) -> None:
+def test_tensorboard_writes_below_the_run_folder(tmp_path) -> None:
     if not _present("tensorboard"):
         pytest.skip("needs tensorboard: pip install 's2ap-deploy[tracking]'")
     with tracking.tracked(Silent(), ["tensorboard"], tmp_path, {"seed": 0}) as recorder:
@@ -198,7 +195,7 @@ def test_tensorboard_writes_below_the_run_folder(tmp_path: Path) -> None:
     assert [(each.step, each.value) for each in events.Scalars("search/loss")] == [(3, 0.5)]
 
 
-def test_mlflow_itself_keeps_what_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_itself_keeps_what_it_is_told(tmp_path, monkeypatch) -> None:
     if not _present("mlflow"):
         pytest.skip("needs mlflow: pip install 's2ap-deploy[tracking]'")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

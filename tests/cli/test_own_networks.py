@@ -1,7 +1,5 @@
 """Networks of the user's own with odd parts go the whole way, or are refused in one line."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -87,9 +85,7 @@ def prune(s2ap: Callable[..., Any], folder: Path, name: str, *options: str) -> A
 
 
 @pytest.mark.parametrize("name", ["Tied", "double", "Bare"])
-def test_shared_weights_and_other_precisions_are_pruned_and_exported(
-    name: str, s2ap: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_shared_weights_and_other_precisions_are_pruned_and_exported(name, s2ap, tmp_path) -> None:
     done = prune(s2ap, tmp_path, name)
     assert done.code == 0, done.err
     exported = s2ap("export", "--onnx", "--arch", f"net.py:{name}", cwd=tmp_path)
@@ -105,18 +101,14 @@ def test_shared_weights_and_other_precisions_are_pruned_and_exported(
         ("Cut", "logits-without-gradient"),
     ],
 )
-def test_what_cannot_be_pruned_as_asked_is_refused_before_the_search(
-    name: str, code: str, s2ap: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_what_cannot_be_pruned_as_asked_is_refused_before_the_search(name, code, s2ap, tmp_path) -> None:
     done = prune(s2ap, tmp_path, name, "--json")
     assert done.code == 2
     assert json.loads(done.out)["code"] == code
     assert not (tmp_path / "s2ap-run" / "search").exists()
 
 
-def test_both_figures_are_reported_where_weights_stay_unpruned(
-    s2ap: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_both_figures_are_reported_where_weights_stay_unpruned(s2ap, tmp_path) -> None:
     done = prune(s2ap, tmp_path, "Mixed", "--allow-unpruned", "--json")
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "s2ap-run" / "manifest.json").read_text())["stages"]["search"]["results"]

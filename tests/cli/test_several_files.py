@@ -1,7 +1,5 @@
 """Several files of one run: each with its report, its certificate, its rows in gate and page."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,7 @@ FILE = "export-int8/model-int8.onnx"
 
 
 @pytest.fixture
-def both(s2ap: Command, own_run: Path) -> Path:
+def both(s2ap, own_run) -> Path:
     """A run with its float32 file and an int8 file."""
     done = s2ap("export", "--int8", "--run", own_run, "--threads", 1, "--json")
     assert done.code == 0, done.err
@@ -28,9 +26,7 @@ def gate(s2ap: Command, run: Path) -> tuple[int, list[dict[str, Any]]]:
     return done.code, json.loads(done.out)["checks"]
 
 
-def test_each_file_has_evidence_of_its_own(
-    s2ap: Command, both: Path, files_in: Callable[[Path], dict[str, bytes]]
-) -> None:
+def test_each_file_has_evidence_of_its_own(s2ap, both, files_in) -> None:
     float_file = files_in(both / "export")
     assert "model.onnx" in float_file
     code, checks = gate(s2ap, both)
@@ -56,14 +52,14 @@ def test_each_file_has_evidence_of_its_own(
 
 
 @pytest.mark.parametrize("name", ["export/model.onnx", FILE])
-def test_a_changed_file_fails_by_its_own_name(s2ap: Command, both: Path, name: str) -> None:
+def test_a_changed_file_fails_by_its_own_name(s2ap, both, name) -> None:
     (both / name).write_bytes((both / name).read_bytes() + b" ")
     code, checks = gate(s2ap, both)
     assert code == 1
     assert [check["path"] for check in checks if check["status"] == "fail"] == [name]
 
 
-def test_names_keep_two_files_of_one_form(s2ap: Command, own_run: Path) -> None:
+def test_names_keep_two_files_of_one_form(s2ap, own_run) -> None:
     run = ("--run", own_run, "--threads", 1, "--json")
     refused = s2ap("export", "--encoding", "gaps", *run)
     assert json.loads(refused.out)["code"] == "stage-inputs-changed"
@@ -85,7 +81,7 @@ def test_names_keep_two_files_of_one_form(s2ap: Command, own_run: Path) -> None:
     assert not list(own_run.glob("export*"))
 
 
-def test_a_name_that_is_no_name(s2ap: Command, own_run: Path) -> None:
+def test_a_name_that_is_no_name(s2ap, own_run) -> None:
     for name in ("../x", "A", ""):
         done = s2ap("export", "--name", name, "--run", own_run, "--json")
         assert (done.code, json.loads(done.out)["code"]) == (2, "option-invalid"), name

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -9,7 +7,7 @@ from s2ap_deploy.codecs.codec import check_positions, entropy_bits
 
 
 @pytest.mark.parametrize("positions", [[3, 3], [4, 2], [-1, 2], [0, 10]])
-def test_positions_increase_within_the_universe(positions: list[int]) -> None:
+def test_positions_increase_within_the_universe(positions) -> None:
     with pytest.raises(ValueError, match="strictly increasing"):
         check_positions(np.array(positions), 10)
 

@@ -1,7 +1,5 @@
 """Predicted sizes against the encoders themselves: one tensor at a time, and whole files."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -12,16 +10,8 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
-from s2ap_deploy.codecs.registry import (
-    CODECS,
-    ENCODINGS,
-    Contents,
-    EncodingName,
-    WeightTensor,
-    choose,
-    tensor_bytes,
-)
-from s2ap_deploy.codecs.values import VALUES, ValuesName
+from s2ap_deploy.codecs.registry import CODECS, ENCODINGS, Contents, WeightTensor, choose, tensor_bytes
+from s2ap_deploy.codecs.values import VALUES
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export import encoding as codec
@@ -66,9 +56,7 @@ def model_of(*arrays: np.ndarray) -> ModelProto:
     st.integers(0, 2**31),
 )
 @settings(max_examples=60, deadline=None)
-def test_one_tensor_within_three_percent(
-    shape: tuple[int, ...], density: float, encoding: EncodingName, values: ValuesName, seed: int
-) -> None:
+def test_one_tensor_within_three_percent(shape, density, encoding, values, seed) -> None:
     array = weight(shape, density, seed)
     rounded, stored, _ = round_weights(model_of(array), values)
     _, (row,) = codec.encode(rounded, encoding=encoding, rounded=stored)
@@ -85,9 +73,7 @@ def spread(row: codec.EncodedTensor) -> float:
 
 @given(st.sampled_from(SHAPES), st.floats(0.01, 0.74), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
-def test_elias_fano_within_three_percent_of_its_encoder(
-    shape: tuple[int, ...], density: float, seed: int
-) -> None:
+def test_elias_fano_within_three_percent_of_its_encoder(shape, density, seed) -> None:
     array = weight(shape, density, seed)
     _, (row,) = codec.encode(model_of(array), encoding="ef")
     predicted = tensor_bytes(WeightTensor("w", shape, row.nonzeros), "ef", index=0)
@@ -96,7 +82,7 @@ def test_elias_fano_within_three_percent_of_its_encoder(
 
 @given(st.integers(1, 40), st.integers(1, 400), st.floats(0, 1))
 @settings(max_examples=60, deadline=None)
-def test_it_chooses_what_the_encoder_chooses(rows: int, columns: int, density: float) -> None:
+def test_it_chooses_what_the_encoder_chooses(rows, columns, density) -> None:
     entries = rows * columns
     generator = np.random.default_rng(entries)
     array = (generator.random(entries) < density).astype(np.float32).reshape(rows, columns)
@@ -111,7 +97,7 @@ def test_it_chooses_what_the_encoder_chooses(rows: int, columns: int, density: f
 
 
 @given(st.integers(-3, 2000), st.integers(-3, 2000), st.sampled_from(list(CODECS)))
-def test_no_count_gives_negative_or_infinite_bytes(nonzeros: int, entries: int, stored: str) -> None:
+def test_no_count_gives_negative_or_infinite_bytes(nonzeros, entries, stored) -> None:
     found = CODECS[stored].data_bytes(nonzeros, max(entries, 0), 4)
     assert 0 <= found < math.inf
 
@@ -144,7 +130,7 @@ def sparse(name: str, density: float) -> tuple[Classifier, Contents]:
 
 @pytest.mark.parametrize("density", [0.1, 0.01])
 @pytest.mark.parametrize("name", ["digits-conv", pytest.param("cifar-resnet20", marks=pytest.mark.slow)])
-def test_a_whole_file_within_five_percent(name: str, density: float) -> None:
+def test_a_whole_file_within_five_percent(name, density) -> None:
     classifier, contents = sparse(name, density)
     size = registry.resolve(name).input_size
     assert size is not None
@@ -158,7 +144,7 @@ def test_a_whole_file_within_five_percent(name: str, density: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits-conv", "cifar-resnet20", "cifar-vgg16-bn", "cifar-preact-resnet18"])
-def test_a_whole_file_of_int8_arithmetic_within_five_percent(name: str) -> None:
+def test_a_whole_file_of_int8_arithmetic_within_five_percent(name) -> None:
     classifier, contents = sparse(name, 0.05)
     size = registry.resolve(name).input_size
     assert size is not None
@@ -177,7 +163,7 @@ def test_nothing_but_the_weights_changes_with_their_encoding() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["auto", *SPARSE])
-def test_a_tensor_of_zeros_is_one_node(encoding: EncodingName) -> None:
+def test_a_tensor_of_zeros_is_one_node(encoding) -> None:
     array = np.zeros((64, 64, 3, 3), np.float32)
     _, (row,) = codec.encode(model_of(array), encoding=encoding)
     nothing = WeightTensor("w", array.shape, 0)

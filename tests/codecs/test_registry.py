@@ -1,7 +1,5 @@
 """The registry: every module of ``codecs.encodings`` is an encoding, and choices derive from it."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +39,7 @@ def test_every_encoding_is_documented() -> None:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_candidates(encoding: str) -> None:
+def test_candidates(encoding) -> None:
     sparse = candidates(encoding, 10, 1000)
     assert all(codec.name == encoding or encoding == "auto" for codec in sparse)
     assert candidates(encoding, 0, 1000) == ((DENSE,) if encoding == DENSE.name else (ZEROS,))

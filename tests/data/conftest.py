@@ -1,7 +1,5 @@
 """Small image folders with known pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +11,7 @@ MakeFolder = Callable[..., Path]
 
 
 @pytest.fixture
-def make_folder(tmp_path: Path) -> MakeFolder:
+def make_folder(tmp_path) -> MakeFolder:
     """Build ``<part>/<class>/NN.png`` with random pixels; ``shape`` is (H, W) or (H, W, 3)."""
 
     def build(

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -12,7 +10,7 @@ IMAGES = torch.randint(1, 256, (6, 3, 5, 7), dtype=torch.uint8, generator=torch.
 
 @given(st.integers(0, 4), st.booleans(), st.integers(0, 100))
 @settings(deadline=None, max_examples=40)
-def test_a_move_is_pad_crop_and_mirror(padding: int, flip: bool, seed: int) -> None:
+def test_a_move_is_pad_crop_and_mirror(padding, flip, seed) -> None:
     augmentation = Augmentation(padding, flip)
     moves = augmentation.draw(len(IMAGES), torch.Generator().manual_seed(seed))
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import hashlib
 
 import pytest
@@ -61,7 +59,7 @@ def test_suggested_normalization_is_that_of_the_digits() -> None:
         ("svhn", (3, 32, 32), 10),
     ],
 )
-def test_facts_without_files(name: str, size: tuple[int, int, int], classes: int) -> None:
+def test_facts_without_files(name, size, classes) -> None:
     facts = datasets.spec(name)
     assert isinstance(facts, DataSpec)
     assert facts.preprocessing.size == size

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import os
 import shutil
 import sys
@@ -17,7 +15,7 @@ from s2ap_deploy.errors import DataError, UsageError
 MakeFolder = Callable[..., Path]
 
 
-def test_classes_and_ids_are_sorted_and_relative(make_folder: MakeFolder) -> None:
+def test_classes_and_ids_are_sorted_and_relative(make_folder) -> None:
     found = scan(make_folder(classes=("dog", "cat"), per_class=2))
     assert found.classes == ("cat", "dog")
     assert found.train.ids == ("train/cat/00.png", "train/cat/01.png", "train/dog/00.png", "train/dog/01.png")
@@ -27,19 +25,19 @@ def test_classes_and_ids_are_sorted_and_relative(make_folder: MakeFolder) -> Non
     assert len(found) == 8
 
 
-def test_val_serves_as_test_when_there_is_no_test(make_folder: MakeFolder) -> None:
+def test_val_serves_as_test_when_there_is_no_test(make_folder) -> None:
     found = scan(make_folder(parts=("train", "val"), per_class=3))
     assert found.validation is None
     assert found.test.ids[0] == "val/cat/00.png"
 
 
-def test_a_folder_with_all_three_parts_brings_its_own_validation(make_folder: MakeFolder) -> None:
+def test_a_folder_with_all_three_parts_brings_its_own_validation(make_folder) -> None:
     data = datasets.load(f"imagefolder:{make_folder(parts=('train', 'val', 'test'), per_class=4)}")
     assert {one.split("/")[0] for one in data.validation.ids} == {"val"}
     assert len(data.train) == len(data.validation) == len(data.test) == 8
 
 
-def test_hidden_files_and_other_files_are_passed_over(make_folder: MakeFolder) -> None:
+def test_hidden_files_and_other_files_are_passed_over(make_folder) -> None:
     folder = make_folder(per_class=2)
     (folder / "train" / "cat" / "._00.png").write_bytes(b"mac")
     (folder / "train" / "cat" / "notes.txt").write_text("x")
@@ -48,7 +46,7 @@ def test_hidden_files_and_other_files_are_passed_over(make_folder: MakeFolder) -
     assert len(scan(folder).train.ids) == 4
 
 
-def test_images_below_a_class_and_symbolic_links_count(make_folder: MakeFolder, tmp_path: Path) -> None:
+def test_images_below_a_class_and_symbolic_links_count(make_folder, tmp_path) -> None:
     folder = make_folder(per_class=2)
     nested = folder / "train" / "cat" / "images"
     nested.mkdir()
@@ -64,7 +62,7 @@ def test_images_below_a_class_and_symbolic_links_count(make_folder: MakeFolder, 
     )
 
 
-def test_validation_is_stratified_disjoint_and_seeded(make_folder: MakeFolder) -> None:
+def test_validation_is_stratified_disjoint_and_seeded(make_folder) -> None:
     name = f"imagefolder:{make_folder(per_class=20)}"
     data, again, other = (datasets.load(name, seed=seed, validation_fraction=0.2) for seed in (0, 0, 1))
     assert data.validation.labels.bincount().tolist() == [4, 4]
@@ -74,7 +72,7 @@ def test_validation_is_stratified_disjoint_and_seeded(make_folder: MakeFolder) -
     assert len(data.test) == 40
 
 
-def test_size_comes_from_the_first_image(make_folder: MakeFolder) -> None:
+def test_size_comes_from_the_first_image(make_folder) -> None:
     folder = make_folder(shape=(8, 8))
     preprocessing = datasets.spec(f"imagefolder:{folder}").preprocessing
     assert preprocessing.size == (1, 8, 8)
@@ -82,7 +80,7 @@ def test_size_comes_from_the_first_image(make_folder: MakeFolder) -> None:
     assert (preprocessing.resize, preprocessing.crop) == (8, 8)
 
 
-def test_images_of_other_sizes_are_resized_to_a_square(make_folder: MakeFolder) -> None:
+def test_images_of_other_sizes_are_resized_to_a_square(make_folder) -> None:
     folder = make_folder(per_class=5)
     Image.new("RGB", (20, 13), (255, 0, 0)).save(folder / "test" / "cat" / "00.png")
     data = datasets.load(f"imagefolder:{folder}")
@@ -91,13 +89,13 @@ def test_images_of_other_sizes_are_resized_to_a_square(make_folder: MakeFolder) 
     assert images[0, 0].eq(1).all()
 
 
-def test_size_is_the_models(make_folder: MakeFolder) -> None:
+def test_size_is_the_models(make_folder) -> None:
     data = datasets.load(f"imagefolder:{make_folder()}", size=(1, 16, 16))
     assert data.spec.preprocessing.size == (1, 16, 16)
     assert data.train.tensors()[0].shape[1:] == (1, 16, 16)
 
 
-def test_images_that_are_not_square_have_to_agree(make_folder: MakeFolder) -> None:
+def test_images_that_are_not_square_have_to_agree(make_folder) -> None:
     folder = make_folder(shape=(6, 9, 3), per_class=3)
     data = datasets.load(f"imagefolder:{folder}")
     assert data.spec.preprocessing.resize is None
@@ -107,16 +105,14 @@ def test_images_that_are_not_square_have_to_agree(make_folder: MakeFolder) -> No
         datasets.load(f"imagefolder:{folder}")
 
 
-def test_color_is_mirrored_and_shifted_gray_only_shifted(make_folder: MakeFolder) -> None:
+def test_color_is_mirrored_and_shifted_gray_only_shifted(make_folder) -> None:
     color = datasets.load(f"imagefolder:{make_folder()}").train.augmentation
     gray = datasets.load(f"imagefolder:{make_folder(shape=(32, 32), name='signs')}").train.augmentation
     assert (color.padding, color.flip) == (1, True)
     assert (gray.padding, gray.flip) == (4, False)
 
 
-def test_a_relative_folder_may_lie_in_the_data_root(
-    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_folder_may_lie_in_the_data_root(make_folder, tmp_path, monkeypatch) -> None:
     folder = make_folder()
     remembered = datasets.spec(f"imagefolder:{folder}").name
     empty = tmp_path / "empty"
@@ -161,16 +157,14 @@ def not_utf8(folder: Path) -> None:
         ),
     ],
 )
-def test_a_folder_that_cannot_be_used_is_refused_by_name(
-    make_folder: MakeFolder, change: Callable[[Path], object], code: str, named: str
-) -> None:
+def test_a_folder_that_cannot_be_used_is_refused_by_name(make_folder, change, code, named) -> None:
     folder = make_folder(per_class=1)
     change(folder)
     with pytest.raises(DataError, match=named, check=lambda error: error.code == code):
         datasets.load(f"imagefolder:{folder}")
 
 
-def test_a_long_difference_is_cut(make_folder: MakeFolder) -> None:
+def test_a_long_difference_is_cut(make_folder) -> None:
     folder = make_folder(classes=tuple(f"class{number}" for number in range(9)), per_class=1)
     removed(*(f"test/class{number}" for number in range(1, 8)))(folder)
     with pytest.raises(DataError, match="class5") as caught:
@@ -186,12 +180,12 @@ def test_a_long_difference_is_cut(make_folder: MakeFolder) -> None:
         (f"imagefolder:{__file__}", "image-folder-missing"),
     ],
 )
-def test_a_path_that_is_no_folder_is_refused(name: str, code: str) -> None:
+def test_a_path_that_is_no_folder_is_refused(name, code) -> None:
     with pytest.raises(DataError, check=lambda error: error.code == code):
         datasets.load(name)
 
 
-def test_a_folder_that_may_not_be_read(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_read(make_folder, monkeypatch) -> None:
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -202,20 +196,20 @@ def test_a_folder_that_may_not_be_read(make_folder: MakeFolder, monkeypatch: pyt
     assert caught.value.hint == "check its permissions"
 
 
-def test_a_size_that_images_cannot_have(make_folder: MakeFolder) -> None:
+def test_a_size_that_images_cannot_have(make_folder) -> None:
     folder = make_folder(per_class=1)
     for size in ((2, 8, 8), (3, 0, 8)):
         with pytest.raises(DataError, check=lambda error: error.code == "image-size-invalid"):
             datasets.spec(f"imagefolder:{folder}", size=size)
 
 
-def test_negative_workers(make_folder: MakeFolder) -> None:
+def test_negative_workers(make_folder) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "worker-count-out-of-range"):
         datasets.load(f"imagefolder:{make_folder()}", workers=-1)
 
 
 @pytest.mark.slow
-def test_real_photographs(shared: Path, tmp_path: Path) -> None:
+def test_real_photographs(shared, tmp_path) -> None:
     """The first 100 images of each CIFAR-10 class and part, out of the archive of all 60,000."""
     import tarfile
 

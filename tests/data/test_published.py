@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import errno
 import hashlib
 import pickle
@@ -21,7 +19,7 @@ def md5(path: Path) -> str:
 
 
 @pytest.fixture
-def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cifar10(tmp_path, monkeypatch) -> Path:
     """A CIFAR-10 of 60 + 20 images in the published layout, with its own checksums."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
@@ -46,7 +44,7 @@ def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_mnist_is_the_real_one(shared: Path) -> None:
+def test_mnist_is_the_real_one(shared) -> None:
     data = datasets.load("mnist", root=shared / "data")
     assert (len(data.train), len(data.validation), len(data.test)) == (54_000, 6_000, 10_000)
     assert data.test.ids[42] == "test/00042"
@@ -58,13 +56,13 @@ def test_mnist_is_the_real_one(shared: Path) -> None:
     assert float(images.std()) == pytest.approx(0.3081, abs=1e-3)
 
 
-def test_mnist_validation_has_every_class_in_proportion(shared: Path) -> None:
+def test_mnist_validation_has_every_class_in_proportion(shared) -> None:
     data = datasets.load("mnist", root=shared / "data", seed=5)
     whole = data.train.labels.bincount() + data.validation.labels.bincount()
     assert (data.validation.labels.bincount() - whole / 10).abs().max() < 1
 
 
-def test_a_flipped_bit_in_mnist_is_found(shared: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_mnist_is_found(shared, tmp_path) -> None:
     shutil.copytree(shared / "data" / "MNIST", tmp_path / "MNIST", copy_function=shutil.copyfile)
     path = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
     path.chmod(0o600)
@@ -78,7 +76,7 @@ def test_a_flipped_bit_in_mnist_is_found(shared: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100", "svhn"])
-def test_missing_data_says_which_options_help(name: str, tmp_path: Path) -> None:
+def test_missing_data_says_which_options_help(name, tmp_path) -> None:
     with pytest.raises(DataError, match=name, check=lambda error: error.code == "data-missing") as caught:
         datasets.load(name, root=tmp_path)
     assert "--data-root" in (caught.value.hint or "")
@@ -86,9 +84,7 @@ def test_missing_data_says_which_options_help(name: str, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_root_is_the_argument_then_the_environment_then_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_root_is_the_argument_then_the_environment_then_data(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("S2AP_DATA_ROOT", raising=False)
     assert published.data_root(None) == Path("data")
     monkeypatch.setenv("S2AP_DATA_ROOT", str(tmp_path))
@@ -96,7 +92,7 @@ def test_root_is_the_argument_then_the_environment_then_data(
     assert published.data_root(Path("here")) == Path("here")
 
 
-def test_cifar_becomes_channels_first(cifar10: Path) -> None:
+def test_cifar_becomes_channels_first(cifar10) -> None:
     data = datasets.load("cifar10", root=cifar10)
     assert (len(data.train), len(data.validation), len(data.test)) == (54, 6, 20)
     stored = pickle.loads((cifar10 / "cifar-10-batches-py" / "test_batch").read_bytes())
@@ -106,7 +102,7 @@ def test_cifar_becomes_channels_first(cifar10: Path) -> None:
     assert (data.train.augmentation.padding, data.train.augmentation.flip) == (4, True)
 
 
-def test_damaged_cifar_is_told_from_missing(cifar10: Path) -> None:
+def test_damaged_cifar_is_told_from_missing(cifar10) -> None:
     path = cifar10 / "cifar-10-batches-py" / "data_batch_2"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DataError, check=lambda error: error.code == "data-damaged") as caught:
@@ -114,7 +110,7 @@ def test_damaged_cifar_is_told_from_missing(cifar10: Path) -> None:
     assert "--download" in (caught.value.hint or "")
 
 
-def test_svhn_counts_zero_as_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_svhn_counts_zero_as_zero(tmp_path, monkeypatch) -> None:
     stream = np.random.default_rng(0)
     listed = {}
     for part in ("train", "test"):
@@ -141,9 +137,7 @@ class Fetching:
         raise self.error
 
 
-def test_a_failed_download(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_download(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", Fetching(RuntimeError("no network")))
     with pytest.raises(DataError, check=lambda error: error.code == "data-download-failed") as caught:
         datasets.load("cifar100", root=tmp_path, download=True)
@@ -152,7 +146,7 @@ def test_a_failed_download(
     assert capsys.readouterr().out == "", "stdout belongs to --json"
 
 
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(tmp_path, monkeypatch) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(torchvision.datasets, "SVHN", Fetching(full))
     with pytest.raises(StorageError, match="svhn", check=lambda error: error.code == "disk-full") as caught:
@@ -160,7 +154,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--data-root" in (caught.value.hint or "")
 
 
-def test_a_file_as_root(tmp_path: Path) -> None:
+def test_a_file_as_root(tmp_path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(DataError, match="mnist", check=lambda error: error.code == "data-missing"):
         datasets.load("mnist", root=tmp_path / "file")

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest
@@ -15,7 +13,7 @@ LABELS = st.lists(st.integers(0, 5), min_size=1, max_size=60)
 
 @given(LABELS, st.integers(1, 70), st.integers(0, 3))
 @settings(deadline=None, max_examples=60)
-def test_each_class_gets_its_share_within_one(labels: list[int], n: int, seed: int) -> None:
+def test_each_class_gets_its_share_within_one(labels, n, seed) -> None:
     chosen = choose(labels, n, seed=seed)
 
     assert chosen == sorted(set(chosen))
@@ -28,7 +26,7 @@ def test_each_class_gets_its_share_within_one(labels: list[int], n: int, seed: i
 
 @given(LABELS, st.integers(1, 70))
 @settings(deadline=None, max_examples=30)
-def test_without_a_seed_the_first_are_taken(labels: list[int], n: int) -> None:
+def test_without_a_seed_the_first_are_taken(labels, n) -> None:
     assert choose(labels, n, seed=None) == list(range(min(n, len(labels))))
 
 
@@ -51,12 +49,12 @@ def test_a_tie_does_not_always_favor_the_same_class() -> None:
 
 
 @pytest.mark.parametrize("n", [None, 5, 6])
-def test_all_when_enough_are_asked_for(n: int | None) -> None:
+def test_all_when_enough_are_asked_for(n) -> None:
     assert choose(5, n, seed=1) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("n", [0, -3])
-def test_fewer_than_one_is_an_error(n: int) -> None:
+def test_fewer_than_one_is_an_error(n) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "sample-count-out-of-range") as caught:
         choose(10, n, seed=0)
     assert "at least 1" in (caught.value.hint or "")
@@ -64,7 +62,7 @@ def test_fewer_than_one_is_an_error(n: int) -> None:
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=50), st.floats(0.01, 0.99), st.integers(0, 3))
 @settings(deadline=None, max_examples=60)
-def test_held_out_and_kept_are_a_partition(labels: list[int], fraction: float, seed: int) -> None:
+def test_held_out_and_kept_are_a_partition(labels, fraction, seed) -> None:
     kept, held = hold_out(labels, fraction, seed=seed)
     assert sorted(kept + held) == list(range(len(labels)))
     assert kept
@@ -73,7 +71,7 @@ def test_held_out_and_kept_are_a_partition(labels: list[int], fraction: float, s
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0, float("nan")])
-def test_impossible_fraction(fraction: float) -> None:
+def test_impossible_fraction(fraction) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "validation-fraction-out-of-range"):
         hold_out([0, 1], fraction, seed=0)
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +56,7 @@ def test_an_epoch_sees_every_sample_once_in_an_order_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(("n", "seen"), [(14, 14), (15, 14), (16, 16)])
-def test_a_last_batch_of_one_is_left_out(n: int, seen: int) -> None:
+def test_a_last_batch_of_one_is_left_out(n, seen) -> None:
     assert len(epoch(numbered(n))) == seen
     batches = list(numbered(n).train_batches(7, seed=0, epoch=0, augment=False, device="cpu"))
     assert len(batches) == train_steps(n, 7)

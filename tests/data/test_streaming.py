@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -44,7 +42,7 @@ def same(first: object, second: object) -> bool:
     return bool(pairs) and all(torch.equal(x, p) and torch.equal(y, q) for (x, y), (p, q) in pairs)
 
 
-def test_the_memory_limit_decides_and_changes_no_pixel(make_folder: MakeFolder) -> None:
+def test_the_memory_limit_decides_and_changes_no_pixel(make_folder) -> None:
     folder = make_folder(per_class=12, shape=(16, 16, 3))
     held, streamed = both(folder)
     assert isinstance(held.train, MemorySplit)
@@ -64,14 +62,14 @@ def test_the_memory_limit_decides_and_changes_no_pixel(make_folder: MakeFolder) 
         assert same(ours, theirs)
 
 
-def test_subsets_stream_too(make_folder: MakeFolder) -> None:
+def test_subsets_stream_too(make_folder) -> None:
     held, streamed = both(make_folder())
     part, expected = streamed.test.subset([7, 0, 3]), held.test.subset([7, 0, 3])
     assert part.ids == expected.ids
     assert same([part.tensors()], [expected.tensors()])
 
 
-def test_a_changed_or_missing_file_changes_the_fingerprint(make_folder: MakeFolder) -> None:
+def test_a_changed_or_missing_file_changes_the_fingerprint(make_folder) -> None:
     folder = make_folder()
     path = folder / "test" / "cat" / "03.png"
     _, before = both(folder)
@@ -84,7 +82,7 @@ def test_a_changed_or_missing_file_changes_the_fingerprint(make_folder: MakeFold
         before.test.fingerprint()
 
 
-def test_workers_give_the_same_batches_and_readable_errors(make_folder: MakeFolder) -> None:
+def test_workers_give_the_same_batches_and_readable_errors(make_folder) -> None:
     folder = make_folder(per_class=12)
     held, streamed = both(folder, workers=2)
     before = torch.get_rng_state()
@@ -101,7 +99,7 @@ def test_workers_give_the_same_batches_and_readable_errors(make_folder: MakeFold
     assert "test/dog/05.png" in caught.value.message
 
 
-def test_a_dead_worker_is_explained(make_folder: MakeFolder) -> None:
+def test_a_dead_worker_is_explained(make_folder) -> None:
     import multiprocessing
 
     _, streamed = both(make_folder(per_class=30), workers=1)
@@ -115,7 +113,7 @@ def test_a_dead_worker_is_explained(make_folder: MakeFolder) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_workers_die_with_their_parent_and_hold_no_lock(make_folder: MakeFolder, tmp_path: Path) -> None:
+def test_workers_die_with_their_parent_and_hold_no_lock(make_folder, tmp_path) -> None:
     import fcntl
 
     script, lock = tmp_path / "holder.py", tmp_path / "lock"

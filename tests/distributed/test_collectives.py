@@ -1,7 +1,5 @@
 """Sums, broadcasts and decisions of rank 0, with one rank and with several."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +27,7 @@ def test_with_one_rank_every_operation_leaves_its_input() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_tensors_of_any_shape_and_dtype_are_summed_in_place(on_ranks: OnRanks, size: int) -> None:
+def test_tensors_of_any_shape_and_dtype_are_summed_in_place(on_ranks, size) -> None:
     def work(ranks: Ranks) -> list[torch.Tensor]:
         tensors = [
             torch.full((2, 3), float(ranks.rank + 1)),
@@ -47,7 +45,7 @@ def test_tensors_of_any_shape_and_dtype_are_summed_in_place(on_ranks: OnRanks, s
         assert torch.equal(tensors[2], torch.full((2, 3), float(total), dtype=torch.float64))
 
 
-def test_a_parameter_is_summed_without_a_trace_in_its_graph(on_ranks: OnRanks) -> None:
+def test_a_parameter_is_summed_without_a_trace_in_its_graph(on_ranks) -> None:
     def work(ranks: Ranks) -> torch.Tensor:
         weight = torch.nn.Parameter(torch.ones(2))
         ranks.sum_([weight])
@@ -58,7 +56,7 @@ def test_a_parameter_is_summed_without_a_trace_in_its_graph(on_ranks: OnRanks) -
         assert found.tolist() == [[2.0, 2.0], [1.0, 1.0]]
 
 
-def test_rank_0_decides_for_all_and_a_nested_decision_is_a_plain_call(on_ranks: OnRanks) -> None:
+def test_rank_0_decides_for_all_and_a_nested_decision_is_a_plain_call(on_ranks) -> None:
     def work(ranks: Ranks) -> tuple[int, bool]:
         return ranks.on_first(lambda: ranks.on_first(lambda: 10 + ranks.rank)), ranks.leading
 
@@ -66,7 +64,7 @@ def test_rank_0_decides_for_all_and_a_nested_decision_is_a_plain_call(on_ranks: 
 
 
 @pytest.mark.parametrize("error", [UsageError("no", code="some-code", hint="yes"), ZeroDivisionError("no")])
-def test_an_error_on_rank_0_is_raised_on_all(on_ranks: OnRanks, error: Exception) -> None:
+def test_an_error_on_rank_0_is_raised_on_all(on_ranks, error) -> None:
     def fail() -> None:
         raise error
 

@@ -1,12 +1,9 @@
 """Which rank a process is, and who reports its errors."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +14,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+def _clean(monkeypatch) -> None:
     for name in (*VARIABLES, environment.LAUNCHED):
         monkeypatch.delenv(name, raising=False)
 
@@ -27,7 +24,7 @@ def be_rank(monkeypatch: pytest.MonkeyPatch, rank: str, size: str = "8") -> None
         monkeypatch.setenv(name, value)
 
 
-def test_the_environment_gives_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_gives_the_rank(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")  # a cluster's own variable, without an address to meet at
     assert (environment.size(), environment.rank(), environment.local_rank()) == (1, 0, 0)
     be_rank(monkeypatch, "6")
@@ -46,9 +43,7 @@ def test_the_environment_gives_the_rank(monkeypatch: pytest.MonkeyPatch) -> None
     ("rank", "launched", "taken"),
     [("0", False, False), ("0", True, True), ("1", False, True), ("1", True, True)],
 )
-def test_an_error_is_left_to_the_agent(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: str, launched: bool, taken: bool
-) -> None:
+def test_an_error_is_left_to_the_agent(monkeypatch, tmp_path, rank, launched, taken) -> None:
     """Under torchrun rank 0 prints its own as well."""
     be_rank(monkeypatch, rank)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
@@ -60,9 +55,7 @@ def test_an_error_is_left_to_the_agent(
     assert report == {"message": "too bad", "hint": "try this", "code": "some-code", "exit_code": 2}
 
 
-def test_without_an_agent_a_rank_names_itself(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_without_an_agent_a_rank_names_itself(monkeypatch, capfd) -> None:
     assert not environment.takes_error("one process", None, "some-code", 2)
     be_rank(monkeypatch, "3")
     monkeypatch.setattr(sys, "__stderr__", sys.stderr)

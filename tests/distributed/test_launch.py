@@ -1,10 +1,7 @@
 """Which rank's failure the launcher reports, and its exit code. Real ranks: test_processes."""
 
-from __future__ import annotations
-
 import json
 import signal
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +42,7 @@ TERMINATED = {"code": "terminated", "hint": None, "exit_code": 3}
         ({0: (-signal.SIGTERM, None, 6), 1: (3, LOST, 5)}, "rank-lost", 3, "of 1"),
     ],
 )
-def test_the_first_cause_is_reported(
-    tmp_path: Path, failed: Mapping[int, Failed], code: str, exit_code: int, message: str
-) -> None:
+def test_the_first_cause_is_reported(tmp_path, failed, code, exit_code, message) -> None:
     failures = {rank: failure(tmp_path, rank, each) for rank, each in failed.items()}
     with pytest.raises(DeployError) as caught:
         launch.exit_code_of(failures)
@@ -55,12 +50,12 @@ def test_the_first_cause_is_reported(
     assert message in caught.value.message
 
 
-def test_a_verdict_is_an_exit_code_of_rank_0(tmp_path: Path) -> None:
+def test_a_verdict_is_an_exit_code_of_rank_0(tmp_path) -> None:
     failed: dict[int, Failed] = {0: (1, None, 5), 1: (-signal.SIGTERM, None, 5)}
     assert launch.exit_code_of({rank: failure(tmp_path, rank, each) for rank, each in failed.items()}) == 1
 
 
-def test_a_rank_starts_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_starts_no_ranks(monkeypatch) -> None:
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "h"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, check=lambda error: error.code == "devices-nested"):

@@ -1,7 +1,5 @@
 """Training over ranks is training: the same steps as one process, up to the order of sums."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +62,7 @@ class Given(Adversary):
 @pytest.mark.parametrize(("n", "size"), [(16, 2), (15, 2), (13, 3), (3, 4)])
 @pytest.mark.parametrize("learned", [False, True])
 def test_one_step_of_s2ap_on_given_adversarial_images_gives_the_same_scores(
-    on_ranks: OnRanks, stripes: Any, loss: Any, n: int, size: int, learned: bool
+    on_ranks, stripes, loss, n, size, learned
 ) -> None:
     """Scores, quotas, BatchNorm within 1e-5 of one process; the perturbation is of averaged gradients."""
     images, labels = stripes(n).tensors()
@@ -129,7 +127,7 @@ def run_search(
 
 
 @pytest.mark.parametrize("loss", ["at", "trades", "free"])
-def test_a_search_over_ranks_ends_with_the_scores_of_one(on_ranks: OnRanks, stripes: Any, loss: Any) -> None:
+def test_a_search_over_ranks_ends_with_the_scores_of_one(on_ranks, stripes, loss) -> None:
     """Batches of 12, 12 and 7 images over 2 ranks; an epoch's figures are those of all rows."""
     starts = [network() for _ in range(2)]  # here, for threads share torch's global stream
     alone = run_search(network(), stripes, SINGLE_PROCESS, loss)
@@ -148,7 +146,7 @@ def test_a_search_over_ranks_ends_with_the_scores_of_one(on_ranks: OnRanks, stri
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 3)])
 def test_another_number_of_ranks_takes_a_search_up(
-    on_ranks: OnRanks, stripes: Any, memory_snapshots: Any, before: int, after: int
+    on_ranks, stripes, memory_snapshots, before, after
 ) -> None:
     """Free training, whose perturbation is spread over the ranks, interrupted after its first epoch."""
     straight = run_search(network(), stripes, SINGLE_PROCESS, "free")
@@ -181,9 +179,7 @@ def run_training(
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_training_with_awp_over_ranks_gives_the_weights_of_one(
-    on_ranks: OnRanks, stripes: Any, size: int
-) -> None:
+def test_training_with_awp_over_ranks_gives_the_weights_of_one(on_ranks, stripes, size) -> None:
     alone = run_training(network(), stripes, SINGLE_PROCESS).state_dict()
     starts = [network() for _ in range(size)]
     found = [
@@ -198,9 +194,7 @@ def test_training_with_awp_over_ranks_gives_the_weights_of_one(
 
 @pytest.mark.parametrize("changes", [{}, {"objective": Objective(THREAT, "trades", attack_steps=2)}])
 @pytest.mark.parametrize("accumulate", [2, 5])
-def test_pieces_of_a_batch_train_as_the_whole_without_batchnorm(
-    stripes: Any, accumulate: int, changes: Any
-) -> None:
+def test_pieces_of_a_batch_train_as_the_whole_without_batchnorm(stripes, accumulate, changes) -> None:
     whole = run_training(network(False), stripes, SINGLE_PROCESS, **changes).state_dict()
     pieces = run_training(
         network(False), stripes, SINGLE_PROCESS, accumulate=accumulate, **changes
@@ -209,7 +203,7 @@ def test_pieces_of_a_batch_train_as_the_whole_without_batchnorm(
         assert apart(pieces[name], expected) < 1e-4, name
 
 
-def test_pieces_on_ranks_and_free_training_work_together(on_ranks: OnRanks, stripes: Any) -> None:
+def test_pieces_on_ranks_and_free_training_work_together(on_ranks, stripes) -> None:
     free = Objective(THREAT, "free", replays=2)
     whole = run_training(network(False), stripes, SINGLE_PROCESS, objective=free).state_dict()
     starts = [network(False) for _ in range(2)]

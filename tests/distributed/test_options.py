@@ -1,7 +1,5 @@
 """Options that have to get along with several ranks, through real processes over gloo."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -60,7 +58,7 @@ def apart(one: Path, other: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory) -> Path:
     """A folder with an architecture in a file and a network of it, trained by one process."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "own_net.py").write_text(OWN_NET)
@@ -68,7 +66,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_architecture_from_a_file_and_a_curve_over_two_ranks(home: Path) -> None:
+def test_an_architecture_from_a_file_and_a_curve_over_two_ranks(home) -> None:
     """Two networks of one file are attacked at once; distances and verdicts are those of one process."""
     tool(home, "pretrain", *TRAIN, *ARCH, "--epochs", 2, "--run", "pair", "--devices", 2)
     one, two = (home / run / "pretrain" / "model.safetensors" for run in ("alone", "pair"))
@@ -92,7 +90,7 @@ def test_an_architecture_from_a_file_and_a_curve_over_two_ranks(home: Path) -> N
         assert max(ours[1]["accuracy"]) > 0
 
 
-def test_a_compiled_network_trains_over_two_ranks(home: Path) -> None:
+def test_a_compiled_network_trains_over_two_ranks(home) -> None:
     """With BatchNorm, whose statistics the ranks share inside of what is compiled, and S2AP."""
     model = home / "alone" / "pretrain" / "model.safetensors"
     prune = ["prune", model, "--sparsity", 0.8, *ARCH, *SHORT, "--s2ap", "--warmup-epochs", 0]

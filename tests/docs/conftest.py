@@ -1,7 +1,5 @@
 """A desk with everything on it that the pages name: small files in place of a reader's own."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys
@@ -70,7 +68,7 @@ def bring_own_files(folder: Path, trained: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def desk(digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def desk(digits_model, tmp_path_factory) -> Path:
     """Made once: a reader's networks, strangers' files, and this tool as a program."""
     folder = tmp_path_factory.mktemp("desk")
     bring_own_files(folder, digits_model)
@@ -92,7 +90,7 @@ class FewImages(SimpleNamespace):
 
 
 @pytest.fixture
-def at_desk(desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def at_desk(desk, tmp_path, monkeypatch) -> Path:
     """The working directory is a copy of the desk; CIFAR-10 is there, and fetched in no time."""
     folder = Path(shutil.copytree(desk, tmp_path / "desk"))
     programs = [str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]

@@ -6,8 +6,6 @@ tables say what is added to commands so that they are small, which codes a page 
 and why; an entry that matches nothing any more fails.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -233,7 +231,7 @@ EXAMPLES = [
 
 
 @pytest.fixture
-def sit_down(s2ap: Callable[..., Any], at_desk: Path, finished_run: Path) -> Callable[[Path], Reader]:
+def sit_down(s2ap, at_desk, finished_run) -> Callable[[Path], Reader]:
     """A reader of the page, with all on the desk that the page takes to be there."""
 
     def reader(page: Path) -> Reader:
@@ -249,7 +247,7 @@ def sit_down(s2ap: Callable[..., Any], at_desk: Path, finished_run: Path) -> Cal
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_works_as_typed(page: Path, sit_down: Callable[[Path], Reader]) -> None:
+def test_a_page_works_as_typed(page, sit_down) -> None:
     reader = sit_down(page)
     for block in blocks(page):
         reader.follow(block)
@@ -258,7 +256,7 @@ def test_a_page_works_as_typed(page: Path, sit_down: Callable[[Path], Reader]) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", LONG, ids=lambda page: page.stem)
-def test_what_takes_long_works_as_typed(page: Path, sit_down: Callable[[Path], Reader]) -> None:
+def test_what_takes_long_works_as_typed(page, sit_down) -> None:
     reader = sit_down(page)
     assert reader.s2ap("init", "model.pt").code == 0  # the recipe.yaml that a page has made by then
     for block, command in SHOWN[page]:
@@ -269,9 +267,7 @@ def test_what_takes_long_works_as_typed(page: Path, sit_down: Callable[[Path], R
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("block", "command"), EXAMPLES)
-def test_an_example_of_the_reference_works(
-    block: Block, command: str, sit_down: Callable[[Path], Reader], finished_run: Path
-) -> None:
+def test_an_example_of_the_reference_works(block, command, sit_down, finished_run) -> None:
     reader = sit_down(REFERENCE)
     before(command, reader, finished_run)
     reader.type(block, command, [AGAIN[pattern] for pattern in matching(AGAIN, command)])
@@ -294,7 +290,7 @@ def before(command: str, reader: Reader, finished_run: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [*PAGES, REFERENCE, KEYS], ids=lambda page: page.stem)
-def test_a_block_says_what_it_is(page: Path) -> None:
+def test_a_block_says_what_it_is(page) -> None:
     """What has no language is a drawing, a tree or output, in which nothing is to be typed."""
     for block in blocks(page):
         assert block.language in ("", *LANGUAGES), f"{block} is {block.language}, which nothing here checks"

@@ -1,7 +1,5 @@
 """A small robust network and real digits for the attacks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
@@ -41,7 +39,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="session")
-def robust_network(digits: tuple[Tensor, Tensor]) -> nn.Sequential:
+def robust_network(digits) -> nn.Sequential:
     """A few seconds of PGD training at Linf 0.1 on the first 1,200 digits."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -67,7 +65,7 @@ def robust_network(digits: tuple[Tensor, Tensor]) -> nn.Sequential:
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
+def short(monkeypatch) -> None:
     """A fraction of the published iterations, for tests of the orchestration and not of the attacks."""
     few = {name: 60 if name == "square" else 5 for name in protocols.ITERATIONS}
     monkeypatch.setattr(protocols, "ITERATIONS", few)

@@ -1,11 +1,7 @@
 """The security curve: it follows from the distances, and a file that says otherwise is refused."""
 
-from __future__ import annotations
-
 import json
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,7 +28,7 @@ def test_accuracy_counts_what_lies_beyond_the_radius() -> None:
 
 
 @given(norms, grids)
-def test_every_curve_falls_and_equals_the_mean(distances: list[float], radii: list[float]) -> None:
+def test_every_curve_falls_and_equals_the_mean(distances, radii) -> None:
     curve = security_curve(distances, radii, norm="L2")
     assert all(later <= earlier for earlier, later in zip(curve.accuracy, curve.accuracy[1:], strict=False))
     for radius, accuracy in zip(radii, curve.accuracy, strict=True):
@@ -45,9 +41,7 @@ def test_every_curve_falls_and_equals_the_mean(distances: list[float], radii: li
 
 
 @given(norms, st.floats(1e-6, 10), st.randoms())
-def test_capped_by_another_attack_a_curve_is_the_point_wise_worst_case(
-    distances: list[float], radius: float, random: Any
-) -> None:
+def test_capped_by_another_attack_a_curve_is_the_point_wise_worst_case(distances, radius, random) -> None:
     broken = [random.random() < 0.5 for _ in distances]
     curve = security_curve(capped(distances, broken, radius), norm="Linf")
     stands = sum(d > radius and not hit for d, hit in zip(distances, broken, strict=True)) / len(distances)
@@ -74,7 +68,7 @@ def test_default_radii_reach_from_zero_to_the_largest_distance() -> None:
             even_radii(last, count)
 
 
-def test_a_file_holds_the_curve_and_no_infinity(tmp_path: Path) -> None:
+def test_a_file_holds_the_curve_and_no_infinity(tmp_path) -> None:
     curve = security_curve(DISTANCES, (0.0, 0.1), norm="Linf", facts={"seed": 3, "weights_sha256": "ab"})
     curve.save(tmp_path / "curve.json")
     content = json.loads((tmp_path / "curve.json").read_text())
@@ -110,7 +104,7 @@ def test_a_file_holds_the_curve_and_no_infinity(tmp_path: Path) -> None:
         ({"formal_guarantee": True}, "record-invalid"),
     ],
 )
-def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path, change: dict[str, Any], code: str) -> None:
+def test_a_file_that_contradicts_itself_is_refused(tmp_path, change, code) -> None:
     content = json.loads(records.text(security_curve(DISTANCES, (0.0, 0.1), norm="Linf")))
     (tmp_path / "curve.json").write_text(json.dumps({**content, **change}))
     with pytest.raises(InputError, check=lambda error: error.code == code):

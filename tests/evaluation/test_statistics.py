@@ -1,7 +1,5 @@
 """Exact bounds: known values, and coverage by enumeration."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -27,7 +25,7 @@ def binomial(k: int, n: int, p: float) -> float:
     ("k", "n", "interval"),
     [(22, 50, (0.300, 0.588)), (44, 100, (0.341, 0.543)), (440, 1000, (0.409, 0.471)), (0, 10, (0.0, 0.308))],
 )
-def test_clopper_pearson_agrees_with_published_tables(k: int, n: int, interval: tuple[float, float]) -> None:
+def test_clopper_pearson_agrees_with_published_tables(k, n, interval) -> None:
     assert clopper_pearson(k, n) == pytest.approx(interval, abs=1e-3)
 
 
@@ -40,7 +38,7 @@ def test_bounds_without_a_hit_and_with_hits_only() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 300), st.data(), st.floats(0.5, 0.999))
-def test_a_bound_solves_its_tail_equation(n: int, data: st.DataObject, level: float) -> None:
+def test_a_bound_solves_its_tail_equation(n, data, level) -> None:
     k = data.draw(st.integers(1, n))
     p = lower_bound(k, n, level)
     assert sum(binomial(i, n, p) for i in range(k, n + 1)) == pytest.approx(1 - level, rel=1e-6)
@@ -50,7 +48,7 @@ def test_a_bound_solves_its_tail_equation(n: int, data: st.DataObject, level: fl
 
 @pytest.mark.parametrize("n", [1, 7, 30])
 @pytest.mark.parametrize("level", [0.8, 0.95])
-def test_the_one_sided_bound_covers_every_share(n: int, level: float) -> None:
+def test_the_one_sided_bound_covers_every_share(n, level) -> None:
     for p in [i / 40 for i in range(1, 40)]:
         covered = sum(binomial(k, n, p) for k in range(n + 1) if lower_bound(k, n, level) <= p)
         assert covered >= level - 1e-9
@@ -58,7 +56,7 @@ def test_the_one_sided_bound_covers_every_share(n: int, level: float) -> None:
 
 @pytest.mark.parametrize("n", [5, 20])
 @pytest.mark.parametrize("level", [0.8, 0.95])
-def test_the_paired_bound_covers_every_pair_of_shares(n: int, level: float) -> None:
+def test_the_paired_bound_covers_every_pair_of_shares(n, level) -> None:
     bounds = {
         (lost, gained): paired_drop_upper_bound(lost, gained, n, level)
         for lost in range(n + 1)
@@ -85,7 +83,7 @@ def test_the_paired_bound_is_ordered_and_mirrored() -> None:
 
 
 @pytest.mark.parametrize("counts", [(-1, 5), (6, 5), (0, 0)])
-def test_impossible_counts_are_refused(counts: tuple[int, int]) -> None:
+def test_impossible_counts_are_refused(counts) -> None:
     with pytest.raises(ValueError, match="is not a count"):
         lower_bound(*counts)
 
@@ -103,7 +101,7 @@ def test_impossible_pairs_and_levels_are_refused() -> None:
     st.floats(0, 1),
     st.sampled_from([0.5, 0.8, 0.95, 0.975, 0.999999]),
 )
-def test_quantiles_agree_with_scipys(n: int, share: float, level: float) -> None:
+def test_quantiles_agree_with_scipys(n, share, level) -> None:
     special = pytest.importorskip("scipy.special")
     k = round(share * n)
     if k > 0:
@@ -116,7 +114,7 @@ def test_quantiles_agree_with_scipys(n: int, share: float, level: float) -> None
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 300), st.floats(0, 1), st.sampled_from([0.8, 0.95]))
-def test_the_least_number_of_survivors_is_the_least(n: int, threshold: float, level: float) -> None:
+def test_the_least_number_of_survivors_is_the_least(n, threshold, level) -> None:
     least = least_survivors(n, threshold, level)
     if least is None:
         assert lower_bound(n, n, level) < threshold
@@ -134,7 +132,7 @@ def trinomial(lost: int, gained: int, n: int, share: float) -> float:
 @pytest.mark.parametrize("discordance", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("power", [0.5, 0.8, 0.99])
 def test_the_detectable_drop_is_met_with_the_stated_power_and_nothing_smaller_is(
-    n: int, discordance: float, power: float
+    n, discordance, power
 ) -> None:
     margin = detectable_drop(n, discordance, power=power)
     met = below = 0.0
@@ -156,7 +154,7 @@ def test_more_samples_tell_smaller_drops_and_more_discordance_hides_them() -> No
 @pytest.mark.parametrize(
     ("n", "discordance", "power"), [(0, 0.1, 0.8), (9, 1.1, 0.8), (9, -0.1, 0.8), (9, 0.1, 1)]
 )
-def test_impossible_plans_are_refused(n: int, discordance: float, power: float) -> None:
+def test_impossible_plans_are_refused(n, discordance, power) -> None:
     with pytest.raises(ValueError, match=r"is not a count|no probabilities"):
         detectable_drop(n, discordance, power=power)
 

@@ -1,11 +1,8 @@
 """Checks of files: which certificate covers a file, and its size, sparsity, latency and age."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -41,15 +38,11 @@ def int8_file(certificate: Certificate) -> ShippedFile:
         adversarial_disagreements=0,
     )
     return ShippedFile(
-        path="export/model-int8.onnx",
-        sha256=OWN,
-        recorded_sha256=OWN,
-        points_checks=(answers,),
-        rounded=True,
+        path="export/model-int8.onnx", sha256=OWN, recorded_sha256=OWN, points_checks=(answers,), rounded=True
     )
 
 
-def test_int8_needs_a_certificate_of_its_own(make_certificate: MakeCertificate) -> None:
+def test_int8_needs_a_certificate_of_its_own(make_certificate) -> None:
     certificate = make_certificate(BROKEN)
     file = int8_file(certificate)
     found = coverage(file, certificate)
@@ -59,7 +52,7 @@ def test_int8_needs_a_certificate_of_its_own(make_certificate: MakeCertificate) 
     assert coverage(floats, certificate).status == "pass"
 
 
-def test_the_file_that_was_attacked_is_covered(make_certificate: MakeCertificate) -> None:
+def test_the_file_that_was_attacked_is_covered(make_certificate) -> None:
     certificate = make_certificate(BROKEN)
     file = int8_file(certificate)
     assert coverage(file, of_file(certificate, OWN)).status == "pass"
@@ -72,7 +65,7 @@ def test_the_file_that_was_attacked_is_covered(make_certificate: MakeCertificate
     assert coverage(found, of_file(certificate, OWN)).status == "pass"
 
 
-def test_twin_mismatch_makes_a_pass_inconclusive(make_certificate: MakeCertificate) -> None:
+def test_twin_mismatch_makes_a_pass_inconclusive(make_certificate) -> None:
     certificate = of_file(make_certificate(BROKEN), OWN)
     policy = Thresholds(min_robust=certificate.robust.value, rule="point")
     assert judge(policy, pruned=certificate).status == "pass"
@@ -81,20 +74,20 @@ def test_twin_mismatch_makes_a_pass_inconclusive(make_certificate: MakeCertifica
     assert [check.rule for check in verdict.checks if check.status == "inconclusive"] == ["reliability"]
 
 
-def test_a_certificate_of_a_file_is_read_back(make_certificate: MakeCertificate, tmp_path: Path) -> None:
+def test_a_certificate_of_a_file_is_read_back(make_certificate, tmp_path) -> None:
     attacked = of_file(make_certificate(BROKEN), OWN)
     attacked.save(tmp_path / "c.json")
     assert Certificate.load(tmp_path / "c.json") == attacked
 
 
 @pytest.mark.parametrize("rounded", [True, False])
-def test_a_missing_file_is_inconclusive(make_certificate: MakeCertificate, rounded: bool) -> None:
+def test_a_missing_file_is_inconclusive(make_certificate, rounded) -> None:
     file = ShippedFile(path="m.onnx", sha256=None, recorded_sha256=OWN, rounded=rounded)
     found = coverage(file, of_file(make_certificate(BROKEN), OWN))
     assert (found.status, found.reason) == ("inconclusive", "missing")
 
 
-def test_files_are_read_from_the_disk(tmp_path: Path) -> None:
+def test_files_are_read_from_the_disk(tmp_path) -> None:
     path = tmp_path / "model.onnx"
     absent = ShippedFile.read(path, "x")
     assert (absent.sha256, absent.bytes) == (None, None)
@@ -116,7 +109,7 @@ def exported(path: str = "export/model.onnx", size: int | None = 10, **changes: 
 
 
 @given(st.integers(1, 10_000), st.integers(1, 999))
-def test_a_budget_in_whole_weights_meets_its_own_sparsity(weights: int, thousandths: int) -> None:
+def test_a_budget_in_whole_weights_meets_its_own_sparsity(weights, thousandths) -> None:
     threshold = thousandths / 1000
     kept = math.floor((1 - threshold) * weights + 0.5)
     (check,) = file_checks.sparsity_floors(threshold, [exported(weights=weights, nonzeros=kept)])
@@ -127,13 +120,13 @@ def test_a_budget_in_whole_weights_meets_its_own_sparsity(weights: int, thousand
 
 
 @pytest.mark.parametrize("change", [{"weights": 0, "nonzeros": 0}, {"nonzeros": 1001}, {"nonzeros": -1}])
-def test_impossible_counts_show_no_sparsity(change: dict[str, float]) -> None:
+def test_impossible_counts_show_no_sparsity(change) -> None:
     (check,) = file_checks.sparsity_floors(0.0, [exported(**change)])
     assert (check.rule, check.status, check.reason) == ("sparsity", "inconclusive", "not-measured")
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -1.0])
-def test_an_impossible_latency_was_not_measured(value: float | None) -> None:
+def test_an_impossible_latency_was_not_measured(value) -> None:
     for key in ("latency_ms", "latency_ratio"):
         (check,) = file_checks.limits(f"max_{key}", 5.0, [exported(**{key: value})])
         assert (check.rule, check.status, check.reason) == ("latency", "inconclusive", "not-measured")
@@ -171,6 +164,6 @@ def test_without_an_exported_file_no_limit_is_met() -> None:
         ("1d", None, "inconclusive", "unknown"),
     ],
 )
-def test_age(limit: str, age: timedelta | None, status: str, reason: str | None) -> None:
+def test_age(limit, age, status, reason) -> None:
     check = file_checks.age_limit(limit, age)
     assert (check.rule, check.status, check.reason) == ("age", status, reason)

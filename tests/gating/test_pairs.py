@@ -1,7 +1,5 @@
 """Pairs of outcomes while some are undecided: the ends that are judged speak for every completion."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import pytest
@@ -32,9 +30,7 @@ def reachable(found: PairRange) -> set[Pairs]:
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(OUTCOMES, OUTCOMES), min_size=1, max_size=5))
-def test_the_range_holds_exactly_the_counts_that_completions_lead_to(
-    samples: list[tuple[Robust, Robust]],
-) -> None:
+def test_the_range_holds_exactly_the_counts_that_completions_lead_to(samples) -> None:
     found = PairRange.of([dense for dense, _ in samples], [pruned for _, pruned in samples])
     ended = set()
     for ends in product(*(tuple(product(completions(a), completions(b))) for a, b in samples)):
@@ -56,9 +52,7 @@ def ranges(draw: st.DrawFn) -> PairRange:
 
 @settings(deadline=None, max_examples=100)
 @given(ranges(), st.floats(0.005, 0.9), RULES)
-def test_what_is_certain_is_what_every_completion_answers(
-    found: PairRange, threshold: float, rule: Rule
-) -> None:
+def test_what_is_certain_is_what_every_completion_answers(found, threshold, rule) -> None:
     """Both ways: nothing is called certain that is not, and nothing certain is overlooked."""
     answers = {pairs.judged(threshold, rule) for pairs in reachable(found)}
     expected = answers.pop() if len(answers) == 1 else None
@@ -67,9 +61,7 @@ def test_what_is_certain_is_what_every_completion_answers(
 
 @settings(deadline=None, max_examples=100)
 @given(ranges(), st.floats(0.005, 0.9), RULES, st.integers(0, 20))
-def test_what_a_file_loses_beyond_is_allowed_for(
-    found: PairRange, threshold: float, rule: Rule, more: int
-) -> None:
+def test_what_a_file_loses_beyond_is_allowed_for(found, threshold, rule, more) -> None:
     certain = found.certain(threshold, rule, more)
     if certain == "pass":
         for pairs in reachable(found):

@@ -1,7 +1,5 @@
 """Sample sizes: the same values as the statistics, in words and as an object."""
 
-from __future__ import annotations
-
 import pytest
 
 from s2ap_deploy.evaluation.statistics import DISCORDANCE_RATES, detectable_drop, lower_bound

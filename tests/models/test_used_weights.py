@@ -1,10 +1,7 @@
 """Every weight that multiplies activations is counted, whoever holds it; sparsity is a share of them all."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -51,11 +48,7 @@ CASES: dict[str, tuple[Own, tuple[str, ...], set[str], dict[str, str]]] = {
         {"b": "bias"},
     ),
     "matrix products, by einsum and transposed": (
-        Own(
-            lambda net, x: torch.einsum("bi,ij->bj", x.flatten(1), net.w) @ net.v.T,
-            w=(72, 5),
-            v=(3, 5),
-        ),
+        Own(lambda net, x: torch.einsum("bi,ij->bj", x.flatten(1), net.w) @ net.v.T, w=(72, 5), v=(3, 5)),
         ("w", "v"),
         set(),
         {},
@@ -99,7 +92,7 @@ CASES: dict[str, tuple[Own, tuple[str, ...], set[str], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_parameters_are_told_apart_by_what_they_do(case: str) -> None:
+def test_parameters_are_told_apart_by_what_they_do(case) -> None:
     network, prunable, outside, uncounted = CASES[case]
     used = used_weights(network, SIZE)
     assert used.prunable == prunable
@@ -197,9 +190,7 @@ def layers(names: list[str], classes: int) -> nn.Module:
     st.sampled_from([0.5, 0.8, 0.9]),
 )
 @settings(max_examples=25, deadline=None)
-def test_reported_sparsity_is_zeros_over_all_weights_of_the_saved_file(
-    names: list[str], budget: str, sparsity: float
-) -> None:
+def test_reported_sparsity_is_zeros_over_all_weights_of_the_saved_file(names, budget, sparsity) -> None:
     network = layers(names, 3)
     images = torch.rand(2, *SIZE)
     expected = network(images)
@@ -223,7 +214,7 @@ def test_reported_sparsity_is_zeros_over_all_weights_of_the_saved_file(
     assert zeros == total - math.floor((1 - sparsity) * total + 0.5 + 1e-9)
 
 
-def test_the_file_of_a_pruned_network_has_the_zeros(tmp_path: Path) -> None:
+def test_the_file_of_a_pruned_network_has_the_zeros(tmp_path) -> None:
     network = layers(["attention", "rows"], 3)
     section = PruneSection(sparsity=0.9, method="magnitude", budget="uniform")
     score(network, used_weights(network, SIZE), SIZE, section, 0).scored.finish()

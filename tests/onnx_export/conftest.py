@@ -1,7 +1,5 @@
 """Small sparse networks, exported once for the whole folder."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,7 @@ SIZE = (3, 8, 8)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_operator_table(one_operator_table: None) -> None:
+def _one_operator_table(one_operator_table) -> None:
     """Every test here may export."""
 
 
@@ -74,17 +72,17 @@ def pruned() -> tuple[Classifier, dict[str, Tensor]]:
 
 
 @pytest.fixture(scope="session")
-def classifier(pruned: tuple[Classifier, dict[str, Tensor]]) -> Classifier:
+def classifier(pruned) -> Classifier:
     return pruned[0]
 
 
 @pytest.fixture(scope="session")
-def masks(pruned: tuple[Classifier, dict[str, Tensor]]) -> dict[str, Tensor]:
+def masks(pruned) -> dict[str, Tensor]:
     return pruned[1]
 
 
 @pytest.fixture(scope="session")
-def dense_model(classifier: Classifier) -> ModelProto:
+def dense_model(classifier) -> ModelProto:
     return to_onnx(classifier, SIZE, metadata={"s2ap.sparsity": "0.9"})
 
 
@@ -99,18 +97,11 @@ def write_onnx() -> Callable[..., ExportReport]:
     of_source = {field.name for field in dataclasses.fields(ExportSource)}
 
     def write(
-        classifier: nn.Module,
-        *,
-        output: Path,
-        recorder: Recorder | None = None,
-        **settings: Any,
+        classifier: nn.Module, *, output: Path, recorder: Recorder | None = None, **settings: Any
     ) -> ExportReport:
         source = {name: settings.pop(name) for name in of_source & settings.keys()}
         return export_onnx(
-            ExportSource(classifier, **source),
-            ExportSection(**settings),
-            output,
-            recorder or Silent(),
+            ExportSource(classifier, **source), ExportSection(**settings), output, recorder or Silent()
         )
 
     return write

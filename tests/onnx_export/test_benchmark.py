@@ -1,7 +1,5 @@
 """Measurements on networks small enough to take no time; no test asks how long anything took."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +12,6 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from s2ap_deploy.errors import VerificationError
-from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export import benchmark, encoding
 from s2ap_deploy.onnx_export.benchmark import Effort, benchmark_export
 from s2ap_deploy.onnx_export.export_report import Performance
@@ -50,13 +47,13 @@ class FakeSession:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(benchmark, "time", clock)
     return clock
 
 
-def test_the_ratio_is_first_over_second(clock: Clock) -> None:
+def test_the_ratio_is_first_over_second(clock) -> None:
     first, second = FakeSession(clock, [0.003]), FakeSession(clock, [0.002])
     assert benchmark.paired_latency(first, second, IMAGE, repeats=6) == benchmark.PairedLatency(
         pytest.approx(1.5), pytest.approx(3.0)
@@ -64,14 +61,14 @@ def test_the_ratio_is_first_over_second(clock: Clock) -> None:
     assert (first.runs, second.runs) == (7, 7)
 
 
-def test_one_disturbed_pair_does_not_move_the_median(clock: Clock) -> None:
+def test_one_disturbed_pair_does_not_move_the_median(clock) -> None:
     first = FakeSession(clock, [0.01, 0.01, 0.9, 0.01, 0.01, 0.01])
     found = benchmark.paired_latency(first, FakeSession(clock, [0.01]), IMAGE, repeats=5)
     assert found.ratio == pytest.approx(1.0)
     assert found.median_ms == pytest.approx(10.0)
 
 
-def test_time_is_bounded_but_five_pairs_are_run(clock: Clock) -> None:
+def test_time_is_bounded_but_five_pairs_are_run(clock) -> None:
     slow = FakeSession(clock, [10.0])
     benchmark.paired_latency(slow, FakeSession(clock, [10.0]), IMAGE, repeats=100, seconds=1.0)
     assert slow.runs == 6
@@ -95,9 +92,7 @@ def test_a_summary_gives_quantiles_of_times_and_of_ratios() -> None:
     st.floats(0.01, 100),
 )
 @settings(deadline=None)
-def test_a_machine_that_is_slower_for_both_changes_no_ratio(
-    pairs: list[tuple[float, float]], factor: float
-) -> None:
+def test_a_machine_that_is_slower_for_both_changes_no_ratio(pairs, factor) -> None:
     found = benchmark.summary(pairs)
     slower = benchmark.summary([(mine * factor, theirs * factor) for mine, theirs in pairs])
     assert found.ratio_q1 <= found.ratio <= found.ratio_q3
@@ -107,13 +102,13 @@ def test_a_machine_that_is_slower_for_both_changes_no_ratio(
     assert (swapped.p50_ms, swapped.p95_ms) == (found.dense_p50_ms, found.dense_p95_ms)
 
 
-def test_a_clock_that_stands_still_gives_numbers(clock: Clock) -> None:
+def test_a_clock_that_stands_still_gives_numbers(clock) -> None:
     pairs = benchmark.timed_pairs(lambda: None, lambda: None, repeats=5, seconds=0.0)
     assert pairs == [(0.0, 0.0)] * 5
     assert benchmark.summary(pairs).ratio == 1
 
 
-def test_the_order_alternates_and_each_runs_once_before(clock: Clock) -> None:
+def test_the_order_alternates_and_each_runs_once_before(clock) -> None:
     order: list[str] = []
     benchmark.timed_pairs(
         lambda: order.append("a"), lambda: order.append("b"), repeats=3, seconds=0.0, least=3
@@ -121,7 +116,7 @@ def test_the_order_alternates_and_each_runs_once_before(clock: Clock) -> None:
     assert "".join(order) == "ab" + "ab" + "ba" + "ab"
 
 
-def test_taking_the_result_apart_is_not_timed(clock: Clock) -> None:
+def test_taking_the_result_apart_is_not_timed(clock) -> None:
     class Slow:
         def __del__(self) -> None:
             clock.now += 5.0
@@ -145,7 +140,7 @@ class Steps(Silent):
 
 
 @pytest.fixture
-def pair(dense_model: ModelProto, tmp_path: Path) -> tuple[Path, Path]:
+def pair(dense_model, tmp_path) -> tuple[Path, Path]:
     """A sparse file and its dense twin."""
     paths = tmp_path / "sparse.onnx", tmp_path / "dense.onnx"
     for path, model in zip(paths, (encoding.encode(dense_model)[0], dense_model), strict=True):
@@ -153,7 +148,7 @@ def pair(dense_model: ModelProto, tmp_path: Path) -> tuple[Path, Path]:
     return paths
 
 
-def test_every_combination_is_measured_once_and_announced(pair: tuple[Path, Path]) -> None:
+def test_every_combination_is_measured_once_and_announced(pair) -> None:
     steps = Steps()
     found = benchmark.benchmark(*pair, int8=False, effort=replace(SHORT, threads=(1, 2)), recorder=steps)
     assert [(row.threads, row.batch) for row in found.inference] == [(1, 1), (1, 32), (2, 1), (2, 32)]
@@ -171,9 +166,7 @@ def test_every_combination_is_measured_once_and_announced(pair: tuple[Path, Path
     assert Performance.model_validate_json(found.model_dump_json()) == found
 
 
-def test_by_default_one_thread_and_all_cores(
-    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_by_default_one_thread_and_all_cores(pair, monkeypatch) -> None:
     for cores, expected in ((1, [1]), (3, [1, 3])):
         monkeypatch.setattr(benchmark, "cores", lambda cores=cores: cores)
         found = benchmark.benchmark(*pair, int8=True, effort=replace(SHORT, batches=(1,)), recorder=Silent())
@@ -181,9 +174,7 @@ def test_by_default_one_thread_and_all_cores(
     assert found.int8_instructions == benchmark.int8_instructions()
 
 
-def test_a_fixed_batch_is_the_only_one(
-    classifier: Classifier, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fixed_batch_is_the_only_one(classifier, pair, monkeypatch) -> None:
     monkeypatch.setattr(benchmark, "DEFAULT_EFFORT", SHORT)
     model = ModelProto.FromString(pair[0].read_bytes())
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
@@ -194,7 +185,7 @@ def test_a_fixed_batch_is_the_only_one(
     assert found.memory.batch == 4
 
 
-def test_a_file_that_is_no_model_is_refused(pair: tuple[Path, Path]) -> None:
+def test_a_file_that_is_no_model_is_refused(pair) -> None:
     pair[0].write_bytes(b"no model")
     with pytest.raises(VerificationError, check=lambda error: error.code == "onnx-not-loadable"):
         benchmark.benchmark(*pair, int8=False, effort=SHORT, recorder=Silent())
@@ -213,7 +204,7 @@ def big(path: Path, megabytes: int) -> Path:
     return path
 
 
-def test_peaks_are_those_of_the_model_and_not_of_whoever_asks(tmp_path: Path) -> None:
+def test_peaks_are_those_of_the_model_and_not_of_whoever_asks(tmp_path) -> None:
     mine = np.ones(2**27, np.float32)  # half a gigabyte that a child must not inherit
     bare, loaded, ran = benchmark.peaks(big(tmp_path / "big.onnx", 64), 1)
     assert mine[0] == 1
@@ -222,7 +213,7 @@ def test_peaks_are_those_of_the_model_and_not_of_whoever_asks(tmp_path: Path) ->
     assert loaded <= ran < bare + 2**28
 
 
-def test_the_larger_model_needs_more(tmp_path: Path) -> None:
+def test_the_larger_model_needs_more(tmp_path) -> None:
     found = benchmark.paired_memory(
         big(tmp_path / "a.onnx", 48), big(tmp_path / "b.onnx", 1), batch=1, processes=1
     )
@@ -230,7 +221,7 @@ def test_the_larger_model_needs_more(tmp_path: Path) -> None:
     assert found.run_bytes >= found.load_bytes
 
 
-def test_a_model_that_does_not_run_alone_is_named(tmp_path: Path) -> None:
+def test_a_model_that_does_not_run_alone_is_named(tmp_path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     with pytest.raises(VerificationError, check=lambda error: error.code == "onnx-not-runnable"):
         benchmark.peaks(tmp_path / "bad.onnx", 1)
@@ -250,22 +241,20 @@ X86 = "processor\t: 0\nmodel name\t: A Processor: Fast\nflags\t\t: fpu avx2 avx5
         ("\xff\x00:\n:::", None, None),
     ],
 )
-def test_what_linux_says_of_the_processor(
-    content: str, instructions: tuple[str, ...] | None, name: str | None, tmp_path: Path
-) -> None:
+def test_what_linux_says_of_the_processor(content, instructions, name, tmp_path) -> None:
     path = tmp_path / "cpuinfo"
     path.write_bytes(content.encode("latin-1"))
     assert benchmark.int8_instructions(path) == instructions
     assert benchmark.processor_name(path) == (name or benchmark.platform.machine())
 
 
-def test_where_there_is_no_cpuinfo_nothing_is_claimed(tmp_path: Path) -> None:
+def test_where_there_is_no_cpuinfo_nothing_is_claimed(tmp_path) -> None:
     assert benchmark.int8_instructions(tmp_path / "none") is None
     assert benchmark.processor_name(tmp_path / "none")
     assert benchmark.cores() >= 1
 
 
-def test_images_are_noise_of_the_models_size(pair: tuple[Path, Path]) -> None:
+def test_images_are_noise_of_the_models_size(pair) -> None:
     images = benchmark._images(session(pair[0]), 7)
     assert images.shape == (7, *SIZE)
     assert images.dtype == np.float32

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import errno
 import hashlib
 from pathlib import Path
@@ -7,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from s2ap_deploy.codecs.decode_graph import is_internal
-from s2ap_deploy.codecs.registry import CODECS, ENCODINGS, EncodingName
-from s2ap_deploy.codecs.values import VALUES, ValuesName
+from s2ap_deploy.codecs.registry import CODECS, ENCODINGS
+from s2ap_deploy.codecs.values import VALUES
 from s2ap_deploy.errors import CheckpointError, StorageError, VerificationError
 from s2ap_deploy.onnx_export import decoding, encoding
 from s2ap_deploy.onnx_export.encoding import round_weights
@@ -30,13 +27,7 @@ def written(path: Path, model: ModelProto) -> Path:
 
 @pytest.mark.parametrize("choice", ENCODINGS)
 @pytest.mark.parametrize("values", list(VALUES))
-def test_every_file_of_ours_becomes_dense(
-    tmp_path: Path,
-    dense_model: ModelProto,
-    images: NDArray[np.float32],
-    choice: EncodingName,
-    values: ValuesName,
-) -> None:
+def test_every_file_of_ours_becomes_dense(tmp_path, dense_model, images, choice, values) -> None:
     rounded, stored, _ = round_weights(dense_model, values)
     model, _ = encoding.encode(rounded, encoding=choice, rounded=stored)
     source = written(tmp_path / "sparse.onnx", model)
@@ -58,9 +49,7 @@ def test_every_file_of_ours_becomes_dense(
     assert np.array_equal(logits(session(output), images), logits(session(source), images))
 
 
-def test_an_int8_file_becomes_its_uncoded_self(
-    tmp_path: Path, dense_model: ModelProto, images: NDArray[np.float32]
-) -> None:
+def test_an_int8_file_becomes_its_uncoded_self(tmp_path, dense_model, images) -> None:
     int8 = quantize(dense_model, images)
     source = written(tmp_path / "sparse.onnx", encoding.encode(int8)[0])
     decoding.decode_file(load(source), tmp_path / "dense.onnx")
@@ -70,22 +59,20 @@ def test_an_int8_file_becomes_its_uncoded_self(
     }
 
 
-def test_a_dense_file_is_left_as_it_is(tmp_path: Path, dense_model: ModelProto) -> None:
+def test_a_dense_file_is_left_as_it_is(tmp_path, dense_model) -> None:
     source = written(tmp_path / "a.onnx", dense_model)
     decoded = decoding.decode_file(load(source), tmp_path / "b.onnx")
     assert (decoded.tensors, decoded.bytes) == (0, decoded.source_bytes)
     assert (tmp_path / "b.onnx").read_bytes() == source.read_bytes()
 
 
-def test_a_file_may_replace_itself(tmp_path: Path, dense_model: ModelProto) -> None:
+def test_a_file_may_replace_itself(tmp_path, dense_model) -> None:
     source = written(tmp_path / "a.onnx", encoding.encode(dense_model)[0])
     decoded = decoding.decode_file(load(source), source)
     assert source.stat().st_size == decoded.bytes > decoded.source_bytes
 
 
-def test_two_implementations_must_agree(
-    tmp_path: Path, dense_model: ModelProto, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_implementations_must_agree(tmp_path, dense_model, monkeypatch) -> None:
     source = written(tmp_path / "a.onnx", encoding.encode(dense_model)[0])
     original = encoding.evaluate
 
@@ -100,9 +87,7 @@ def test_two_implementations_must_agree(
     assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
 
 
-def test_other_answers_leave_nothing(
-    tmp_path: Path, dense_model: ModelProto, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_answers_leave_nothing(tmp_path, dense_model, monkeypatch) -> None:
     opened = load(written(tmp_path / "a.onnx", encoding.encode(dense_model)[0]))
     original = encoding.decode
 
@@ -118,9 +103,7 @@ def test_other_answers_leave_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
 
 
-def test_a_full_disk_leaves_nothing(
-    tmp_path: Path, dense_model: ModelProto, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_nothing(tmp_path, dense_model, monkeypatch) -> None:
     opened = load(written(tmp_path / "a.onnx", encoding.encode(dense_model)[0]))
 
     def full(self: Path, data: bytes) -> int:
@@ -133,7 +116,7 @@ def test_a_full_disk_leaves_nothing(
 
 
 @pytest.mark.parametrize("choice", SPARSE)
-def test_no_damage_passes_unnoticed(tmp_path: Path, dense_model: ModelProto, choice: EncodingName) -> None:
+def test_no_damage_passes_unnoticed(tmp_path, dense_model, choice) -> None:
     """A flipped bit may give other weights, but no crash, and no file that answers differently."""
     data = encoding.encode(dense_model, encoding=choice)[0].SerializeToString()
     generator = np.random.default_rng(0)
@@ -155,7 +138,7 @@ def test_no_damage_passes_unnoticed(tmp_path: Path, dense_model: ModelProto, cho
     assert outcomes == {"refused", "decoded"}
 
 
-def test_steps_that_lead_out_of_the_tensor_are_refused(tmp_path: Path, dense_model: ModelProto) -> None:
+def test_steps_that_lead_out_of_the_tensor_are_refused(tmp_path, dense_model) -> None:
     model, _ = encoding.encode(dense_model, encoding="gaps")
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.UINT8:

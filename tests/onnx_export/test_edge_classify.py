@@ -1,7 +1,5 @@
 """The stand-alone runner under export/edge, on files that the exporter wrote."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import io
@@ -65,15 +63,11 @@ def image() -> NDArray[np.uint8]:
 
 
 @pytest.fixture
-def model_file(dense_model: ModelProto, tmp_path: Path) -> Path:
+def model_file(dense_model, tmp_path) -> Path:
     model, _ = encoding.encode(dense_model)
     preprocessing = Preprocessing(size=(3, 8, 8), crop=8)
     helper.set_model_props(
-        model,
-        {
-            "s2ap.preprocessing": preprocessing.model_dump_json(),
-            "s2ap.class_names": json.dumps(NAMES),
-        },
+        model, {"s2ap.preprocessing": preprocessing.model_dump_json(), "s2ap.class_names": json.dumps(NAMES)}
     )
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
@@ -95,9 +89,7 @@ def test_it_imports_nothing_but_numpy_and_onnx_runtime() -> None:
     assert imported - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
 
 
-def test_an_image_gets_the_logits_of_the_evaluation(
-    model_file: Path, image: NDArray[np.uint8], tmp_path: Path
-) -> None:
+def test_an_image_gets_the_logits_of_the_evaluation(model_file, image, tmp_path) -> None:
     (tmp_path / "image.png").write_bytes(saved(image))
     done = run(model_file, tmp_path / "image.png", "--json")
     assert (done.returncode, done.stderr) == (0, "")
@@ -108,7 +100,7 @@ def test_an_image_gets_the_logits_of_the_evaluation(
     assert (result["index"], result["class"]) == (expected.argmax(), NAMES[expected.argmax()])
 
 
-def test_people_get_two_lines(model_file: Path, image: NDArray[np.uint8], tmp_path: Path) -> None:
+def test_people_get_two_lines(model_file, image, tmp_path) -> None:
     (tmp_path / "image.png").write_bytes(saved(image))
     lines = run(model_file, tmp_path / "image.png").stdout.splitlines()
     assert lines[0].startswith("class ")
@@ -117,7 +109,7 @@ def test_people_get_two_lines(model_file: Path, image: NDArray[np.uint8], tmp_pa
 
 
 @pytest.mark.parametrize("suffix", ["png", "ppm", "npy", "tensor.npy"])
-def test_every_format_gives_the_same_tensor(image: NDArray[np.uint8], tmp_path: Path, suffix: str) -> None:
+def test_every_format_gives_the_same_tensor(image, tmp_path, suffix) -> None:
     path = tmp_path / f"image.{suffix}"
     tensor = image.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
     if suffix.endswith("npy"):
@@ -131,7 +123,7 @@ def test_every_format_gives_the_same_tensor(image: NDArray[np.uint8], tmp_path: 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([0, 2]), st.integers(0, 2**32))
 @settings(deadline=None, max_examples=80)
-def test_every_row_filter_is_undone_as_pillow_does(width: int, height: int, color: int, seed: int) -> None:
+def test_every_row_filter_is_undone_as_pillow_does(width, height, color, seed) -> None:
     generator = np.random.default_rng(seed)
     channels = 3 if color == 2 else 1
     rows = generator.integers(0, 256, (height, 1 + width * channels), np.uint8)
@@ -141,7 +133,7 @@ def test_every_row_filter_is_undone_as_pillow_does(width: int, height: int, colo
     assert np.array_equal(classify.decode_png(data), expected)
 
 
-def test_an_opaque_alpha_channel_is_dropped_and_another_refused(image: NDArray[np.uint8]) -> None:
+def test_an_opaque_alpha_channel_is_dropped_and_another_refused(image) -> None:
     opaque = np.dstack([image, np.full((8, 8), 255, np.uint8)])
     assert np.array_equal(classify.decode_png(saved(opaque)), image)
     opaque[2, 2, 3] = 254
@@ -149,7 +141,7 @@ def test_an_opaque_alpha_channel_is_dropped_and_another_refused(image: NDArray[n
         classify.decode_png(saved(opaque))
 
 
-def test_color_becomes_gray_as_pillow_converts_it(image: NDArray[np.uint8]) -> None:
+def test_color_becomes_gray_as_pillow_converts_it(image) -> None:
     gray = np.asarray(Image.fromarray(image).convert("L"))
     assert np.array_equal(classify.convert(image, 1)[:, :, 0], gray)
     assert np.array_equal(classify.convert(gray[:, :, None], 3), np.dstack([gray] * 3))
@@ -157,7 +149,7 @@ def test_color_becomes_gray_as_pillow_converts_it(image: NDArray[np.uint8]) -> N
 
 @pytest.mark.parametrize("height", [8, 9, 11])
 @pytest.mark.parametrize("width", [8, 9, 10])
-def test_the_crop_is_torchvisions(height: int, width: int) -> None:
+def test_the_crop_is_torchvisions(height, width) -> None:
     from torchvision.transforms.functional import center_crop
 
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
@@ -165,7 +157,7 @@ def test_the_crop_is_torchvisions(height: int, width: int) -> None:
     assert np.array_equal(classify.center(pixels, 7), expected)
 
 
-def test_another_value_range_is_applied(image: NDArray[np.uint8]) -> None:
+def test_another_value_range_is_applied(image) -> None:
     found = classify.prepare(image, (3, 8, 8), {"value_range": [-1.0, 1.0]})
     assert np.allclose(found, image.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
 
@@ -190,9 +182,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_an_unusable_image_is_one_line_and_exit_two(
-    case: str, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unusable_image_is_one_line_and_exit_two(case, model_file, tmp_path, capsys) -> None:
     data, message = BROKEN[case]
     if case == "wrong size":
         model = ModelProto.FromString(model_file.read_bytes())
@@ -217,19 +207,13 @@ def test_an_unusable_image_is_one_line_and_exit_two(
         (np.array([{}], object), "must be uint8 or float32"),
     ],
 )
-def test_an_unusable_array_is_refused(
-    array: NDArray[np.generic],
-    message: str,
-    model_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_an_unusable_array_is_refused(array, message, model_file, tmp_path, capsys) -> None:
     np.save(tmp_path / "image.npy", array)
     assert classify.main([str(model_file), str(tmp_path / "image.npy")]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_scaling_is_left_to_the_user_and_said(image: NDArray[np.uint8]) -> None:
+def test_scaling_is_left_to_the_user_and_said(image) -> None:
     with pytest.raises(classify.Unusable, match="scale its shorter side to 9 pixels first"):
         classify.prepare(image, (3, 8, 8), {"resize": 9, "crop": 8})
 
@@ -238,9 +222,7 @@ def test_its_syntax_is_that_of_python_3_9() -> None:
     ast.parse(RUNNER.read_text(), feature_version=(3, 9))
 
 
-def test_the_input_is_dumped_as_the_model_got_it(
-    model_file: Path, image: NDArray[np.uint8], tmp_path: Path
-) -> None:
+def test_the_input_is_dumped_as_the_model_got_it(model_file, image, tmp_path) -> None:
     (tmp_path / "image.png").write_bytes(saved(image))
     dumped = tmp_path / "input"  # the name stays as it was given
     assert classify.main([str(model_file), str(tmp_path / "image.png"), "--dump-input", str(dumped)]) == 0
@@ -248,9 +230,7 @@ def test_the_input_is_dumped_as_the_model_got_it(
     assert np.load(dumped).tobytes() == tensor.tobytes()
 
 
-def test_a_fixed_batch_is_filled_up(
-    model_file: Path, image: NDArray[np.uint8], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_fixed_batch_is_filled_up(model_file, image, tmp_path, capsys) -> None:
     (tmp_path / "image.png").write_bytes(saved(image))
     answers = []
     for batch in (None, 3):
@@ -264,16 +244,12 @@ def test_a_fixed_batch_is_filled_up(
 
 
 @pytest.mark.parametrize("threads", ["-1", "1025"])
-def test_an_odd_number_of_threads_is_refused(
-    threads: str, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_odd_number_of_threads_is_refused(threads, model_file, tmp_path, capsys) -> None:
     assert classify.main([str(model_file), str(tmp_path / "none.png"), f"--threads={threads}"]) == 2
     assert capsys.readouterr().err == "classify: --threads is a number from 0 to 1024\n"
 
 
-def test_a_missing_or_damaged_model_is_exit_two(
-    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_or_damaged_model_is_exit_two(model_file, tmp_path, capsys) -> None:
     (tmp_path / "image.png").write_bytes(saved(np.zeros((8, 8, 3), np.uint8)))
     assert classify.main([str(tmp_path / "none.onnx"), str(tmp_path / "image.png")]) == 2
     model_file.write_bytes(model_file.read_bytes()[:-1000])

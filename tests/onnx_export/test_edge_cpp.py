@@ -1,7 +1,5 @@
 """The C++ runner under export/edge/cpp: built here, and held against classify.py and the evaluation."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import json
@@ -65,7 +63,7 @@ def ran(*command: str | Path, **options: Any) -> Done[str]:
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build(tmp_path_factory) -> Path:
     """The folder of the finished program, made as a deployer makes it."""
     folder = tmp_path_factory.mktemp("build")
     command = [
@@ -82,13 +80,13 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runners(build: Path) -> dict[str, list[str | Path]]:
+def runners(build) -> dict[str, list[str | Path]]:
     """How each runner is called."""
     return {"python": [sys.executable, "-I", EDGE / "classify.py"], "c++": [build / "classify"]}
 
 
 @pytest.fixture(scope="module")
-def probe(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+def probe(build, tmp_path_factory) -> Callable[..., list[Any]]:
     """What the program's own readers, under address and undefined-behavior checks, make of many files."""
     program = tmp_path_factory.mktemp("probe") / "probe"
     (library,) = build.glob("libonnxruntime*")
@@ -160,9 +158,7 @@ def exported(
 
 @pytest.mark.parametrize("kind", ["sparse", "int8", "compact"])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_both_runners_see_the_evaluations_tensor_and_answer_alike(
-    kind: str, mode: str, runners: dict[str, list[Any]], tmp_path: Path
-) -> None:
+def test_both_runners_see_the_evaluations_tensor_and_answer_alike(kind, mode, runners, tmp_path) -> None:
     """Digits are 8x8 gray and CIFAR-like images 32x32 color; here with room around them for the crop."""
     size = (1, 8, 8) if mode == "L" else (3, 32, 32)
     crop = size[1]
@@ -193,7 +189,7 @@ def test_both_runners_see_the_evaluations_tensor_and_answer_alike(
     assert len(set(answers[0]["logits"])) == 5
 
 
-def test_people_get_the_same_lines(runners: dict[str, list[Any]], tmp_path: Path) -> None:
+def test_people_get_the_same_lines(runners, tmp_path) -> None:
     """A gray picture for a color model, another value range, and a batch that is fixed."""
     size = (3, 8, 8)
     torch.manual_seed(1)
@@ -280,9 +276,7 @@ ODD_MODELS = {
 
 
 @pytest.mark.parametrize("case", ODD_MODELS)
-def test_an_odd_model_is_refused_in_one_line_by_both(
-    case: str, runners: dict[str, list[Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_odd_model_is_refused_in_one_line_by_both(case, runners, tmp_path, capfd) -> None:
     model, picture = tmp_path / "model.onnx", tmp_path / "image.png"
     model.write_bytes(ODD_MODELS[case])
     Image.fromarray(np.zeros((2, 2), np.uint8)).save(picture)
@@ -312,9 +306,7 @@ def test_an_odd_model_is_refused_in_one_line_by_both(
         (["MODEL", "IMAGE"], "the model takes 2x2"),
     ],
 )
-def test_a_wrong_call_is_one_line_and_exit_two(
-    arguments: list[str], message: str, runners: dict[str, list[Any]], tmp_path: Path
-) -> None:
+def test_a_wrong_call_is_one_line_and_exit_two(arguments, message, runners, tmp_path) -> None:
     model = ModelProto.FromString(same([1, 1, 2, 2]))
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     Image.fromarray(np.zeros((2, 3), np.uint8)).save(tmp_path / "i.png")
@@ -327,7 +319,7 @@ def test_a_wrong_call_is_one_line_and_exit_two(
     assert done.stderr.count("\n") == 1
 
 
-def test_help_is_no_error(runners: dict[str, list[Any]]) -> None:
+def test_help_is_no_error(runners) -> None:
     done = ran(*runners["c++"], "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "--dump-input FILE" in done.stdout
@@ -393,9 +385,7 @@ def battered(data: bytes, draw: random.Random, start: int, share: float) -> byte
     return bytes(content)
 
 
-def test_whatever_the_file_both_read_the_same_or_say_the_same(
-    probe: Callable[..., list[Any]], tmp_path: Path
-) -> None:
+def test_whatever_the_file_both_read_the_same_or_say_the_same(probe, tmp_path) -> None:
     draw = random.Random(20)
     paths = []
     for index in range(1500):
@@ -434,7 +424,7 @@ def any_json(draw: random.Random) -> str:
     return content
 
 
-def test_metadata_is_parsed_as_python_parses_it(probe: Callable[..., list[Any]], tmp_path: Path) -> None:
+def test_metadata_is_parsed_as_python_parses_it(probe, tmp_path) -> None:
     draw = random.Random(21)
     texts = [any_json(draw).encode() for _ in range(600)]
     texts += [
@@ -485,7 +475,7 @@ def test_the_header_comes_with_its_license() -> None:
     assert "#define ORT_API_VERSION" in (folder / "onnxruntime_c_api.h").read_text()
 
 
-def test_make_has_nothing_to_do_twice_and_says_what_it_lacks(build: Path) -> None:
+def test_make_has_nothing_to_do_twice_and_says_what_it_lacks(build) -> None:
     command = ["make", "-C", EDGE / "cpp", f"BUILD={build}"]
     again = ran(*command, f"PYTHON={sys.executable}")
     assert again.returncode == 0

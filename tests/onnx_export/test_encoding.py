@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -11,8 +9,8 @@ from onnx.reference import ReferenceEvaluator
 
 from s2ap_deploy.codecs.decode_graph import PREFIX
 from s2ap_deploy.codecs.encodings import elias_fano
-from s2ap_deploy.codecs.registry import CODECS, ENCODINGS, EncodingName
-from s2ap_deploy.codecs.values import VALUES, ValuesName
+from s2ap_deploy.codecs.registry import CODECS, ENCODINGS
+from s2ap_deploy.codecs.values import VALUES
 from s2ap_deploy.errors import UsageError, VerificationError
 from s2ap_deploy.onnx_export import encoding
 from s2ap_deploy.onnx_export.encoding import round_weights
@@ -60,7 +58,7 @@ def weight_tensors(draw: st.DrawFn) -> np.ndarray:
 
 @given(weight_tensors(), st.sampled_from(ENCODINGS))
 @settings(deadline=None, max_examples=90)
-def test_every_weight_decodes_bit_for_bit(weight: np.ndarray, choice: EncodingName) -> None:
+def test_every_weight_decodes_bit_for_bit(weight, choice) -> None:
     model, table = encoding.encode(linear_model(weight), encoding=choice)
     onnx.checker.check_model(model, full_check=not model.graph.sparse_initializer)
     decoded = initializers(encoding.decode(model))
@@ -72,7 +70,7 @@ def test_every_weight_decodes_bit_for_bit(weight: np.ndarray, choice: EncodingNa
 
 @given(weight_tensors(), st.sampled_from(SPARSE))
 @settings(deadline=None, max_examples=30)
-def test_onnx_reference_evaluator_decodes_alike(weight: np.ndarray, choice: EncodingName) -> None:
+def test_onnx_reference_evaluator_decodes_alike(weight, choice) -> None:
     model, _ = encoding.encode(linear_model(weight), encoding=choice)
     image = np.eye(weight.size, dtype=np.float32)[:50]
     if model.graph.sparse_initializer:
@@ -82,7 +80,7 @@ def test_onnx_reference_evaluator_decodes_alike(weight: np.ndarray, choice: Enco
 
 
 @pytest.mark.parametrize("choice", SPARSE)
-def test_decoding_does_not_depend_on_graph_optimization(choice: EncodingName) -> None:
+def test_decoding_does_not_depend_on_graph_optimization(choice) -> None:
     weight = np.random.default_rng(0).standard_normal((64, 9)).astype(np.float32)
     weight[np.abs(weight) < 1.6] = 0
     model, (row,) = encoding.encode(linear_model(weight), encoding=choice)
@@ -119,7 +117,7 @@ def test_an_empty_layer_is_stored_as_its_shape() -> None:
 
 @given(weight_tensors())
 @settings(deadline=None, max_examples=40)
-def test_auto_takes_the_smallest(weight: np.ndarray) -> None:
+def test_auto_takes_the_smallest(weight) -> None:
     sizes = {
         choice: encoding.encode(linear_model(weight), encoding=choice)[1][0].bytes
         for choice in ("auto", "ef", "gaps", "mask", "dense")
@@ -134,12 +132,7 @@ def coded(entries: int, density: float) -> str:
 
 
 def test_auto_chooses_by_density_and_size() -> None:
-    assert [coded(200_000, density) for density in (0.99, 0.9, 0.5, 0.1)] == [
-        "dense",
-        "mask",
-        "mask",
-        "ef",
-    ]
+    assert [coded(200_000, density) for density in (0.99, 0.9, 0.5, 0.1)] == ["dense", "mask", "mask", "ef"]
     assert coded(4096, 0.1) == "gaps"  # fewer nodes, where these are what counts
 
 
@@ -157,7 +150,7 @@ def test_ten_bits_per_entry_and_value() -> None:
 
 
 @pytest.mark.parametrize("choice", ["auto", *SPARSE])
-def test_nearly_dense_and_small_tensors_stay_dense(choice: EncodingName) -> None:
+def test_nearly_dense_and_small_tensors_stay_dense(choice) -> None:
     weight = np.ones((32, 32), np.float32)
     weight[0, :20] = 0
     model, (row,) = encoding.encode(linear_model(weight), encoding=choice)
@@ -175,7 +168,7 @@ def test_auto_refuses_a_coding_that_is_larger_than_the_tensor() -> None:
 
 
 @pytest.mark.parametrize("choice", ENCODINGS)
-def test_encoding_twice_changes_nothing_more(choice: EncodingName) -> None:
+def test_encoding_twice_changes_nothing_more(choice) -> None:
     weight = np.eye(40, dtype=np.float32)
     once, table = encoding.encode(linear_model(weight), encoding=choice)
     twice, again = encoding.encode(once, encoding=choice)
@@ -193,7 +186,7 @@ def test_encode_and_decode_leave_their_argument_alone() -> None:
 
 @pytest.mark.parametrize("choice", SPARSE)
 @pytest.mark.parametrize("values", list(VALUES))
-def test_no_operator_of_unknown_output_size_is_used(choice: EncodingName, values: ValuesName) -> None:
+def test_no_operator_of_unknown_output_size_is_used(choice, values) -> None:
     plain, rounded, _ = round_weights(linear_model(np.eye(41, dtype=np.float32)), values)
     model, _ = encoding.encode(plain, encoding=choice, rounded=rounded)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)

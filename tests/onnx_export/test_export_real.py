@@ -1,10 +1,5 @@
 """The robust MNIST checkpoint that this project did not make, exported and judged on real images."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,18 +7,17 @@ from numpy.typing import NDArray
 
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.classifier import Classifier
-from s2ap_deploy.onnx_export.export_report import ExportReport
 
 
 @pytest.fixture(scope="module")
-def digits(shared: Path) -> NDArray[np.float32]:
+def digits(shared) -> NDArray[np.float32]:
     """All 10,000 test images, float32 [n, 1, 28, 28] in [0, 1]."""
     raw = (shared / "data/MNIST/raw/t10k-images-idx3-ubyte").read_bytes()
     return np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28).astype(np.float32) / 255
 
 
 @pytest.fixture(scope="module")
-def robust(shared: Path) -> Classifier:
+def robust(shared) -> Classifier:
     network = registry.build("mnist-conv")
     path = shared / "checkpoints/mnist_convex_eps0.1.pth"
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -31,13 +25,7 @@ def robust(shared: Path) -> Classifier:
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.9])
-def test_same_class_on_every_mnist_test_image(
-    write_onnx: Callable[..., ExportReport],
-    robust: Classifier,
-    digits: NDArray[np.float32],
-    tmp_path: Path,
-    sparsity: float,
-) -> None:
+def test_same_class_on_every_mnist_test_image(write_onnx, robust, digits, tmp_path, sparsity) -> None:
     classifier = Classifier(registry.build("mnist-conv")).eval()
     classifier.load_state_dict(robust.state_dict())
     masks = {}
@@ -46,11 +34,7 @@ def test_same_class_on_every_mnist_test_image(
             masks[name] = parameter.abs() >= torch.quantile(parameter.detach().abs().flatten(), sparsity)
             parameter.data *= masks[name]
     report = write_onnx(
-        classifier,
-        input_size=(1, 28, 28),
-        output=tmp_path / "mnist.onnx",
-        images=digits,
-        masks=masks,
+        classifier, input_size=(1, 28, 28), output=tmp_path / "mnist.onnx", images=digits, masks=masks
     )
     assert report.agreement.argmax_agree == report.agreement.n == 10_000
     assert report.agreement.max_logit_difference <= 1e-5 * max(1.0, report.agreement.largest_logit)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import ModelProto, numpy_helper
+from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
@@ -34,7 +32,7 @@ class Pair(nn.Module):
         return x, x
 
 
-def test_names_batch_and_metadata(dense_model: ModelProto) -> None:
+def test_names_batch_and_metadata(dense_model) -> None:
     onnx.checker.check_model(dense_model, full_check=True)
     (entry,), (exit_,) = dense_model.graph.input, dense_model.graph.output
     assert (entry.name, exit_.name) == ("image", "logits")
@@ -44,15 +42,13 @@ def test_names_batch_and_metadata(dense_model: ModelProto) -> None:
     assert default_opset(dense_model) == 20
 
 
-def test_batchnorm_is_folded_and_normalization_is_inside(dense_model: ModelProto) -> None:
+def test_batchnorm_is_folded_and_normalization_is_inside(dense_model) -> None:
     operators = {node.op_type for node in dense_model.graph.node}
     assert "BatchNormalization" not in operators
     assert {"Sub", "Div"} <= operators
 
 
-def test_zeros_survive_folding_and_none_is_negative(
-    dense_model: ModelProto, masks: dict[str, Tensor]
-) -> None:
+def test_zeros_survive_folding_and_none_is_negative(dense_model, masks) -> None:
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in dense_model.graph.initializer}
     for name, mask in masks.items():
         assert np.array_equal(tensors[name] != 0, mask.numpy()), name
@@ -60,7 +56,7 @@ def test_zeros_survive_folding_and_none_is_negative(
         assert not np.any(np.signbit(array) & (array == 0))
 
 
-def test_nothing_of_the_machine_is_in_the_file(dense_model: ModelProto) -> None:
+def test_nothing_of_the_machine_is_in_the_file(dense_model) -> None:
     texts = re.findall(rb"[\x20-\x7e]{5,}", dense_model.SerializeToString())
     repository = str(Path(__file__).resolve().parents[2]).encode()
     for text in texts:
@@ -71,7 +67,7 @@ def test_nothing_of_the_machine_is_in_the_file(dense_model: ModelProto) -> None:
     assert not any(node.metadata_props or node.doc_string for node in dense_model.graph.node)
 
 
-def test_the_classifier_is_not_touched(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_classifier_is_not_touched(capfd) -> None:
     network = tiny().train()
     before = weights_hash(network)
     graph.to_onnx(network, (1, 6, 6))
@@ -103,18 +99,18 @@ def test_half_precision_weights_become_float32() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("opset", [18, 19, 21, 22, 23, 24, 25])
-def test_every_offered_opset_is_written(opset: int) -> None:
+def test_every_offered_opset_is_written(opset) -> None:
     assert default_opset(graph.to_onnx(tiny(), (1, 6, 6), opset=opset)) == opset
 
 
 @pytest.mark.parametrize(("opset", "nearest"), [(11, 18), (17, 18), (26, 25)])
-def test_other_opsets_are_refused(opset: int, nearest: int) -> None:
+def test_other_opsets_are_refused(opset, nearest) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "opset-unsupported") as caught:
         graph.to_onnx(tiny(), (1, 6, 6), opset=opset)
     assert f"--opset {nearest}" in caught.value.hint
 
 
-def test_an_exporter_that_writes_another_opset_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exporter_that_writes_another_opset_is_noticed(monkeypatch) -> None:
     monkeypatch.setattr(graph, "default_opset", lambda model: 18)
     with pytest.raises(UsageError, check=lambda error: error.code == "opset-unsupported"):
         graph.to_onnx(tiny(), (1, 6, 6))
@@ -136,7 +132,7 @@ def test_folding_that_overflows_is_refused() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_fixed_batch_is_in_the_shape(batch: int) -> None:
+def test_a_fixed_batch_is_in_the_shape(batch) -> None:
     model = graph.to_onnx(tiny(), (1, 6, 6), batch=batch)
     for value in (model.graph.input[0], model.graph.output[0]):
         assert value.type.tensor_type.shape.dim[0].dim_value == batch
@@ -147,7 +143,7 @@ def test_a_fixed_batch_is_in_the_shape(batch: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [0, -1, 1025])
-def test_other_batches_are_refused(batch: int) -> None:
+def test_other_batches_are_refused(batch) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "batch-unsupported"):
         graph.to_onnx(tiny(), (1, 6, 6), batch=batch)
 
@@ -165,7 +161,7 @@ def test_a_network_for_one_batch_size_is_exported_at_that_size() -> None:
         graph.to_onnx(OfTwo(), (1, 2, 2), batch=3)
 
 
-def test_weights_over_2_gib_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_over_2_gib_are_refused_before_any_work(monkeypatch) -> None:
     class Vast(nn.Module):
         """What it says of its size is all that is asked: no such memory is taken."""
 
@@ -178,7 +174,7 @@ def test_weights_over_2_gib_are_refused_before_any_work(monkeypatch: pytest.Monk
         graph.to_onnx(Vast(), (1, 6, 6))
 
 
-def test_weights_beyond_one_file_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_beyond_one_file_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(graph, "MAX_BYTES", 100)
     with pytest.raises(UsageError, check=lambda error: error.code == "weights-too-large"):
         graph.to_onnx(tiny(), (1, 6, 6))
@@ -190,7 +186,7 @@ def test_a_wrong_image_size_is_refused() -> None:
 
 
 @pytest.mark.parametrize("network", [Pair(), nn.Identity()])
-def test_an_output_that_is_not_logits_is_refused(network: nn.Module) -> None:
+def test_an_output_that_is_not_logits_is_refused(network) -> None:
     with pytest.raises(ArchitectureError, check=lambda error: error.code == "output-not-logits"):
         graph.to_onnx(network, (1, 4, 4))
 

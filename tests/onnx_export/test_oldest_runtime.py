@@ -1,7 +1,5 @@
 """Files of today in the oldest ONNX Runtime that the project states, in an environment of its own."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -10,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from onnx import ModelProto
 from packaging.requirements import Requirement
 
 from s2ap_deploy.codecs.registry import CODECS, ENCODINGS, EncodingName
@@ -50,7 +46,7 @@ def lower_bound() -> str:
 
 
 @pytest.fixture(scope="module")
-def oldest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def oldest(tmp_path_factory) -> Path:
     """The interpreter of a new environment that holds that version and nothing of this project."""
     folder = tmp_path_factory.mktemp("oldest") / "venv"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)
@@ -65,9 +61,7 @@ def oldest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_coded_files_run_in_the_oldest_stated_runtime(
-    oldest: Path, dense_model: ModelProto, images: NDArray[np.float32], tmp_path: Path
-) -> None:
+def test_coded_files_run_in_the_oldest_stated_runtime(oldest, dense_model, images, tmp_path) -> None:
     kinds: list[tuple[EncodingName, ValuesName]] = [
         (encoding, values) for encoding in ENCODINGS[1:] for values in VALUES
     ]

@@ -1,7 +1,5 @@
 """Files that somebody gives us: what is taken, and what is refused with a reason."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from pathlib import Path
@@ -11,11 +9,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from s2ap_deploy.codecs.registry import CODECS, EncodingName
-from s2ap_deploy.codecs.values import VALUES, ValuesName
+from s2ap_deploy.codecs.registry import CODECS
+from s2ap_deploy.codecs.values import VALUES
 from s2ap_deploy.errors import CheckpointError, StorageError
 from s2ap_deploy.files import sha256
 from s2ap_deploy.onnx_export.encoding import encode, round_weights
@@ -32,7 +29,7 @@ def written(path: Path, model: ModelProto) -> Path:
     return path
 
 
-def test_what_a_file_says(tmp_path: Path, dense_model: ModelProto, images: NDArray[np.float32]) -> None:
+def test_what_a_file_says(tmp_path, dense_model, images) -> None:
     model = ModelProto.FromString(encode(dense_model)[0].SerializeToString())
     onnx.helper.set_model_props(model, {"s2ap.sparsity": "0.9", "s2ap.class_names": '["a", "b"]'})
     opened = load(written(tmp_path / "m.onnx", model))
@@ -44,14 +41,14 @@ def test_what_a_file_says(tmp_path: Path, dense_model: ModelProto, images: NDArr
 
 
 @pytest.mark.parametrize("text", ["nonsense", "{}", "nan", "7", "[" * 100_000, "9" * 5000])
-def test_damaged_metadata_is_no_fact(tmp_path: Path, dense_model: ModelProto, text: str) -> None:
+def test_damaged_metadata_is_no_fact(tmp_path, dense_model, text) -> None:
     model = ModelProto.FromString(dense_model.SerializeToString())
     onnx.helper.set_model_props(model, {"s2ap.sparsity": text, "s2ap.class_names": text})
     opened = load(written(tmp_path / "m.onnx", model))
     assert (opened.class_names, opened.sparsity) == ((), None)
 
 
-def test_answers_travel_as_bytes(dense_model: ModelProto, images: NDArray[np.float32]) -> None:
+def test_answers_travel_as_bytes(dense_model, images) -> None:
     answers = FileAnswers(dense_model.SerializeToString())
     expected = answers(images)
     for other in (pickle.loads(pickle.dumps(answers)), copy.deepcopy(answers)):
@@ -114,13 +111,13 @@ ONE = np.ones((1, 5), np.float32)
         ),
     ],
 )
-def test_other_answers_than_logits_are_refused(tmp_path: Path, model: ModelProto, code: str) -> None:
+def test_other_answers_than_logits_are_refused(tmp_path, model, code) -> None:
     with pytest.raises(CheckpointError, check=lambda error: error.code == code):
         load(written(tmp_path / "m.onnx", model))
 
 
 @pytest.mark.parametrize("batch", [-1, 0])
-def test_an_odd_batch_is_refused_or_works_everywhere(tmp_path: Path, batch: int) -> None:
+def test_an_odd_batch_is_refused_or_works_everywhere(tmp_path, batch) -> None:
     model = linear(ONE, helper.make_node("Identity", ["product"], ["out"]), w=W)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
     path = written(tmp_path / "m.onnx", model)
@@ -133,26 +130,26 @@ def test_an_odd_batch_is_refused_or_works_everywhere(tmp_path: Path, batch: int)
     assert np.allclose(OnnxModule(opened.model)(images).numpy(), opened.answers(images.numpy()))
 
 
-def test_an_endless_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_file_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("s2ap_deploy.onnx_export.onnx_file._MAX_BYTES", 1000)
     with pytest.raises(CheckpointError, check=lambda error: error.code == "onnx-too-large"):
         load(Path("/dev/zero"))
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path) -> None:
     with pytest.raises(StorageError):
         load(tmp_path / "none.onnx")
 
 
 @pytest.mark.parametrize("content", [b"", b"not ONNX at all", bytes(100)])
-def test_garbage(tmp_path: Path, content: bytes) -> None:
+def test_garbage(tmp_path, content) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, check=lambda error: error.code == "file-not-onnx"):
         load(path)
 
 
-def test_a_torn_file(tmp_path: Path, dense_model: ModelProto) -> None:
+def test_a_torn_file(tmp_path, dense_model) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(dense_model.SerializeToString()[:-5000])
     with pytest.raises(CheckpointError):
@@ -172,13 +169,13 @@ def relu(shape: list[int | str], kind: int = TensorProto.FLOAT) -> ModelProto:
 @pytest.mark.parametrize(
     "model", [relu(["b", 3]), relu(["b", 3, "h", "w"]), relu(["b", 3, 8, 8], TensorProto.DOUBLE)]
 )
-def test_other_inputs_are_refused(tmp_path: Path, model: ModelProto) -> None:
+def test_other_inputs_are_refused(tmp_path, model) -> None:
     with pytest.raises(CheckpointError, check=lambda error: error.code == "onnx-not-classifier"):
         load(written(tmp_path / "m.onnx", model))
 
 
 @pytest.mark.parametrize("constant", [False, True])
-def test_weights_elsewhere_are_refused(tmp_path: Path, constant: bool) -> None:
+def test_weights_elsewhere_are_refused(tmp_path, constant) -> None:
     model = relu(["b", 3, 8, 8])
     tensor = numpy_helper.from_array(np.ones(3, np.float32), "w")
     tensor.data_location = TensorProto.EXTERNAL
@@ -192,7 +189,7 @@ def test_weights_elsewhere_are_refused(tmp_path: Path, constant: bool) -> None:
         load(written(tmp_path / "m.onnx", model))
 
 
-def test_a_few_bytes_that_decode_to_many_are_refused_before_they_run(tmp_path: Path) -> None:
+def test_a_few_bytes_that_decode_to_many_are_refused_before_they_run(tmp_path) -> None:
     model = relu(["b", 3, 8, 8])
     model.graph.initializer.append(numpy_helper.from_array(np.array([2**40]), "s2ap_1"))
     model.graph.node.insert(0, helper.make_node("ConstantOfShape", ["s2ap_1"], ["w"]))
@@ -202,13 +199,7 @@ def test_a_few_bytes_that_decode_to_many_are_refused_before_they_run(tmp_path: P
 
 @pytest.mark.parametrize("choice", SPARSE)
 @pytest.mark.parametrize("values", list(VALUES))
-def test_a_file_of_any_encoding_is_read_and_has_a_twin(
-    tmp_path: Path,
-    dense_model: ModelProto,
-    images: NDArray[np.float32],
-    choice: EncodingName,
-    values: ValuesName,
-) -> None:
+def test_a_file_of_any_encoding_is_read_and_has_a_twin(tmp_path, dense_model, images, choice, values) -> None:
     rounded, stored, _ = round_weights(dense_model, values)
     opened = load(written(tmp_path / "m.onnx", encode(rounded, encoding=choice, rounded=stored)[0]))
     assert not opened.quantized

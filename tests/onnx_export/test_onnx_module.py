@@ -1,7 +1,5 @@
 """The differentiable twin computes what ONNX Runtime computes, and its gradients lead somewhere."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 
@@ -36,7 +34,7 @@ def in_runtime(model: ModelProto, images: NDArray[np.float32]) -> NDArray[np.flo
 
 
 @pytest.mark.parametrize("name", ["digits-conv", "cifar-resnet20", "cifar-conv"])
-def test_twin_of_registered_architectures(name: str) -> None:
+def test_twin_of_registered_architectures(name) -> None:
     torch.manual_seed(0)
     architecture = registry.resolve(name)
     assert architecture.input_size is not None
@@ -74,7 +72,7 @@ def test_twin_of_odd_operators() -> None:
     assert np.abs(answers(OnnxModule(model), images) - in_runtime(model, images)).max() < 1e-5
 
 
-def test_twin_of_int8_file_rounds_as_the_file(dense_model: ModelProto, images: NDArray[np.float32]) -> None:
+def test_twin_of_int8_file_rounds_as_the_file(dense_model, images) -> None:
     int8 = quantize(dense_model, images)
     twin, expected = OnnxModule(encode(int8)[0]), in_runtime(int8, images)
     step = np.abs(expected).max() / 127
@@ -86,7 +84,7 @@ def test_twin_of_int8_file_rounds_as_the_file(dense_model: ModelProto, images: N
     )
 
 
-def test_twin_travels_and_is_left_alone(dense_model: ModelProto, images: NDArray[np.float32]) -> None:
+def test_twin_travels_and_is_left_alone(dense_model, images) -> None:
     twin = OnnxModule(quantize(dense_model, images))
     before = answers(twin, images)
     twin.unrounded()
@@ -95,9 +93,7 @@ def test_twin_travels_and_is_left_alone(dense_model: ModelProto, images: NDArray
     assert not any(parameter.requires_grad for parameter in twin.parameters())
 
 
-def test_gradient_of_twin_is_that_of_the_classifier(
-    classifier: Classifier, dense_model: ModelProto, images: NDArray[np.float32]
-) -> None:
+def test_gradient_of_twin_is_that_of_the_classifier(classifier, dense_model, images) -> None:
     gradients = []
     for network in (classifier, OnnxModule(dense_model)):
         x = torch.from_numpy(images[:4]).requires_grad_()
@@ -143,14 +139,14 @@ def test_gradient_passes_rounding_and_ends_where_the_integer_saturates() -> None
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(-128, 127), st.lists(st.floats(-100, 100, width=32), min_size=4, max_size=4))
-def test_rounding_is_that_of_the_runtime(zero: int, values: list[float]) -> None:
+def test_rounding_is_that_of_the_runtime(zero, values) -> None:
     x = np.array(values, np.float32).reshape(1, 1, 1, 4)
     scaled = np.round(x / np.float32(0.25))  # half to even
     expected = (np.clip(scaled + zero, -128, 127) - zero) * np.float32(0.25)
     assert np.array_equal(answers(quantizer(zero), x), expected.reshape(1, 4))
 
 
-def test_fixed_batch_runs_in_parts(images: NDArray[np.float32]) -> None:
+def test_fixed_batch_runs_in_parts(images) -> None:
     weight = np.random.default_rng(0).standard_normal((192, 5)).astype(np.float32)
     nodes = [
         helper.make_node("Reshape", ["image", "shape"], ["flat"]),
@@ -180,6 +176,6 @@ def test_unsupported_form_is_named() -> None:
         twin(torch.zeros(1, 1, 4, 4))
 
 
-def test_wrong_image_size_is_an_error_of_ours(dense_model: ModelProto) -> None:
+def test_wrong_image_size_is_an_error_of_ours(dense_model) -> None:
     with pytest.raises(ArchitectureError, check=lambda error: error.code == "operator-failed"):
         OnnxModule(dense_model)(torch.zeros(1, 7, 8, 8))

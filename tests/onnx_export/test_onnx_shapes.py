@@ -1,7 +1,5 @@
 """Outlines: what of a network ends up in its file, by shapes alone."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -14,7 +12,6 @@ from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.architectures.architecture import WithoutStorage
 from s2ap_deploy.models.channels.coupling import channel_groups
 from s2ap_deploy.models.channels.layer_channels import macs
-from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export.graph import to_onnx
 from s2ap_deploy.onnx_export.onnx_shapes import narrowed, outline
 
@@ -61,7 +58,7 @@ def test_the_network_is_as_before() -> None:
 
 
 @pytest.mark.parametrize("name", ["digits-conv", "cifar-resnet20", "cifar-preact-resnet18"])
-def test_it_is_the_same_without_weights(name: str) -> None:
+def test_it_is_the_same_without_weights(name) -> None:
     architecture = registry.resolve(name)
     size = architecture.input_size
     assert size is not None
@@ -75,7 +72,7 @@ def test_it_is_the_same_without_weights(name: str) -> None:
     assert found.size == sum(tensor.numel() for tensor in real.parameters())
 
 
-def test_the_entries_are_those_of_the_exported_file(classifier: Classifier) -> None:
+def test_the_entries_are_those_of_the_exported_file(classifier) -> None:
     found = outline(classifier.network, SIZE).contents({})
     model = to_onnx(classifier.network, SIZE)
     floats = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]

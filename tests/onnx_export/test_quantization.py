@@ -1,11 +1,8 @@
 """int8: what the quantizer makes, and that encoding it changes nothing."""
 
-from __future__ import annotations
-
 import numpy as np
 import onnx
 import pytest
-from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
 from s2ap_deploy.errors import DataError, UsageError, VerificationError
@@ -17,11 +14,11 @@ from s2ap_deploy.onnx_export.verification import decodes_at_load
 
 
 @pytest.fixture(scope="module")
-def int8(dense_model: ModelProto, images: NDArray[np.float32]) -> ModelProto:
+def int8(dense_model, images) -> ModelProto:
     return quantize(dense_model, images)
 
 
-def test_weights_are_int8_and_zeros_stay_zero(dense_model: ModelProto, int8: ModelProto) -> None:
+def test_weights_are_int8_and_zeros_stay_zero(dense_model, int8) -> None:
     floats, integers = weights(dense_model), quantized_weights(int8)
     assert len(integers) == len(floats) == 3
     for name, values in floats.items():
@@ -31,7 +28,7 @@ def test_weights_are_int8_and_zeros_stay_zero(dense_model: ModelProto, int8: Mod
         assert np.abs(found.astype(int)).max() <= 64  # 7 of 8 bits
 
 
-def test_scales_are_per_channel(int8: ModelProto) -> None:
+def test_scales_are_per_channel(int8) -> None:
     scales = [
         numpy_helper.to_array(tensor).shape
         for tensor in int8.graph.initializer
@@ -40,20 +37,18 @@ def test_scales_are_per_channel(int8: ModelProto) -> None:
     assert sorted(scales) == [(5,), (32,), (32,)]
 
 
-def test_logits_stay_float(int8: ModelProto) -> None:
+def test_logits_stay_float(int8) -> None:
     (last,) = [node for node in int8.graph.node if "logits" in node.output]
     assert last.op_type == "Gemm"
 
 
-def test_same_bytes_again_and_metadata_kept(
-    dense_model: ModelProto, int8: ModelProto, images: NDArray[np.float32]
-) -> None:
+def test_same_bytes_again_and_metadata_kept(dense_model, int8, images) -> None:
     assert quantize(dense_model, images).SerializeToString() == int8.SerializeToString()
     assert {entry.key: entry.value for entry in int8.metadata_props} == {"s2ap.sparsity": "0.9"}
     check(int8)
 
 
-def test_encoded_file_answers_bit_for_bit(int8: ModelProto, images: NDArray[np.float32]) -> None:
+def test_encoded_file_answers_bit_for_bit(int8, images) -> None:
     coded, table = encode(int8)
     kinds = {row.name: row.encoding for row in table}
     (large,) = [name for name, values in quantized_weights(int8).items() if values.size == 32 * 32 * 9]
@@ -70,7 +65,7 @@ def test_encoded_file_answers_bit_for_bit(int8: ModelProto, images: NDArray[np.f
     assert all(before[name].dtype == after[name].dtype for name in before)
 
 
-def test_an_empty_int8_layer(int8: ModelProto, images: NDArray[np.float32]) -> None:
+def test_an_empty_int8_layer(int8, images) -> None:
     model = ModelProto.FromString(int8.SerializeToString())
     (name,) = [name for name, values in quantized_weights(model).items() if values.size == 32 * 32 * 9]
     for tensor in model.graph.initializer:
@@ -82,18 +77,18 @@ def test_an_empty_int8_layer(int8: ModelProto, images: NDArray[np.float32]) -> N
     assert np.array_equal(logits(session(coded.SerializeToString()), images), expected)
 
 
-def test_what_is_quantized(dense_model: ModelProto, int8: ModelProto) -> None:
+def test_what_is_quantized(dense_model, int8) -> None:
     assert is_quantized(int8)
     assert is_quantized(encode(int8)[0])
     assert not is_quantized(encode(dense_model)[0])
 
 
-def test_nothing_to_calibrate_on(dense_model: ModelProto, images: NDArray[np.float32]) -> None:
+def test_nothing_to_calibrate_on(dense_model, images) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "calibration-images-missing"):
         quantize(dense_model, images[:0])
 
 
-def test_images_that_are_not_numbers(dense_model: ModelProto, images: NDArray[np.float32]) -> None:
+def test_images_that_are_not_numbers(dense_model, images) -> None:
     with pytest.raises(DataError, check=lambda error: error.code == "calibration-not-finite"):
         quantize(dense_model, np.full_like(images[:2], np.nan))
 

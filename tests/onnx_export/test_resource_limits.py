@@ -1,9 +1,6 @@
 """Files that would take too much memory or time are refused before a runtime sees them."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,8 +8,8 @@ import pytest
 from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from s2ap_deploy.codecs.decode_graph import decodes, is_internal
-from s2ap_deploy.codecs.registry import CODECS, ENCODINGS, EncodingName
-from s2ap_deploy.codecs.values import VALUES, ValuesName
+from s2ap_deploy.codecs.registry import CODECS, ENCODINGS
+from s2ap_deploy.codecs.values import VALUES
 from s2ap_deploy.errors import VerificationError
 from s2ap_deploy.onnx_export import resource_limits
 from s2ap_deploy.onnx_export.encoding import encode, round_weights
@@ -93,7 +90,7 @@ def a_decoder_that_takes_far_more_than_it_decodes() -> ModelProto:
 
 @pytest.mark.parametrize("choice", ENCODINGS)
 @pytest.mark.parametrize("values", list(VALUES))
-def test_our_own_files_pass(dense_model: ModelProto, choice: EncodingName, values: ValuesName) -> None:
+def test_our_own_files_pass(dense_model, choice, values) -> None:
     rounded, stored, _ = round_weights(dense_model, values)
     coded, _ = encode(rounded, encoding=choice, rounded=stored)
     check_decoding(coded)
@@ -103,7 +100,7 @@ def test_our_own_files_pass(dense_model: ModelProto, choice: EncodingName, value
 
 @pytest.mark.parametrize("density", [1 / 300, 0.01, 0.1, 0.5, 0.74])
 @pytest.mark.parametrize("values", list(VALUES))
-def test_codecs_need_what_they_state(density: float, values: ValuesName) -> None:
+def test_codecs_need_what_they_state(density, values) -> None:
     """Operators and bytes of intermediate values, here for small tensors, where the share is largest."""
     weight = np.zeros(300, np.float32)
     weight[-max(1, round(300 * density)) :] = 1.5
@@ -171,9 +168,7 @@ def test_codecs_need_what_they_state(density: float, values: ValuesName) -> None
         (check_execution, model(condition(body(node("ConstantOfShape", "n"))), **BODY), "onnx-size-unknown"),
     ],
 )
-def test_what_takes_too_much_is_refused(
-    check: Callable[[ModelProto], None], asked: ModelProto, code: str
-) -> None:
+def test_what_takes_too_much_is_refused(check, asked, code) -> None:
     with pytest.raises(VerificationError, check=lambda error: error.code == code):
         check(asked)
 
@@ -192,12 +187,12 @@ def test_what_takes_too_much_is_refused(
         model(condition(body()), **BODY),
     ],
 )
-def test_what_exporters_write_passes(asked: ModelProto) -> None:
+def test_what_exporters_write_passes(asked) -> None:
     check_execution(asked)
 
 
 @pytest.mark.parametrize(("check", "name"), [(check_decoding, "s2ap_n"), (check_execution, "n")])
-def test_many_tensors_count_together(check: Callable[[ModelProto], None], name: str) -> None:
+def test_many_tensors_count_together(check, name) -> None:
     nodes = [node("ConstantOfShape", name, out=f"zeros{index}") for index in range(4)]
     check(model(nodes[0], **{name: np.array([2**28])}))
     with pytest.raises(VerificationError, check=lambda error: error.code == "onnx-too-large"):

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import onnx
 import pytest
@@ -7,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from s2ap_deploy.codecs.registry import CODECS, ENCODINGS, EncodingName
+from s2ap_deploy.codecs.registry import CODECS, ENCODINGS
 from s2ap_deploy.codecs.values import VALUES, ValuesName
 from s2ap_deploy.errors import VerificationError
 from s2ap_deploy.onnx_export.encoding import decode, encode, round_weights
@@ -55,9 +53,7 @@ def weights(draw: st.DrawFn) -> np.ndarray:
 
 @given(weights(), st.sampled_from(ROUNDED), st.sampled_from(ENCODINGS))
 @settings(deadline=None, max_examples=80)
-def test_the_file_decodes_to_the_rounded_weights(
-    weight: np.ndarray, values: ValuesName, choice: EncodingName
-) -> None:
+def test_the_file_decodes_to_the_rounded_weights(weight, values, choice) -> None:
     rounded, stored, rounding = round_weights(gemm(weight, transposed=False), values)
     model, _ = encode(rounded, encoding=choice, rounded=stored)
     onnx.checker.check_model(model, full_check=not model.graph.sparse_initializer)
@@ -69,7 +65,7 @@ def test_the_file_decodes_to_the_rounded_weights(
 
 @given(weights())
 @settings(deadline=None, max_examples=40)
-def test_float16_is_the_nearest_and_keeps_the_pattern_of_zeros(weight: np.ndarray) -> None:
+def test_float16_is_the_nearest_and_keeps_the_pattern_of_zeros(weight) -> None:
     rounded = weight_of(round_weights(gemm(weight, transposed=False), "float16")[0])
     assert np.array_equal(rounded, weight.astype(np.float16).astype(np.float32))
     assert np.array_equal(rounded != 0, weight != 0)
@@ -77,7 +73,7 @@ def test_float16_is_the_nearest_and_keeps_the_pattern_of_zeros(weight: np.ndarra
 
 @given(weights(), st.booleans())
 @settings(deadline=None, max_examples=40)
-def test_int8_errs_by_at_most_half_a_step_of_the_output_channel(weight: np.ndarray, transposed: bool) -> None:
+def test_int8_errs_by_at_most_half_a_step_of_the_output_channel(weight, transposed) -> None:
     axis = 0 if transposed else 1
     rounded, _, rounding = round_weights(gemm(weight, transposed), "int8")
     found = weight_of(rounded)
@@ -88,13 +84,13 @@ def test_int8_errs_by_at_most_half_a_step_of_the_output_channel(weight: np.ndarr
     assert rounding.flushed == np.count_nonzero((found == 0) & (weight != 0))
 
 
-def test_float32_is_left_alone(dense_model: ModelProto) -> None:
+def test_float32_is_left_alone(dense_model) -> None:
     model, stored, rounding = round_weights(dense_model, "float32")
     assert (model.SerializeToString(), stored, rounding) == (dense_model.SerializeToString(), {}, None)
 
 
 @pytest.mark.parametrize("values", ROUNDED)
-def test_only_weights_are_rounded_and_the_argument_stays(dense_model: ModelProto, values: ValuesName) -> None:
+def test_only_weights_are_rounded_and_the_argument_stays(dense_model, values) -> None:
     before = dense_model.SerializeToString()
     rounded, stored, rounding = round_weights(dense_model, values)
     assert dense_model.SerializeToString() == before
@@ -112,7 +108,7 @@ def test_only_weights_are_rounded_and_the_argument_stays(dense_model: ModelProto
 
 
 @pytest.mark.parametrize("values", ROUNDED)
-def test_rounded_logits_stay_close(dense_model: ModelProto, images: np.ndarray, values: ValuesName) -> None:
+def test_rounded_logits_stay_close(dense_model, images, values) -> None:
     rounded, stored, _ = round_weights(dense_model, values)
     coded, _ = encode(rounded, rounded=stored)
     found = logits(session(coded.SerializeToString()), images)
@@ -148,7 +144,7 @@ def test_int8_says_how_many_values_became_zero() -> None:
 
 
 @pytest.mark.parametrize("tiny", [1e-45, 1e-40, 1e-38, 1e-36])
-def test_channels_next_to_the_smallest_float32_stay_finite(tiny: float) -> None:
+def test_channels_next_to_the_smallest_float32_stay_finite(tiny) -> None:
     weight = np.full((16, 16), tiny, np.float32)
     rounded = weight_of(round_weights(gemm(weight, transposed=False), "int8")[0])
     assert np.isfinite(rounded).all()
@@ -157,7 +153,7 @@ def test_channels_next_to_the_smallest_float32_stay_finite(tiny: float) -> None:
 
 @pytest.mark.parametrize("choice", ["auto", *SPARSE])
 @pytest.mark.parametrize("values", list(VALUES))
-def test_an_empty_layer_takes_its_shape_alone(values: ValuesName, choice: EncodingName) -> None:
+def test_an_empty_layer_takes_its_shape_alone(values, choice) -> None:
     empty = gemm(np.zeros((32, 32), np.float32), transposed=False)
     rounded, stored, _ = round_weights(empty, values)
     model, (row,) = encode(rounded, encoding=choice, rounded=stored)

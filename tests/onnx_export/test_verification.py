@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -9,9 +7,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from s2ap_deploy.codecs.registry import EncodingName
 from s2ap_deploy.errors import VerificationError
-from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export import encoding, verification
 from s2ap_deploy.onnx_export.encoding import weights
 from s2ap_deploy.onnx_export.graph import to_onnx
@@ -48,9 +44,7 @@ def one_hot(classes: list[int] | NDArray[np.integer], count: int) -> NDArray[np.
 
 
 @pytest.mark.parametrize("choice", ["auto", "dense"])
-def test_logits_agree_at_every_batch_size(
-    classifier: Classifier, dense_model: ModelProto, images: NDArray[np.float32], choice: EncodingName
-) -> None:
+def test_logits_agree_at_every_batch_size(classifier, dense_model, images, choice) -> None:
     model, _ = encoding.encode(dense_model, encoding=choice)
     running = session(model.SerializeToString())
     agreement = verification.compare(classifier, running, images)
@@ -62,7 +56,7 @@ def test_logits_agree_at_every_batch_size(
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.99])
-def test_plain_convolutions_agree_too(sparsity: float) -> None:
+def test_plain_convolutions_agree_too(sparsity) -> None:
     torch.manual_seed(1)
     network = nn.Sequential(
         nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)
@@ -106,7 +100,7 @@ def test_logits_that_are_not_numbers_fail() -> None:
     assert not verification.compare(Shifted(float("nan")), running, one_hot([0, 1], 3)).passed
 
 
-def test_a_fault_at_one_batch_size_only_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_at_one_batch_size_only_fails(monkeypatch) -> None:
     exact = verification.logits
 
     def faulty(running: object, images: NDArray[np.float32], size: int) -> NDArray[np.float32]:
@@ -118,7 +112,7 @@ def test_a_fault_at_one_batch_size_only_fails(monkeypatch: pytest.MonkeyPatch) -
     assert not agreement.passed
 
 
-def test_coded_weights_are_folded_at_load(dense_model: ModelProto) -> None:
+def test_coded_weights_are_folded_at_load(dense_model) -> None:
     model, _ = encoding.encode(dense_model)
     assert len(model.graph.node) > len(dense_model.graph.node)
     assert verification.decodes_at_load(model)
@@ -141,9 +135,7 @@ def test_a_decode_step_that_stays_in_the_graph_is_noticed() -> None:
     assert not verification.decodes_at_load(helper.make_model(graph, opset_imports=opset, ir_version=10))
 
 
-def test_a_decode_step_under_another_name_is_noticed(
-    dense_model: ModelProto, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_decode_step_under_another_name_is_noticed(dense_model, monkeypatch) -> None:
     model, _ = encoding.encode(dense_model)
     rewritten = ModelProto()
     rewritten.CopyFrom(dense_model)
@@ -154,7 +146,7 @@ def test_a_decode_step_under_another_name_is_noticed(
 
 @given(st.integers(1, 30), st.integers(0, 2**32))
 @settings(deadline=None, max_examples=40)
-def test_points_are_counted_as_a_loop_would(n: int, seed: int) -> None:
+def test_points_are_counted_as_a_loop_would(n, seed) -> None:
     generator = np.random.default_rng(seed)
     clean, attacked, labels, clean_seen, attacked_seen = generator.integers(0, 3, (5, n))
     points = verification.CertifiedPoints(
@@ -211,9 +203,7 @@ def test_twin_of_int8_may_differ_by_steps_and_rarely_in_class() -> None:
     assert not compare_logits(flipped, near, quantized=True).passed
 
 
-def test_quantized_file_is_held_against_a_floor_of_classes(
-    classifier: Classifier, dense_model: ModelProto, images: NDArray[np.float32]
-) -> None:
+def test_quantized_file_is_held_against_a_floor_of_classes(classifier, dense_model, images) -> None:
     agreement = compare_quantized(classifier, session(dense_model.SerializeToString()), images)
     assert (agreement.tolerance, agreement.required, agreement.passed) == (None, 0.9, True)
     poor = agreement.model_copy(update={"argmax_agree": int(0.89 * agreement.n), "ties": 0})
@@ -237,7 +227,7 @@ def as_arrays(masks: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: mask.numpy() for name, mask in masks.items()}
 
 
-def test_only_what_products_read_is_a_weight(dense_model: ModelProto) -> None:
+def test_only_what_products_read_is_a_weight(dense_model) -> None:
     assert weights(dense_model).keys() == {
         "network.stem.weight",
         "network.block.weight",
@@ -245,11 +235,11 @@ def test_only_what_products_read_is_a_weight(dense_model: ModelProto) -> None:
     }
 
 
-def test_an_export_within_its_masks_passes(dense_model: ModelProto, masks: dict[str, Tensor]) -> None:
+def test_an_export_within_its_masks_passes(dense_model, masks) -> None:
     verification.check_masks(dense_model, as_arrays(masks))
 
 
-def test_a_weight_outside_its_mask_is_found(dense_model: ModelProto, masks: dict[str, Tensor]) -> None:
+def test_a_weight_outside_its_mask_is_found(dense_model, masks) -> None:
     narrower = as_arrays(masks)
     name = "network.linear.weight"
     narrower[name] = np.zeros_like(narrower[name])
@@ -257,7 +247,7 @@ def test_a_weight_outside_its_mask_is_found(dense_model: ModelProto, masks: dict
         verification.check_masks(dense_model, narrower)
 
 
-def test_a_mask_of_an_unknown_shape_is_not_passed_over(dense_model: ModelProto) -> None:
+def test_a_mask_of_an_unknown_shape_is_not_passed_over(dense_model) -> None:
     with pytest.raises(VerificationError, check=lambda error: error.code == "mask-violated"):
         verification.check_masks(dense_model, {"extra.weight": np.ones((3, 3), np.bool_)})
 

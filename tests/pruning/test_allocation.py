@@ -1,7 +1,5 @@
 """Fixed, global and learned counts per layer."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -26,7 +24,7 @@ def importance_of(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, to
 
 @settings(deadline=None, max_examples=80)
 @given(sides=layers, sparsity=st.sampled_from([0.3, 0.5, 0.9]), seed=st.integers(0, 99))
-def test_global_keeps_the_largest_of_all_above_the_floors(sides, sparsity: float, seed: int) -> None:
+def test_global_keeps_the_largest_of_all_above_the_floors(sides, sparsity, seed) -> None:
     shapes = shapes_of(sides)
     least = floors(shapes, classifier=list(shapes)[-1])
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -96,7 +94,7 @@ def test_compression_grows_until_the_target_is_met_and_then_rests() -> None:
     sparsity=st.sampled_from([0.5, 0.9, 0.95, 0.985]),
     values=st.lists(st.floats(-8, 8), min_size=3, max_size=3),
 )
-def test_the_final_counts_are_the_request_exactly(sparsity: float, values: list[float]) -> None:
+def test_the_final_counts_are_the_request_exactly(sparsity, values) -> None:
     found = quotas(sparsity)
     found.r.copy_(torch.tensor(values))
     final = found.final()

@@ -1,7 +1,5 @@
 """Budgets are integers that add up to the request, whatever the shapes."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -28,7 +26,7 @@ shapes = st.dictionaries(
     sparsity=st.sampled_from([0.1, 0.5, 0.9, 0.95, 0.99, 0.999]),
     budget=st.sampled_from([uniform, erk]),
 )
-def test_totals_are_exact_and_layers_stay_within_bounds(layers, sparsity: float, budget) -> None:
+def test_totals_are_exact_and_layers_stay_within_bounds(layers, sparsity, budget) -> None:
     sizes = {name: math.prod(shape) for name, shape in layers.items()}
     total = total_kept(sum(sizes.values()), sparsity)
     assume(total >= len(sizes))
@@ -61,14 +59,14 @@ def test_the_decimal_that_was_typed_is_what_counts() -> None:
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.1, 1.5, math.nan])
-def test_impossible_sparsities_are_refused(sparsity: float) -> None:
+def test_impossible_sparsities_are_refused(sparsity) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "sparsity-out-of-range"):
         total_kept(100, sparsity)
 
 
 @settings(deadline=None, max_examples=100)
 @given(layers=shapes, sparsity=st.sampled_from([0.1, 0.5, 0.9, 0.99]), budget=st.sampled_from([uniform, erk]))
-def test_floors_are_paid_from_inside_the_budget(layers, sparsity: float, budget) -> None:
+def test_floors_are_paid_from_inside_the_budget(layers, sparsity, budget) -> None:
     names = list(layers)
     least = floors(layers, classifier=names[-1], dense=names[:1] if len(names) > 2 else ())
     sizes = {name: math.prod(shape) for name, shape in layers.items()}

@@ -1,7 +1,5 @@
 """Widths in multiples, within what was asked for."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
@@ -31,9 +29,7 @@ def requests(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int], int]:
 
 
 @given(requests())
-def test_counts_are_multiples_within_the_limit_or_refused(
-    request: tuple[dict[str, int], dict[str, int], int],
-) -> None:
+def test_counts_are_multiples_within_the_limit_or_refused(request) -> None:
     wanted, channels, align = request
     limit = BudgetLimit("weights", chain, chain(wanted))
     least = {
@@ -58,7 +54,7 @@ def test_counts_are_multiples_within_the_limit_or_refused(
 
 
 @given(requests())
-def test_filling_up_never_loses_a_channel(request: tuple[dict[str, int], dict[str, int], int]) -> None:
+def test_filling_up_never_loses_a_channel(request) -> None:
     wanted, channels, align = request
     for name, count in filled(wanted, channels, align).items():
         assert wanted[name] <= count <= channels[name]
@@ -67,16 +63,14 @@ def test_filling_up_never_loses_a_channel(request: tuple[dict[str, int], dict[st
 
 
 @given(requests())
-def test_without_alignment_the_request_is_met_exactly(
-    request: tuple[dict[str, int], dict[str, int], int],
-) -> None:
+def test_without_alignment_the_request_is_met_exactly(request) -> None:
     wanted, channels, _ = request
     assert aligned(wanted, channels, 1, (BudgetLimit("weights", chain, chain(wanted)),)) == wanted
     assert filled(wanted, channels, 1) == wanted
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.25, 0.1])
-def test_a_resnet_18_in_multiples_of_8(ratio: float) -> None:
+def test_a_resnet_18_in_multiples_of_8(ratio) -> None:
     """Torch-Pruning leaves its first stage at full width at a ratio of 0.1: 6 of 64 rounds down to none."""
     network = registry.build("cifar-resnet18")
     coupling = channel_groups(network, (3, 32, 32))
@@ -104,7 +98,7 @@ def test_equal_scores_are_taken_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_survivors_are_the_selection_that_made_the_masks(seed: int) -> None:
+def test_survivors_are_the_selection_that_made_the_masks(seed) -> None:
     network = nn.Sequential(
         nn.Conv2d(1, 6, 3, padding=1),
         nn.ReLU(),

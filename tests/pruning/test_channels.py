@@ -1,7 +1,5 @@
 """Channels as units: coupled masks, exact counting, budgets that no group can fall out of."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -58,7 +56,7 @@ def fresh(network: nn.Module) -> Residual:
     return made.eval()
 
 
-def test_the_search_and_the_finished_network_compute_the_same(network: Residual) -> None:
+def test_the_search_and_the_finished_network_compute_the_same(network) -> None:
     made = fresh(network)
     units = granularity(made)
     counts = {group.name: group.channels // 2 for group in units.coupling.groups}
@@ -76,7 +74,7 @@ def test_the_search_and_the_finished_network_compute_the_same(network: Residual)
     assert kept == weights_kept(units.coupling, counts, made)
 
 
-def test_a_channel_gradient_is_that_of_a_free_multiplier(network: Residual) -> None:
+def test_a_channel_gradient_is_that_of_a_free_multiplier(network) -> None:
     """dL/dM of a channel, through everything that reads it."""
     made = fresh(network)
     units = granularity(made)
@@ -104,7 +102,7 @@ def test_a_channel_gradient_is_that_of_a_free_multiplier(network: Residual) -> N
 
 @settings(deadline=None, max_examples=30)
 @given(stream=st.integers(1, 6), inner=st.integers(1, 5))
-def test_costs_are_those_of_the_smaller_network(network: Residual, stream: int, inner: int) -> None:
+def test_costs_are_those_of_the_smaller_network(network, stream, inner) -> None:
     units = granularity(network)
     keep = {group.name: stream if group.channels == 6 else inner for group in units.coupling.groups}
     assert ChannelCost.of(units.coupling, units.shapes, "weights")(keep) == weights_kept(
@@ -118,7 +116,7 @@ def test_costs_are_those_of_the_smaller_network(network: Residual, stream: int, 
     )
 
 
-def test_the_gradient_flows_through_a_cost(network: Residual) -> None:
+def test_the_gradient_flows_through_a_cost(network) -> None:
     units = granularity(network)
     cost = ChannelCost.of(units.coupling, units.shapes, "weights")
     names = [group.name for group in units.coupling.groups]
@@ -135,7 +133,7 @@ def test_the_gradient_flows_through_a_cost(network: Residual) -> None:
     share=st.floats(0.01, 1),
     seed=st.integers(0, 99),
 )
-def test_a_budget_is_never_exceeded_and_nearly_used_up(channels, share: float, seed: int) -> None:
+def test_a_budget_is_never_exceeded_and_nearly_used_up(channels, share, seed) -> None:
     widths = {str(index): count for index, count in enumerate(channels)}
     draws = torch.Generator().manual_seed(seed)
     prices = {name: int(torch.randint(1, 9, (), generator=draws)) for name in widths}
@@ -153,7 +151,7 @@ def test_a_budget_is_never_exceeded_and_nearly_used_up(channels, share: float, s
         assert keep[name] == widths[name] or cost({**keep, name: keep[name] + 1}) > limit
 
 
-def test_a_group_cannot_be_emptied(network: Residual) -> None:
+def test_a_group_cannot_be_emptied(network) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "keep-ratio-too-low"):
         by_ratio({"a": 64, "b": 5}, 0.05)
     assert by_ratio({"a": 64, "b": 5}, 0.5) == {"a": 32, "b": 3}
@@ -161,7 +159,7 @@ def test_a_group_cannot_be_emptied(network: Residual) -> None:
         within({"a": 64}, {"a": 64.0}, lambda keep: keep["a"] * 10, 9)
 
 
-def test_learned_channel_quotas_end_within_the_budget(network: Residual) -> None:
+def test_learned_channel_quotas_end_within_the_budget(network) -> None:
     units = granularity(network)
     channels = {group.name: group.channels for group in units.coupling.groups}
     cost = ChannelCost.of(units.coupling, units.shapes, "macs")

@@ -1,7 +1,5 @@
 """Score-space sharpness: against dense Hessians, and a ball whose worst rise is known."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -128,7 +126,7 @@ def dense_hessian(
     shift=st.sampled_from([0.0, -50.0, 50.0]),
     cut=st.booleans(),
 )
-def test_quadratics_with_a_known_answer(seed: int, n: int, shift: float, cut: bool) -> None:
+def test_quadratics_with_a_known_answer(seed, n, shift, cut) -> None:
     """H_s = D A D exactly; a negative definite A has a negative (or, pruned of weights, zero) answer."""
     noise = torch.Generator().manual_seed(seed)
     square = torch.randn(n, n, generator=noise, dtype=torch.float64)
@@ -145,7 +143,7 @@ def test_quadratics_with_a_known_answer(seed: int, n: int, shift: float, cut: bo
 
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 2**16), loss=st.sampled_from([at, trades]), norm=st.booleans())
-def test_networks_against_their_dense_hessian(seed: int, loss: Callable[..., Tensor], norm: bool) -> None:
+def test_networks_against_their_dense_hessian(seed, loss, norm) -> None:
     net, rows = network(seed, norm=norm), batches(seed, 3, 5)
     parameters, directions = scored(net, seed)
     dense = dense_hessian(net, parameters, directions, rows, loss)
@@ -292,7 +290,7 @@ def test_a_linear_loss_has_no_curvature() -> None:
         ("iterations-too-few", {"iterations": 0}),
     ],
 )
-def test_what_cannot_be_measured(code: str, changes: dict[str, Any]) -> None:
+def test_what_cannot_be_measured(code, changes) -> None:
     net = Quadratic(torch.eye(3), torch.ones(3))
     asked = {"directions": {"w": torch.ones(3)}, "rows": (nothing(),), "loss": its_value, **changes}
     iterations = asked.pop("iterations", 5)
@@ -309,7 +307,7 @@ def layers(seed: int) -> dict[str, Tensor]:
 
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 2**16), gamma=st.floats(1e-4, 2), scale=st.sampled_from([1e-30, 1.0, 1e15]))
-def test_every_point_asked_for_lies_on_the_ball(seed: int, gamma: float, scale: float) -> None:
+def test_every_point_asked_for_lies_on_the_ball(seed, gamma, scale) -> None:
     scores, asked = layers(seed), []
     gradients = {name: scale * value for name, value in layers(seed + 1).items()}
 
@@ -330,7 +328,7 @@ def test_every_point_asked_for_lies_on_the_ball(seed: int, gamma: float, scale: 
 
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 2**16), gamma=st.floats(1e-3, 2))
-def test_a_linear_loss_rises_by_what_the_ball_allows(seed: int, gamma: float) -> None:
+def test_a_linear_loss_rises_by_what_the_ball_allows(seed, gamma) -> None:
     """There the worst rise is gamma sum_l ‖s_l‖ ‖g_l‖, and the gradient step reaches it."""
     scores, slopes = layers(seed), layers(seed + 1)
 
@@ -380,7 +378,7 @@ def test_a_layer_of_zero_scores_does_not_move() -> None:
         ("scores-not-finite", {"gradients": layers(1) | {"b": torch.ones(5) / 0}}),
     ],
 )
-def test_balls_that_make_no_sense(code: str, changes: dict[str, Any]) -> None:
+def test_balls_that_make_no_sense(code, changes) -> None:
     asked = {"evaluate": lambda at: 0.0, "scores": layers(0), "gradients": layers(1), "gamma": 0.1, **changes}
     with pytest.raises((InputError, UsageError), check=lambda error: error.code == code):
         sharpness_lower_bound(**asked)

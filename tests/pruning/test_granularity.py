@@ -1,7 +1,5 @@
 """What a score stands for: a weight, or a weight among m neighbors."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,16 +1,12 @@
 """Scores that a method starts from: SNIP by its formula, and the weights of robust scratch tickets."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.errors import InputError
 from s2ap_deploy.models.channels.coupling import channel_groups
 from s2ap_deploy.pruning.granularity import Channels, Weights
@@ -63,7 +59,7 @@ def snip_by_hand(made: nn.Module, images: torch.Tensor, labels: torch.Tensor, st
     return made[4].weight.detach() * gradient
 
 
-def test_snip_ranks_weights_by_what_their_removal_costs(stripes: Callable[[int], MemorySplit]) -> None:
+def test_snip_ranks_weights_by_what_their_removal_costs(stripes) -> None:
     made = network()
     before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     images, labels = stripes(30).tensors()
@@ -80,9 +76,7 @@ def test_snip_ranks_weights_by_what_their_removal_costs(stripes: Callable[[int],
     assert all(torch.equal(before[name], tensor) for name, tensor in made.state_dict().items())
 
 
-def test_snip_of_a_channel_is_the_sum_over_the_weights_that_read_it(
-    stripes: Callable[[int], MemorySplit],
-) -> None:
+def test_snip_of_a_channel_is_the_sum_over_the_weights_that_read_it(stripes) -> None:
     made = network()
     coupling = channel_groups(made, (1, 8, 8))
     shapes = {name: tuple(made.get_parameter(name).shape) for name in NAMES}
@@ -94,9 +88,7 @@ def test_snip_of_a_channel_is_the_sum_over_the_weights_that_read_it(
     torch.testing.assert_close(gradients[group], by_weight.view(3, 6, 36).sum(dim=(0, 2)))
 
 
-def test_gradients_need_a_sample_and_a_loss_that_depends_on_the_layer(
-    stripes: Callable[[int], MemorySplit],
-) -> None:
+def test_gradients_need_a_sample_and_a_loss_that_depends_on_the_layer(stripes) -> None:
     made = network()
     with pytest.raises(InputError, check=lambda error: error.code == "samples-missing"):
         mask_gradients(made, Weights(NAMES), [], OBJECTIVE, seed=0)

@@ -1,7 +1,5 @@
 """The largest eigenvalue: against dense eigenvalues, for every signature of the matrix."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,9 +27,7 @@ spectra = st.lists(st.floats(-100, 100), min_size=1, max_size=12).map(
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**16), spectrum=spectra, shift=st.sampled_from([0.0, -300.0, 300.0]))
-def test_a_whole_krylov_space_finds_the_algebraic_largest(
-    seed: int, spectrum: torch.Tensor, shift: float
-) -> None:
+def test_a_whole_krylov_space_finds_the_algebraic_largest(seed, spectrum, shift) -> None:
     """Also where every eigenvalue is negative, and where the largest in magnitude is the smallest."""
     spectrum = spectrum + shift
     matrix = symmetric(seed, spectrum)
@@ -43,7 +39,7 @@ def test_a_whole_krylov_space_finds_the_algebraic_largest(
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**16), iterations=st.integers(1, 15))
-def test_a_small_space_gives_a_bound_and_an_honest_residual(seed: int, iterations: int) -> None:
+def test_a_small_space_gives_a_bound_and_an_honest_residual(seed, iterations) -> None:
     spectrum = torch.randn(60, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     matrix = symmetric(seed, spectrum)
     found = lanczos(lambda v: matrix @ v, start(60), iterations)
@@ -69,7 +65,7 @@ def test_more_iterations_than_rounding_allows_bring_no_ghosts() -> None:
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(0.0, 0.0), (1.0, 1.0), (-3.0, -3.0), (1e-12, 1e-12)])
-def test_multiples_of_the_identity_take_one_iteration(scale: float, expected: float) -> None:
+def test_multiples_of_the_identity_take_one_iteration(scale, expected) -> None:
     found = lanczos(lambda v: scale * v, start(9), 20)
     assert (found.value, found.iterations) == (pytest.approx(expected, rel=1e-12), 1)
     assert found.residual <= 1e-12
@@ -88,6 +84,6 @@ def test_the_operator_may_return_its_own_argument() -> None:
         (torch.ones(3), 0, "iterations-too-few"),
     ],
 )
-def test_a_start_that_is_no_direction(start: torch.Tensor, iterations: int, code: str) -> None:
+def test_a_start_that_is_no_direction(start, iterations, code) -> None:
     with pytest.raises((InputError, UsageError), check=lambda error: error.code == code):
         lanczos(lambda v: v, start, iterations)

@@ -1,10 +1,5 @@
 """Masks: exact, stable, equal to a full sort; likeness of two masks against counts by hand; files."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
@@ -33,7 +28,7 @@ values = st.sampled_from([-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 3.0])
 
 @settings(deadline=None, max_examples=200)
 @given(scores=arrays.arrays(np.float32, st.integers(1, 60), elements=values), data=st.data())
-def test_top_k_equals_a_stable_sort(scores: np.ndarray, data: st.DataObject) -> None:
+def test_top_k_equals_a_stable_sort(scores, data) -> None:
     k = data.draw(st.integers(0, len(scores)))
     expected = np.zeros(len(scores), dtype=bool)
     expected[np.argsort(-scores, kind="stable")[:k]] = True
@@ -42,7 +37,7 @@ def test_top_k_equals_a_stable_sort(scores: np.ndarray, data: st.DataObject) -> 
 
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 2**16), shape=st.sampled_from([(4, 3, 3, 3), (10, 7), (1, 1, 1, 1)]))
-def test_top_k_keeps_exactly_k_whatever_the_shape(seed: int, shape: tuple[int, ...]) -> None:
+def test_top_k_keeps_exactly_k_whatever_the_shape(seed, shape) -> None:
     scores = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     for k in {0, 1, scores.numel() // 3, scores.numel()}:
         mask = top_k(scores, k)
@@ -99,7 +94,7 @@ masks_pairs = st.tuples(st.integers(0, 2**16), st.integers(0, 2**16), st.floats(
 
 
 @given(pair=masks_pairs)
-def test_laws_of_every_pair(pair: tuple[Drawn, Drawn]) -> None:
+def test_laws_of_every_pair(pair) -> None:
     first, second = pair
     there, back = likeness(first, second), likeness(second, first)
     assert there.by_chance == pytest.approx(back.by_chance)
@@ -112,7 +107,7 @@ def test_laws_of_every_pair(pair: tuple[Drawn, Drawn]) -> None:
 
 
 @given(seed=st.integers(0, 2**16), conv=st.integers(1, 108), head=st.integers(1, 70))
-def test_at_equal_budgets_it_is_the_share_that_left(seed: int, conv: int, head: int) -> None:
+def test_at_equal_budgets_it_is_the_share_that_left(seed, conv, head) -> None:
     first, second = (budgeted(2 * seed + i, {"conv": conv, "head": head}) for i in (0, 1))
     found = likeness(first, second)
     k = (conv + head) / found.weights
@@ -132,7 +127,7 @@ KEEP = {"conv": 11, "head": 20}
 
 
 @given(pair=masks_pairs)
-def test_layers_make_up_the_whole(pair: tuple[Drawn, Drawn]) -> None:
+def test_layers_make_up_the_whole(pair) -> None:
     layers = layerwise(*pair)
     assert list(layers) == list(SHAPES)
     differing = sum(each.hamming * each.weights for each in layers.values())
@@ -164,14 +159,14 @@ def test_a_layer_without_weights_counts_for_nothing() -> None:
         (lambda m: m | {"head": m["head"].float()}, "mask-not-bool"),
     ],
 )
-def test_masks_that_cannot_be_compared(change: Any, code: str) -> None:
+def test_masks_that_cannot_be_compared(change, code) -> None:
     with pytest.raises(InputError, check=lambda error: error.code == code):
         likeness(drawn(0, 0.3), change(drawn(1, 0.3)))
     with pytest.raises(InputError, check=lambda error: error.code == "masks-empty"):
         likeness({}, {})
 
 
-def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
+def test_tensors_come_back_as_they_were(tmp_path) -> None:
     tensors = {"conv.weight": torch.randn(4, 3, 2, 2).transpose(0, 1), "mask": torch.tensor([True, False])}
     save_tensors(tmp_path / "t.safetensors", tensors)
     loaded = load_tensors(tmp_path / "t.safetensors")
@@ -181,7 +176,7 @@ def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 7, 30, -1, None])
-def test_a_cut_file_and_values_that_are_not_finite_are_refused(tmp_path: Path, keep: int | None) -> None:
+def test_a_cut_file_and_values_that_are_not_finite_are_refused(tmp_path, keep) -> None:
     path = tmp_path / "t.safetensors"
     save_tensors(path, {"w": torch.tensor([1.0, torch.nan if keep is None else 2.0])})
     path.write_bytes(path.read_bytes()[:keep])

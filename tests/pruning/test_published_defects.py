@@ -3,13 +3,10 @@
 The table in docs/methods.md lists the defects; the first test reads it, so that no named test can vanish.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,7 +43,7 @@ def test_every_defect_of_the_list_has_its_test() -> None:
     budget=st.sampled_from([uniform, erk]),
     sparsity=st.sampled_from([0.5, 0.9, 0.95, 0.99]),
 )
-def test_budgets_belong_to_names_and_not_to_places(order: list[str], budget, sparsity: float) -> None:
+def test_budgets_belong_to_names_and_not_to_places(order, budget, sparsity) -> None:
     """A published list of densities is read in another order than it was written."""
     assert budget({name: SHAPES[name] for name in order}, sparsity) == budget(SHAPES, sparsity)
 
@@ -76,7 +73,7 @@ class Untouchable:
         raise AssertionError(f"the test split was asked for its {name}")
 
 
-def test_nothing_is_chosen_on_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_chosen_on_test_images(tmp_path, monkeypatch) -> None:
     """Published code keeps the epoch that is best on the test set."""
     recipe = catalog.load(
         "demo", overrides=["pretrain.epochs=1", "prune.search.epochs=2", "prune.finetune.epochs=2"]

@@ -1,7 +1,5 @@
 """Scored networks: straight-through gradients, exact masks, weights that do not move."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
@@ -69,7 +67,7 @@ def test_gradients_match_autograd_through_an_explicit_mask() -> None:
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_score_that_is_pushed_across_zero_loses_its_importance(sign: float) -> None:
+def test_a_score_that_is_pushed_across_zero_loses_its_importance(sign) -> None:
     """With |s + z| it would stay in the mask, and its gradient would point the wrong way."""
     network = tiny()
     scored = ScoredNetwork(network, Weights(NAMES), Fixed(KEEP))
@@ -107,7 +105,7 @@ def test_only_scored_weights_learn() -> None:
         ("scores-not-finite", {"0.weight": torch.ones(4, 1, 3, 3), "4.weight": torch.ones(3, 144) / 0}),
     ],
 )
-def test_scores_that_cannot_be_taken_over(code: str, scores: dict[str, torch.Tensor]) -> None:
+def test_scores_that_cannot_be_taken_over(code, scores) -> None:
     with pytest.raises(InputError, check=lambda error: error.code == code):
         ScoredNetwork(tiny(), Weights(NAMES), Fixed(KEEP), scores)
 

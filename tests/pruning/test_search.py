@@ -1,7 +1,5 @@
 """The search loop: exact budgets, frozen weights, S2AP as a plug-in, and resuming to the same bits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -65,7 +63,7 @@ Run = Callable[..., SearchResult]
 
 
 @pytest.fixture
-def run(stripes: Callable[[int], MemorySplit]) -> Run:
+def run(stripes) -> Run:
     return partial(run_search, stripes)
 
 
@@ -73,7 +71,7 @@ def equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_budgets_hold_weights_rest_and_scores_move(run: Run) -> None:
+def test_budgets_hold_weights_rest_and_scores_move(run) -> None:
     model = network()
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = run(model, Perturbation(0.05, 1))
@@ -88,7 +86,7 @@ def test_budgets_hold_weights_rest_and_scores_move(run: Run) -> None:
     )
 
 
-def test_s2ap_acts_after_its_warm_up_and_changes_the_outcome(run: Run) -> None:
+def test_s2ap_acts_after_its_warm_up_and_changes_the_outcome(run) -> None:
     base, s2ap = run(network(), None), run(network(), Perturbation(0.05, 1))
     assert base.perturbed_steps == 0
     assert all(row.flip_rate is None for row in base.history)
@@ -99,7 +97,7 @@ def test_s2ap_acts_after_its_warm_up_and_changes_the_outcome(run: Run) -> None:
     assert not equal(base.scores, s2ap.scores)
 
 
-def test_a_vanishing_gamma_gives_the_base_method_bit_for_bit(run: Run) -> None:
+def test_a_vanishing_gamma_gives_the_base_method_bit_for_bit(run) -> None:
     """Scores, masks and BatchNorm statistics: the extra passes leave no trace of their own."""
     models = network(), network()
     base, s2ap = run(models[0], None), run(models[1], TINY)
@@ -109,7 +107,7 @@ def test_a_vanishing_gamma_gives_the_base_method_bit_for_bit(run: Run) -> None:
     assert equal(models[0].state_dict(), models[1].state_dict())
 
 
-def test_layers_that_draw_for_themselves_do_it_by_the_seed(stripes: Any, memory_snapshots: Any) -> None:
+def test_layers_that_draw_for_themselves_do_it_by_the_seed(stripes, memory_snapshots) -> None:
     keep = {"0.weight": 20, "5.weight": 60}
 
     def dropped(before: int, **changes: Any) -> tuple[SearchResult, Mapping[str, torch.Tensor]]:
@@ -132,7 +130,7 @@ def test_layers_that_draw_for_themselves_do_it_by_the_seed(stripes: Any, memory_
         assert equal(first[1], resumed[1])
 
 
-def test_batchnorm_is_measured_under_the_final_mask(run: Run, stripes: Callable[[int], MemorySplit]) -> None:
+def test_batchnorm_is_measured_under_the_final_mask(run, stripes) -> None:
     model = network()
     run(model, None, epochs=1)
     stale = network()
@@ -146,7 +144,7 @@ def test_batchnorm_is_measured_under_the_final_mask(run: Run, stripes: Callable[
     )
 
 
-def test_s2ap_that_never_moved_is_an_error(run: Run) -> None:
+def test_s2ap_that_never_moved_is_an_error(run) -> None:
     dead = network()
     for weight in (dead[0].weight, dead[4].weight):
         nn.init.zeros_(weight)  # the gradient of a score is w times something
@@ -154,7 +152,7 @@ def test_s2ap_that_never_moved_is_an_error(run: Run) -> None:
         run(dead, Perturbation(0.01, 0))
 
 
-def test_a_loss_that_leaves_the_real_numbers_is_an_error(run: Run) -> None:
+def test_a_loss_that_leaves_the_real_numbers_is_an_error(run) -> None:
     broken = network()
     broken[4].bias.data[0] = torch.inf
     with pytest.raises(InputError, check=lambda error: error.code == "loss-not-finite"):
@@ -171,7 +169,7 @@ def harp(sparsity: float) -> ScoredNetwork:
 
 
 @pytest.mark.parametrize("perturbation", [None, Perturbation(0.05, 1)])
-def test_harp_learns_quotas_and_ends_at_the_exact_budget(stripes: Any, perturbation: Any) -> None:
+def test_harp_learns_quotas_and_ends_at_the_exact_budget(stripes, perturbation) -> None:
     scored = harp(0.93)
     (quotas,) = scored.allocation.parameters()
     begin = quotas.clone()
@@ -180,7 +178,7 @@ def test_harp_learns_quotas_and_ends_at_the_exact_budget(stripes: Any, perturbat
     assert sum(int(mask.sum()) for mask in result.masks.values()) == total_kept(54 + 648, 0.93)
 
 
-def test_a_global_budget_moves_weights_between_layers(stripes: Any) -> None:
+def test_a_global_budget_moves_weights_between_layers(stripes) -> None:
     least = floors(SHAPES, classifier="4.weight")
     pooled = Global({"0.weight": 54, "4.weight": 648}, 0.9, least)
     scored = ScoredNetwork(network(), Weights(NAMES), pooled, covered=["4.weight"])
@@ -191,7 +189,7 @@ def test_a_global_budget_moves_weights_between_layers(stripes: Any) -> None:
     assert before != after
 
 
-def test_n_of_m_holds_through_the_search(stripes: Any) -> None:
+def test_n_of_m_holds_through_the_search(stripes) -> None:
     groups = NOfM(["4.weight"], 2, 4)
     result = searched(stripes, ScoredNetwork(network(), groups, Fixed({"4.weight": 324})))
     mask = result.masks["4.weight"].view(3, 54, 4)
@@ -199,7 +197,7 @@ def test_n_of_m_holds_through_the_search(stripes: Any) -> None:
     assert result.perturbed_steps > 0
 
 
-def test_a_mask_without_a_search_is_the_magnitude_mask(stripes: Any) -> None:
+def test_a_mask_without_a_search_is_the_magnitude_mask(stripes) -> None:
     made = network()
     weights = {name: dict(made.named_parameters())[name].detach().clone() for name in NAMES}
     scored = ScoredNetwork(made, Weights(NAMES), Fixed(KEEP), weights)
@@ -225,7 +223,7 @@ class Warned(Silent):
 
 
 @pytest.mark.parametrize(("gamma", "word"), [(1e-9, "inert"), (5.0, "noise")])
-def test_a_gamma_that_does_nothing_useful_is_told(run: Run, gamma: float, word: str) -> None:
+def test_a_gamma_that_does_nothing_useful_is_told(run, gamma, word) -> None:
     recorder = Warned()
     run(network(), Perturbation(gamma, 2), recorder=recorder)
     assert len(recorder.said) == 1
@@ -233,7 +231,7 @@ def test_a_gamma_that_does_nothing_useful_is_told(run: Run, gamma: float, word: 
     assert "epoch 3" in recorder.said[0]
 
 
-def test_hamming_and_replaced_agree(run: Run) -> None:
+def test_hamming_and_replaced_agree(run) -> None:
     for row in run(network(), None).history:
         assert row.hamming == pytest.approx(2 * (row.replaced or 0) * 80 / 702)
 
@@ -242,7 +240,7 @@ FREE = Objective(ThreatModel(eps="0.1"), loss="free", replays=3)
 
 
 @pytest.mark.parametrize("perturbation", [None, Perturbation(0.05, 1)])
-def test_free_training_replays_every_batch(stripes: Any, perturbation: Perturbation | None) -> None:
+def test_free_training_replays_every_batch(stripes, perturbation) -> None:
     scored = ScoredNetwork(network(), Weights(NAMES), Fixed(KEEP))
     result = searched(stripes, scored, objective=FREE, perturbation=perturbation)
     assert result.perturbed_steps == (2 * 5 * 3 if perturbation else 0)
@@ -250,7 +248,7 @@ def test_free_training_replays_every_batch(stripes: Any, perturbation: Perturbat
 
 
 @pytest.mark.parametrize(("weight", "told"), [(1e-9, 1), (50.0, 0)])
-def test_quotas_that_missed_the_budget_are_told(stripes: Any, weight: float, told: int) -> None:
+def test_quotas_that_missed_the_budget_are_told(stripes, weight, told) -> None:
     least = floors(SHAPES, classifier="4.weight")
     quotas = Quotas(SHAPES, 0.97, least, compression_weight=weight)
     recorder = Warned()
@@ -263,9 +261,7 @@ def test_quotas_that_missed_the_budget_are_told(stripes: Any, weight: float, tol
 @pytest.mark.parametrize(
     ("kind", "lives"), [("at", 1), ("at", 2), ("at", 3), ("harp", 1), ("harp", 2), ("free", 1), ("free", 2)]
 )
-def test_an_interrupted_search_resumes_to_the_same_bits(
-    stripes: Any, memory_snapshots: Any, kind: str, lives: int
-) -> None:
+def test_an_interrupted_search_resumes_to_the_same_bits(stripes, memory_snapshots, kind, lives) -> None:
     def run(**changes: Any) -> tuple[SearchResult, Mapping[str, torch.Tensor]]:
         plain = ScoredNetwork(network(), Weights(NAMES), Fixed(KEEP))
         scored = harp(0.93) if kind == "harp" else plain

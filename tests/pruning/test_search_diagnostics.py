@@ -1,7 +1,5 @@
 """The figures between two epochs: right, repeatable, and leaving no trace."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
@@ -45,9 +43,7 @@ def measure(stripes: Callable[[int], MemorySplit], gamma: float = 0.1, every: in
     )
 
 
-def test_it_is_repeatable_and_leaves_scores_weights_and_statistics_alone(
-    scored: ScoredNetwork, stripes: Callable[[int], MemorySplit]
-) -> None:
+def test_it_is_repeatable_and_leaves_scores_weights_and_statistics_alone(scored, stripes) -> None:
     scored.apply_mask(scored.select())
     before = weights_hash(scored.network)
     scores = {name: score.clone() for name, score in scored.scores.items()}
@@ -61,16 +57,14 @@ def test_it_is_repeatable_and_leaves_scores_weights_and_statistics_alone(
     assert all(masked.grad is None for masked in scored.masked.values())
 
 
-def test_a_wider_ball_holds_a_worse_point(
-    scored: ScoredNetwork, stripes: Callable[[int], MemorySplit]
-) -> None:
+def test_a_wider_ball_holds_a_worse_point(scored, stripes) -> None:
     wide, none = measure(stripes, gamma=1.0)(scored, 1), measure(stripes, gamma=0.0)(scored, 1)
     assert none["sharpness"] == 0
     assert wide["sharpness"] > 0
     assert wide["eigenvalue"] == none["eigenvalue"], "which does not depend on the ball"
 
 
-def test_only_when_it_is_due(scored: ScoredNetwork, stripes: Callable[[int], MemorySplit]) -> None:
+def test_only_when_it_is_due(scored, stripes) -> None:
     assert measure(stripes, every=2)(scored, 3) == {}
     assert measure(stripes, every=0)(scored, 3) == {}
     assert measure(stripes, every=3)(scored, 3) != {}

@@ -1,7 +1,5 @@
 """A step of the search is that of a plain loop; counts on a device select what numbers select."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 from pathlib import Path
@@ -45,7 +43,7 @@ def plain() -> ModuleType:
     return module
 
 
-def test_masks_and_score_gradients_are_those_of_a_plain_loop(plain: ModuleType) -> None:
+def test_masks_and_score_gradients_are_those_of_a_plain_loop(plain) -> None:
     """Fed the same adversarial batch, the same integer budget and the same BatchNorm mode."""
     model = network()
     ours = ScoredNetwork(copy.deepcopy(model), Weights(tuple(KEEP)), Fixed(KEEP))
@@ -70,7 +68,7 @@ def test_masks_and_score_gradients_are_those_of_a_plain_loop(plain: ModuleType) 
         assert (found[name][mask == 0] != 0).any(), "a pruned weight must be able to come back"
 
 
-def test_the_attack_of_the_plain_loop_is_ours(plain: ModuleType) -> None:
+def test_the_attack_of_the_plain_loop_is_ours(plain) -> None:
     """Where both start from the same noise; it does not clip its start, so images stay off the borders."""
     model = network().eval()
     images = 0.3 + 0.4 * torch.rand(8, 1, 8, 8)
@@ -91,13 +89,13 @@ def test_the_attack_of_the_plain_loop_is_ours(plain: ModuleType) -> None:
 
 @pytest.mark.parametrize("k", [0, 1, 4, 9, 10])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_count_on_the_device_selects_what_the_number_selects(k: int, tied: bool) -> None:
+def test_a_count_on_the_device_selects_what_the_number_selects(k, tied) -> None:
     torch.manual_seed(k)
     values = torch.randint(0, 3, (2, 5)).float() if tied else torch.rand(2, 5)
     assert torch.equal(top_k(values, torch.tensor(k)), top_k(values, k))
 
 
-def test_quotas_on_a_device_are_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quotas_on_a_device_are_those_of_the_host(monkeypatch) -> None:
     def scores() -> ScoredNetwork:
         return ScoredNetwork(network(), Weights(tuple(KEEP)), Quotas(SHAPES, 0.9, dict.fromkeys(KEEP, 1)))
 

@@ -1,7 +1,5 @@
 """The JSON schema for editors accepts what the tool accepts, and marks what it refuses."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jsonschema
@@ -19,7 +17,7 @@ def validator() -> Any:
 
 
 @pytest.mark.parametrize("name", catalog.names())
-def test_every_shipped_recipe_fits_as_it_is_written_and_resolved(validator: Any, name: str) -> None:
+def test_every_shipped_recipe_fits_as_it_is_written_and_resolved(validator, name) -> None:
     validator.validate(yaml_document.read(catalog.path_of(name)).content)
     validator.validate(catalog.load(name).model_dump(mode="json"))
 
@@ -34,12 +32,12 @@ def test_every_shipped_recipe_fits_as_it_is_written_and_resolved(validator: Any,
         {"seed": "x"},
     ],
 )
-def test_slips_are_marked(validator: Any, changes: dict[str, Any]) -> None:
+def test_slips_are_marked(validator, changes) -> None:
     content = yaml_document.read(catalog.path_of("demo")).content | changes
     assert not validator.is_valid(content)
 
 
-def test_an_extending_recipe_needs_its_name_alone(validator: Any) -> None:
+def test_an_extending_recipe_needs_its_name_alone(validator) -> None:
     assert validator.is_valid({"extends": "demo", "name": "mine"})
     assert not validator.is_valid({"extends": "demo"})
     assert not validator.is_valid({"name": "mine"})

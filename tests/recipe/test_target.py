@@ -1,7 +1,5 @@
 """Targets: shipped ones are valid, files of others run nothing, a flag beats a target beats a recipe."""
 
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ def section(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", target.names())
-def test_every_shipped_target_is_valid_and_says_what_its_runtime_does(name: str) -> None:
+def test_every_shipped_target_is_valid_and_says_what_its_runtime_does(name) -> None:
     found = target.find(name)
     assert found.target.name == name
     assert found.target.notes
@@ -45,7 +43,7 @@ def test_every_shipped_target_is_valid_and_says_what_its_runtime_does(name: str)
 
 
 @pytest.mark.parametrize("name", target.names())
-def test_every_shipped_target_takes_its_own_settings(name: str) -> None:
+def test_every_shipped_target_takes_its_own_settings(name) -> None:
     wanted = target.find(name).target
     filled = target.fill({}, wanted, KNOWN, "weight")
     limits = {f"max_{budget}": 1 for budget in wanted.requires.budgets}
@@ -62,7 +60,7 @@ def test_the_wheel_and_the_source_archive_take_the_folder_along() -> None:
     assert {path.suffix for path in target.shipped().iterdir()} == {".yaml"}
 
 
-def test_an_installed_package_finds_its_own_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_package_finds_its_own_copy(tmp_path, monkeypatch) -> None:
     package = tmp_path / "site" / "s2ap_deploy"
     own = package / "shipped" / "export" / "targets"
     own.mkdir(parents=True)
@@ -77,7 +75,7 @@ def test_an_installed_package_finds_its_own_copy(tmp_path: Path, monkeypatch: py
     ("name", "meant"),
     [("arm64", "onnxruntime-arm64"), ("tensorrt", "tensorrt-2-4"), ("opnevino", "openvino")],
 )
-def test_a_slip_is_answered_with_the_nearest_target(name: str, meant: str) -> None:
+def test_a_slip_is_answered_with_the_nearest_target(name, meant) -> None:
     with pytest.raises(RecipeError, match=meant) as caught:
         target.find(name)
     assert caught.value.code == "target-unknown"
@@ -104,7 +102,7 @@ def test_a_slip_is_answered_with_the_nearest_target(name: str, meant: str) -> No
         ("name: &a x\ndescription: *a\n", "line 1"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_with_its_line(tmp_path: Path, text: str, words: str) -> None:
+def test_what_is_wrong_with_a_file_is_said_with_its_line(tmp_path, text, words) -> None:
     with pytest.raises(RecipeError) as caught:
         target.find(written(tmp_path, text))
     assert words in caught.value.message
@@ -112,14 +110,14 @@ def test_what_is_wrong_with_a_file_is_said_with_its_line(tmp_path: Path, text: s
 
 
 @pytest.mark.parametrize("name", ["nowhere.yaml", "some/where", ".", "./", "/dev/null/x.yaml", "", "none"])
-def test_what_is_not_there_is_an_error_of_ours(name: str) -> None:
+def test_what_is_not_there_is_an_error_of_ours(name) -> None:
     with pytest.raises(DeployError) as caught:
         target.find(name)
     assert caught.value.exit_code == 2
 
 
 @given(st.text(max_size=200))
-def test_garbage_never_ends_in_anything_but_an_error_of_ours(text: str) -> None:
+def test_garbage_never_ends_in_anything_but_an_error_of_ours(text) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +137,7 @@ def test_a_flag_beats_the_target() -> None:
 
 
 @pytest.mark.parametrize("said", [{"values": "float16"}, {"int8": False}])
-def test_int8_and_the_type_of_values_are_one_choice(said: dict[str, Any]) -> None:
+def test_int8_and_the_type_of_values_are_one_choice(said) -> None:
     filled = target.fill(said, target.find("microcontroller").target, KNOWN, "weight")
     assert {key: filled.get(key) for key in said} == said
     assert filled.get("int8") is not True
@@ -162,7 +160,7 @@ def test_a_recipe_that_names_a_target_gets_what_it_leaves_out() -> None:
     assert again.export == found
 
 
-def test_a_recipe_that_was_written_down_needs_no_target_file_to_load(tmp_path: Path) -> None:
+def test_a_recipe_that_was_written_down_needs_no_target_file_to_load(tmp_path) -> None:
     path = written(tmp_path, "name: board\ndescription: d\nopset: 19\n")
     content = catalog.load("demo", overrides=[f"export={{target: {path}}}"]).model_dump()
     assert content["export"]["opset"] == 19
@@ -191,9 +189,7 @@ def test_none_takes_a_target_back() -> None:
         ("tensorrt-2-4", {}, "target-compact-unsupported", "--no-compact"),
     ],
 )
-def test_a_contradiction_is_an_error_with_a_hint(
-    name: str, changes: dict[str, Any], code: str, hint: str
-) -> None:
+def test_a_contradiction_is_an_error_with_a_hint(name, changes, code, hint) -> None:
     asked = section(**{"encoding": "dense", "max_bytes": 9, **changes})
     with pytest.raises(UsageError, check=lambda error: error.code == code) as caught:
         target.check(target.find(name).target, asked)

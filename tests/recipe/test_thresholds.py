@@ -1,9 +1,6 @@
 """The thresholds of a gate: valid values, those that attacks decide, and refusals."""
 
-from __future__ import annotations
-
 import re
-from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -13,7 +10,7 @@ from s2ap_deploy.recipe.thresholds import AGE, Thresholds, evidence
 
 
 @pytest.mark.parametrize("age", ["1h", "30d", "2w", "0d", "1000000d", "d", "30 d", "30m", "30D", "3.5d", ""])
-def test_an_age_is_a_number_and_a_unit(age: str) -> None:
+def test_an_age_is_a_number_and_a_unit(age) -> None:
     if re.fullmatch(AGE, age):
         assert Thresholds(min_robust=0.5, max_age=age).max_age == age
     else:
@@ -44,7 +41,7 @@ def test_an_age_is_a_number_and_a_unit(age: str) -> None:
         ({"max_size": 1}, "key-unknown"),
     ],
 )
-def test_values_that_are_refused(content: dict[str, Any], code: str) -> None:
+def test_values_that_are_refused(content, code) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == code and bool(error.hint)):
         Thresholds.of(content)
     with pytest.raises(ValidationError):
@@ -61,7 +58,7 @@ def test_values_that_are_refused(content: dict[str, Any], code: str) -> None:
         ({"max_drop": 1.0, "min_robust": 0.0, "min_sparsity": 1.0}, False),
     ],
 )
-def test_bounds_that_no_number_of_samples_can_show(content: dict[str, Any], unprovable: bool) -> None:
+def test_bounds_that_no_number_of_samples_can_show(content, unprovable) -> None:
     policy = Thresholds.of(content)
     if not unprovable:
         policy.refuse_unprovable()
@@ -71,7 +68,7 @@ def test_bounds_that_no_number_of_samples_can_show(content: dict[str, Any], unpr
 
 
 @pytest.mark.parametrize("name", sorted(Thresholds.model_fields.keys() - {"rule", "max_age", "max_bytes"}))
-def test_each_threshold_is_enough_for_a_gate(name: str) -> None:
+def test_each_threshold_is_enough_for_a_gate(name) -> None:
     assert Thresholds.model_validate({name: 0.5}).asked == {name: 0.5}
 
 
@@ -84,9 +81,7 @@ def test_each_threshold_is_enough_for_a_gate(name: str) -> None:
         ({"max_latency_ms": 1.0, "rule": "point"}, None),
     ],
 )
-def test_attacks_decide_thresholds_on_samples(
-    content: dict[str, Any], expected: dict[str, float] | None
-) -> None:
+def test_attacks_decide_thresholds_on_samples(content, expected) -> None:
     policy = Thresholds.of(content)
     found = policy.decidable
     assert (found.asked if found is not None else None) == expected

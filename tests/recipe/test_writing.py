@@ -1,10 +1,5 @@
 """Recipes as text: what is written reads back, comments never become keys, every value has a source."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,11 +24,8 @@ values = st.recursive(
 )  # fmt: skip
 
 
-@given(
-    st.dictionaries(KEYS, values, min_size=1, max_size=4),
-    st.text(max_size=20),
-)
-def test_what_is_written_reads_back_whatever_the_comments_say(content: dict[str, Any], comment: str) -> None:
+@given(st.dictionaries(KEYS, values, min_size=1, max_size=4), st.text(max_size=20))
+def test_what_is_written_reads_back_whatever_the_comments_say(content, comment) -> None:
     comments = {(key,): comment for key in content}
     text = catalog.annotated(content, comments, head=[comment, "second line"])
     assert yaml_document.parse(text, "test").content == content
@@ -45,14 +37,14 @@ def test_a_comment_cannot_end_early() -> None:
 
 
 @pytest.mark.parametrize("name", catalog.names())
-def test_every_shipped_recipe_reads_back_from_its_resolved_text(name: str, tmp_path: Path) -> None:
+def test_every_shipped_recipe_reads_back_from_its_resolved_text(name, tmp_path) -> None:
     recipe, document = catalog.resolved(name)
     text = catalog.annotated(recipe.model_dump(mode="json"), catalog.provenance(recipe, document))
     (tmp_path / "resolved.yaml").write_text(text)
     assert catalog.load(str(tmp_path / "resolved.yaml")) == recipe
 
 
-def test_sources_name_file_and_line_override_target_and_default(tmp_path: Path) -> None:
+def test_sources_name_file_and_line_override_target_and_default(tmp_path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "extends: mnist\nname: mine\nprune:\n  sparsity: 0.5\nexport: {target: microcontroller}\n"
@@ -72,7 +64,7 @@ def test_sources_name_file_and_line_override_target_and_default(tmp_path: Path) 
     assert "" not in sources.values()
 
 
-def test_a_method_by_evidence_is_called_a_default(tmp_path: Path) -> None:
+def test_a_method_by_evidence_is_called_a_default(tmp_path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("extends: demo\nname: mine\nprune: {method: null, budget: null}\n")
     recipe, document = catalog.resolved(str(path))

@@ -1,9 +1,6 @@
 """The YAML reader keeps lines, reads core-schema scalars, and refuses everything that can run or grow."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,7 +58,7 @@ def test_content_and_the_line_of_every_key() -> None:
         ("1" * 30, float("1" * 30)),
     ],
 )  # fmt: skip
-def test_scalars_follow_the_core_schema(text: str, value: object) -> None:
+def test_scalars_follow_the_core_schema(text, value) -> None:
     found = yaml_document.parse(f"a: {text}", "r.yaml").content["a"]
     assert found == value
     assert type(found) is type(value)
@@ -69,14 +66,14 @@ def test_scalars_follow_the_core_schema(text: str, value: object) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(documents)
-def test_dump_is_read_back_equal(content: Any) -> None:
+def test_dump_is_read_back_equal(content) -> None:
     found = yaml_document.parse(yaml_document.dump(content), "r.yaml").content
     assert found == content
     assert repr(found) == repr(content)  # 1 and True and 1.0 are equal, but not the same
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
-def test_an_empty_document_is_none(text: str) -> None:
+def test_an_empty_document_is_none(text) -> None:
     assert yaml_document.parse(text, "r.yaml").content is None
 
 
@@ -106,7 +103,7 @@ def test_an_empty_document_is_none(text: str) -> None:
         ("a:\n" + "".join(" " * i + "- \n" for i in range(1, 30)), "line 18: nested deeper"),
     ],
 )
-def test_what_is_refused(text: str, message: str) -> None:
+def test_what_is_refused(text, message) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         yaml_document.parse(text, "r.yaml")
     assert caught.value.message.startswith("r.yaml")
@@ -114,7 +111,7 @@ def test_what_is_refused(text: str, message: str) -> None:
 
 @settings(deadline=None, max_examples=300)
 @given(st.text("ab:-[]{}'\"!&*#|>%@`,? \n\t1.~<", max_size=40))
-def test_any_text_is_read_or_refused(text: str) -> None:
+def test_any_text_is_read_or_refused(text) -> None:
     try:
         ours = yaml_document.parse(text, "r.yaml").content
     except RecipeError:
@@ -133,14 +130,14 @@ def as_text(value: Any, *, keep: bool) -> Any:
     return yaml_document.scalar(value) if isinstance(value, str) else value
 
 
-def test_read_names_the_file_and_the_line_of_bad_bytes(tmp_path: Path) -> None:
+def test_read_names_the_file_and_the_line_of_bad_bytes(tmp_path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(b"a: 1\nb: \xff\n")
     with pytest.raises(RecipeError, match=r"r\.yaml, line 2: not UTF-8"):
         yaml_document.read(path)
 
 
-def test_read_takes_a_byte_order_mark_and_refuses_a_huge_file(tmp_path: Path) -> None:
+def test_read_takes_a_byte_order_mark_and_refuses_a_huge_file(tmp_path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(b"\xef\xbb\xbfa: 1\n")
     assert yaml_document.read(path).content == {"a": 1}

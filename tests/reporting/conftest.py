@@ -1,7 +1,5 @@
 """A verdict with one check of each answer and names that try to break out of every format."""
 
-from __future__ import annotations
-
 import pytest
 
 from s2ap_deploy.gating.check import Check, Verdict

@@ -1,7 +1,5 @@
 """Predicted sizes: formulas against the encoder itself, and beside what was written."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,7 +50,7 @@ def report(entries: int, nonzeros: int, encoding: str = "ef", int8: bool = False
 
 
 @given(st.sets(st.integers(0, 4999), min_size=1, max_size=3000), st.booleans())
-def test_the_formulas_bound_what_the_encoder_writes(positions: set[int], int8: bool) -> None:
+def test_the_formulas_bound_what_the_encoder_writes(positions, int8) -> None:
     entries, value = 5000, 1 if int8 else 4
     found = {each.encoding: each.predicted for each in sizes(report(entries, len(positions), int8=int8))}
     code = elias_fano.encode(np.array(sorted(positions), dtype=np.int64), entries)
@@ -65,15 +63,8 @@ def test_the_formulas_bound_what_the_encoder_writes(positions: set[int], int8: b
     assert found["gaps"] >= (value + 1) * len(positions)
 
 
-@given(
-    st.integers(-5, 5000),
-    st.integers(-5, 5000),
-    st.sampled_from(list(CODECS)),
-    st.booleans(),
-)
-def test_a_damaged_report_gives_numbers_all_the_same(
-    entries: int, nonzeros: int, encoding: str, int8: bool
-) -> None:
+@given(st.integers(-5, 5000), st.integers(-5, 5000), st.sampled_from(list(CODECS)), st.booleans())
+def test_a_damaged_report_gives_numbers_all_the_same(entries, nonzeros, encoding, int8) -> None:
     damaged = report(entries, nonzeros, encoding, int8)
     assert all(each.predicted >= 0 for each in sizes(damaged))
     assert stored_tensors(damaged)[0].predicted >= 0

@@ -1,7 +1,5 @@
 """Charts as files: which panels there are, what they show, and odd histories."""
 
-from __future__ import annotations
-
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -57,7 +55,7 @@ def texts(document: str, kind: str | None = None) -> list[str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_any_history_and_any_layers_are_drawn_inside_the_picture(case: str) -> None:
+def test_any_history_and_any_layers_are_drawn_inside_the_picture(case) -> None:
     history, density = CASES[case]
     root = ET.fromstring(search_document(history, density))
     width, height = float(root.attrib["width"]), float(root.attrib["height"])
@@ -99,7 +97,7 @@ def test_equal_input_gives_equal_files_that_need_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("history", [[], [{}], [{"epoch": 1, "seconds": 3.0, "loss": math.nan}]])
-def test_nothing_to_draw_is_an_error(history: list[Any]) -> None:
+def test_nothing_to_draw_is_an_error(history) -> None:
     with pytest.raises(InputError, check=lambda error: error.code == "chart-empty"):
         search_document(history, {})
 
@@ -123,5 +121,5 @@ def test_curves_of_different_norms_share_no_picture() -> None:
         (["z" * 60], ["…" + "z" * 47]),
     ],
 )
-def test_names_are_cut_to_what_tells_them_apart(names: list[str], short: list[str]) -> None:
+def test_names_are_cut_to_what_tells_them_apart(names, short) -> None:
     assert short_names(names) == short

@@ -1,7 +1,5 @@
 """The gallery: a mix of fates, classes in turn, and pictures of any image."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections import Counter
@@ -28,9 +26,7 @@ FATES = st.lists(st.tuples(st.sampled_from(ORDER), st.integers(0, 3)), max_size=
 
 
 @given(FATES, st.integers(0, 20))
-def test_as_many_as_there_are_each_once_and_no_fate_left_out(
-    samples: list[tuple[str, int]], most: int
-) -> None:
+def test_as_many_as_there_are_each_once_and_no_fate_left_out(samples, most) -> None:
     fates = [kind for kind, _ in samples]
     chosen = choose_points(fates, [label for _, label in samples], most)  # type: ignore[arg-type]
     assert len(chosen) == len(set(chosen)) == min(most, len(samples))
@@ -57,7 +53,7 @@ def test_new_classes_come_first() -> None:
         ("undecided", None, "undecided"),
     ],
 )
-def test_fates(dense: str | None, pruned: str | None, expected: str) -> None:
+def test_fates(dense, pruned, expected) -> None:
     samples = [
         Sample(id="a", label=0, clean_prediction=0, adversarial_prediction=0, broken_by=by)
         for by in (dense, pruned)
@@ -66,7 +62,7 @@ def test_fates(dense: str | None, pruned: str | None, expected: str) -> None:
 
 
 @given(st.integers(1, 5), st.integers(1, 300), st.integers(1, 300))
-def test_a_picture_of_any_shape_is_small_and_complete(channels: int, height: int, width: int) -> None:
+def test_a_picture_of_any_shape_is_small_and_complete(channels, height, width) -> None:
     found = picture(np.full((channels, height, width), 0.5, dtype=np.float32))
     assert max(found.width, found.height) <= LONGEST_SIDE
     assert found.channels == (channels if channels in (1, 3) else 1)
@@ -81,7 +77,7 @@ def test_values_out_of_range_and_nothing_at_all() -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3]), st.data())
-def test_a_decoder_gets_the_pixels_back(width: int, height: int, channels: int, data: st.DataObject) -> None:
+def test_a_decoder_gets_the_pixels_back(width, height, channels, data) -> None:
     size = width * height * channels
     pixels = data.draw(st.binary(min_size=size, max_size=size))
     uri = data_uri(Picture(width, height, channels, pixels))

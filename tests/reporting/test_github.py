@@ -1,7 +1,5 @@
 """GitHub's summary and annotations: what they say, and that no name becomes markup or a command."""
 
-from __future__ import annotations
-
 import re
 
 from hypothesis import given, settings
@@ -11,7 +9,7 @@ from s2ap_deploy.gating.check import Check, Verdict
 from s2ap_deploy.reporting import ci_formats
 
 
-def test_the_summary_tells_failures_first(verdict: Verdict) -> None:
+def test_the_summary_tells_failures_first(verdict) -> None:
     text = ci_formats.summary(verdict, "s2ap-run")
     assert text.startswith("### s2ap-deploy gate: ❌ failed\n")
     assert "Run folder: s2ap-run. Exit code: 1. Bounds: exact bounds." in text
@@ -20,7 +18,7 @@ def test_the_summary_tells_failures_first(verdict: Verdict) -> None:
     assert "10 of 200 = 5.0%; required 40.0%" in rows[0]
 
 
-def test_a_hostile_name_stays_in_its_cell(verdict: Verdict, hostile: str) -> None:
+def test_a_hostile_name_stays_in_its_cell(verdict, hostile) -> None:
     (row,) = [
         line for line in ci_formats.summary(verdict, hostile).splitlines() if "nothing covers it" in line
     ]
@@ -37,7 +35,7 @@ def unescaped(text: str) -> str:
     return text.replace("%0D", "\r").replace("%0A", "\n").replace("%25", "%")
 
 
-def test_annotations_are_one_line_each(verdict: Verdict) -> None:
+def test_annotations_are_one_line_each(verdict) -> None:
     lines = ci_formats.workflow_commands(verdict)
     assert [line.split(" ")[0] for line in lines] == ["::error", "::warning", "::warning"]
     assert lines[0].endswith("::robust accuracy: 10 of 200 = 5.0%25; required 40.0%25")
@@ -47,7 +45,7 @@ def test_annotations_are_one_line_each(verdict: Verdict) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(st.text(st.sampled_from("ab%:,0ADn\n\r;=|\\"), max_size=30))
-def test_an_annotation_says_exactly_what_was_meant(text: str) -> None:
+def test_an_annotation_says_exactly_what_was_meant(text) -> None:
     check = Check(rule="gate", name=text, status="fail", message=f"said {text}")
     (line,) = ci_formats.workflow_commands(Verdict.of([check]))
     found = re.fullmatch(r"::error title=([^:,]*)::(.*)", line)

@@ -1,7 +1,5 @@
 """JUnit XML: valid for Jenkins, and nothing that a name can break out of."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -9,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2ap_deploy.gating.check import Check, Status, Verdict
+from s2ap_deploy.gating.check import Check, Verdict
 from s2ap_deploy.reporting.ci_formats import junit
 
 xmlschema = pytest.importorskip("xmlschema")
@@ -21,7 +19,7 @@ def schema() -> object:
     return xmlschema.XMLSchema(str(XSD))
 
 
-def test_a_verdict_is_valid_and_complete(schema: xmlschema.XMLSchema, verdict: Verdict) -> None:
+def test_a_verdict_is_valid_and_complete(schema, verdict) -> None:
     text = junit(verdict)
     schema.validate(text)
     (suite,) = ET.fromstring(text.encode())
@@ -39,7 +37,7 @@ def test_a_verdict_is_valid_and_complete(schema: xmlschema.XMLSchema, verdict: V
     assert values == {"status": "fail", "exit_code": "1", "statistics": "exact bounds"}
 
 
-def test_a_verdict_without_checks(schema: xmlschema.XMLSchema) -> None:
+def test_a_verdict_without_checks(schema) -> None:
     schema.validate(junit(Verdict.of([])))
 
 
@@ -48,7 +46,7 @@ def test_a_verdict_without_checks(schema: xmlschema.XMLSchema) -> None:
     st.text(st.characters(exclude_categories=()), max_size=40),
     st.sampled_from(["pass", "fail", "inconclusive"]),
 )
-def test_whatever_stands_in_a_name_the_document_has_one_case(text: str, status: Status) -> None:
+def test_whatever_stands_in_a_name_the_document_has_one_case(text, status) -> None:
     root = ET.fromstring(
         junit(Verdict.of([Check(rule="gate", name=text, status=status, message=text)])).encode()
     )

@@ -1,9 +1,6 @@
 """The picture of a sweep: the front is what nothing beats, and every odd sweep can be drawn."""
 
-from __future__ import annotations
-
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -73,7 +70,7 @@ def beats(one: Point, other: Point) -> bool:
 
 
 @given(points)
-def test_the_front_is_what_no_other_beats(given_points: list[Point]) -> None:
+def test_the_front_is_what_no_other_beats(given_points) -> None:
     best = front(given_points)
     assert all(point in given_points for point in best)
     assert not any(beats(other, point) for point in best for other in given_points)
@@ -85,13 +82,13 @@ def test_the_front_is_what_no_other_beats(given_points: list[Point]) -> None:
     assert len(best) == len(figures)
 
 
-def test_nothing_finished_draws_nothing(tmp_path: Path) -> None:
+def test_nothing_finished_draws_nothing(tmp_path) -> None:
     assert draw_pareto(report(), tmp_path) is None
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("ratio", [None, 0.8])
-def test_equal_figures_give_equal_bytes_with_and_without_latency(tmp_path: Path, ratio: float | None) -> None:
+def test_equal_figures_give_equal_bytes_with_and_without_latency(tmp_path, ratio) -> None:
     found = report(group(ratio=ratio), group(sparsity=0.99, size=6_000, ratio=ratio), recipe="a <x> _")
     path = draw_pareto(found, tmp_path)
     assert path is not None
@@ -103,7 +100,7 @@ def test_equal_figures_give_equal_bytes_with_and_without_latency(tmp_path: Path,
     assert path.read_text(encoding="utf-8") == first
 
 
-def test_many_methods_and_equal_points_can_be_drawn(tmp_path: Path) -> None:
+def test_many_methods_and_equal_points_can_be_drawn(tmp_path) -> None:
     assert draw_pareto(report(*(group(f"m{number}", size=1) for number in range(9))), tmp_path) is not None
 
 
@@ -119,7 +116,7 @@ places = st.tuples(st.integers(0, 20).map(float), st.integers(0, 20).map(lambda 
 
 @settings(max_examples=40)
 @given(st.lists(places, min_size=1, max_size=6, unique=True))
-def test_notes_are_inside_and_not_over_each_other(found: list[tuple[float, float]]) -> None:
+def test_notes_are_inside_and_not_over_each_other(found) -> None:
     points = [Point(f"m{index % 3}", f"9{index % 2} %", *place, None) for index, place in enumerate(found)]
     canvas, notes = placed(points)
     inside = (canvas.across.start, canvas.up.end, canvas.across.end, canvas.up.start)

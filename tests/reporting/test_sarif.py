@@ -1,7 +1,5 @@
 """SARIF: valid against the OASIS schema, with paths that are relative and escaped."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,7 @@ def uris(run: dict[str, Any]) -> list[str]:
     ]
 
 
-def test_what_did_not_pass_becomes_a_result(
-    verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_did_not_pass_becomes_a_result(verdict, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = validated(verdict, Path("s2ap-run"))
     assert [result["level"] for result in run["results"]] == ["error", "warning", "warning"]
@@ -47,13 +43,13 @@ def test_what_did_not_pass_becomes_a_result(
     assert uris(run)[1].isascii()
 
 
-def test_a_run_folder_elsewhere_leaves_no_machine_path(verdict: Verdict, tmp_path: Path) -> None:
+def test_a_run_folder_elsewhere_leaves_no_machine_path(verdict, tmp_path) -> None:
     text = sarif(verdict, tmp_path)
     assert str(tmp_path) not in text
     assert uris(validated(verdict, tmp_path))[0] == "gate/verdict.json"
 
 
-def test_a_check_of_a_file_points_at_it(tmp_path: Path) -> None:
+def test_a_check_of_a_file_points_at_it(tmp_path) -> None:
     paths = ["export/model.onnx", "export/a b.onnx", "export/of.onnx", None]
     checks = [
         Check(rule="size", name=f"size {path}", status="fail", message="too large", path=path)
@@ -64,9 +60,7 @@ def test_a_check_of_a_file_points_at_it(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_fingerprints_stay_the_same_from_run_to_run_and_differ_from_check_to_check(
-    verdict: Verdict, tmp_path: Path
-) -> None:
+def test_fingerprints_stay_the_same_from_run_to_run_and_differ_from_check_to_check(verdict, tmp_path) -> None:
     better = verdict.checks[1].model_copy(update={"message": "20 of 200"})
     prints = [
         [result["partialFingerprints"]["check/v1"] for result in validated(each, tmp_path)["results"]]
@@ -76,13 +70,13 @@ def test_fingerprints_stay_the_same_from_run_to_run_and_differ_from_check_to_che
     assert len(set(prints[0])) == 3
 
 
-def test_an_input_that_cannot_be_used_is_a_run_that_failed(tmp_path: Path) -> None:
+def test_an_input_that_cannot_be_used_is_a_run_that_failed(tmp_path) -> None:
     check = Check(rule="gate", name="gate", status="inconclusive", message="there is no run")
     run = validated(Verdict(status="inconclusive", exit_code=2, checks=(check,)), tmp_path)
     assert run["invocations"] == [{"executionSuccessful": False, "exitCode": 2}]
     assert run["results"][0]["ruleId"] == "gate"
 
 
-def test_a_pass_has_no_results(tmp_path: Path) -> None:
+def test_a_pass_has_no_results(tmp_path) -> None:
     passed = Verdict.of([Check(rule="size", name="size", status="pass", message="small")])
     assert validated(passed, tmp_path)["results"] == []

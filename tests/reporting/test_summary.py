@@ -1,7 +1,5 @@
 """A run in one object."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ def summary(folder: Path, policy: Thresholds | None = None) -> dict[str, Any]:
         return summarize(run, gate(run, policy) if policy is not None else None)
 
 
-def test_everything_of_a_finished_run(own_run: Path) -> None:
+def test_everything_of_a_finished_run(own_run) -> None:
     found = summary(own_run, Thresholds(min_robust=0.4))
     assert json.loads(json.dumps(found)) == found
     assert found["formal_guarantee"] is False
@@ -36,12 +34,12 @@ def test_everything_of_a_finished_run(own_run: Path) -> None:
     assert set(found["seconds"]) >= {"pretrain", "search", "finetune", "certify", "export"}
 
 
-def test_what_was_not_run_is_absent(own_run: Path, without_stages: Any) -> None:
+def test_what_was_not_run_is_absent(own_run, without_stages) -> None:
     found = summary(without_stages(own_run, "certify", "export"))
     assert found.keys() == {"run", "seconds", "search"}
 
 
-def test_a_file_that_changed_is_not_summed_up(own_run: Path) -> None:
+def test_a_file_that_changed_is_not_summed_up(own_run) -> None:
     (own_run / "export" / "report.json").write_text("{}")
     with pytest.raises(RunFolderError, check=lambda error: error.code == "output-damaged"):
         summary(own_run)

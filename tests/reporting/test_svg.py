@@ -1,7 +1,5 @@
 """Charts as SVG: well-formed, nothing outside the drawing, round ticks."""
 
-from __future__ import annotations
-
 import re
 import xml.etree.ElementTree as ET
 
@@ -47,9 +45,7 @@ def inside(drawing: Drawing) -> ET.Element:
 
 @settings(max_examples=60, deadline=None)
 @given(POINTS, st.text(max_size=10), st.booleans(), st.booleans())
-def test_any_line_is_drawn_inside(
-    points: list[tuple[float, float | None]], words: str, percent: bool, steps: bool
-) -> None:
+def test_any_line_is_drawn_inside(points, words, percent, steps) -> None:
     line = Line("line", points, 1, steps=steps, spread=() if steps else [1.0] * len(points))
     words = "".join(character for character in words if character.isprintable())
     drawing = chart(words, [line], x_label=words, y_label=words, percent=percent)
@@ -64,7 +60,7 @@ def test_any_line_is_drawn_inside(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(SHARE, SHARE), max_size=5))
-def test_intervals_of_any_shares(shares: list[tuple[float, float]]) -> None:
+def test_intervals_of_any_shares(shares) -> None:
     marks = [Mark(0.0, min(pair), max(pair), None if i % 2 else pair[0], 1) for i, pair in enumerate(shares)]
     inside(intervals("title", [("<name>", marks), ("other", marks)]))
     root = inside(strip("title", marks))
@@ -72,7 +68,7 @@ def test_intervals_of_any_shares(shares: list[tuple[float, float]]) -> None:
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e9))
-def test_ticks_are_few_round_and_inside(low: float, width: float) -> None:
+def test_ticks_are_few_round_and_inside(low, width) -> None:
     high = low + width
     if high <= low or width < 1e-9 * abs(low):
         return
@@ -98,7 +94,7 @@ def test_zero_throughout_has_a_scale() -> None:
 @pytest.mark.parametrize(
     ("low", "high"), [(50_000, 51_000), (9_876, 72_657), (500, 5_000_000), (70_000, 71_000), (1, 1e9)]
 )
-def test_ticks_of_a_logarithm_are_few_and_legible(low: float, high: float) -> None:
+def test_ticks_of_a_logarithm_are_few_and_legible(low, high) -> None:
     found = log_ticks(low, high)
     assert 2 <= len(found) <= 8
     assert all(low <= tick <= high * 1.001 for tick in found)

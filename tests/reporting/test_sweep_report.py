@@ -1,11 +1,8 @@
 """A sweep as text: means and deviations that can be checked by hand, CSV that reads back, names defused."""
 
-from __future__ import annotations
-
 import csv
 import io
 import statistics
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,7 +72,7 @@ def test_a_single_seed_has_no_deviation() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9))
-def test_a_spread_is_that_of_the_sample(values: list[float]) -> None:
+def test_a_spread_is_that_of_the_sample(values) -> None:
     spread = Spread.of(values)
     assert spread.mean == pytest.approx(statistics.fmean(values))
     assert spread.deviation == pytest.approx(statistics.stdev(values))
@@ -130,7 +127,7 @@ def test_structures_are_the_benchmarks_words() -> None:
     assert {name: HYDRA.model_copy(update={"granularity": name}).structure for name in words} == words
 
 
-def test_a_report_reads_back(tmp_path: Path) -> None:
+def test_a_report_reads_back(tmp_path) -> None:
     found = report(row(0, shown=figures()), row(1, status="failed", error="x", exit_code=3))
     found.save(tmp_path)
     assert SweepReport.load(tmp_path) == found

@@ -1,12 +1,9 @@
 """One process at a time holds a folder, and a dead one holds nothing."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +16,7 @@ HOLD = (
 )
 
 
-def test_another_process_is_refused_with_the_holder_named_and_let_in_after_its_death(tmp_path: Path) -> None:
+def test_another_process_is_refused_with_the_holder_named_and_let_in_after_its_death(tmp_path) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
@@ -32,7 +29,7 @@ def test_another_process_is_refused_with_the_holder_named_and_let_in_after_its_d
     FolderLock(tmp_path).release()
 
 
-def test_the_same_process_is_refused_and_keeps_its_lock(tmp_path: Path) -> None:
+def test_the_same_process_is_refused_and_keeps_its_lock(tmp_path) -> None:
     """A second descriptor in this process would drop the lock when it is closed."""
     with FolderLock(tmp_path):
         (tmp_path.parent / "alias").symlink_to(tmp_path)
@@ -44,7 +41,7 @@ def test_the_same_process_is_refused_and_keeps_its_lock(tmp_path: Path) -> None:
     FolderLock(tmp_path).release()
 
 
-def test_a_forked_child_neither_holds_nor_releases_it(tmp_path: Path) -> None:
+def test_a_forked_child_neither_holds_nor_releases_it(tmp_path) -> None:
     held = FolderLock(tmp_path)
     answer, tell = os.pipe()
     wait, end = os.pipe()
@@ -70,7 +67,7 @@ def test_a_forked_child_neither_holds_nor_releases_it(tmp_path: Path) -> None:
             os.close(descriptor)
 
 
-def test_release_twice_does_not_release_the_next_holder(tmp_path: Path) -> None:
+def test_release_twice_does_not_release_the_next_holder(tmp_path) -> None:
     first = FolderLock(tmp_path)
     first.release()
     with FolderLock(tmp_path):
@@ -79,7 +76,7 @@ def test_release_twice_does_not_release_the_next_holder(tmp_path: Path) -> None:
             FolderLock(tmp_path)
 
 
-def test_a_link_in_its_place_is_refused_and_its_target_untouched(tmp_path: Path) -> None:
+def test_a_link_in_its_place_is_refused_and_its_target_untouched(tmp_path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("keep")
     (tmp_path / "run").mkdir()
@@ -89,7 +86,7 @@ def test_a_link_in_its_place_is_refused_and_its_target_untouched(tmp_path: Path)
     assert precious.read_text() == "keep"
 
 
-def test_a_lock_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_lock_that_cannot_be_made(tmp_path) -> None:
     (tmp_path / ".lock").mkdir()
     with pytest.raises(StorageError, check=lambda error: error.code == "file-not-created"):
         FolderLock(tmp_path)

@@ -1,7 +1,5 @@
 """The manifest is read back as written, and a damaged one is refused by name."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ def example() -> Manifest:
     )
 
 
-def test_round_trip_and_canonical_form(tmp_path: Path) -> None:
+def test_round_trip_and_canonical_form(tmp_path) -> None:
     example().save(tmp_path)
     assert Manifest.load(tmp_path) == example()
     text = (tmp_path / "manifest.json").read_text()
@@ -46,7 +44,7 @@ def test_copies_leave_the_original_alone() -> None:
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_an_unknown_schema_version_is_refused_by_name(tmp_path: Path, version: object) -> None:
+def test_an_unknown_schema_version_is_refused_by_name(tmp_path, version) -> None:
     content = {**example().model_dump(mode="json"), "schema_version": version}
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(RunFolderError, check=lambda error: error.code == "record-version-unknown"):
@@ -70,7 +68,7 @@ def spoil(change: dict[str, Any]) -> str:
         (spoil({"surprise": 1}), "record-invalid"),
     ],
 )
-def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str, code: str) -> None:
+def test_a_damaged_manifest_is_refused(tmp_path, text, code) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(RunFolderError, check=lambda error: error.code == code) as caught:
         Manifest.load(tmp_path)

@@ -1,9 +1,5 @@
 """A snapshot gives back the tensors and the state of one moment, or is refused."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,7 +7,7 @@ from s2ap_deploy.errors import RunFolderError, StorageError
 from s2ap_deploy.runs import snapshot
 
 
-def test_round_trip_of_every_kind_of_tensor(tmp_path: Path) -> None:
+def test_round_trip_of_every_kind_of_tensor(tmp_path) -> None:
     base = torch.randn(4, 6)
     tensors = {
         "float": base,
@@ -37,7 +33,7 @@ def test_round_trip_of_every_kind_of_tensor(tmp_path: Path) -> None:
         assert not loaded[0][name].requires_grad
 
 
-def test_saving_again_replaces_and_removing_removes(tmp_path: Path) -> None:
+def test_saving_again_replaces_and_removing_removes(tmp_path) -> None:
     snapshot.save(tmp_path, {"a": torch.zeros(2)}, {"epoch": 1})
     snapshot.save(tmp_path, {"b": torch.ones(2)}, {"epoch": 2})
     loaded = snapshot.load(tmp_path)
@@ -48,12 +44,12 @@ def test_saving_again_replaces_and_removing_removes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_snapshot_without_tensors(tmp_path: Path) -> None:
+def test_a_snapshot_without_tensors(tmp_path) -> None:
     snapshot.save(tmp_path, {}, {"done": [1, 2]})
     assert snapshot.load(tmp_path) == ({}, {"done": [1, 2]})
 
 
-def test_what_was_loaded_stays_valid_when_the_file_is_replaced(tmp_path: Path) -> None:
+def test_what_was_loaded_stays_valid_when_the_file_is_replaced(tmp_path) -> None:
     snapshot.save(tmp_path, {"a": torch.arange(1000.0)}, {})
     loaded = snapshot.load(tmp_path)
     snapshot.save(tmp_path, {"a": torch.zeros(1000)}, {})
@@ -63,7 +59,7 @@ def test_what_was_loaded_stays_valid_when_the_file_is_replaced(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("keep", [0, 4, 40, 200])
-def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_file_is_refused(tmp_path, keep) -> None:
     snapshot.save(tmp_path, {"a": torch.zeros(100)}, {"epoch": 1})
     path = tmp_path / snapshot.FILE_NAME
     path.write_bytes(path.read_bytes()[:keep])
@@ -73,7 +69,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
 
 
 @pytest.mark.parametrize("metadata", [None, {"other": "x"}, {"s2ap-deploy.snapshot": "[1]"}])
-def test_a_foreign_safetensors_file_is_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+def test_a_foreign_safetensors_file_is_refused(tmp_path, metadata) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(2)}, tmp_path / snapshot.FILE_NAME, metadata)
@@ -81,12 +77,12 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path: Path, metadata: dict[st
         snapshot.load(tmp_path)
 
 
-def test_a_folder_that_is_gone_is_a_storage_error(tmp_path: Path) -> None:
+def test_a_folder_that_is_gone_is_a_storage_error(tmp_path) -> None:
     with pytest.raises(StorageError, check=lambda error: error.code == "file-not-written"):
         snapshot.save(tmp_path / "gone", {"a": torch.zeros(2)}, {})
 
 
-def test_nan_in_the_state_is_refused_and_the_old_snapshot_kept(tmp_path: Path) -> None:
+def test_nan_in_the_state_is_refused_and_the_old_snapshot_kept(tmp_path) -> None:
     snapshot.save(tmp_path, {}, {"epoch": 1})
     with pytest.raises(ValueError, match="JSON"):
         snapshot.save(tmp_path, {}, {"loss": float("nan")})

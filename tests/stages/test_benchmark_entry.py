@@ -1,7 +1,5 @@
 """An entry for the Adversarial Pruning Benchmark from a run, and runs that it has no place for."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable
@@ -34,7 +32,7 @@ ASKED = ["--ap-benchmark-entry", "e.json", "--ap-method", SUBMISSION.method, "--
 
 
 @pytest.fixture
-def make_job(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def make_job(own_run, monkeypatch) -> Callable[..., Any]:
     """``make_job(prune, threat)``: a job on a finished run that says it is of CIFAR-10 and a ResNet-18."""
     curve = security_curve([0.0, 0.01, 0.05, 0.2], norm="Linf", facts={"autoattack_eps": "0.5"})
     curve.save(own_run / "certify" / "pruned-curve.json")
@@ -68,7 +66,7 @@ def make_job(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
     return make
 
 
-def test_the_entry_of_a_run(make_job: Callable[..., Any], own_run: Path, tmp_path: Path) -> None:
+def test_the_entry_of_a_run(make_job, own_run, tmp_path) -> None:
     job = make_job({"sparsity": 0.9, "steps": [0.5], "budget": "global"})
     check_entry(job, SUBMISSION)
     entry = write_entry(job, SUBMISSION, tmp_path / "entry.json")
@@ -98,14 +96,12 @@ def test_the_entry_of_a_run(make_job: Callable[..., Any], own_run: Path, tmp_pat
         ({"sparsity": 0.9}, {"norm": "L2", "eps": "0.5"}, "benchmark-norm-unsupported"),
     ],
 )
-def test_runs_that_it_has_no_place_for(
-    prune: Any, threat: Any, code: str, make_job: Callable[..., Any]
-) -> None:
+def test_runs_that_it_has_no_place_for(prune, threat, code, make_job) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == code):
         check_entry(make_job(prune, threat), SUBMISSION)
 
 
-def test_channels_count_what_is_removed(make_job: Callable[..., Any]) -> None:
+def test_channels_count_what_is_removed(make_job) -> None:
     check_entry(make_job({"granularity": "channel", "keep_ratio": 0.5}), SUBMISSION)
 
 
@@ -119,9 +115,7 @@ def test_channels_count_what_is_removed(make_job: Callable[..., Any]) -> None:
         (ASKED, "the benchmark has no architecture 'digits-conv'"),
     ],
 )
-def test_the_command_refuses_before_any_attack(
-    arguments: list[str], message: str, s2ap: Callable[..., Any], own_run: Path
-) -> None:
+def test_the_command_refuses_before_any_attack(arguments, message, s2ap, own_run) -> None:
     done = s2ap("certify", *arguments, cwd=own_run.parent)
     assert done.code == 2, done.out
     assert message in done.err
@@ -157,7 +151,7 @@ def entry_of(**changes: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_keys(facts: tuple[str, str, str, str, float], key: str) -> None:
+def test_keys(facts, key) -> None:
     assert BenchmarkModel(*facts).key == key
 
 
@@ -178,7 +172,7 @@ def test_keys(facts: tuple[str, str, str, str, float], key: str) -> None:
         ({"autoattack_eps": "1/0"}, "eps-invalid"),
     ],
 )
-def test_what_the_benchmark_does_not_take(change: dict[str, Any], code: str) -> None:
+def test_what_the_benchmark_does_not_take(change, code) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == code):
         entry_of(**change)
 

@@ -1,7 +1,5 @@
 """Records in another folder: points linked, journals copied and last, nothing there overwritten."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path
@@ -14,7 +12,7 @@ from s2ap_deploy.stages.certify import reuse_attack_record
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> Path:
+def record(tmp_path) -> Path:
     folder = tmp_path / "record"
     (folder / "curve").mkdir(parents=True)
     (folder / "attack.jsonl").write_text("header\n")
@@ -23,7 +21,7 @@ def record(tmp_path: Path) -> Path:
     return folder
 
 
-def test_everything_arrives_and_a_journal_grows_alone(record: Path, tmp_path: Path) -> None:
+def test_everything_arrives_and_a_journal_grows_alone(record, tmp_path) -> None:
     into = tmp_path / "run" / "record-dense"
     reuse_attack_record(record, into)
     assert (into / "block-0.safetensors").stat().st_ino == (record / "block-0.safetensors").stat().st_ino
@@ -33,7 +31,7 @@ def test_everything_arrives_and_a_journal_grows_alone(record: Path, tmp_path: Pa
     assert (into / "curve" / "fmn.jsonl").read_text() == "header\n"
 
 
-def test_what_is_there_stays(record: Path, tmp_path: Path) -> None:
+def test_what_is_there_stays(record, tmp_path) -> None:
     into = tmp_path / "into"
     into.mkdir()
     (into / "attack.jsonl").write_text("further on\n")
@@ -41,14 +39,12 @@ def test_what_is_there_stays(record: Path, tmp_path: Path) -> None:
     assert (into / "attack.jsonl").read_text() == "further on\n"
 
 
-def test_nothing_is_made_of_nothing(tmp_path: Path) -> None:
+def test_nothing_is_made_of_nothing(tmp_path) -> None:
     reuse_attack_record(tmp_path / "absent", tmp_path / "into")
     assert not (tmp_path / "into").exists()
 
 
-def test_a_kill_on_the_way_leaves_no_journal(
-    record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_on_the_way_leaves_no_journal(record, tmp_path, monkeypatch) -> None:
     from s2ap_deploy import files
 
     def killed(path: Path, data: bytes) -> None:
@@ -64,9 +60,7 @@ def test_a_kill_on_the_way_leaves_no_journal(
     assert (tmp_path / "into" / "attack.jsonl").exists()
 
 
-def test_a_disk_without_hard_links_gets_copies(
-    record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_without_hard_links_gets_copies(record, tmp_path, monkeypatch) -> None:
     def refused(*_: object) -> None:
         raise OSError(errno.EXDEV, "another device")
 
@@ -78,7 +72,7 @@ def test_a_disk_without_hard_links_gets_copies(
         link(record / "absent.safetensors", tmp_path / "other.safetensors")
 
 
-def test_links_in_a_record_are_not_followed(record: Path, tmp_path: Path) -> None:
+def test_links_in_a_record_are_not_followed(record, tmp_path) -> None:
     (tmp_path / "secret").write_text("x")
     (record / "planted.safetensors").symlink_to(tmp_path / "secret")
     reuse_attack_record(record, tmp_path / "into")

@@ -1,11 +1,6 @@
 """Proofs and curves as part of a run."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,9 +13,7 @@ from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.stages.early_certify import check_curve
 
 
-def test_both_sides_and_the_curve_through_the_command(
-    s2ap: Callable[..., Any], digits_model: Path, tmp_path: Path
-) -> None:
+def test_both_sides_and_the_curve_through_the_command(s2ap, digits_model, tmp_path) -> None:
     certify = ["certify", digits_model, "--eps", "0.02", "--n", 24, "--provable", "--curve", "--threads", 1]
     done = s2ap(*certify, "--json", cwd=tmp_path)
     assert done.code == 0, done.err
@@ -55,7 +48,7 @@ def test_a_curve_needs_a_norm_that_has_one() -> None:
         check_curve(ThreatModel(norm="L1", eps="1"))
 
 
-def test_what_bounds_cannot_go_through_is_named(s2ap: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_bounds_cannot_go_through_is_named(s2ap, tmp_path) -> None:
     (tmp_path / "net.py").write_text(
         "from torch import nn\n"
         "def make(classes=10):\n"

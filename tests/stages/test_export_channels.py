@@ -1,10 +1,7 @@
 """From masks and scores of channels to smaller layers: what is refused, and what is found out."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +14,6 @@ from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.channels.coupling import channel_groups
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier
-from s2ap_deploy.onnx_export.export_report import CostChange
 from s2ap_deploy.pruning.granularity import Channels
 from s2ap_deploy.recipe.schema import ExportSection, Recipe
 from s2ap_deploy.recorder import Silent
@@ -46,7 +42,7 @@ class Pruned:
 
 
 @pytest.fixture
-def pruned(tmp_path: Path) -> Iterator[Pruned]:
+def pruned(tmp_path) -> Iterator[Pruned]:
     torch.manual_seed(0)
     classifier = Classifier(registry.build("digits-conv")).eval()
     coupling = channel_groups(classifier, SIZE)
@@ -87,7 +83,7 @@ def kept(narrow: export_channels.NarrowNetwork) -> list[int]:
     return [group.kept for group in narrow.record.groups]
 
 
-def test_the_runs_own_channels_stay(pruned: Pruned) -> None:
+def test_the_runs_own_channels_stay(pruned) -> None:
     narrow = narrowed(pruned)
     assert kept(narrow) == [16, 32, 64]
     assert all(numbers.tolist() == list(range(len(numbers))) for numbers in narrow.kept.values())
@@ -99,7 +95,7 @@ def test_the_runs_own_channels_stay(pruned: Pruned) -> None:
     }
 
 
-def test_the_largest_scores_of_the_living_channels_win(pruned: Pruned) -> None:
+def test_the_largest_scores_of_the_living_channels_win(pruned) -> None:
     """|score| falls and rises again: the largest belong to channels that the search removed."""
     narrow = narrowed(pruned, keep_ratio=0.25)
     assert kept(narrow) == [8, 16, 32]
@@ -113,7 +109,7 @@ def test_the_largest_scores_of_the_living_channels_win(pruned: Pruned) -> None:
     assert int((pruned.classifier.get_parameter("network.2.weight") != 0).sum()) == 32 * 16 * 9
 
 
-def test_filling_up_takes_channels_that_nobody_reads(pruned: Pruned) -> None:
+def test_filling_up_takes_channels_that_nobody_reads(pruned) -> None:
     narrow = narrowed(pruned, align=24)
     assert kept(narrow) == [24, 48, 72]
     assert narrow.record.macs.achieved > narrow.record.macs.wanted
@@ -123,12 +119,12 @@ def test_filling_up_takes_channels_that_nobody_reads(pruned: Pruned) -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75, 0.99])
-def test_what_the_search_removed_does_not_come_back(pruned: Pruned, ratio: float) -> None:
+def test_what_the_search_removed_does_not_come_back(pruned, ratio) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "keep-ratio-too-high"):
         narrowed(pruned, keep_ratio=ratio)
 
 
-def test_masks_that_are_not_whole_channels_are_found_out(pruned: Pruned) -> None:
+def test_masks_that_are_not_whole_channels_are_found_out(pruned) -> None:
     with torch.no_grad():
         pruned.classifier.get_parameter("network.2.weight")[0, 31] = 5.0  # read, although the mask says no
     with pytest.raises(VerificationError, match="the logits differ"):
@@ -142,12 +138,7 @@ def test_masks_that_are_not_whole_channels_are_found_out(pruned: Pruned) -> None
         (lambda cost: cost.model_copy(update={"wanted": cost.achieved - 1}), "more than the"),
     ],
 )
-def test_what_was_built_is_counted_again(
-    pruned: Pruned,
-    monkeypatch: pytest.MonkeyPatch,
-    miscount: Callable[[CostChange], CostChange],
-    message: str,
-) -> None:
+def test_what_was_built_is_counted_again(pruned, monkeypatch, miscount, message) -> None:
     right = export_channels._cost
     monkeypatch.setattr(export_channels, "_cost", lambda *arguments: miscount(right(*arguments)))
     with pytest.raises(VerificationError, match=message):
@@ -157,7 +148,7 @@ def test_what_was_built_is_counted_again(
 @pytest.mark.parametrize(
     ("granularity", "how"), [("weight", "by weight"), ("2:4", "by 2:4"), (None, "not at all")]
 )
-def test_options_that_only_channels_have_a_use_for(pruned: Pruned, granularity: str | None, how: str) -> None:
+def test_options_that_only_channels_have_a_use_for(pruned, granularity, how) -> None:
     prune = None
     if granularity is not None:
         prune = {"granularity": granularity, "sparsity": 0.5}

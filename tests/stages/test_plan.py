@@ -1,10 +1,7 @@
 """Plans: numbers of the budgets themselves, MACs of what is really built, and budgets held against them."""
 
-from __future__ import annotations
-
 import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,7 +42,7 @@ def planned(drawn: ModelSource, export: dict[str, Any] | None = None, **prune: A
 
 @pytest.mark.parametrize("budget", ["uniform", "erk", "global", "learned"])
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
-def test_the_total_is_exactly_what_prune_keeps(digits: ModelSource, budget: str, sparsity: float) -> None:
+def test_the_total_is_exactly_what_prune_keeps(digits, budget, sparsity) -> None:
     found = planned(digits, sparsity=sparsity, budget=budget)
     assert found.nonzeros == total_kept(found.weights, sparsity)
     assert (BY_DATA in found.notes) == (budget in ("global", "learned"))
@@ -53,14 +50,14 @@ def test_the_total_is_exactly_what_prune_keeps(digits: ModelSource, budget: str,
     assert found.speed == "none"
 
 
-def test_layers_share_as_the_budget_says(digits: ModelSource) -> None:
+def test_layers_share_as_the_budget_says(digits) -> None:
     found = planned(digits, sparsity=0.9, budget="erk")
     shapes = {layer.name: layer.shape for layer in found.layers}
     least = floors(shapes, classifier=list(shapes)[-1])
     assert {layer.name: layer.nonzeros for layer in found.layers} == erk(shapes, 0.9, least)
 
 
-def test_without_pruning_it_is_the_dense_network(digits: ModelSource) -> None:
+def test_without_pruning_it_is_the_dense_network(digits) -> None:
     found = planned(digits)
     assert found.sparsity == 0
     assert found.file("auto", "float32").bytes == found.dense_bytes
@@ -69,7 +66,7 @@ def test_without_pruning_it_is_the_dense_network(digits: ModelSource) -> None:
 
 @pytest.mark.parametrize("align", [1, 8])
 @pytest.mark.parametrize("name", ["digits-conv", "cifar-resnet20"])
-def test_macs_of_removed_channels_are_those_of_the_network_that_is_built(name: str, align: int) -> None:
+def test_macs_of_removed_channels_are_those_of_the_network_that_is_built(name, align) -> None:
     drawn = blueprint(name, num_classes=None, input_size=None, real=True)
     found = planned(drawn, {"align": align}, granularity="channel", keep_ratio=0.5)
     coupling = channel_groups(drawn.network, drawn.input_size)
@@ -86,13 +83,13 @@ def test_macs_of_removed_channels_are_those_of_the_network_that_is_built(name: s
 
 
 @pytest.mark.parametrize("request_", [{"sparsity": 0.8}, {"sparsity": 0.8, "budget": "macs"}])
-def test_channels_stay_within_the_sparsity(digits: ModelSource, request_: dict[str, Any]) -> None:
+def test_channels_stay_within_the_sparsity(digits, request_) -> None:
     found = planned(digits, granularity="channel", **request_)
     left = found.macs_after / found.macs_before if "budget" in request_ else 1 - found.sparsity
     assert 0.1 < left <= 0.2 + 1e-9
 
 
-def test_without_compaction_channels_only_become_zeros(digits: ModelSource) -> None:
+def test_without_compaction_channels_only_become_zeros(digits) -> None:
     request = {"granularity": "channel", "keep_ratio": 0.5}
     whole, small = planned(digits, {"compact": False}, **request), planned(digits, **request)
     assert whole.macs_after == whole.macs_before
@@ -100,7 +97,7 @@ def test_without_compaction_channels_only_become_zeros(digits: ModelSource) -> N
     assert whole.file("auto", "float32").bytes > small.file("auto", "float32").bytes
 
 
-def test_a_pattern_leaves_what_it_does_not_divide_dense(digits: ModelSource) -> None:
+def test_a_pattern_leaves_what_it_does_not_divide_dense(digits) -> None:
     found = planned(digits, granularity="2:4")
     kept = {layer.name: layer.nonzeros / math.prod(layer.shape) for layer in found.layers}
     assert list(kept.values()) == [1, 0.5, 0.5, 0.5]
@@ -108,7 +105,7 @@ def test_a_pattern_leaves_what_it_does_not_divide_dense(digits: ModelSource) -> 
     assert found.speed == "2:4"
 
 
-def test_fewer_bytes_for_sparser_files_and_shorter_values(digits: ModelSource) -> None:
+def test_fewer_bytes_for_sparser_files_and_shorter_values(digits) -> None:
     sizes = [
         planned(digits, sparsity=each).file("auto", "float32").bytes for each in (0.5, 0.8, 0.9, 0.95, 0.99)
     ]
@@ -121,7 +118,7 @@ def test_fewer_bytes_for_sparser_files_and_shorter_values(digits: ModelSource) -
     )
 
 
-def test_budgets_are_held_against_the_file_that_the_export_asks_for(digits: ModelSource) -> None:
+def test_budgets_are_held_against_the_file_that_the_export_asks_for(digits) -> None:
     limits = {"max_bytes": 100_000, "max_macs": 1, "max_latency_ms": 2.5}
     found = planned(digits, limits, sparsity=0.9)
     answers = {check.what: (check.holds, check.found) for check in found.budgets}
@@ -144,20 +141,18 @@ def test_budgets_are_held_against_the_file_that_the_export_asks_for(digits: Mode
         ("microcontroller", {"granularity": "channel", "keep_ratio": 0.5}, "--max-bytes"),
     ],
 )
-def test_what_the_target_wants_and_the_plan_does_not_give_is_said(
-    digits: ModelSource, name: str, prune: dict[str, Any], words: str
-) -> None:
+def test_what_the_target_wants_and_the_plan_does_not_give_is_said(digits, name, prune, words) -> None:
     notes = planned(digits, {"target": name, "opset": 20}, **prune).notes
     assert any(words in note for note in notes), notes
 
 
-def test_int8_is_a_class_of_speed_of_its_own(digits: ModelSource) -> None:
+def test_int8_is_a_class_of_speed_of_its_own(digits) -> None:
     assert planned(digits, {"int8": True}, sparsity=0.9).speed == "int8"
     both = planned(digits, {"int8": True}, granularity="channel", keep_ratio=0.5)
     assert (both.speed, both.chosen.values, both.chosen.int8) == ("compact and int8", "int8", True)
 
 
-def test_a_sparsity_that_no_mask_has_is_refused_as_prune_does(digits: ModelSource) -> None:
+def test_a_sparsity_that_no_mask_has_is_refused_as_prune_does(digits) -> None:
     with pytest.raises(UsageError, match=r"the highest sparsity|need at least"):
         planned(digits, sparsity=0.99999, budget="uniform")
 
@@ -192,7 +187,7 @@ def test_small_ones_draw_the_same_weights_and_leave_the_random_state_alone() -> 
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_an_input_size_that_nobody_says_is_asked_for(tmp_path: Path) -> None:
+def test_an_input_size_that_nobody_says_is_asked_for(tmp_path) -> None:
     file = tmp_path / "own.py"
     file.write_text("import torch\ndef make(num_classes=3):\n    return torch.nn.Linear(4, num_classes)\n")
     with pytest.raises(UsageError, match="input size") as caught:

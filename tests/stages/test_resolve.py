@@ -1,7 +1,5 @@
 """Resolution of recipes: arguments, settings and what files state, validated once."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -32,7 +30,7 @@ def test_changes_are_made_where_they_are_given() -> None:
         ({"prune.sparsity": 0.9, "prune.method": None}, "harp"),
     ],
 )
-def test_changes_are_merged_before_the_recipe_is_validated(changes: dict[str, Any], method: str) -> None:
+def test_changes_are_merged_before_the_recipe_is_validated(changes, method) -> None:
     recipe = resolve.resolve({**START, "prune": None}, changes)
     assert recipe.prune is not None
     assert recipe.prune.method == method
@@ -52,14 +50,14 @@ def test_changes_are_merged_before_the_recipe_is_validated(changes: dict[str, An
         ({"name.x": 1}, "key-unknown"),
     ],
 )
-def test_what_does_not_fit_is_refused(changes: dict[str, Any], code: str) -> None:
+def test_what_does_not_fit_is_refused(changes, code) -> None:
     with pytest.raises(UsageError) as caught:
         resolve.resolve({**START}, changes)
     assert caught.value.code == code
 
 
 @pytest.mark.parametrize(("mean", "std"), [((0.5,), None), (None, (0.5,)), ((0.5,), (0.5, 0.5))])
-def test_mean_and_std_need_each_other(mean: Any, std: Any) -> None:
+def test_mean_and_std_need_each_other(mean, std) -> None:
     with pytest.raises(UsageError) as caught:
         resolve.normalization(mean, std)
     assert caught.value.code == "normalization-incomplete"

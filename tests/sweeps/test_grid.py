@@ -1,7 +1,5 @@
 """Combinations: all of them, each with a name of its own; the impossible ones named, slips refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -98,16 +96,12 @@ def test_a_sparsity_takes_the_place_of_a_ratio() -> None:
     [
         (Axes(), ["prune.sparcity=1"], "--set prune.sparcity=1: unknown key prune.sparcity"),
         (Axes(), ["data.name=nothing"], "--set data.name=nothing: data.name: must be one of"),
-        (
-            Axes(granularity=("5:4",)),
-            [],
-            "--granularity 5:4: prune.granularity: '5:4' must be",
-        ),
+        (Axes(granularity=("5:4",)), [], "--granularity 5:4: prune.granularity: '5:4' must be"),
         (Axes(), ["seed=-1"], "seed: must be a whole number"),
         (Axes(), ["seed=true"], "seed: must be a whole number"),
     ],
 )
-def test_a_slip_is_refused_before_any_work(axes: Axes, overrides: list[str], words: str) -> None:
+def test_a_slip_is_refused_before_any_work(axes, overrides, words) -> None:
     with pytest.raises(RecipeError) as caught:
         of_demo(axes, *overrides)
     assert words in caught.value.message
@@ -129,12 +123,7 @@ def test_a_recipe_that_does_not_prune_has_nothing_to_vary() -> None:
     seeds=st.integers(1, 2),
 )
 def test_names_are_folders_and_every_combination_runs_or_says_why_not(
-    sparsity: list[float],
-    method: list[str],
-    s2ap: list[bool],
-    granularity: list[str],
-    budget: list[str],
-    seeds: int,
+    sparsity, method, s2ap, granularity, budget, seeds
 ) -> None:
     document: Document = catalog.document("demo")
     before = repr(document.content)

@@ -1,7 +1,5 @@
 """The adversary of a stage: free adversarial training against a plain loop, and the others unchanged."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,7 +74,7 @@ def free(model: nn.Module, data, adversary: Adversary) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("threat", [LINF, L2], ids=str)
-def test_free_training_is_algorithm_1(threat: ThreatModel) -> None:
+def test_free_training_is_algorithm_1(threat) -> None:
     """Three batches, the last one smaller; weights and perturbation agree after every update of both."""
     data, ours, plain = batches(6, 6, 4), network(), network()
     expected = plain_free(plain, data, threat, replays=3)
@@ -87,7 +85,7 @@ def test_free_training_is_algorithm_1(threat: ThreatModel) -> None:
 
 
 @pytest.mark.parametrize("threat", [LINF, L2], ids=str)
-def test_the_perturbation_carries_over_and_stays_in_the_ball(threat: ThreatModel) -> None:
+def test_the_perturbation_carries_over_and_stays_in_the_ball(threat) -> None:
     model, adversary = network(), Adversary(Objective(threat, "free", replays=2))
     (first, second, small) = batches(6, 6, 3)
     free(model, [first], adversary)

@@ -1,7 +1,5 @@
 """AWP: its size, what it leaves alone, and that it goes back to the bit."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,9 +32,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     st.sampled_from([1e-4, 1.0, 1e3]),
     st.floats(0.1, 1.0),
 )
-def test_each_layer_moves_by_gamma_of_its_masked_norm(
-    seed: int, gamma: float, scale: float, density: float
-) -> None:
+def test_each_layer_moves_by_gamma_of_its_masked_norm(seed, gamma, scale, density) -> None:
     model = network(seed, scale)
     before = weights(model)
     masks = {name: torch.rand(before[name].shape) < density for name in ("0.weight", "4.weight")}

@@ -1,7 +1,5 @@
 """A batch in parts: every row once, weights that add up, noise and gradients as of the whole batch."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -56,7 +54,7 @@ def all_parts(n: int, size: int, accumulate: int) -> list[MicroBatch]:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(2, 40), st.integers(1, 7), st.integers(1, 9))
-def test_parts_hold_every_row_once_and_weigh_one_together(n: int, size: int, accumulate: int) -> None:
+def test_parts_hold_every_row_once_and_weigh_one_together(n, size, accumulate) -> None:
     parts = all_parts(n, size, accumulate)
     rows = [int(label) for part in parts if not part.is_padding for label in part.labels]
     assert sorted(rows) == list(range(n))
@@ -70,7 +68,7 @@ def test_parts_hold_every_row_once_and_weigh_one_together(n: int, size: int, acc
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(2, 20), st.integers(2, 5), st.sampled_from(["Linf", "L2"]))
-def test_noise_of_a_sample_is_the_same_in_any_part(n: int, of: int, norm: Any) -> None:
+def test_noise_of_a_sample_is_the_same_in_any_part(n, of, norm) -> None:
     threat = ThreatModel(norm=norm, eps="0.25")
     images = torch.full((n, 1, 3, 3), 0.5)
     whole = random_start(images, threat, generator(7))
@@ -98,7 +96,7 @@ def test_a_lone_part_gets_the_very_stream_and_loss() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(3, 30), st.integers(1, 4), st.integers(2, 12))
-def test_ranks_see_their_rows_of_the_batches_of_one_process(n: int, size: int, batch_size: int) -> None:
+def test_ranks_see_their_rows_of_the_batches_of_one_process(n, size, batch_size) -> None:
     split = numbered(n, padding=1)
     if min(batch_size, n) < size:
         with pytest.raises(UsageError, check=lambda error: error.code == "batch-smaller-than-ranks"):
@@ -125,7 +123,7 @@ def test_ranks_see_their_rows_of_the_batches_of_one_process(n: int, size: int, b
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(2, 24), st.integers(1, 6))
-def test_accumulated_gradients_are_those_of_the_whole_batch(n: int, accumulate: int) -> None:
+def test_accumulated_gradients_are_those_of_the_whole_batch(n, accumulate) -> None:
     torch.manual_seed(n)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     images, labels = torch.randn(n, 1, 2, 2).double(), torch.randint(0, 3, (n,))
@@ -145,13 +143,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(n: int, accumulate: 
         torch.testing.assert_close(pieces.gradients[name], expected)
 
 
-def test_the_mean_loss_is_that_of_all_ranks(on_ranks: OnRanks) -> None:
+def test_the_mean_loss_is_that_of_all_ranks(on_ranks) -> None:
     found = on_ranks(2, lambda ranks: mean_loss([torch.tensor(1.0 + ranks.rank), torch.tensor(3.0)], ranks))
     assert found == [4.5, 4.5]
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_accuracy_by_shards_is_accuracy(on_ranks: OnRanks, stripes: Any, size: int) -> None:
+def test_accuracy_by_shards_is_accuracy(on_ranks, stripes, size) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     options: dict[str, Any] = {"threat": ThreatModel(eps="0.1"), "steps": 3, "seed": 5, "batch_size": 20}

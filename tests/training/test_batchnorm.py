@@ -1,7 +1,5 @@
 """BatchNorm statistics stay still when asked to, and are averaged anew when asked to."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -87,9 +85,7 @@ def step(model: nn.Module, inputs: torch.Tensor, weight: float, ranks: Ranks) ->
 @pytest.mark.parametrize("dims", [1, 2])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(("n", "size"), [(8, 2), (7, 2), (7, 3), (3, 4)])
-def test_statistics_over_ranks_are_those_of_the_whole_batch(
-    on_ranks: OnRanks, dims: int, affine: bool, n: int, size: int
-) -> None:
+def test_statistics_over_ranks_are_those_of_the_whole_batch(on_ranks, dims, affine, n, size) -> None:
     """Outputs, gradients and running statistics, also where ranks have unequal rows or only stand in."""
     noise = torch.Generator().manual_seed(n)
     inputs = torch.randn(n, *((2, 5, 5) if dims == 2 else (5,)), generator=noise) + 3
@@ -113,7 +109,7 @@ def test_statistics_over_ranks_are_those_of_the_whole_batch(
         torch.testing.assert_close(found[3], buffers, **close)
 
 
-def test_one_layer_in_float32_differs_by_rounding_alone(on_ranks: OnRanks) -> None:
+def test_one_layer_in_float32_differs_by_rounding_alone(on_ranks) -> None:
     inputs = torch.randn(12, 3, 6, 6, generator=torch.Generator().manual_seed(3)) * 2 + 1
     model = nn.Sequential(nn.BatchNorm2d(3))
     copies = [copy.deepcopy(model) for _ in range(2)]
@@ -127,7 +123,7 @@ def test_one_layer_in_float32_differs_by_rounding_alone(on_ranks: OnRanks) -> No
             assert float((one - other).norm()) <= 1e-6 * float(other.norm())
 
 
-def test_statistics_agree_to_float32s_last_digits(on_ranks: OnRanks) -> None:
+def test_statistics_agree_to_float32s_last_digits(on_ranks) -> None:
     """Within 1e-6 relative of one process in float64, where a sum of squares would have canceled."""
     values = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 0.1 + 50
     exact = values.double()
@@ -138,7 +134,7 @@ def test_statistics_agree_to_float32s_last_digits(on_ranks: OnRanks) -> None:
         torch.testing.assert_close(found[1].double(), variance, rtol=1e-4, atol=0)
 
 
-def test_gradients_of_the_shared_pass_are_its_derivative(on_ranks: OnRanks) -> None:
+def test_gradients_of_the_shared_pass_are_its_derivative(on_ranks) -> None:
     """Finite differences in float64: moving one rank's input changes every rank's output."""
     inputs = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
@@ -166,7 +162,7 @@ def test_gradients_of_the_shared_pass_are_its_derivative(on_ranks: OnRanks) -> N
         assert slope == pytest.approx(float(gradient[index]), rel=1e-5, abs=1e-6)
 
 
-def test_alone_and_afterwards_layers_are_torchs_own(on_ranks: OnRanks) -> None:
+def test_alone_and_afterwards_layers_are_torchs_own(on_ranks) -> None:
     model = deep(2)
     with shared_statistics(model, SINGLE_PROCESS):
         assert type(model[1]) is nn.BatchNorm2d
@@ -184,7 +180,7 @@ def test_alone_and_afterwards_layers_are_torchs_own(on_ranks: OnRanks) -> None:
     assert on_ranks(2, work) == [True, True]
 
 
-def test_one_value_per_channel_in_all_has_no_variance(on_ranks: OnRanks) -> None:
+def test_one_value_per_channel_in_all_has_no_variance(on_ranks) -> None:
     def work(ranks: Ranks) -> None:
         ranks.present = ranks.first
         layer = nn.BatchNorm1d(2).train()

@@ -1,7 +1,5 @@
 """Distillation against its formula; the teacher is a frozen bystander."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -35,7 +33,7 @@ def softened(model: nn.Module, images: torch.Tensor, temperature: float) -> torc
 
 @pytest.mark.parametrize("loss", ["at", "trades", "mart"])
 @pytest.mark.parametrize(("weight", "temperature"), [(0.3, 1.0), (0.8, 4.0), (1.0, 2.0)])
-def test_it_is_its_formula(loss, weight: float, temperature: float) -> None:
+def test_it_is_its_formula(loss, weight, temperature) -> None:
     student, dense = network(0).eval(), network(1).eval()
     objective = Objective(THREAT, loss)
     images, moved, labels = batch()
@@ -110,7 +108,7 @@ def test_sure_answers_send_back_finite_gradients() -> None:
     [("weight", value) for value in (-0.1, 1.1, math.nan)]
     + [("temperature", value) for value in (0.0, -1.0, math.inf, math.nan)],
 )
-def test_settings_outside_their_range_are_refused(name: str, value: float) -> None:
+def test_settings_outside_their_range_are_refused(name, value) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == f"distillation-{name}-invalid"):
         Teacher(network(0), **{"weight": 0.5, name: value})
 

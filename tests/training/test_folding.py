@@ -1,7 +1,5 @@
 """BatchNorm folded away during attacks: the same function, only where it is safe, and nothing left behind."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -58,7 +56,7 @@ def used(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["cifar-resnet20", "cifar-resnet18"])
-def test_every_norm_of_a_resnet_is_folded_and_comes_back(name: str) -> None:
+def test_every_norm_of_a_resnet_is_folded_and_comes_back(name) -> None:
     model = used(registry.build(name, 10))
     images = torch.rand(2, 3, 32, 32)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -98,7 +96,7 @@ def test_gradients_at_the_image_agree() -> None:
         ("weight read", 1),
     ],
 )
-def test_what_is_used_twice_stays(spoil: str, count: int) -> None:
+def test_what_is_used_twice_stays(spoil, count) -> None:
     model = used(Branched(spoil))
     assert len(pairs(model, IMAGES)) == count
     expected = model(IMAGES)
@@ -107,7 +105,7 @@ def test_what_is_used_twice_stays(spoil: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("change", ["hook", "shared", "untracked", "training", "parametrized"])
-def test_a_layer_that_cannot_be_folded_stays(change: str) -> None:
+def test_a_layer_that_cannot_be_folded_stays(change) -> None:
     model = Branched()
     used(model)
     if change == "hook":
@@ -155,7 +153,7 @@ def test_a_replaced_layer_is_looked_for_again() -> None:
         torch.testing.assert_close(model(IMAGES), expected)
 
 
-def test_what_is_compiled_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compiled_is_left_alone(monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function: function)
     model = used(Branched())
     for precision in (Precision(compiled=True), Precision(compiled=True, bf16=True)):
@@ -180,9 +178,7 @@ def test_a_network_without_pairs_is_not_run() -> None:
 
 
 @pytest.mark.parametrize("name", ["cifar-resnet20", "cifar-resnet18"])
-def test_in_bf16_weights_are_rounded_once_and_to_the_same_bits(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_bf16_weights_are_rounded_once_and_to_the_same_bits(name, monkeypatch) -> None:
     """Autocast would round them in every pass."""
     model = used(registry.build(name, 10))
 

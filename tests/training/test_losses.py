@@ -1,7 +1,5 @@
 """The robust losses against plain formulas in double precision."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -36,7 +34,7 @@ def plain_mart(clean: torch.Tensor, moved: torch.Tensor, labels: torch.Tensor, b
 @given(
     st.integers(0, 2**16), st.integers(2, 6), st.sampled_from([0.0, 0.5, 3.0]), st.sampled_from([0.0, 5.0])
 )
-def test_mart_is_its_formula(seed: int, classes: int, scale: float, beta: float) -> None:
+def test_mart_is_its_formula(seed, classes, scale, beta) -> None:
     clean, moved, labels = logits(seed, classes, scale)
     expected = plain_mart(clean, moved, labels, beta)
     assert float(mart(clean, moved, labels, beta)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
@@ -64,7 +62,7 @@ def test_mart_learns_from_both_sides_of_the_divergence() -> None:
 
 @pytest.mark.parametrize("loss", [trades, mart])
 @pytest.mark.parametrize("height", [50.0, 200.0, 1e4])
-def test_probabilities_that_underflow_leave_loss_and_gradients_finite(loss, height: float) -> None:
+def test_probabilities_that_underflow_leave_loss_and_gradients_finite(loss, height) -> None:
     clean = torch.tensor([[height, 0.0, 0.0], [0.0, height, -height]], requires_grad=True)
     moved = torch.tensor([[0.0, height, 0.0], [0.0, 1.0, 2.0]], requires_grad=True)
     value = loss(clean, moved, torch.tensor([0, 1]), 5.0)
@@ -86,7 +84,7 @@ def test_the_floor_under_trades_changes_no_bit_where_nothing_underflows() -> Non
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**16), st.sampled_from([0.1, 2.0]))
-def test_identical_logits_pay_only_for_being_wrong(seed: int, scale: float) -> None:
+def test_identical_logits_pay_only_for_being_wrong(seed, scale) -> None:
     clean, _, labels = logits(seed, 4, scale)
     assert float(trades(clean, clean, labels, 6.0)) == pytest.approx(
         float(F.cross_entropy(clean, labels)), rel=1e-4, abs=1e-5

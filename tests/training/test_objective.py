@@ -1,7 +1,5 @@
 """The robust losses against their formulas."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,7 +90,7 @@ def test_fast_is_one_step_of_ascent_from_a_uniform_start(norm) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("threat", [THREAT, L2], ids=str)
-def test_every_attack_stays_inside_and_leaves_the_network_alone(loss, threat: ThreatModel) -> None:
+def test_every_attack_stays_inside_and_leaves_the_network_alone(loss, threat) -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images, labels = batch()
@@ -114,7 +112,7 @@ def test_every_attack_stays_inside_and_leaves_the_network_alone(loss, threat: Th
         ("free", {"replays": 0}, "replays-too-few"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(loss, options: dict[str, int], code: str) -> None:
+def test_settings_that_mean_nothing_are_refused(loss, options, code) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == code):
         Objective(THREAT, loss, **options)
 

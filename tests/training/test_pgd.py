@@ -1,7 +1,5 @@
 """PGD stays inside the threat model, raises the loss, and leaves the network as it was."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest
@@ -34,9 +32,7 @@ def distance(moved: torch.Tensor, center: torch.Tensor, threat: ThreatModel) -> 
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**16), st.sampled_from([LINF, L2]), st.sampled_from([0.01, 1.0, 50.0]))
-def test_projection_lands_inside_and_leaves_inner_points(
-    seed: int, threat: ThreatModel, scale: float
-) -> None:
+def test_projection_lands_inside_and_leaves_inner_points(seed, threat, scale) -> None:
     noise = torch.Generator().manual_seed(seed)
     center = torch.rand(3, 2, 4, 4, generator=noise)
     moved = center + scale * torch.randn(center.shape, generator=noise)
@@ -49,9 +45,7 @@ def test_projection_lands_inside_and_leaves_inner_points(
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**16), st.sampled_from([LINF, L2]), st.sampled_from([0.001, 1.0, 50.0]))
-def test_a_confined_perturbation_is_in_the_ball_of_every_image(
-    seed: int, threat: ThreatModel, scale: float
-) -> None:
+def test_a_confined_perturbation_is_in_the_ball_of_every_image(seed, threat, scale) -> None:
     noise = torch.Generator().manual_seed(seed)
     images = torch.rand(3, 2, 4, 4, generator=noise)
     moved = scale * torch.randn(images.shape, generator=noise)
@@ -63,7 +57,7 @@ def test_a_confined_perturbation_is_in_the_ball_of_every_image(
 
 
 @pytest.mark.parametrize("threat", [LINF, L2], ids=str)
-def test_random_starts_fill_the_ball(threat: ThreatModel) -> None:
+def test_random_starts_fill_the_ball(threat) -> None:
     images = torch.full((200, 1, 4, 4), 0.5)
     lengths = distance(random_start(images, threat, generator(0)), images, threat)
     assert float(lengths.max()) <= threat.radius + 1e-6
@@ -71,7 +65,7 @@ def test_random_starts_fill_the_ball(threat: ThreatModel) -> None:
 
 
 @pytest.mark.parametrize("threat", [LINF, L2], ids=str)
-def test_pgd_raises_the_loss_within_the_ball_and_changes_nothing_else(threat: ThreatModel) -> None:
+def test_pgd_raises_the_loss_within_the_ball_and_changes_nothing_else(threat) -> None:
     model = network().train()
     model[0].weight.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -123,9 +117,7 @@ def test_the_attackers_view_is_undone_after_an_error() -> None:
 
 
 @pytest.mark.parametrize(("channels", "stride", "padding"), [(1, 2, 1), (3, 1, 0), (4, 3, 2)])
-def test_the_layer_that_reads_the_image_has_the_same_gradient(
-    channels: int, stride: int, padding: int
-) -> None:
+def test_the_layer_that_reads_the_image_has_the_same_gradient(channels, stride, padding) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(channels, 5, 4, stride=stride, padding=padding).double()
     images = torch.rand(3, channels, 11, 9, dtype=torch.float64, requires_grad=True)

@@ -1,7 +1,5 @@
 """Adversarial training: it learns, it keeps its mask, it resumes to the same bits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -70,7 +68,7 @@ Run = Callable[..., TrainingResult]
 
 
 @pytest.fixture
-def run(stripes: Callable[[int], MemorySplit]) -> Run:
+def run(stripes) -> Run:
     return partial(run_training, stripes)
 
 
@@ -80,9 +78,7 @@ def equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("threat", [THREAT, L2], ids=str)
 @pytest.mark.parametrize("loss", ["at", "trades", "mart", "fast", "free"])
-def test_it_learns_to_be_robust(
-    run: Run, stripes: Callable[[int], MemorySplit], loss: Any, threat: ThreatModel
-) -> None:
+def test_it_learns_to_be_robust(run, stripes, loss, threat) -> None:
     model = network()
     accuracy = {"threat": threat, "steps": 10, "seed": 0, "device": torch.device("cpu")}
     before = pgd_accuracy(model.eval(), stripes(90), **accuracy)
@@ -92,7 +88,7 @@ def test_it_learns_to_be_robust(
     assert after.clean_accuracy >= after.robust_accuracy
 
 
-def test_pruned_weights_never_leave_zero(run: Run) -> None:
+def test_pruned_weights_never_leave_zero(run) -> None:
     model = network()
     mask = torch.zeros_like(model[4].weight, dtype=torch.bool)
     mask[:, ::7] = True
@@ -103,7 +99,7 @@ def test_pruned_weights_never_leave_zero(run: Run) -> None:
 
 
 @pytest.mark.parametrize("lives", [1, 3, 4])
-def test_interrupted_training_resumes_to_the_same_bits(run: Run, memory_snapshots: Any, lives: int) -> None:
+def test_interrupted_training_resumes_to_the_same_bits(run, memory_snapshots, lives) -> None:
     straight, resumed = network(), network()
     whole = run(straight)
     snapshots = memory_snapshots(lives)
@@ -115,7 +111,7 @@ def test_interrupted_training_resumes_to_the_same_bits(run: Run, memory_snapshot
     assert [row.loss for row in again.history] == [row.loss for row in whole.history]
 
 
-def test_layers_that_draw_for_themselves_do_it_by_the_seed(run: Run, memory_snapshots: Any) -> None:
+def test_layers_that_draw_for_themselves_do_it_by_the_seed(run, memory_snapshots) -> None:
     def dropping() -> nn.Sequential:
         return nn.Sequential(*network()[:4], nn.Dropout(0.5), network()[4])
 
@@ -137,9 +133,7 @@ def test_layers_that_draw_for_themselves_do_it_by_the_seed(run: Run, memory_snap
 
 @pytest.mark.parametrize("lives", [1, 3])
 @pytest.mark.parametrize("threat", [THREAT, L2], ids=str)
-def test_every_extra_resumes_to_the_same_bits(
-    run: Run, memory_snapshots: Any, threat: ThreatModel, lives: int
-) -> None:
+def test_every_extra_resumes_to_the_same_bits(run, memory_snapshots, threat, lives) -> None:
     """Free training's perturbation outlives an epoch, so it must outlive a kill; AWP and a mask on top."""
     extras = {
         "objective": Objective(threat, "free", replays=2),
@@ -159,7 +153,7 @@ def test_every_extra_resumes_to_the_same_bits(
     assert [row.loss for row in again.history] == [row.loss for row in whole.history]
 
 
-def test_free_training_forgets_nothing_between_epochs(run: Run, memory_snapshots: Any) -> None:
+def test_free_training_forgets_nothing_between_epochs(run, memory_snapshots) -> None:
     """Without the perturbation in the snapshot, the second epoch would be another one."""
     objective = Objective(THREAT, "free", replays=2)
     whole = run(network(), objective=objective)
@@ -171,7 +165,7 @@ def test_free_training_forgets_nothing_between_epochs(run: Run, memory_snapshots
     assert again.history[1].loss != whole.history[1].loss
 
 
-def test_a_replay_is_an_update_but_no_step_of_the_progress(run: Run) -> None:
+def test_a_replay_is_an_update_but_no_step_of_the_progress(run) -> None:
     class Counting(Silent):
         steps = 0
 
@@ -195,9 +189,7 @@ def test_a_replay_is_an_update_but_no_step_of_the_progress(run: Run) -> None:
 
 
 @pytest.mark.parametrize("threat", [THREAT, L2], ids=str)
-def test_one_step_of_awp_is_its_formula(
-    run: Run, stripes: Callable[[int], MemorySplit], threat: ThreatModel
-) -> None:
+def test_one_step_of_awp_is_its_formula(run, stripes, threat) -> None:
     """Wu et al. (2020) on masked weights, with momentum and weight decay at w, not at w + v."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
     mask = torch.arange(512).view(8, 64) % 2 == 0
@@ -234,7 +226,7 @@ def test_one_step_of_awp_is_its_formula(
         torch.testing.assert_close(parameter.detach(), wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_awp_leaves_no_trace_but_its_gradient(run: Run) -> None:
+def test_awp_leaves_no_trace_but_its_gradient(run) -> None:
     """At a rate too small to move any weight, runs with and without AWP agree in every bit of the state."""
     tiny = {"learning_rate": 1e-50, "epochs": 2}
     with_awp, without, unmoved = network(), network(), network()
@@ -246,7 +238,7 @@ def test_awp_leaves_no_trace_but_its_gradient(run: Run) -> None:
     assert not equal(with_awp.state_dict(), unmoved.state_dict()), "the statistics did move"
 
 
-def test_awp_waits_for_its_warm_up_and_is_off_at_gamma_0(run: Run) -> None:
+def test_awp_waits_for_its_warm_up_and_is_off_at_gamma_0(run) -> None:
     plain, off, late = network(), network(), network()
     history = [row.loss for row in run(plain).history]
     assert [row.loss for row in run(off, awp_gamma=0.0, awp_warmup_epochs=9).history] == history
@@ -256,7 +248,7 @@ def test_awp_waits_for_its_warm_up_and_is_off_at_gamma_0(run: Run) -> None:
     assert changed[2:] != history[2:]
 
 
-def test_pruned_weights_rest_under_awp_and_momentum(run: Run) -> None:
+def test_pruned_weights_rest_under_awp_and_momentum(run) -> None:
     model = network()
     mask = torch.zeros_like(model[4].weight, dtype=torch.bool)
     mask[:, ::7] = True
@@ -264,7 +256,7 @@ def test_pruned_weights_rest_under_awp_and_momentum(run: Run) -> None:
     assert bool((model[4].weight[~mask] == 0).all())
 
 
-def test_a_student_comes_closer_to_its_teacher(run: Run, stripes: Callable[[int], MemorySplit]) -> None:
+def test_a_student_comes_closer_to_its_teacher(run, stripes) -> None:
     dense = network()
     run(dense)
     images, _ = stripes(90).tensors()
@@ -281,7 +273,7 @@ def test_a_student_comes_closer_to_its_teacher(run: Run, stripes: Callable[[int]
 
 
 @pytest.mark.parametrize("loss", ["at", "mart", "free"])
-def test_a_teacher_without_a_say_changes_no_bit(run: Run, loss: Any) -> None:
+def test_a_teacher_without_a_say_changes_no_bit(run, loss) -> None:
     objective = Objective(THREAT, loss, replays=2)
     alone, taught = network(), network()
     run(alone, objective=objective, epochs=2)
@@ -289,7 +281,7 @@ def test_a_teacher_without_a_say_changes_no_bit(run: Run, loss: Any) -> None:
     assert equal(alone.state_dict(), taught.state_dict())
 
 
-def test_the_most_robust_epoch_is_the_one_that_stays(run: Run, memory_snapshots: Any) -> None:
+def test_the_most_robust_epoch_is_the_one_that_stays(run, memory_snapshots) -> None:
     model, snapshots = network(), memory_snapshots(-1)
     result = run(model, snapshots=snapshots)
     best = max(row.robust_accuracy for row in result.history)
@@ -302,7 +294,7 @@ def test_the_most_robust_epoch_is_the_one_that_stays(run: Run, memory_snapshots:
     assert equal(kept, model.state_dict())
 
 
-def test_a_loss_that_leaves_the_real_numbers_is_an_error(run: Run) -> None:
+def test_a_loss_that_leaves_the_real_numbers_is_an_error(run) -> None:
     with pytest.raises(InputError, check=lambda error: error.code == "loss-not-finite"):
         run(network(), learning_rate=1e30)
 
@@ -338,7 +330,7 @@ def test_a_row_survives_json_without_the_figures_that_do_not_apply() -> None:
     assert Epoch(**row.figures()) == row
 
 
-def test_the_validation_sample_is_bounded_and_always_the_same(stripes: Callable[[int], MemorySplit]) -> None:
+def test_the_validation_sample_is_bounded_and_always_the_same(stripes) -> None:
     split = stripes(1200)
     sample = validation_sample(split, seed=5)
     assert len(sample) == VALIDATION_IMAGES

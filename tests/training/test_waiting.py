@@ -1,7 +1,5 @@
 """No step of a search or a fine-tuning waits for its device: what the host reads, it reads between epochs."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -26,7 +24,7 @@ def counted() -> Any:
     return json.loads(done.stdout)
 
 
-def test_what_waits_is_counted(counted: Any) -> None:
+def test_what_waits_is_counted(counted) -> None:
     found = counted["controls"]
     assert found.pop("nothing") == []
     assert len(found) == 8
@@ -34,7 +32,7 @@ def test_what_waits_is_counted(counted: Any) -> None:
 
 
 @pytest.mark.parametrize("stage", ["search", "finetune"])
-def test_no_step_waits_for_its_device(counted: Any, stage: str) -> None:
+def test_no_step_waits_for_its_device(counted, stage) -> None:
     """Every loss and allocation, S2AP and AWP off and on, alone and on two ranks, with its batch."""
     found = counted[stage]
     assert {name.split(",")[0] for name in found} == {"at", "trades", "mart", "fast", "free"}

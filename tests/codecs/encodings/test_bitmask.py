@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +7,7 @@ from s2ap_deploy.codecs.encodings import bitmask
 
 
 @given(st.integers(1, 300), st.integers(0, 2**32), st.floats(0, 1))
-def test_each_entry_has_its_bit(universe: int, seed: int, density: float) -> None:
+def test_each_entry_has_its_bit(universe, seed, density) -> None:
     positions = np.flatnonzero(np.random.default_rng(seed).random(universe) < density)
     packed = bitmask.pack(positions, universe)
     assert packed.size == -(-universe // 8)
@@ -21,6 +19,6 @@ def test_the_least_significant_bit_comes_first() -> None:
 
 
 @pytest.mark.parametrize("positions", [[-1], [12]])
-def test_positions_are_within_the_universe(positions: list[int]) -> None:
+def test_positions_are_within_the_universe(positions) -> None:
     with pytest.raises(ValueError, match=r"in \[0, universe\)"):
         bitmask.pack(np.array(positions), 12)

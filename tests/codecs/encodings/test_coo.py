@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import onnx
 import pytest
@@ -21,7 +19,7 @@ def made(values: object, indices: object, dims: list[int], dtype: type = np.floa
 
 @given(st.sampled_from([(7,), (4, 5), (3, 2, 3, 3)]), st.integers(0, 2**32), st.sampled_from([0.0, 0.3, 1.0]))
 @settings(deadline=None)
-def test_there_and_back(shape: tuple[int, ...], seed: int, density: float) -> None:
+def test_there_and_back(shape, seed, density) -> None:
     generator = np.random.default_rng(seed)
     dense = generator.standard_normal(shape).astype(np.float32) * (generator.random(shape) < density)
     sparse = coo.sparse_tensor("weight", dense)
@@ -57,7 +55,7 @@ def test_coordinates_are_read_as_well() -> None:
         (made([1.0], [1], [-2, -3]), "cannot be read"),
     ],
 )
-def test_contradictions_are_refused(sparse: SparseTensorProto, words: str) -> None:
+def test_contradictions_are_refused(sparse, words) -> None:
     with pytest.raises(VerificationError, match=words):
         coo.dense_tensor(sparse)
 

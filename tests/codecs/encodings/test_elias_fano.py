@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,7 +31,7 @@ def bytes_by_hand(bits: list[int]) -> list[int]:
 
 @given(position_sets())
 @settings(deadline=None, max_examples=60)
-def test_layout_is_the_documented_one(case: tuple[np.ndarray, int]) -> None:
+def test_layout_is_the_documented_one(case) -> None:
     positions, universe = case
     code = elias_fano.encode(positions, universe)
     if not len(positions):
@@ -46,7 +44,7 @@ def test_layout_is_the_documented_one(case: tuple[np.ndarray, int]) -> None:
 
 @given(position_sets())
 @settings(deadline=None, max_examples=100)
-def test_size_stays_within_the_bound(case: tuple[np.ndarray, int]) -> None:
+def test_size_stays_within_the_bound(case) -> None:
     positions, universe = case
     code = elias_fano.encode(positions, universe)
     # Two arrays are each filled up to whole bytes.
@@ -55,7 +53,7 @@ def test_size_stays_within_the_bound(case: tuple[np.ndarray, int]) -> None:
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
 @settings(deadline=None, max_examples=100)
-def test_low_bits_minimize_the_bound(count: int, universe: int) -> None:
+def test_low_bits_minimize_the_bound(count, universe) -> None:
     def bound(bits: int) -> int:
         return bits * count + count + (universe >> bits) + 1
 
@@ -69,7 +67,7 @@ def test_one_position_in_a_huge_tensor_keeps_the_low_part_exact_in_float32() -> 
 
 
 @pytest.mark.parametrize("density", [0.5, 0.1, 0.05, 0.01])
-def test_cost_is_close_to_the_entropy(density: float) -> None:
+def test_cost_is_close_to_the_entropy(density) -> None:
     universe = 200_000
     positions = np.flatnonzero(np.random.default_rng(0).random(universe) < density)
     code = elias_fano.encode(positions, universe)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -32,7 +30,7 @@ def steps_by_hand(positions: list[int]) -> list[int]:
 
 @given(position_sets())
 @settings(deadline=None, max_examples=150)
-def test_steps_are_the_documented_ones(case: tuple[np.ndarray, int]) -> None:
+def test_steps_are_the_documented_ones(case) -> None:
     positions, universe = case
     code = gaps.encode(positions, universe)
     assert np.cumsum(code.steps, dtype=np.int64)[code.real].tolist() == positions.tolist()
@@ -41,7 +39,7 @@ def test_steps_are_the_documented_ones(case: tuple[np.ndarray, int]) -> None:
 
 @given(position_sets())
 @settings(deadline=None, max_examples=100)
-def test_escapes_are_zeros_where_zeros_belong(case: tuple[np.ndarray, int]) -> None:
+def test_escapes_are_zeros_where_zeros_belong(case) -> None:
     positions, universe = case
     code = gaps.encode(positions, universe)
     values = np.arange(1, positions.size + 1, dtype=np.int8)
@@ -65,13 +63,13 @@ def test_escapes_are_zeros_where_zeros_belong(case: tuple[np.ndarray, int]) -> N
         ([], []),
     ],
 )
-def test_edges(positions: list[int], steps: list[int]) -> None:
+def test_edges(positions, steps) -> None:
     assert gaps.encode(np.array(positions, np.int64), 1000).steps.tolist() == steps
 
 
 @given(st.integers(1, 300), st.integers(1000, 60_000), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
-def test_gaps_are_expected_to_need_as_many_escapes_as_they_do(count: int, entries: int, seed: int) -> None:
+def test_gaps_are_expected_to_need_as_many_escapes_as_they_do(count, entries, seed) -> None:
     generator = np.random.default_rng(seed)
     trials = [
         gaps.encode(np.sort(generator.choice(entries, count, replace=False)), entries).steps.size - count

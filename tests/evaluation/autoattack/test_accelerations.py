@@ -1,7 +1,5 @@
 """Each attack with its own inner loop against the reference's: same draws, same path, same verdicts."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -86,7 +84,7 @@ def both(
 
 
 @pytest.fixture(scope="module")
-def victims(robust_network: nn.Sequential, digits: tuple[Tensor, Tensor]) -> tuple[nn.Module, Tensor, Tensor]:
+def victims(robust_network, digits) -> tuple[nn.Module, Tensor, Tensor]:
     """A robust network, and images that it classifies correctly."""
     network = robust_network.requires_grad_(False)
     images, labels = (values[1200 : 1200 + 2 * N] for values in digits)
@@ -100,9 +98,7 @@ def victims(robust_network: nn.Sequential, digits: tuple[Tensor, Tensor]) -> tup
      ("apgd-t", "L2", 25), ("apgd-t", "L1", 20), ("fab-t", "Linf", 20), ("fab-t", "L2", 20),
      ("square", "Linf", 600), ("apgd-dlr", "Linf", 10), ("fab", "Linf", 4), ("fab", "L1", 4)],
 )  # fmt: skip
-def test_the_same_points_break_at_the_same_place(
-    victims: tuple[nn.Module, Tensor, Tensor], name: str, norm: str, iterations: int
-) -> None:
+def test_the_same_points_break_at_the_same_place(victims, name, norm, iterations) -> None:
     (theirs, reference_saw), (ours, we_saw) = both(name, *victims, norm, iterations)
     assert 0 < int(theirs.sum()) < N, "the test needs breaks and survivors"
     assert torch.equal(ours, theirs)
@@ -113,13 +109,13 @@ def test_the_same_points_break_at_the_same_place(
             assert apart < 1e-3, f"point {index} left the reference's path"
 
 
-def test_square_in_l2_is_the_reference(victims: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_square_in_l2_is_the_reference(victims) -> None:
     (theirs, reference_saw), (ours, we_saw) = both("square", *victims, "L2", 60)
     assert torch.equal(ours, theirs)
     assert we_saw.images == reference_saw.images
 
 
-def test_square_asks_nothing_twice(victims: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_square_asks_nothing_twice(victims) -> None:
     """On small images most proposals return: from query 1,000 on, a square is a single pixel."""
     network, images, labels = victims
     (_, reference_saw), (_, we_saw) = both("square", network, images[:3], labels[:3], "Linf", 2500)
@@ -153,9 +149,7 @@ def test_proposals_are_the_draws_of_the_reference() -> None:
     st.integers(0, 10**6),
     st.booleans(),
 )
-def test_the_projection_is_the_reference_without_sorting(
-    norm: str, size: int, offset: float, seed: int, corners: bool
-) -> None:
+def test_the_projection_is_the_reference_without_sorting(norm, size, offset, seed, corners) -> None:
     noise = torch.Generator().manual_seed(seed)
     points = torch.rand(3, 2, size, generator=noise)
     if corners:  # values at the ends of the box have no room on one side

@@ -1,14 +1,12 @@
 """The file is the judge: gradients are the twin's, every answer is the file's."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from s2ap_deploy.errors import CheckpointError
 from s2ap_deploy.evaluation.autoattack import cascade
@@ -36,7 +34,7 @@ class LogitsFn:
         return found
 
 
-def test_the_files_word_counts(robust_network: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+def test_the_files_word_counts(robust_network, digits) -> None:
     images, labels = digits[0][:20], digits[1][:20]
     judge = OnnxModel(robust_network, LogitsFn(robust_network, shift=1e4), CPU)
     assert (judge.logits(images, 7).argmax(1) == 0).all()
@@ -46,7 +44,7 @@ def test_the_files_word_counts(robust_network: nn.Module, digits: tuple[Tensor, 
     assert torch.equal(judge(images), robust_network(images))  # attacks follow the twin
 
 
-def test_square_asks_the_file_only(robust_network: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+def test_square_asks_the_file_only(robust_network, digits) -> None:
     answers = LogitsFn(robust_network)
     judge = OnnxModel(robust_network, answers, CPU)
     assert torch.equal(judge.black_box(digits[0][:3]), robust_network(digits[0][:3]))
@@ -55,14 +53,14 @@ def test_square_asks_the_file_only(robust_network: nn.Module, digits: tuple[Tens
     assert answers.asked == 3
 
 
-def test_a_file_that_says_nan(robust_network: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+def test_a_file_that_says_nan(robust_network, digits) -> None:
     judge = OnnxModel(robust_network, LogitsFn(robust_network, shift=np.nan), CPU)
     with pytest.raises(CheckpointError, check=lambda error: error.code == "logits-not-finite"):
         judge.logits(digits[0][:3], 3)
 
 
 @pytest.mark.usefixtures("short")
-def test_cascade_with_the_files_answers(robust_network: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+def test_cascade_with_the_files_answers(robust_network, digits) -> None:
     images, labels = digits[0][1200:1216], digits[1][1200:1216]
     config = AttackConfig(threat=ThreatModel(eps="0.2"), seed=0, device=CPU)
     plain = cascade.attack(robust_network, images, labels, config, workers=1)

@@ -1,7 +1,5 @@
 """The attacks carry the parameters of AutoAttack's own standard version."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -26,7 +24,7 @@ def build(name: str, model: nn.Module, norm: str = "Linf", num_classes: int = 10
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
-def test_parameters_equal_those_of_the_reference(norm: str) -> None:
+def test_parameters_equal_those_of_the_reference(norm) -> None:
     model = nn.Flatten()
     reference = AutoAttack(model, norm=norm, eps=8 / 255, seed=3, version="standard")
     pairs = {
@@ -54,7 +52,7 @@ def test_parameters_equal_those_of_the_reference(norm: str) -> None:
     ("num_classes", "second", "count"),
     [(2, "apgd-margin", 1), (3, "apgd-margin", 2), (4, "apgd-t", 3), (10, "apgd-t", 9), (100, "apgd-t", 9)],
 )
-def test_few_classes(num_classes: int, second: str, count: int) -> None:
+def test_few_classes(num_classes, second, count) -> None:
     assert build(second, nn.Flatten(), num_classes=num_classes).n_target_classes == count
     assert build("fab-t", nn.Flatten(), num_classes=num_classes).n_target_classes == count
 
@@ -69,7 +67,7 @@ def test_l1_tries_five_targets_with_apgd_and_nine_with_fab() -> None:
 
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 @pytest.mark.parametrize("num_classes", [2, 3])
-def test_the_margin_attack_breaks_a_linear_model_that_can_be_broken(norm: str, num_classes: int) -> None:
+def test_the_margin_attack_breaks_a_linear_model_that_can_be_broken(norm, num_classes) -> None:
     torch.manual_seed(0)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(36, num_classes))
     images = torch.rand(12, 1, 6, 6) * 0.4 + 0.3  # far enough from 0 and 1 for the ball to lie inside

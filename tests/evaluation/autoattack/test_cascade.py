@@ -1,9 +1,6 @@
 """The orchestration: who is attacked with what, how it resumes, and what it refuses."""
 
-from __future__ import annotations
-
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,11 +42,11 @@ pytestmark = pytest.mark.usefixtures("short")
 
 
 @pytest.fixture
-def images(digits: tuple[Tensor, Tensor]) -> Tensor:
+def images(digits) -> Tensor:
     return digits[0][:17]
 
 
-def test_every_break_is_real_and_every_count_adds_up(make_network, images: Tensor) -> None:
+def test_every_break_is_real_and_every_count_adds_up(make_network, images) -> None:
     network = make_network()
     before = weights_hash(network)
     labels = network(images).argmax(1)
@@ -74,7 +71,7 @@ def test_every_break_is_real_and_every_count_adds_up(make_network, images: Tenso
 
 @pytest.mark.parametrize("num_classes", [2, 3, 4, 5, 10, 100])
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
-def test_any_number_of_classes_in_any_norm(make_network, images: Tensor, num_classes: int, norm: str) -> None:
+def test_any_number_of_classes_in_any_norm(make_network, images, num_classes, norm) -> None:
     threat = ThreatModel(norm=norm, eps={"Linf": "0.02", "L2": "0.2", "L1": "1"}[norm])
     outcome = run(make_network(num_classes), images[:4], threat=threat)
     assert outcome.complete
@@ -83,13 +80,13 @@ def test_any_number_of_classes_in_any_norm(make_network, images: Tensor, num_cla
     assert (distances(images[:4], outcome.adversarial, norm) <= threat.radius * (1 + 1e-5)).all()
 
 
-def test_a_single_sample(make_network, images: Tensor) -> None:
+def test_a_single_sample(make_network, images) -> None:
     outcome = run(make_network(), images[:1], threat=ThreatModel(eps="0.0001"))
     assert outcome.broken_by == (None,)
     assert [count.n_in for count in outcome.counts] == [1, 1, 1, 1]
 
 
-def test_nothing_is_attacked_when_everything_is_misclassified(make_network, images: Tensor) -> None:
+def test_nothing_is_attacked_when_everything_is_misclassified(make_network, images) -> None:
     network = make_network()
     wrong = (network(images).argmax(1) + 1) % 10
     outcome = run(network, images, wrong)
@@ -106,7 +103,7 @@ def test_memory_format_and_precision_of_the_caller_do_not_matter(make_network) -
     assert same(expected, run(strange, images.to(memory_format=torch.channels_last).double(), labels))
 
 
-def test_a_model_in_train_mode_is_attacked_in_eval_mode(images: Tensor) -> None:
+def test_a_model_in_train_mode_is_attacked_in_eval_mode(images) -> None:
     torch.manual_seed(1)
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
     network(images)  # moves the statistics away from their initial values
@@ -119,7 +116,7 @@ def test_a_model_in_train_mode_is_attacked_in_eval_mode(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("entries", [slice(None), slice(0, 1)])
-def test_nan_weights_are_an_error_and_no_accuracy(make_network, images: Tensor, entries: slice) -> None:
+def test_nan_weights_are_an_error_and_no_accuracy(make_network, images, entries) -> None:
     network = make_network()
     labels = network(images).argmax(1)
     network[3].weight.data[entries] = float("nan")
@@ -127,7 +124,7 @@ def test_nan_weights_are_an_error_and_no_accuracy(make_network, images: Tensor, 
         run(network, images, labels)
 
 
-def test_flags_for_probabilities_and_for_randomness(make_network, images: Tensor) -> None:
+def test_flags_for_probabilities_and_for_randomness(make_network, images) -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -140,7 +137,7 @@ def test_flags_for_probabilities_and_for_randomness(make_network, images: Tensor
     assert "randomized" in run(Noisy(), images[:3]).flags
 
 
-def test_a_constant_network_is_flagged_and_not_called_broken(make_network, images: Tensor) -> None:
+def test_a_constant_network_is_flagged_and_not_called_broken(make_network, images) -> None:
     network = make_network()
     for parameter in network.parameters():
         nn.init.zeros_(parameter)
@@ -149,7 +146,7 @@ def test_a_constant_network_is_flagged_and_not_called_broken(make_network, image
     assert "zero_gradient" in outcome.flags
 
 
-def test_the_outcome_depends_on_the_seed_only(make_network, images: Tensor) -> None:
+def test_the_outcome_depends_on_the_seed_only(make_network, images) -> None:
     network = make_network()
     torch.manual_seed(1)
     torch.set_num_threads(2)
@@ -160,9 +157,7 @@ def test_the_outcome_depends_on_the_seed_only(make_network, images: Tensor) -> N
     assert not torch.equal(expected.adversarial, run(network, images, seed=1).adversarial)
 
 
-def test_a_deadline_stops_between_units_and_the_record_continues(
-    make_network, images: Tensor, tmp_path: Path
-) -> None:
+def test_a_deadline_stops_between_units_and_the_record_continues(make_network, images, tmp_path) -> None:
     network = make_network()
     expected = run(network, images)
     nothing = run(network, images, record=tmp_path, deadline=time.monotonic())
@@ -198,17 +193,13 @@ def test_a_deadline_stops_between_units_and_the_record_continues(
     [({"seed": 1}, "seed"), ({"threat": ThreatModel(eps="0.04")}, "eps"), ({"block_size": 4}, "block_size"),
      ({"threat": ThreatModel(norm="L2", eps="0.03")}, "norm"), ({"header": {"data": "mnist"}}, "data")],
 )  # fmt: skip
-def test_a_record_of_another_attack_is_refused(
-    make_network, images: Tensor, tmp_path: Path, change: dict[str, Any], named: str
-) -> None:
+def test_a_record_of_another_attack_is_refused(make_network, images, tmp_path, change, named) -> None:
     run(make_network(), images, record=tmp_path, header={"data": "digits"}, deadline=0.0)
     with pytest.raises(RunFolderError, match=f"{named} was"):
         run(make_network(), images, record=tmp_path, **{"header": {"data": "digits"}, **change})
 
 
-def test_a_record_of_other_weights_or_samples_is_refused(
-    make_network, images: Tensor, tmp_path: Path
-) -> None:
+def test_a_record_of_other_weights_or_samples_is_refused(make_network, images, tmp_path) -> None:
     network = make_network()
     labels = network(images).argmax(1)
     run(network, images, labels, record=tmp_path, deadline=0.0)
@@ -219,7 +210,7 @@ def test_a_record_of_other_weights_or_samples_is_refused(
         run(network, images, labels, record=tmp_path)
 
 
-def test_progress_reaches_its_total(make_network, images: Tensor) -> None:
+def test_progress_reaches_its_total(make_network, images) -> None:
     class Adds(Silent):
         total = done = 0
         rows: list[dict[str, float | int | str]]
@@ -251,7 +242,7 @@ def test_progress_reaches_its_total(make_network, images: Tensor) -> None:
         (torch.rand(2, 1, 8, 8), torch.tensor([0, -1]), "label-invalid"),
     ],
 )
-def test_images_and_labels_that_do_not_fit(make_network, images: Tensor, labels: Tensor, code: str) -> None:
+def test_images_and_labels_that_do_not_fit(make_network, images, labels, code) -> None:
     with pytest.raises(DataError, check=lambda error: error.code == code):
         run(make_network(), images, labels)
 
@@ -259,20 +250,18 @@ def test_images_and_labels_that_do_not_fit(make_network, images: Tensor, labels:
 @pytest.mark.parametrize(
     ("change", "code"), [({"workers": 0}, "workers-invalid"), ({"block_size": 0}, "block-size-invalid")]
 )
-def test_impossible_numbers(make_network, images: Tensor, change: dict[str, int], code: str) -> None:
+def test_impossible_numbers(make_network, images, change, code) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == code):
         run(make_network(), images, **change)
 
 
 @pytest.mark.parametrize(("device", "sizes"), [("cpu", [100, 50, 16]), ("cuda", [256, 256, 64])])
-def test_the_block_size_follows_from_the_size_of_an_image_and_the_device(
-    device: str, sizes: list[int]
-) -> None:
+def test_the_block_size_follows_from_the_size_of_an_image_and_the_device(device, sizes) -> None:
     shapes = ((1, 28, 28), (3, 32, 32), (3, 224, 224))
     assert [default_block_size(torch.empty(1, *s), torch.device(device)) for s in shapes] == sizes
 
 
-def test_what_is_proven_stands_without_being_attacked(make_network, images: Tensor, tmp_path: Path) -> None:
+def test_what_is_proven_stands_without_being_attacked(make_network, images, tmp_path) -> None:
     network = make_network()
     everyone = run(network, images, threat=ThreatModel(eps="0.3"))
     assert everyone.broken_by[2] is not None, "or the test shows nothing"

@@ -1,10 +1,7 @@
 """An attack that stops when it is decided: the gate's verdict of the full run, at less work."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,17 +39,17 @@ class Rows(Silent):
 
 
 @pytest.fixture(scope="module")
-def images(digits: tuple[Tensor, Tensor]) -> Tensor:
+def images(digits) -> Tensor:
     return digits[0][:18]
 
 
 @pytest.fixture(scope="module")
-def network(make_network: Callable[..., nn.Sequential]) -> nn.Sequential:
+def network(make_network) -> nn.Sequential:
     return make_network()
 
 
 @pytest.fixture(scope="module")
-def labels(network: nn.Sequential, images: Tensor) -> Tensor:
+def labels(network, images) -> Tensor:
     """What the network says, but for two images that it gets wrong."""
     found = network(images).argmax(1)
     found[:2] = (found[:2] + 1) % 10
@@ -60,7 +57,7 @@ def labels(network: nn.Sequential, images: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def full(network: nn.Sequential, images: Tensor, labels: Tensor) -> AttackOutcome:
+def full(network, images, labels) -> AttackOutcome:
     """The outcome of the attack that nothing stops."""
     with pytest.MonkeyPatch.context() as patch:
         few = {name: 60 if name == "square" else 5 for name in PUBLISHED}
@@ -111,11 +108,7 @@ def certified(
 
 
 def test_the_verdict_is_that_of_the_full_run_for_every_threshold(
-    make_certificate: Make,
-    network: nn.Sequential,
-    images: Tensor,
-    labels: Tensor,
-    full: AttackOutcome,
+    make_certificate, network, images, labels, full
 ) -> None:
     survivors = full.broken_by.count(None)
     assert 4 < survivors < 18, "the test needs breaks and survivors"
@@ -137,9 +130,7 @@ def test_the_verdict_is_that_of_the_full_run_for_every_threshold(
     assert {("pass", True), ("fail", True)} <= kinds
 
 
-def test_what_the_clean_pass_decides_is_not_attacked(
-    network: nn.Sequential, images: Tensor, labels: Tensor, tmp_path: Path
-) -> None:
+def test_what_the_clean_pass_decides_is_not_attacked(network, images, labels, tmp_path) -> None:
     rows = Rows()
     outcome = early(network, images, labels, policy_of(0.95, "point"), recorder=rows, record=tmp_path)
     assert rows.units == []
@@ -147,9 +138,7 @@ def test_what_the_clean_pass_decides_is_not_attacked(
     assert (tmp_path / "attack.jsonl").read_text().count("\n") == 1
 
 
-def test_the_cheap_attack_goes_first_then_one_block_after_the_other(
-    network: nn.Sequential, images: Tensor, labels: Tensor, full: AttackOutcome
-) -> None:
+def test_the_cheap_attack_goes_first_then_one_block_after_the_other(network, images, labels, full) -> None:
     rows = Rows()
     outcome = attack(
         network, images, labels, CONFIG, workers=1, decided=lambda progress: False, recorder=rows
@@ -162,9 +151,7 @@ def test_the_cheap_attack_goes_first_then_one_block_after_the_other(
     assert torch.equal(outcome.adversarial, full.adversarial)
 
 
-def test_a_run_that_stopped_early_goes_on_where_it_stopped(
-    network: nn.Sequential, images: Tensor, labels: Tensor, full: AttackOutcome, tmp_path: Path
-) -> None:
+def test_a_run_that_stopped_early_goes_on_where_it_stopped(network, images, labels, full, tmp_path) -> None:
     stopped = early(network, images, labels, policy_of(0.8, "point"), record=tmp_path)
     assert stopped.pending
     lines = (tmp_path / "attack.jsonl").read_text().splitlines()
@@ -195,9 +182,7 @@ def question(policy: Thresholds, cascades: tuple[Cascade, ...], labels: Tensor) 
     return lambda: decide(policy, pruned.progress, dense.progress, labels.tolist()) is not None
 
 
-def test_a_hopeless_network_costs_no_run_of_the_other(
-    network: nn.Sequential, images: Tensor, labels: Tensor
-) -> None:
+def test_a_hopeless_network_costs_no_run_of_the_other(network, images, labels) -> None:
     cascades, rows = pair(network, images, labels), Rows()
     policy = Thresholds(min_robust=0.5, max_drop=0.1, rule="point")
     run(cascades, workers=1, decided=question(policy, cascades, labels), recorder=rows)
@@ -206,9 +191,7 @@ def test_a_hopeless_network_costs_no_run_of_the_other(
     assert {name for name, _ in rows.units} <= {"apgd-ce"}
 
 
-def test_a_drop_needs_both_and_settles_no_more_than_it_must(
-    network: nn.Sequential, images: Tensor, labels: Tensor
-) -> None:
+def test_a_drop_needs_both_and_settles_no_more_than_it_must(network, images, labels) -> None:
     cascades = pair(network, images, labels)
     policy = Thresholds(max_drop=0.15, rule="point")
     run(cascades, workers=1, decided=question(policy, cascades, labels))
@@ -223,9 +206,7 @@ def test_a_drop_needs_both_and_settles_no_more_than_it_must(
 
 
 @pytest.mark.slow
-def test_processes_that_share_two_networks_find_the_same(
-    monkeypatch: pytest.MonkeyPatch, network: nn.Sequential, images: Tensor, labels: Tensor
-) -> None:
+def test_processes_that_share_two_networks_find_the_same(monkeypatch, network, images, labels) -> None:
     """With the published iterations, which no fixture changes in another process."""
     monkeypatch.setattr(protocols, "ITERATIONS", PUBLISHED)
     images, labels = images[:6], labels[:6]
@@ -240,6 +221,6 @@ def test_processes_that_share_two_networks_find_the_same(
         assert [one.outcome.broken_by[i] for i in known] == [other.outcome.broken_by[i] for i in known]
 
 
-def test_no_workers_are_refused(network: nn.Sequential, images: Tensor, labels: Tensor) -> None:
+def test_no_workers_are_refused(network, images, labels) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "workers-invalid"):
         early(network, images, labels, policy_of(0.5, "point"), workers=0)

@@ -1,7 +1,5 @@
 """The expected-cost line."""
 
-from __future__ import annotations
-
 import os
 import time
 
@@ -36,7 +34,7 @@ def test_the_estimate_is_near_what_a_survivor_costs(make_network) -> None:
     assert real / 4 < expected.seconds < real * 40
 
 
-def test_workers_divide_the_time_and_blocks_limit_them(make_network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_divide_the_time_and_blocks_limit_them(make_network, monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     cost = expected_cost(
         make_network(), torch.rand(7, 1, 8, 8), threat=ThreatModel(eps="1"), device=CPU, block_size=2

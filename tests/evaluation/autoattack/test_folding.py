@@ -1,7 +1,5 @@
 """The network that attacks work on: the same answers and gradients, or none at all."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
@@ -48,7 +46,7 @@ def gradient(network: nn.Module, images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_batchnorm_disappears_and_nothing_else_changes(channels: int) -> None:
+def test_batchnorm_disappears_and_nothing_else_changes(channels) -> None:
     network, images = make(channels), torch.rand(20, channels, 8, 8)
     before = weights_hash(network)
     fused = folded_copy(network, images)
@@ -98,7 +96,7 @@ def test_a_hook_is_somebody_elses_business() -> None:
     st.booleans(), st.integers(5, 9), st.integers(5, 9),
 )  # fmt: skip
 def test_the_gradient_of_an_image_is_that_of_the_convolution(
-    channels: int, out: int, kernel: int, stride: int, padding: int, bias: bool, height: int, width: int
+    channels, out, kernel, stride, padding, bias, height, width
 ) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(channels, out, kernel, stride, padding, bias=bias).requires_grad_(False)

@@ -1,7 +1,5 @@
 """The judge: a copy that leaves the original alone, and a verdict that trusts no attack."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -45,7 +43,7 @@ def test_batchnorm_statistics_of_a_model_in_train_mode_do_not_move() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_an_error(make_network, value: float) -> None:
+def test_logits_that_are_not_finite_are_an_error(make_network, value) -> None:
     network = make_network()
     network[3].bias.data[4] = value
     with pytest.raises(CheckpointError, check=lambda error: error.code == "logits-not-finite"):
@@ -67,16 +65,14 @@ def test_logits_that_are_not_finite_on_attacked_inputs_only_are_an_error() -> No
 @pytest.mark.parametrize(
     "network", [nn.Identity(), nn.Flatten(0), nn.Sequential(nn.Flatten(), nn.Linear(4, 1))]
 )
-def test_an_output_that_is_no_table_of_logits_is_an_error(network: nn.Module) -> None:
+def test_an_output_that_is_no_table_of_logits_is_an_error(network) -> None:
     with pytest.raises(CheckpointError, check=lambda error: error.code == "logits-shape-invalid"):
         FrozenModel(network, CPU)(torch.rand(3, 1, 2, 2))
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from(["Linf", "L2", "L1"]), st.floats(0.01, 3.0), st.floats(0.0, 20.0), st.integers(0, 999))
-def test_whatever_an_attack_returns_a_confirmed_point_obeys_the_threat_model(
-    norm: str, eps: float, reach: float, seed: int
-) -> None:
+def test_whatever_an_attack_returns_a_confirmed_point_obeys_the_threat_model(norm, eps, reach, seed) -> None:
     generator = torch.Generator().manual_seed(seed)
     clean = torch.rand(4, 2, 3, 3, generator=generator)
     wild = clean + reach * torch.randn(4, 2, 3, 3, generator=generator)

@@ -1,10 +1,7 @@
 """The cascade against the package's own driver, on networks that are really robust."""
 
-from __future__ import annotations
-
 import copy
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,12 +27,12 @@ def reference_survivors(
 
 
 @pytest.mark.slow
-def test_the_same_samples_survive(robust_network: nn.Sequential, digits: tuple[Tensor, Tensor]) -> None:
+def test_the_same_samples_survive(robust_network, digits) -> None:
     compare(robust_network, *(values[1200 : 1200 + N] for values in digits))
 
 
 @pytest.mark.slow
-def test_the_same_samples_of_mnist_survive(shared: Path) -> None:
+def test_the_same_samples_of_mnist_survive(shared) -> None:
     network, _, _ = checkpoint.load(shared / "checkpoints/mnist_convex_eps0.1.pth")
     images, labels = datasets.load("mnist", root=shared / "data").test.tensors()
     compare(network.eval(), images[:N], labels[:N])
@@ -60,9 +57,7 @@ def compare(network: nn.Module, images: Tensor, labels: Tensor) -> None:
 
 
 @pytest.mark.slow
-def test_workers_find_what_one_process_finds(
-    robust_network: nn.Sequential, digits: tuple[Tensor, Tensor]
-) -> None:
+def test_workers_find_what_one_process_finds(robust_network, digits) -> None:
     images, labels = (values[1300:1316] for values in digits)
     outcomes = [
         attack(

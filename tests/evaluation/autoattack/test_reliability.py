@@ -1,7 +1,5 @@
 """Reliability flags: each is raised by a network that deserves it, and by no ordinary one."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +83,7 @@ def flags_of(forward: Forward, images: Tensor | None = None) -> tuple[str, ...]:
         (lambda self, x: self.inner(x) @ torch.eye(10), ()),
     ],
 )
-def test_each_flag_has_its_network(forward: Forward, expected: tuple[str, ...]) -> None:
+def test_each_flag_has_its_network(forward, expected) -> None:
     assert flags_of(forward) == expected
 
 
@@ -106,7 +104,7 @@ def test_a_single_image_has_neighbors_too() -> None:
 
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 999), st.integers(2, 12), st.integers(1, 9), st.floats(-3, 3))
-def test_no_ordinary_network_is_doubted(seed: int, num_classes: int, n: int, scale: float) -> None:
+def test_no_ordinary_network_is_doubted(seed, num_classes, n, scale) -> None:
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, num_classes)).eval()
     network[3].weight.data *= 10.0**scale

@@ -1,7 +1,5 @@
 """Provable bounds: sound on random networks, exact where they must be, honest about what they cannot do."""
 
-from __future__ import annotations
-
 import copy
 import math
 import os
@@ -176,13 +174,13 @@ def _bounds_hold(network: nn.Module, clean: Tensor, points: Tensor, norm: str, e
 
 @settings(deadline=None, max_examples=12, derandomize=True)
 @given(st.integers(0, 10**6), st.sampled_from(NORMS), st.sampled_from([0.001, 0.01, 0.05, 0.3]))
-def test_no_attack_gets_below_a_bound(seed: int, norm: str, eps: float) -> None:
+def test_no_attack_gets_below_a_bound(seed, norm, eps) -> None:
     soundness(seed, norm, eps)
 
 
 @settings(deadline=None, max_examples=8, derandomize=True)
 @given(st.integers(0, 10**6), st.sampled_from(NORMS), st.sampled_from([1e-7, 1e-6, 1e-5, 1e-4]))
-def test_tiny_margins_drown_in_rounding_rather_than_being_proven(seed: int, norm: str, shrink: float) -> None:
+def test_tiny_margins_drown_in_rounding_rather_than_being_proven(seed, norm, shrink) -> None:
     soundness(seed, norm, 1e-4, shrink=shrink)
 
 
@@ -194,7 +192,7 @@ def test_something_is_proven_at_each_norm() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("eps", [0.001, 0.01, 0.05, 0.3])
-def test_no_attack_gets_below_a_bound_on_thousands_of_networks(norm: str, eps: float) -> None:
+def test_no_attack_gets_below_a_bound_on_thousands_of_networks(norm, eps) -> None:
     proven = sum(soundness(seed, norm, eps, count=16) for seed in range(10_000, 10_000 + NETWORKS))
     assert proven > 0
     for shrink in (1e-7, 1e-6, 1e-5, 1e-4):
@@ -204,7 +202,7 @@ def test_no_attack_gets_below_a_bound_on_thousands_of_networks(norm: str, eps: f
 
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(st.integers(0, 10**6), st.sampled_from(NORMS), st.sampled_from(SLOPES))
-def test_linear_bounds_lie_within_intervals(seed: int, norm: str, slope: str) -> None:
+def test_linear_bounds_lie_within_intervals(seed, norm, slope) -> None:
     traced = trace(random_network(seed), (2, 6, 6), CPU)
     region = Region(images_of(seed, 4).double(), norm, 0.05)  # type: ignore[arg-type]
     wide, narrow = propagate(traced, region, None), propagate(traced, region, slope)  # type: ignore[arg-type]
@@ -241,7 +239,7 @@ LINEAR = {
 
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("eps", [0.01, 0.4])
-def test_a_linear_network_is_bounded_exactly(name: str, eps: float) -> None:
+def test_a_linear_network_is_bounded_exactly(name, eps) -> None:
     network, clean = LINEAR[name].eval(), images_of(1, 6).double()
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     double = trace(network, (2, 6, 6), CPU)
@@ -262,7 +260,7 @@ def test_a_linear_network_is_bounded_exactly(name: str, eps: float) -> None:
 
 @settings(deadline=None, max_examples=20, derandomize=True)
 @given(st.integers(0, 10**6), st.sampled_from(NORMS), st.sampled_from(SLOPES))
-def test_without_a_radius_margins_are_the_clean_ones(seed: int, norm: str, slope: str) -> None:
+def test_without_a_radius_margins_are_the_clean_ones(seed, norm, slope) -> None:
     network, clean = random_network(seed), images_of(seed, 5)
     labels = torch.arange(5) % 3
     traced, region = trace(network, (2, 6, 6), CPU), Region(clean.double(), norm, 0.0)  # type: ignore[arg-type]
@@ -275,7 +273,7 @@ def test_without_a_radius_margins_are_the_clean_ones(seed: int, norm: str, slope
 
 @settings(deadline=None, max_examples=200, derandomize=True)
 @given(st.floats(-9, 9), st.floats(1e-6, 9), st.floats(-5, 5), st.sampled_from(SLOPES))
-def test_lines_around_a_relu_hold_and_touch_it(start: float, width: float, factor: float, slope: str) -> None:
+def test_lines_around_a_relu_hold_and_touch_it(start, width, factor, slope) -> None:
     lower, upper = (torch.full((1, 1), end, dtype=torch.float64) for end in (start, start + width))
     forms = Forms(torch.full((1, 1, 1), factor, dtype=torch.float64))
     offset, back = _through_relu(forms, lower, upper, slope)  # type: ignore[arg-type]
@@ -289,7 +287,7 @@ def test_lines_around_a_relu_hold_and_touch_it(start: float, width: float, facto
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.integers(0, 10**6), st.sampled_from(NORMS), st.floats(0.0, 3.0))
-def test_the_minimum_over_a_region_is_one(seed: int, norm: str, radius: float) -> None:
+def test_the_minimum_over_a_region_is_one(seed, norm, radius) -> None:
     noise = torch.Generator().manual_seed(seed)
     clean = images_of(seed, 3, (1, 2, 3)).double()
     forms = Forms(torch.randn(3, 4, 1, 2, 3, generator=noise, dtype=torch.float64))
@@ -307,7 +305,7 @@ def test_the_minimum_over_a_region_is_one(seed: int, norm: str, radius: float) -
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_ball_inside_the_box_has_its_textbook_minimum(norm: str) -> None:
+def test_a_ball_inside_the_box_has_its_textbook_minimum(norm) -> None:
     clean = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64)
     forms = Forms(torch.tensor([3.0, -4.0, 0.0, 1.0], dtype=torch.float64).view(1, 1, 1, 2, 2))
     dual = {"Linf": 8.0, "L2": math.sqrt(26), "L1": 4.0}[norm]
@@ -320,9 +318,7 @@ def test_a_ball_inside_the_box_has_its_textbook_minimum(norm: str) -> None:
     st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 3), st.integers(0, 4), st.integers(1, 2),
     st.sampled_from([1, 2]),
 )  # fmt: skip
-def test_windows_carry_the_same_forms_as_whole_maps(
-    seed: int, kernel: int, stride: int, padding: int, dilation: int, groups: int
-) -> None:
+def test_windows_carry_the_same_forms_as_whole_maps(seed, kernel, stride, padding, dilation, groups) -> None:
     noise = torch.Generator().manual_seed(seed)
     size = (2, 5, 6)
     if min(size[1:]) + 2 * padding < dilation * (kernel - 1) + 1:
@@ -363,7 +359,7 @@ def test_tightening_by_windows_equals_tightening_whole_maps() -> None:
     assert torch.allclose(bounds.lower[index].flatten(1)[unstable], expected[unstable], atol=1e-7)
 
 
-def test_the_result_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_does_not_depend_on_the_batch(monkeypatch) -> None:
     network, clean = random_network(11), images_of(11, 7)
     labels = network(clean).argmax(1)
     threat = ThreatModel(eps="0.01")
@@ -543,7 +539,7 @@ def hooked() -> nn.Module:
         (Calls(lambda x: torch.softmax(x.flatten(1), 1)), r"softmax\(\)"),
     ],
 )  # fmt: skip
-def test_what_bounds_cannot_go_through_is_named(network: nn.Module, named: str) -> None:
+def test_what_bounds_cannot_go_through_is_named(network, named) -> None:
     with pytest.raises(ArchitectureError, match="provable bounds do not support .*" + named) as caught:
         trace(network, (2, 2, 2), CPU)
     assert caught.value.hint is not None
@@ -568,7 +564,7 @@ SUPPORTED = {
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_what_bounds_go_through_computes_the_same(name: str) -> None:
+def test_what_bounds_go_through_computes_the_same(name) -> None:
     network, clean = Calls(SUPPORTED[name]), images_of(9, 5, (2, 2, 2))
     labels = network(clean).argmax(1)
     found = provably_robust(network, clean, labels, threat=ThreatModel(eps="0.05"))
@@ -632,7 +628,7 @@ def test_weights_without_bounds_prove_nothing() -> None:
         (torch.full((1, 2, 6, 6), math.nan), torch.tensor([0]), "outside"),
     ],
 )
-def test_inputs_that_cannot_be_used(images: Tensor, labels: Tensor, message: str) -> None:
+def test_inputs_that_cannot_be_used(images, labels, message) -> None:
     with pytest.raises(DataError, match=message):
         provably_robust(random_network(0), images, labels, threat=ThreatModel(eps="0.1"))
 
@@ -656,7 +652,7 @@ def mnist(shared: Path, count: int) -> tuple[nn.Module, Tensor, Tensor]:
     return classifier, images, torch.frombuffer(labels, dtype=torch.uint8).long()
 
 
-def test_the_first_mnist_images_are_proven_at_their_radius(shared: Path) -> None:
+def test_the_first_mnist_images_are_proven_at_their_radius(shared) -> None:
     classifier, images, labels = mnist(shared, 10)
     found = provably_robust(classifier, images, labels, threat=ThreatModel(eps="0.1"))
     assert found.proven.nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9]
@@ -666,7 +662,7 @@ def test_the_first_mnist_images_are_proven_at_their_radius(shared: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_first_200_mnist_images_match_a_dense_reference(shared: Path) -> None:
+def test_the_first_200_mnist_images_match_a_dense_reference(shared) -> None:
     """A dense implementation of its own proved 96.0 % with parallel lines, 96.5 % with the better of both."""
     classifier, images, labels = mnist(shared, 200)
     assert provably_robust(classifier, images, labels, threat=ThreatModel(eps="0.1")).share >= 0.965

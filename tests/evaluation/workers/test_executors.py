@@ -1,7 +1,5 @@
 """Units on several ranks: every result once, errors as themselves, attack after attack."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -56,7 +54,7 @@ def doubled(ranks: Ranks, attacks: Sequence[Sequence[int]]) -> list[list[int]] |
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("count", [0, 1, 25])
-def test_every_unit_comes_back_once_and_in_order(on_ranks: OnRanks, size: int, count: int) -> None:
+def test_every_unit_comes_back_once_and_in_order(on_ranks, size, count) -> None:
     WORKED.clear()
     found = on_ranks(size, lambda ranks: doubled(ranks, [range(count), [100, 101, 102]]))
     assert found == [[[*range(count)], [100, 101, 102]]] + [None] * (size - 1)
@@ -68,7 +66,7 @@ def test_every_unit_comes_back_once_and_in_order(on_ranks: OnRanks, size: int, c
 )
 @pytest.mark.parametrize("units_before", [[], [1]])
 def test_an_error_of_any_rank_is_raised_on_rank_0_and_lets_the_others_go(
-    on_ranks: OnRanks, unit: int, kind: type[DeployError], code: str, units_before: list[int]
+    on_ranks, unit, kind, code, units_before
 ) -> None:
     def work(ranks: Ranks) -> Any:
         if not ranks.first:

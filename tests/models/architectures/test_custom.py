@@ -1,7 +1,5 @@
 """Architectures that are the user's own code."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import sys
@@ -48,13 +46,13 @@ class Network(nn.Module):
 
 
 @pytest.fixture
-def code(tmp_path: Path) -> str:
+def code(tmp_path) -> str:
     path = tmp_path / "nets.py"
     path.write_text(CODE)
     return str(path)
 
 
-def test_what_a_file_offers_is_what_it_defines(code: str) -> None:
+def test_what_a_file_offers_is_what_it_defines(code) -> None:
     with pytest.raises(
         ArchitectureError, match="mine", check=lambda error: error.code == "architecture-factory-missing"
     ) as caught:
@@ -65,7 +63,7 @@ def test_what_a_file_offers_is_what_it_defines(code: str) -> None:
 @pytest.mark.parametrize(
     ("name", "classes", "built"), [("sized", 7, 9), ("required", 10, 9), ("fixed", 10, 3), ("entry", 5, 9)]
 )
-def test_a_factory_takes_num_classes_or_nothing(code: str, name: str, classes: int, built: int) -> None:
+def test_a_factory_takes_num_classes_or_nothing(code, name, classes, built) -> None:
     found = registry.resolve(f"{code}:{name}")
     assert found.name == f"{code}:{name}"
     assert found.num_classes == classes
@@ -74,18 +72,18 @@ def test_a_factory_takes_num_classes_or_nothing(code: str, name: str, classes: i
     assert network.out_features == built
 
 
-def test_a_class_is_a_factory(code: str) -> None:
+def test_a_class_is_a_factory(code) -> None:
     found = registry.resolve(f"{code}:Network")
     assert found.num_classes == 12
     assert found.build(4).get_parameter("head.bias").shape == (4,)
 
 
-def test_networks_come_out_in_float32(code: str) -> None:
+def test_networks_come_out_in_float32(code) -> None:
     network = registry.resolve(f"{code}:double").build(3)
     assert {tensor.dtype for tensor in network.parameters()} == {torch.float32}
 
 
-def test_the_input_size_is_an_attribute_of_the_factory(code: str) -> None:
+def test_the_input_size_is_an_attribute_of_the_factory(code) -> None:
     assert registry.resolve(f"{code}:sized").input_size == (1, 2, 2)
     assert registry.resolve(f"{code}:fixed").input_size is None
 
@@ -104,17 +102,17 @@ def test_a_module_path_works_too() -> None:
         ("no.such.module:fixed", "architecture-import-failed"),
     ],
 )
-def test_what_cannot_be_found_is_refused(code: str, reference: str, expected: str) -> None:
+def test_what_cannot_be_found_is_refused(code, reference, expected) -> None:
     with pytest.raises(ArchitectureError, check=lambda error: error.code == expected):
         registry.resolve(reference.format(code=code))
 
 
-def test_an_exception_inside_the_factory_is_reported_with_its_reason(code: str) -> None:
+def test_an_exception_inside_the_factory_is_reported_with_its_reason(code) -> None:
     with pytest.raises(ArchitectureError, check=lambda error: error.code == "architecture-build-failed"):
         registry.resolve(f"{code}:failing").build(10)
 
 
-def test_a_factory_must_return_a_network(code: str) -> None:
+def test_a_factory_must_return_a_network(code) -> None:
     with pytest.raises(ArchitectureError, check=lambda error: error.code == "architecture-build-invalid"):
         registry.resolve(f"{code}:wrong").build(10)
 
@@ -122,16 +120,14 @@ def test_a_factory_must_return_a_network(code: str) -> None:
 @pytest.mark.parametrize(
     "body", ["this is no python", "raise ValueError('at import')", "import nothing_like_it"]
 )
-def test_a_file_that_fails_on_import_is_reported(tmp_path: Path, body: str) -> None:
+def test_a_file_that_fails_on_import_is_reported(tmp_path, body) -> None:
     path = tmp_path / "bad.py"
     path.write_text(body)
     with pytest.raises(ArchitectureError, check=lambda error: error.code == "architecture-import-failed"):
         registry.resolve(f"{path}:x")
 
 
-def test_a_file_is_read_anew_within_the_same_second(
-    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_read_anew_within_the_same_second(code, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for classes in (12, 13):
         Path(code).write_text(CODE.replace("int = 12", f"int = {classes}"))
@@ -140,7 +136,7 @@ def test_a_file_is_read_anew_within_the_same_second(
     assert not (tmp_path / "__pycache__").exists()
 
 
-def test_a_file_is_imported_once_while_it_stays_as_it_is(code: str, tmp_path: Path) -> None:
+def test_a_file_is_imported_once_while_it_stays_as_it_is(code, tmp_path) -> None:
     """Or a second network of it would leave the first one without a class that pickle finds."""
     first, second = (registry.resolve(f"{code}:Network").build(3) for _ in range(2))
     assert type(first) is type(second)

@@ -1,11 +1,8 @@
 """Names and references of architectures."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,19 +24,19 @@ from s2ap_deploy.models.checkpoints.match import only_match
         ("zzzz", "mnist-conv"),
     ],
 )
-def test_an_unknown_name_gets_the_nearest_or_all(wrong: str, right: str) -> None:
+def test_an_unknown_name_gets_the_nearest_or_all(wrong, right) -> None:
     with pytest.raises(ArchitectureError, check=lambda error: error.code == "architecture-unknown") as caught:
         registry.build(wrong)
     assert right in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("classes", [1, 0, -3])
-def test_build_refuses_a_number_of_classes_that_is_none(classes: int) -> None:
+def test_build_refuses_a_number_of_classes_that_is_none(classes) -> None:
     with pytest.raises(ArchitectureError, check=lambda error: error.code == "class-count-too-small"):
         registry.build("digits-conv", classes)
 
 
-def test_build_refuses_an_import_path_without_importing(tmp_path: Path) -> None:
+def test_build_refuses_an_import_path_without_importing(tmp_path) -> None:
     marker = tmp_path / "ran"
     code = tmp_path / "net.py"
     code.write_text(f"open({str(marker)!r}, 'w')\n")
@@ -82,7 +79,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, **items: object) -> None:
     monkeypatch.setattr(registry, "_installed", registry._installed.__wrapped__)
 
 
-def test_an_installed_package_offers_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_package_offers_an_architecture(monkeypatch) -> None:
     entry = Architecture("inner name", lambda k: nn.Linear(4, k), input_size=(1, 2, 2), num_classes=3)
     offer(monkeypatch, theirs=entry)
     assert "theirs" in registry.names()
@@ -90,7 +87,7 @@ def test_an_installed_package_offers_an_architecture(monkeypatch: pytest.MonkeyP
     assert only_match({"weight": torch.empty(6, 4), "bias": torch.empty(6)}).num_classes == 6
 
 
-def test_an_installed_package_cannot_replace_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_package_cannot_replace_ours(monkeypatch) -> None:
     offer(monkeypatch, **{"digits-conv": Architecture("x", nn.Identity, input_size=None, num_classes=2)})
     assert isinstance(registry.build("digits-conv"), nn.Sequential)
 
@@ -99,15 +96,13 @@ def test_an_installed_package_cannot_replace_ours(monkeypatch: pytest.MonkeyPatc
     ("value", "code"),
     [(ValueError("broken"), "architecture-import-failed"), (42, "architecture-factory-invalid")],
 )
-def test_a_broken_installed_package_is_named(
-    monkeypatch: pytest.MonkeyPatch, value: object, code: str
-) -> None:
+def test_a_broken_installed_package_is_named(monkeypatch, value, code) -> None:
     offer(monkeypatch, theirs=value)
     with pytest.raises(ArchitectureError, match="package:theirs", check=lambda error: error.code == code):
         registry.resolve("theirs")
 
 
-def test_two_fit_lists_both(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_fit_lists_both(monkeypatch) -> None:
     def other(num_classes: int) -> nn.Module:
         return registry.build("digits-conv", num_classes)
 

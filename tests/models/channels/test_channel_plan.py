@@ -1,7 +1,5 @@
 """Compacted checkpoints and the plan beside them: given back bit for bit, and not believed."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -78,12 +76,12 @@ def written(
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def made(tmp_path_factory) -> Pair:
     return written(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture
-def pair(made: Pair, tmp_path: Path) -> Pair:
+def pair(made, tmp_path) -> Pair:
     """A copy of the files that a test may spoil."""
     weights, plan = (Path(shutil.copy(path, tmp_path)) for path in (made.weights, made.plan))
     return Pair(made.small, weights, plan)
@@ -106,17 +104,17 @@ def check_given_back(pair: Pair, arch: str, size: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_the_network_comes_back_bit_for_bit(tmp_path: Path, suffix: str) -> None:
+def test_the_network_comes_back_bit_for_bit(tmp_path, suffix) -> None:
     check_given_back(written(tmp_path, suffix=suffix), "cifar-resnet20", SIZE)
 
 
 @pytest.mark.slow
-def test_depthwise_convolutions_and_another_number_of_classes_come_back(tmp_path: Path) -> None:
+def test_depthwise_convolutions_and_another_number_of_classes_come_back(tmp_path) -> None:
     arch, size = "torchvision/mobilenet_v2", (3, 32, 32)  # 1000 classes by itself
     check_given_back(written(tmp_path, arch, size), arch, size)
 
 
-def test_the_weights_alone_are_enough_and_can_be_saved_on(pair: Pair, tmp_path: Path) -> None:
+def test_the_weights_alone_are_enough_and_can_be_saved_on(pair, tmp_path) -> None:
     pair.plan.unlink()
     loaded, info, _ = checkpoint.load(pair.weights)
     checkpoint.save(tmp_path / "model.safetensors", loaded, info)
@@ -124,7 +122,7 @@ def test_the_weights_alone_are_enough_and_can_be_saved_on(pair: Pair, tmp_path: 
     assert weights_hash(again) == weights_hash(pair.small)
 
 
-def test_inspect_counts_the_smaller_layers(pair: Pair) -> None:
+def test_inspect_counts_the_smaller_layers(pair) -> None:
     description = checkpoint.describe(pair.weights)
     assert description["architecture"] == "cifar-resnet20"
     assert description["parameters"] == sum(p.numel() for p in pair.small.parameters())
@@ -133,7 +131,7 @@ def test_inspect_counts_the_smaller_layers(pair: Pair) -> None:
     assert any("a compacted network" in note for note in description["notes"])
 
 
-def test_the_plan_says_what_was_done(pair: Pair) -> None:
+def test_the_plan_says_what_was_done(pair) -> None:
     plan = ChannelPlan.load(pair.plan)
     assert plan.modules["network.layer1.0.conv1"] == {"out_channels": 5}  # its stream stays as wide as it was
     kept = plan.tensors["network.layer1.0.conv1.weight"]
@@ -145,7 +143,7 @@ def test_the_plan_says_what_was_done(pair: Pair) -> None:
     assert ChannelPlan.load(pair.plan) == plan
 
 
-def test_another_normalization_is_the_users_own_choice(pair: Pair) -> None:
+def test_another_normalization_is_the_users_own_choice(pair) -> None:
     other = Normalization(mean=(0.5,) * 3, std=(0.5,) * 3)
     loaded, info, _ = checkpoint.load(pair.weights, normalization=other)
     assert info.normalization == other
@@ -189,9 +187,7 @@ CONV = "network.layer1.0.conv1"
         (set_in("after", "parameters", value=0), "after"),
     ],
 )
-def test_a_statement_that_is_not_true_is_found(
-    pair: Pair, change: Callable[[dict[str, Any]], None], where: str
-) -> None:
+def test_a_statement_that_is_not_true_is_found(pair, change, where) -> None:
     rewrite(pair.plan, change)
     with pytest.raises(CheckpointError, check=lambda error: error.code == "channel-plan-mismatch") as caught:
         checkpoint.load(pair.weights)
@@ -215,7 +211,7 @@ def test_a_statement_that_is_not_true_is_found(
         set_in("code", value="import os"),
     ],
 )
-def test_what_no_plan_says_is_refused(pair: Pair, change: Callable[[dict[str, Any]], None]) -> None:
+def test_what_no_plan_says_is_refused(pair, change) -> None:
     rewrite(pair.plan, change)
     with pytest.raises(CheckpointError, check=lambda error: error.code.startswith("record-")):
         checkpoint.load(pair.weights)
@@ -224,13 +220,13 @@ def test_what_no_plan_says_is_refused(pair: Pair, change: Callable[[dict[str, An
 @pytest.mark.parametrize(
     "data", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"modules": NaN}']
 )
-def test_garbage_beside_the_weights_is_refused(pair: Pair, data: bytes) -> None:
+def test_garbage_beside_the_weights_is_refused(pair, data) -> None:
     pair.plan.write_bytes(data)
     with pytest.raises(CheckpointError, check=lambda error: error.code.startswith("record-")):
         checkpoint.load(pair.weights)
 
 
-def test_the_plan_of_another_network_is_refused(pair: Pair, tmp_path: Path) -> None:
+def test_the_plan_of_another_network_is_refused(pair, tmp_path) -> None:
     (tmp_path / "other").mkdir()
     other = written(tmp_path / "other", "digits-conv", (1, 8, 8), normal=None)
     pair.plan.write_bytes(other.plan.read_bytes())
@@ -238,12 +234,12 @@ def test_the_plan_of_another_network_is_refused(pair: Pair, tmp_path: Path) -> N
         checkpoint.load(pair.weights)
 
 
-def test_a_plan_is_no_checkpoint(pair: Pair) -> None:
+def test_a_plan_is_no_checkpoint(pair) -> None:
     with pytest.raises(CheckpointError, check=lambda error: error.code == "checkpoint-is-text"):
         checkpoint.load(pair.plan)
 
 
-def test_a_file_of_the_same_name_beside_a_whole_network_means_nothing(tmp_path: Path) -> None:
+def test_a_file_of_the_same_name_beside_a_whole_network_means_nothing(tmp_path) -> None:
     network = Classifier(registry.build("digits-conv"))
     checkpoint.save(tmp_path / "model.safetensors", network, facts("digits-conv", (1, 8, 8), None))
     (tmp_path / "model.json").write_text("notes of mine")
@@ -294,16 +290,14 @@ def wide(name: str) -> Callable[[dict[str, Tensor]], None]:
         (one_class, "class-count-too-small"),
     ],
 )
-def test_shapes_from_a_file_must_fit_together(
-    pair: Pair, change: Callable[[dict[str, Tensor]], None], code: str
-) -> None:
+def test_shapes_from_a_file_must_fit_together(pair, change, code) -> None:
     info = facts("cifar-resnet20", SIZE, NORMAL)
     checkpoint.save(pair.weights, altered(pair.small, change), info)  # type: ignore[arg-type]
     with pytest.raises(InputError, check=lambda error: error.code == code):
         checkpoint.load(pair.weights)
 
 
-def test_foreign_files_do_not_get_smaller_layers(pair: Pair, tmp_path: Path) -> None:
+def test_foreign_files_do_not_get_smaller_layers(pair, tmp_path) -> None:
     torch.save(pair.small.network.state_dict(), tmp_path / "foreign.pt")
     with pytest.raises(ArchitectureError, check=lambda error: error.code == "architecture-mismatch"):
         checkpoint.load(tmp_path / "foreign.pt", arch="cifar-resnet20")

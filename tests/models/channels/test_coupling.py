@@ -14,13 +14,7 @@ from torch.func import functional_call
 from s2ap_deploy.errors import ArchitectureError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.channels.coupling import channel_groups
-from s2ap_deploy.models.channels.layer_channels import (
-    ChannelGroup,
-    Coupling,
-    macs,
-    macs_kept,
-    weights_kept,
-)
+from s2ap_deploy.models.channels.layer_channels import ChannelGroup, Coupling, macs, macs_kept, weights_kept
 from s2ap_deploy.models.classifier import Classifier, weights_hash
 from s2ap_deploy.models.used_weights import prunable
 from s2ap_deploy.spec import Normalization
@@ -170,13 +164,13 @@ def checked(network: nn.Module, size: Size, coupling: Coupling) -> Coupling:
 
 
 @pytest.mark.parametrize(("name", "side"), FAMILIES)
-def test_every_family_has_sound_groups(name: str, side: int) -> None:
+def test_every_family_has_sound_groups(name, side) -> None:
     checked(*coupled(name, side))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "side"), SLOW_FAMILIES)
-def test_every_other_family_has_sound_groups(name: str, side: int) -> None:
+def test_every_other_family_has_sound_groups(name, side) -> None:
     checked(*coupled(name, side))
 
 
@@ -192,7 +186,7 @@ def test_every_other_family_has_sound_groups(name: str, side: int) -> None:
         ("torchvision/googlenet", 64),
     ],
 )
-def test_families_without_fixed_shapes_are_covered_completely(name: str, side: int) -> None:
+def test_families_without_fixed_shapes_are_covered_completely(name, side) -> None:
     _, _, coupling = coupled(name, side)
     assert coupling.skipped == ()
     assert len(coupling.classifier) == 1
@@ -279,7 +273,7 @@ def test_a_classifier_keeps_its_normalization() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_the_network_stays_as_it_was(mode: Callable[[], torch.no_grad]) -> None:
+def test_the_network_stays_as_it_was(mode) -> None:
     network, size = family("digits-conv", 8)
     network = nn.Sequential(nn.BatchNorm2d(1), network).train()
     network[1].eval()
@@ -474,7 +468,7 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("name", HIDDEN)
-def test_channels_that_cannot_vanish_alone_are_skipped_by_name(name: str) -> None:
+def test_channels_that_cannot_vanish_alone_are_skipped_by_name(name) -> None:
     coupling = check(randomize(HIDDEN[name]), SIZE)
     assert [group.name for group in coupling.groups] == ["b.weight"]
     grouped = {"between.weight"} & set(coupling.weights)

@@ -1,7 +1,5 @@
 """Counting and slicing, against networks that are really built smaller."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
@@ -89,9 +87,7 @@ def shrinkings(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 @settings(max_examples=25, deadline=None)
 @given(shrinkings(), st.sampled_from([1, 3]), st.booleans(), st.integers(0, 1000))
-def test_counts_and_slices_are_those_of_the_network_built_smaller(
-    widths: tuple[tuple[int, ...], tuple[int, ...]], kernel: int, norm: bool, seed: int
-) -> None:
+def test_counts_and_slices_are_those_of_the_network_built_smaller(widths, kernel, norm, seed) -> None:
     (*wide, hidden), (*narrow, few) = widths
     torch.manual_seed(seed)
     same_as_built(
@@ -101,9 +97,7 @@ def test_counts_and_slices_are_those_of_the_network_built_smaller(
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(2, 7), st.integers(2, 7), st.data())
-def test_residual_streams_and_depthwise_convolutions_count_as_built(
-    stream: int, inner: int, data: st.DataObject
-) -> None:
+def test_residual_streams_and_depthwise_convolutions_count_as_built(stream, inner, data) -> None:
     keep = data.draw(st.integers(1, stream)), data.draw(st.integers(1, inner))
     torch.manual_seed(stream)
     same_as_built(Inverted(stream, inner), Inverted(*keep), keep, inner)
@@ -158,7 +152,7 @@ def test_hooks_and_modes_are_gone_afterwards() -> None:
 
 
 @pytest.mark.parametrize("count", [0, -1, 7, 10**9])
-def test_an_impossible_number_of_channels_is_refused(count: int) -> None:
+def test_an_impossible_number_of_channels_is_refused(count) -> None:
     network = Inverted(4, 6)
     coupling = channel_groups(network, SIZE)
     with pytest.raises(UsageError, check=lambda error: error.code == "channel-count-out-of-range"):
@@ -186,7 +180,7 @@ def test_an_unknown_group_is_refused() -> None:
     ],
     ids=["none", "behind the last", "negative", "mask", "float", "no list"],
 )
-def test_impossible_channels_are_refused(channels: Tensor) -> None:
+def test_impossible_channels_are_refused(channels) -> None:
     network = Inverted(4, 6)
     groups = channel_groups(network, SIZE).groups
     with pytest.raises(UsageError, check=lambda error: error.code == "channels-invalid"):

@@ -1,7 +1,5 @@
 """Smaller layers compute what the whole network computes when nothing reads the channels that are gone."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
@@ -100,13 +98,13 @@ def build(name: str, side: int) -> tuple[nn.Module, tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize(("name", "side"), FAMILIES)
-def test_every_family_gets_smaller_and_computes_the_same(name: str, side: int) -> None:
+def test_every_family_gets_smaller_and_computes_the_same(name, side) -> None:
     check(*build(name, side))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "side"), SLOW_FAMILIES)
-def test_every_other_family_too(name: str, side: int) -> None:
+def test_every_other_family_too(name, side) -> None:
     check(*build(name, side))
 
 
@@ -145,7 +143,7 @@ def test_tied_weights_stay_tied_and_depthwise_convolutions_lose_their_groups() -
 @given(
     st.lists(st.integers(1, 6), min_size=2, max_size=3), st.booleans(), st.floats(0.01, 1), st.integers(0, 99)
 )
-def test_any_plain_network_at_any_share(widths: list[int], norm: bool, share: float, seed: int) -> None:
+def test_any_plain_network_at_any_share(widths, norm, share, seed) -> None:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for inputs, outputs in zip([2, *widths], widths, strict=False):
@@ -176,9 +174,7 @@ def small_network() -> nn.Module:
         ({"3.weight": (2, 6, 6), "3.bias": (2, 6, 6)}, "layer-not-separable"),
     ],
 )
-def test_shapes_that_no_layer_can_have_are_refused(
-    change: dict[str, tuple[int, ...] | None], code: str
-) -> None:
+def test_shapes_that_no_layer_can_have_are_refused(change, code) -> None:
     network = small_network()
     before = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     shapes = {name: shape for name, shape in {**before, **change}.items() if shape is not None}
@@ -201,7 +197,7 @@ def test_the_same_shapes_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("wrong", [1e-3, float("nan"), float("inf")])
-def test_another_function_is_noticed(wrong: float) -> None:
+def test_another_function_is_noticed(wrong) -> None:
     one = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     other = copy.deepcopy(one)
     assert check_equal(one, other, torch.rand(3, 1, 2, 2)) == 0

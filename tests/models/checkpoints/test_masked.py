@@ -1,10 +1,7 @@
 """Pruned checkpoints of HYDRA, HARP, RST and torch.nn.utils.prune, built from the layouts that they have."""
 
-from __future__ import annotations
-
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +146,7 @@ LAYOUTS = ["HYDRA", "HARP", "HARP, channels", "RST", "torch.nn.utils.prune"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_import_computes_what_the_masked_network_computes_bit_for_bit(
-    tmp_path: Path, layout: str
-) -> None:
+def test_the_import_computes_what_the_masked_network_computes_bit_for_bit(tmp_path, layout) -> None:
     """On random images; the masked network is run by torch with the masked weights swapped in."""
     state, expected, options, prefix = layouts()[layout]
     loaded, info, notes = load(training_file(tmp_path / "m.pth.tar", state, prefix), **options)
@@ -170,7 +165,7 @@ def test_the_import_computes_what_the_masked_network_computes_bit_for_bit(
     assert any(f"{entries - zeros:,} of {entries:,} weights kept in 4 layers" in note for note in notes)
 
 
-def test_harps_layers_keep_their_own_quotas_and_not_the_global_one(tmp_path: Path) -> None:
+def test_harps_layers_keep_their_own_quotas_and_not_the_global_one(tmp_path) -> None:
     state = with_quotas(scored(digits(), "popup_scores"))
     loaded, _, notes = load(training_file(tmp_path / "m.pth.tar", state), keep=KEEP, alpha=ALPHA)
     for layer in QUOTAS:
@@ -181,7 +176,7 @@ def test_harps_layers_keep_their_own_quotas_and_not_the_global_one(tmp_path: Pat
     assert any("k_min = 0.2 * 0.1; k from 0.03763 to 0.8212" in note for note in notes)
 
 
-def test_resnet18_at_a_tenth_keeps_the_published_number_of_weights(tmp_path: Path) -> None:
+def test_resnet18_at_a_tenth_keeps_the_published_number_of_weights(tmp_path) -> None:
     """int((1 - k) n) keeps up to one weight per layer more than k n: 1,116,445 and not 1,116,435."""
     network = registry.build("cifar-resnet18")
     path = training_file(tmp_path / "m.pth.tar", scored(network, "popup_scores"), "module.")
@@ -219,7 +214,7 @@ def rst_answer(network: nn.Module, weights: State, images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("biased", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_rst_resnet18_becomes_ours(tmp_path: Path, biased: bool) -> None:
+def test_rst_resnet18_becomes_ours(tmp_path, biased) -> None:
     state, network = rst_resnet18(biased=biased)
     file = dict(state) | {
         name.replace("weight", "scores"): noise(i, *tensor.shape)
@@ -243,7 +238,7 @@ def test_rst_resnet18_becomes_ours(tmp_path: Path, biased: bool) -> None:
 
 
 @pytest.mark.slow
-def test_rst_networks_that_are_not_ours_are_refused_with_what_differs(tmp_path: Path) -> None:
+def test_rst_networks_that_are_not_ours_are_refused_with_what_differs(tmp_path) -> None:
     """Its VGG has one linear layer where the VGG of adversarial pruning has three."""
     state = {n: t for n, t in registry.build("cifar-vgg16-bn").state_dict().items() if "features" in n}
     state = {n: t for n, t in state.items() if t.dim() == 4 or "running" in n}
@@ -256,7 +251,7 @@ def test_rst_networks_that_are_not_ours_are_refused_with_what_differs(tmp_path: 
     assert "1 unexpected: classifier.weight" in caught.value.message
 
 
-def test_code_of_the_users_decides_whether_rsts_habits_are_its_own(tmp_path: Path) -> None:
+def test_code_of_the_users_decides_whether_rsts_habits_are_its_own(tmp_path) -> None:
     code = tmp_path / "net.py"
     code.write_text(
         "from torch import nn\nclass Net(nn.Module):\n"
@@ -282,7 +277,7 @@ def test_code_of_the_users_decides_whether_rsts_habits_are_its_own(tmp_path: Pat
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_rst_scores_of_filters_kernels_and_rows(dims: int) -> None:
+def test_rst_scores_of_filters_kernels_and_rows(dims) -> None:
     weight = torch.ones(4, 4, 3, 3)
     scores = torch.arange(float(weight.shape[:dims].numel())).reshape(weight.shape[:dims])
     found = apply_masks({"conv.weight": weight, "conv.scores": scores}, keep=0.5)
@@ -292,7 +287,7 @@ def test_rst_scores_of_filters_kernels_and_rows(dims: int) -> None:
     assert torch.equal(kept.flatten(dims).any(-1), scores >= scores.numel() / 2)
 
 
-def test_unused_blocks_are_masked_away_and_not_counted(tmp_path: Path) -> None:
+def test_unused_blocks_are_masked_away_and_not_counted(tmp_path) -> None:
     state = scored(registry.build("cifar-wrn-28-4"), "popup_scores")
     extra = {
         f"sub_block1.layer.0.conv1.{key}": torch.randn(64, 16, 3, 3) for key in ("weight", "popup_scores")
@@ -313,7 +308,7 @@ def exported(state: State, expected: State) -> State:
 
 
 @pytest.mark.parametrize("layout", ["HYDRA", "HARP", "HARP, channels", "RST"])
-def test_a_dense_export_needs_no_fraction_and_says_so(tmp_path: Path, layout: str) -> None:
+def test_a_dense_export_needs_no_fraction_and_says_so(tmp_path, layout) -> None:
     state, expected, options, prefix = layouts()[layout]
     path = training_file(tmp_path / "m.pth.tar", exported(state, expected), prefix)
     loaded, info, notes = load(path)
@@ -326,7 +321,7 @@ def test_a_dense_export_needs_no_fraction_and_says_so(tmp_path: Path, layout: st
 
 
 @pytest.mark.parametrize("keep", [0.05, 0.3, 1.0])
-def test_another_fraction_than_that_of_the_zeros_is_refused(tmp_path: Path, keep: float) -> None:
+def test_another_fraction_than_that_of_the_zeros_is_refused(tmp_path, keep) -> None:
     state, expected, _, _ = layouts()["HYDRA"]
     path = training_file(tmp_path / "m.pth.tar", exported(state, expected))
     with pytest.raises(CheckpointError, check=lambda error: error.code == "keep-contradicts-zeros") as caught:
@@ -334,7 +329,7 @@ def test_another_fraction_than_that_of_the_zeros_is_refused(tmp_path: Path, keep
     assert "leave --keep out" in str(caught.value.hint)
 
 
-def test_scores_of_another_network_are_refused(tmp_path: Path) -> None:
+def test_scores_of_another_network_are_refused(tmp_path) -> None:
     state, expected, _, _ = layouts()["HYDRA"]
     foreign = {n: noise(7 + i, *t.shape) for i, (n, t) in enumerate(state.items()) if "popup" in n}
     path = training_file(tmp_path / "m.pth.tar", exported(state, expected) | foreign)
@@ -344,7 +339,7 @@ def test_scores_of_another_network_are_refused(tmp_path: Path) -> None:
         load(path)
 
 
-def test_a_few_dead_weights_are_no_mask_and_are_told(tmp_path: Path) -> None:
+def test_a_few_dead_weights_are_no_mask_and_are_told(tmp_path) -> None:
     state = scored(digits(), "popup_scores")
     state["5.weight"] = state["5.weight"].clone()
     state["5.weight"][state["5.popup_scores"].abs() > 3] = 0
@@ -356,14 +351,14 @@ def test_a_few_dead_weights_are_no_mask_and_are_told(tmp_path: Path) -> None:
     assert f"{dead:,} of the weights that the masks keep are zero in the file" in notes
 
 
-def test_equal_scores_at_the_cut_are_told(tmp_path: Path) -> None:
+def test_equal_scores_at_the_cut_are_told(tmp_path) -> None:
     state = scored(digits(), "popup_scores")
     state["7.popup_scores"] = torch.ones_like(state["7.popup_scores"])
     _, _, notes = load(training_file(tmp_path / "m.pth.tar", state), keep=KEEP)
     assert any("equal scores at the cut in 1 of 4 layers (7.weight)" in note for note in notes)
 
 
-def test_keep_one_masks_nothing_whatever_the_quotas(tmp_path: Path) -> None:
+def test_keep_one_masks_nothing_whatever_the_quotas(tmp_path) -> None:
     """A pretraining of HYDRA's or HARP's layers has scores that nothing uses."""
     state = with_quotas(scored(digits(), "popup_scores"))
     loaded, info, notes = load(training_file(tmp_path / "m.pth.tar", state), keep=1)
@@ -372,7 +367,7 @@ def test_keep_one_masks_nothing_whatever_the_quotas(tmp_path: Path) -> None:
     assert any("--keep 1 masks nothing" in note for note in notes)
 
 
-def test_harps_own_dense_file_is_another_network_and_that_is_said(tmp_path: Path) -> None:
+def test_harps_own_dense_file_is_another_network_and_that_is_said(tmp_path) -> None:
     state = with_quotas(expected_hydra(scored(digits(), "popup_scores")))
     state |= {n: t for n, t in digits().state_dict().items() if n.endswith("bias")}
     _, info, notes = load(training_file(tmp_path / "m.pth.tar", state))
@@ -380,7 +375,7 @@ def test_harps_own_dense_file_is_another_network_and_that_is_said(tmp_path: Path
     assert any("global k in every layer, not with the quotas it learned" in note for note in notes)
 
 
-def test_a_plain_dense_file_of_a_pruned_network_has_its_sparsity(tmp_path: Path) -> None:
+def test_a_plain_dense_file_of_a_pruned_network_has_its_sparsity(tmp_path) -> None:
     state = digits().state_dict() | expected_hydra(scored(digits(), "popup_scores"))
     torch.save(state, tmp_path / "m.pth")
     assert load(tmp_path / "m.pth")[1].sparsity == pytest.approx(0.9, abs=1e-3)
@@ -402,11 +397,7 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("layout", "changes", "code"),
     [
-        (
-            "HYDRA",
-            {"5__popup_scores": torch.full((128, 1024), NAN)},
-            "weights-nonfinite",
-        ),
+        ("HYDRA", {"5__popup_scores": torch.full((128, 1024), NAN)}, "weights-nonfinite"),
         ("HYDRA", {"5__weight": torch.full((128, 1024), math.inf)}, "weights-nonfinite"),
         ("HYDRA", {"5__popup_scores": torch.ones(128, 1024).long()}, "tensor-dtype-invalid"),
         ("HYDRA", {"5__popup_scores": torch.ones(1024, 128)}, "scores-shape-mismatch"),
@@ -421,35 +412,19 @@ NAN = float("nan")
         ("HARP", {"5__k_score": torch.tensor(1)}, "quota-invalid"),
         ("HARP", {"9__k_score": torch.ones(())}, "scores-missing"),
         ("HARP", {"5__popup_scores": torch.ones(1, 1024)}, "scores-granularity-mixed"),
-        (
-            "HARP, channels",
-            {"2__popup_scores": torch.ones(64, 1, 1, 1)},
-            "scores-shape-mismatch",
-        ),
+        ("HARP, channels", {"2__popup_scores": torch.ones(64, 1, 1, 1)}, "scores-shape-mismatch"),
         ("RST", {"2__scores": torch.ones(32)}, "scores-shape-mismatch"),
         ("torch.nn.utils.prune", {"5__weight_mask": torch.ones(128)}, "mask-shape-mismatch"),
-        (
-            "torch.nn.utils.prune",
-            {"5__weight_mask": torch.full((128, 1024), 0.5)},
-            "mask-not-binary",
-        ),
-        (
-            "torch.nn.utils.prune",
-            {"5__weight_mask": torch.full((128, 1024), NAN)},
-            "mask-not-binary",
-        ),
+        ("torch.nn.utils.prune", {"5__weight_mask": torch.full((128, 1024), 0.5)}, "mask-not-binary"),
+        ("torch.nn.utils.prune", {"5__weight_mask": torch.full((128, 1024), NAN)}, "mask-not-binary"),
         ("torch.nn.utils.prune", {"5__weight_orig": torch.full((128, 1024), NAN)}, "weights-nonfinite"),
         ("torch.nn.utils.prune", {"5__weight_orig": None}, "masked-weight-missing"),
         ("torch.nn.utils.prune", {"5__weight": torch.ones(128, 1024)}, "masked-weight-ambiguous"),
-        (
-            "torch.nn.utils.prune",
-            {"5__popup_scores": torch.ones(1)},
-            "mask-layouts-mixed",
-        ),
+        ("torch.nn.utils.prune", {"5__popup_scores": torch.ones(1)}, "mask-layouts-mixed"),
     ],
 )
 def test_scores_and_masks_that_contradict_their_weights_are_refused_and_described(
-    tmp_path: Path, layout: str, changes: dict[str, Tensor | None], code: str
+    tmp_path, layout, changes, code
 ) -> None:
     state, _, options, _ = layouts()[layout]
     path = training_file(tmp_path / "m.pth.tar", changed(state, **changes))
@@ -476,16 +451,14 @@ def test_scores_and_masks_that_contradict_their_weights_are_refused_and_describe
         ("torch.nn.utils.prune", {"keep": 0.1}, "keep-unused", "leave them out"),
     ],
 )
-def test_options_that_are_missing_or_useless_are_named(
-    tmp_path: Path, layout: str, options: Options, code: str, hint: str
-) -> None:
+def test_options_that_are_missing_or_useless_are_named(tmp_path, layout, options, code, hint) -> None:
     path = training_file(tmp_path / "m.pth.tar", layouts()[layout][0])
     with pytest.raises(UsageError, check=lambda error: error.code == code) as caught:
         load(path, **options)
     assert hint in str(caught.value.hint)
 
 
-def test_a_file_without_scores_takes_no_fraction(tmp_path: Path, digits_model: Path) -> None:
+def test_a_file_without_scores_takes_no_fraction(tmp_path, digits_model) -> None:
     torch.save(digits().state_dict(), tmp_path / "m.pth")
     for path in (tmp_path / "m.pth", digits_model):
         for call in (load, describe):
@@ -504,20 +477,20 @@ def test_a_file_without_scores_takes_no_fraction(tmp_path: Path, digits_model: P
         set(),
     ],
 )
-def test_other_peoples_parameters_are_not_taken_for_masks(names: set[str]) -> None:
+def test_other_peoples_parameters_are_not_taken_for_masks(names) -> None:
     tensors = {name: torch.ones(2) for name in names}
     assert layout_of(tensors) is None
     assert apply_masks(tensors).tensors == tensors
 
 
-def test_scores_without_a_weight_are_not_dropped_silently(tmp_path: Path) -> None:
+def test_scores_without_a_weight_are_not_dropped_silently(tmp_path) -> None:
     state = scored(digits(), "scores") | {"extra.scores": torch.ones(3)}
     torch.save(state, tmp_path / "m.pth")
     with pytest.raises(ArchitectureError, check=lambda error: error.code == "architecture-unmatched"):
         load(tmp_path / "m.pth", keep=KEEP)
 
 
-def test_describe_shows_the_architecture_before_the_fraction_is_known(tmp_path: Path) -> None:
+def test_describe_shows_the_architecture_before_the_fraction_is_known(tmp_path) -> None:
     path = training_file(tmp_path / "m.pth.tar", with_quotas(scored(digits(), "popup_scores")), "module.")
     found = describe(path)
     assert (found["architecture"], found["layout"], found["zeros"]) == ("digits-conv", "HARP", 0)
@@ -533,7 +506,7 @@ def test_describe_shows_the_architecture_before_the_fraction_is_known(tmp_path: 
 @pytest.mark.parametrize(
     "section", [{"keep": 0}, {"keep": 1.5}, {"keep": True}, {"keep": "0.1"}, {"alpha": -1}]
 )
-def test_a_recipe_names_fractions_only(section: dict[str, object]) -> None:
+def test_a_recipe_names_fractions_only(section) -> None:
     assert ModelSection.model_validate({"keep": 0.1, "alpha": 0.1}).keep == 0.1
     with pytest.raises(ValidationError):
         ModelSection.model_validate(section)
@@ -550,7 +523,7 @@ def as_options(options: Options) -> list[str]:
     "layout",
     [name if name in ("HYDRA", "HARP") else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
 )
-def test_inspect_certify_and_export(tmp_path: Path, s2ap: Callable[..., Any], layout: str) -> None:
+def test_inspect_certify_and_export(tmp_path, s2ap, layout) -> None:
     state, expected, options, prefix = layouts()[layout]
     path, run = training_file(tmp_path / "m.pth.tar", state, prefix), tmp_path / "run"
     inspected = s2ap("inspect", path, *as_options(options), "--json")
@@ -575,9 +548,7 @@ def test_inspect_certify_and_export(tmp_path: Path, s2ap: Callable[..., Any], la
     assert "pretrain: already done with the same inputs, skipped" in again.err
 
 
-def test_another_fraction_is_another_network_for_the_run_folder(
-    tmp_path: Path, s2ap: Callable[..., Any]
-) -> None:
+def test_another_fraction_is_another_network_for_the_run_folder(tmp_path, s2ap) -> None:
     path = training_file(tmp_path / "m.pth.tar", scored(digits(), "popup_scores"))
     data = ["--data", "digits", "--eps", "0.5", "--threads", 1, "--workers", 1, "--n", 2]
     missing = s2ap("certify", path, *data, "--run", tmp_path / "none")
@@ -607,7 +578,7 @@ def with_measured_statistics(network: nn.Module, state: State, *, keep: float) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["HYDRA", "RST"])
-def test_a_resnet18_through_the_commands(tmp_path: Path, s2ap: Callable[..., Any], layout: str) -> None:
+def test_a_resnet18_through_the_commands(tmp_path, s2ap, layout) -> None:
     images = np.random.default_rng(0)
     for part, count in (("train", 6), ("test", 5)):
         for label in range(10):

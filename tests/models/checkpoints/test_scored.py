@@ -1,7 +1,5 @@
 """The rules by which other people's scores become masks."""
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 
@@ -48,7 +46,7 @@ def test_the_floor_is_that_of_floating_point() -> None:
 
 @given(size=SIZES, keep=FRACTIONS)
 @settings(max_examples=200, deadline=None)
-def test_never_more_is_pruned_than_asked_and_at_most_one_too_few(size: int, keep: float) -> None:
+def test_never_more_is_pruned_than_asked_and_at_most_one_too_few(size, keep) -> None:
     pruned = scored_layer(size).pruned_units(keep, 0.0)
     exact = (1 - Fraction(keep)) * size
     assert pruned <= exact + Fraction(1, 10**9)
@@ -57,7 +55,7 @@ def test_never_more_is_pruned_than_asked_and_at_most_one_too_few(size: int, keep
 
 @given(size=SIZES, keep=FRACTIONS, seed=st.integers(0, 5))
 @settings(max_examples=100, deadline=None)
-def test_the_mask_keeps_the_largest_absolute_scores(size: int, keep: float, seed: int) -> None:
+def test_the_mask_keeps_the_largest_absolute_scores(size, keep, seed) -> None:
     layer = scored_layer(size, seed=seed)
     pruned = layer.pruned_units(keep, 0.0)
     mask = layer.mask(pruned)
@@ -79,7 +77,7 @@ def test_equal_scores_are_cut_by_position_and_told() -> None:
 
 @given(quota=st.floats(-30, 30), least=st.floats(0, 1))
 @settings(max_examples=100, deadline=None)
-def test_harps_quota_lies_between_its_minimum_and_one(quota: float, least: float) -> None:
+def test_harps_quota_lies_between_its_minimum_and_one(quota, least) -> None:
     kept = layer_keep(torch.tensor(quota), least)
     assert kept.dtype == torch.float32
     assert float(kept) == pytest.approx(least + (1 - least) / (1 + math.exp(-quota)), abs=1e-6)
@@ -112,9 +110,7 @@ def test_harps_channels_are_rounded_and_whole() -> None:
     seed=st.integers(0, 3),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_dense_export_is_recognized_with_the_fraction_it_was_made_with(
-    keep: float, sizes: list[int], seed: int
-) -> None:
+def test_a_dense_export_is_recognized_with_the_fraction_it_was_made_with(keep, sizes, seed) -> None:
     layers = [masked_at(scored_layer(size, seed=seed + i), keep) for i, size in enumerate(sizes)]
     assume(sum(int((layer.weight == 0).sum()) for layer in layers) >= 0.1 * sum(sizes))
     found = already_masked(layers)
@@ -128,7 +124,7 @@ def test_a_dense_export_is_recognized_with_the_fraction_it_was_made_with(
     quotas=st.lists(st.floats(-6, 1), min_size=1, max_size=4),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_dense_export_by_quotas_is_recognized_too(keep: float, alpha: float, quotas: list[float]) -> None:
+def test_a_dense_export_by_quotas_is_recognized_too(keep, alpha, quotas) -> None:
     layers = [
         masked_at(scored_layer(300, seed=i, quota=quota), keep, alpha) for i, quota in enumerate(quotas)
     ]

@@ -1,7 +1,5 @@
 """Tiny networks, traced once; random dead structure; evaluation of a graph in float64."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Each rule of compaction on a graph of a few nodes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -69,7 +67,7 @@ Same = Callable[[Net], tuple[dict[str, Array], Compaction]]
 
 
 @pytest.fixture
-def same(double: Callable[[ModelProto], ModelProto], evaluate: Callable[..., Array]) -> Same:
+def same(double, evaluate) -> Same:
     """Compact, check that the logits stay to 1e-10 in float64, and return the new arrays and the report."""
 
     def run(net: Net) -> tuple[dict[str, Array], Compaction]:
@@ -98,14 +96,14 @@ def chain(reader_pad: int = 1) -> Net:
     return net
 
 
-def test_nothing_to_remove(same: Same) -> None:
+def test_nothing_to_remove(same) -> None:
     _, removal = same(chain())
     assert (removal.removed, removal.tensors) == (0, ())
     assert removal.macs_before == removal.macs_after == 36 * (6 * 2 * 9 + 4 * 6 * 9) + 4 * 3
     assert removal.parameters_before == removal.parameters_after == 108 + 6 + 216 + 4 + 12
 
 
-def test_a_channel_that_nobody_reads_goes(same: Same) -> None:
+def test_a_channel_that_nobody_reads_goes(same) -> None:
     net = chain()
     net.arrays["b"][:, [1, 4]] = 0
     arrays, removal = same(net)
@@ -114,7 +112,7 @@ def test_a_channel_that_nobody_reads_goes(same: Same) -> None:
     assert (row.name, row.channels_before, row.channels_after, row.merged) == ("a", 6, 4, 0)
 
 
-def test_a_channel_that_is_zero_after_the_activation_goes(same: Same) -> None:
+def test_a_channel_that_is_zero_after_the_activation_goes(same) -> None:
     net = chain()
     net.constant("a", [0, 3], [0.0, -2.0])
     arrays, removal = same(net)
@@ -122,7 +120,7 @@ def test_a_channel_that_is_zero_after_the_activation_goes(same: Same) -> None:
     assert removal.merged == 0
 
 
-def test_dead_rows_free_what_only_they_read(same: Same) -> None:
+def test_dead_rows_free_what_only_they_read(same) -> None:
     net = chain()
     net.arrays["head"][[0, 1]] = 0
     net.arrays["b"][2:, :4] = 0
@@ -134,9 +132,7 @@ def test_dead_rows_free_what_only_they_read(same: Same) -> None:
     )
 
 
-def test_positive_constants_merge_into_one_channel_where_borders_read_zeros(
-    same: Same, evaluate: Callable[..., Array]
-) -> None:
+def test_positive_constants_merge_into_one_channel_where_borders_read_zeros(same, evaluate) -> None:
     net = chain()
     net.constant("a", [1, 2, 5], [0.5, 2.0, 1.5])
     arrays, removal = same(net)
@@ -151,16 +147,14 @@ def test_positive_constants_merge_into_one_channel_where_borders_read_zeros(
     assert np.abs(evaluate(naive.model(), images) - evaluate(whole, images)).max() > 0.01
 
 
-def test_a_single_constant_with_a_padded_reader_stays(same: Same) -> None:
+def test_a_single_constant_with_a_padded_reader_stays(same) -> None:
     net = chain()
     net.constant("a", [2], [1.0])
     assert same(net)[1].removed == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"strides": [2, 2]}, {"dilations": [2, 2]}])
-def test_constants_go_into_the_bias_of_a_reader_without_padding(
-    same: Same, options: dict[str, list[int]]
-) -> None:
+def test_constants_go_into_the_bias_of_a_reader_without_padding(same, options) -> None:
     net = chain(reader_pad=0)
     net.nodes[2].attribute.extend(helper.make_attribute(*each) for each in options.items())
     net.constant("a", [1, 2, 5], [0.5, 2.0, 1.5])
@@ -170,7 +164,7 @@ def test_constants_go_into_the_bias_of_a_reader_without_padding(
     assert not np.allclose(arrays["bb"], net.arrays["bb"])
 
 
-def test_a_reader_without_a_bias_gets_one(same: Same) -> None:
+def test_a_reader_without_a_bias_gets_one(same) -> None:
     net = chain(reader_pad=0)
     del net.nodes[2].input[2]
     net.constant("a", [1], [0.5])
@@ -181,7 +175,7 @@ def test_a_reader_without_a_bias_gets_one(same: Same) -> None:
     assert {array.shape for array in arrays.values()} >= {(3,)}
 
 
-def test_automatic_padding_counts_as_padding(same: Same) -> None:
+def test_automatic_padding_counts_as_padding(same) -> None:
     net = chain()
     del net.nodes[2].attribute[:]
     net.nodes[2].attribute.extend(
@@ -191,7 +185,7 @@ def test_automatic_padding_counts_as_padding(same: Same) -> None:
     assert same(net)[1].removed == 1
 
 
-def test_constants_of_features_go_through_a_flattening(same: Same) -> None:
+def test_constants_of_features_go_through_a_flattening(same) -> None:
     net = Net()
     hidden = net.add("Relu", net.conv("image", "a", (5, 2, 3, 3)))
     flat = net.add("Reshape", hidden, net.store("shape", np.array([-1, 180], np.int64)), allowzero=1)
@@ -211,7 +205,7 @@ def stream(net: Net) -> str:
     return net.add("Relu", net.add("Add", stem, net.conv(inner, "c", (5, 4, 3, 3))))
 
 
-def test_a_stream_keeps_a_channel_that_one_writer_fills(same: Same) -> None:
+def test_a_stream_keeps_a_channel_that_one_writer_fills(same) -> None:
     net = Net()
     net.head(stream(net), 5)
     net.constant("a", [1], [-1.0])
@@ -219,7 +213,7 @@ def test_a_stream_keeps_a_channel_that_one_writer_fills(same: Same) -> None:
     assert same(net)[1].removed == 0
 
 
-def test_a_stream_loses_a_channel_that_no_writer_fills(same: Same) -> None:
+def test_a_stream_loses_a_channel_that_no_writer_fills(same) -> None:
     net = Net()
     net.head(stream(net), 5)
     net.constant("a", [1], [-1.0])
@@ -229,7 +223,7 @@ def test_a_stream_loses_a_channel_that_no_writer_fills(same: Same) -> None:
     assert (removal.removed, removal.merged) == (2, 0)
 
 
-def test_a_stream_loses_a_channel_that_no_reader_reads(same: Same) -> None:
+def test_a_stream_loses_a_channel_that_no_reader_reads(same) -> None:
     net = Net()
     net.head(stream(net), 5)
     net.arrays["head"][3] = 0
@@ -238,7 +232,7 @@ def test_a_stream_loses_a_channel_that_no_reader_reads(same: Same) -> None:
     assert same(net)[1].removed == 2
 
 
-def test_two_readers_of_a_stream_share_the_channel_that_stands_in(same: Same) -> None:
+def test_two_readers_of_a_stream_share_the_channel_that_stands_in(same) -> None:
     net = Net()
     net.head(net.add("Relu", net.conv(stream(net), "d", (4, 5, 3, 3))), 4)
     net.constant("a", [0, 1, 2], [1.0, 1.0, 0.5])
@@ -248,7 +242,7 @@ def test_two_readers_of_a_stream_share_the_channel_that_stands_in(same: Same) ->
     assert removal.merged == 4
 
 
-def test_a_rounding_error_does_not_stand_in(same: Same) -> None:
+def test_a_rounding_error_does_not_stand_in(same) -> None:
     net = Net()
     net.head(net.add("Relu", net.conv(stream(net), "d", (4, 5, 3, 3))), 4)
     net.arrays["b"][:, 1] = 0  # only d is left to be served
@@ -258,7 +252,7 @@ def test_a_rounding_error_does_not_stand_in(same: Same) -> None:
     assert len(arrays["a"]) == 5 or arrays["ab"][0] + arrays["cb"][0] > 1e-3
 
 
-def test_every_tensor_keeps_a_channel(same: Same) -> None:
+def test_every_tensor_keeps_a_channel(same) -> None:
     net = Net()
     hidden = net.add("Relu", net.conv("image", "a", (5, 2, 3, 3)))
     branch = net.add("Relu", net.conv(hidden, "b", (4, 5, 3, 3)))
@@ -274,9 +268,7 @@ def test_every_tensor_keeps_a_channel(same: Same) -> None:
     assert removal.channels_after == 1 + 1 + 6 + 6 + 3
 
 
-def test_a_filler_that_others_took_for_zero_stays_out(
-    double: Callable[..., ModelProto], evaluate: Callable[..., Array]
-) -> None:
+def test_a_filler_that_others_took_for_zero_stays_out(double, evaluate) -> None:
     net = chain()
     net.constant("a", [0, 1, 2, 3, 4, 5], [1, 1, 1, 1, 1, 1])
     net.arrays["b"][:] = 0
@@ -290,7 +282,7 @@ def test_a_filler_that_others_took_for_zero_stays_out(
     assert removal.channels_after < removal.channels_before
 
 
-def test_inputs_and_outputs_keep_their_channels(same: Same) -> None:
+def test_inputs_and_outputs_keep_their_channels(same) -> None:
     net = chain()
     net.arrays["a"][:, 1] = 0
     net.arrays["head"][:, 2] = 0
@@ -308,9 +300,7 @@ def test_inputs_and_outputs_keep_their_channels(same: Same) -> None:
         ("AveragePool", {"count_include_pad": 1}, 1),
     ],
 )
-def test_pools_keep_constants_unless_they_count_the_padding(
-    same: Same, operator: str, options: dict[str, object], merged: int
-) -> None:
+def test_pools_keep_constants_unless_they_count_the_padding(same, operator, options, merged) -> None:
     net = Net()
     hidden = net.add("Relu", net.conv("image", "a", (6, 2, 3, 3)))
     pooled = net.add(operator, hidden, kernel_shape=[3, 3], **options)
@@ -320,7 +310,7 @@ def test_pools_keep_constants_unless_they_count_the_padding(
     assert (removal.removed, removal.merged) == (1 + merged, merged)
 
 
-def test_depthwise_channels_go_with_their_source(same: Same) -> None:
+def test_depthwise_channels_go_with_their_source(same) -> None:
     net = Net()
     hidden = net.add("Relu", net.conv("image", "a", (5, 2, 1, 1), pad=0))
     hidden = net.add("Relu", net.conv(hidden, "d", (10, 1, 3, 3), group=5))
@@ -336,7 +326,7 @@ def test_depthwise_channels_go_with_their_source(same: Same) -> None:
     assert removal.merged == 3  # two constants, one of them zero, and the channel that they came from
 
 
-def test_a_constant_becomes_a_map_behind_a_padded_depthwise_convolution(same: Same) -> None:
+def test_a_constant_becomes_a_map_behind_a_padded_depthwise_convolution(same) -> None:
     net = Net()
     hidden = net.add("Relu", net.conv("image", "a", (4, 2, 1, 1), pad=0))
     net.head(net.conv(hidden, "d", (4, 1, 3, 3), group=4), 4)
@@ -344,7 +334,7 @@ def test_a_constant_becomes_a_map_behind_a_padded_depthwise_convolution(same: Sa
     assert same(net)[1].removed == 0
 
 
-def test_groups_go_as_a_whole(same: Same) -> None:
+def test_groups_go_as_a_whole(same) -> None:
     net = Net()
     hidden = net.add("Relu", net.conv("image", "a", (6, 2, 3, 3)))
     net.head(net.add("Relu", net.conv(hidden, "g", (6, 2, 3, 3), group=3)), 6)
@@ -355,7 +345,7 @@ def test_groups_go_as_a_whole(same: Same) -> None:
     assert (arrays["a"].shape, arrays["g"].shape) == ((4, 2, 3, 3), (4, 2, 3, 3))
 
 
-def test_concatenations_splits_and_slices_move_along(same: Same) -> None:
+def test_concatenations_splits_and_slices_move_along(same) -> None:
     net = Net()
     left = net.conv("image", "a", (4, 2, 3, 3))
     right = net.conv("image", "b", (5, 2, 3, 3))
@@ -379,7 +369,7 @@ def test_concatenations_splits_and_slices_move_along(same: Same) -> None:
     assert removal.removed == 5
 
 
-def test_a_split_into_equal_parts_gets_sizes(same: Same) -> None:
+def test_a_split_into_equal_parts_gets_sizes(same) -> None:
     net = Net()
     hidden = net.conv("image", "a", (6, 2, 3, 3))
     net.nodes.append(make_node("Split", [hidden], ["p", "q"], axis=1, num_outputs=2))
@@ -388,13 +378,10 @@ def test_a_split_into_equal_parts_gets_sizes(same: Same) -> None:
     arrays, _ = same(net)
     assert [
         array.tolist() for array in arrays.values() if array.shape == (2,) and array.dtype == np.int64
-    ] == [
-        [2, 3],
-        [3, 1],
-    ]
+    ] == [[2, 3], [3, 1]]
 
 
-def test_batch_normalization_and_fixed_operands_are_narrowed(same: Same) -> None:
+def test_batch_normalization_and_fixed_operands_are_narrowed(same) -> None:
     net = Net()
     hidden = net.conv("image", "a", (5, 2, 3, 3))
     parts = [
@@ -412,7 +399,7 @@ def test_batch_normalization_and_fixed_operands_are_narrowed(same: Same) -> None
     assert removal.removed == 2
 
 
-def test_a_normalization_without_scale_makes_a_constant(same: Same) -> None:
+def test_a_normalization_without_scale_makes_a_constant(same) -> None:
     net = Net()
     hidden = net.conv("image", "a", (5, 2, 3, 3))
     parts = [
@@ -424,7 +411,7 @@ def test_a_normalization_without_scale_makes_a_constant(same: Same) -> None:
     assert (arrays["a"].shape, removal.merged) == ((3, 2, 3, 3), 2)
 
 
-def test_a_gate_that_is_zero_kills_what_it_multiplies(same: Same) -> None:
+def test_a_gate_that_is_zero_kills_what_it_multiplies(same) -> None:
     net = Net()
     hidden = net.conv("image", "a", (5, 2, 3, 3))
     gate = net.add("GlobalAveragePool", net.add("Relu", net.conv("image", "g", (5, 2, 1, 1), pad=0)))
@@ -445,9 +432,7 @@ def test_a_gate_that_is_zero_kills_what_it_multiplies(same: Same) -> None:
         ("Neg", {}),
     ],
 )
-def test_a_constant_is_followed_through_activations(
-    same: Same, operator: str, options: dict[str, object]
-) -> None:
+def test_a_constant_is_followed_through_activations(same, operator, options) -> None:
     net = Net()
     hidden = net.add(operator, net.conv("image", "a", (5, 2, 3, 3)), **options)
     net.head(hidden, 5)
@@ -455,7 +440,7 @@ def test_a_constant_is_followed_through_activations(
     assert same(net)[1].merged == 1
 
 
-def test_weights_that_two_layers_share_part_when_they_must(same: Same) -> None:
+def test_weights_that_two_layers_share_part_when_they_must(same) -> None:
     net = Net()
     first = net.add("Relu", net.conv("image", "a", (4, 2, 3, 3)))
     second = net.add(
@@ -471,7 +456,7 @@ def test_weights_that_two_layers_share_part_when_they_must(same: Same) -> None:
     assert sum(array.ndim == 4 for array in arrays.values()) == 3
 
 
-def test_an_operator_that_is_not_known_keeps_its_channels_and_is_named(same: Same) -> None:
+def test_an_operator_that_is_not_known_keeps_its_channels_and_is_named(same) -> None:
     net = Net()
     hidden = net.add("Relu", net.conv("image", "a", (6, 2, 3, 3)))
     hidden = net.add("Softmax", hidden, axis=1)
@@ -493,7 +478,7 @@ def test_an_operator_that_is_not_known_keeps_its_channels_and_is_named(same: Sam
         lambda node: node.attribute.append(helper.make_attribute("training_mode", 1)),
     ],
 )
-def test_foreign_and_training_operators_are_left_alone(mutate: Callable[[NodeProto], None]) -> None:
+def test_foreign_and_training_operators_are_left_alone(mutate) -> None:
     net = chain()
     parts = [net.store(name, np.ones(6)) for name in ("scale", "shift", "mean", "var")]
     net.nodes.insert(1, make_node("BatchNormalization", ["t0", *parts], ["n"], name="norm"))
@@ -531,7 +516,7 @@ def test_a_computed_weight_is_left_alone() -> None:
     assert {each.operator for each in removal.skipped} == {"Neg", "Conv"}
 
 
-def test_constant_nodes_count_as_fixed(same: Same) -> None:
+def test_constant_nodes_count_as_fixed(same) -> None:
     net = chain()
     for name in ("b", "bb"):
         value = numpy_helper.from_array(net.arrays[name], name)
@@ -564,7 +549,7 @@ class Attention(nn.Module):
         return self.head((x + self.perceptron(x)).mean(1))
 
 
-def test_attention_is_skipped_by_name(evaluate: Callable[..., Array]) -> None:
+def test_attention_is_skipped_by_name(evaluate) -> None:
     network = Attention()
     network.patches.weight.data[:4] = 0
     network.perceptron[0].weight.data[:8] = 0

@@ -1,7 +1,5 @@
 """Compaction as a step of the export."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +43,7 @@ def dense() -> ModelProto:
 
 
 @pytest.fixture
-def write(write_onnx: Write, dense: ModelProto, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Write:
+def write(write_onnx, dense, monkeypatch, tmp_path) -> Write:
     """Export a network whose graph is already traced."""
 
     def run(
@@ -57,17 +55,13 @@ def write(write_onnx: Write, dense: ModelProto, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(export_onnx, "to_onnx", lambda *_args, **_options: model)
         images = np.random.default_rng(0).random((10, *SIZE), np.float32)
         return write_onnx(
-            classifier or network(),
-            input_size=SIZE,
-            output=tmp_path / name,
-            images=images,
-            **options,
+            classifier or network(), input_size=SIZE, output=tmp_path / name, images=images, **options
         )
 
     return run
 
 
-def test_the_report_counts_what_went_as_zeros(write: Write, dense: ModelProto, tmp_path: Path) -> None:
+def test_the_report_counts_what_went_as_zeros(write, dense, tmp_path) -> None:
     masks = {name: each != 0 for name, each in network().named_parameters() if each.ndim > 1}
     report = write(masks=masks)
     removal = report.compaction
@@ -93,14 +87,14 @@ def read(folder: Path) -> ModelProto:
     return onnx.load(folder / "model.onnx")
 
 
-def test_it_can_be_switched_off(write: Write, dense: ModelProto, tmp_path: Path) -> None:
+def test_it_can_be_switched_off(write, dense, tmp_path) -> None:
     report = write(compact=False)
     assert report.compaction is None
     assert (tmp_path / "model.onnx").read_bytes() == encoding.encode(dense)[0].SerializeToString()
     assert "left out" not in report.statement
 
 
-def test_where_nothing_is_dead_the_file_is_what_it_was(write: Write, tmp_path: Path) -> None:
+def test_where_nothing_is_dead_the_file_is_what_it_was(write, tmp_path) -> None:
     alive = network()
     with torch.no_grad():
         alive[0].weight[:10] = 0.1
@@ -112,9 +106,7 @@ def test_where_nothing_is_dead_the_file_is_what_it_was(write: Write, tmp_path: P
     assert "left out" not in report.statement
 
 
-def test_a_compaction_that_changes_the_function_leaves_no_file(
-    write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_compaction_that_changes_the_function_leaves_no_file(write, monkeypatch, tmp_path) -> None:
     original = module.compact
 
     def wrong(model: ModelProto) -> tuple[ModelProto, Compaction]:

@@ -1,10 +1,6 @@
 """The graph of a smaller network, held against the graph of the whole one."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,7 +15,7 @@ from s2ap_deploy.models.channels.coupling import channel_groups
 from s2ap_deploy.models.channels.layer_channels import macs, unread
 from s2ap_deploy.models.channels.narrowing import compacted
 from s2ap_deploy.onnx_export.dead_channels.compact import compact, compare_narrowed
-from s2ap_deploy.onnx_export.export_report import CostChange, ExportReport, NarrowedGroup, Narrowing
+from s2ap_deploy.onnx_export.export_report import CostChange, NarrowedGroup, Narrowing
 from s2ap_deploy.onnx_export.graph import to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
 
@@ -45,14 +41,12 @@ def images() -> NDArray[np.float32]:
 
 
 @pytest.fixture(scope="module")
-def networks(classifier: nn.Module) -> Networks:
+def networks(classifier) -> Networks:
     return Networks(classifier)
 
 
 @pytest.mark.parametrize("further", [True, False])
-def test_what_went_is_counted_and_the_logits_stay(
-    networks: Networks, images: NDArray[np.float32], further: bool
-) -> None:
+def test_what_went_is_counted_and_the_logits_stay(networks, images, further) -> None:
     graph, found = compare_narrowed(networks.plain, networks.narrow, images, further=further)
     onnx.checker.check_model(graph, full_check=True)
     assert found.max_logit_difference is not None
@@ -73,9 +67,7 @@ def test_what_went_is_counted_and_the_logits_stay(
         assert found.macs_after <= macs(networks.small, SIZE)
 
 
-def test_with_the_graphs_own_compaction_nothing_more_is_found(
-    networks: Networks, images: NDArray[np.float32]
-) -> None:
+def test_with_the_graphs_own_compaction_nothing_more_is_found(networks, images) -> None:
     """Slicing the network and compacting the graph of the masked one end at the same size."""
     graph, found = compare_narrowed(networks.plain, networks.narrow, images, further=True)
     _, direct = compact(networks.plain)
@@ -83,7 +75,7 @@ def test_with_the_graphs_own_compaction_nothing_more_is_found(
     assert compact(graph)[1].removed == 0
 
 
-def test_another_network_is_refused(networks: Networks, images: NDArray[np.float32]) -> None:
+def test_another_network_is_refused(networks, images) -> None:
     other = copy.deepcopy(networks.small)
     with torch.no_grad():
         next(other.parameters()).add_(0.1)
@@ -91,14 +83,14 @@ def test_another_network_is_refused(networks: Networks, images: NDArray[np.float
         compare_narrowed(networks.plain, to_onnx(other, SIZE), images, further=False)
 
 
-def test_another_architecture_is_refused(networks: Networks, images: NDArray[np.float32]) -> None:
+def test_another_architecture_is_refused(networks, images) -> None:
     plain: ModelProto = to_onnx(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), SIZE)
     with pytest.raises(VerificationError, check=lambda error: error.code == "compaction-graph-differs"):
         compare_narrowed(plain, networks.narrow, images, further=False)
 
 
 def test_an_export_traces_the_smaller_network_and_compares_with_the_whole(
-    write_onnx: Callable[..., ExportReport], networks: Networks, images: NDArray[np.float32], tmp_path: Path
+    write_onnx, networks, images, tmp_path
 ) -> None:
     report = write_onnx(
         networks.whole,

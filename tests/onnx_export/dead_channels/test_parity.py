@@ -1,7 +1,5 @@
 """Random dead structure in every kind of network: the compacted graph computes the same."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 
@@ -10,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from onnx import ModelProto, numpy_helper
+from onnx import numpy_helper
 
 from s2ap_deploy.errors import VerificationError
 from s2ap_deploy.onnx_export.dead_channels.compact import compact, compare_logits, probes
@@ -23,13 +21,7 @@ shares = st.sampled_from((0.0, 0.2, 0.5, 0.8))
 
 
 @pytest.fixture(scope="session")
-def hold(
-    traced: Callable[[str], ModelProto],
-    damaged: Callable[..., ModelProto],
-    double: Callable[[ModelProto], ModelProto],
-    evaluate: Callable[[ModelProto, Array], Array],
-    images: NDArray[np.float32],
-) -> Callable[[str, int, tuple[float, float, float]], None]:
+def hold(traced, damaged, double, evaluate, images) -> Callable[[str, int, tuple[float, float, float]], None]:
     """Assert everything that must hold for a network with random dead structure."""
 
     def check_all(name: str, seed: int, shares: tuple[float, float, float]) -> None:
@@ -67,7 +59,7 @@ CAREFUL = settings(
 @pytest.mark.parametrize("name", NAMES)
 @settings(CAREFUL, max_examples=4)
 @given(case=cases)
-def test_the_outputs_stay(name: str, hold: Callable[..., None], case: tuple[int, tuple[float, ...]]) -> None:
+def test_the_outputs_stay(name, hold, case) -> None:
     hold(name, *case)
 
 
@@ -75,16 +67,12 @@ def test_the_outputs_stay(name: str, hold: Callable[..., None], case: tuple[int,
 @pytest.mark.parametrize("name", NAMES)
 @settings(CAREFUL)
 @given(case=cases)
-def test_the_outputs_stay_for_many_more(
-    name: str, hold: Callable[..., None], case: tuple[int, tuple[float, ...]]
-) -> None:
+def test_the_outputs_stay_for_many_more(name, hold, case) -> None:
     hold(name, *case)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_most_of_a_very_sparse_network_goes(
-    name: str, traced: Callable[[str], ModelProto], damaged: Callable[..., ModelProto]
-) -> None:
+def test_most_of_a_very_sparse_network_goes(name, traced, damaged) -> None:
     model = damaged(traced(name), 1, 0.5, 0.5, 0.5)
     smaller, removal = compact(model)
     assert removal.removed >= removal.channels_before / 4
@@ -97,11 +85,7 @@ def test_most_of_a_very_sparse_network_goes(
     assert removal.skipped == ()
 
 
-def test_a_graph_that_computes_something_else_is_refused(
-    traced: Callable[[str], ModelProto],
-    damaged: Callable[..., ModelProto],
-    images: NDArray[np.float32],
-) -> None:
+def test_a_graph_that_computes_something_else_is_refused(traced, damaged, images) -> None:
     model = damaged(traced("plain"), 3, 0.5, 0.0, 0.0)
     smaller, removal = compact(model)
     checked = compare_logits(model, smaller, images, removal)

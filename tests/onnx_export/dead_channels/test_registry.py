@@ -1,7 +1,5 @@
 """Every registered family exports, compacts, is coded, and still computes the same in both runtimes."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 
@@ -172,7 +170,7 @@ def coded_alike(dense: ModelProto, images: NDArray[np.float32]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
-def test_our_own_families(name: str) -> None:
+def test_our_own_families(name) -> None:
     removed, skipped = compacted(name)
     assert removed > 0
     assert skipped == set()
@@ -180,7 +178,7 @@ def test_our_own_families(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvision_families(name: str) -> None:
+def test_torchvision_families(name) -> None:
     removed, skipped = compacted(imagenet.PREFIX + name)
     if TORCHVISION[name]:
         assert skipped >= TORCHVISION[name]

@@ -1,9 +1,6 @@
 """The page: whole, self-contained, escaped, honest, and the same for the same facts."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -68,9 +65,7 @@ def rendered(folder: Path) -> tuple[str, Document]:
 
 
 @pytest.mark.parametrize("stages", [(), ("pretrain",), ("search", "finetune"), ("certify",), ALL])
-def test_every_section_shows_something_or_says_what_is_missing(
-    stages: tuple[str, ...], make_folder: Callable[..., Path]
-) -> None:
+def test_every_section_shows_something_or_says_what_is_missing(stages, make_folder) -> None:
     text, document = rendered(make_folder(*stages))
     assert [attrs["id"] for tag, attrs in document.elements if tag == "section"] == list(SECTIONS)
     for section in re.split(r'<section id="', text)[1:]:
@@ -78,7 +73,7 @@ def test_every_section_shows_something_or_says_what_is_missing(
         assert any(sign in section for sign in signs), section[:80]
 
 
-def test_a_finished_run_misses_nothing(make_folder: Callable[..., Path]) -> None:
+def test_a_finished_run_misses_nothing(make_folder) -> None:
     text, document = rendered(make_folder(*ALL))
     assert 'class="missing"' not in text
     assert text.index("Failed") < text.index("What was asked") < text.index("Dense against pruned")
@@ -88,7 +83,7 @@ def test_a_finished_run_misses_nothing(make_folder: Callable[..., Path]) -> None
     assert sum(tag == "img" for tag, _ in document.elements) > 12
 
 
-def test_it_needs_no_network_and_no_script(make_folder: Callable[..., Path]) -> None:
+def test_it_needs_no_network_and_no_script(make_folder) -> None:
     _, document = rendered(make_folder(*ALL))
     tags = {tag for tag, _ in document.elements}
     assert not tags & {"script", "link", "iframe", "object", "embed", "form", "a", "base", "video", "audio"}
@@ -101,7 +96,7 @@ def test_it_needs_no_network_and_no_script(make_folder: Callable[..., Path]) -> 
     assert "@import" not in style
 
 
-def test_names_of_strangers_stay_text(make_folder: Callable[..., Path], hostile_text: str) -> None:
+def test_names_of_strangers_stay_text(make_folder, hostile_text) -> None:
     text, document = rendered(make_folder(*ALL))
     assert "<script" not in text
     assert "evil.example" not in "".join(str(attrs) for tag, attrs in document.elements if tag != "svg")
@@ -111,7 +106,7 @@ def test_names_of_strangers_stay_text(make_folder: Callable[..., Path], hostile_
     assert [tag for tag, _ in document.elements].count("b") < 60  # the folder's name is no element
 
 
-def test_honest_words(make_folder: Callable[..., Path]) -> None:
+def test_honest_words(make_folder) -> None:
     _, document = rendered(make_folder(*ALL))
     for words in (
         "upper bound",
@@ -124,27 +119,25 @@ def test_honest_words(make_folder: Callable[..., Path]) -> None:
     assert "3 of 12 images lost, 0 gained" in document.text
 
 
-def test_equal_facts_give_equal_bytes(make_folder: Callable[..., Path]) -> None:
+def test_equal_facts_give_equal_bytes(make_folder) -> None:
     folder = make_folder(*ALL)
     assert page.render_page(collect(folder)) == page.render_page(collect(folder))
 
 
-def test_one_network_alone(make_folder: Callable[..., Path]) -> None:
+def test_one_network_alone(make_folder) -> None:
     _, document = rendered(make_folder("certify", roles=("dense",)))
     assert "Only the dense network is certified" in document.text
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
-def test_images_of_any_number_of_channels(channels: int, make_folder: Callable[..., Path]) -> None:
+def test_images_of_any_number_of_channels(channels, make_folder) -> None:
     _, document = rendered(make_folder("certify", channels=channels))
     pictures = [attrs for tag, attrs in document.elements if tag == "img"]
     assert pictures
     assert all((attrs["width"], attrs["height"]) == ("4", "4") and attrs["alt"] for attrs in pictures)
 
 
-def test_a_search_without_sharpness_says_so(
-    make_folder: Callable[..., Path],
-) -> None:
+def test_a_search_without_sharpness_says_so(make_folder) -> None:
     facts = collect(make_folder("search"))
     rows = tuple({**row, "sharpness": None} for row in facts.histories["search"])
     without = replace(facts, histories={"search": rows})
@@ -152,7 +145,7 @@ def test_a_search_without_sharpness_says_so(
     assert "recorded no sharpness" not in Document(page.render_page(facts)).text
 
 
-def test_a_long_measurement_is_shown_with_its_quartiles(make_folder: Callable[..., Path]) -> None:
+def test_a_long_measurement_is_shown_with_its_quartiles(make_folder) -> None:
     facts = collect(make_folder("export"))
     report = facts.exports["export"]
     times = PairedTimes(
@@ -184,7 +177,7 @@ def test_a_long_measurement_is_shown_with_its_quartiles(make_folder: Callable[..
     assert "0.51" in page.render_card(measured)
 
 
-def test_an_interval_is_kept_whole_where_there_is_room(make_folder: Callable[..., Path]) -> None:
+def test_an_interval_is_kept_whole_where_there_is_room(make_folder) -> None:
     text, _ = rendered(make_folder("certify"))
     assert re.search(r'<td>66\.7.% <span class="whole">\[\d[^<>]+\]</span></td>', text)
 
@@ -198,5 +191,5 @@ def test_an_interval_is_kept_whole_where_there_is_room(make_folder: Callable[...
         ("", ""),
     ],
 )
-def test_names_break_after_a_dot(name: str, shown: str) -> None:
+def test_names_break_after_a_dot(name, shown) -> None:
     assert page._dotted(name) == shown

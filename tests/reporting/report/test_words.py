@@ -1,11 +1,7 @@
 """The command that repeats a run: what the recipe holds is left to it, the rest is carried on."""
 
-from __future__ import annotations
-
 import shlex
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -49,13 +45,13 @@ def parsed(line: str) -> dict[str, object]:
         (("python: prune", "s2ap-deploy certify 'torn", "--threads"), ""),
     ],
 )
-def test_what_only_the_command_line_knew_is_carried_on(commands: tuple[str, ...], added: str) -> None:
+def test_what_only_the_command_line_knew_is_carried_on(commands, added) -> None:
     (line,) = repetition(facts(*commands))
     assert line == f"s2ap-deploy run 'my run/recipe.yaml' --run again {added}".strip()
     assert (parsed(line)["recipe"], str(parsed(line)["run"])) == ("my run/recipe.yaml", "again")
 
 
-def test_the_thresholds_of_the_verdict_are_a_command_of_their_own(make_folder: Callable[..., Path]) -> None:
+def test_the_thresholds_of_the_verdict_are_a_command_of_their_own(make_folder) -> None:
     found = collect(make_folder("certify", "gate"))
     run, gate = repetition(found)
     assert run.startswith("s2ap-deploy run ")
@@ -70,6 +66,6 @@ def test_without_a_recipe_nothing_is_promised() -> None:
 
 
 @given(st.lists(st.text(max_size=30), max_size=4))
-def test_any_recorded_command_leaves_one_line_that_a_shell_can_split(commands: list[str]) -> None:
+def test_any_recorded_command_leaves_one_line_that_a_shell_can_split(commands) -> None:
     (line,) = repetition(facts(*(f"s2ap-deploy run x {each}" for each in commands)))
     assert shlex.split(line)[:5] == ["s2ap-deploy", "run", "my run/recipe.yaml", "--run", "again"]
