@@ -1,0 +1,1 @@
+"""The pruned network as a small C library: lowering, planning, packing, writing and building."""

@@ -1,0 +1,116 @@
+/* Numbers are computed the same way on every processor: float32, one rounding per operation. */
+#if defined(__FAST_MATH__)
+#error "-ffast-math changes results: build without it"
+#endif
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+#include <float.h>
+#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
+#error "float expressions are computed in another precision: on 32-bit x86, build with -msse2 -mfpmath=sse"
+#endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the weights are stored in little-endian order"
+#endif
+
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#define UNUSED __attribute__((unused))
+#else
+#define INLINE static inline
+#define UNUSED
+#endif
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define UNROLL _Pragma("GCC unroll 32")
+#else
+#define UNROLL
+#endif
+
+/* Pixels in one vector. 32-bit ARM stays scalar: its vectors flush the smallest numbers to zero. */
+#if !defined(LANES)
+#if !defined(__GNUC__)
+#define LANES 1
+#elif defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#elif defined(__SSE2__) || defined(__aarch64__)
+#define LANES 4
+#else
+#define LANES 1
+#endif
+#endif
+/* Vectors of pixels whose sums, for four channels at once, stay in registers; the shapes of such tiles. */
+#if LANES == 16
+#define BLOCKS 6
+#define TILES \
+  TILE(1, 1) TILE(2, 2) TILE(3, 3) TILE(4, 4) TILE(5, 5) TILE(6, 6) \
+  TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1) TILE(4, 2) TILE(6, 2)
+#elif defined(__aarch64__)
+#define BLOCKS 6
+#define TILES TILE(1, 1) TILE(2, 2) TILE(3, 3) TILE(4, 4) TILE(5, 5) TILE(6, 6)
+#elif LANES > 1 || defined(__SSE2__)
+#define BLOCKS 3
+#define TILES TILE(1, 1) TILE(2, 2) TILE(3, 3)
+#else
+#define BLOCKS 2
+#define TILES TILE(1, 1) TILE(2, 2)
+#endif
+
+#if LANES > 1
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t bits __attribute__((vector_size(4 * LANES)));
+#else
+typedef float vec;
+#endif
+
+INLINE vec load(const float *p) {
+  vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+INLINE vec every(float x) {
+#if LANES > 1
+  return x - (vec){0};
+#else
+  return x;
+#endif
+}
+
+/* a > b ? a : b, lane by lane. */
+INLINE vec greater(vec a, vec b) {
+#if LANES > 1
+  bits m = a > b;
+  return (vec)(((bits)a & m) | ((bits)b & ~m));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+/* a < b ? a : b, lane by lane. */
+INLINE vec less(vec a, vec b) {
+#if LANES > 1
+  bits m = a < b;
+  return (vec)(((bits)a & m) | ((bits)b & ~m));
+#else
+  return a < b ? a : b;
+#endif
+}
+
+/* v where the mask's bits are set, zero elsewhere. */
+INLINE vec only(vec v, vec mask) {
+#if LANES > 1
+  return (vec)((bits)v & (bits)mask);
+#else
+  uint32_t m;
+  memcpy(&m, &mask, sizeof m);
+  return m ? v : 0.0f;
+#endif
+}

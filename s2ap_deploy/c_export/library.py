@@ -1,0 +1,121 @@
+"""Build a generated C library with the system's compiler, and call it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from s2ap_deploy.c_export.placing import LANES
+from s2ap_deploy.c_export.writing import Sources
+from s2ap_deploy.errors import VerificationError
+
+FLAGS = ("-std=c11", "-O3", "-march=native")
+_SECONDS = 900
+
+
+def compiler() -> list[str] | None:
+    """Return the command of the system's compiler, ``CC`` or ``cc``; None where there is none."""
+    command = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    return command if shutil.which(command[0]) else None
+
+
+def build(files: Mapping[str, bytes], command: Sequence[str], flags: Sequence[str] = FLAGS) -> bytes:
+    """Compile sources in a private folder and return the shared library.
+
+    Raises VerificationError with the compiler's own words when it fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="s2ap-") as folder:
+        for name, content in files.items():
+            if name in ("model.h", "model.c"):
+                (Path(folder) / name).write_bytes(content)
+        library = Path(folder) / "model.so"
+        words = [*command, *flags, "-shared", "-fPIC", "-o", str(library), str(Path(folder) / "model.c")]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise _failed(command, str(error)) from error
+        if done.returncode != 0 or not library.is_file():
+            raise _failed(command, done.stderr.strip()[-2000:])
+        return library.read_bytes()
+
+
+def _failed(command: Sequence[str], words: str) -> VerificationError:
+    return VerificationError(
+        f"{shlex.join(command)} does not compile the generated sources: {words}",
+        code="compiler-failed",
+        hint="set CC to a C11 compiler such as gcc or clang",
+    )
+
+
+class Library:
+    """A built library as a function: float32 [n, C, H, W] in [0, 1] to logits [n, K].
+
+    It travels between processes as bytes; each process loads its own copy.
+    """
+
+    def __init__(
+        self, content: bytes, weights: bytes, size: tuple[int, int, int], classes: int, workspace: int
+    ) -> None:
+        """``workspace``: bytes for one image."""
+        self._state = (content, weights, size, classes, workspace)
+        self._loaded: ctypes.CDLL | None = None
+
+    @classmethod
+    def of(cls, sources: Sources, content: bytes) -> Library:
+        """Return the library that was built from ``sources``."""
+        layouts, program = sources.placement.layouts, sources.placement.program
+        classes = layouts[program.output].shape[0]
+        return cls(content, sources.weights, layouts[0].shape, classes, sources.workspace_bytes)
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Compute logits. Raises ValueError for images of another size."""
+        _, weights, size, classes, workspace = self._state
+        if images.shape[1:] != size:
+            raise ValueError(f"images of {images.shape[1:]}, not {size}")
+        pixels = np.ascontiguousarray(images, np.float32)
+        logits = np.empty((len(images), classes), np.float32)
+        space = np.empty(workspace // 4 + LANES, np.float32)
+        aligned = -space.ctypes.data // 4 % LANES
+        self.loaded.model_run_batch(
+            weights,
+            pixels.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_size_t(len(images)),
+            logits.ctypes.data_as(ctypes.c_void_p),
+            space[aligned:].ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_size_t(1),
+        )
+        return logits
+
+    @property
+    def loaded(self) -> ctypes.CDLL:
+        """The library, loaded at the first use from a private file that is removed at once."""
+        if self._loaded is None:
+            with tempfile.TemporaryDirectory(prefix="s2ap-") as folder:
+                path = Path(folder) / "model.so"
+                path.write_bytes(self._state[0])
+                self._loaded = ctypes.CDLL(str(path))
+            self._loaded.model_run_batch.restype = None
+            self._loaded.model_run_batch.argtypes = [
+                ctypes.c_char_p,
+                ctypes.c_void_p,
+                ctypes.c_size_t,
+                ctypes.c_void_p,
+                ctypes.c_void_p,
+                ctypes.c_size_t,
+            ]
+        return self._loaded
+
+    def __getstate__(self) -> tuple[object, ...]:
+        return self._state
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        self.__init__(*state)  # type: ignore[misc]

@@ -1,0 +1,467 @@
+"""Write the C library of a classifier: sources that read well, weights, and what they need around them."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto
+
+from s2ap_deploy.c_export.lowering import (
+    Activate,
+    Activation,
+    Channelwise,
+    Combine,
+    Convolution,
+    Copy,
+    Flatten,
+    GlobalPool,
+    Linear,
+    Pool,
+    Step,
+    lower,
+)
+from s2ap_deploy.c_export.packing import Blob, Packed, Positions, pack_convolution, pack_linear
+from s2ap_deploy.c_export.placing import LANES, Layout, Placement, Split, place
+from s2ap_deploy.codecs.values import FLOAT32, ValuesName
+
+EMBED_BELOW = 2**20
+MAGIC = b"S2APC001"
+HEADER = 64
+_KERNELS = resources.files("s2ap_deploy.c_export") / "kernels"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Texts for the sources: the class names, and one sentence each on inputs and origin."""
+
+    class_names: tuple[str, ...] = ()
+    sentences: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """The generated files by name, and how each layer is stored."""
+
+    files: dict[str, bytes]
+    layers: dict[str, Packed]
+    placement: Placement
+    weights: bytes
+    embedded: bool
+
+    @property
+    def workspace_bytes(self) -> int:
+        return 4 * self.placement.floats
+
+
+@dataclass(eq=False)
+class _Writer:
+    placement: Placement
+    values: ValuesName
+    positions: Positions
+    blob: Blob = field(default_factory=Blob)
+    layers: dict[str, Packed] = field(default_factory=dict)
+    tables: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    sections: set[str] = field(default_factory=set)
+    wrappers: dict[str, str] = field(default_factory=dict)
+    layouts: set[int] = field(default_factory=set)
+
+    def layout(self, tensor: int) -> str:
+        """Name the layout of a tensor, and note that it is used."""
+        self.layouts.add(tensor)
+        return f"&layout_{tensor}"
+
+    def size(self, tensor: int) -> str:
+        channels, height, width = self.placement.layouts[tensor].shape
+        return f"{channels}" if (height, width) == (1, 1) else f"{channels}x{height}x{width}"
+
+    def step(self, number: int, step: Step) -> None:
+        sizes = " and ".join(self.size(tensor) for tensor in step.inputs)
+        kind = type(step).__name__.lower()
+        self.lines += ["", f"  /* {_comment(step.name or kind)}: {sizes} to {self.size(step.output)}. */"]
+        if isinstance(step, Convolution):
+            self.convolution(number, step)
+        elif isinstance(step, Linear):
+            self.linear(number, step)
+        else:
+            self.lines += _plain(self, number, step)
+
+    def convolution(self, number: int, step: Convolution) -> None:
+        packed = pack_convolution(step, self.placement, self.blob, self.values, self.positions)
+        self.layers[step.name or f"convolution {number}"] = packed
+        self.describe(packed)
+        geometry, output = self.placement.geometries[step.output], self.placement.layouts[step.output]
+        channels, width = step.weight.shape[1], output.shape[2]
+        taps = ", ".join(str(offset) for offset in sorted(geometry.offsets))
+        fields = {
+            "outputs": len(step.weight),
+            "together": packed.joint,
+            "plane": output.plane,
+            "width": width,
+            "row": geometry.row if geometry.padded else 0,
+            "group_outputs": len(step.weight) // step.groups,
+            "group_step": channels * geometry.channel,
+            "unit": packed.unit,
+            "channel_step": geometry.channel,
+            "taps": len(geometry.taps),
+            "group_channels": channels,
+            "tap": f"taps_{number}",
+            **{f: packed.at.get(f, 0) for f in _CONVOLUTION_ARRAYS},
+            "act": _activation(step.activation),
+        }
+        self.tables.append(f"static const uint32_t taps_{number}[] = {{{taps}}};")
+        self.tables.append(_struct("convolution", f"convolution_{number}", fields))
+        self.sections |= {"convolution", "dense" if packed.kernel == "dense" else "lists"}
+        residual = "NULL" if step.residual is None else f"t{step.residual}"
+        strip = f"&convolution_{number}, w, %s, {residual}, t{step.output}, %s, %s"
+        call = self.wrapper("convolve", packed)
+        if not geometry.copies:
+            listed = strip % (f"t{step.inputs[0]}", 0, output.pixels)
+            self.lines.append(f"  {call}(&(strip){{{listed}}});")
+            return
+        copied = self.copies(number, step)
+        strips = f"for (size_t y = 0; y < {output.shape[1]}; y += {geometry.rows}) "
+        rows = f"{output.shape[1]} - y < {geometry.rows} ? {output.shape[1]} - y : {geometry.rows}"
+        if geometry.rows == output.shape[1]:
+            listed = strip % ("scratch", 0, output.pixels)
+            self.lines += [f"  {copied % ('0', str(geometry.rows))};", f"  {call}(&(strip){{{listed}}});"]
+        else:
+            listed = strip % ("scratch", f"y * {width}", f"rows * {width}")
+            self.lines += [
+                f"  {strips}{{",
+                f"    size_t rows = {rows};",
+                f"    {copied % ('(ptrdiff_t)y', 'rows')};",
+                f"    {call}(&(strip){{{listed}}});",
+                "  }",
+            ]
+
+    def copies(self, number: int, step: Convolution) -> str:
+        """Describe the copies of a convolution's input; the call that makes them, of a row and rows."""
+        geometry, source = self.placement.geometries[step.output], self.placement.layouts[step.inputs[0]]
+        first = ", ".join(str(place) for copy in geometry.copies for place in copy)
+        self.tables.append(f"static const int16_t first_{number}[] = {{{first}}};")
+        fields = {
+            "channels": source.shape[0] // geometry.planes,
+            "planes": geometry.planes,
+            "height": source.shape[1],
+            "width": source.shape[2],
+            "plane": source.plane,
+            "copies": len(geometry.copies),
+            "columns": geometry.row,
+            "extra": geometry.extra,
+            "floats": geometry.plane,
+            "first": f"first_{number}",
+        }
+        self.tables.append(_struct("copies", f"copies_{number}", fields))
+        self.sections.add("copies")
+        return f"copy_input(&copies_{number}, t{step.inputs[0]}, scratch, masks, %s, %s)"
+
+    def describe(self, packed: Packed) -> None:
+        share = packed.kept / max(packed.entries, 1) if packed.kernel == "dense" else None
+        what = "dense" if share is not None else f"{packed.kept} kept weights, {packed.positions} positions"
+        self.lines[-1] = self.lines[-1].replace(". */", f"; {what}, {packed.values} values. */")
+
+    def wrapper(self, kernel: str, packed: Packed) -> str:
+        """Name the function that runs a kernel for one kind of storage, and write it once."""
+        kinds = [packed.values.upper()]
+        name = f"{kernel}_{packed.values}"
+        if packed.kernel == "lists":
+            kinds.insert(0, packed.positions.upper())
+            name = f"{kernel}_{packed.positions}_{packed.values}"
+        else:
+            name = f"{kernel}_dense_{packed.values}"
+        if kernel == "convolve":
+            called = "convolve" if packed.kernel == "lists" else "convolve_dense"
+            self.wrappers[name] = f"static void {name}(const strip *s) {{ {called}({', '.join(kinds)}, s); }}"
+        else:
+            called = f"linear_{packed.kernel}"
+            self.wrappers[name] = (
+                f"static void {name}(const linear *l, const unsigned char *w, const float *in, "
+                f"float *out) {{\n  {called}({', '.join(kinds)}, l, w, in, out);\n}}"
+            )
+        return name
+
+    def linear(self, number: int, step: Linear) -> None:
+        packed = pack_linear(step, self.blob, self.values, self.positions)
+        name = step.name or f"linear {number}"
+        self.layers[name] = packed
+        self.describe(packed)
+        rows, inputs = step.weight.shape
+        fields = {
+            "outputs": rows,
+            "inputs": inputs,
+            **{f: packed.at.get(f, 0) for f in _LINEAR_ARRAYS},
+            "act": _activation(step.activation),
+        }
+        self.tables.append(_struct("linear", f"linear_{number}", fields))
+        self.sections |= {"linear"}
+        self.lines.append(
+            f"  {self.wrapper('linear', packed)}(&linear_{number}, w, t{step.inputs[0]}, t{step.output});"
+        )
+        if step.activation.name != "none":
+            self.lines.append(f"  activate_row(t{step.output}, t{step.output}, {rows}, linear_{number}.act);")
+
+
+_CONVOLUTION_ARRAYS = ("starts", "order", "bias", "scales", "positions", "values")
+_LINEAR_ARRAYS = ("starts", "bias", "scales", "positions", "values")
+
+
+def _plain(writer: _Writer, number: int, step: Step) -> list[str]:
+    """Return the calls of a step that works on planes."""
+    source, target = step.inputs[0] if step.inputs else 0, step.output
+    pair = f"t{source}, t{target}"
+    if isinstance(step, Split):
+        between = f"t{source}, {writer.layout(source)}, t{target}, {writer.layout(target)}"
+        return [f"  split({between}, {step.stride[0]}, {step.stride[1]});"]
+    if isinstance(step, Flatten):
+        lines, end = [], f"t{target}"
+        for i, tensor in enumerate(step.inputs):
+            call = f"pack(t{tensor}, {writer.layout(tensor)}, {end})"
+            lines.append(f"  float *end_{number}_{i} = {call};" if i + 1 < len(step.inputs) else f"  {call};")
+            end = f"end_{number}_{i}"
+        return lines
+    if isinstance(step, Pool):
+        window = [*step.kernel, *step.stride, *step.dilation, *step.pads[:2], int(step.counts_pads)]
+        listed = ", ".join(str(each) for each in window)
+        writer.tables.append(f"static const window window_{number} = {{{listed}}};")
+        between = f"t{source}, {writer.layout(source)}, t{target}, {writer.layout(target)}"
+        return [f"  pool({int(step.maximum)}, {between}, &window_{number});"]
+    if isinstance(step, GlobalPool):
+        return [f"  global_pool({int(step.maximum)}, t{source}, {writer.layout(source)}, t{target});"]
+    if isinstance(step, Activate):
+        return [
+            f"  activate_planes({pair}, {writer.layout(target)}, (activation){_activation(step.activation)});"
+        ]
+    if isinstance(step, Combine):
+        one = int(writer.placement.layouts[step.inputs[1]].pixels == 1)
+        tensors = f"t{source}, t{step.inputs[1]}, t{target}, {writer.layout(target)}"
+        return [f"  combine({step.operator.upper()}, {one}, {tensors}, {act});"]
+    if isinstance(step, Channelwise):
+        first = f"w + {writer.blob.add(step.first)}"
+        second = "NULL" if step.second is None else f"w + {writer.blob.add(step.second)}"
+        act = _activation(step.activation)
+        return [
+            f"  channelwise({step.operator.upper()}, {pair}, {writer.layout(target)}, {first}, {second}, (activation){act});"
+        ]
+    assert isinstance(step, Copy)
+    return _copy(writer, number, step)
+
+
+def _copy(writer: _Writer, number: int, step: Copy) -> list[str]:
+    """Return one loop for each run of channels that are evenly spaced in one tensor."""
+    for name, values in (("rows", step.rows), ("columns", step.columns)):
+        listed = ", ".join(str(value & 0xFFFF) for value in values.tolist())
+        writer.tables.append(f"static const uint16_t {name}_{number}[] = {{{listed}}};")
+    target, own = writer.placement.layouts[step.output], writer.layout(step.output)
+    places = list(zip(step.sources.tolist(), step.channels.tolist(), strict=True))
+    lines, channel = [], 0
+    while channel < len(places):
+        source, place = places[channel]
+        end, step_by = channel + 1, 0 if place < 0 else 1
+        if place >= 0 and end < len(places) and places[end][0] == source and places[end][1] > place:
+            step_by = places[end][1] - place
+        while end < len(places) and places[end] == (source, place + (end - channel) * step_by):
+            end += 1
+        layout = writer.placement.layouts[step.inputs[source] if step.inputs else step.output]
+        plane = "NULL"
+        if place >= 0:
+            plane = f"t{step.inputs[source]} + {place * layout.plane} + c * {step_by * layout.plane}"
+        to = f"t{step.output} + {channel * target.plane} + c * {target.plane}, {own}"
+        lines.append(
+            f"  for (size_t c = 0; c < {end - channel}; c++) "
+            f"copy_plane({plane}, {layout.shape[2]}, {to}, rows_{number}, columns_{number});"
+        )
+        channel = end
+    return lines
+
+
+def write_sources(
+    model: ModelProto,
+    facts: Facts,
+    *,
+    values: ValuesName = FLOAT32,
+    positions: Positions = "fast",
+    embed: bool | None = None,
+    lanes: int = LANES,
+    scratch_bytes: int = 2**20,
+) -> Sources:
+    """Return the sources for an ONNX model; ``embed``: weights as constants, by default below 1 MB.
+
+    Raises UsageError for an operator without a kernel, and for weights over 2 GiB.
+    """
+    placement = place(lower(model), lanes=lanes, scratch_bytes=scratch_bytes)
+    writer = _Writer(placement, values, positions)
+    for number, step in enumerate(placement.program.steps):
+        writer.step(number, step)
+    payload = bytes(writer.blob.data) + bytes(-len(writer.blob.data) % 64)
+    weights = _header(payload) + payload
+    embedded = len(weights) < EMBED_BELOW if embed is None else embed
+    files = {
+        "model.h": _header_file(writer, facts, len(weights), embedded).encode(),
+        "model.c": _source_file(writer, facts, weights, embedded).encode(),
+    }
+    if not embedded:
+        files["weights.bin"] = weights
+    return Sources(files, writer.layers, placement, weights, embedded)
+
+
+def _header(payload: bytes) -> bytes:
+    """Return the header of the weights: magic, bytes in all, checksum of what follows."""
+    words = np.frombuffer(payload, np.uint32).astype(np.uint64)
+    first = np.cumsum(words, dtype=np.uint64)
+    second = np.cumsum(first, dtype=np.uint64)
+    sums = (first[-1], second[-1]) if len(words) else (0, 0)
+    head = MAGIC + int(HEADER + len(payload)).to_bytes(8, "little")
+    head += int(sums[0]).to_bytes(8, "little") + int(sums[1]).to_bytes(8, "little")
+    head += zlib.crc32(payload).to_bytes(4, "little")
+    return head.ljust(HEADER, b"\0")
+
+
+def _header_file(writer: _Writer, facts: Facts, weights: int, embedded: bool) -> str:
+    channels, height, width = writer.placement.layouts[0].shape
+    classes = writer.placement.layouts[writer.placement.program.output].shape[0]
+    return _template("model.h").format(
+        about=_about(facts),
+        channels=channels,
+        height=height,
+        width=width,
+        classes=classes,
+        workspace=4 * writer.placement.floats,
+        weights=weights,
+        embedded=int(embedded),
+    )
+
+
+def _source_file(writer: _Writer, facts: Facts, weights: bytes, embedded: bool) -> str:
+    program, layouts = writer.placement.program, writer.placement.layouts
+    used = {0, program.output, *(t for s in program.steps for t in (*s.inputs, s.output))}
+    used |= {s.residual for s in program.steps if isinstance(s, Convolution) and s.residual is not None}
+    image = [f"  unpack(image, t0, {writer.layout(0)});"]
+    final = [f"  pack(t{program.output}, {writer.layout(program.output)}, logits);"]
+    tensors = [f"  float *const t{t} = space + {layouts[t].start};" for t in sorted(used)]
+    if "copies" in writer.sections:
+        tensors.append(f"  float *const scratch = space + {writer.placement.scratch};")
+    if any("masks" in line for line in writer.lines):
+        tensors.append(f"  uint32_t *const masks = (uint32_t *)workspace + {writer.placement.masks};")
+    parts = [
+        _template("model.c").format(about=_about(facts)),
+        _kernel("vectors"),
+        _kernel("activations"),
+        _kernel("lists"),
+        _kernel("planes"),
+    ]
+    if "copies" in writer.sections:
+        parts.append(_kernel("copies"))
+    if writer.sections & {"convolution"}:
+        parts.append(_kernel("convolution", lists="lists" in writer.sections))
+    parts += [_kernel(name) for name in ("dense", "linear") if name in writer.sections]
+    parts += writer.wrappers.values()
+    parts.append("/* The layers. */")
+    parts += [_layout(tensor, layouts[tensor]) for tensor in sorted(writer.layouts)]
+    parts += writer.tables
+    parts.append(_names(facts, layouts[program.output].shape[0]))
+    if embedded:
+        parts.append(_constants(weights))
+    run = _template("run.c")
+    body = "\n".join([*tensors, "", *image, *writer.lines, "", *final])
+    parts.append(run.replace("/*BODY*/", body).replace("/*HEAD*/", _bytes(weights[:HEADER])))
+    text = "\n\n".join(part.strip("\n") for part in parts) + "\n"
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _kernel(name: str, *, lists: bool = True) -> str:
+    text = (_KERNELS / f"{name}.c").read_text(encoding="utf-8")
+    return (
+        text
+        if lists
+        else text[: text.index("/* Walk `n`")]
+        + text[text.index("/* Add what") : text.index("/* One block of pixels")]
+    )
+
+
+def _template(name: str) -> str:
+    return (_KERNELS / f"template_{name}").read_text(encoding="utf-8")
+
+
+def _layout(tensor: int, layout: Layout) -> str:
+    fields = (*layout.shape, layout.plane)
+    return f"static const layout layout_{tensor} = {{{', '.join(str(each) for each in fields)}}};"
+
+
+def _struct(kind: str, name: str, fields: dict[str, object]) -> str:
+    listed = ", ".join(f".{field} = {value}" for field, value in fields.items())
+    words, lines = listed.split(", "), ["   "]
+    for word in words:
+        if len(lines[-1]) + len(word) > 106:
+            lines.append("   ")
+        lines[-1] += f" {word},"
+    body = "\n".join(lines).rstrip(",")
+    return f"static const {kind} {name} = {{\n{body}}};"
+
+
+def _activation(activation: Activation) -> str:
+    first, second = (_float(value) for value in (activation.first, activation.second))
+    return f"{{{activation.name.upper()}, {first}, {second}}}"
+
+
+def _float(value: float) -> str:
+    """Write a float32 exactly; an infinite bound as the largest number."""
+    limit = float(np.finfo(np.float32).max)
+    return f"{float(np.float32(max(-limit, min(limit, value)))).hex()}f"
+
+
+def _names(facts: Facts, classes: int) -> str:
+    names = facts.class_names if len(facts.class_names) == classes else tuple(str(i) for i in range(classes))
+    listed = ",\n".join(f"    {_string(name)}" for name in names)
+    return f"static const char *const names[MODEL_CLASSES] = {{\n{listed}}};"
+
+
+def _string(text: str) -> str:
+    """Quote a text for C, byte by byte where it is not plain ASCII."""
+    plain = "".join(
+        chr(byte) if 32 <= byte < 127 and chr(byte) not in '"\\?' else f"\\{byte:03o}"
+        for byte in text.encode()
+    )
+    return f'"{plain}"'
+
+
+def _comment(text: str) -> str:
+    return re.sub(r"[^\w .,:;()+-]", "_", text)[:80]
+
+
+def _about(facts: Facts) -> str:
+    return "\n".join(f"   {_comment_line(sentence)}" for sentence in facts.sentences)
+
+
+def _comment_line(text: str) -> str:
+    return "".join(c if 32 <= ord(c) < 127 else "?" for c in text.replace("*/", "* /").replace("/*", "/ *"))
+
+
+def _constants(weights: bytes) -> str:
+    words = np.frombuffer(weights, np.uint32)
+    lines = [", ".join(f"0x{word:08x}u" for word in words[i : i + 8]) for i in range(0, len(words), 8)]
+    body = ",\n    ".join(lines)
+    return f"static const uint32_t constants[{len(words)}] = {{\n    {body}}};"
+
+
+def _bytes(data: bytes) -> str:
+    listed = [", ".join(str(byte) for byte in data[i : i + 16]) for i in range(0, len(data), 16)]
+    return ",\n      ".join(listed)
+
+
+def write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Write files into a new folder."""
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def kept(layers: Iterable[Packed]) -> int:
+    """Count the kept weights of layers."""
+    return sum(layer.kept for layer in layers)
