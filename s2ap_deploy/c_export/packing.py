@@ -239,7 +239,7 @@ def _dense_convolution(
     """Store four channels side by side; those that do not make four, or a group, one by one."""
     fours = TOGETHER if (len(flat) // step.groups) % TOGETHER == 0 or step.groups == 1 else 1
     whole = len(flat) // TOGETHER * TOGETHER if fours > 1 else 0
-    quads = flat[:whole].reshape(whole // TOGETHER, TOGETHER, -1).transpose(0, 2, 1).reshape(-1)
+    quads = flat[:whole].reshape(whole // TOGETHER, TOGETHER, flat.shape[1]).transpose(0, 2, 1).reshape(-1)
     at = {
         "bias": blob.add(step.bias),
         "values": blob.add(np.concatenate([quads, flat[whole:].reshape(-1)])),

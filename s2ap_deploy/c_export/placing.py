@@ -41,12 +41,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a convolution reads its input: through copies of each channel, with zeros in place of padding.
+    """How a convolution reads its input: through copies of each channel, zeros in place of padding.
 
-    Copy (p, r, c) of a channel holds, at row i and column j, pixel (i + r, j + c) of its plane p, zero outside
-    of it, for ``rows`` + ``extra`` rows: the output is computed ``rows`` rows at a time. A channel has
-    ``planes`` planes where the input of a strided convolution was split. ``taps``: the copy that each tap of
-    the kernel reads, and the row and column it begins at.
+    Copy (p, r, c) of a channel holds, at row i and column j, pixel (i + r, j + c) of its plane p, zero
+    outside of it, for ``rows`` + ``extra`` rows: the output is computed ``rows`` rows at a time. A channel
+    has ``planes`` planes where the input of a strided convolution was split. ``taps``: the copy that each tap
+    of the kernel reads, and the row and column it begins at.
 
     In *shifted* copies every tap begins at column 0 and at a row that is a multiple of whole vectors: loads
     are aligned, and a vector may span rows. Otherwise there is one *padded* copy of each plane, of ``row`` >

@@ -234,10 +234,9 @@ def _plain(writer: _Writer, number: int, step: Step) -> list[str]:
         return [f"  pool({int(step.maximum)}, {between}, &window_{number});"]
     if isinstance(step, GlobalPool):
         return [f"  global_pool({int(step.maximum)}, t{source}, {writer.layout(source)}, t{target});"]
+    act = f"(activation){_activation(getattr(step, 'activation', Activation()))}"
     if isinstance(step, Activate):
-        return [
-            f"  activate_planes({pair}, {writer.layout(target)}, (activation){_activation(step.activation)});"
-        ]
+        return [f"  activate_planes({pair}, {writer.layout(target)}, {act});"]
     if isinstance(step, Combine):
         one = int(writer.placement.layouts[step.inputs[1]].pixels == 1)
         tensors = f"t{source}, t{step.inputs[1]}, t{target}, {writer.layout(target)}"
@@ -245,10 +244,8 @@ def _plain(writer: _Writer, number: int, step: Step) -> list[str]:
     if isinstance(step, Channelwise):
         first = f"w + {writer.blob.add(step.first)}"
         second = "NULL" if step.second is None else f"w + {writer.blob.add(step.second)}"
-        act = _activation(step.activation)
-        return [
-            f"  channelwise({step.operator.upper()}, {pair}, {writer.layout(target)}, {first}, {second}, (activation){act});"
-        ]
+        call = f"{pair}, {writer.layout(target)}, {first}, {second}, {act}"
+        return [f"  channelwise({step.operator.upper()}, {call});"]
     assert isinstance(step, Copy)
     return _copy(writer, number, step)
 
@@ -376,13 +373,16 @@ def _source_file(writer: _Writer, facts: Facts, weights: bytes, embedded: bool) 
 
 
 def _kernel(name: str, *, lists: bool = True) -> str:
+    """Return a file of kernels; that of convolutions also without the kernel of lists."""
     text = (_KERNELS / f"{name}.c").read_text(encoding="utf-8")
-    return (
-        text
-        if lists
-        else text[: text.index("/* Walk `n`")]
-        + text[text.index("/* Add what") : text.index("/* One block of pixels")]
+    if lists:
+        return text
+    spans = (
+        ("", "/* Walk four"),
+        ("/* Add what", "/* Four channels"),
+        ("/* How a strip", "INLINE void convolve("),
     )
+    return "".join(text[text.index(start) : text.index(end)] for start, end in spans)
 
 
 def _template(name: str) -> str:

@@ -17,7 +17,7 @@ from s2ap_deploy.c_export.library import Library, build, compiler
 from s2ap_deploy.c_export.writing import Facts, Sources, write_sources
 from s2ap_deploy.onnx_export.graph import to_onnx
 
-QUICK = ("-std=c11", "-O1", "-march=native")
+QUICK = ("-std=c11", "-O0")  # compilers take seconds to optimize
 Compile = Callable[..., Library]
 
 

@@ -59,7 +59,7 @@ FUNCTIONS: dict[str, Forward] = {
     "subtract-divide": lambda x: (2 - x) / (F.relu(x) + 1),
     "concat-split": lambda x: torch.cat([x[:, 1:], F.relu(x), x[:, :1]], 1),
     "rows-columns": lambda x: x[:, :, ::2, 1:5],
-    "shuffle": lambda x: F.channel_shuffle(torch.cat([x, -x], 1), 2),
+    "shuffle": lambda x: torch.cat([x, 1 - x], 1).unflatten(1, (2, 3)).transpose(1, 2).flatten(1, 2),
     "max-pool": lambda x: F.max_pool2d(x, 3, 2, 1),
     "max-pool-ceil": lambda x: F.max_pool2d(x, 3, 2, ceil_mode=True),
     "average-pool": lambda x: F.avg_pool2d(x, 3, 2, 1),
@@ -74,16 +74,25 @@ FUNCTIONS: dict[str, Forward] = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_operators_equal_pytorch(compiled: Compile, name: str) -> None:
-    check(compiled, Function(FUNCTIONS[name]), (3, 8, 9))
+def test_operators_equal_pytorch(compiled: Compile) -> None:
+    size = (3, 8, 9)
+    networks = [Function(function).eval() for function in FUNCTIONS.values()]
+    together = Function(lambda x: torch.cat([network(x / 4 + 0.5) for network in networks], 1))
+    found = compiled(together, size)(images(size))
+    start = 0
+    for name, network in zip(FUNCTIONS, networks, strict=True):
+        with torch.no_grad():
+            expected = network(torch.from_numpy(images(size))).numpy()
+        difference, tolerance = compare_sums(expected, found[:, start : start + expected.shape[1]])
+        assert difference <= tolerance, name
+        start += expected.shape[1]
 
 
 def test_prelu_equals_pytorch(compiled: Compile) -> None:
     check(compiled, nn.Sequential(nn.Conv2d(3, 5, 1), nn.PReLU(5), nn.Flatten()), (3, 4, 4))
 
 
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_convolutions_of_any_shape_equal_pytorch(compiled: Compile, data: st.DataObject) -> None:
     """Strides, padding, dilation, groups, densities, sizes that vectors do and do not divide."""
@@ -118,13 +127,14 @@ def test_convolutions_of_any_shape_equal_pytorch(compiled: Compile, data: st.Dat
     check(compiled, network, size, positions=draw(st.sampled_from(["fast", "small"])))
 
 
-@pytest.mark.parametrize("width", [4, 8, 16, 28, 32, 64])
+@pytest.mark.parametrize("width", [4, 16, 28, 32, 64])
 def test_padded_images_of_each_width_equal_pytorch(compiled: Compile, width: int) -> None:
+    """With the widest vectors of this machine, and rows computed a few at a time."""
     torch.manual_seed(0)
     first, second = nn.Conv2d(3, 9, 3, padding=1), nn.Conv2d(9, 8, 3, 2, padding=1)
     network = prune(nn.Sequential(first, nn.ReLU(), second, nn.Flatten()), 0.95)
-    check(compiled, network, (3, width, width))
-    check(compiled, network, (3, width, width), scratch_bytes=0)
+    few = {"scratch_bytes": 0} if width > 16 else {}
+    check(compiled, network, (3, width, width), flags=("-std=c11", "-O0", "-march=native"), **few)
 
 
 @pytest.mark.parametrize("kind", ["lists", "dense"])
