@@ -325,7 +325,11 @@ class _Lowering:
         moved: list[NDArray[Any]] = []
         for name in node.input:
             if name in self.values:
-                moved.append(self.index(self.values[name]))
+                value = self.values[name]
+                if len(value.shape) == 4 and node.op_type in ("Flatten", "Reshape") and self.flattens(node):
+                    self.tensor(value)  # planes are copied as such before they become a vector
+                    value = self.plain(value.tensor or 0)
+                moved.append(self.index(value))
             elif not name:
                 moved.append(np.zeros(0))
             elif node.op_type == "Concat":
@@ -336,6 +340,10 @@ class _Lowering:
             if index.shape[:1] != (1,):
                 raise _unsupported(f"{node.op_type} across the batch")
             self.values[name] = _Value(index.shape, None, np.ascontiguousarray(index, np.int64))
+
+    def flattens(self, node: NodeProto) -> bool:
+        """Return True for a node whose output is a vector."""
+        return node.op_type == "Flatten" or self.arrays[node.input[1]].size == 2
 
     def input(self, node: NodeProto, position: int = 0) -> int:
         """Return the tensor that a node reads at a position."""

@@ -64,7 +64,7 @@ FUNCTIONS: dict[str, Forward] = {
     "max-pool-ceil": lambda x: F.max_pool2d(x, 3, 2, ceil_mode=True),
     "average-pool": lambda x: F.avg_pool2d(x, 3, 2, 1),
     "average-pool-no-pads": lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
-    "adaptive": lambda x: F.adaptive_avg_pool2d(x, 2),
+    "adaptive": lambda x: F.adaptive_avg_pool2d(x, (2, 3)),
     "global": lambda x: F.adaptive_avg_pool2d(x, 1),
     "global-max": lambda x: x.amax((2, 3)),
     "nearest": lambda x: F.interpolate(x, scale_factor=2),
