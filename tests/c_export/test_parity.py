@@ -59,7 +59,7 @@ FUNCTIONS: dict[str, Forward] = {
     "subtract-divide": lambda x: (2 - x) / (F.relu(x) + 1),
     "concat-split": lambda x: torch.cat([x[:, 1:], F.relu(x), x[:, :1]], 1),
     "rows-columns": lambda x: x[:, :, ::2, 1:5],
-    "shuffle": lambda x: torch.cat([x, 1 - x], 1).unflatten(1, (2, 3)).transpose(1, 2).flatten(1, 2),
+    "shuffle": lambda x: F.relu(torch.cat([x, 1 - x], 1).unflatten(1, (2, 3)).transpose(1, 2).flatten(1, 2)),
     "max-pool": lambda x: F.max_pool2d(x, 3, 2, 1),
     "max-pool-ceil": lambda x: F.max_pool2d(x, 3, 2, ceil_mode=True),
     "average-pool": lambda x: F.avg_pool2d(x, 3, 2, 1),
