@@ -16,7 +16,9 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +26,7 @@ from s2ap_deploy.errors import RunFolderError, StorageError
 
 TEMPORARY = ".tmp-"
 LARGEST_JSON = 2**27  # ten times a certificate of 50,000 images
+LARGEST_FILE = 2**32  # bytes, of any file that is read or hashed
 _MOST_BITS = 128
 _CODES = {"read": "file-not-read", "write": "file-not-written", "remove": "file-not-removed"}
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -81,13 +84,19 @@ def parse_json(text: bytes | str) -> Any:
     """Parse JSON from an untrusted file, as far as :func:`canonical_json` could write it again.
 
     Raises ValueError for what is not JSON or longer than ``LARGEST_JSON``, for numbers that are not finite or
-    of more than 128 bits, for text that cannot be encoded (half a surrogate pair), and for content that
-    is nested too deeply.
+    of more than 128 bits, for text that cannot be encoded (half a surrogate pair), for a key that occurs
+    twice in an object, and for content that is nested too deeply.
     """
     if len(text) > LARGEST_JSON:
         raise ValueError(f"larger than {LARGEST_JSON >> 20} MiB")
     try:
-        content = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_bounded)
+        content = json.loads(
+            text,
+            parse_constant=_finite,
+            parse_float=_finite,
+            parse_int=_bounded,
+            object_pairs_hook=_unique,
+        )
         # Rare enough that looking for the escape first saves nearly every file the second pass.
         if _SURROGATE.search(text if isinstance(text, bytes) else text.encode(errors="surrogatepass")):
             json.dumps(content, ensure_ascii=False).encode()
@@ -105,6 +114,13 @@ def _finite(number: str) -> float:
     return value
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):  # readers differ in which of the two counts
+        raise ValueError("a key occurs twice in an object")
+    return content
+
+
 def _bounded(number: str) -> int:
     value = int(number)
     if value.bit_length() > _MOST_BITS:
@@ -112,22 +128,61 @@ def _bounded(number: str) -> int:
     return value
 
 
+@contextlib.contextmanager
+def open_regular(path: Path | str) -> Iterator[BufferedReader]:
+    """Yield the file at ``path`` for reading; every file from outside is opened here.
+
+    A pipe, a socket or a device is refused before a byte is read: it could keep the reader waiting, or never
+    end. So is a file of more than ``LARGEST_FILE`` bytes. Raises StorageError.
+    """
+    path = Path(path)
+    try:
+        # O_NONBLOCK: opening a pipe would wait for its writer.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        try:
+            status = os.fstat(descriptor)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not stat.S_ISREG(status.st_mode):
+                raise _special(path)
+            if status.st_size > LARGEST_FILE:
+                raise StorageError(
+                    f"{path} has {status.st_size:,} bytes, more than the {LARGEST_FILE:,} that are read",
+                    code="file-too-large",
+                    hint="name a smaller file",
+                )
+            with open(descriptor, "rb", closefd=False) as stream:
+                yield stream
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.EOPNOTSUPP):  # a socket
+            raise _special(path) from error
+        raise _storage_error("read", path, error) from error
+
+
+def _special(path: Path) -> StorageError:
+    return StorageError(
+        f"{path} is a pipe, a socket or a device, not a file", code="file-special", hint="name a plain file"
+    )
+
+
+def check_regular(path: Path | str) -> None:
+    """Raise StorageError, as :func:`open_regular` does, for what a library shall not open."""
+    with open_regular(path):
+        pass
+
+
 def read_bytes(path: Path | str, *, limit: int | None = None) -> bytes:
     """Read ``path``, at most ``limit`` + 1 bytes of it. Raises StorageError."""
-    try:
-        with open(path, "rb") as stream:
-            return stream.read() if limit is None else stream.read(limit + 1)
-    except OSError as error:
-        raise _storage_error("read", Path(path), error) from error
+    with open_regular(path) as stream:
+        return stream.read() if limit is None else stream.read(limit + 1)
 
 
 def sha256(path: Path | str) -> str:
     """Hash the file's bytes with SHA-256, in hexadecimal. Raises StorageError."""
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise _storage_error("read", Path(path), error) from error
+    with open_regular(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def within(folder: Path | str, name: str) -> Path:

@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, settings
 
 from s2ap_deploy.data.splits import Augmentation, MemorySplit
 from s2ap_deploy.distributed.collectives import Ranks
+from s2ap_deploy.evaluation.autoattack import protocols
 from s2ap_deploy.evaluation.certificate import Certificate, Subject
 from s2ap_deploy.evaluation.samples import rows
 from s2ap_deploy.records import AttackRow
@@ -328,15 +329,30 @@ def issue(**facts: Any) -> Certificate:
     return Certificate.of(rows(*columns), **facts)
 
 
+def attack_rows(
+    protocol: str, num_classes: int, broken_by: Sequence[str | None], proven: int = 0
+) -> tuple[AttackRow, ...]:
+    """The rows of a protocol's attacks that broke these samples, each after the ones before."""
+    left, rows = sum(by != "clean" for by in broken_by) - proven, []
+    for name in protocols.names(protocols.version(protocol), num_classes):
+        rows.append(AttackRow(name=name, n_in=left, n_broken=list(broken_by).count(name), seconds=1.0))
+        left -= rows[-1].n_broken
+    return tuple(rows)
+
+
 @pytest.fixture(scope="session")
 def make_certificate() -> Callable[..., Certificate]:
     """``make_certificate(broken_by, **changes)``: labels alternate 0, 1; the rest follows."""
 
     def make(broken_by: Sequence[str | None], **changes: Any) -> Certificate:
         labels = [index % 2 for index in range(len(broken_by))]
+        protocol = changes.get("protocol", "standard")
+        classes = 2 if protocols.is_adapted(protocol) else 10
+        proven = changes["proven"].count if changes.get("proven") else 0
+        broken = changes.get("broken_by", broken_by)
         facts: dict[str, Any] = {
             "subject": Subject(
-                arch="digits-conv", num_classes=2, weights_sha256="a" * 64, checkpoint_sha256="c" * 64
+                arch="digits-conv", num_classes=classes, weights_sha256="a" * 64, checkpoint_sha256="c" * 64
             ),
             "threat": ThreatModel(eps="0.1"),
             "data": "digits",
@@ -351,9 +367,7 @@ def make_certificate() -> Callable[..., Certificate]:
                 y if by is None else 1 - y for y, by in zip(labels, broken_by, strict=True)
             ],
             "broken_by": broken_by,
-            "attacks": [
-                AttackRow(name=name, n_in=1, n_broken=0, seconds=1.0) for name in ("apgd-ce", "square")
-            ],
+            "attacks": attack_rows(protocol, classes, broken, proven),
             "protocol": "standard",
             "flags": (),
             "attack_seed": 0,
@@ -364,6 +378,9 @@ def make_certificate() -> Callable[..., Certificate]:
             "environment": {"device": "cpu"},
             "seconds": 1.0,
         }
-        return issue(**{**facts, **changes})
+        facts |= changes
+        raised = {"adapted_protocol": protocols.is_adapted(protocol), "quick": protocol.startswith("quick")}
+        facts["flags"] = (*facts["flags"], *(flag for flag, holds in raised.items() if holds))
+        return issue(**facts)
 
     return make

@@ -33,6 +33,7 @@ FLOORS: dict[str, float] = {
     "pruning": 6,
     "evaluation": 6,
     "evaluation.autoattack": 6.1,
+    "evaluation.autoattack.protocols": 5.9,
     "evaluation.workers": 6.2,
     "evaluation.autoattack.cascade": 6.3,
     "evaluation.fmn": 6.4,

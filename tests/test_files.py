@@ -228,6 +228,7 @@ def test_what_was_written_is_parsed_back(value: object) -> None:
         "[" * 100_000,
         '{"a":' * 100_000,
         b"\xff\xfe\x80",
+        '{"a": 1, "b": {"c": 1, "c": 1}}',
     ],
 )
 def test_what_could_not_be_written_again_is_not_parsed(text: bytes | str) -> None:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from s2ap_deploy import files, records
 from s2ap_deploy.errors import InputError
+from s2ap_deploy.evaluation.autoattack import protocols
 from s2ap_deploy.evaluation.samples import (
     UNDECIDED,
     ClassInterval,
@@ -27,6 +28,7 @@ from s2ap_deploy.evaluation.samples import (
     Share,
     consistent,
     correct,
+    follow,
     ids_sha256,
     per_class,
     robust_share,
@@ -219,7 +221,7 @@ class Certificate(Record):
 
     @model_validator(mode="after")
     def _follows_from_samples(self) -> Self:
-        early = self.decision is not None
+        early, proven = self.decision is not None, self.proven
         classes = {row.label: row.model_dump(exclude={"name"}) for row in self.per_class}
         rows = per_class(self.samples, {}, early=early)
         counted = {row.label: row.model_dump(exclude={"name"}) for row in rows}
@@ -236,15 +238,42 @@ class Certificate(Record):
                 and (sample.broken_by in (None, UNDECIDED)) == (sample.adversarial_prediction == sample.label)
                 for sample in self.samples
             ),
-            "proven": self.proven is None or consistent(self.proven, self.samples),
+            "proven": proven is None or consistent(proven, self.samples),
             "decision": undecided == (self.decision.undecided if self.decision is not None else ()),
             "clean": self.clean.k == correct(self.samples),
             "robust": type(self.robust) is type(robust) and self.survivors == survivors(robust),
             "per_class": classes == counted,
+            "attacks": follow(self.attacks, self.samples, len(proven.indices) if proven else 0, early=early),
         }
         wrong = [name for name, holds in facts.items() if not holds]
         if wrong:
             raise ValueError(f"{', '.join(wrong)} does not follow from the samples")
+        return self
+
+    @model_validator(mode="after")
+    def _follows_from_protocol(self) -> Self:
+        version, classes = protocols.version(self.protocol), self.subject.num_classes
+        rows = {row.name: row for row in self.attacks}
+        transfer, square = rows.pop(TRANSFER, None), rows.get("square")
+        attacked = self.n - (transfer.n_broken if transfer is not None else 0)
+        file = self.subject.artifact
+        survived = None if file is None or file.transfer is None else file.transfer.survived
+        flags = {
+            "adapted_protocol": protocols.is_adapted(self.protocol),
+            "quick": version == "quick",
+            "square_improves": square is not None and protocols.square_improves(square.n_broken, attacked),
+            "twin_mismatch": file is not None and not file.twin.matches,
+        }
+        facts = {
+            "statement": self.statement == STATEMENTS[self.protocol],
+            "protocol": self.protocol == protocols.label(version, classes),
+            "attacks": tuple(rows) == protocols.names(version, classes),
+            "transfer": survived == (transfer.n_in - transfer.n_broken if transfer is not None else None),
+            **{f"flag {name}": name in self.flags or not raised for name, raised in flags.items()},
+        }
+        wrong = [name for name, holds in facts.items() if not holds]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} does not follow from the protocol and its attacks")
         return self
 
     @property

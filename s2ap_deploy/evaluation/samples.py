@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Self
@@ -17,7 +19,11 @@ from pydantic import Field, model_validator
 
 from s2ap_deploy.evaluation.statistics import clopper_pearson
 from s2ap_deploy.formatting import exact_percent
+from s2ap_deploy.records import AttackRow
 from s2ap_deploy.spec import Record
+
+LEVEL: Final = 0.95
+"""The level of every interval in a certificate."""
 
 UNDECIDED: Final = "undecided"
 """The value of ``broken_by`` for a sample that nothing has broken and that not every attack has seen."""
@@ -33,17 +39,17 @@ class Share(Record):
     n: int = Field(ge=1)
     value: float
     interval: tuple[float, float]
-    level: float = 0.95
+    level: float = Field(default=LEVEL, ge=LEVEL, le=LEVEL)
     method: Literal["Clopper-Pearson"] = "Clopper-Pearson"
 
     @classmethod
-    def of(cls, k: int, n: int, level: float = 0.95) -> Share:
-        return cls(k=k, n=n, value=k / n, interval=clopper_pearson(k, n, level), level=level)
+    def of(cls, k: int, n: int) -> Share:
+        return cls(k=k, n=n, value=k / n, interval=clopper_pearson(k, n, LEVEL))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        low, high = self.interval
-        if not (self.value == self.k / self.n and 0.0 <= low <= self.value <= high <= 1.0):
+        follows = self.k <= self.n and self.value == self.k / self.n
+        if not follows or not is_interval(self.interval, self.k, self.n):
             raise ValueError(f"value and interval do not follow from {self.k} of {self.n}")
         return self
 
@@ -94,7 +100,7 @@ class Proven(Record):
         return cls(
             count=len(indices),
             n=n,
-            interval=clopper_pearson(len(indices), n, 0.95),
+            interval=clopper_pearson(len(indices), n, LEVEL),
             indices=tuple(indices),
             method=method,
             tolerance=tolerance,
@@ -199,8 +205,34 @@ def consistent(proven: Proven, samples: Sequence[Sample]) -> bool:
         proven.n == len(samples)
         and proven.count == len(proven.indices) == len(known)
         and all(0 <= index < len(samples) and samples[index].broken_by is None for index in known)
-        and proven.interval == clopper_pearson(proven.count, proven.n, 0.95)
+        and is_interval(proven.interval, proven.count, proven.n)
     )
+
+
+def is_interval(interval: tuple[float, float], k: int, n: int) -> bool:
+    """Return whether ``interval`` is the exact one of ``k`` of ``n``, up to another machine's rounding."""
+    exact = clopper_pearson(k, n, LEVEL)
+    return all(
+        math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-12)
+        for one, other in zip(interval, exact, strict=True)
+    )
+
+
+def follow(attacks: Sequence[AttackRow], samples: Sequence[Sample], proven: int, *, early: bool) -> bool:
+    """Return whether the counts of the attacks follow from the samples.
+
+    Each attack sees what is correct, not proven and unbroken by the attacks before it; one that was stopped
+    ``early`` may have seen less.
+    """
+    found = Counter(sample.broken_by for sample in samples)
+    left = correct(samples) - proven
+    for row in attacks:
+        if row.n_broken != found[row.name] or not row.n_broken <= row.n_in <= left:
+            return False
+        if row.n_in < left and not early:
+            return False
+        left -= row.n_broken
+    return True
 
 
 def per_class(

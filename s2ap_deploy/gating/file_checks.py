@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from s2ap_deploy import files
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.formatting import age_text
+from s2ap_deploy.formatting import LONGEST_PATH, age_text, plain
 from s2ap_deploy.gating.check import Check, Status, inconclusive
 from s2ap_deploy.records import ExportFacts, PointsCheck
 from s2ap_deploy.spec import Record
@@ -93,59 +93,98 @@ def coverage(file: ShippedFile, *certificates: Certificate) -> Check:
 
 def _coverage(file: ShippedFile, certificate: Certificate) -> Check:
     if file.sha256 is None:
-        return _file_check(file, "inconclusive", "is missing", "missing")
+        return _file_check(file.path, "inconclusive", "is missing", "missing")
     if file.recorded_sha256 is not None and file.sha256 != file.recorded_sha256:
         return _file_check(
-            file, "fail", "is not the one that was checked: its SHA-256 has changed", "changed"
+            file.path, "fail", "is not the one that was checked: its SHA-256 has changed", "changed"
         )
     attacked = certificate.subject.artifact
     if file.sha256 == certificate.subject.checkpoint_sha256:
-        return _file_check(file, "pass", "is the attacked checkpoint")
+        return _file_check(file.path, "pass", "is the attacked checkpoint")
     if attacked is not None and file.sha256 == attacked.sha256:
-        return _file_check(file, "pass", "is the attacked file")
+        return _file_check(file.path, "pass", "is the attacked file")
     if file.rounded:
         why = (
             "holds rounded values, and points that were made for another network overstate it: "
             f"certify the file itself with s2ap-deploy certify --artifact RUN/{file.path} --run RUN"
         )
-        return _file_check(file, "inconclusive", why, "not-certified")
+        return _file_check(file.path, "inconclusive", why, "not-certified")
     covering = [check for check in file.points_checks if check.certificate_sha256 == certificate.sha256]
     if file.recorded_sha256 is None or not covering or covering[-1].n != certificate.n:
         return _file_check(
-            file, "inconclusive", "is covered by no certificate and no checked points", "not-covered"
+            file.path, "inconclusive", "is covered by no certificate and no checked points", "not-covered"
         )
     if not covering[-1].explained:
         different = covering[-1].disagreements - covering[-1].ties
         return _file_check(
-            file,
+            file.path,
             "inconclusive",
             f"answers {different} points differently from the model that was attacked",
             "answers-differ",
         )
     return _file_check(
-        file, "pass", f"gives the certificate's answers on all {certificate.n} samples, clean and attacked"
+        file.path,
+        "pass",
+        f"gives the certificate's answers on all {certificate.n} samples, clean and attacked",
     )
 
 
-def intact(file: ShippedFile) -> Check:
-    """Check whether a file is the one that was recorded."""
-    if file.sha256 is None:
-        return _file_check(file, "inconclusive", "is missing", "missing")
-    if file.sha256 != file.recorded_sha256:
-        return _file_check(
-            file, "fail", "is not the one that was recorded: its SHA-256 has changed", "changed"
-        )
-    return _file_check(file, "pass", "is the recorded one")
+class NamedFiles:
+    """The files of a run folder that its evidence names, with the SHA-256 that each source names for them.
+
+    Every file is hashed once, whoever names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._expected: dict[str, dict[str, str]] = {}
+        self._found: dict[str, str | None] = {}
+
+    def expect(self, name: str, sha256: str, by: str) -> None:
+        """Add a file, relative to the folder, that ``by`` names. Raises RunFolderError for one outside."""
+        files.within(self._folder, name)
+        self._expected.setdefault(name, {})[by] = sha256
+
+    def lists(self, name: str) -> bool:
+        """Return whether the file is named."""
+        return name in self._expected
+
+    def names(self, sha256: str) -> bool:
+        """Return whether some file is expected to have this hash."""
+        return any(sha256 in expected.values() for expected in self._expected.values())
+
+    def sha256(self, name: str) -> str | None:
+        """Return the hash of the file as it is now, None where it is missing. Raises StorageError."""
+        if name not in self._found:
+            path = files.within(self._folder, name)
+            self._found[name] = files.sha256(path) if path.is_file() else None
+        return self._found[name]
+
+    def check(self, name: str) -> Check:
+        """Check whether a file is the one that everything which names it expects."""
+        shown, sha256 = plain(name, LONGEST_PATH), self.sha256(name)
+        expected = self._expected.get(name, {})
+        if sha256 is None:
+            return _file_check(shown, "inconclusive", "is missing", "missing")
+        wrong = [by for by, wanted in expected.items() if wanted != sha256]
+        if wrong:
+            message = f"is not the one recorded in {' and '.join(wrong)}: its SHA-256 has changed"
+            return _file_check(shown, "fail", message, "changed")
+        return _file_check(shown, "pass", f"has the SHA-256 recorded in {' and '.join(expected)}")
+
+    def checks(self) -> list[Check]:
+        """Check every file, in order of the names."""
+        return [self.check(name) for name in sorted(self._expected)]
 
 
-def _file_check(file: ShippedFile, status: Status, message: str, reason: str | None = None) -> Check:
-    name = f"file {file.path}"
+def _file_check(path: str, status: Status, message: str, reason: str | None = None) -> Check:
+    name = f"file {path}"
     return Check(
         rule="file",
         name=name,
         status=status,
         message=f"{name} {message}",
-        path=file.path,
+        path=path,
         reason=reason,
     )
 

@@ -338,6 +338,12 @@ class ExportReport(ExportFacts):
     versions: dict[str, str]
 
     @property
+    def named_files(self) -> dict[str, str]:
+        """The SHA-256 of every file beside the report that it names, by its name."""
+        beside = () if self.narrowed is None else self.narrowed.files
+        return {self.file: self.sha256, **{each.name: each.sha256 for each in beside}}
+
+    @property
     def values(self) -> ValuesName:
         """The type in which the values of the weights are stored."""
         return FLOAT32 if self.rounding is None else self.rounding.values

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import math
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import DeployError, UsageError
+from s2ap_deploy.evaluation.autoattack import protocols
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.evaluation.samples import Interval
-from s2ap_deploy.evaluation.statistics import clopper_pearson
-from s2ap_deploy.formatting import plain
 from s2ap_deploy.gating.check import Check, Status, Verdict
+from s2ap_deploy.gating.file_checks import NamedFiles
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.recipe import catalog
 from s2ap_deploy.runs import manifest
 from s2ap_deploy.runs.folder import CERTIFICATE, COPY, MASKS, MODEL, RECIPE_FILE
-from s2ap_deploy.runs.manifest import Manifest
+from s2ap_deploy.runs.manifest import Manifest, StageName, StageRecord
 from s2ap_deploy.spec import Record
 
 FILE = "file"
 """The role of an exported file; those of networks are the keys of STAGES."""
-STAGES = {"dense": "pretrain", "pruned": "finetune"}
-_LARGEST_HEADER = 2**20  # bytes; that of a points file has some hundred
+STAGES: dict[str, StageName] = {"dense": "pretrain", "pruned": "finetune"}
+REPORT = "report.json"
+STEPS = "steps"
+"""The folder of the run folders that iterative pruning went through."""
+_LINKS: dict[str, tuple[str, ...]] = {
+    "search": ("dense",),
+    "finetune": ("search", "masks"),
+    "certify": ("dense", "pruned"),
+    "export": ("checkpoint", "certificate", "scores"),
+    "artifact": ("file",),
+}
+"""The inputs of each stage that are hashes of files which the run itself has recorded."""
 
 
 class SubjectFile(Record):
@@ -118,18 +127,115 @@ class CertifiedRun(NamedTuple):
         return own if own in stages else next(by_hash, "artifact")
 
     def file_checks(self) -> list[Check]:
-        """Check the certificate itself, and hash every file that it names."""
-        certificate = self.certificate
-        named = {self.attacked_name: self.attacked_sha256}
-        if certificate.points is not None:
-            named[f"{self._stage}/{certificate.points.name}"] = certificate.points.sha256
-        named[f"search/{MASKS}"] = certificate.mask_sha256
-        named[f"certify/{RECIPE_FILE}"] = certificate.recipe_sha256
+        """Check the certificate, its facts, and every file that it, the manifest or the report names."""
+        named = recorded_files(self.folder, self.contents)
+        self.expect(named, "the certificate")
         return [
             self._own_hash(),
-            _intervals(certificate),
-            *(_hashed(self.folder, name, sha256) for name, sha256 in named.items() if sha256 is not None),
+            *named.checks(),
+            *stage_checks(self.folder, self.contents, named),
+            *self.fact_checks(named),
         ]
+
+    def expect(self, named: NamedFiles, by: str) -> None:
+        """Add the files that the certificate names. Raises RunFolderError for one outside of the folder."""
+        certificate = self.certificate
+        found = {self.attacked_name: self.attacked_sha256}
+        if certificate.points is not None:
+            files.within(self.folder / self._stage, certificate.points.name)
+            found[f"{self._stage}/{certificate.points.name}"] = certificate.points.sha256
+        found[f"search/{MASKS}"] = certificate.mask_sha256
+        found[f"certify/{RECIPE_FILE}"] = certificate.recipe_sha256
+        for name, sha256 in found.items():
+            if sha256 is not None:
+                named.expect(name, sha256, by)
+
+    def fact_checks(self, named: NamedFiles) -> list[Check]:
+        """Compare the certificate's facts with the files that are as named: recipe, stage, points, counts."""
+        return [
+            *self._requested(),
+            *self._recipe(named),
+            *self._points_count(named),
+            *self._sparsity(named),
+        ]
+
+    def _requested(self) -> list[Check]:
+        """Check that the stage that issued the certificate was asked for what the certificate says."""
+        stage = self._stage
+        record = self.contents.stages.get(stage)
+        if record is None:
+            return []
+        asked, section = record.inputs, record.inputs.get("certify")
+        data = asked.get("data")
+        wanted: dict[str, tuple[Any, Any]] = {
+            "threat": (asked.get("threat"), self.certificate.threat.model_dump())
+        }
+        if isinstance(data, dict):
+            wanted["data"] = (_kind(str(data.get("name"))), _kind(self.certificate.data))
+        if isinstance(section, dict):
+            wanted |= _settings(section, self.certificate)
+        if STAGES.get(self.role) is not None:
+            wanted[self.role] = (asked.get(self.role), self.attacked_sha256)
+        return _compared(
+            "stage", f"the manifest's {stage}", {k: v for k, v in wanted.items() if v[0] is not None}
+        )
+
+    def _recipe(self, named: NamedFiles) -> list[Check]:
+        """Check that the recipe of the run asks for what the certificate says was done."""
+        name, certificate = f"certify/{RECIPE_FILE}", self.certificate
+        if certificate.recipe_sha256 is None:
+            if self.role == FILE or name not in self.recorded:
+                return []
+            why = "recipe: the run has recorded one, and the certificate names none"
+            return [check("recipe", "inconclusive", why)]
+        if named.sha256(name) != certificate.recipe_sha256:
+            return []
+        try:
+            recipe = catalog.load(str(self.folder / name))
+        except DeployError as error:  # such as a target of a plug-in that is not installed here
+            return [check("recipe", "inconclusive", f"recipe: cannot be read here: {error.message}")]
+        wanted: dict[str, tuple[Any, Any]] = {
+            "data.name": (_kind(recipe.data.name), _kind(certificate.data)),
+            "threat": (recipe.threat, certificate.threat),
+        }
+        section = recipe.certify.model_dump()
+        wanted |= {f"certify.{key}": pair for key, pair in _settings(section, certificate).items()}
+        return _compared("recipe", "the recipe", wanted)
+
+    def _points_count(self, named: NamedFiles) -> list[Check]:
+        """Check that the points file holds a clean and an attacked point per sample."""
+        points, n = self.certificate.points, self.certificate.n
+        if points is None or named.sha256(f"{self._stage}/{points.name}") != points.sha256:
+            return []
+        _, tensors = _header(self.folder / self._stage / points.name)
+        counts = [tensors.get(name, _NOTHING).shape[:1] for name in ("clean", "attacked")]
+        if counts != [(n,), (n,)]:
+            return [
+                check("points", "fail", f"points: the file does not hold {n} clean and {n} attacked points")
+            ]
+        return [check("points", "pass", f"points: the file holds {n} clean and {n} attacked points")]
+
+    def _sparsity(self, named: NamedFiles) -> list[Check]:
+        """Compare the stated sparsity with the network's file and the masks, and those with each other."""
+        certificate, stated = self.certificate, self.certificate.subject.sparsity
+        if self.role == FILE or named.sha256(self.attacked_name) != self.attacked_sha256:
+            return []
+        network = self.folder / self.attacked_name
+        facts, weights = _header(network)
+        wrong = [] if _same(facts.get("sparsity"), stated) else [f"{self.attacked_name} states another"]
+        masks = f"search/{MASKS}"
+        if certificate.mask_sha256 is not None and named.sha256(masks) == certificate.mask_sha256:
+            kept = _counts(self.folder / masks, "BOOL")
+            size = sum(total for _, total in kept.values())
+            if not _same(1 - sum(ones for ones, _ in kept.values()) / max(size, 1), stated):
+                wrong.append(f"{masks} keeps another share")
+            left = _counts(network, "F32", kept)
+            if any(left[name][0] > kept[name][0] for name in left) or not kept.keys() <= weights.keys():
+                wrong.append(f"{self.attacked_name} has other weights than {masks} keeps")
+        shown = "none" if stated is None else f"{stated:.4%}"
+        if wrong:
+            return [check("sparsity", "fail", f"sparsity: {shown} is certified, but {' and '.join(wrong)}")]
+        return [check("sparsity", "pass", f"sparsity: {shown}, as the files of the network have it")]
 
     def _own_hash(self) -> Check:
         """Check that the certificate is canonical JSON and the file that the run recorded."""
@@ -156,11 +262,10 @@ class CertifiedRun(NamedTuple):
 
     def _covered(self, stage: str) -> Iterator[SubjectFile]:
         """Yield the file of an ``export`` stage if the certificate covers it."""
-        report_file = self.folder / stage / "report.json"
-        if not report_file.is_file():
-            return
         try:
-            report = ExportReport.load(report_file)
+            report = export_report(self.folder, self.contents, NamedFiles(self.folder), stage)
+            if report is None:
+                return
             path = files.within(self.folder / stage, report.file)
         except DeployError:  # the gate reports it; here the file is only not covered
             return
@@ -200,8 +305,7 @@ def verify_files(path: Path, folder: Path | None) -> Verification:
         UsageError: there is no run folder around it.
     """
     run = CertifiedRun.load(path, folder)
-    checks = [*run.file_checks(), *_points_count(run), *_recipe(run)]
-    return run.verification(checks, scope="files", seed=None, attacked=0)
+    return run.verification(run.file_checks(), scope="files", seed=None, attacked=0)
 
 
 def run_folder(path: Path, folder: Path | None = None) -> Path:
@@ -247,91 +351,155 @@ def _recorded(contents: Manifest) -> dict[str, str]:
     return {output.path: output.sha256 for record in contents.stages.values() for output in record.outputs}
 
 
-def _hashed(folder: Path, name: str, sha256: str) -> Check:
-    shown = plain(name, 100)
-    label, path = f"file {shown}", files.within(folder, name)
-    status: Status = "pass"
-    message = "has the SHA-256 that the certificate names"
-    if not path.is_file():
-        status, message = "inconclusive", "is missing"
-    elif files.sha256(path) != sha256:
-        status, message = "fail", "is not the one that the certificate names"
-    return check("file", status, f"{label} {message}", name=label, path=shown)
+def recorded_files(folder: Path, contents: Manifest) -> NamedFiles:
+    """Return the files that the manifest lists, those of the steps of iterative pruning, and the report's.
+
+    The verdict is left out: judging again replaces it. Raises RunFolderError for a name that leads outside.
+    """
+    named = NamedFiles(folder)
+    _expect_outputs(named, "", contents)
+    steps = folder / STEPS
+    for step in sorted(steps.iterdir()) if steps.is_dir() and not steps.is_symlink() else ():
+        if (step / manifest.FILE_NAME).is_file():
+            _expect_outputs(named, f"{STEPS}/{step.name}/", Manifest.load(step))
+    for stage in contents.of_kind("export"):
+        report = export_report(folder, contents, named, stage)
+        for name, sha256 in report.named_files.items() if report is not None else ():
+            files.within(folder / stage, name)
+            named.expect(f"{stage}/{name}", sha256, f"{stage}/{REPORT}")
+    return named
 
 
-def _intervals(certificate: Certificate) -> Check:
-    """Compute the exact intervals and the counts of broken samples again."""
-    shares = {"clean": certificate.clean, "robust": certificate.robust}
-    wrong = [
-        name
-        for name, share in shares.items()
-        if not isinstance(share, Interval)
-        and not _close(share.interval, clopper_pearson(share.k, share.n, share.level))
+def _expect_outputs(named: NamedFiles, prefix: str, contents: Manifest) -> None:
+    for stage, record in contents.stages.items():
+        for output in record.outputs if stage != "gate" else ():
+            named.expect(f"{prefix}{output.path}", output.sha256, f"{prefix}{manifest.FILE_NAME}")
+
+
+def export_report(
+    folder: Path, contents: Manifest, named: NamedFiles, stage: StageName
+) -> ExportReport | None:
+    """Load the report of an ``export`` stage, if it is the one that the manifest lists.
+
+    Raises RunFolderError.
+    """
+    name = f"{stage}/{REPORT}"
+    recorded = _recorded(contents).get(name)
+    if recorded is None or named.sha256(name) != recorded:
+        return None
+    return ExportReport.load(files.within(folder, name))
+
+
+def stage_checks(folder: Path, contents: Manifest, named: NamedFiles) -> list[Check]:
+    """Report stages that the manifest lacks although files, or inputs of other stages, speak of them."""
+    checks = []
+    there = {path.name for path in folder.iterdir() if path.is_dir() and manifest.is_stage(path.name)}
+    for stage in sorted((there | contents.stages.keys()) - {"gate"}):
+        record = contents.stages.get(stage)
+        if record is not None and record.status == "finished":
+            checks += _unlinked(stage, record, named)
+        elif any(path.is_file() for path in (folder / stage).rglob("*")):
+            what = "is not in the manifest" if record is None else "was not finished"
+            checks.append(
+                check("file", "inconclusive", f"stage {stage}: has files and {what}", name=f"stage {stage}")
+            )
+    return checks
+
+
+def _unlinked(stage: StageName, record: StageRecord, named: NamedFiles) -> list[Check]:
+    """Report inputs of a stage that are no recorded file."""
+    return [
+        check(
+            "file",
+            "inconclusive",
+            f"stage {stage}: its input {key!r} is no file that the run has recorded",
+            name=f"stage {stage}",
+        )
+        for key in _LINKS.get(manifest.kind_of(stage), ())
+        if isinstance(sha256 := record.inputs.get(key), str) and not named.names(sha256)
     ]
-    broken = [sample.broken_by for sample in certificate.samples]
-    wrong += [
-        f"attack {plain(row.name, 60)}"
-        for row in certificate.attacks
-        if row.n_broken != broken.count(row.name)
-    ]
-    if wrong:
-        return check("figures", "fail", f"figures: do not follow from the samples: {', '.join(wrong)}")
-    return check("figures", "pass", "figures: counts and intervals follow from the samples")
 
 
-def _close(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    """Compare two intervals up to the rounding of another machine's mathematical library."""
-    return all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) for a, b in zip(one, other, strict=True))
+class _Tensor(NamedTuple):
+    """A tensor of a safetensors file; ``start`` and ``end`` are bytes of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
 
 
-def _points_count(run: CertifiedRun) -> list[Check]:
-    """Check that the points file holds a clean and an attacked point per sample."""
-    path, n = run.points, run.certificate.n
-    if path is None:
-        return []
-    shapes = _shapes(path)
-    counts = [shapes.get(name, [0])[:1] for name in ("clean", "attacked")]
-    if counts != [[n], [n]]:
-        return [check("points", "fail", f"points: the file does not hold {n} clean and {n} attacked points")]
-    return [check("points", "pass", f"points: the file holds {n} clean and {n} attacked points")]
+_NOTHING = _Tensor("", (), 0, 0)
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
-    """Read the shape of each tensor from the header of a safetensors file; empty for a damaged file.
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+    """Read the facts that this tool keeps in a safetensors file, and where its tensors are; empty if damaged.
 
     Format: the header's length (8 bytes, little-endian), then JSON, then the tensors' bytes.
     """
-    data = files.read_bytes(path, limit=_LARGEST_HEADER)
-    length = int.from_bytes(data[:8], "little")
+    start = files.read_bytes(path, limit=8)[:8]
+    length = 8 + int.from_bytes(start, "little")
     try:
-        header = json.loads(data[8 : 8 + length])
-        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return {}
+        if length > files.LARGEST_JSON:
+            return {}, {}
+        header = files.parse_json(files.read_bytes(path, limit=length)[8:length])
+        facts = header.pop("__metadata__", {})
+        tensors = {
+            name: _Tensor(
+                str(entry["dtype"]),
+                tuple(map(int, entry["shape"])),
+                *(length + int(offset) for offset in entry["data_offsets"]),
+            )
+            for name, entry in header.items()
+        }
+        return dict(files.parse_json(facts["s2ap_deploy"])) if "s2ap_deploy" in facts else {}, tensors
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}, {}
 
 
-def _recipe(run: CertifiedRun) -> list[Check]:
-    """Check that the recipe of the run asks for what the certificate says was done."""
-    path, certificate = run.folder / "certify" / RECIPE_FILE, run.certificate
-    if not path.is_file() or files.sha256(path) != certificate.recipe_sha256:
-        return []
-    try:
-        recipe = catalog.load(str(path))
-    except DeployError as error:  # such as a target of a plug-in that is not installed here
-        return [check("recipe", "inconclusive", f"recipe: cannot be read here: {error.message}")]
-    section = recipe.certify
-    wanted = {
-        "data.name": (_kind(recipe.data.name), _kind(certificate.data)),
-        "threat": (recipe.threat, certificate.threat),
-        "certify.attack_seed": (section.attack_seed, certificate.attack_seed),
-        "certify.sample_seed": (section.sample_seed, certificate.sample_seed),
+def _counts(path: Path, dtype: str, names: Any = None) -> dict[str, tuple[int, int]]:
+    """Count the entries that are not zero, and all, of each tensor of ``dtype`` (BOOL or F32) in the file."""
+    tensors = _header(path)[1]
+    chosen = {name: each for name, each in tensors.items() if each.dtype == dtype}
+    with files.open_regular(path) as stream:
+        found = {}
+        for name, each in chosen.items():
+            if names is not None and name not in names:
+                continue
+            stream.seek(each.start)
+            entries = array("B" if dtype == "BOOL" else "I", stream.read(max(0, each.end - each.start)))
+            zeros = entries.count(0) + (entries.count(0x80000000) if dtype == "F32" else 0)
+            found[name] = (len(entries) - zeros, len(entries))
+    return found
+
+
+def _settings(section: dict[str, Any], certificate: Certificate) -> dict[str, tuple[Any, Any]]:
+    """Pair what a ``certify`` section asks for with what the certificate says was done."""
+    pairs: dict[str, tuple[Any, Any]] = {
+        "version": (section.get("version"), protocols.version(certificate.protocol)),
+        "attack_seed": (section.get("attack_seed"), certificate.attack_seed),
+        "sample_seed": (section.get("sample_seed"), certificate.sample_seed),
     }
+    n = section.get("n")
+    if isinstance(n, int):  # a data set may have fewer images
+        pairs["n"] = (n, max(n, certificate.n))
+    if "provable" in section:
+        pairs["provable"] = (section["provable"], certificate.proven is not None)
+    return pairs
+
+
+def _compared(rule: str, asked_by: str, wanted: dict[str, tuple[Any, Any]]) -> list[Check]:
     wrong = [key for key, (asked, done) in wanted.items() if asked != done]
-    if section.n is not None and section.n < certificate.n:
-        wrong.append("certify.n")
     if wrong:
-        return [check("recipe", "fail", f"recipe: asks for something else: {', '.join(wrong)}")]
-    return [check("recipe", "pass", "recipe: asks for the certified data, threat model and seeds")]
+        return [check(rule, "fail", f"{rule}: {asked_by} asks for something else: {', '.join(wrong)}")]
+    return [check(rule, "pass", f"{rule}: {asked_by} asks for the certified data, threat model and seeds")]
+
+
+def _same(one: Any, other: float | None) -> bool:
+    """Compare two shares up to rounding."""
+    if one is None or other is None:
+        return one is other
+    return isinstance(one, int | float) and math.isclose(one, other, rel_tol=1e-12, abs_tol=1e-12)
 
 
 def _kind(data: str) -> str:

@@ -253,19 +253,22 @@ def _transfer(job: RunContext, judge: OnnxModel, samples: Samples, stored: _Stor
 def _merged(outcome: AttackOutcome, rest: Tensor, transferred: _TransferResult) -> AttackOutcome:
     """Combine the outcome of the attacks on the ``rest`` with that of the transferred points."""
     clean, predictions = transferred.clean.clone(), transferred.predictions.clone()
-    clean[rest] = torch.tensor(outcome.clean_prediction)
-    predictions[rest] = torch.tensor(outcome.adversarial_prediction)
-    adversarial = transferred.images.clone()
-    adversarial[rest] = outcome.adversarial
-    found = iter(outcome.broken_by)
-    broken_by = [next(found) if left else TRANSFER for left in rest.tolist()]
+    adversarial, rows, found = transferred.images.clone(), outcome.counts, iter(outcome.broken_by)
+    left = rest & ~transferred.broken
+    if left.any():
+        clean[rest] = torch.tensor(outcome.clean_prediction)
+        predictions[rest] = torch.tensor(outcome.adversarial_prediction)
+        adversarial[rest] = outcome.adversarial
+    else:  # one sample was attacked to count the classes alone
+        rows = tuple(row.model_copy(update={"n_in": 0, "n_broken": 0}) for row in rows)
+    broken_by = [next(found) if each else TRANSFER for each in left.tolist()]
     return dataclasses.replace(
         outcome,
         clean_prediction=tuple(clean.tolist()),
         broken_by=tuple(broken_by),
         adversarial=adversarial,
         adversarial_prediction=tuple(predictions.tolist()),
-        counts=(transferred.row, *outcome.counts),
+        counts=(transferred.row, *rows),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -12,15 +12,23 @@ from s2ap_deploy.errors import InconclusiveError
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.formatting import LONGEST_PATH, plain
 from s2ap_deploy.gating.check import Check, Verdict, inconclusive
-from s2ap_deploy.gating.file_checks import ShippedFile, intact, is_runnable, runnable_files
+from s2ap_deploy.gating.file_checks import NamedFiles, ShippedFile, is_runnable, runnable_files
 from s2ap_deploy.gating.policy import judge
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.recipe.thresholds import Thresholds
 from s2ap_deploy.runs.folder import CERTIFICATE, COPY, Run
-from s2ap_deploy.runs.manifest import Output, StageName, StageRecord, beside, is_stage
+from s2ap_deploy.runs.manifest import Output, StageName, StageRecord, beside
+from s2ap_deploy.runs.snapshot import FILE_NAME as SNAPSHOT
+from s2ap_deploy.stages.certified_files import (
+    FILE,
+    STAGES,
+    CertifiedRun,
+    export_report,
+    recorded_files,
+    stage_checks,
+)
 
 VERDICT = "verdict.json"
-REPORT = "report.json"
 _WEIGHTS = ".safetensors"  # also the form of masks, scores and points
 
 
@@ -28,14 +36,16 @@ class _Recorded(NamedTuple):
     """The certificates and reports, without those that are missing or were replaced.
 
     ``files`` are the certificates of exported files themselves, ``reports`` those of the exports, both by
-    stage.
+    stage. ``named`` are the files that the run's records name, ``checks`` what was found of them and of the
+    facts in them.
     """
 
     pruned: Certificate | None
     dense: Certificate | None
     files: dict[StageName, Certificate]
     reports: dict[StageName, ExportReport]
-    recorded: list[Check]
+    named: NamedFiles
+    checks: list[Check]
 
 
 def gate(
@@ -43,10 +53,11 @@ def gate(
 ) -> Verdict:
     """Judge the run and write the verdict into its ``gate`` stage.
 
-    Every artifact in the folder counts, also one that no stage wrote, and every file that a certificate or a
-    report names is hashed again: a changed file fails, a missing one is inconclusive. Where the only exported
-    file was attacked itself, its certificate is the one that counts. Of several files, each that was attacked
-    itself must keep every threshold, and so must the network that the others came from.
+    Every file in the folder that a device could run counts, also one that no stage wrote, and every file that
+    the manifest, a certificate or a report names is hashed again: a changed file fails, a missing one is
+    inconclusive. Facts are compared with the files that they follow from. Where the only exported file was
+    attacked itself, its certificate is the one that counts. Of several files, each that was attacked itself
+    must keep every threshold, and so must the network that the others came from.
 
     Args:
         run: the open run folder.
@@ -73,14 +84,14 @@ def gate(
         for output in _outputs(run, stage)
     }
     subject = "pruned" if "certify/pruned.json" in written else "dense"
-    evidence = _gather(run, written, subject, baseline)
+    evidence = _gather(run, set(written), subject, baseline)
     of_files = [stage for stage in artifacts if f"{stage}/{CERTIFICATE}" in written]
     alone = len(run.manifest.of_kind("export")) < 2 and len(of_files) == 1
     counts = evidence.files.get(of_files[0]) if alone else evidence.pruned
     if counts is None:
         why = "no certificate of the network is left to judge by"
         verdict = Verdict.of(
-            [*evidence.recorded, inconclusive("gate", "gate", why, reason="certificate-missing")]
+            [*evidence.checks, inconclusive("gate", "gate", why, reason="certificate-missing")]
         )
     else:
         judged = [record for stage in of_files if (record := _finished(run, stage)) is not None]
@@ -92,8 +103,8 @@ def gate(
             dense=evidence.dense,
             others=() if evidence.pruned is None else (evidence.pruned,),
             attacked={} if alone else {_attacked(stage, evidence): c for stage, c in evidence.files.items()},
-            shipped=_shipped(run, subject, evidence.reports),
-            recorded=evidence.recorded,
+            shipped=_shipped(run, subject, evidence),
+            recorded=evidence.checks,
             age=_oldest(judged, at or datetime.now(UTC)),
         )
     _save(run, policy, verdict, [written[path].sha256 for path in sorted(written)])
@@ -111,48 +122,44 @@ def _save(run: Run, policy: Thresholds, verdict: Verdict, certified: list[str]) 
     stage.finish([stage.folder / VERDICT], {"status": verdict.status})
 
 
-def _gather(run: Run, written: Mapping[str, Output], subject: str, baseline: Path | None) -> _Recorded:
+def _gather(run: Run, written: set[str], subject: str, baseline: Path | None) -> _Recorded:
     """Load certificates and report, each only if it is the recorded one, and check every file they name."""
+    named = recorded_files(run.path, run.manifest)
     checks: list[Check] = []
-    pruned = _certificate(run, written.get(f"certify/{subject}.json"), checks)
+
+    def load(role: str, name: str) -> Certificate | None:
+        return _certificate(run, role, name, named, checks) if name in written else None
+
+    pruned = load(subject, f"certify/{subject}.json")
     of_files = {
         stage: found
         for stage in run.manifest.finished("artifact")
-        if (found := _certificate(run, written.get(f"{stage}/{CERTIFICATE}"), checks)) is not None
+        if (found := load(FILE, f"{stage}/{CERTIFICATE}")) is not None
     }
-    dense = pruned
+    dense = pruned if subject == "dense" else load("dense", "certify/dense.json")
     if baseline is not None:
         dense = Certificate.load(baseline)
         checks += _points_beside(baseline, dense)
-    elif subject == "pruned":
-        dense = _certificate(run, written.get("certify/dense.json"), checks)
-        if dense is not None:
-            checks += [
-                intact(_file(run, output.path, dense.subject.checkpoint_sha256 or output.sha256))
-                for output in _networks(run, "pretrain")
-            ]
-    reports = {}
-    for name in run.manifest.of_kind("export"):
-        for output in _outputs(run, name):
-            if output.path == f"{name}/{REPORT}":
-                checks.append(intact(_file(run, output.path, output.sha256)))
-                if checks[-1].status == "pass":
-                    reports[name] = ExportReport.load(files.within(run.path, output.path))
-    return _Recorded(pruned, dense, of_files, reports, _summarized(checks))
+    reports = {
+        stage: report
+        for stage in run.manifest.of_kind("export")
+        if (report := export_report(run.path, run.manifest, named, stage)) is not None
+    }
+    recorded = [*named.checks(), *stage_checks(run.path, run.manifest, named), *checks]
+    return _Recorded(pruned, dense, of_files, reports, named, _summarized(recorded))
 
 
-def _certificate(run: Run, output: Output | None, checks: list[Check]) -> Certificate | None:
-    """Load the certificate that ``certify`` recorded; checks of it and its points go to ``checks``."""
-    if output is None:
+def _certificate(
+    run: Run, role: str, name: str, named: NamedFiles, checks: list[Check]
+) -> Certificate | None:
+    """Load a recorded certificate, if it is the one; its files go to ``named``, its facts to ``checks``."""
+    if named.check(name).status != "pass":
         return None
-    checks.append(intact(_file(run, output.path, output.sha256)))
-    if checks[-1].status != "pass":
-        return None
-    certificate = Certificate.load(files.within(run.path, output.path))
-    if certificate.points is not None:
-        stage = output.path.partition("/")[0]
-        files.within(run.folder(stage), certificate.points.name)
-        checks.append(intact(_file(run, f"{stage}/{certificate.points.name}", certificate.points.sha256)))
+    path = files.within(run.path, name)
+    certificate = Certificate.load(path)
+    certified = CertifiedRun(path, certificate, certificate.sha256, run.path, run.manifest, role)
+    certified.expect(named, name)
+    checks += certified.fact_checks(named)
     return certificate
 
 
@@ -161,22 +168,20 @@ def _points_beside(path: Path, certificate: Certificate) -> list[Check]:
     if certificate.points is None:
         return []
     points = files.within(path.parent, certificate.points.name)
-    return (
-        [intact(_named(points.name, ShippedFile.read(points, certificate.points.sha256)))]
-        if points.exists()
-        else []
-    )
+    if not points.exists():
+        return []
+    named = NamedFiles(path.parent)
+    named.expect(points.name, certificate.points.sha256, path.name)
+    return named.checks()
 
 
 def _summarized(checks: Sequence[Check]) -> list[Check]:
     """Keep the checks that did not pass, and count all others in one."""
     wrong = [check for check in checks if check.status != "pass"]
-    passed = len(checks) - len(wrong)
+    passed = sum(check.rule == "file" for check in checks) - sum(check.rule == "file" for check in wrong)
     if not passed:
         return wrong
-    message = (
-        f"{passed} {'file is' if passed == 1 else 'files are'} as recorded: certificates, baseline, report"
-    )
+    message = f"{passed} {'file is' if passed == 1 else 'files are'} as recorded, and agree with each other"
     return [*wrong, Check(rule="file", name="recorded files", status="pass", message=message)]
 
 
@@ -186,38 +191,47 @@ def _attacked(stage: StageName, evidence: _Recorded) -> str:
     return f"{stage}/{COPY}" if report is None else f"{beside('export', stage)}/{report.file}"
 
 
-def _shipped(run: Run, subject: str, reports: Mapping[StageName, ExportReport]) -> list[ShippedFile]:
-    """List the attacked checkpoint, the exported files, and anything else here that a device could run."""
-    stage: StageName = "finetune" if subject == "pruned" else "pretrain"
-    attacked = _networks(run, stage) if _finished(run, "certify") is not None else []
-    found = [_file(run, output.path, output.sha256) for output in attacked]
-    recorded = set[str]()
-    for name in (*run.manifest.of_kind("export"), *run.manifest.of_kind("artifact")):
-        report = reports.get(name)
+def _shipped(run: Run, subject: str, evidence: _Recorded) -> list[ShippedFile]:
+    """List the attacked checkpoint, exported files, and anything else here that a device could run.
+
+    Files that are not as recorded have a check of their own already. A network that a report names beside its
+    exported file stands and falls with that one.
+    """
+    named = evidence.named
+    networks = _networks(run, STAGES[subject]) if _finished(run, "certify") is not None else []
+    found = [
+        _read(run, each.path, each.sha256) for each in networks if named.check(each.path).status == "pass"
+    ]
+    for stage in (*run.manifest.of_kind("export"), *run.manifest.of_kind("artifact")):
+        report = evidence.reports.get(stage)
         hashes = {
             output.path: output.sha256
-            for output in _outputs(run, name)
+            for output in _outputs(run, stage)
             if is_runnable(output.path) and not output.path.endswith(_WEIGHTS)
         }
         exported, facts = None, {}
         if report is not None:
-            files.within(run.folder(name), report.file)
-            exported = f"{name}/{report.file}"
+            exported = f"{stage}/{report.file}"
             hashes[exported] = report.sha256
             rounded = report.quantization is not None or report.rounding is not None
             facts = {"points_checks": report.points_checks, "rounded": rounded}
         for listed, sha256 in hashes.items():
-            file = _file(run, listed, sha256)
-            found.append(file.model_copy(update={**facts, "export": report if listed == exported else None}))
-        recorded |= hashes.keys()
+            if named.check(listed).status == "pass":
+                more = {**facts, "export": report if listed == exported else None}
+                found.append(_read(run, listed, sha256).model_copy(update=more))
     # Files that no stage recorded need a certificate as well.
     for name in runnable_files(run.path):
-        top = name.split("/")[0]
-        in_stage = (is_stage(top) or top == "steps") and name.endswith(_WEIGHTS)
-        file = _named(name, ShippedFile.read(run.path / name, None))
-        if name not in recorded and not in_stage and not _adopted(run, file):
-            found.append(file)
+        if not named.lists(name) and not _unfinished(name):
+            file = _read(run, name, None)
+            found += [] if _adopted(run, file) else [file]
     return found
+
+
+def _unfinished(name: str) -> bool:
+    """Return whether the file is the snapshot of a stage, or belongs to the record of an attack."""
+    stage, _, rest = name.partition("/")
+    attack = stage.startswith(("certify", "artifact")) and rest.startswith("record")
+    return name.endswith(_WEIGHTS) and (attack or name.endswith(f"/{SNAPSHOT}"))
 
 
 def _adopted(run: Run, file: ShippedFile) -> bool:
@@ -240,13 +254,10 @@ def _finished(run: Run, stage: StageName) -> StageRecord | None:
     return record if record is not None and record.status == "finished" else None
 
 
-def _file(run: Run, path: str, sha256: str) -> ShippedFile:
-    return _named(path, ShippedFile.read(files.within(run.path, path), sha256))
-
-
-def _named(path: str, file: ShippedFile) -> ShippedFile:
-    """Name ``file`` by its path inside the run folder: a verdict is read on other machines too."""
-    return file.model_copy(update={"path": plain(path, LONGEST_PATH)})
+def _read(run: Run, name: str, sha256: str | None) -> ShippedFile:
+    """Read a file, named by its path inside the run folder: a verdict is read on other machines too."""
+    path = run.path / name if sha256 is None else files.within(run.path, name)
+    return ShippedFile.read(path, sha256).model_copy(update={"path": plain(name, LONGEST_PATH)})
 
 
 def _oldest(records: Sequence[StageRecord], at: datetime) -> timedelta | None:

@@ -1,6 +1,7 @@
 """Run folders made of records alone: what the gate reads, without a network that somebody trained."""
 
 import inspect
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from s2ap_deploy import files
+from s2ap_deploy.evaluation.autoattack import protocols
 from s2ap_deploy.evaluation.certificate import Certificate, PointsFile, Subject
 from s2ap_deploy.evaluation.samples import rows
 from s2ap_deploy.onnx_export.export_report import ExportReport
@@ -51,10 +53,13 @@ def certificate_of(survived: int, n: int, checkpoint: Path, beside: Path, /, **c
     """The first ``survived`` of ``n`` samples stand, the rest fall to APGD-CE; labels alternate."""
     broken_by: list[str | None] = [None] * survived + ["apgd-ce"] * (n - survived)
     labels = [index % 2 for index in range(n)]
+    proven = changes["proven"].count if "proven" in changes else 0
+    protocol = changes.get("protocol", "standard")
+    classes = 2 if protocols.is_adapted(protocol) else 10
     facts: dict[str, Any] = {
         "subject": Subject(
             arch="digits-conv",
-            num_classes=2,
+            num_classes=classes,
             weights_sha256="a" * 64,
             checkpoint_sha256=files.sha256(checkpoint),
         ),
@@ -69,9 +74,17 @@ def certificate_of(survived: int, n: int, checkpoint: Path, beside: Path, /, **c
             y if by is None else 1 - y for y, by in zip(labels, broken_by, strict=True)
         ],
         "broken_by": broken_by,
-        "attacks": [AttackRow(name="apgd-ce", n_in=n, n_broken=n - survived, seconds=1.0)],
+        "attacks": [
+            AttackRow(
+                name=name,
+                n_in=(survived if done else n) - proven,
+                n_broken=0 if done else n - survived,
+                seconds=1.0,
+            )
+            for done, name in enumerate(protocols.names(protocols.version(protocol), classes))
+        ],
         "protocol": "standard",
-        "flags": (),
+        "flags": ("adapted_protocol",) if classes == 2 else (),
         "attack_seed": 0,
         "sample_seed": None,
         "block_size": 100,
@@ -116,6 +129,17 @@ def report_of(onnx: Path, certificate: Certificate, **changes: Any) -> ExportRep
     return ExportReport(**{**facts, **changes})
 
 
+def points_of(n: int, note: str) -> bytes:
+    """A safetensors file of ``n`` clean and ``n`` attacked points of one pixel; ``note`` makes it another."""
+    offsets = {"clean": [0, 4 * n], "attacked": [4 * n, 8 * n]}
+    tensors = {
+        name: {"dtype": "F32", "shape": [n, 1, 1, 1], "data_offsets": where}
+        for name, where in offsets.items()
+    }
+    header = json.dumps({"__metadata__": {"note": note}, **tensors}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(8 * n)
+
+
 @pytest.fixture
 def make_run(tmp_path) -> Callable[..., Path]:
     """``make_run(dense=900, pruned=890, n=1000)``: a run folder after certify and export."""
@@ -143,7 +167,7 @@ def make_run(tmp_path) -> Callable[..., Path]:
                 ("pruned", pruned, networks["finetune"], changes),
             ):
                 points, path = stage.folder / f"{role}-points.safetensors", stage.folder / f"{role}.json"
-                points.write_bytes(role.encode())
+                points.write_bytes(points_of(n, role))
                 certificates[role] = certificate_of(survived, n, network, points, **(more or {}))
                 certificates[role].save(path)
                 outputs += [points, path]

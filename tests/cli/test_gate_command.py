@@ -59,12 +59,52 @@ def test_an_artifact_that_nothing_covers_is_inconclusive(name, s2ap, own_run) ->
     assert s2ap("gate", *HARD, "--run", own_run).code == 1  # a demonstrated miss stays one
 
 
+def test_every_file_that_the_manifest_names_is_hashed(s2ap, own_run) -> None:
+    """By the gate and by verify: zeroed fails, missing is inconclusive."""
+    stages = json.loads((own_run / "manifest.json").read_text())["stages"]
+    names = [output["path"] for record in stages.values() for output in record["outputs"]]
+    assert {"search/masks.safetensors", "certify/recipe.yaml", "search/scores.safetensors"} <= set(names)
+    commands = (["gate", *EASY], ["verify", own_run / "certify" / "pruned.json", "--files"])
+    for name in names:
+        path = own_run / name
+        content = path.read_bytes()
+        for command in commands:
+            path.write_bytes(bytes(len(content)))
+            zeroed = s2ap(*command, "--run", own_run)
+            # verify reads a certificate before it hashes it
+            unreadable = command[0] == "verify" and name == "certify/pruned.json"
+            assert zeroed.code == (2 if unreadable else 1), (name, zeroed.out + zeroed.err)
+            path.unlink()
+            assert s2ap(*command, "--run", own_run).code == (2 if unreadable else 3), name
+        path.write_bytes(content)
+    assert all(s2ap(*command, "--run", own_run).code == 0 for command in commands)
+
+
+@pytest.mark.parametrize("folder_too", [False, True])
+@pytest.mark.parametrize("stage", ["pretrain", "search", "finetune", "certify", "export"])
+def test_a_stage_that_was_cut_out_of_the_manifest_is_missed(stage, folder_too, s2ap, own_run) -> None:
+    contents = json.loads((own_run / "manifest.json").read_text())
+    del contents["stages"][stage]
+    (own_run / "manifest.json").write_text(json.dumps(contents))
+    if folder_too:
+        shutil.rmtree(own_run / stage)
+    done = s2ap("gate", *EASY, "--run", own_run)
+    # Nothing speaks of an export that is gone with its folder: the run is one that exported nothing.
+    assert done.code == (0 if folder_too and stage == "export" else 3), done.out + done.err
+    if stage != "certify":
+        verified = s2ap("verify", own_run / "certify" / "pruned.json", "--files")
+        assert verified.code == done.code, verified.out
+
+
 def test_a_doctored_certificate_is_no_evidence(s2ap, own_run) -> None:
     certificate = own_run / "certify" / "pruned.json"
     certificate.write_text(certificate.read_text().replace('"broken_by": "apgd-ce"', '"broken_by": null'))
     done = s2ap("gate", *EASY, "--run", own_run)
     assert done.code == 1
-    assert "✗ file certify/pruned.json is not the one that was recorded: its SHA-256 has changed" in done.out
+    assert (
+        "✗ file certify/pruned.json is not the one recorded in manifest.json: its SHA-256 has changed"
+        in done.out
+    )
     assert "robust accuracy" not in done.out
 
 

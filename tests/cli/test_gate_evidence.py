@@ -21,7 +21,7 @@ EASY = ["--min-robust", "0.5", "--max-drop", "0.1"]
 def test_a_whole_run_passes_with_one_line_for_all_files_that_are_as_recorded(s2ap, make_run) -> None:
     folder = make_run()
     done = s2ap.ok("gate", *EASY, "--run", folder)
-    assert "✓ 6 files are as recorded" in done.out
+    assert "✓ 8 files are as recorded" in done.out
     assert done.out.splitlines()[-1] == "gate: PASSED"
     verdict = json.loads((folder / "gate" / "verdict.json").read_text())
     assert verdict["statistics"].startswith(
@@ -61,7 +61,7 @@ def test_a_swapped_file_fails_and_a_missing_one_is_inconclusive(name, s2ap, make
 def test_a_report_that_speaks_of_another_file_than_the_manifest(s2ap, make_run) -> None:
     done = s2ap("gate", *EASY, "--run", make_run(report_changes={"sha256": "0" * 64}))
     assert done.code == 1
-    assert "✗ file export/model.onnx is not the one that was checked" in done.out
+    assert "✗ file export/model.onnx is not the one recorded in export/report.json" in done.out
 
 
 @pytest.mark.parametrize("name", ["../finetune/model.safetensors", "/etc/passwd", "a\\b", ""])

@@ -24,7 +24,10 @@ def test_contradicted_writes_no_statement(s2ap, own_run) -> None:
     masks.write_bytes(masks.read_bytes()[:-1] + b"\x01")
     done = s2ap("verify", CERT, "--in-toto", "st.json", cwd=own_run.parent)
     assert done.code == 1
-    assert "✗ file search/masks.safetensors is not the one that the certificate names" in done.out
+    assert (
+        "✗ file search/masks.safetensors is not the one recorded in manifest.json and the certificate"
+        in done.out
+    )
     assert "certificate: CONTRADICTED" in done.out
     assert "no in-toto statement was written" in done.err
     assert not (own_run.parent / "st.json").exists()

@@ -71,7 +71,7 @@ def test_sample_ids_are_hashed_in_their_order() -> None:
         ({"samples.2.broken_by": "square"}, "broken_by"),
         ({"samples.0.id": "test/1"}, "occurs twice"),
         ({"clean.k": 6}, "value and interval do not follow from 6 of 6"),
-        ({"robust.k": 4, "robust.value": 4 / 6}, "robust does not follow"),
+        ({"robust.k": 4, "robust.value": 4 / 6}, "value and interval do not follow from 4 of 6"),
         ({"robust.interval": [0.0, 0.4]}, "value and interval"),
         ({"per_class.0.robust": 3}, "per_class does not follow"),
         ({"formal_guarantee": True}, "formal_guarantee"),
@@ -131,10 +131,15 @@ def test_what_has_no_canonical_text_is_refused(
         Certificate.load(path)
 
 
-def test_an_endless_file_is_no_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_file_is_no_certificate(
+    monkeypatch: pytest.MonkeyPatch, certificate: Certificate, tmp_path: Path
+) -> None:
+    with pytest.raises(StorageError, check=lambda error: error.code == "file-special"):
+        Certificate.load(Path("/dev/zero"))
+    certificate.save(tmp_path / "long.json")
     monkeypatch.setattr(files, "LARGEST_JSON", 1000)
     with pytest.raises(InputError, check=lambda error: error.code == "record-not-json"):
-        Certificate.load(Path("/dev/zero"))
+        Certificate.load(tmp_path / "long.json")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04\xff\xfe", b'{"kind": ', b"[" * 100_000])

@@ -23,7 +23,7 @@ def early(make_certificate: Make) -> Certificate:
     decision = EarlyDecision(
         decided="fail", policy={"min_robust": 0.8}, rule="point", undecided=(2, 3, 4, 5, 6)
     )
-    return make_certificate([None] * 7 + ["square"] * 3, decision=decision)
+    return make_certificate([None] * 7 + ["apgd-t"] * 3, decision=decision)
 
 
 def test_it_claims_an_interval_and_no_value(early: Certificate) -> None:
@@ -46,7 +46,7 @@ def test_it_is_read_as_it_was_written(early: Certificate, tmp_path: Path) -> Non
 
 
 def test_full_certificates_keep_their_text(make_certificate: Make) -> None:
-    full = make_certificate([None] * 7 + ["square"] * 3)
+    full = make_certificate([None] * 7 + ["apgd-t"] * 3)
     assert isinstance(full.robust, Share)
     assert isinstance(full.per_class[0], ClassRow)
     assert (full.survivors, full.robustness.count(None)) == ((7, 7), 0)

@@ -40,7 +40,7 @@ def progress(outcomes: Sequence[Robust]) -> Progress:
 
 def certificate(make: Make, outcomes: Sequence[Robust]) -> Certificate:
     """The certificate of an attack that left ``outcomes``; an early one where something is undecided."""
-    broken_by = ["square" if each is False else None for each in outcomes]
+    broken_by = ["apgd-t" if each is False else None for each in outcomes]
     undecided = tuple(index for index, each in enumerate(outcomes) if each is None)
     decision = None
     if undecided:

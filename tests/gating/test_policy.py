@@ -113,8 +113,8 @@ def test_a_ceiling_over_the_paired_drop(
 
 
 def test_the_drop_is_counted_pair_by_pair(make_certificate: Make) -> None:
-    dense = make_certificate([None] * 50 + ["square"] * 50)
-    pruned = make_certificate(["square"] * 50 + [None] * 50)
+    dense = make_certificate([None] * 50 + ["apgd-t"] * 50)
+    pruned = make_certificate(["apgd-t"] * 50 + [None] * 50)
     verdict = judge(Thresholds(max_drop=0.05), pruned=pruned, dense=dense)
     assert status(verdict) == "fail"
     assert "50 lost and 50 gained of 100 = 0.0%" in verdict.reasons[0]
@@ -194,7 +194,7 @@ def test_a_file_that_nothing_covers_or_that_was_swapped(
 
 def test_the_attacked_checkpoint_itself_needs_no_record(make: Make) -> None:
     certificate = make(90, 100, subject=Subject(
-        arch="digits-conv", num_classes=2, weights_sha256="a", checkpoint_sha256=FILE_HASH
+        arch="digits-conv", num_classes=10, weights_sha256="a", checkpoint_sha256=FILE_HASH
     ))  # fmt: skip
     fact = ShippedFile(path="model.pt", sha256=FILE_HASH, recorded_sha256=None)
     assert status(judge(Thresholds(min_robust=0.5), pruned=certificate, shipped=[fact])) == "pass"

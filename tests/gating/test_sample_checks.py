@@ -24,15 +24,15 @@ def pair(make: Make, lost: int, gained: int, n: int) -> tuple[Certificate, Certi
     dense: list[str | None] = [None] * n
     pruned: list[str | None] = [None] * n
     for index in range(lost):
-        pruned[index] = "square"
+        pruned[index] = "apgd-t"
     for index in range(gained):
-        dense[lost + index] = "square"
+        dense[lost + index] = "apgd-t"
     return make(dense), make(pruned)
 
 
 def test_the_worst_class_is_named(make_certificate: Make) -> None:
     dense = make_certificate([None] * 200)
-    broken = ["square" if index % 2 and index < 40 else None for index in range(200)]
+    broken = ["apgd-t" if index % 2 and index < 40 else None for index in range(200)]
     check = sample_checks.class_drop(0.1, "point", make_certificate(broken), dense)
     assert check.status == "fail"
     assert "class 'one': 20 lost and 0 gained of 100 = 20.0%; allowed 10.0%; 1 of 2 classes" in check.message
@@ -51,7 +51,7 @@ def test_a_class_that_shows_a_miss_outweighs_one_with_too_few_samples(make_certi
     common: dict[str, Any] = {
         "labels": labels, "clean_prediction": labels,
     }  # fmt: skip
-    broken: list[str | None] = ["square"] * 40 + [None] * 63
+    broken: list[str | None] = ["apgd-t"] * 40 + [None] * 63
     attacked = [1 if by else label for by, label in zip(broken, labels, strict=True)]
     dense = make_certificate([None] * 103, adversarial_prediction=labels, **common)
     pruned = make_certificate(broken, adversarial_prediction=attacked, **common)
@@ -110,7 +110,7 @@ def test_too_few_samples_means_that_none_lost_would_not_pass(
     ],
 )
 def test_proofs(make_certificate: Make, count: int, n: int, status: str, words: str) -> None:
-    broken = [None] * (n - n // 10) + ["square"] * (n // 10)
+    broken = [None] * (n - n // 10) + ["apgd-t"] * (n // 10)
     assert "holds no proofs" in sample_checks.proven_floor(make_certificate(broken), 0.5, "lower").message
     proven = Proven.of(range(count), n, method="test", tolerance=0.0)
     check = sample_checks.proven_floor(make_certificate(broken, proven=proven), 0.5, "lower")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from s2ap_deploy.errors import DeployError
 from s2ap_deploy.evaluation.autoattack import protocols
 from s2ap_deploy.evaluation.certificate import Certificate, PointsFile
 from s2ap_deploy.evaluation.points import load_points, save_points
-from s2ap_deploy.evaluation.samples import rows
+from s2ap_deploy.evaluation.samples import Proven, rows
 from s2ap_deploy.recorder import Silent
+from s2ap_deploy.runs import manifest
 from s2ap_deploy.runs.manifest import Manifest
 from s2ap_deploy.stages.certified_files import Verification, verify_files
 from s2ap_deploy.stages.context import ExecutionConfig
@@ -36,12 +38,16 @@ def words(found: Verification, status: str) -> str:
 
 
 def relist(run: Path) -> None:
-    """The manifest as a forger would leave it: with the hashes of what lies there now."""
-    content = json.loads((run / "manifest.json").read_text())
-    for record in content["stages"].values():
+    """The manifest as a forger would leave it: with the hashes of what lies there now, inputs included."""
+    text = (run / "manifest.json").read_text()
+    for record in json.loads(text)["stages"].values():
         for output in record["outputs"]:
-            path = run / output["path"]
-            output |= {"sha256": files.sha256(path), "bytes": path.stat().st_size}
+            text = text.replace(output["sha256"], files.sha256(run / output["path"]))
+    content = json.loads(text)
+    for record in content["stages"].values():
+        record["inputs_sha256"] = manifest.digest(record["inputs"])
+        for output in record["outputs"]:
+            output["bytes"] = (run / output["path"]).stat().st_size
     (run / "manifest.json").write_text(json.dumps(content))
 
 
@@ -95,7 +101,7 @@ def overstated(run: Path) -> dict[str, Any]:
         "attacked": clean,
         "broken_by": [by if (by := sample.broken_by) == "clean" else None for sample in old.samples],
         "adversarial_prediction": [sample.clean_prediction for sample in old.samples],
-        "attacks": [row.model_copy(update={"n_broken": 0}) for row in old.attacks],
+        "attacks": [row.model_copy(update={"n_in": old.clean.k, "n_broken": 0}) for row in old.attacks],
     }
 
 
@@ -111,7 +117,10 @@ def test_an_honest_run_is_confirmed_and_left_alone(
     certificate = Certificate.load(own_run / "certify" / f"{role}.json")
     assert found.certificate_sha256 == certificate.sha256
     assert (certificate.mask_sha256 is not None) == (role == "pruned")
-    assert ("file search/masks.safetensors" in words(found, "pass")) == (role == "pruned")
+    assert (
+        "search/masks.safetensors has the SHA-256 recorded in manifest.json and the certificate"
+        in words(found, "pass")
+    ) == (role == "pruned")
     assert "file certify/recipe.yaml has the SHA-256" in words(found, "pass")
     broken = certificate.clean.k
     assert f"breaks: {broken} of {broken} reproduce" in words(found, "pass")
@@ -173,7 +182,11 @@ def test_a_survivor_that_withstands_again(own_run: Path, monkeypatch: pytest.Mon
     few = {name: 40 if name == "square" else 4 for name in protocols.ITERATIONS}
     monkeypatch.setattr(protocols, "ITERATIONS", few)
     old = Certificate.load(own_run / "certify" / "pruned.json")
-    forge(own_run, **overstated(own_run), threat=old.threat.model_copy(update={"eps": "1/100000"}))
+    for path in (own_run / "manifest.json", own_run / "certify" / "recipe.yaml"):
+        path.write_text(re.sub(r"""("?eps"?: )['"]?0.5['"]?""", r'\1"1/100000"', path.read_text()))
+    recipe = files.sha256(own_run / "certify" / "recipe.yaml")
+    changes = {"threat": old.threat.model_copy(update={"eps": "1/100000"}), "recipe_sha256": recipe}
+    forge(own_run, **overstated(own_run), **changes)
     found = checked(own_run, k=3)
     assert (found.status, found.attacked) == ("pass", 3), words(found, "fail")
     assert "new attacks: 3 of 3 images withstand again" in words(found, "pass")
@@ -293,7 +306,9 @@ def test_data_that_are_not_here_leave_the_answer_open(own_run: Path) -> None:
     """The stored points are judged all the same."""
     for path in (own_run / "recipe.yaml", own_run / "certify" / "recipe.yaml"):
         path.write_text(path.read_text().replace("name: digits", "name: mnist"))
-    forge(own_run, recipe_sha256=files.sha256(own_run / "certify" / "recipe.yaml"))
+    listed = own_run / "manifest.json"
+    listed.write_text(listed.read_text().replace('"name": "digits"', '"name": "mnist"'))
+    forge(own_run, data="mnist", recipe_sha256=files.sha256(own_run / "certify" / "recipe.yaml"))
     found = verify(
         own_run / "certify" / "pruned.json",
         own_run,
@@ -322,41 +337,85 @@ def test_files_alone_confirm_an_honest_run(
     path = own_run / "certify" / "pruned.json"
     found = verify_files(path, None)
     assert (found.status, found.scope, found.seed, found.attacked) == ("pass", "files", None, 0)
-    assert {"certificate", "figures", "points", "recipe"} <= {check.name for check in found.checks}
+    assert {"certificate", "stage", "recipe", "points", "sparsity"} <= {check.name for check in found.checks}
     assert found.subjects == checked(own_run).subjects
     assert files_in(own_run) == before
 
 
-def wider(old: Certificate) -> dict[str, Any]:
-    low, high = old.clean.interval
-    return {"clean": old.clean.model_copy(update={"interval": (low / 2, high)})}
+def changed(**values: Any) -> Callable[[dict[str, Any]], None]:
+    """Set dotted keys (``__`` for a dot) of a certificate."""
+
+    def change(content: dict[str, Any]) -> None:
+        for dotted, value in values.items():
+            *way, last = dotted.split("__")
+            place = content
+            for key in way:
+                place = place[key]
+            place[last] = value
+
+    return change
 
 
-def lost_break(old: Certificate) -> dict[str, Any]:
-    first, *rest = old.attacks
-    return {"attacks": (first.model_copy(update={"n_broken": first.n_broken - 1}), *rest)}
+def as_plus(content: dict[str, Any]) -> None:
+    content |= {"protocol": "plus", "statement": "robust accuracy under AutoAttack plus (upper bound)"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        (wider, "figures"),
-        (lost_break, "figures"),
-        (lambda old: {"attack_seed": 99}, "recipe"),
-        (lambda old: {"threat": old.threat.model_copy(update={"eps": "0.1"})}, "recipe"),
-        (lambda old: {"data": "mnist"}, "recipe"),
-    ],
-)
-def test_a_relisted_certificate_that_its_own_files_contradict(
-    changes: Callable[[Certificate], dict[str, Any]], name: str, own_run: Path
+def as_plus_with_its_attacks(content: dict[str, Any]) -> None:
+    as_plus(content)
+    found = {row["name"]: row for row in content["attacks"]}
+    left, rows = content["clean"]["k"], []
+    for name in protocols.names("plus", 10):
+        rows.append({"n_broken": 0, **found.get(name, {}), "name": name, "n_in": left, "seconds": 1.0})
+        left -= rows[-1]["n_broken"]
+    content["attacks"] = rows
+
+
+def nothing_broken(content: dict[str, Any]) -> None:
+    for row in content["attacks"]:
+        row["n_broken"] = 0
+
+
+def proven(content: dict[str, Any]) -> None:
+    content["proven"] = Proven.of([], content["n"], method="wishes", tolerance=0.0).model_dump(mode="json")
+
+
+REWRITINGS = {
+    "eps": changed(threat__eps="0.505"),
+    "norm": changed(threat__norm="L2"),
+    "protocol": as_plus,
+    "protocol and its attacks": as_plus_with_its_attacks,
+    "n_broken": nothing_broken,
+    "robust interval": changed(robust__interval=[0.0, 0.5]),
+    "clean interval": changed(clean__interval=[0.4, 0.6]),
+    "interval level": changed(robust__level=0.5),
+    "statement": changed(statement="provably robust accuracy"),
+    "sparsity": changed(subject__sparsity=0.99),
+    "no sparsity": changed(subject__sparsity=None),
+    "proofs": proven,
+    "attack seed": changed(attack_seed=99),
+    "sample seed": changed(sample_seed=99),
+    "data": changed(data="mnist"),
+    "no recipe": changed(recipe_sha256=None),
+    "network": changed(subject__checkpoint_sha256="0" * 64),
+    "masks": changed(mask_sha256="0" * 64),
+}
+
+
+@pytest.mark.parametrize("rewriting", REWRITINGS)
+def test_a_rewritten_certificate_that_everything_lists_is_refused(
+    rewriting: str, own_run: Path, s2ap: Callable[..., Any]
 ) -> None:
-    path = own_run / "certify" / "pruned.json"
-    old = Certificate.load(path)
-    old.model_copy(update=changes(old)).save(path)
+    """Manifest, inputs and export report name the new file; what it says follows from nothing."""
+    path, report = own_run / "certify" / "pruned.json", own_run / "export" / "report.json"
+    before = files.sha256(path)
+    content = json.loads(path.read_text())
+    REWRITINGS[rewriting](content)
+    files.write_json(path, content)
+    report.write_text(report.read_text().replace(before, files.sha256(path)))
     relist(own_run)
-    found = verify_files(path, None)
-    assert [check.name for check in found.checks if check.status == "fail"] == [name]
-    assert found.exit_code == 1
+    for command in (["gate", "--min-clean", 0, "--rule", "point"], ["verify", path, "--files"]):
+        done = s2ap(*command, "--run", own_run)
+        assert done.code in ((3,) if rewriting == "no recipe" else (1, 2)), done.out + done.err
 
 
 @pytest.mark.parametrize("damage", ["shorter", "header"])

@@ -38,6 +38,7 @@ _ORDER: dict[Version, tuple[str, ...]] = {
     "rand": ("apgd-ce", "apgd-dlr"),
     "quick": ("apgd-ce", "apgd-t"),
 }
+_SQUARE_SHARE = 0.002  # AutoAttack's own alarm: Square lowers robust accuracy by more than 0.2 points
 _LABELS: dict[Version, tuple[str, str]] = {
     "standard": ("standard", "aa-adapted"),
     "plus": ("plus", "plus-adapted"),
@@ -101,6 +102,12 @@ def version(label: str) -> Version:
 def is_adapted(label: str) -> bool:
     """Return whether the protocol's name in a certificate is that of an adapted one."""
     return label in {adapted for _, adapted in _LABELS.values()}
+
+
+def square_improves(broken: int, n: int) -> bool:
+    """Return whether Square broke so many of ``n`` samples that gradients may be masked."""
+    # One sample is no evidence about gradients, even where it is more than 0.2 points.
+    return broken > max(1.0, _SQUARE_SHARE * n)
 
 
 def _replacement(name: str, num_classes: int) -> str:

@@ -14,8 +14,6 @@ from s2ap_deploy.evaluation.samples import Robust
 from s2ap_deploy.records import AttackRow
 from s2ap_deploy.runtime import derive_seed
 
-_SQUARE_SHARE = 0.002  # AutoAttack's own alarm: Square lowers robust accuracy by more than 0.2 points
-
 
 @dataclass(frozen=True, eq=False)
 class AttackOutcome:
@@ -198,8 +196,7 @@ class Scheduler:
         flags = []
         if any(result.zero_gradient for result in self._results):
             flags.append("zero_gradient")
-        # One sample is no evidence about gradients, even where it is more than 0.2 points.
-        if self._count("square").n_broken > max(1.0, _SQUARE_SHARE * len(self._clean)):
+        if protocols.square_improves(self._count("square").n_broken, len(self._clean)):
             flags.append("square_improves")
         if protocols.is_adapted(protocols.label(self._version, self._num_classes)):
             flags.append("adapted_protocol")

@@ -153,7 +153,7 @@ def test_rand_keeps_the_loop_of_the_reference() -> None:
 def test_a_quick_sweep_may_fail_a_gate_and_never_passes_one(make_certificate) -> None:
     lost = ["apgd-ce"] * 60 + [None] * 40
     for broken_by, status in ((lost, "fail"), ([None] * 100, "inconclusive")):
-        certificate = make_certificate(broken_by, protocol="quick", flags=("quick",))
+        certificate = make_certificate(broken_by, protocol="quick")
         verdict = judge(Thresholds(min_robust=0.6, rule="point"), pruned=certificate)
         assert verdict.status == status
 

@@ -23,6 +23,7 @@ from s2ap_deploy.spec import ThreatModel
 
 HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}<img src=http://evil.example/x>\u202e|`![a](http://b)"
 N = 12
+LATER = ("apgd-t", "fab-t", "square")
 VALUES = {"clean_accuracy": 0.9, "robust_accuracy": 0.6, "loss": 0.5, "hamming": 0.1, "replaced": 0.2}
 EPOCHS = [{"epoch": e, **VALUES, "sharpness": 0.1 * e, "eigenvalue": 1.0 / e} for e in (1, 2, 3)]
 
@@ -72,7 +73,7 @@ def _certificates(folder: Path, roles: tuple[str, ...], channels: int) -> list[P
         save_file({"clean": clean, "attacked": 1 - clean}, points)
         labels = [index % 2 for index in range(N)]
         standing = 8 if role == "dense" else 5
-        broken = ["clean" if i == N - 1 else None if i < standing else HOSTILE for i in range(N)]
+        broken = ["clean" if i == N - 1 else None if i < standing else "apgd-ce" for i in range(N)]
         Certificate.of(
             rows(
                 [f"{HOSTILE}/{index}" for index in range(N)],
@@ -81,12 +82,15 @@ def _certificates(folder: Path, roles: tuple[str, ...], channels: int) -> list[P
                 [1 - y if by else y for y, by in zip(labels, broken, strict=True)],
                 broken,
             ),
-            subject=Subject(arch=HOSTILE, num_classes=2, weights_sha256="a" * 64, sparsity=0.9),
+            subject=Subject(arch=HOSTILE, num_classes=10, weights_sha256="a" * 64, sparsity=0.9),
             threat=ThreatModel(eps="8/255"),
             data=HOSTILE,
             split="test",
             class_names=(HOSTILE, "one"),
-            attacks=[AttackRow(name=HOSTILE, n_in=N - 1, n_broken=N - 1 - standing, seconds=1.0)],
+            attacks=[
+                AttackRow(name=name, n_in=seen, n_broken=seen - standing, seconds=1.0)
+                for name, seen in (("apgd-ce", N - 1), *((name, standing) for name in LATER))
+            ],
             protocol="standard",
             flags=(),
             attack_seed=0,
