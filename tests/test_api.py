@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import s2ap_deploy
-import s2ap_deploy.api
+from s2ap_deploy import api
 from s2ap_deploy.cli.main import cli
 from s2ap_deploy.errors import ArchitectureError, DataError, DeployError, RunFolderError, UsageError
 from s2ap_deploy.evaluation.certificate import Certificate
@@ -164,13 +164,9 @@ def own(sparsity: float | None = 0.5, **said: Any) -> Callable[[Path], Any]:
 @pytest.mark.parametrize(
     ("call", "kind", "code"),
     [
-        (lambda f: s2ap_deploy.prune(f / "no.pt", 0.5), DeployError, None),
-        (lambda f: s2ap_deploy.prune(5, 0.5), UsageError, "model-invalid"),
-        (
-            lambda f: s2ap_deploy.load_checkpoint(f / "no.pt", mean=[0.5]),
-            UsageError,
-            "normalization-incomplete",
-        ),
+        (lambda f: api.prune(f / "no.pt", 0.5), DeployError, None),
+        (lambda f: api.prune(5, 0.5), UsageError, "model-invalid"),
+        (lambda f: api.load_checkpoint(f / "no.pt", mean=[0.5]), UsageError, "normalization-incomplete"),
         (own(eps="0.1"), UsageError, "data-missing"),
         (own(data="digits"), UsageError, "eps-missing"),
         (own(None, data="digits", eps="0.1"), UsageError, "sparsity-missing"),
@@ -179,26 +175,22 @@ def own(sparsity: float | None = 0.5, **said: Any) -> Callable[[Path], Any]:
         (own(data="digits", eps="-1"), UsageError, "eps-invalid"),
         (own(data="mnist", eps="0.1"), ArchitectureError, None),
         (own(data="digits", eps="0.1", mean=[0.1], std=[0.2]), UsageError, "model-in-memory"),
-        (
-            lambda f: s2ap_deploy.prune(nn.Flatten(), 0.5, data="digits", eps="0.1", run=f / "r"),
-            DeployError,
-            None,
-        ),
+        (lambda f: api.prune(nn.Flatten(), 0.5, data="digits", eps="0.1", run=f / "r"), DeployError, None),
         (own(settings={"prune.gama": 1}, data="digits", eps="0.1"), UsageError, "key-unknown"),
         (own(settings={"prune.sparsity.x": 1}, data="digits", eps="0.1"), UsageError, "key-unknown"),
         (own(preset="slow", data="digits", eps="0.1"), UsageError, "preset-unknown"),
-        (lambda f: s2ap_deploy.certify(f / "empty"), RunFolderError, None),
-        (lambda f: s2ap_deploy.certify(f, full=True, min_robust=0.1), UsageError, "gate-with-full"),
-        (lambda f: s2ap_deploy.certify(f, eps="0.1"), UsageError, "already-decided"),
+        (lambda f: api.certify(f / "empty"), RunFolderError, None),
+        (lambda f: api.certify(f, full=True, min_robust=0.1), UsageError, "gate-with-full"),
+        (lambda f: api.certify(f, eps="0.1"), UsageError, "already-decided"),
         (
-            lambda f: s2ap_deploy.certify(f, model=Own(), artifact="x.onnx"),
+            lambda f: api.certify(f, model=Own(), artifact="x.onnx"),
             UsageError,
             "artifact-with-network-options",
         ),
-        (lambda f: s2ap_deploy.export(f / "empty"), RunFolderError, None),
-        (lambda f: s2ap_deploy.pretrain("nobody", "digits", "0.1", run=f / "r"), ArchitectureError, None),
+        (lambda f: api.export(f / "empty"), RunFolderError, None),
+        (lambda f: api.pretrain("nobody", "digits", "0.1", run=f / "r"), ArchitectureError, None),
         (
-            lambda f: s2ap_deploy.pretrain("digits-conv", "digits", "0.1", run=f / "r", loss="x"),
+            lambda f: api.pretrain("digits-conv", "digits", "0.1", run=f / "r", loss="x"),
             UsageError,
             "name-unknown",
         ),
@@ -229,7 +221,7 @@ def test_the_thresholds_of_the_signature_are_those_of_the_gate() -> None:
 @pytest.mark.parametrize("name", [name for name in s2ap_deploy.__all__ if name[0].islower()])
 def test_every_argument_has_a_type_and_is_named(name) -> None:
     """At most two by position: what the function works on, and the one figure that everybody gives."""
-    function = getattr(s2ap_deploy.api, name)
+    function = getattr(api, name)
     parameters = inspect.signature(function).parameters.values()
     assert all(each.annotation is not inspect.Parameter.empty for each in parameters)
     assert "return" in function.__annotations__
@@ -249,7 +241,7 @@ def test_every_argument_has_a_type_and_is_named(name) -> None:
 )
 def test_settings_reach_every_key_and_may_be_null(settings, budget, digits_model) -> None:
     given = {"method": "hydra", "sparsity": 0.5, "budget": "uniform", "eps": "0.5", "settings": settings}
-    changes = s2ap_deploy.api._pruning(given)
+    changes = api._pruning(given)
     recipe = open_run.checkpoint_recipe(digits_model, {}, name="prune", changes=changes)
     assert recipe.prune is not None
     assert recipe.prune.layer_budget == budget
@@ -264,14 +256,12 @@ def test_settings_reach_every_key_and_may_be_null(settings, budget, digits_model
     ],
 )
 def test_steps_may_end_with_the_sparsity(given, steps, sparsity) -> None:
-    changes = s2ap_deploy.api._pruning(given)
+    changes = api._pruning(given)
     assert (changes["prune.steps"], changes["prune.sparsity"]) == (steps, sparsity)
 
 
 def test_named_arguments_have_priority_over_the_preset_and_settings_over_both() -> None:
-    changes = s2ap_deploy.api._pruning(
-        {"preset": "quick", "search_epochs": 3, "settings": {"prune.finetune.epochs": 7}}
-    )
+    changes = api._pruning({"preset": "quick", "search_epochs": 3, "settings": {"prune.finetune.epochs": 7}})
     assert (changes["prune.search.epochs"], changes["prune.finetune.epochs"]) == (3, 7)
 
 

@@ -204,16 +204,23 @@ PAPER = re.compile(
     r"\b(1[89]|20)\d\d\b|arXiv|eq\. ?\d|section \d|HYDRA|HARP|FMN|Golub|Adversarial Pruning Benchmark"
 )
 NUMERICAL = (
-    "evaluation/statistics.py", "evaluation/fmn.py",
-    "evaluation/bounds/propagation.py", "evaluation/autoattack/apgd.py",
-    "evaluation/autoattack/fab.py", "evaluation/autoattack/square.py",
-    "pruning/budgets.py", "pruning/allocation.py", "pruning/curvature.py", "pruning/curvature.py",
-    "pruning/scores.py", "pruning/scores.py", "pruning/curvature.py", "training/pgd.py",
+    "codecs/encodings/elias_fano.py",
+    "evaluation/autoattack/apgd.py",
+    "evaluation/autoattack/fab.py",
+    "evaluation/autoattack/square.py",
+    "evaluation/bounds/propagation.py",
+    "evaluation/fmn.py",
+    "evaluation/statistics.py",
+    "pruning/allocation.py",
+    "pruning/budgets.py",
+    "pruning/curvature.py",
+    "pruning/scores.py",
     "training/adversary.py",
     "training/batchnorm.py",
-    "training/objective.py", "training/objective.py", "training/objective.py", "training/train.py",
-    "codecs/encodings/elias_fano.py",
-)  # fmt: skip
+    "training/objective.py",
+    "training/pgd.py",
+    "training/train.py",
+)
 
 
 @pytest.mark.parametrize("name", NUMERICAL)

@@ -125,6 +125,9 @@ def test_a_start_that_is_none_is_told_with_its_distribution(body, words, install
     assert torch.equal(network.weight, before)
 
 
+MADE = "from s2ap_deploy.recipe.methods import Method\nFOUND = Method({})"
+
+
 @pytest.mark.parametrize(
     ("code", "words"),
     [
@@ -134,20 +137,11 @@ def test_a_start_that_is_none_is_told_with_its_distribution(body, words, install
         ("OTHER = 5", "AttributeError"),
         ("import nothing_of_that_name", "nothing_of_that_name"),
         (
-            "from s2ap_deploy.recipe.methods import Method\n"
-            "FOUND = Method(learns=False, scores='weights', budgets=('learned',))",
+            MADE.format("learns=False, scores='weights', budgets=('learned',)"),
             "budget learned needs scores that learn",
         ),
-        (
-            "from s2ap_deploy.recipe.methods import Method\n"
-            "FOUND = Method(learns=True, scores='weights', budgets=())",
-            "budgets must be",
-        ),
-        (
-            "from s2ap_deploy.recipe.methods import Method\n"
-            "FOUND = Method(learns=True, scores='magic', budgets=('erk',))",
-            "scores must be one of",
-        ),
+        (MADE.format("learns=True, scores='weights', budgets=()"), "budgets must be"),
+        (MADE.format("learns=True, scores='magic', budgets=('erk',)"), "scores must be one of"),
     ],
 )
 def test_what_cannot_be_imported_is_told_with_its_distribution(code, words, install) -> None:
