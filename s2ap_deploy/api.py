@@ -55,6 +55,7 @@ def load_checkpoint(
     std: Sequence[float] | None = None,
     keep: float | None = None,
     alpha: float | None = None,
+    key: str | None = None,
     trust_pickle: bool = False,
 ) -> Loaded:
     """Read a checkpoint of any origin (.pt, .pth, .tar, .safetensors) with a strict load.
@@ -64,6 +65,7 @@ def load_checkpoint(
         arch: a registered name or an import path (``package.module:factory``); None finds it by shapes.
         mean, std: normalization, one number per channel, which becomes part of the classifier.
         keep, alpha: rebuild the masks of a file that holds pruning scores.
+        key: the path to the weights inside the file, where it holds several.
         trust_pickle: let the pickle run code.
 
     Raises:
@@ -78,6 +80,7 @@ def load_checkpoint(
         normalization=normalization(_tuple(mean), _tuple(std)),
         keep=keep,
         alpha=alpha,
+        key=key,
         trust_pickle=trust_pickle,
     )
     return Loaded(classifier, info, notes)
@@ -86,7 +89,7 @@ def load_checkpoint(
 def inspect(path: Path | str, **options: Any) -> dict[str, Any]:
     """Describe a checkpoint: format, architecture, layers, sparsity.
 
-    ``options`` are ``arch``, ``keep``, ``alpha`` and ``trust_pickle`` of :func:`load_checkpoint`.
+    ``options`` are ``arch``, ``keep``, ``alpha``, ``key`` and ``trust_pickle`` of :func:`load_checkpoint`.
 
     Raises:
         CheckpointError, UnsafePickleError, ArchitectureError.
@@ -593,7 +596,7 @@ def plan(
     shape: dict[str, Any] = {"num_classes": num_classes, "input_size": input_size}
     pruning, exporting, found = resolve.plan_sections(keywords)
     if checkpoint is not None:
-        masks: dict[str, Any] = {name: keywords.get(name) for name in ("keep", "alpha")}
+        masks: dict[str, Any] = {name: keywords.get(name) for name in ("keep", "alpha", "key")}
         trusted = keywords.get("trust_pickle", False)
         drawn = read(Path(checkpoint), arch=arch, trust_pickle=trusted, **shape, **masks)
     else:
@@ -615,6 +618,7 @@ def init(
     std: Sequence[float] | None = None,
     keep: float | None = None,
     alpha: float | None = None,
+    key: str | None = None,
     trust_pickle: bool = False,
     overwrite: bool = False,
 ) -> GeneratedRecipe:
@@ -648,6 +652,7 @@ def init(
         normalization=normalization(_tuple(mean), _tuple(std)),
         trust_pickle=trust_pickle,
         masking={key: value for key, value in (("keep", keep), ("alpha", alpha)) if value is not None},
+        key=key,
     )
     files.write_text(target, written.text)
     return written
@@ -689,6 +694,8 @@ def _certify_file(
         "std",
         "keep",
         "alpha",
+        "key",
+        "expect_clean",
         "provable",
         "curve",
         "min_robust",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("checkpoint", type=options.PATH)
 @options.arch_option
-@options.recipe_options(keys.NETWORK, "keep", "alpha")
+@options.recipe_options(keys.NETWORK, "keep", "alpha", "key")
 @options.trust_option
 @options.json_option
 def inspect_command(checkpoint: Path, as_json: bool, **keywords: Any) -> None:
@@ -64,6 +64,7 @@ def inspect_command(checkpoint: Path, as_json: bool, **keywords: Any) -> None:
     "std",
     "keep",
     "alpha",
+    "key",
     data="digits, mnist, cifar10, cifar100, svhn, imagefolder:PATH.  [default: the checkpoint's or a guess]",
     eps="Attack radius, such as 8/255 or 0.1.  [default: the checkpoint's, or a guess]",
     norm="Norm of the attack.  [default: the checkpoint's, else Linf]",

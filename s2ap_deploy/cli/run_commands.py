@@ -204,7 +204,7 @@ def parse_image_size(text: str) -> tuple[int, int, int]:
     values="Stored values that budgets apply to.  [default: the target's, or float32]",
     int8="Apply budgets to a file of int8 arithmetic.",
 )
-@options.recipe_options(keys.NETWORK, "keep", "alpha")
+@options.recipe_options(keys.NETWORK, "keep", "alpha", "key")
 @options.trust_option
 @options.json_option
 def plan_command(checkpoint: Path | None, as_json: bool, **keywords: Any) -> None:

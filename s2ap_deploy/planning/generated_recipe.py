@@ -68,6 +68,7 @@ def draft(
     normalization: Normalization | None = None,
     trust_pickle: bool = False,
     masking: Mapping[str, float] | None = None,
+    key: str | None = None,
 ) -> GeneratedRecipe:
     """Inspect the checkpoint at ``path`` and write a recipe that prunes it, for ``recipe_file``.
 
@@ -91,17 +92,19 @@ def draft(
         trust_pickle=trust_pickle,
         keep=(masking or {}).get("keep"),
         alpha=(masking or {}).get("alpha"),
+        key=key,
     )
     comments: dict[Key, str] = {}
     guesses: list[str] = []
     name, blank = _data(info, data, comments, guesses)
     threat = _threat(info, name, eps, norm, comments, guesses)
     imported = arch is not None and registry.is_import_path(arch)
+    kept = dict(masking or {}) | ({"key": key} if key else {})
     content: dict[str, Any] = {
         "name": _word(path.stem),
         "description": f"{_word(path.stem)}, pruned to {sparsity:.4g} and judged",
         "seed": 0,
-        "model": _model(path, info, imported, normalization, comments) | dict(masking or {}),
+        "model": _model(path, info, imported, normalization, comments) | kept,
         "data": {"name": None if blank else name} | _size(info, name),
         "threat": threat,
         "prune": _prune(sparsity),
@@ -278,6 +281,7 @@ def read(
     trust_pickle: bool,
     keep: float | None,
     alpha: float | None,
+    key: str | None,
 ) -> ModelSource:
     """Load the network in a file. Raises the errors of ``checkpoint.load`` and :func:`blueprint`."""
     preprocessing = None
@@ -293,6 +297,7 @@ def read(
         trust_pickle=trust_pickle,
         keep=keep,
         alpha=alpha,
+        key=key,
     )
     return ModelSource(classifier.network, input_size or info.preprocessing.size, info.arch)
 
@@ -355,6 +360,7 @@ def scene_of(job: RunContext, notes: list[str]) -> ModelAndData:
             trust_pickle=machine.trust_pickle,
             keep=recipe.model.keep,
             alpha=recipe.model.alpha,
+            key=recipe.model.key,
         )
         images = _images(job, info.preprocessing.size, notes)
         return ModelAndData(classifier, info.preprocessing.size, info.num_classes, images)

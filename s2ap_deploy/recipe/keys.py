@@ -21,6 +21,8 @@ NETWORK: Final[Keywords] = {
     "std": ("model.normalization.std",),
     "keep": ("model.keep",),
     "alpha": ("model.alpha",),
+    "key": ("model.key",),
+    "expect_clean": ("model.expect_clean",),
 }
 PRETRAIN: Final[Keywords] = {
     "epochs": ("pretrain.epochs",),

@@ -58,6 +58,15 @@ class ModelSection(Record):
     alpha: Fraction01 | None = Field(
         default=None, description="For HARP's quotas: k_min = alpha * keep; 0.1 is published."
     )
+    key: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="Path to the weights inside the file, such as model.ema, where it holds several.",
+    )
+    expect_clean: Fraction01 | None = Field(
+        default=None,
+        description="Clean accuracy that the checkpoint is known to have; a lower one that sampling does not "
+        "explain is refused.",
+    )
 
 
 class DataSection(Record):

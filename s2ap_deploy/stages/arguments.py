@@ -61,7 +61,8 @@ class NetworkArguments(Settings, total=False):
 
     ``eps`` is exact text (``8/255``) for images in [0, 1]. ``mean`` and ``std`` (a number per channel)
     normalize the input of a foreign checkpoint; ``keep`` and ``alpha`` rebuild the masks of a file that holds
-    pruning scores. ``arch`` is a registered name or an import path.
+    pruning scores; ``key`` is the path to the weights inside the file, ``expect_clean`` its known clean
+    accuracy. ``arch`` is a registered name or an import path.
     """
 
     data: str | None
@@ -72,6 +73,8 @@ class NetworkArguments(Settings, total=False):
     std: Sequence[float] | None
     keep: float | None
     alpha: float | None
+    key: str | None
+    expect_clean: float | None
 
 
 class PretrainArguments(ExecutionArguments, total=False):
@@ -185,6 +188,7 @@ class PlanArguments(TypedDict, total=False):
     trust_pickle: bool
     keep: float | None
     alpha: float | None
+    key: str | None
 
 
 class ThresholdArguments(TypedDict, total=False):

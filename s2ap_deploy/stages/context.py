@@ -286,7 +286,7 @@ def read_classifier(path: Path, machine: ExecutionConfig) -> tuple[Classifier, C
     Raises CheckpointError, and ArchitectureError when the network comes from an import path that the machine
     was not given.
     """
-    recorded = checkpoint.read_tensors(path).info
+    recorded = checkpoint.read_info(path)
     if machine.arch is None and recorded is not None and registry.is_import_path(recorded.arch):
         raise ArchitectureError(
             f"the network in {path} was built by {recorded.arch}, which is only imported on request",

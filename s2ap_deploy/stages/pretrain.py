@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from s2ap_deploy import files
-from s2ap_deploy.errors import DataError, RecipeError
+from s2ap_deploy.data.datasets import ImageData
+from s2ap_deploy.errors import DataError, InputError, RecipeError
+from s2ap_deploy.evaluation.statistics import clopper_pearson
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
@@ -25,6 +27,7 @@ from s2ap_deploy.training.pgd import pgd_accuracy
 from s2ap_deploy.training.train import TrainingData, train, validation_sample
 
 CHANCE_MARGIN = 2.0
+CLEAN_BATCH = 256
 
 
 def dense(job: RunContext) -> None:
@@ -119,11 +122,14 @@ def adopt(job: RunContext, path: Path) -> None:
         trust_pickle=job.machine.trust_pickle,
         keep=recipe.model.keep,
         alpha=recipe.model.alpha,
+        key=recipe.model.key,
     )
     for note in notes:
         recorder.note(f"{path.name}: {note}")
     images = job.images(info.preprocessing.size)
     _check_classes(info.num_classes, images.spec, str(path))
+    seen = _seen_in_training(images) if info.stage == "foreign" else ""
+    _check_clean(job, classifier.to(job.machine.device), images, seen)
     if recipe.prune is not None:
         weights_on_images(job, classifier.to(job.machine.device), info.preprocessing.size, images)
     stage = job.stage(
@@ -150,7 +156,7 @@ def adopt(job: RunContext, path: Path) -> None:
     )
     recorder.note(
         f"dense network: {info.arch}, {accuracy.clean_accuracy:.1%} clean, {accuracy.robust_accuracy:.1%} "
-        f"under PGD-10 ({recipe.threat}) on {accuracy.n} validation images"
+        f"under PGD-10 ({recipe.threat}) on {accuracy.n} validation images{seen}"
     )
     if accuracy.clean_accuracy < CHANCE_MARGIN / info.num_classes:
         recorder.warn(
@@ -176,9 +182,43 @@ def adopt(job: RunContext, path: Path) -> None:
     stage.finish([stage.folder / MODEL], {"best": best, "validation_images": accuracy.n})
 
 
-def _masking(section: ModelSection) -> dict[str, float]:
+def _seen_in_training(images: ImageData) -> str:
+    """Return a warning where validation images are among those that a foreign network may have seen."""
+    if images.validation.ids[0].startswith("val/"):
+        return ""
+    return ", held out of the training images: this network may have been trained on them, and do worse on others"
+
+
+def _check_clean(job: RunContext, classifier: Classifier, images: ImageData, seen: str) -> None:
+    """Note the clean accuracy on validation images, and hold it against what the user expects.
+
+    Raises InputError where it is lower than sampling explains: the exact 99 % interval lies below.
+    """
+    sample = validation_sample(images.validation, job.recipe.seed)
+    right = 0
+    classifier.eval()
+    with torch.no_grad():
+        for batch, labels in sample.batches(CLEAN_BATCH, job.machine.device):
+            right += int((classifier(batch).argmax(dim=1) == labels).sum())
+    found = right / len(sample)
+    job.recorder.note(f"clean accuracy {found:.1%} on {len(sample)} validation images{seen}")
+    expected = job.recipe.model.expect_clean
+    if expected is None:
+        return
+    high = clopper_pearson(right, len(sample), level=0.99)[1]
+    if expected > high:
+        raise InputError(
+            f"the network's clean accuracy is {found:.1%} on {len(sample)} images, where {expected:.1%} is "
+            f"expected; with 99 % confidence it is below {high:.1%}",
+            code="clean-accuracy-unexpected",
+            hint="functions may differ where names and shapes agree: check --arch, --mean and --std, --data "
+            "and the order of the classes",
+        )
+
+
+def _masking(section: ModelSection) -> dict[str, float | str]:
     """Return the options that rebuild the masks of a pruned checkpoint; empty for other networks."""
-    given = {"keep": section.keep, "alpha": section.alpha}
+    given = {"keep": section.keep, "alpha": section.alpha, "key": section.key}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -115,7 +115,7 @@ def from_checkpoint(
     A checkpoint of this tool states its data and threat model; for any other, UsageError names the missing
     argument.
     """
-    info = checkpoint.read_tensors(path, trust_pickle=trust_pickle).info
+    info = checkpoint.read_info(path, trust_pickle=trust_pickle)
     return {
         "name": name,
         "model": {
@@ -229,4 +229,4 @@ def input_unsaid(path: Path, arch: str | None, *, trust_pickle: bool = False) ->
     """Return whether neither the file at ``path`` nor the code of ``arch`` defines the input."""
     if arch is None or not registry.is_import_path(arch) or registry.resolve(arch).input_size is not None:
         return False
-    return checkpoint.read_tensors(path, trust_pickle=trust_pickle).info is None
+    return checkpoint.read_info(path, trust_pickle=trust_pickle) is None

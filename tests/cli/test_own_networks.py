@@ -118,3 +118,16 @@ def test_both_figures_are_reported_where_weights_stay_unpruned(s2ap, tmp_path) -
     assert found["kept"] == 576 + 62
     assert found["sparsity"] == pytest.approx(1 - 638 / 888)
     assert "80.13% of the weights that can be pruned, 28.15% of all" in " ".join(done.err.split())
+
+
+def test_a_clean_accuracy_below_what_is_expected_is_refused_before_any_work(
+    s2ap: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = prune(s2ap, tmp_path, "double", "--expect-clean", "0.83", "--json")
+    assert done.code == 2
+    assert json.loads(done.out)["code"] == "clean-accuracy-unexpected"
+    assert "clean accuracy" in done.err
+    assert not (tmp_path / "s2ap-run" / "pretrain").exists()
+    allowed = prune(s2ap, tmp_path, "double", "--expect-clean", "0.05")
+    assert allowed.code == 0, allowed.err
+    assert "may have been trained on them" in " ".join(allowed.err.split())

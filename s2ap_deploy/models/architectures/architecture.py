@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from torch.overrides import TorchFunctionMode
+
+from s2ap_deploy.spec import Normalization
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class Architecture:
             (an auxiliary head of training, a block that was registered and never called).
         parameters: number of learnable values at the default number of classes, where it is known without
             building a network whose head is a single layer; matching skips hundreds of networks by it.
+        function: how the network differs from others of the same names and shapes, where there are any.
+        normalization: by number of classes, the input normalization that the family's published code holds as
+            constants; 0 stands for any other number. Empty where a checkpoint or a user states it.
         parametrized: like ``build``, where that folds parametrizations of the user's code to plain weights:
             the network as its code defines it, under whose names its checkpoints are.
     """
@@ -38,7 +43,12 @@ class Architecture:
     num_classes: int
     unused: tuple[str, ...] = ()
     parameters: int | None = None
+    function: str = ""
+    normalization: Mapping[int, Normalization] = field(default_factory=dict, hash=False)
     parametrized: Callable[[int], nn.Module] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.function}" if self.function else self.name
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,16 @@ from importlib import metadata
 from torch import nn
 
 from s2ap_deploy.errors import ArchitectureError
-from s2ap_deploy.models.architectures import custom, imagenet, preact_resnet, resnet, small, vgg, wide_resnet
+from s2ap_deploy.models.architectures import (
+    custom,
+    deepmind,
+    imagenet,
+    preact_resnet,
+    resnet,
+    small,
+    vgg,
+    wide_resnet,
+)
 from s2ap_deploy.models.architectures.architecture import (
     Architecture,
     StateDictSpec,
@@ -26,8 +35,16 @@ ENTRY_POINTS = "s2ap_deploy.architectures"
 
 _OWN: dict[str, Architecture] = {
     entry.name: entry
-    for family in (small, resnet, preact_resnet, vgg, wide_resnet)
-    for entry in family.ARCHITECTURES
+    for family in (
+        small.ARCHITECTURES,
+        resnet.ARCHITECTURES,
+        imagenet.SMALL_IMAGES,
+        preact_resnet.ARCHITECTURES,
+        vgg.ARCHITECTURES,
+        wide_resnet.ARCHITECTURES,
+        deepmind.ARCHITECTURES,
+    )
+    for entry in family
 }
 
 

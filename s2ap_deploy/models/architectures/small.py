@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections import OrderedDict
+
+from torch import Tensor, nn
 
 from s2ap_deploy.models.architectures.architecture import Architecture
 
@@ -28,6 +30,36 @@ def digits_conv(num_classes: int) -> nn.Module:
     )
 
 
+class TradesConv(nn.Module):
+    """The MNIST network of TRADES (Zhang et al. 2019, arXiv 1901.08573): four convolutions, three layers."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        convolutions: dict[str, nn.Module] = {}
+        channels = 1
+        for number, width in enumerate((32, 32, 64, 64), 1):
+            convolutions[f"conv{number}"] = nn.Conv2d(channels, width, kernel_size=3)
+            convolutions[f"relu{number}"] = nn.ReLU()
+            if number % 2 == 0:
+                convolutions[f"maxpool{number // 2}"] = nn.MaxPool2d(2, 2)
+            channels = width
+        self.feature_extractor = nn.Sequential(OrderedDict(convolutions))
+        layers = {
+            "fc1": nn.Linear(64 * 4 * 4, 200),
+            "relu1": nn.ReLU(),
+            "drop": nn.Dropout(0.5),
+            "fc2": nn.Linear(200, 200),
+            "relu2": nn.ReLU(),
+            "fc3": nn.Linear(200, num_classes),
+        }
+        self.classifier = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images [B, 1, 28, 28] to logits [B, K]."""
+        logits: Tensor = self.classifier(self.feature_extractor(x).flatten(1))
+        return logits
+
+
 def _strided(
     channels: int, widths: tuple[int, int], *, map_values: int, hidden: int, num_classes: int
 ) -> nn.Module:
@@ -49,5 +81,6 @@ def _head(inputs: int, hidden: int, num_classes: int) -> tuple[nn.Module, ...]:
 ARCHITECTURES = (
     Architecture("mnist-conv", mnist_conv, input_size=(1, 28, 28), num_classes=10),
     Architecture("cifar-conv", cifar_conv, input_size=(3, 32, 32), num_classes=10),
+    Architecture("mnist-trades-conv", TradesConv, input_size=(1, 28, 28), num_classes=10),
     Architecture("digits-conv", digits_conv, input_size=(1, 8, 8), num_classes=10),
 )

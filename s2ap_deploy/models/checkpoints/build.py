@@ -15,11 +15,15 @@ from s2ap_deploy.errors import CheckpointError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.architectures.architecture import Architecture
 from s2ap_deploy.models.channels.narrowing import ChannelPlan, narrow, tied
+from s2ap_deploy.models.checkpoints.key_mapping import find_normalization, for_unit_images
 from s2ap_deploy.models.checkpoints.match import COUNTER, Match
 from s2ap_deploy.models.checkpoints.read import CheckpointInfo, RawCheckpoint
 from s2ap_deploy.models.classifier import Classifier, dry_run
 from s2ap_deploy.models.used_weights import used_weights
+from s2ap_deploy.plugins import reason
 from s2ap_deploy.spec import Normalization, Preprocessing
+
+MODULE_TOLERANCE = 1e-4  # of logits, relative to the largest
 
 
 def build_classifier(
@@ -42,12 +46,16 @@ def build_classifier(
         preprocessing = stated.preprocessing if stated else _intended_input(match.architecture, raw.path)
     normalization = normalization or match.normalization
     notes = list(match.notes)
+    if normalization is not None and stated is None:
+        normalization, note = for_unit_images(normalization)
+        notes += [] if note is None else [note]
     if normalization is None and stated is None:
         notes.append("no normalization in the file or the options: the network gets images in [0, 1]")
     network = build_network(match)
     notes += fill(network, match.tensors, raw.path)
     classifier = Classifier(network, normalization).eval()
     _check_channels(normalization, preprocessing, raw.path)
+    _compare_module(raw, classifier, match, preprocessing)
     classes = match.num_classes
     if classes is None or registry.is_import_path(match.architecture.name):
         # A run shows what custom code does not state, and that it runs at all.
@@ -68,6 +76,39 @@ def build_classifier(
     if match.compacted:
         _check_compacted(classifier, match, stated, raw)
     return classifier, info, tuple(notes)
+
+
+def _compare_module(
+    raw: RawCheckpoint, classifier: Classifier, match: Match, preprocessing: Preprocessing
+) -> None:
+    """Hold the logits of the matched network against those of a whole pickled module, which is the function.
+
+    Raises CheckpointError where they differ, or where the module cannot run.
+    """
+    if raw.module is None:
+        return
+    # A normalization in the file is a part of the module; one that a user states comes before it.
+    same = classifier if find_normalization(raw.tensors) is not None else classifier.network
+    images = torch.rand(4, *preprocessing.size, generator=runtime.generator("compare", "module"))
+    try:
+        with torch.no_grad():
+            expected = copy.deepcopy(raw.module).float().eval()(images)
+            found = same(images)
+            scale = max(1.0, float(expected.abs().max()))
+            apart = float((found - expected).abs().max())
+    except Exception as error:  # the module is foreign code
+        raise CheckpointError(
+            f"{raw.path}: its module cannot be compared with {match.architecture.name}: {reason(error)}",
+            code="module-cannot-run",
+            hint="names and shapes are no proof: name a function that builds it, --arch file.py:factory",
+        ) from error
+    if not apart <= MODULE_TOLERANCE * scale:
+        raise CheckpointError(
+            f"{raw.path}: its module computes something else than {match.architecture.name}, under the same "
+            f"names and shapes: logits differ by up to {apart:.3g}",
+            code="module-differs",
+            hint="name a function that builds this module with --arch file.py:factory",
+        )
 
 
 def build_network(match: Match, *, full: bool = False) -> nn.Module:

@@ -35,13 +35,14 @@ from s2ap_deploy.models.checkpoints.read import (
     METADATA_KEY,
     CheckpointInfo,
     RawCheckpoint,
+    read_info,
     read_tensors,
 )
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.models.used_weights import used_weights, weight_count
 from s2ap_deploy.spec import Normalization, Preprocessing, WeightCount
 
-__all__ = ["CheckpointInfo", "RawCheckpoint", "describe", "load", "read_tensors", "save"]
+__all__ = ["CheckpointInfo", "RawCheckpoint", "describe", "load", "read_info", "read_tensors", "save"]
 
 REACHED = "weights that multiply activations in a forward pass"
 REGISTERED = "parameters of two or more dimensions (no input size known to run the network on)"
@@ -58,6 +59,7 @@ def load(
     trust_pickle: bool = False,
     keep: float | None = None,
     alpha: float | None = None,
+    key: str | None = None,
 ) -> tuple[Classifier, CheckpointInfo, tuple[str, ...]]:
     """Return the classifier in eval mode on the CPU in float32, its facts, and notes for the user.
 
@@ -70,6 +72,7 @@ def load(
         keep: the fraction kept, which rebuilds the masks of a pruned file that holds scores. Weights come out
             dense, and ``sparsity`` of the facts is measured on them.
         alpha: HARP's k_min / ``keep``.
+        key: the path to the weights inside the file, where it holds several.
 
     Raises:
         CheckpointError: for a file that cannot be read, weights that are not finite, another number of
@@ -78,7 +81,7 @@ def load(
         ArchitectureError: when no architecture, or more than one, matches.
         UsageError: for a ``keep`` or ``alpha`` that is missing or has no use.
     """
-    raw = read_tensors(path, trust_pickle=trust_pickle)
+    raw = read_tensors(path, trust_pickle=trust_pickle, key=key)
     match = match_architecture(raw, arch=arch, keep=keep, alpha=alpha)
     return build_classifier(
         raw, match, num_classes=num_classes, preprocessing=preprocessing, normalization=normalization
@@ -121,6 +124,7 @@ def describe(
     arch: str | None = None,
     keep: float | None = None,
     alpha: float | None = None,
+    key: str | None = None,
 ) -> dict[str, Any]:
     """Return what ``path`` holds as plain values: format, hash, architecture (or the closest), layers.
 
@@ -134,7 +138,7 @@ def describe(
         ArchitectureError: when ``arch`` is no architecture at all.
         UsageError: for a ``keep`` or ``alpha`` that has no use.
     """
-    raw = read_tensors(path, trust_pickle=trust_pickle)
+    raw = read_tensors(path, trust_pickle=trust_pickle, key=key)
     if arch is not None:
         registry.resolve(arch)
     match: Match | None = None
@@ -240,7 +244,7 @@ def _layer(name: str, tensor: Tensor) -> dict[str, Any]:
 def _closest(tensors: dict[str, Tensor]) -> list[dict[str, str]]:
     """Return the nearest architectures and what differs, for the names without any common prefix."""
     names = key_readings(tensors)[-1].tensors
-    weights = {name: tensor for name, tensor in names.items() if not is_normalization(name)}
+    weights = {name: tensor for name, tensor in names.items() if not is_normalization(name, tensor)}
     return [{"architecture": d.architecture.name, "differs": str(d)} for d in closest(weights)]
 
 

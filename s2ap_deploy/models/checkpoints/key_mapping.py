@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -11,36 +12,58 @@ from torch import Tensor
 from s2ap_deploy.errors import CheckpointError
 from s2ap_deploy.spec import Normalization
 
-# DataParallel, torch.compile, RobustBench and robustness, HARP's ImageNet; Sequential(normalize, network).
-PREFIXES = ("module.", "_orig_mod.", "model.", "basic_model.", "1.")
+PIXEL = 255.0
 
-_LAYER = r"(?:(?:0|normalize|normalizer|normalization|normalize_layer|norm)\.)?"
-_NORMALIZATION = re.compile(
-    rf"(?:(?:module|_orig_mod|model|basic_model)\.)*{_LAYER}"
-    r"(?:(?P<mean>mu|mean|means|new_mean)|(?P<std>sigma|std|sds|new_std))"
-)
+_MEANS = "mu|mean|means|new_mean|pixel_mean|image_mean|norm_mean|data_mean|input_mean|_mean"
+_DEVIATIONS = "sigma|std|sds|stds|new_std|pixel_std|image_std|norm_std|data_std|input_std|_std"
+_NORMALIZATION = re.compile(rf"(?:\w+\.){{0,5}}(?:(?P<mean>{_MEANS})|(?P<std>{_DEVIATIONS}))")
+MOST_CHANNELS = 4
+LEAST_SHARE = 0.5  # of all tensors, below which a prefix is not that of the network
+DEEPEST = 5
 
 
-def strip_prefixes(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the tensors as they are, then without each prefix that all weights share, one after another.
+def strip_prefixes(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor], tuple[str, ...]]]:
+    """Yield the tensors as they are, then without each prefix that at least half of them share.
 
-    Yields (prefix removed so far, tensors). Tensors of a normalization need not share the prefix.
+    Yields (prefix removed, tensors, names left aside). A normalization need not share the prefix; any other
+    tensor without it is left aside.
     """
-    removed, current = "", dict(tensors)
-    yield removed, current
-    while True:
-        weights = [name for name in current if not is_normalization(name)]
-        prefix = next(
-            (p for p in PREFIXES if weights and all(n.startswith(p) and len(n) > len(p) for n in weights)),
-            None,
-        )
-        if prefix is None:
-            return
-        stripped = {name.removeprefix(prefix): value for name, value in current.items()}
-        if len(stripped) != len(current):  # two names would become one
-            return
-        removed, current = removed + prefix, stripped
-        yield removed, current
+    yield "", dict(tensors), ()
+    current = [""]
+    for _ in range(DEEPEST):
+        current = [longer for prefix in current for longer in _prefixes(tensors, prefix)]
+        for prefix in current:
+            stripped, aside = _without(tensors, prefix)
+            if stripped is not None:
+                yield prefix, stripped, aside
+
+
+def _prefixes(tensors: Mapping[str, Tensor], prefix: str) -> list[str]:
+    """Return the prefixes one part longer than ``prefix`` that enough of the weights share."""
+    counts: Counter[str] = Counter()
+    total = 0
+    for name, tensor in tensors.items():
+        if is_normalization(name, tensor):
+            continue
+        total += 1
+        first, dot, _ = name.removeprefix(prefix).partition(".")
+        if dot and name.startswith(prefix):
+            counts[f"{prefix}{first}."] += 1
+    return [longer for longer, count in counts.items() if count >= max(2, LEAST_SHARE * total)]
+
+
+def _without(tensors: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor] | None, tuple[str, ...]]:
+    stripped: dict[str, Tensor] = {}
+    aside = []
+    for name, tensor in tensors.items():
+        if not name.startswith(prefix) and not is_normalization(name, tensor):
+            aside.append(name)
+            continue
+        short = name.removeprefix(prefix)
+        if short in stripped:  # two names would become one
+            return None, ()
+        stripped[short] = tensor
+    return stripped, tuple(aside)
 
 
 def adapt_rst(tensors: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], tuple[str, ...]]]:
@@ -74,9 +97,10 @@ def adapt_rst(tensors: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor]
             yield others | linear, (*notes, what.format(name))
 
 
-def is_normalization(name: str) -> bool:
+def is_normalization(name: str, tensor: Tensor | None = None) -> bool:
     """Return whether a tensor of this name is the mean or the deviation of an input normalization."""
-    return _NORMALIZATION.fullmatch(name) is not None
+    few = tensor is None or tensor.numel() <= MOST_CHANNELS
+    return few and _NORMALIZATION.fullmatch(name) is not None
 
 
 def find_normalization(tensors: Mapping[str, Tensor]) -> Normalization | None:
@@ -107,6 +131,29 @@ def find_normalization(tensors: Mapping[str, Tensor]) -> Normalization | None:
             code="normalization-length-mismatch",
         )
     return Normalization(mean=mean, std=std)
+
+
+def for_unit_images(normalization: Normalization) -> tuple[Normalization, str | None]:
+    """Return ``normalization`` for images in [0, 1], and a note where it was made for 0 to 255.
+
+    (255 x - m) / s is (x - m / 255) / (s / 255).
+
+    Raises:
+        CheckpointError: for a mean above 1 that no images of either range have.
+    """
+    mean, std = normalization.mean, normalization.std
+    if max(mean) <= 1:
+        return normalization, None
+    if max(mean) > PIXEL or min(mean) < 0 or not all(1 <= value <= PIXEL for value in std):
+        raise CheckpointError(
+            f"the normalization mean {mean}, std {std} is for images neither in [0, 1] nor in [0, 255]",
+            code="normalization-not-for-images",
+            hint="give mean and standard deviation of images in [0, 1] as --mean and --std",
+        )
+    scaled = Normalization(
+        mean=tuple(value / PIXEL for value in mean), std=tuple(value / PIXEL for value in std)
+    )
+    return scaled, f"the normalization is for images in [0, 255]: mean {mean}, std {std} divided by 255"
 
 
 def _sibling(name: str, last: str) -> str:

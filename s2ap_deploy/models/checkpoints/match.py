@@ -38,6 +38,9 @@ FACTORY_HINT = (
     "name a function that builds the file's network, whatever else it needs filled in"
 )
 
+# Prefixes of a second network beside the one that is meant.
+_SECOND = re.compile(r"(^|\.)\w*(teacher|ema|swa|target|momentum|averaged)\w*\.")
+
 MatchedBy = Literal["description", "names", "option"]
 # Two networks can agree in every name and shape, and differ in all of these.
 NOT_IN_TENSORS = (
@@ -118,37 +121,57 @@ def match_dense(raw: RawCheckpoint, dense: DenseFromMasks, *, arch: str | None =
 
 @dataclass(frozen=True)
 class KeyReading:
-    """One reading of a file's names: without ``prefix``, and adapted as ``notes`` say."""
+    """One reading of a file's names: without ``prefix`` and what lacks it, adapted as ``notes`` say."""
 
     prefix: str
     tensors: dict[str, Tensor] = field(repr=False)
     notes: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
 
     def split(self, expected: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the weights, and the tensors of a normalization that the network does not expect."""
         normal = {
             name: tensor
             for name, tensor in self.tensors.items()
-            if name not in expected and key_mapping.is_normalization(name)
+            if name not in expected and key_mapping.is_normalization(name, tensor)
         }
         return {name: tensor for name, tensor in self.tensors.items() if name not in normal}, normal
 
 
 def key_readings(tensors: Mapping[str, Tensor]) -> list[KeyReading]:
     """Return the readings of a foreign file in the order of trial; the last is the easiest to compare."""
-    stripped = [KeyReading(prefix, named) for prefix, named in key_mapping.strip_prefixes(tensors)]
+    stripped = [
+        KeyReading(prefix, named, _aside_note(aside), aside)
+        for prefix, named, aside in key_mapping.strip_prefixes(tensors)
+    ]
     adapted = [
-        KeyReading(reading.prefix, named, notes)
+        KeyReading(reading.prefix, named, (*reading.notes, *notes), reading.aside)
         for reading in stripped
         for named, notes in key_mapping.adapt_rst(reading.tensors)
     ]
     return stripped + adapted
 
 
+def _aside_note(names: tuple[str, ...]) -> tuple[str, ...]:
+    return (f"left aside, outside of the network's prefix: {_few(names, 6)}",) if names else ()
+
+
 def _match_names(readings: list[KeyReading]) -> Match:
     split = [(reading, *reading.split({})) for reading in readings]
+    fitting = [each for each in split if exact_matches(each[1])]
+    prefixes = [reading.prefix for reading, *_ in fitting]
+    apart = [prefix for prefix in prefixes if not any(prefix.startswith(other) for other in prefixes[:1])]
+    if apart:
+        known = [prefix for prefix in (prefixes[0], *apart) if not _SECOND.search(prefix)]
+        if len(known) != 1:
+            raise ArchitectureError(
+                f"the file holds several whole networks, under {', '.join((prefixes[0], *apart))}",
+                code="networks-several",
+                hint="save the one that is meant: torch.save(model.state_dict(), 'model.pt')",
+            )
+        fitting = [each for each in fitting if each[0].prefix == known[0]]
     # Where nothing matches, the error is about the names that are easiest to compare.
-    reading, weights, normal = next((each for each in split if exact_matches(each[1])), split[-1])
+    reading, weights, normal = fitting[0] if fitting else split[-1]
     return _matched("names", only_match(weights), reading, weights, normal)
 
 
@@ -251,13 +274,21 @@ def _matched(
         notes.append(f"prefix {reading.prefix!r} stripped from every name")
     notes += reading.notes
     if matched_by == "names":
-        notes.append(f"architecture {difference.architecture.name}: every name and shape agrees")
+        name = difference.architecture.name
+        unseen = ", ".join(NOT_IN_TENSORS)
+        notes.append(f"architecture {name}: every name and shape agrees; not compared: {unseen}")
     if difference.ignored:
         parts = ", ".join(sorted({name.split(".")[0] for name in difference.ignored}))
         notes.append(f"left aside: {len(difference.ignored)} tensors of {parts}, which no forward pass uses")
     normalization = key_mapping.find_normalization(normal)
     if normalization is not None:
         notes.append(f"normalization found in the file: mean {normalization.mean}, std {normalization.std}")
+    elif constants := difference.architecture.normalization:
+        normalization = constants.get(difference.num_classes, constants[0])
+        notes.append(
+            f"normalization that the code of this family holds as constants: mean {normalization.mean}, "
+            f"std {normalization.std}"
+        )
     return Match(
         difference.architecture,
         matched_by,
@@ -354,9 +385,9 @@ def only_match(tensors: Mapping[str, Tensor]) -> Difference:
     if len(found) == 1:
         return found[0]
     if found:
-        listed = ", ".join(each.architecture.name for each in found)
+        listed = "".join(f"\n  {each.architecture}" for each in found)
         raise ArchitectureError(
-            f"{len(found)} architectures have exactly these names and shapes: {listed}",
+            f"{len(found)} architectures with other functions have exactly these names and shapes:{listed}",
             code="architecture-ambiguous",
             hint=f"choose one, for example --arch {found[0].architecture.name}",
         )

@@ -8,7 +8,7 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +56,14 @@ METADATA_KEY = "s2ap_deploy"
 LARGEST_HEADER = 100_000_000  # the limit of safetensors itself
 SAFE_PROTOCOLS = (2, 3)  # what torch.load(weights_only=True) reads
 # In this order: a file with both `state_dict` and `ema` means the first.
-WRAPPERS = ("state_dict", "net", "model_state_dict", "model", "ema")
+WRAPPERS = (
+    *("state_dict", "net", "model_state_dict", "model", "network", "net_state_dict", "module", "params"),
+    *("weights", "classifier", "student", "model_best", "best_model", "best_state_dict", "ema"),
+    *("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "params_ema", "swa", "swa_state_dict"),
+    *("swa_model", "best", "last", "teacher"),
+)
+DEEPEST = 6
+_OPTIMIZER = re.compile(r".*(optim|sched|scaler|rng|amp$|param_groups).*|opt")
 STATE_DICT_HINT = "save it with torch.save(model.state_dict(), 'model.pt')"
 COPY_HINT = "copy or download it again"
 
@@ -75,6 +82,7 @@ class RawCheckpoint:
         info: the facts of a file of this tool; None for any other.
         locations: devices that the storages were tagged with.
         notes: which wrapper was opened and what was left aside.
+        module: the network itself, where a trusted file holds it whole.
     """
 
     path: str
@@ -85,6 +93,7 @@ class RawCheckpoint:
     wrapper: str | None
     locations: tuple[str, ...]
     notes: tuple[str, ...]
+    module: nn.Module | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -98,10 +107,23 @@ class _Content:
     notes: tuple[str, ...] = ()
 
 
-def read_tensors(path: Path | str, *, trust_pickle: bool = False) -> RawCheckpoint:
+def read_info(path: Path | str, *, trust_pickle: bool = False) -> CheckpointInfo | None:
+    """Return what a file of this tool states about itself, None for any other; raises as read_tensors."""
+    path = Path(path)
+    return _content(path, _file_bytes(path), trust_pickle).info
+
+
+def _content(path: Path, data: bytes, trust_pickle: bool) -> _Content:
+    if _looks_like_safetensors(data):
+        return _read_safetensors(path, data)
+    return _read_torch(path, data, trust_pickle=trust_pickle)
+
+
+def read_tensors(path: Path | str, *, trust_pickle: bool = False, key: str | None = None) -> RawCheckpoint:
     """Read a torch.save file (zip or older) or safetensors; the content decides, not the suffix.
 
     Args:
+        key: the path to the weights inside the file; see :func:`unwrap`.
         trust_pickle: unpickle a file that requests more than tensors, which may run code in it.
 
     Raises:
@@ -111,12 +133,9 @@ def read_tensors(path: Path | str, *, trust_pickle: bool = False) -> RawCheckpoi
     path = Path(path)
     # Read once: what is hashed is what is checked and loaded, even if the file is replaced meanwhile.
     data = _file_bytes(path)
-    if _looks_like_safetensors(data):
-        content = _read_safetensors(path, data)
-    else:
-        content = _read_torch(path, data, trust_pickle=trust_pickle)
+    content = _content(path, data, trust_pickle)
     try:
-        found = unwrap(content.value)
+        found = unwrap(content.value, key)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.message}", code=error.code, hint=error.hint) from None
     return RawCheckpoint(
@@ -129,6 +148,7 @@ def read_tensors(path: Path | str, *, trust_pickle: bool = False) -> RawCheckpoi
         wrapper=found.wrapper if content.info is None else None,
         locations=content.locations,
         notes=(*content.notes, *(found.notes if content.info is None else ())),
+        module=found.module,
     )
 
 
@@ -139,52 +159,152 @@ class StateDict:
     tensors: dict[str, Tensor]
     wrapper: str | None
     notes: tuple[str, ...]
+    module: nn.Module | None = None
 
 
-def unwrap(content: object) -> StateDict:
-    """Find the state dict in what a file holds.
+def unwrap(content: object, key: str | None = None) -> StateDict:
+    """Find the state dict in what a file holds: any mapping with a weight in it, at any depth.
+
+    ``key`` is the path to one, such as ``model.ema`` or ``state_dict.0``. Of several the best known name is
+    taken, and a note says so.
 
     Raises:
-        CheckpointError: when there is none, naming what was found instead.
+        CheckpointError: when there is none, naming what was found instead, and when several compete whose
+            names do not tell which is meant.
     """
-    path: list[str] = []
-    notes: list[str] = []
-    while True:
-        if isinstance(content, nn.Module):
-            content = content.state_dict()
-        if not isinstance(content, Mapping):
+    found = list(_mappings(content))
+    if key is not None:
+        chosen = next((each for each in found if ".".join(each[0]) == key), None)
+        if chosen is None:
             raise CheckpointError(
-                f"the file holds {_kind(content)}, not a dictionary of tensors",
-                code="state-dict-missing",
-                hint=STATE_DICT_HINT,
+                f"it has no weights under {key}",
+                code="key-missing",
+                hint=f"there are some under {_listed(found)}" if found else STATE_DICT_HINT,
             )
-        present = [key for key in WRAPPERS if isinstance(content.get(key), (Mapping, nn.Module))]
-        if not present:
-            break
-        if len(present) > 1:
-            notes.append(f"the file holds {', '.join(present)}; read {present[0]}")
-        path.append(present[0])
-        content = content[present[0]]
-    if path:
-        notes.insert(0, f"weights found under {'.'.join(path)}")
+        notes = [f"weights found under {key}, as asked"]
+    else:
+        if not found:
+            raise _without_weights(content)
+        chosen, notes = _chosen(found)
+    path, mapping = chosen
+    module = mapping if isinstance(mapping, nn.Module) else None
+    entries: Mapping[Any, Any] = mapping.state_dict() if isinstance(mapping, nn.Module) else mapping
     tensors = {
-        key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
+        name: value for name, value in entries.items() if isinstance(name, str) and isinstance(value, Tensor)
     }
-    if not tensors:
-        found = ", ".join(map(str, list(content)[:8])) or "nothing"
-        raise CheckpointError(
-            f"it has no tensors, neither at the top nor under {', '.join(WRAPPERS)}; it holds: {found}",
-            code="tensors-missing",
-            hint=STATE_DICT_HINT,
-        )
-    dropped = [str(key) for key in content if key not in tensors]
+    inside = {other[len(path)] for other, _ in found if len(other) > len(path) and other[: len(path)] == path}
+    dropped = [str(name) for name in entries if name not in tensors and name not in inside]
     if dropped:
         notes.append(f"left aside, as they are no tensors: {', '.join(dropped[:8])}")
     copies = [name for name in tensors if _is_copy(name, tensors)]
     if copies:
         tensors = {name: value for name, value in tensors.items() if name not in copies}
         notes.append(f"left aside: a second copy of the network ({len(copies)} tensors under attacker)")
-    return StateDict(tensors, ".".join(path) or None, tuple(notes))
+    return StateDict(tensors, ".".join(path) or None, tuple(notes), module)
+
+
+Place = tuple[tuple[str, ...], Any]
+"""The path to a mapping of tensors, or to a module, and the thing itself."""
+
+
+def _mappings(content: object, path: tuple[str, ...] = ()) -> Iterator[Place]:
+    """Yield every mapping that holds a tensor, outermost first; those of optimizers are passed over.
+
+    A mapping of vectors and numbers alone, such as metrics, is one only where nothing holds a weight.
+    """
+    every = list(_tensor_mappings(content, path))
+    weighty = [place for place in every if _has_weight(place[1])]
+    yield from weighty or every
+
+
+def _tensor_mappings(content: object, path: tuple[str, ...]) -> Iterator[Place]:
+    if len(path) > DEEPEST:
+        return
+    if isinstance(content, nn.Module):
+        yield path, content
+        return
+    if isinstance(content, list | tuple):
+        entries = [(str(number), value) for number, value in enumerate(content)]
+        if any(isinstance(value, Tensor) for _, value in entries):
+            return
+    elif isinstance(content, Mapping):
+        if "param_groups" in content:
+            return
+        if any(isinstance(k, str) and isinstance(value, Tensor) for k, value in content.items()):
+            yield path, content
+        entries = [(str(name), value) for name, value in content.items()]
+    else:
+        return
+    for name, value in entries:
+        if not _OPTIMIZER.fullmatch(name):
+            yield from _tensor_mappings(value, (*path, name))
+
+
+def _has_weight(content: Any) -> bool:
+    if isinstance(content, nn.Module):
+        return True
+    return any(isinstance(value, Tensor) and value.dim() >= 2 for value in content.values())
+
+
+def _chosen(found: list[Place]) -> tuple[Place, list[str]]:
+    """Return the place to read and notes on the choice. Raises CheckpointError where it is unclear."""
+    if len(found) == 1:
+        path = found[0][0]
+        return found[0], [f"weights found under {'.'.join(path)}"] if path else []
+    siblings = {path[:-1] for path, _ in found}
+    if len(siblings) == 1 and all(path and path[-1].isdigit() for path, _ in found):
+        raise CheckpointError(
+            f"it holds {len(found)} networks in a list, such as the members of an ensemble or a cascade",
+            code="networks-several",
+            hint=f"choose one: --key {'.'.join(found[0][0])}",
+        )
+    ranked = sorted(found, key=lambda place: _rank(place[0]))
+    best, second = ranked[0], ranked[1]
+    listed = _listed(found)
+    if _rank(best[0]) == _rank(second[0]):
+        raise CheckpointError(
+            f"it holds {len(found)} sets of weights, and their names do not tell which is meant: {listed}",
+            code="networks-several",
+            hint=f"choose one: --key {'.'.join(best[0])}",
+        )
+    taken = ".".join(best[0]) or "the top level"
+    note = f"the file holds several sets of weights, {listed}; read {taken}, the usual name of the network"
+    found_under = [f"weights found under {taken}"] if best[0] else []
+    return best, [*found_under, f"{note} (--key chooses another)"]
+
+
+def _rank(path: tuple[str, ...]) -> tuple[int, int]:
+    """Order by how usual the names on a path are; unknown names come last and are alike."""
+    ranks = [WRAPPERS.index(name) if name in WRAPPERS else len(WRAPPERS) for name in path]
+    return (max(ranks), sum(ranks)) if ranks else (-1, 0)
+
+
+def _listed(found: Sequence[Place], most: int = 6) -> str:
+    names = [".".join(path) or "the top level" for path, _ in found]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _without_weights(content: object) -> CheckpointError:
+    """Say what a file without any mapping of tensors holds instead."""
+    if not isinstance(content, Mapping):
+        kind = f"one tensor {list(content.shape)}" if isinstance(content, Tensor) else _kind(content)
+        return CheckpointError(
+            f"the file holds {kind}, not a dictionary of tensors",
+            code="state-dict-missing",
+            hint=STATE_DICT_HINT,
+        )
+    keys = ", ".join(map(str, list(content)[:8])) or "nothing"
+    if "param_groups" in content or any(_OPTIMIZER.fullmatch(str(name)) for name in content):
+        return CheckpointError(
+            f"it is the state of an optimizer, without the network's weights; it holds: {keys}",
+            code="checkpoint-is-optimizer",
+            hint="take the file of the network from the same folder; " + STATE_DICT_HINT,
+        )
+    return CheckpointError(
+        f"it has no tensors, neither at the top nor below; it holds: {keys}",
+        code="tensors-missing",
+        hint=STATE_DICT_HINT,
+    )
 
 
 def _is_copy(name: str, tensors: Mapping[str, Tensor]) -> bool:

@@ -11,6 +11,17 @@ from s2ap_deploy.models.used_weights import prunable
 
 OWN = [name for name in registry.names() if "/" not in name]
 # Learnable values at ten classes: the usual implementations' figures, or counted by hand (VGG, WRN-28-4).
+WIDE = ("", "-leaky", "-silu")
+PREACT = ("", "-raw-shortcut", "-silu", "-softplus")
+VGG = {11: 9_231_114, 13: 9_416_010, 16: 14_728_266, 19: 20_040_522}
+LARGE = {"34-15": 103_819_674, "34-20": 184_531_674, "40-2": 2_243_546, "70-16": 266_796_506}
+DEEPMIND = {
+    "28-10": 36_479_194,
+    "34-10": 46_160_474,
+    "34-20": 184_531_674,
+    "70-16": 266_796_506,
+    "106-16": 415_475_162,
+}
 PARAMETERS = {
     "mnist-conv": 166_406,
     "digits-conv": 151_306,
@@ -19,12 +30,21 @@ PARAMETERS = {
     "cifar-resnet20": 269_722,
     "cifar-resnet34": 21_282_122,
     "cifar-resnet50": 23_520_842,
-    "cifar-preact-resnet18": 11_171_146,
-    "cifar-preact-resnet18-final-bn": 11_172_170,
+    **{f"cifar-preact-resnet18{variant}": 11_171_146 for variant in PREACT},
+    **{f"cifar-preact-resnet18-final-bn{variant}": 11_172_170 for variant in PREACT},
     "cifar-vgg16-bn": 15_311_818,
-    "cifar-wrn-28-4": 5_849_050,
-    "cifar-wrn-28-10": 36_479_194,
-    "cifar-wrn-34-10": 46_160_474,
+    **{f"cifar-vgg{depth}-bn-linear": VGG[depth] for depth in VGG},
+    "mnist-trades-conv": 312_202,
+    "cifar-torchvision-resnet18": 11_173_962,
+    "cifar-torchvision-resnet34": 21_282_122,
+    "cifar-torchvision-resnet50": 23_520_842,
+    **{f"cifar-wrn-{size}{variant}": count for size, count in LARGE.items() for variant in WIDE},
+    **{f"deepmind-wrn-{size}-{variant}": n for size, n in DEEPMIND.items() for variant in ("silu", "relu")},
+    **{f"deepmind-preact-resnet18-{variant}": 12_548_426 for variant in ("silu", "relu")},
+    **{f"deepmind-preact-resnet34-{variant}": 22_656_586 for variant in ("silu", "relu")},
+    **{f"cifar-wrn-28-4{variant}": 5_849_050 for variant in WIDE},
+    **{f"cifar-wrn-28-10{variant}": 36_479_194 for variant in WIDE},
+    **{f"cifar-wrn-34-10{variant}": 46_160_474 for variant in WIDE},
 }
 # Names that published files have, one or more per naming habit of a family.
 NAMES = {

@@ -457,3 +457,63 @@ def test_two_tensors_under_the_names_of_one_are_refused(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, check=lambda error: error.code == "tied-weights-differ"):
         load(tmp_path / "other.pt", arch=arch)
+
+
+def module_file(path: Path, activation: nn.Module) -> Path:
+    """A whole pickled module with the names of ``digits-conv``."""
+    network = digits()
+    assert isinstance(network, nn.Sequential)
+    network[1] = activation
+    torch.save({"model": network.double().train(), "epoch": 3}, path)
+    return path
+
+
+def test_a_trusted_module_is_the_function(tmp_path: Path) -> None:
+    _, info, notes = load(module_file(tmp_path / "m.pt", nn.ReLU()), trust_pickle=True)
+    assert info.arch == "digits-conv"
+    assert any("not compared: activation functions" in note for note in notes)
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "module-differs"):
+        load(module_file(tmp_path / "other.pt", nn.Softplus()), trust_pickle=True)
+
+
+def test_a_module_that_cannot_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "module-cannot-run"):
+        load(module_file(tmp_path / "m.pt", nn.Unflatten(1, (3, 5))), trust_pickle=True)
+
+
+def test_a_normalization_for_bytes_is_rescaled_with_a_note(tmp_path: Path) -> None:
+    state = {**digits().state_dict(), "mean": torch.tensor([51.0]), "std": torch.tensor([25.5])}
+    _, info, notes = load(foreign(tmp_path / "m.pt", state))
+    assert info.normalization == Normalization(mean=(0.2,), std=(0.1,))
+    assert any("divided by 255" in note for note in notes)
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "normalization-not-for-images"):
+        load(tmp_path / "m.pt", normalization=Normalization(mean=(120.0,), std=(0.2,)))
+
+
+def test_a_family_with_constants_gets_them(tmp_path: Path) -> None:
+    path = foreign(tmp_path / "m.pt", registry.build("deepmind-preact-resnet18-silu", 100).state_dict())
+    info = load(path, arch="deepmind-preact-resnet18-silu")[1]
+    assert info.normalization == registry.resolve("deepmind-preact-resnet18-silu").normalization[100]
+
+
+def test_a_key_chooses_among_several(tmp_path: Path) -> None:
+    first, second = digits(), digits()
+    with torch.no_grad():
+        second.get_parameter("0.weight").add_(1)
+    torch.save({"state_dict": first.state_dict(), "ema": second.state_dict()}, tmp_path / "m.pt")
+    loaded, _, notes = load(tmp_path / "m.pt")
+    assert torch.equal(loaded.network.get_parameter("0.weight"), first.get_parameter("0.weight"))
+    assert any("--key chooses another" in note for note in notes)
+    loaded = load(tmp_path / "m.pt", key="ema")[0]
+    assert torch.equal(loaded.network.get_parameter("0.weight"), second.get_parameter("0.weight"))
+
+
+def test_of_student_and_teacher_under_one_roof_the_student_is_read(tmp_path: Path) -> None:
+    student = {f"student.{name}": tensor for name, tensor in digits().state_dict().items()}
+    teacher = {f"teacher.{name}": tensor + 1 for name, tensor in digits().state_dict().items()}
+    loaded, _, notes = load(foreign(tmp_path / "m.pt", {**teacher, **student}))
+    assert torch.equal(loaded.network.get_parameter("0.weight"), student["student.0.weight"])
+    assert any("left aside" in note and "teacher.0.weight" in note for note in notes)
+    twins = {f"{side}.{name}": t for side in ("left", "right") for name, t in digits().state_dict().items()}
+    with pytest.raises(ArchitectureError, check=lambda error: error.code == "networks-several"):
+        load(foreign(tmp_path / "two.pt", twins))

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from s2ap_deploy.errors import CheckpointError
 from s2ap_deploy.models.checkpoints.key_mapping import (
-    PREFIXES,
     adapt_rst,
     find_normalization,
+    for_unit_images,
     is_normalization,
     strip_prefixes,
 )
+from s2ap_deploy.spec import Normalization
 
 WEIGHTS = {"conv.weight": torch.rand(2), "linear.bias": torch.rand(3)}
 
@@ -24,13 +25,19 @@ def named(prefix: str, tensors: dict[str, Tensor] = WEIGHTS) -> dict[str, Tensor
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-@given(st.lists(st.sampled_from(PREFIXES), max_size=4))
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.encoder.", "1.")
+
+
+@given(st.lists(st.sampled_from(PREFIXES), max_size=3))
 @settings(max_examples=60, deadline=None)
 def test_any_stack_of_prefixes_comes_off_one_by_one(stack: list[str]) -> None:
     prefix = "".join(stack)
-    found = list(strip_prefixes(named(prefix)))
-    assert [removed for removed, _ in found] == ["".join(stack[:depth]) for depth in range(len(stack) + 1)]
-    assert found[-1][1] == WEIGHTS
+    found = {removed: tensors for removed, tensors, _ in strip_prefixes(named(prefix))}
+    assert list(found) == sorted(found, key=len)
+    deep = ["".join(stack[:depth]) for depth in range(len(stack) + 1)]
+    assert set(found) >= {each for each in deep if each.count(".") <= 5}
+    if prefix.count(".") <= 5:
+        assert found[prefix] == WEIGHTS
 
 
 @given(
@@ -44,21 +51,29 @@ def test_any_stack_of_prefixes_comes_off_one_by_one(stack: list[str]) -> None:
 )
 @settings(max_examples=150, deadline=None)
 def test_stripping_loses_no_tensor_and_is_undone_by_the_prefix(tensors: dict[str, Tensor]) -> None:
-    for removed, stripped in strip_prefixes(tensors):
-        assert len(stripped) == len(tensors)
+    for removed, stripped, aside in strip_prefixes(tensors):
+        assert len(stripped) + len(aside) == len(tensors)
         assert all(stripped), "no name may become empty"
         for name in tensors:
-            assert name.removeprefix(removed) in stripped or is_normalization(name)
+            assert name.removeprefix(removed) in stripped or name in aside or is_normalization(name)
 
 
 def test_a_prefix_that_only_some_share_stays() -> None:
     tensors = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
-    assert list(strip_prefixes(tensors)) == [("", tensors)]
+    assert list(strip_prefixes(tensors)) == [("", tensors, ())]
+
+
+def test_strays_outside_of_the_prefix_are_left_aside_by_name() -> None:
+    tensors = {**named("net.body."), "n_averaged": torch.zeros(()), "criterion.weight": torch.zeros(4)}
+    found = list(strip_prefixes({**tensors, "net.normalize.mean": torch.zeros(3)}))
+    assert [removed for removed, *_ in found] == ["", "net.", "net.body."]
+    assert set(found[-1][1]) == {*WEIGHTS, "net.normalize.mean"}
+    assert found[-1][2] == ("n_averaged", "criterion.weight")
 
 
 def test_a_normalization_need_not_share_the_prefix() -> None:
     found = list(strip_prefixes({**named("model."), "mu": torch.zeros(3)}))
-    assert found[-1] == ("model.", {**WEIGHTS, "mu": found[-1][1]["mu"]})
+    assert found[-1] == ("model.", {**WEIGHTS, "mu": found[-1][1]["mu"]}, ())
 
 
 def test_two_names_that_would_become_one_stop_the_stripping() -> None:
@@ -119,17 +134,47 @@ def test_networks_of_the_usual_kind_are_not_adapted(tensors: dict[str, Tensor]) 
         "0.mean",
         "model.mu",
         "0.sds",
+        "module.backbone.norm.pixel_mean",
+        "layer1.mean",
     ],
 )
 def test_habitual_names_of_a_normalization(name: str) -> None:
     assert is_normalization(name)
 
 
-@pytest.mark.parametrize(
-    "name", ["bn1.running_mean", "conv.std", "mean.weight", "layer1.mean", "1.mean", "mus", "norm.weight"]
-)
+@pytest.mark.parametrize("name", ["bn1.running_mean", "mean.weight", "mus", "norm.weight"])
 def test_other_names_are_weights(name: str) -> None:
     assert not is_normalization(name)
+
+
+def test_a_wide_tensor_of_such_a_name_is_a_weight() -> None:
+    assert is_normalization("mean", torch.zeros(1, 3, 1, 1))
+    assert not is_normalization("layer.mean", torch.zeros(64))
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "scaled"),
+    [
+        ((0.5,), (0.25,), ((0.5,), (0.25,))),
+        ((127.5,), (63.75,), ((0.5,), (0.25,))),
+        ((51.0, 102.0, 153.0), (255.0, 51.0, 25.5), ((0.2, 0.4, 0.6), (1.0, 0.2, 0.1))),
+    ],
+)
+def test_a_normalization_for_bytes_is_rescaled(
+    mean: tuple[float, ...], std: tuple[float, ...], scaled: tuple[tuple[float, ...], tuple[float, ...]]
+) -> None:
+    found, note = for_unit_images(Normalization(mean=mean, std=std))
+    assert found.mean == pytest.approx(scaled[0])
+    assert found.std == pytest.approx(scaled[1])
+    assert (note is None) == (mean == scaled[0])
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [((300.0,), (60.0,)), ((120.0,), (0.2,)), ((1.5, -3.0), (2.0, 2.0))]
+)
+def test_a_normalization_of_no_images_is_refused(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "normalization-not-for-images"):
+        for_unit_images(Normalization(mean=mean, std=std))
 
 
 def test_normalization_is_read_from_any_shape() -> None:

@@ -293,7 +293,7 @@ def test_unused_blocks_are_masked_away_and_not_counted(tmp_path) -> None:
         f"sub_block1.layer.0.conv1.{key}": torch.randn(64, 16, 3, 3) for key in ("weight", "popup_scores")
     }
     path = training_file(tmp_path / "m.pth.tar", state | extra, "module.")
-    loaded, info, notes = load(path, keep=0.5)
+    loaded, info, notes = load(path, keep=0.5, arch="cifar-wrn-28-4")
     entries = sum(loaded.get_parameter(n).numel() for n in prunable(loaded, (3, 32, 32)))
     assert info.arch == "cifar-wrn-28-4"
     assert any(f"of {entries:,} weights kept in 29 layers" in note for note in notes)

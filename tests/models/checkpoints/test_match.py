@@ -8,7 +8,7 @@ from torch import Tensor
 
 from s2ap_deploy.errors import ArchitectureError
 from s2ap_deploy.models.architectures import registry
-from s2ap_deploy.models.checkpoints.match import only_match
+from s2ap_deploy.models.checkpoints.match import exact_matches, only_match
 
 
 def shells(name: str, num_classes: int) -> dict[str, Tensor]:
@@ -52,11 +52,24 @@ EVERY = [
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_every_architecture_is_the_only_one_that_fits_its_own_tensors(name: str) -> None:
+def test_every_architecture_fits_its_own_tensors_alone_or_with_twins_that_say_how_they_differ(
+    name: str,
+) -> None:
     tensors = shells(name, 7)
-    found = only_match(tensors)
-    assert found.architecture.name == name
-    assert found.num_classes == 7
+    found = exact_matches(tensors)
+    assert name in [each.architecture.name for each in found]
+    assert {each.num_classes for each in found} == {7}
+    if len(found) == 1:
+        assert only_match(tensors) == found[0]
+        return
+    functions = [each.architecture.function for each in found]
+    assert all(functions)
+    assert len(set(functions)) == len(functions)
+    with pytest.raises(
+        ArchitectureError, check=lambda error: error.code == "architecture-ambiguous"
+    ) as caught:
+        only_match(tensors)
+    assert all(f"\n  {each.architecture.name}: " in caught.value.message for each in found)
 
 
 @pytest.mark.parametrize("name", ["cifar-resnet18", "torchvision/resnet18", "torchvision/swin_t"])
@@ -69,23 +82,28 @@ def test_the_default_number_of_classes_is_found_too(name: str) -> None:
 def test_no_network_of_ours_shares_its_names_with_torchvision() -> None:
     """The reason why a match among ours ends the search."""
     ours = [n for n in registry.names() if "/" not in n]
-    theirs = {frozenset(shells(n, 5)) for n in registry.names() if "/" in n}
-    assert not [name for name in ours if frozenset(shells(name, 5)) in theirs]
+
+    def shapes(name: str) -> frozenset[tuple[str, torch.Size]]:
+        return frozenset((key, tensor.shape) for key, tensor in shells(name, 5).items())
+
+    theirs = {shapes(name) for name in registry.names() if "/" in name}
+    assert not [name for name in ours if shapes(name) in theirs]
 
 
 def test_unused_parts_are_left_aside_and_named() -> None:
     tensors = shells("cifar-wrn-28-4", 10)
+    twins = {f"cifar-wrn-28-4{variant}" for variant in ("", "-leaky", "-silu")}
     extra = {
         key.replace("block1.", "sub_block1."): t for key, t in tensors.items() if key.startswith("block1.")
     }
-    found = only_match({**tensors, **extra})
-    assert found.architecture.name == "cifar-wrn-28-4"
-    assert set(found.ignored) == set(extra)
+    found = exact_matches({**tensors, **extra})
+    assert {each.architecture.name for each in found} == twins
+    assert all(set(each.ignored) == set(extra) for each in found)
 
 
 def test_auxiliary_heads_in_a_file_are_left_aside() -> None:
     tensors = shells("torchvision/googlenet", 1000) | {"aux1.fc2.weight": torch.empty(1000, 1024)}
-    assert only_match(tensors).ignored == ("aux1.fc2.weight",)
+    assert {each.ignored for each in exact_matches(tensors)} == {("aux1.fc2.weight",)}
 
 
 def test_batch_counters_may_be_absent() -> None:

@@ -269,7 +269,7 @@ def test_damaged_bytes_raise_nothing_but_our_error(tmp_path: Path, kind: str) ->
         assert all(isinstance(tensor, torch.Tensor) for tensor in found.tensors.values())
 
 
-@pytest.mark.parametrize("content", [[WEIGHTS], 3, "text", None])
+@pytest.mark.parametrize("content", [[1], 3, "text", None])
 def test_no_dictionary_names_the_file(tmp_path: Path, content: object) -> None:
     path = tmp_path / "model.pt"
     torch.save(content, path)
@@ -306,6 +306,7 @@ def test_tensors_without_usable_values_are_refused(tmp_path: Path, tensor: torch
 # Where a file keeps its state dict
 
 STATE = {"conv.weight": torch.rand(2), "linear.bias": torch.rand(3)}
+SOLVER = {"state": {0: {"exp_avg": torch.zeros(2, 2)}}, "param_groups": []}
 
 
 def named(prefix: str) -> dict[str, torch.Tensor]:
@@ -332,7 +333,57 @@ def test_wrappers_may_be_nested() -> None:
 def test_of_two_wrappers_the_first_is_read_and_both_are_told() -> None:
     found = unwrap({"ema": {"a": torch.zeros(1)}, "state_dict": STATE})
     assert found.tensors == STATE
-    assert "the file holds state_dict, ema; read state_dict" in found.notes
+    assert found.wrapper == "state_dict"
+    assert any("ema, state_dict; read state_dict" in note for note in found.notes)
+    other = unwrap({"ema": {"a": torch.zeros(1)}, "state_dict": STATE}, "ema")
+    assert set(other.tensors) == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("content", "wrapper"),
+    [
+        ({"a": {"b": {"c": STATE}}, "epoch": 3}, "a.b.c"),
+        (
+            {"epoch": 1, "trainer": {"network": STATE, "metrics": {"accuracy": torch.tensor(0.9)}}},
+            "trainer.network",
+        ),
+        (
+            {"state": STATE, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2, 2)}}, "param_groups": []}},
+            "state",
+        ),
+        ({"params_ema": STATE, "params": STATE}, "params"),
+        ({"module": STATE, "optimizer_states": [{"exp_avg": torch.zeros(2, 2)}]}, "module"),
+        ({"teacher": STATE, "student": STATE}, "student"),
+        ([STATE], "0"),
+    ],
+)
+def test_weights_are_found_at_any_depth(content: object, wrapper: str) -> None:
+    found = unwrap(content)
+    assert (found.tensors, found.wrapper) == (STATE, wrapper)
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"state_dict": [STATE, STATE]}, "state_dict.1"),
+        ([STATE, STATE], "0"),
+        ({"first": STATE, "second": STATE}, "second"),
+        ({"model": {"left": STATE, "right": STATE}}, "model.left"),
+    ],
+)
+def test_several_networks_need_a_key(content: object, key: str) -> None:
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "networks-several"):
+        unwrap(content)
+    assert unwrap(content, key).tensors == STATE
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "key-missing"):
+        unwrap(content, "absent")
+
+
+def test_an_optimizer_is_told_by_its_name() -> None:
+    optimizer = torch.optim.Adam(nn.Linear(2, 2).parameters())
+    for content in (optimizer.state_dict(), {"optimizer": optimizer.state_dict(), "epoch": 3}):
+        with pytest.raises(CheckpointError, check=lambda error: error.code == "checkpoint-is-optimizer"):
+            unwrap(content)
 
 
 def test_a_tensor_that_is_called_like_a_wrapper_is_a_tensor() -> None:
@@ -347,7 +398,9 @@ def test_what_is_no_tensor_is_left_aside_and_told() -> None:
 
 def test_a_trusted_module_gives_its_state() -> None:
     assert set(unwrap(nn.Linear(2, 2)).tensors) == {"weight", "bias"}
-    assert set(unwrap({"model": nn.Linear(2, 2)}).tensors) == {"weight", "bias"}
+    found = unwrap({"model": nn.Linear(2, 2)})
+    assert set(found.tensors) == {"weight", "bias"}
+    assert isinstance(found.module, nn.Linear)
 
 
 @pytest.mark.parametrize("content", [[1, 2], 3, None, torch.zeros(2), "text"])
@@ -360,7 +413,7 @@ def test_what_is_no_dictionary_is_refused_by_its_kind(content: object) -> None:
 def test_no_tensors_lists_what_is_there(content: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, check=lambda error: error.code == "tensors-missing") as caught:
         unwrap(content)
-    assert "epoch, loss" in caught.value.message or "nothing" in caught.value.message
+    assert (", ".join(content) or "nothing") in caught.value.message
 
 
 def test_the_second_copy_inside_an_attacker_is_left_aside() -> None:
