@@ -186,9 +186,7 @@ def _seen_in_training(images: ImageData) -> str:
     """Return a warning where validation images are among those that a foreign network may have seen."""
     if images.validation.ids[0].startswith("val/"):
         return ""
-    return (
-        ", held out of the training images: this network may have been trained on them and do worse on others"
-    )
+    return ", held out of training images: this network may have been trained on them, and do worse on others"
 
 
 def _check_clean(job: RunContext, classifier: Classifier, images: ImageData, seen: str) -> None:
