@@ -205,7 +205,7 @@ def certify(
 
     Args:
         run: the run folder.
-        model: a network to attack in a run folder of its own, as for :func:`prune`.
+        model: a network to attack in its own run folder, as for :func:`prune`.
         artifact: an ONNX file whose own predictions are attacked.
 
     Raises:
@@ -224,7 +224,7 @@ def certify(
     policy = {name: keywords.get(name) for name in ("min_robust", "max_drop", "rule")}
     if keywords.get("full") and any(value is not None for value in policy.values()):
         raise UsageError(
-            "--full attacks to the end, so --min-robust, --max-drop and --gate mean nothing",
+            "--full attacks every image, so --min-robust, --max-drop and --gate have no effect",
             code="gate-with-full",
         )
     if keywords.get("first"):
@@ -244,9 +244,9 @@ def certify(
     with place as job:
         if model is not None and "search" in job.run.manifest.stages:
             raise UsageError(
-                f"{run} holds a pruned network beside this one",
+                f"{run} also holds a pruned network",
                 code="run-holds-pruned-network",
-                hint="leave the checkpoint out to certify both, or name a folder of its own with --run",
+                hint="leave the checkpoint out to certify both, or name another folder with --run",
             )
         if submission is not None:
             check_entry(job, submission)
@@ -321,11 +321,11 @@ def gate(
     Args:
         run: the run folder.
         baseline: certificate that drops are measured against, instead of the run's dense one.
-        thresholds: thresholds by name, also accepted as keywords; the recipe's where there are none.
+        thresholds: thresholds by name, also accepted as keywords; by default the recipe's.
         command: text that the manifest records.
 
     Raises:
-        UsageError: a name or a value that is no threshold.
+        UsageError: an unknown threshold or an invalid value.
         InconclusiveError: nothing is certified.
     """
     from s2ap_deploy.recipe.thresholds import Thresholds
@@ -365,7 +365,7 @@ def verify(
         in_toto: write an unsigned in-toto statement here, if everything is confirmed.
 
     Raises:
-        InputError: the file is no certificate.
+        InputError: the file is not a certificate.
         UsageError: there is no run folder.
     """
     from s2ap_deploy.stages.certified_files import run_folder, verify_files
@@ -374,7 +374,7 @@ def verify(
     if files_only:
         if (k, seed, in_toto) != (None, None, None):
             raise UsageError(
-                "--files attacks nothing, so --k, --seed and --in-toto do not go with it",
+                "--files runs no attack, so --k, --seed and --in-toto cannot be combined with it",
                 code="verify-files-excludes-attacks",
             )
         return verify_files(Path(certificate), Path(run) if run is not None else None)
@@ -392,7 +392,7 @@ def verify(
         raise UsageError(
             f"{statement} is inside the run folder",
             code="output-inside-run",
-            hint="name a file outside of it",
+            hint="name a file outside the run folder",
         )
     recorder, machine = open_run.recorder(session), open_run.machine(folder, session)
     seed = secrets.randbelow(2**31) if seed is None else seed
@@ -464,7 +464,7 @@ def run(
         time_budget: seconds that attacks may take.
 
     Raises:
-        What the stages raise.
+        The errors of the stages.
     """
     from s2ap_deploy.reporting.charts import draw_curves, draw_search
     from s2ap_deploy.reporting.ci_formats import summarize
@@ -574,7 +574,7 @@ def plan(
     """Predict bytes, multiply-accumulates and parameters of pruning and export from shapes alone.
 
     Args:
-        checkpoint: a file, of which only names and shapes matter; without it ``arch`` is needed.
+        checkpoint: a file, of which only names and shapes are read; without it ``arch`` is required.
         arch: a registered architecture or an import path.
         num_classes: number of classes, by default the architecture's.
         input_size: image size (C, H, W), by default the architecture's.
@@ -707,7 +707,7 @@ def _certify_file(
         unfit.insert(0, "model")
     if unfit:
         raise UsageError(
-            f"{_options(unfit)}: not together with --artifact, which certifies the file as it is",
+            f"{_options(unfit)}: cannot be combined with --artifact, which certifies the file as it is",
             code="artifact-with-network-options",
             hint="leave one of them out",
         )
@@ -741,25 +741,25 @@ def _write_statement(path: Path, certificate: Path, found: Verification) -> None
 
 
 def _options(names: Sequence[str]) -> str:
-    """Word keyword arguments as the command line's options, which are their names with dashes."""
+    """Format keyword arguments as options of the command line: their names with dashes."""
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def _refuse_decided(given: Mapping[str, Any]) -> None:
-    """Refuse arguments about the network where the run folder has already decided them."""
+    """Refuse arguments about the network that the run folder has already decided."""
     from s2ap_deploy.stages import open_run
 
     if decided := [name for name in keys.NETWORK if given.get(name) is not None]:
         raise UsageError(
             f"{_options(decided)}: the run folder has already decided this",
             code="already-decided",
-            hint="leave it out, or name the checkpoint and a folder of its own with --run",
+            hint="leave it out, or name the checkpoint and another folder with --run",
         )
     open_run.refuse_registered(given.get("arch"), "the run folder")
 
 
 def _submission(given: Mapping[str, Any], *, alone: bool) -> Submission | None:
-    """Return the entry for the Adversarial Pruning Benchmark that is asked for, if any."""
+    """Return the requested entry for the Adversarial Pruning Benchmark, if any."""
     partners: dict[str, Any] = {name: given.get(f"ap_{name}") for name in ("method", "paper", "pretraining")}
     if given.get("entry") is None:
         if useless := [f"ap_{name}" for name, value in partners.items() if value is not None]:
@@ -817,7 +817,7 @@ def _pruning(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _steps(path: tuple[float, ...], sparsity: float | None) -> dict[str, Any]:
-    """Split a path of sparsities into the steps and their end, which ``sparsity`` may repeat."""
+    """Split a sequence of sparsities into the steps and the final one, which ``sparsity`` may repeat."""
     if sparsity is None or sparsity == path[-1]:
         return {"steps": path[:-1], "sparsity": path[-1]}
     return {"steps": path, "sparsity": sparsity}
@@ -873,7 +873,7 @@ def _write_sweep(report: SweepReport, folder: Path) -> None:
 
 
 def _output(path: Path | str | None, suffixes: tuple[str, ...], given: Mapping[str, Any]) -> Path | None:
-    """Refuse an output that could not be written in the end. Raises UsageError."""
+    """Refuse an output that could not be written at the end. Raises UsageError."""
     if path is None:
         return None
     found = Path(path)
@@ -881,7 +881,7 @@ def _output(path: Path | str | None, suffixes: tuple[str, ...], given: Mapping[s
         raise UsageError(
             f"cannot tell the format of {found}",
             code="output-format-unknown",
-            hint=f"end its name in {' or '.join(suffixes)}",
+            hint=f"use the suffix {' or '.join(suffixes)}",
         )
     if found.is_dir() or (found.exists() and not given.get("overwrite")):
         raise UsageError(
@@ -889,7 +889,9 @@ def _output(path: Path | str | None, suffixes: tuple[str, ...], given: Mapping[s
         )
     if not found.parent.is_dir():
         raise UsageError(
-            f"there is no folder {found.parent} for {found.name}", code="folder-missing", hint="make it first"
+            f"there is no folder {found.parent} for {found.name}",
+            code="folder-missing",
+            hint="create it first",
         )
     return found
 

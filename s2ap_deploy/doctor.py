@@ -129,7 +129,7 @@ def requirements() -> Iterator[Problem]:
         asked = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
         hint = "pip install . in the checkout"
-        yield Problem(what="installation", why="the package is not installed, only on the path", hint=hint)
+        yield Problem(what="installation", why="the package is importable but not installed", hint=hint)
         return
     try:
         from packaging.requirements import Requirement
@@ -177,13 +177,13 @@ def look_around(folder: Path) -> tuple[Computer, list[Problem]]:
         problems.append(Problem(what="speed of int8 files", why=why, hint=hint))
     if available is not None and available < LITTLE_MEMORY:
         why = f"{available / 2**30:.1f} GiB of memory are available"
-        hint = "--batch-size and --workers take less"
+        hint = "lower --batch-size or --workers"
         problems.append(Problem(what="large networks", why=why, hint=hint))
     if disk is not None and disk < LITTLE_DISK:
         why = f"{disk / 2**30:.1f} GiB are free in {folder.resolve()}"
         problems.append(Problem(what="large run folders", why=why, hint="name another place with --run"))
     if not os.access(folder, os.W_OK):
-        why = f"{folder.resolve()} cannot be written to"
+        why = f"{folder.resolve()} is not writable"
         problems.append(Problem(what="run folders here", why=why, hint="name another place with --run"))
     computer = Computer(
         system=f"{platform.system()} {platform.release()}",
@@ -220,20 +220,20 @@ def plug_in(offered: plugins.Plugin) -> PlugIn:
             from s2ap_deploy.recipe.methods import OWN_NAMES, Method
 
             if offered.name in OWN_NAMES:
-                problem = "the tool's own method of that name comes first"
+                problem = "a built-in method of that name takes precedence"
             plugins.load("methods", offered.name, Method)
         elif offered.kind == "losses":
             from s2ap_deploy.recipe.methods import OWN_LOSSES
             from s2ap_deploy.training.objective import RobustLoss
 
             if offered.name in OWN_LOSSES:
-                problem = "the tool's own loss of that name comes first"
+                problem = "a built-in loss of that name takes precedence"
             plugins.load("losses", offered.name, RobustLoss)
         elif offered.kind == "targets":
             from s2ap_deploy.recipe.target import Target, names
 
             if offered.name in names():
-                problem = "the shipped target of that name comes first"
+                problem = "a shipped target of that name takes precedence"
             plugins.load("targets", offered.name, Target)
         else:
             from s2ap_deploy.models.architectures.architecture import Architecture

@@ -34,7 +34,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it becomes ``path`` if the block ends without an error.
+    """Yield a temporary path next to ``path``; it becomes ``path`` if the block ends without an error.
 
     The temporary file keeps the suffix of ``path``, because some writers choose a format by it.
     Raises StorageError when the disk refuses (also for an OSError raised inside the block).
@@ -103,7 +103,7 @@ def parse_json(text: bytes | str) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except UnicodeEncodeError:
-        raise ValueError("a text in it holds half a surrogate pair") from None
+        raise ValueError("a string in it has an unpaired surrogate") from None
     return content
 
 
@@ -193,7 +193,7 @@ def within(folder: Path | str, name: str) -> Path:
     folder = Path(folder)
     relative = PurePosixPath(name)
     if "\0" in name or "\\" in name or relative.is_absolute() or ".." in relative.parts or not relative.parts:
-        raise RunFolderError(f"{name!r} is not the name of something inside {folder}", code="path-outside")
+        raise RunFolderError(f"{name!r} is not a path inside {folder}", code="path-outside")
     path = folder / relative
     try:
         inside = path.resolve().is_relative_to(folder.resolve())

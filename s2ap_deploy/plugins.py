@@ -6,7 +6,7 @@
     [project.entry-points."s2ap_deploy.losses"]      →  s2ap_deploy.training.objective.RobustLoss
     [project.entry-points."s2ap_deploy.targets"]     →  s2ap_deploy.recipe.target.Target
 
-A plug-in is imported only when it is named. The tool's own names come first, and an error in a plug-in names
+A plug-in is imported only when it is named. Built-in names take precedence, and an error in a plug-in names
 its distribution. Architectures have a group of their own, which ``models.architectures.registry`` reads.
 """
 
@@ -70,7 +70,7 @@ def find(kind: Kind, name: str) -> Plugin | None:
     found = [each for each in offered(kind) if each.name == name]
     if len(found) > 1:
         raise PluginError(
-            f"{len(found)} plug-ins offer a {WORDS[kind]} called {name!r}: "
+            f"{len(found)} plug-ins offer a {WORDS[kind]} {name!r}: "
             f"{' and '.join(each.origin for each in found)}",
             code="plugin-ambiguous",
             hint="uninstall all but one of them",

@@ -14,7 +14,7 @@ from s2ap_deploy.spec import Record
 
 Model = TypeVar("Model", bound=BaseModel)
 
-_REPEAT: Final = "make it again, or use the version of s2ap-deploy that wrote it"
+_REPEAT: Final = "create it again, or use the version of s2ap-deploy that wrote it"
 
 
 def load(path: Path, model: type[Model], error: type[DeployError], *, hint: str = _REPEAT) -> Model:
@@ -64,7 +64,7 @@ def text(record: BaseModel) -> str:
 
 
 def explain(error: ValidationError, whole: str = "") -> str:
-    """Word the first problem of a failed validation as ``section.key: what is wrong``.
+    """Format the first problem of a failed validation as ``section.key: problem``.
 
     ``whole`` names the validated object, for problems that belong to no single key.
     """
@@ -104,10 +104,10 @@ class AttackRow(Record):
 
 
 class Agreement(Record):
-    """How closely an exported file follows the classifier on ``n`` inputs.
+    """Agreement of an exported file with the classifier on ``n`` inputs.
 
-    A tie is an input on which the two choose differently although the classes they choose lie closer
-    together than the tolerance allows to tell apart. ``tolerance`` None puts no limit on the logits;
+    A tie is an input on which the two predict different classes whose logits differ by less than the
+    tolerance. ``tolerance`` None puts no limit on the logits;
     ``required`` is the least share of equal classes, ties included.
     """
 
@@ -161,7 +161,7 @@ class PointsCheck(Record):
 
 
 class ExportFacts(Record):
-    """What a gate needs to know of an exported file; part of every export report.
+    """Facts about an exported file that a gate needs; part of every export report.
 
     ``weights`` are the entries of the tensors that the file multiplies by, ``nonzeros`` those that are not
     zero. ``latency_ratio`` is the file's time divided by that of its dense counterpart, one image on one

@@ -126,7 +126,7 @@ MET: dict[type[DeployError], Met] = {
     ),
     errors.UsageError: Met(
         lambda folder: s2ap_deploy.prune(nn.Flatten(), 0.5, run=folder / "run", data="digits"),
-        "a network in memory does not say which attack it should withstand",
+        "a network in memory does not record its threat model",
         "add --eps 8/255 (eps='8/255'), for example, for CIFAR-10 in Linf",
     ),
     errors.CheckpointError: Met(
@@ -164,7 +164,7 @@ MET: dict[type[DeployError], Met] = {
     errors.RunFolderError: Met(
         lambda folder: s2ap_deploy.export(folder / "empty"),
         "there is no run in FOLDER/empty",
-        "start one with s2ap-deploy prune or s2ap-deploy run, or name its folder with --run",
+        "start one with s2ap-deploy prune or s2ap-deploy run, or choose a folder with --run",
     ),
     errors.StorageError: Met(
         lambda folder: s2ap_deploy.report(empty_run(folder), output=written(folder / "file", "") / "pages"),
@@ -174,7 +174,7 @@ MET: dict[type[DeployError], Met] = {
     errors.VerificationError: Met(
         too_large,
         "...: at most 10 allowed, found ...",
-        "the file is removed; s2ap-deploy plan shows what would fit, --overwrite exports again",
+        "the file was removed; s2ap-deploy plan shows what would fit, --overwrite exports again",
     ),
     errors.InconclusiveError: Met(
         lambda folder: s2ap_deploy.gate(empty_run(folder), min_robust=0.4),

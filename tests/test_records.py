@@ -49,8 +49,8 @@ def test_a_saved_record_is_read_back(tmp_path: Path) -> None:
 def test_other_content_is_refused(tmp_path: Path, text: str, code: str, error: type[InputError]) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(error) as caught:
-        records.load(tmp_path / "a.json", Sheet, error, hint="make it again")
-    assert (type(caught.value), caught.value.code, caught.value.hint) == (error, code, "make it again")
+        records.load(tmp_path / "a.json", Sheet, error, hint="create it again")
+    assert (type(caught.value), caught.value.code, caught.value.hint) == (error, code, "create it again")
     assert str(tmp_path / "a.json") in caught.value.message
 
 

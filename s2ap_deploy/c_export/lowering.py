@@ -774,7 +774,7 @@ def _join(program: Program, step: Step) -> bool:
 
 
 def _residual_host(program: Program, step: Combine) -> Convolution | None:
-    """The later of the two makers of a sum, where it is a convolution that can add the other one."""
+    """Return the later of the two producers of a sum, if it is a convolution that can add the other one."""
     if step.inputs[0] == step.inputs[1] or program.shapes[step.inputs[0]] != program.shapes[step.inputs[1]]:
         return None
     makers = [(_order(program, tensor), tensor) for tensor in step.inputs]

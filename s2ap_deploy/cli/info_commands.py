@@ -50,7 +50,11 @@ def inspect_command(checkpoint: Path, as_json: bool, **keywords: Any) -> None:
 @click.command()
 @click.argument("checkpoint", type=options.PATH)
 @click.option(
-    "--output", type=options.PATH, default=Path("recipe.yaml"), show_default=True, help="The recipe's file."
+    "--output",
+    type=options.PATH,
+    default=Path("recipe.yaml"),
+    show_default=True,
+    help="Recipe file to write.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @options.recipe_option("sparsity", "prune.sparsity", default=0.9, show_default=True)
@@ -74,8 +78,8 @@ def inspect_command(checkpoint: Path, as_json: bool, **keywords: Any) -> None:
 def init_command(checkpoint: Path, output: Path, as_json: bool, **keywords: Any) -> None:
     """Write a commented recipe for a checkpoint.
 
-    CHECKPOINT is inspected: its architecture, classes, data and attack, where it states them. Guesses are
-    listed, and so is a blank, if one is left to fill in.
+    CHECKPOINT is inspected for its architecture, classes, data and attack. Guesses are listed, and so is
+    a value that is left to fill in.
 
     \b
     s2ap-deploy init model.pt
@@ -93,9 +97,9 @@ def init_command(checkpoint: Path, output: Path, as_json: bool, **keywords: Any)
         click.echo(f"{checkpoint.name}: {note}", err=True)
     click.echo(f"wrote {output}")
     for key in written.guesses:
-        click.echo(f"a guess, check it: {key}")
+        click.echo(f"guess, to be checked: {key}")
     for key in written.blanks:
-        click.echo(f"a blank, fill it in: {key}")
+        click.echo(f"blank, to be filled in: {key}")
     click.echo(f"next: {written.command}")
 
 
@@ -155,7 +159,7 @@ def _show_targets(as_json: bool) -> None:
 
 
 class Recipes(click.Group):
-    """A group in which a recipe's name stands for ``show NAME``."""
+    """A group that treats a recipe's name as ``show NAME``."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -198,13 +202,13 @@ def list_recipes(as_json: bool) -> None:
 
 @recipes_command.command("show")
 @click.argument("name")
-@click.option("--resolved", is_flag=True, help="Every value, and where it comes from.")
+@click.option("--resolved", is_flag=True, help="Show every value with its origin.")
 @options.set_option
 @options.json_option
 def show_recipe(name: str, resolved: bool, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show a recipe after checking it.
 
-    NAME is a shipped name or a YAML file. Without --resolved or --set it is shown as it was written.
+    NAME is a shipped name or a YAML file. Without --resolved or --set it is shown as written.
 
     \b
     s2ap-deploy recipes show demo
@@ -269,10 +273,10 @@ def _grouped_recipes(loaded: Mapping[str, Any]) -> Iterator[str]:
 @options.data_root_option
 @options.output_options
 def doctor_command(data_root: Path | None, as_json: bool, quiet: bool) -> int:
-    """Check this machine, and say how to repair what does not work.
+    """Check this machine and suggest fixes.
 
-    Versions, device, memory and disk, data sets, extras and plug-ins. Nothing is fetched or written.
-    0 when commands can work, 2 when something that all of them need is missing or broken.
+    Checks versions, device, memory and disk, data sets, extras and plug-ins. Downloads and writes nothing.
+    The exit code is 0 if commands can run, 2 if something that all of them need is missing or broken.
 
     \b
     s2ap-deploy doctor
@@ -293,12 +297,12 @@ def doctor_command(data_root: Path | None, as_json: bool, quiet: bool) -> int:
             click.echo(_fitted(f"{sign} {problem.what}: {problem.why}", indent=2))
             click.echo(_fitted(f"  hint: {problem.hint}", indent=8))
         if not health.problems:
-            click.echo(f"{styled('pass')} no problem was found")
+            click.echo(f"{styled('pass')} no problem found")
     return 0 if health.usable else UNUSABLE
 
 
 def _health_rows(health: Health) -> list[tuple[str, str]]:
-    """Return what was found, a line each."""
+    """Return the findings, one line each."""
     computer = health.computer
     there = [f"{each.name} ({each.where})" for each in health.data if each.where is not None]
     absent = [each.name for each in health.data if each.where is None]
@@ -315,7 +319,7 @@ def _health_rows(health: Health) -> list[tuple[str, str]]:
         ("data", ", ".join(there) or "none found"),
     ]
     if absent:
-        how = "say where with --data-root, or fetch with --download"
+        how = "set the folder with --data-root, or use --download"
         lines.append(("", f"not in {health.data_root}: {', '.join(absent)} ({how})"))
     for name, parts in health.extras.items():
         lines.append(("extra", f"[{name}]: {', '.join(parts) or 'not installed'}"))

@@ -49,18 +49,18 @@ COMMANDS = {
     "prune": "Search a mask with S2AP and fine-tune under it.",
     "certify": "Attack the dense and the pruned network with AutoAttack.",
     "export": "Write a sparse ONNX file and check it against the certificate.",
-    "decode": "Make a dense ONNX file of a sparse one.",
+    "decode": "Make a dense ONNX file from a sparse one.",
     "gate": "Judge the run against thresholds; the exit code is the verdict.",
     "verify": "Check a certificate against its files and with new attacks.",
     "compare": "Compare the masks of two or more runs.",
     "report": "Write the results of a run as an HTML page and a model card.",
     "run": "Run a recipe from its first stage to its verdict.",
-    "sweep": "Run a recipe in all combinations of values, and compare them.",
+    "sweep": "Run a recipe in all combinations of values and compare them.",
     "init": "Write a commented recipe for a checkpoint.",
     "plan": "Predict the results of pruning and export before anything runs.",
     "targets": "List the shipped targets, or show one.",
     "recipes": "List the shipped recipes, or show one.",
-    "doctor": "Check this machine, and say how to repair what does not work.",
+    "doctor": "Check this machine and suggest fixes.",
 }
 
 COMMAND_MODULES = {
@@ -102,7 +102,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Resolve as Click does, and name the nearest command where there is none."""
+        """Resolve as Click does; suggest the nearest command for an unknown one."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             import difflib
 
@@ -155,7 +155,7 @@ def main() -> NoReturn:
 
 
 def on_every_rank(arguments: list[str]) -> int:
-    """Run the command line as :func:`run_cli` does, on all ranks for a command that shares its work."""
+    """Run the command line like :func:`run_cli`, on all ranks if the command shares its work."""
     try:
         rank, shared = environment.rank(), environment.shares(arguments)
     except DeployError as error:
@@ -171,7 +171,7 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
 
 
 def run_cli(arguments: list[str]) -> int:
-    """Run the command line and return its exit code; only a second signal comes out as an exception."""
+    """Run the command line and return its exit code; only a second signal is raised as an exception."""
     as_json = "--json" in arguments
     try:
         if instruction := os.environ.get(COMPLETE):
@@ -209,9 +209,7 @@ def run_cli(arguments: list[str]) -> int:
         return UNFORESEEN
     except BaseException as error:  # SystemExit too: only foreign code raises it
         if isinstance(error, OSError) and error.errno in DISK_REFUSES:
-            full = StorageError(
-                f"the disk refuses a write: {error}", code="disk-full", hint="free some space"
-            )
+            full = StorageError(f"cannot write to disk: {error}", code="disk-full", hint="free some space")
             return _report(full, as_json)
         if os.environ.get("S2AP_DEBUG"):
             traceback.print_exc(file=sys.__stderr__)  # also on ranks that print nothing else
@@ -242,9 +240,9 @@ def _report(error: DeployError, as_json: bool, exit_code: int | None = None) -> 
 
 
 def _flushed(code: int) -> int:
-    """Flush the output and return ``code``, or UNFORESEEN where a success could not be written.
+    """Flush the output and return ``code``, or UNFORESEEN if a success could not be written.
 
-    Python would flush once more on its way out, complain, and leave with a code of its own.
+    Otherwise Python would flush at exit, report the error, and exit with its own code.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

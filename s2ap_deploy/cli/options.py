@@ -24,7 +24,7 @@ RUN = Path("s2ap-run")
 
 
 def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    """Combine decorators into one, the first on top, so that --help lists options in this order."""
+    """Combine decorators into one, the first outermost, so that --help lists options in this order."""
 
     def apply(command: Command) -> Command:
         for decorate in reversed(decorators):
@@ -112,7 +112,7 @@ def recipe_option(
 
 
 def recipe_options(table: keys.Keywords, *names: str, **helps: str) -> Callable[[Command], Command]:
-    """Make the options of a table of keywords, or those of ``names``; ``helps`` replace help texts."""
+    """Make the options of a table of keywords, or of ``names``; ``helps`` overrides help texts."""
     return stacked(
         *(
             recipe_option(name, table[name][0], **({"help": helps[name]} if name in helps else {}))
@@ -138,7 +138,7 @@ def option_help(info: FieldInfo) -> str:
 def importable(_ctx: click.Context, _option: click.Parameter, arch: str | None) -> str | None:
     """Refuse a file without a factory; find modules in the working folder, as ``python -m`` does."""
     if arch is not None and arch.endswith(".py"):
-        raise click.BadParameter(f"name also what builds the network in that file: {arch}:FACTORY")
+        raise click.BadParameter(f"add the function that builds the network: {arch}:FACTORY")
     if arch is not None and ":" in arch and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     return arch
@@ -180,7 +180,9 @@ output_option = click.option("--output", type=PATH, help="Also write the result 
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change a value of the recipe."
 )
-dry_run_option = click.option("--dry-run", is_flag=True, help="Estimate time and bytes, and write nothing.")
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Estimate time and file size without writing anything."
+)
 time_budget_option = click.option(
     "--time-budget",
     type=click.FloatRange(min=0),
@@ -188,7 +190,7 @@ time_budget_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 output_options = stacked(
-    json_option, click.option("--quiet", "-q", is_flag=True, help="No progress and no notes.")
+    json_option, click.option("--quiet", "-q", is_flag=True, help="Suppress progress and notes.")
 )
 verbose_option = click.option(
     "--verbose", "-v", is_flag=True, help="Also print settings with their defaults, times and hashes."
@@ -199,16 +201,16 @@ logging_options = stacked(
         "--track",
         type=click.Choice(NAMES),
         multiple=True,
-        help="Also write metrics for this tracker, in the run folder. May be repeated.",
+        help="Also log metrics to this tracker, in the run folder. May be repeated.",
     ),
 )
 again_options = stacked(
     click.option("--resume", is_flag=True, help="Continue interrupted work."),
-    click.option("--overwrite", is_flag=True, help="Start again what the folder already holds."),
+    click.option("--overwrite", is_flag=True, help="Replace existing results."),
 )
 compute_options = stacked(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    click.option("--threads", type=COUNT, help="Threads of torch.  [default: torch's own choice]"),
+    click.option("--threads", type=COUNT, help="Torch threads.  [default: chosen by torch]"),
 )
 
 
@@ -239,14 +241,14 @@ training_options = stacked(
         help="Precision of training steps.  [default: bf16 on CUDA where supported, else float32]",
     ),
     click.option(
-        "--compile", "compiled", is_flag=True, help="Train through torch.compile; its start takes minutes."
+        "--compile", "compiled", is_flag=True, help="Train with torch.compile; compilation takes minutes."
     ),
     devices_option,
     click.option(
         "--accumulate",
         type=COUNT,
         default=1,
-        help="Pieces in which each rank computes its part of a batch, for less memory.  [default: 1]",
+        help="Number of micro-batches per rank, to save memory.  [default: 1]",
     ),
 )
 workers_option = click.option(
@@ -258,12 +260,12 @@ data_root_option = click.option(
     help="Folder of data sets.  [default: $S2AP_DATA_ROOT, else data; remembered in the run folder]",
 )
 data_options = stacked(
-    data_root_option, click.option("--download", is_flag=True, help="Fetch the data set if it is missing.")
+    data_root_option, click.option("--download", is_flag=True, help="Download the data set if it is missing.")
 )
 
 
 def several(each: FieldType) -> Callable[[Any], tuple[Any, ...]]:
-    """Return a click type for values between commas, each of type ``each``."""
+    """Return a click type for comma-separated values of type ``each``."""
 
     def values(text: Any) -> tuple[Any, ...]:
         if not isinstance(text, str):

@@ -58,7 +58,7 @@ def recorder() -> Iterator[Recorder]:
 
 
 class Lines:
-    """One line per epoch or block, and progress in between: for logs and CI."""
+    """Prints one line per epoch or block, with progress in between, for logs and CI."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -112,7 +112,7 @@ class Lines:
 
 
 class RateColumn(ProgressColumn):
-    """Steps per second of the last ones; blank before the first."""
+    """Recent steps per second; blank before the first step."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -120,7 +120,7 @@ class RateColumn(ProgressColumn):
 
 
 class Live:
-    """A bar with the stage, its latest metrics and the time left."""
+    """Shows a bar with the stage, its latest metrics and the time left."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -176,7 +176,7 @@ class Live:
 
 
 def line_of(values: Metrics) -> str:
-    """Return everything that a stage reports, on one line."""
+    """Format all values of a row on one line."""
     if "attack" in values:
         return (
             f"{values['attack']} broke {values['broken']} of "
@@ -190,14 +190,14 @@ def line_of(values: Metrics) -> str:
 
 
 def bar_text(values: Metrics) -> str:
-    """Return what fits beside a bar."""
+    """Return the values to show next to a bar."""
     if "attack" in values:
         return f"{values['attack']}  {values['unbroken']} unbroken"
     return "  ".join(filter(None, [_epoch(values), *_named(values, ON_THE_BAR)]))
 
 
 def final_text(values: Metrics) -> str:
-    """Return what remains when the stage is done."""
+    """Return the summary shown when the stage is done."""
     if "attack" in values:
         return f"{values['unbroken']} unbroken"
     return "  ".join(_named(values, AT_THE_END))

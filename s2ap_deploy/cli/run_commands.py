@@ -68,7 +68,7 @@ def run_command(
         tables.show_summary(finished.summary)
         if not quiet:
             place = shlex.quote(str(run))
-            click.echo(f"all output is in {place}; as a page: s2ap-deploy report {place}", err=True)
+            click.echo(f"all output is in {place}; HTML report: s2ap-deploy report {place}", err=True)
     return 0 if finished.verdict is None else finished.verdict.exit_code
 
 
@@ -89,7 +89,7 @@ def demo_command(
     """Run the whole pipeline on handwritten digits in a few minutes.
 
     Trains a small network against PGD, prunes it with S2AP, attacks both with AutoAttack, exports sparse
-    ONNX, verifies it and judges it. Needs no download, no GPU and no argument; it is the recipe "demo".
+    ONNX, verifies it and judges it. Needs no download, no GPU and no argument; it runs the recipe "demo".
     All output goes to s2ap-demo; s2ap-run stays free for your own model.
     """
 
@@ -107,11 +107,11 @@ S2AP = {"on": (True,), "off": (False,), "both": (False, True)}
 @click.argument("recipe")
 @options.axis("sparsity", "S,S,S", "Fractions of weights to remove.")
 @options.axis("method", "M,M", "Base methods: hydra, harp, rst, magnitude, random.")
-@click.option("--s2ap", type=click.Choice(list(S2AP)), help="With S2AP, without, or one of each.")
-@options.axis("granularity", "G,G", "Units of removal: weight, channel, patterns such as 2:4.")
-@options.axis("budget", "B,B", "Distributions of the kept weights over the layers.")
+@click.option("--s2ap", type=click.Choice(list(S2AP)), help="With S2AP, without it, or both.")
+@options.axis("granularity", "G,G", "Units of pruning: weight, channel, or patterns such as 2:4.")
+@options.axis("budget", "B,B", "Layer budgets.")
 @click.option(
-    "--seeds", type=options.COUNT, default=1, show_default=True, help="Repetitions, with seeds that count up."
+    "--seeds", type=options.COUNT, default=1, show_default=True, help="Number of consecutive seeds."
 )
 @options.set_option
 @options.dry_run_option
@@ -127,13 +127,14 @@ S2AP = {"on": (True,), "off": (False,), "both": (False, True)}
 def sweep_command(
     recipe: str, s2ap: str | None, dry_run: bool, run: Path, as_json: bool, quiet: bool, **keywords: Any
 ) -> int:
-    """Run a recipe in all combinations of values, and compare them.
+    """Run a recipe in all combinations of values and compare them.
 
-    RECIPE is a shipped name or a YAML file; an option that is left out keeps the recipe's value. Impossible
-    combinations are listed and skipped before work starts; after one that fails, the others still run.
+
+    RECIPE is a shipped name or a YAML file; an omitted option keeps the recipe's value. Impossible
+    combinations are listed and skipped before work starts; if one fails, the others still run.
     Pretraining and the attack on the dense network are done once per seed. The folder gets sweep.json,
     sweep.csv, table.md and pareto.svg, and a run folder for each combination under runs/. The exit code is 0
-    when all finished; else that of the failures, the first of 70, 2, 1 and 3 that occurred.
+    if all finished, else the first of 70, 2, 1 and 3 that occurred.
 
     \b
     s2ap-deploy sweep demo --sparsity 0.9,0.95,0.99 --s2ap both --seeds 3
@@ -173,7 +174,7 @@ def parse_image_size(text: str) -> tuple[int, int, int]:
     """Parse ``C,H,W`` or ``CxHxW``."""
     parts = text.replace("x", ",").split(",")
     if len(parts) != 3 or not all(p.isascii() and p.isdigit() and 1 <= int(p[:6]) <= 65536 for p in parts):
-        raise click.BadParameter(f"{text!r} is no size C,H,W such as 3,32,32")
+        raise click.BadParameter(f"{text!r} is not a size C,H,W such as 3,32,32")
     channels, height, width = map(int, parts)
     return channels, height, width
 
@@ -202,7 +203,7 @@ def parse_image_size(text: str) -> tuple[int, int, int]:
     "max_latency_ms",
     encoding="Encoding that budgets apply to.  [default: the target's, or auto]",
     values="Stored values that budgets apply to.  [default: the target's, or float32]",
-    int8="Apply budgets to a file of int8 arithmetic.",
+    int8="Apply budgets to a file with int8 arithmetic.",
 )
 @options.recipe_options(keys.NETWORK, "keep", "alpha", "key")
 @options.trust_option
@@ -210,9 +211,10 @@ def parse_image_size(text: str) -> tuple[int, int, int]:
 def plan_command(checkpoint: Path | None, as_json: bool, **keywords: Any) -> None:
     """Predict the results of pruning and export before anything runs.
 
-    Bytes under every encoding, multiply-accumulates, parameters, the kind of speed-up, and whether budgets
-    are met: from shapes alone. Of CHECKPOINT, a file, only names and shapes matter; --arch needs no file.
-    A budget that would be missed is reported, and is no failure: the exit code is 0.
+    Predicts bytes under every encoding, multiply-accumulates, parameters, the class of speed-up, and whether
+    budgets are met, from shapes alone. Only names and shapes of CHECKPOINT are read; --arch needs no file.
+
+    A budget that would be missed is reported but is not a failure: the exit code is 0.
 
     \b
     s2ap-deploy plan model.pt --sparsity 0.9

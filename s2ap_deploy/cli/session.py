@@ -1,4 +1,4 @@
-"""What commands share around a call of the Python interface: reporting, answers and the next command."""
+"""Shared code of commands around a call of the Python interface: reporting, JSON output, the next command."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def reporting(quiet: bool) -> Iterator[dict[str, Any]]:
 
 
 def command_line() -> str:
-    """Return the command as it was typed, for the manifest."""
+    """Return the command line as typed, for the manifest."""
     return shlex.join(["s2ap-deploy", *sys.argv[1:]])
 
 
 def following(command: str, folder: Path, arch: str | None = None) -> str:
-    """Return what to type next: ``command`` on the same folder, with the import path that it needs again."""
+    """Return the next command: ``command`` on the same folder, with the import path if it is needed again."""
     words = ["s2ap-deploy", *command.split()]
     if folder != options.RUN:
         words += ["--run", str(folder)]

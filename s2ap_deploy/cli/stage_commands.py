@@ -60,7 +60,7 @@ def pretrain_command(
     awp_gamma="Radius of AWP in fine-tuning, such as 0.01.  [default: 0]",
     finetune_epochs="Epochs of fine-tuning.  [default: 100]",
     distill="Weight of the dense network's predictions in fine-tuning.  [default: 0]",
-    steps="Sparsities to prune to one after the other, such as 0.5,0.8,0.9.",
+    steps="Sparsities for iterative pruning, such as 0.5,0.8,0.9.",
 )
 @options.preset_option
 @options.network_options
@@ -77,8 +77,8 @@ def prune_command(
 ) -> None:
     """Search a mask with S2AP and fine-tune under it.
 
-    CHECKPOINT is a robust network: a file of this tool, or any .pt, .pth, .tar or .safetensors, for which
-    --data and --eps (and --mean and --std, if it expects normalized images) are needed.
+    CHECKPOINT is a robust network: a file of this tool, or any .pt, .pth, .tar or .safetensors file, which
+    requires --data and --eps (and --mean and --std, if it expects normalized images).
 
     \b
     s2ap-deploy prune model.pt --sparsity 0.9
@@ -103,7 +103,7 @@ def prune_command(
 
 @click.command()
 @click.argument("checkpoint", type=options.PATH, required=False)
-@click.option("--artifact", type=options.PATH, help="Attack this ONNX file: its own predictions count.")
+@click.option("--artifact", type=options.PATH, help="Attack this ONNX file, judged by its own predictions.")
 @options.recipe_options(keys.CERTIFY)
 @click.option("--first", is_flag=True, help="Take the first n test images instead of a stratified choice.")
 @options.time_budget_option
@@ -112,17 +112,17 @@ def prune_command(
     "min_robust",
     "max_drop",
     min_robust="Stop as soon as this gate is decided.  [default: the recipe's gate]",
-    max_drop="The same for robust accuracy lost against the dense network.",
+    max_drop="As --min-robust, for the largest loss of robust accuracy.",
 )
 @options.recipe_option("rule", "gate.rule", flag="--gate")
 @click.option(
     "--ap-benchmark-entry",
     "entry",
     type=options.PATH,
-    help="Write the pruned network's entry for the Adversarial Pruning Benchmark there; adds --curve.",
+    help="Write an entry for the Adversarial Pruning Benchmark to this file; implies --curve.",
 )
-@click.option("--ap-method", help="Its method, as the benchmark writes it: HARP_Zhao2023Holistic.")
-@click.option("--ap-paper", help="A link to the method's paper.")
+@click.option("--ap-method", help="Method in the benchmark's notation: HARP_Zhao2023Holistic.")
+@click.option("--ap-paper", help="Link to the method's paper.")
 @click.option("--ap-pretraining", help="Training of the dense network.  [default: as recorded]")
 @options.network_options
 @options.run_option
@@ -139,9 +139,9 @@ def certify_command(
     """Attack the dense and the pruned network with AutoAttack.
 
     The result is an upper bound on robust accuracy, with the exact interval that the samples allow. With a
-    CHECKPOINT, that network alone is attacked, in a run folder of its own. With --artifact, an exported file
-    is attacked: white-box attacks use a differentiable copy, and ONNX Runtime gives every prediction. The run
-    folder is the one that exported the file, or a new one for a file from elsewhere.
+    CHECKPOINT, only that network is attacked, in its own run folder. With --artifact, an exported file is
+    attacked: white-box attacks use a differentiable copy, and ONNX Runtime makes every prediction. The run
+    folder is the one that exported the file, or a new one for any other file.
 
     With a gate, here or in the recipe, attacks stop as soon as no image can change its verdict. The
     certificate then holds an interval instead of one accuracy; --full --resume completes it.
@@ -177,7 +177,7 @@ def certify_command(
 @click.option(
     "--bench",
     is_flag=True,
-    help="Also measure latency, load time and memory beside the dense file: half a minute.",
+    help="Also measure latency, load time and memory against the dense file (half a minute).",
 )
 @options.import_path_option
 @options.run_option
@@ -189,19 +189,20 @@ def certify_command(
 def export_command(output: Path | None, run: Path, as_json: bool, quiet: bool, **keywords: Any) -> None:
     """Write a sparse ONNX file and check it against the certificate.
 
-    A run may hold several files: one of another form (--int8, --values, --encoding dense, --target), or of
-    another --name, is added to those that are there, with a report and a certificate or coverage of its own.
+    A run can hold several files: one of another form (--int8, --values, --encoding dense, --target), or of
+    another --name, is added to the existing ones, with its own report and its own certificate or coverage.
     The file decodes bit for bit to the pruned weights, gives PyTorch's logits in ONNX Runtime, and
     classifies every clean and adversarial point of the certificate again. A file that fails one of these is
-    not written. Channels that cannot change the output are removed first; a run on channels gets smaller
+    not written. Channels that cannot change the output are removed first; channel pruning gives smaller
     layers.
-    With --int8, or --values float16 or int8, the file is another network: the certificate does not cover it,
-    and the command that certifies the file is printed.
+
+    With --int8, or --values float16 or int8, the file is a different network: the certificate does not cover
+    it, and the command that certifies the file is printed.
     For runtimes that cannot decode weights while loading, s2ap-deploy decode makes a dense file.
-    With --target, a device profile supplies every value that no option sets; a missed budget leaves no
-    file and exit code 1.
-    With --keep-ratio, fewer channels are kept than in the run: nothing was trained since, and no certificate
-    covers the file.
+    With --target, a device profile supplies every value that no option sets. If a budget is missed, no file
+    is written and the exit code is 1.
+    With --keep-ratio, fewer channels are kept than in the run, without retraining; no certificate covers the
+    file.
 
     \b
     s2ap-deploy export --onnx
@@ -234,9 +235,9 @@ def export_command(output: Path | None, run: Path, as_json: bool, quiet: bool, *
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @options.json_option
 def decode_command(file: Path, output: Path, overwrite: bool, as_json: bool) -> None:
-    """Make a dense ONNX file of a sparse one.
+    """Make a dense ONNX file from a sparse one.
 
-    For runtimes and tools that cannot decode weights while loading. FILE may use any encoding of `export`, or
+    For runtimes and tools that cannot decode weights while loading. FILE may use any encoding of `export` or
     ONNX's own sparse initializers. ONNX Runtime and ONNX's reference evaluator must decode to the same bits;
     the dense file passes ONNX's full check, gives the logits of the sparse one and keeps its metadata.
 

@@ -42,7 +42,7 @@ def console() -> Console:
 
 
 def show_summary(summary: Mapping[str, Any]) -> None:
-    """Print dense beside pruned, then the verdict."""
+    """Print dense and pruned side by side, then the verdict."""
     out = console()
     roles = [role for role in ("dense", "pruned") if role in summary]
     if roles:
@@ -82,7 +82,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
 
 
 def show_export(report: ExportReport) -> None:
-    """Print sizes, checks, and what not to expect of the file."""
+    """Print sizes, checks and limits of the file."""
     out = console()
     table = facts()
     factor = report.dense_bytes / report.bytes
@@ -96,7 +96,7 @@ def show_export(report: ExportReport) -> None:
         removal = report.compaction
         table.add_row(
             "channels",
-            f"{removal.removed:,} of {removal.channels_before:,} cannot matter and are left out; "
+            f"{removal.removed:,} of {removal.channels_before:,} have no effect and are removed; "
             f"{removal.macs_after / max(removal.macs_before, 1):.1%} of the multiply-accumulates are left",
         )
     if report.narrowed is not None:
@@ -124,13 +124,13 @@ def show_export(report: ExportReport) -> None:
     for points in report.points_checks:
         table.add_row(
             "certificate",
-            f"the file itself judged {points.n} points: {points.clean_correct} right clean, "
-            f"{points.survived} right under attack",
+            f"the file itself judged {points.n} points: {points.clean_correct} correct when clean, "
+            f"{points.survived} correct under attack",
         )
     if report.predicted is not None:
         expected = report.predicted.bytes
         dead = report.compaction is not None and report.compaction.removed and report.narrowed is None
-        words = "; channels that turn out dead are not foreseen" if dead else ""
+        words = "; dead channels are not predicted" if dead else ""
         share = expected / report.bytes
         table.add_row("predicted", f"{expected:,} bytes by shapes alone: {share:.1%} of the file{words}")
     if report.target is not None:
@@ -155,7 +155,7 @@ def show_export(report: ExportReport) -> None:
 def performance_table(performance: Performance) -> Table:
     """Return a row per number of threads and images, one for loading, two for memory."""
     table = Table(
-        title="file beside its dense twin", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        title="file against its dense counterpart", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
     table.add_column("")
     for heading in ("p50", "p95", "dense p50", "dense p95", "ratio [quartiles]", "pairs"):
@@ -183,7 +183,7 @@ def int8_words(instructions: Sequence[str] | None) -> str:
         return f"the processor has VNNI ({', '.join(vnni)})"
     if instructions:
         return f"the processor has instructions for int8 ({', '.join(instructions)})"
-    return "the processor has no VNNI or the like: int8 gains less here than elsewhere"
+    return "the processor has no VNNI or similar instructions: int8 gains less than on others"
 
 
 def _times(times: PairedTimes) -> tuple[str | Text, ...]:
@@ -202,7 +202,7 @@ def _peaks(memory: PeakMemory) -> tuple[tuple[str, int, int], ...]:
 
 
 def show_sweep(report: SweepReport) -> None:
-    """Print the Adversarial Pruning Benchmark's table, and what it does not show."""
+    """Print the Adversarial Pruning Benchmark's table and its notes."""
     from s2ap_deploy.reporting import sweep_report
 
     out = console()
@@ -230,11 +230,11 @@ def show_decoded(decoded: Decoded) -> None:
     if decoded.tensors:
         table.add_row(
             "weights",
-            f"{decoded.tensors} were coded ({decoded.nonzeros:,} of {decoded.entries:,} not zero); "
+            f"{decoded.tensors} were encoded ({decoded.nonzeros:,} of {decoded.entries:,} not zero); "
             "ONNX Runtime and ONNX's reference evaluator decode them to the same bits",
         )
     else:
-        table.add_row("weights", "none was coded: the file is as it was")
+        table.add_row("weights", "none was encoded: the file is unchanged")
     table.add_row("logits", f"differ from the sparse file's by at most {decoded.max_logit_difference:.1e}")
     table.add_row("SHA-256", decoded.sha256)
     out.print(table)
@@ -252,7 +252,7 @@ def show_checkpoint(description: Mapping[str, Any], asked: str | None = None) ->
     )
     if description.get("layout"):
         table.add_row("pruned by", str(description["layout"]))
-    missing = "none of the registry fits" if asked is None else f"{asked} does not fit"
+    missing = "none in the registry fits" if asked is None else f"{asked} does not fit"
     table.add_row("architecture", Text(description["architecture"] or missing))
     if description["num_classes"] is not None:
         table.add_row("classes", str(description["num_classes"]))
@@ -291,7 +291,7 @@ def show_checkpoint(description: Mapping[str, Any], asked: str | None = None) ->
 def _storage(report: ExportReport) -> str:
     """Count the weights per encoding, and those with too few zeros for any."""
     counts = Counter(row.encoding for row in report.tensors if len(row.shape) > 1)
-    words = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "no weight to code"
+    words = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "no weight to encode"
     left = report.left_dense
     return f"{words}; {len(left)} have too few zeros to gain anything and stay dense" if left else words
 
@@ -321,14 +321,14 @@ def _share(share: Mapping[str, Any]) -> str:
 
 STATES = {"done": "green", "to do": "", "to continue": "yellow", "to repeat": "yellow", "refused": "red"}
 STATEMENT = (
-    "times are estimates from a few steps of each kind on this machine, under its present load; attacks "
-    "count as if every image were robust"
+    "times are estimates from a few steps of each kind on this machine, at its current load; attacks are "
+    "estimated as if every image were robust"
 )
 WHAT = {"bytes": "bytes", "macs": "multiply-accumulates", "latency_ms": "milliseconds"}
 
 
 def show_plan(plan: Plan) -> None:
-    """Print facts, a table of bytes, budgets, and what the plan cannot know."""
+    """Print facts, a table of bytes, budgets and the plan's limits."""
     out = console()
     out.print(_facts(plan))
     table = Table(title="bytes of the ONNX file, predicted", title_justify="left")
@@ -350,7 +350,7 @@ def show_plan(plan: Plan) -> None:
 
 
 def budget(check: BudgetCheck) -> Text:
-    """Return one limit and whether it is met."""
+    """Format one limit and whether it is met."""
     what = WHAT[check.what]
     if check.found is None:
         status, words = "inconclusive", "measured when it is exported"
@@ -367,7 +367,7 @@ def _facts(plan: Plan) -> Table:
     table.add_row("pruning", Text(f"by {plan.granularity}{shared}"))
     table.add_row(
         "weights",
-        f"{plan.nonzeros:,} of {plan.weights:,} stay other than zero ({percent(plan.sparsity, 2)} sparse)",
+        f"{plan.nonzeros:,} of {plan.weights:,} are kept ({percent(plan.sparsity, 2)} sparse)",
     )
     if plan.count is not None:
         table.add_row("counted", Text(plan.count.text))
@@ -392,7 +392,7 @@ def _title(encoding: str) -> str:
 
 
 def show_dry_run(report: SweepDryRunReport, *, as_json: bool) -> None:
-    """Print what a sweep would do, a line per combination."""
+    """Print what a sweep would do, one line per combination."""
     if as_json:
         click.echo(report.model_dump_json())
         return
@@ -424,7 +424,7 @@ def show_dry_run(report: SweepDryRunReport, *, as_json: bool) -> None:
 
 
 def show_run(report: DryRunReport, *, as_json: bool) -> None:
-    """Print what a run would do, a line per stage."""
+    """Print the planned stages of a run, one line each."""
     if as_json:
         click.echo(report.model_dump_json())
         return

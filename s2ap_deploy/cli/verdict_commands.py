@@ -1,4 +1,4 @@
-"""Commands that judge and show what a run found: gate, verify, compare and report."""
+"""Commands that judge and present results: gate, verify, compare and report."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ if TYPE_CHECKING:
     from s2ap_deploy.stages.certified_files import Verification
 
 report_options = options.stacked(
-    click.option("--junit", type=options.PATH, help="Write JUnit XML there."),
-    click.option("--sarif", type=options.PATH, help="Write SARIF 2.1.0 there."),
+    click.option("--junit", type=options.PATH, help="Write JUnit XML to this file."),
+    click.option("--sarif", type=options.PATH, help="Write SARIF 2.1.0 to this file."),
     click.option(
-        "--summary", type=options.PATH, help="Write Markdown there.  [default: to $GITHUB_STEP_SUMMARY]"
+        "--summary",
+        type=options.PATH,
+        help="Write Markdown to this file.  [default: to $GITHUB_STEP_SUMMARY]",
     ),
     click.option(
         "--annotations/--no-annotations",
         default=None,
-        help="Print GitHub annotations.  [default: where $GITHUB_ACTIONS is true]",
+        help="Print GitHub annotations.  [default: if $GITHUB_ACTIONS is true]",
     ),
 )
 
@@ -44,11 +46,11 @@ report_options = options.stacked(
     type=options.PATH,
     help="Certificate that drops are measured against.  [default: the run's dense]",
 )
-@click.option("--plan", type=options.COUNT, help="Only print what that many samples can show.")
+@click.option("--plan", type=options.COUNT, help="Only print the evidence that this many samples can give.")
 @report_options
 @options.run_option
 @options.json_option
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
 def gate_command(
     run: Path,
     baseline: Path | None,
@@ -63,8 +65,8 @@ def gate_command(
 ) -> int:
     """Judge the run against thresholds; the exit code is the verdict.
 
-    0 passed, 1 failed, 3 inconclusive: no certificate, too few samples, a reliability flag, or a file in
-    the run folder that no certificate covers. Without thresholds, those of the run's recipe apply.
+    Exit codes: 0 passed, 1 failed, 3 inconclusive (no certificate, too few samples, a reliability flag, or a
+    file in the run folder that no certificate covers). Without thresholds, those of the run's recipe apply.
 
     \b
     s2ap-deploy gate --min-robust 0.40 --max-drop 0.05
@@ -113,7 +115,7 @@ class _Reports(NamedTuple):
     to_stderr: bool
 
     def refuse_bad_places(self) -> None:
-        """Raise UsageError for a place that cannot take a report or that holds evidence."""
+        """Raise UsageError for a path that cannot be written or that holds evidence."""
         places = [path for path in (self.junit, self.sarif, self.summary) if path is not None]
         run = self.folder.resolve()
         for place in places:
@@ -122,7 +124,7 @@ class _Reports(NamedTuple):
             special = place.is_symlink() or (place.exists() and not place.is_file())
             if inside or special or place.name == "verdict.json":
                 raise UsageError(
-                    f"{place} cannot take a report",
+                    f"a report cannot be written to {place}",
                     code="report-place-invalid",
                     hint="name a file outside the run folder",
                 )
@@ -130,10 +132,10 @@ class _Reports(NamedTuple):
                 raise UsageError(
                     f"there is no folder {place.parent} for {place.name}",
                     code="folder-missing",
-                    hint="make it first",
+                    hint="create it first",
                 )
         if len({place.resolve() for place in places}) < len(places):
-            raise UsageError("two reports cannot share one file", code="reports-share-file")
+            raise UsageError("two reports cannot be written to one file", code="reports-share-file")
 
     def write(self, verdict: Verdict) -> None:
         """Write the reports. Raises StorageError."""
@@ -173,7 +175,7 @@ def _append(path: Path, text: str) -> None:
 
 
 def show_checks(checks: Iterable[Check], name: str, status: str, words: Mapping[str, str]) -> None:
-    """Print every check, then the overall result. Without rich, whose import would double the time."""
+    """Print every check, then the overall result. Does not use rich, whose import would double the time."""
     for check in checks:
         terminal.echo(f"{terminal.styled(check.status)} {check.message}")
     terminal.echo(f"{name}: {terminal.styled(status, words[status])}")
@@ -213,16 +215,16 @@ VERIFICATION_WORDS = {"pass": "CONFIRMED", "fail": "CONTRADICTED", "inconclusive
     "--files",
     "files_only",
     is_flag=True,
-    help="Check files alone: hashes, counts, intervals and the recipe. Runs no network; needs no torch.",
+    help="Check only files: hashes, counts, intervals and the recipe. Runs no network; needs no torch.",
 )
 @click.option("--k", type=click.IntRange(min=0), help="Robust images to attack again.  [default: 10]")
 @options.recipe_option(
-    "seed", "seed", help="Seed of their choice and of the attacks.  [default: drawn, and printed]"
+    "seed", "seed", help="Seed for choosing them and for the attacks.  [default: random, and printed]"
 )
 @click.option(
     "--in-toto",
     type=options.PATH,
-    help="Write an in-toto statement there, to be signed, if everything is confirmed.",
+    help="Write an unsigned in-toto statement to this file if everything is confirmed.",
 )
 @options.import_path_option
 @options.compute_options
@@ -235,9 +237,9 @@ def verify_command(
 ) -> int:
     """Check a certificate against its files and with new attacks.
 
-    Every file that CERT names is hashed, every stored point is classified again, and the full attack runs on
-    random images that are recorded as robust, with other random numbers. 0 confirmed, 1 contradicted, 3
-    inconclusive. The run folder is only read.
+    Every file that CERT names is hashed, every stored point is classified again, and the full attack is
+    repeated with new random numbers on a sample of the images that are recorded as robust. Exit codes: 0
+    confirmed, 1 contradicted, 3 inconclusive. The run folder is only read.
 
     \b
     s2ap-deploy verify s2ap-run/certify/pruned.json
@@ -385,13 +387,13 @@ def method(run: Mapping[str, Any]) -> str:
     type=click.IntRange(0, 200),
     default=12,
     show_default=True,
-    help="The most attacked images to show.",
+    help="Largest number of attacked images to show.",
 )
 @options.json_option
 def report_command(run: Path, output: Path | None, images: int, as_json: bool) -> None:
     """Write the results of a run as an HTML page and a model card.
 
-    RUN is the run folder, s2ap-run unless given; it may be unfinished: missing parts are listed. The page
+    RUN is the run folder, by default s2ap-run; it may be unfinished: missing parts are listed. The page
     is one file, without JavaScript, in light and dark colors.
 
     \b

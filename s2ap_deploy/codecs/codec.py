@@ -81,7 +81,7 @@ def check_positions(positions: NDArray[np.integer], universe: int) -> NDArray[np
     if universe > MAX_POSITION:
         raise ValueError(f"a universe of {universe} does not fit 32-bit positions")
     if values.size and (values[0] < 0 or values[-1] >= universe or np.any(np.diff(values) <= 0)):
-        raise ValueError("positions must be strictly increasing and lie in [0, universe)")
+        raise ValueError("positions must be strictly increasing and within [0, universe)")
     return values
 
 

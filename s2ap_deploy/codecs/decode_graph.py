@@ -38,7 +38,7 @@ class DecodeGraph:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], tuple[str, TensorProto]] = {}
 
     def copy(self) -> DecodeGraph:
-        """Return a copy that goes on from here, for a subgraph that may be discarded."""
+        """Return an independent copy, for a subgraph that may be discarded."""
         other = DecodeGraph()
         other._names, other._constants = self._names, dict(self._constants)
         return other

@@ -85,9 +85,9 @@ class WeightTensor:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file stores: its weights in forward order, and the entries of every other tensor.
+    """The contents of a file: its weights in forward order, and the entries of every other tensor.
 
-    Others are biases and whatever else is stored beside: they stay float32 and dense. ``sums`` counts the
+    Others are biases and all remaining tensors, which stay float32 and dense. ``sums`` counts the
     places where two branches are added.
     """
 

@@ -26,7 +26,7 @@ LAYOUT = "expected train/<class>/ and test/<class>/ (or val/<class>/) with image
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
 CHUNK = 64
 
-# What Pillow's readers raise on damaged files, besides OSError (truncated, unknown or unreadable).
+# Errors of Pillow's readers on damaged files, besides OSError (truncated, unknown or unreadable).
 DAMAGE = (OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error, Image.DecompressionBombError)
 
 
@@ -128,7 +128,7 @@ def _scan(folder: Path) -> ImageFolder:
         _same_classes(folder / part, classes)
     if len(classes) < 2:
         raise DataError(
-            f"train/ in {folder} has {len(classes)} class folder(s), two are needed",
+            f"train/ in {folder} has {len(classes)} class folder(s); at least two are needed",
             code="class-count-too-small",
             hint=LAYOUT,
         )
@@ -168,9 +168,9 @@ def _files(folder: Path, part: str, classes: tuple[str, ...]) -> ImageFiles:
         found = sorted(_images_below(folder / part / name))
         if not found:
             raise DataError(
-                f"class folder {folder / part / name} holds no image",
+                f"class folder {folder / part / name} has no image",
                 code="image-folder-class-empty",
-                hint=f"images end in {', '.join(SUFFIXES)}",
+                hint=f"supported suffixes: {', '.join(SUFFIXES)}",
             )
         try:
             "".join((name, *found)).encode()

@@ -28,7 +28,7 @@ from s2ap_deploy.spec import DataSpec, Normalization, Preprocessing
 ROOT_VARIABLE = "S2AP_DATA_ROOT"
 DEFAULT_ROOT = Path("data")
 
-# What torchvision leaves below the root, to tell "missing" from "damaged".
+# Files that torchvision leaves below the root, to distinguish "missing" from "damaged".
 FOOTPRINTS = {
     "mnist": ("MNIST/raw",),
     "cifar10": ("cifar-10-batches-py",),
@@ -36,7 +36,7 @@ FOOTPRINTS = {
     "svhn": ("train_32x32.mat", "test_32x32.mat"),
 }
 
-# What reading or fetching raises: torchvision's own errors, the network's, and those of damaged archives.
+# Errors of reading or downloading: torchvision's own, the network's, and those of damaged archives.
 UNREADABLE = (
     RuntimeError,
     OSError,
@@ -170,7 +170,7 @@ def _data_error(name: str, root: Path, download: bool, error: Exception) -> Data
         return DataError(
             f"{name} under {root} is damaged or incomplete: {error}",
             code="data-damaged",
-            hint="run once more with --download to replace it",
+            hint="run again with --download to replace it",
         )
     return DataError(
         f"{name} was not found under {root}",
@@ -186,7 +186,7 @@ def _check_mnist(folder: Path) -> None:
             raise DataError(
                 f"mnist is damaged: {path} is not the published file",
                 code="data-damaged",
-                hint="delete that file and run once more with --download",
+                hint="delete that file and run again with --download",
             )
 
 

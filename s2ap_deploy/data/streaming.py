@@ -54,7 +54,7 @@ class StreamedSplit(Split):
                 raise DataError(
                     f"{path} cannot be read as an image: {error}",
                     code="image-unreadable",
-                    hint="restore the file or start again",
+                    hint="restore the file or start over",
                 ) from None
             yield f"{facts.st_size} {facts.st_mtime_ns}\n".encode()
 
@@ -100,7 +100,7 @@ def _watched(batches: Iterator[Tensor | DataError]) -> Iterator[Tensor | DataErr
         except (RuntimeError, EOFError, OSError) as error:
             # DataLoader notices a dead worker itself, or fails to take over the memory of its last batch.
             raise DataError(
-                f"a process that decodes images ended: {error!r}",
+                f"an image-decoding process ended: {error!r}",
                 code="image-worker-lost",
                 hint="it may have been out of memory; in a container, raise its shared memory (--shm-size)",
             ) from error

@@ -56,7 +56,7 @@ def prepare() -> None:
 
     Ranks other than 0 print nothing and have no state to save: SIGINT and SIGTERM end them at once.
     """
-    # When one rank ends with an error, torch would print C++ stack traces of the others beside its message.
+    # When one rank ends with an error, torch would also print C++ stack traces of the others.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if rank() == 0:
         return
@@ -70,7 +70,7 @@ def takes_error(message: str, hint: str | None, code: str, exit_code: int) -> bo
     """Pass an error to the launcher; return False if this process has to print it itself.
 
     Every rank writes its error into the file that torch's elastic agent reads. The agent's process reports
-    the first one: ``launch`` as an error of its own, torchrun in its summary, beside what rank 0 prints.
+    the first one: ``launch`` as its own error, torchrun in its summary, in addition to rank 0's output.
     """
     if size() == 1:
         return False

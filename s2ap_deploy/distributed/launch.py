@@ -118,9 +118,9 @@ def exit_code_of(failures: Mapping[int, ProcessFailure]) -> int:
         return failure.exitcode
     how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
     raise InconclusiveError(
-        f"rank {rank} ended with {how}, and with it the whole group; what was finished is saved",
+        f"rank {rank} ended with {how}, which ended the whole group; finished work is saved",
         code="rank-killed",
-        hint="run the same command with --resume; another --devices is fine",
+        hint="run the same command with --resume; --devices may differ",
     )
 
 

@@ -23,7 +23,7 @@ from s2ap_deploy.errors import InconclusiveError, UsageError
 
 Result = TypeVar("Result")
 
-RESUME = "run the same command with --resume; another number of ranks is fine"
+RESUME = "run the same command with --resume; the number of ranks may differ"
 LOST = "rank-lost"
 _CONTROL_TIMEOUT = timedelta(days=365)
 
@@ -78,7 +78,7 @@ class DistributedGroup(Ranks):
             yield
         except RuntimeError as error:
             raise InconclusiveError(
-                f"one of the {self.size} ranks has ended; what was finished is saved", code=LOST, hint=RESUME
+                f"one of the {self.size} ranks has ended; finished work is saved", code=LOST, hint=RESUME
             ) from error
 
 
@@ -92,7 +92,7 @@ def current_group(device: torch.device) -> Ranks:
     if device.type == "cuda":
         if device.index is not None:
             raise UsageError(
-                f"--device {device} is one GPU, and there are {environment.size()} ranks",
+                f"--device {device} is one GPU, but there are {environment.size()} ranks",
                 code="device-shared",
                 hint="give --device cuda, and choose GPUs with CUDA_VISIBLE_DEVICES",
             )
@@ -128,7 +128,9 @@ def init_process_group() -> DistributedGroup:
         _group = DistributedGroup(rank, size)
     except (RuntimeError, ValueError) as error:
         raise InconclusiveError(
-            f"rank {rank} of {size} cannot reach the others: {error}", code="ranks-unreachable", hint=RESUME
+            f"rank {rank} of {size} cannot reach the other ranks: {error}",
+            code="ranks-unreachable",
+            hint=RESUME,
         ) from None
     return _group
 

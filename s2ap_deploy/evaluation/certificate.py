@@ -1,6 +1,6 @@
-"""The certificate: what an attack showed about one model, on which samples, and how.
+"""The certificate: the result of an attack on one model, with its samples and settings.
 
-It records an evaluation and is no proof: attacks give an upper bound on robust accuracy.
+It records an evaluation and is not a proof: attacks give an upper bound on robust accuracy.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class TwinAgreement(Record):
 
 
 class Transfer(Record):
-    """The file's answers on adversarial points that were made for the network it was exported from.
+    """The file's predictions on adversarial points that were made for the network it was exported from.
 
     ``survived`` samples are classified correctly both clean and there. Such points overstate robustness, as
     they were optimized for other weights: the certificate's own share is the lower one.
@@ -141,7 +141,7 @@ class Subject(Record):
 
 
 class PointsFile(Record):
-    """The file beside the certificate that holds the attacked points."""
+    """The file with the attacked points, next to the certificate."""
 
     name: str
     sha256: str

@@ -153,6 +153,7 @@ def attack(
         RunFolderError: the record is of another attack or damaged.
         OutOfTimeError: ``deadline`` has passed before the end.
     """
+    # Check the inputs; `tuning` replaces loss and step.
     recorder = recorder or Silent()
     images, labels = checked(images, labels)
     if tuning is not None:
@@ -176,17 +177,20 @@ def attack(
         judge, images, labels, _whole_box(images, config.norm), num_classes, device,
         order=order, steps=config.steps, loss=config.loss, step=config.step,
     )  # fmt: skip
+    # One unit per block and run, over the correctly classified samples.
     predictions = first.argmax(dim=1)
     units = [
         Unit(block, f"fmn-{run}", derive_seed(config.seed, "fmn", config.norm, block, run), rows)
         for block, rows in enumerate(_blocks(predictions == labels, size))
         for run in range(1 + chosen)
     ]
+    # Open the record, from which an interrupted attack continues.
     journal = None
     if config.record is not None:
         bound = binding(judge.network, images, labels, seed=config.seed, block_size=size, device=device)
         bound |= {"attack": "fmn", "norm": config.norm, "steps": config.steps, "targets": chosen}
         journal = AttackRecord(config.record, {**bound, "loss": config.loss, "step": config.step})
+    # Run the units, and keep the smallest distance of each sample.
     results = _run(units, attacker, journal, workers, deadline, recorder)
     found, points = _nearest(results, images, labels, predictions, config.norm)
     vanished = any(result.zero_gradient for result in results)
@@ -259,6 +263,7 @@ def _run(
     with ExitStack() as stack:
         executor = executor_for(attacker, workers, len(waiting), recorder, stack) if waiting else None
         while executor is not None:
+            # Fill idle workers, then record one result.
             while waiting and executor.idle and (deadline is None or time.monotonic() < deadline):
                 executor.submit(waiting.popleft())
             if not executor.busy:
@@ -393,6 +398,7 @@ class FMNState:
                 boundary = self.farthest  # the linear estimate has led nowhere
             self._resize(adversarial, gamma, boundary)
             self._move(direction * self.step * (_LAST_STEP + (1 - _LAST_STEP) * cosine))
+        # Judge the last point, then bisect towards the clean image.
         with torch.no_grad():
             self._keep(self.judge(self.point), _size(self.point - self.clean, self.norm))
             self._bisect()
@@ -439,6 +445,7 @@ class FMNState:
 
     def _bisect(self) -> None:
         """Bisect the line to the clean image, which helps where the first adversarial point was far away."""
+        # Bisect the fraction of the way from the clean image to the nearest point.
         low, high = torch.zeros_like(self.best), torch.ones_like(self.best)
         start = self.nearest
         for _ in range(_BISECTIONS):

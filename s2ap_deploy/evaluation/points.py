@@ -1,4 +1,4 @@
-"""The file of clean and attacked points beside a certificate."""
+"""The file of clean and attacked points next to a certificate."""
 
 from __future__ import annotations
 

@@ -182,4 +182,4 @@ def _check(k: int, n: int, level: float) -> None:
     if n < 1 or not 0 <= k <= n:
         raise ValueError(f"{k} of {n} is not a count")
     if not 0.0 < level < 1.0:
-        raise ValueError(f"a confidence level lies between 0 and 1, not at {level}")
+        raise ValueError(f"a confidence level must be between 0 and 1, not {level}")

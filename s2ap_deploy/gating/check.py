@@ -1,4 +1,4 @@
-"""One question of a gate or a verification, its answer, and the verdict that follows from all answers."""
+"""A check of a gate or a verification, its result, and the verdict that follows from all checks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RULES = {
     "robust-accuracy": "Robust accuracy under attack reaches its floor.",
     "proven-accuracy": "Provably robust accuracy reaches its floor.",
     "class-drop": "No class loses more robust accuracy against the dense model than allowed.",
-    "drop": "Robust accuracy is not lower than the dense model's by more than allowed.",
-    "file": "A file is the one that was certified and recorded.",
-    "reliability": "Nothing makes the result of the attack doubtful.",
+    "drop": "Robust accuracy is lower than the dense model's by no more than allowed.",
+    "file": "The file is the one that was certified and recorded.",
+    "reliability": "No reliability flag makes the result of the attack doubtful.",
     "size": "The exported file is small enough.",
     "sparsity": "The exported file is sparse enough.",
     "latency": "The exported file is fast enough.",
@@ -30,11 +30,11 @@ RULES = {
 
 
 class Check(Record):
-    """One question and its answer.
+    """One check and its result.
 
-    ``rule`` is the kind of question (for a gate, a key of ``RULES``), ``path`` the file in the run folder
-    that it is about, and ``reason`` says in a stable word why a check did not pass, where that is not the
-    comparison itself. ``bound`` is what was compared with the threshold.
+    ``rule`` is the kind of check (for a gate, a key of ``RULES``), ``path`` its file in the run folder, and
+    ``reason`` a stable word for why a check did not pass, if that is not the comparison itself. ``bound`` is
+    the value that was compared with the threshold.
     """
 
     rule: str
@@ -49,7 +49,7 @@ class Check(Record):
 
 
 class Verdict(Record):
-    """The answer of all checks together: any failure fails, else any doubt is inconclusive.
+    """The combined result of all checks: any failure fails, else any doubt is inconclusive.
 
     ``statistics`` names the method behind the bounds.
     """
@@ -86,7 +86,7 @@ def inconclusive(
     path: str | None = None,
     threshold: float | None = None,
 ) -> Check:
-    """Build a check that cannot be answered; ``reason`` is a stable word, ``why`` the message."""
+    """Build an inconclusive check; ``reason`` is a stable word, ``why`` the message."""
     return Check(
         rule=rule,
         name=name,

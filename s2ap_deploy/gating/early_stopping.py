@@ -37,7 +37,7 @@ def verdict_of(found: Sequence[EarlyAnswer]) -> Literal["pass", "fail"] | None:
     """Return the verdict that every completion of the attacks leads to, or None while they differ.
 
     Fail as soon as one threshold fails in every completion, pass when all pass in all of them. "Too few
-    samples" is never decided early: a run that can give no verdict shall at least give its shares.
+    samples" is never decided early, so that a run without a verdict still measures its accuracies.
     """
     statuses = {answer.status for answer in found}
     if "fail" in statuses:
@@ -90,7 +90,7 @@ def _drops(
         return
     if dense is None:
         raise UsageError(
-            "a drop needs the dense network beside the pruned one",
+            "a drop threshold needs the dense network as well as the pruned one",
             code="dense-network-missing",
             hint="leave --max-drop out",
         )
@@ -155,8 +155,8 @@ class SampleSize(Record):
             f"{each.drop:.2%} where they differ on {each.discordance:.0%}" for each in self.drops
         )
         lines = [
-            f"on {self.n} images a network that lost nothing against the dense one shows it in {POWER:.0%} "
-            f"of cases if the drop that is allowed is at least {rates} of the images"
+            f"with {self.n} images, a network that loses nothing against the dense one passes in {POWER:.0%} "
+            f"of cases if the allowed drop is at least {rates} of the images"
         ]
         if self.threshold is not None and self.needed is None:
             lines.append(f"{self.n} samples cannot show a floor of {self.threshold:.1%}, even if all survive")

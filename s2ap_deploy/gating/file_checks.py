@@ -227,7 +227,7 @@ def limits(threshold: str, limit: float, exported: Sequence[ShippedFile]) -> lis
 
 
 def sparsity_floors(threshold: float, exported: Sequence[ShippedFile]) -> list[Check]:
-    """Check the zeros of each exported file. A budget is a whole number of weights: one may be missing."""
+    """Check the zeros of each exported file; one may be missing, as a budget is a whole number."""
     checks = []
     for file in exported:
         facts = file.export
@@ -281,7 +281,7 @@ def age_limit(limit: str, age: timedelta | None) -> Check:
         return inconclusive("age", name, "the run folder does not say when it was made", reason="unknown")
     if age < -_CLOCK_SKEW:
         return inconclusive(
-            "age", name, "it was made in the future, or this clock is wrong", reason="unknown"
+            "age", name, "its date is in the future, or this clock is wrong", reason="unknown"
         )
     old = max(age, timedelta(0))
     recent = old <= allowed

@@ -19,17 +19,17 @@ from s2ap_deploy.gating.sample_checks import LEVEL
 from s2ap_deploy.recipe.thresholds import Thresholds
 
 DOUBTS = {
-    "randomized": "the model answers the same image differently each time",
+    "randomized": "the model's predictions for the same image vary",
     "not_logits": "the model returns probabilities, which hide the gradient from attacks",
-    "batch_dependent": "the model's answer to an image depends on the other images in its batch",
-    "dynamic_control_flow": "the model takes another way for another image, where gradients do not lead",
-    "loss_of_precision": "float32 is too coarse for the model's logits or their loss, so that gradients err",
-    "zero_gradient": "some input gradients are exactly zero, so that gradient attacks had nothing to follow",
+    "batch_dependent": "the model's logits for an image depend on the other images in its batch",
+    "dynamic_control_flow": "the model's control flow depends on the image, which gradients do not reflect",
+    "loss_of_precision": "float32 is too coarse for the model's logits or loss, so gradients are inaccurate",
+    "zero_gradient": "some input gradients are exactly zero, so gradient attacks could not make progress",
     "square_improves": "a black-box attack broke what white-box attacks could not: gradients may be masked",
-    "twin_mismatch": "the file answers otherwise than the twin that white-box attacks followed",
-    "quick": "only a quick sweep attacked it, which can show a failure and never a pass",
+    "twin_mismatch": "the file's predictions differ from those of the twin used by white-box attacks",
+    "quick": "it was attacked only by a quick sweep, which can show a failure but not a pass",
 }
-"""Flags that make an attack's result too weak to pass on. The others are for information."""
+"""Flags that make an attack's result too weak for a pass. The others are informational."""
 
 
 def judge(
@@ -102,7 +102,7 @@ def _sample_checks(
         k = min([pruned.clean.k, *(answer.clean_correct for answer in answers)])
         yield sample_checks.floor("clean-accuracy", "clean accuracy", k, pruned.n, policy.min_clean, rule)
     settled, possible = pruned.survivors
-    # An undecided sample lies among the points as its clean image, so that a file "survives" it too.
+    # The points file has the clean image of an undecided sample, so a file "survives" it too.
     more = possible - min([possible, *(answer.survived for answer in answers)])
     if policy.min_robust is not None:
         low, high = max(0, settled - more), possible - more

@@ -316,7 +316,7 @@ def _class_drop_between(
 def _inside(kind: str, name: str, threshold: float, shown: str) -> Check:
     """Build the answer to a threshold inside the interval that an early stop leaves."""
     why = (
-        f"{exact_percent(threshold)} lies inside the certificate's interval ({shown}), because the attack "
+        f"{exact_percent(threshold)} is inside the certificate's interval ({shown}), because the attack "
         "stopped when another policy was decided: run s2ap-deploy certify --full --resume"
     )
     return inconclusive(kind, name, why, reason="decided-early", threshold=threshold)

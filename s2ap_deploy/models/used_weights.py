@@ -125,7 +125,7 @@ def weight_count(network: nn.Module, used: UsedWeights) -> WeightCount:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a tensor was computed from: the image (``active``), and parameters.
+    """The inputs of a tensor: the image (``active``), and parameters.
 
     It is zero wherever the parameters ``kept`` are, which does not hold for those ``mixed`` in.
     """

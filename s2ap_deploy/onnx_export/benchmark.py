@@ -1,4 +1,4 @@
-"""Measure a file beside its dense baseline on this machine: latency, load time and peak memory."""
+"""Measure a file against its dense baseline on this machine: latency, load time and peak memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _NO_SPINNING = {"session.force_spinning_stop": "1"}
 # A clock that did not move would make a ratio infinite.
 _SHORTEST = 1e-9
 
-# Run in a process of its own, since a peak never comes down again.
+# Run in a separate process, since a peak never decreases.
 # VmHWM rather than ru_maxrss: on Linux a child inherits the latter from its parent.
 _PEAKS = """
 import json, sys
@@ -114,7 +114,7 @@ def benchmark_export(
 def benchmark(
     file: Path, baseline: Path, *, int8: bool, effort: Effort | None = None, recorder: Recorder
 ) -> Performance:
-    """Measure the ONNX model ``file`` beside its dense ``baseline``, which takes the same images.
+    """Measure the ONNX model ``file`` against its dense ``baseline``, which takes the same images.
 
     Loading is measured on one thread; a model of a fixed batch is measured at that. ``int8``: whether the
     file computes in int8, so that the processor's instructions for that matter.
@@ -162,7 +162,7 @@ def paired_latency(
     repeats: int = 200,
     seconds: float = 1.0,
 ) -> PairedLatency:
-    """Time ``first`` beside ``second`` on ``image`` [1, C, H, W].
+    """Time ``first`` against ``second`` on ``image`` [1, C, H, W].
 
     Each pair runs back to back and the order alternates, so that other load on the machine slows both alike.
     Stops after ``repeats`` pairs or ``seconds``, but not before five pairs.
@@ -222,7 +222,7 @@ def summary(pairs: Sequence[tuple[float, float]]) -> PairedTimes:
 def paired_memory(file: Path, baseline: Path, *, batch: int, processes: int = 3) -> PeakMemory:
     """Measure the peaks of ``file`` and of ``baseline``, run on ``batch`` images on one thread, in turn.
 
-    Raises VerificationError when a model does not load or run in a process of its own.
+    Raises VerificationError when a model does not load or run in a separate process.
     """
     mine, theirs = [], []
     for _ in range(processes):
@@ -250,7 +250,7 @@ def peaks(model: Path, batch: int) -> tuple[int, int, int]:
     except ValueError:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise VerificationError(
-            f"{model.name} does not run in a process of its own: {last}", code="onnx-not-runnable"
+            f"{model.name} does not run in a separate process: {last}", code="onnx-not-runnable"
         ) from None
     return bare, loaded, ran
 

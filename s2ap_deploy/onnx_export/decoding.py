@@ -109,7 +109,7 @@ def _difference(opened: OnnxFile, path: Path) -> float:
     before, after = opened.answers(images), logits(session(path), images)
     if not np.isfinite(before).all():
         raise VerificationError(
-            "its logits are not finite, so that nothing can be compared", code="logits-not-finite"
+            "its logits are not finite, so they cannot be compared", code="logits-not-finite"
         )
     difference, tolerance = compare_sums(before, after)
     if not difference <= tolerance < np.inf:  # written so that NaN fails

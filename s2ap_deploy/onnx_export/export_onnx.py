@@ -297,7 +297,7 @@ def _rounded_agreement(source: ExportSource, running: ort.InferenceSession, grap
     agreement = compare_quantized(source.classifier, running, source.images)
     if not agreement.passed:
         raise VerificationError(
-            f"{form} the network keeps its class on {agreement.argmax_agree} of {agreement.n} images, "
+            f"{form} the class is unchanged on {agreement.argmax_agree} of {agreement.n} images, "
             f"less than {QUANTIZED_FLOOR:.0%}",
             code="classes-differ",
             hint=hint,
@@ -322,7 +322,7 @@ def _warnings(
     for points in checks:
         if not points.same_predictions:
             found.append(
-                f"certificate {points.certificate_sha256[:12]}: the file chooses another class on "
+                f"certificate {points.certificate_sha256[:12]}: the file predicts a different class on "
                 f"{points.clean_disagreements} clean and {points.adversarial_disagreements} attacked points"
             )
     return tuple(found)
@@ -332,7 +332,7 @@ def _note_dense(recorder: Recorder, encoding: str, tensors: Sequence[EncodedTens
     names = left_dense(encoding, tensors)
     if names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        recorder.note(f"too few zeros to gain anything, left dense: {len(names)} weights ({shown})")
+        recorder.note(f"too few zeros to benefit, left dense: {len(names)} weights ({shown})")
 
 
 def _count(graphs: _Graphs) -> tuple[int, int]:

@@ -21,25 +21,25 @@ INT8_STATEMENT = (
     f"{LATENCY_STATEMENT} The speed-up of an int8 file comes from its arithmetic, at any sparsity."
 )
 ROUNDED_STATEMENT = (
-    "Its weights are rounded to {kind}: it is another network than the float32 one, "
-    "and a certificate of that one does not carry over."
+    "Its weights are rounded to {kind}: it is a different network from the float32 one, "
+    "whose certificate does not cover it."
 )
 RESELECTED_STATEMENT = (
-    "These channels were chosen anew by the scores of the run, without any training since: no certificate "
+    "These channels were selected again by the scores of the run, without retraining: no certificate "
     "covers the accuracy and the robustness of this network."
 )
 PERFORMANCE_STATEMENT = (
-    "Ratios are medians of pairs run back to back, in brackets their quartiles. "
+    "Ratios are medians of pairs run back to back, with quartiles in brackets. "
     "Unstructured sparsity does not speed up CPU inference."
 )
 NOTICEABLE = 0.98  # a larger remaining fraction of the multiply-accumulates saves no measurable time
 
 
 class EncodedTensor(Record):
-    """How one weight tensor is stored.
+    """The storage of one weight tensor.
 
     ``bytes`` counts its data and its own decode nodes; the few constants that all tensors share are
-    left out. ``index_bits`` are the bits beside the values, per non-zero entry; ``entropy_bits`` is the
+    left out. ``index_bits`` are the bits other than the values, per non-zero entry; ``entropy_bits`` is the
     least that any code needs when positions are independent, ``N H(k/N) / k``.
     """
 
@@ -55,7 +55,7 @@ class EncodedTensor(Record):
 
 
 class Quantization(Record):
-    """How a file became int8; ``float_bytes`` is the size of the same file in float32, equally encoded.
+    """Quantization to int8; ``float_bytes`` is the size of the same file in float32, equally encoded.
 
     ``instructions``: the int8 instructions of the processor that timed it, such as VNNI; None where unknown.
     """
@@ -67,7 +67,7 @@ class Quantization(Record):
 
 
 class Rounding(Record):
-    """How storing weights in fewer bits changed them.
+    """The effect of storing weights in fewer bits.
 
     ``tensors`` counts the rounded ones, ``flushed`` the values that became zero, ``max_weight_difference``
     is the largest change of any. The report's ``agreement`` has the change of the logits.
@@ -129,9 +129,9 @@ class Compaction(Record):
     def statement(self) -> str:
         """The effect of removing channels on speed, in one sentence."""
         share = self.macs_after / max(self.macs_before, 1)
-        speed = "which does save time" if share < NOTICEABLE else "so hardly any time is saved"
+        speed = "which reduces latency" if share < NOTICEABLE else "so latency hardly changes"
         return (
-            f"Compaction left out {self.removed:,} of {self.channels_before:,} channels, no output changed: "
+            f"Compaction removed {self.removed:,} of {self.channels_before:,} channels, no output changed: "
             f"{share:.0%} of the multiply-accumulates remain, {speed}."
         )
 
@@ -169,7 +169,7 @@ class CostChange(Record):
 
 
 class CompactFile(Record):
-    """A file beside the ONNX file."""
+    """A file next to the ONNX file."""
 
     name: str
     sha256: str
@@ -178,7 +178,7 @@ class CompactFile(Record):
 class Narrowing(Record):
     """A network with physically smaller layers.
 
-    ``keep_ratio`` None means the channels of the run's mask; otherwise they were chosen anew, and no
+    ``keep_ratio`` None means the channels of the run's mask; otherwise they were selected again, and no
     certificate covers the result. ``align`` divides the counts of ``groups`` wherever they have so many
     channels. ``skipped`` are weights that stayed as wide as they were, ``classifier`` those that write the
     classes. ``max_logit_difference`` is against the whole network with the other channels masked.

@@ -1,4 +1,4 @@
-"""Trace a PyTorch classifier into a dense ONNX graph that holds nothing but the model."""
+"""Trace a PyTorch classifier into a dense ONNX graph without information about the exporter."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _trace(network: nn.Module, example: torch.Tensor, opset: int, *, dynamic: bo
         raise ArchitectureError(
             f"the network cannot be exported: {first_line(error.__cause__ or error)}",
             code="network-not-traceable",
-            hint="its forward must not branch on the values of its input, nor on the batch size",
+            hint="its forward must not branch on input values or on the batch size",
         ) from error
     assert program is not None  # dynamo=True always returns one
     return program.model_proto

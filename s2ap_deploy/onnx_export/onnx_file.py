@@ -78,7 +78,7 @@ def load(path: Path) -> OnnxFile:
         raise _refused(path, "is not an ONNX file", "file-not-onnx")
     if has_external_data(model):
         raise _refused(
-            path, "keeps its weights in another file, which its hash does not cover", "onnx-data-external"
+            path, "stores its weights in another file, which its hash does not cover", "onnx-data-external"
         )
     try:
         onnx.checker.check_model(model)
@@ -113,7 +113,7 @@ def write(path: Path, content: bytes) -> None:
     """Write the bytes of a model and read them again. Raises VerificationError when they differ."""
     path.write_bytes(content)
     if path.read_bytes() != content:
-        raise VerificationError("the disk returns other bytes than were written", code="written-bytes-differ")
+        raise VerificationError("the bytes read back differ from those written", code="written-bytes-differ")
 
 
 def _input_size(path: Path, model: ModelProto) -> tuple[int, int, int]:

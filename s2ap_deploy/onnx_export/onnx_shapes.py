@@ -102,7 +102,7 @@ def outline(network: nn.Module, input_size: tuple[int, int, int]) -> Outline:
     aside |= {id(tensor) for norm in folded for tensor in norm.parameters()}
     aside |= {id(network.get_parameter(name)) for name in used.counted}
     others = [tuple(tensor.shape) for tensor in network.parameters() if id(tensor) not in aside]
-    for module in network.modules():  # what a BatchNorm that cannot be folded keeps beside its parameters
+    for module in network.modules():  # buffers of a BatchNorm that cannot be folded
         if isinstance(module, _BatchNorm) and module not in folded and module.running_mean is not None:
             others += [tuple(module.running_mean.shape)] * 2
     parameters = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}

@@ -56,7 +56,7 @@ def check_decoding(model: ModelProto) -> None:
         if not value.type.tensor_type.HasField("shape") or not all(
             dimension.HasField("dim_value") for dimension in shape.dim
         ):
-            raise _refused(f"{value.name}: the size that it decodes to is not stated", "onnx-size-unknown")
+            raise _refused(f"{value.name}: the size that it decodes to is unspecified", "onnx-size-unknown")
         sizes = [dimension.dim_value for dimension in shape.dim]
         size = _tensor_bytes(value.name, sizes, value.type.tensor_type.elem_type)
         if is_internal(value.name):
@@ -102,7 +102,7 @@ def check_execution(model: ModelProto) -> None:
                 )
             _check_size(name, size, MAX_BYTES if known else MAX_ACTIVATION)
             total += (size or 0) if known else 0
-    _check_size("what depends on constants alone", total, MAX_BYTES)
+    _check_size("values that depend on constants alone", total, MAX_BYTES)
 
 
 def has_external_data(model: ModelProto) -> bool:
@@ -231,7 +231,7 @@ def _check_nested(graph: GraphProto) -> None:
     for node in graph.node:
         if node.op_type in _SIZED_BY_VALUES:
             raise _refused(
-                f"{node.op_type} inside of a condition: the size of its output is unknown",
+                f"{node.op_type} inside a condition: the size of its output is unknown",
                 "onnx-size-unknown",
             )
 

@@ -185,7 +185,7 @@ def _quantize(attributes: Attributes, inputs: Inputs) -> Tensor:
     scaled, low, high, offset = _scaled(attributes, inputs)
     rounded = scaled.detach().round().clamp(low, high)
     inside = (scaled - rounded).detach().abs() <= 0.5
-    # Exact: a number and its rounding differ by at most 1/2, so their difference has no rounding of its own.
+    # Exact: a number and its rounding differ by at most 1/2, so their difference is not rounded.
     return torch.where(inside, scaled + (rounded - scaled).detach(), rounded) + offset
 
 

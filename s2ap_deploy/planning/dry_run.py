@@ -187,7 +187,7 @@ def _stages(
         yield due("search", lambda: _search(job, section), f"{section.method}, {epochs}{plug_in}", seconds)
     if section is not None and "finetune" in wanted:
         tuned = METHODS[section.method].finetunes
-        words = f"{section.finetune.epochs} epochs" if tuned else "none: weights stay as they were drawn"
+        words = f"{section.finetune.epochs} epochs" if tuned else "none: weights keep their random values"
         seconds = timing.finetune(scene, job, section)
         yield due(
             "finetune", lambda: finetune(job, section, job.run.output("pretrain", MODEL)), words, seconds

@@ -120,12 +120,12 @@ def draft(
         f"Written by: s2ap-deploy init {shlex.quote(str(path))}",
         "",
         "  " + command,
-        f"  {command} --dry-run      (what it would do and how long that takes)",
+        f"  {command} --dry-run      (stages, time and file size)",
         "",
-        "Every key that is left out has a default: s2ap-deploy recipes show THIS-FILE --resolved",
+        "Omitted keys have defaults: s2ap-deploy recipes show THIS-FILE --resolved",
     ]
     if blank:
-        head += ["", f"One blank is left, marked {BLANK}: data.name."]
+        head += ["", f"One value is left to fill in, marked {BLANK}: data.name."]
     return GeneratedRecipe(
         text=annotated(content, comments, head=head),
         blanks=("data.name",) if blank else (),
@@ -139,15 +139,18 @@ _COMMENTS: dict[Key, str] = {
     ("seed",): "of every random choice; the same seed gives the same bits",
     ("prune", "method"): f"one of {', '.join(OWN_NAMES)}: docs/methods.md",
     ("prune", "sparsity"): "the fraction of zeros among the weights",
-    ("prune", "s2ap"): "perturbs the scores, so that the mask stays good when they move a little",
-    ("prune", "search"): "scores move, weights rest",
-    ("prune", "finetune"): "weights move, the mask rests",
+    ("prune", "s2ap"): "perturbs the scores, so that the mask is robust to small changes of them",
+    ("prune", "search"): "trains scores, weights are frozen",
+    ("prune", "finetune"): "trains weights, the mask is frozen",
     ("certify", "version"): "all four attacks of AutoAttack",
-    ("certify", "n"): "held-out images, or all where there are fewer; null is all",
-    ("certify", "full"): "false stops as soon as the gate is decided: cheaper, but no figure",
-    ("export", "encoding"): "for each tensor the smallest",
-    ("gate", "max_drop"): "robust accuracy that pruning may cost; min_robust: 0.4 would be a floor",
-    ("gate", "rule"): "what the 95 % intervals allow; point takes what was observed",
+    ("certify", "n"): "test images; null is all",
+    (
+        "certify",
+        "full",
+    ): "false stops as soon as the gate is decided: faster, but an interval instead of a figure",
+    ("export", "encoding"): "the smallest encoding for each tensor",
+    ("gate", "max_drop"): "largest loss of robust accuracy by pruning; min_robust: 0.4 would be a floor",
+    ("gate", "rule"): "lower compares 95 % bounds; point compares observed values",
 }
 
 
@@ -159,7 +162,7 @@ def _data(
     if asked is not None:
         return asked, False
     if info.data is not None:
-        comments[key] = "what the checkpoint says it was trained on"
+        comments[key] = "recorded in the checkpoint"
         return info.data, False
     fitting = [
         name
@@ -186,11 +189,11 @@ def _threat(
 ) -> dict[str, Any]:
     stated = info.threat
     if eps is None and stated is not None:
-        comments[("threat", "eps")] = "what the checkpoint says it withstands"
+        comments[("threat", "eps")] = "as recorded in the checkpoint"
         eps = stated.eps
     elif eps is None:
         eps = _RADII.get(data, _LARGE_RADIUS if info.preprocessing.size[1] > _LARGE else "8/255")
-        comments[("threat", "eps")] = "a guess: what papers use on such images"
+        comments[("threat", "eps")] = "a guess: the usual radius for such images"
         guesses.append("threat.eps")
     return {"norm": norm or (stated.norm if stated is not None else "Linf"), "eps": eps}
 
@@ -204,7 +207,7 @@ def _model(
 ) -> dict[str, Any]:
     # Everything after the normalization that a file of ours carries needs no repetition.
     found: dict[str, Any] = {"checkpoint": str(path)}
-    comments[("model", "checkpoint")] = "relative to where the command is typed"
+    comments[("model", "checkpoint")] = "relative to the working folder"
     if not imported:
         found["arch"] = info.arch
         comments[("model", "arch")] = (
@@ -214,7 +217,7 @@ def _model(
         found["normalization"] = {"mean": list(normalization.mean), "std": list(normalization.std)}
     elif info.normalization is None:
         comments[("model",)] = (
-            "images go in as they are, in [0, 1]; normalization: {mean: [...], std: [...]} changes that"
+            "the network receives images in [0, 1]; normalization: {mean: [...], std: [...]} changes that"
         )
     return found
 
@@ -265,7 +268,7 @@ SMALL = 64 * 64
 
 @dataclass(frozen=True, eq=False)
 class ModelSource:
-    """``network`` takes images of ``input_size`` (C, H, W); its weights may lie on the meta device."""
+    """``network`` takes images of ``input_size`` (C, H, W); its weights may be on the meta device."""
 
     network: nn.Module
     input_size: Size
@@ -391,5 +394,5 @@ def _images(job: RunContext, size: Size | None, notes: list[str]) -> ImageData |
     try:
         return job.images(size)
     except DataError as error:
-        notes.append(f"no times, as the data are not here: {error.message}")
+        notes.append(f"no times, as the data set is not available: {error.message}")
         return None

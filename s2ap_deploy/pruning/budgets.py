@@ -24,7 +24,7 @@ def total_kept(weights: int, sparsity: float) -> int:
     """
     if not 0 < sparsity < 1:
         raise UsageError(
-            f"sparsity must lie strictly between 0 and 1, not {sparsity}",
+            f"sparsity must be strictly between 0 and 1, not {sparsity}",
             code="sparsity-out-of-range",
             hint="0.9 removes 90 % of the weights",
         )
@@ -185,7 +185,7 @@ def within(
     if cost(dict.fromkeys(channels, 1)) > limit:
         raise UsageError(
             f"with one channel in every group the network still costs {cost(dict.fromkeys(channels, 1))}, "
-            f"above the {limit} that the sparsity allows: it would empty a stream",
+            f"above the {limit} that the sparsity allows: a group would be empty",
             code="sparsity-unaffordable",
             hint="lower --sparsity, or use --granularity weight",
         )

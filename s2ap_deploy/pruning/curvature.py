@@ -1,4 +1,4 @@
-"""Sharpness of the robust loss in score space: the surrogate's top eigenvalue, the worst rise in a ball."""
+"""Sharpness of the robust loss in score space: the surrogate's top eigenvalue, the largest rise in a ball."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Operator = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Eigenvalue:
-    """Hold a Rayleigh quotient v·Hv at the best unit vector v that was found.
+    """Rayleigh quotient v·Hv at the best unit vector v that was found.
 
     Up to rounding the largest eigenvalue is never below ``value``, and some eigenvalue lies within
     ``residual`` = ‖Hv - value v‖ of it. ``iterations`` is the dimension of the Krylov space.
@@ -59,7 +59,7 @@ def lanczos(product: Operator, start: Tensor, iterations: int) -> Eigenvalue:
             for vector in basis:
                 moved = moved - (vector @ moved) * vector
         length = float(moved.norm())
-        # What is left below rounding is no direction: the space is invariant, or the whole of it.
+        # A remainder below rounding is not a direction: the space is invariant, or complete.
         exhausted = length <= 10 * torch.finfo(moved.dtype).eps * scale or len(basis) == len(start)
         if exhausted or len(basis) == iterations:
             break
@@ -89,7 +89,7 @@ Gather = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Sharpness:
-    """Hold the rises of the loss within the ball ‖z_l‖₂ <= gamma ‖s_l‖₂, in the unit of the loss.
+    """Increases of the loss within the ball ‖z_l‖₂ <= gamma ‖s_l‖₂, in the unit of the loss.
 
     ``at_rest`` is the loss at s itself, ``gradient`` the rise after one normalized gradient step,
     ``random_max`` the largest rise in a random direction (None without any). ``bound`` is the largest of
@@ -115,7 +115,7 @@ def largest_eigenvalue(
 ) -> Eigenvalue:
     """Compute the largest algebraic eigenvalue of the robust loss's Hessian in the scores.
 
-    The loss is piecewise constant in the scores. What is measured is the Hessian of the straight-through
+    The loss is piecewise constant in the scores, so this measures the Hessian of the straight-through
     surrogate, H_s = D H_theta D with D = diag(w sgn(s)), at theta = w ⊙ M(s): the derivative of the gradient
     that the search follows. S2AP is judged by this eigenvalue (Piras et al., 2025). The signs do not change
     the eigenvalues, so ``directions`` may be w as well as w sgn(s).
@@ -322,7 +322,7 @@ def aligned(like: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str
         )
     for name, tensor in like.items():
         if tensor.shape != found[name].shape:
-            shapes = f"{tuple(found[name].shape)} beside {tuple(tensor.shape)}"
+            shapes = f"{tuple(found[name].shape)} and {tuple(tensor.shape)}"
             raise InputError(
                 f"scores, weights and gradients of {name} have different shapes: {shapes}",
                 code="scores-shape-differs",

@@ -1,4 +1,4 @@
-"""Binary masks: the ``k`` most important weights of a layer, how alike two masks are, and their files."""
+"""Binary masks: selection of the ``k`` most important weights, comparison of masks, and mask files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def top_k(importance: Tensor, k: int | Tensor) -> Tensor:
     if isinstance(k, Tensor):
         threshold = flat.sort(descending=True).values.gather(0, (k - 1).clamp(min=0).view(1))
     elif not 0 <= k <= n:
-        raise ValueError(f"k must lie in 0..{n}, not {k}")
+        raise ValueError(f"k must be in 0..{n}, not {k}")
     elif k == 0 or k == n:
         return torch.full_like(importance, k == n, dtype=torch.bool)
     elif flat.device.type == "cpu":

@@ -75,7 +75,7 @@ def initial_scores(
 
     Args:
         units: signed magnitudes by layer (``Granularity.pool``).
-        seed: of the methods that draw; every layer has a stream of its own.
+        seed: for methods with random scores; every layer has its own stream.
         gradients: dL/dM by layer, for a method whose row says ``gradients``.
 
     Raises PluginError where a plug-in's function fails or returns something else than a score per unit.

@@ -1,4 +1,4 @@
-"""Mask search: scores learn which weights a robust network can do without; weights do not move."""
+"""Mask search: train scores that select the weights of a robust network; the weights are frozen."""
 
 from __future__ import annotations
 
@@ -93,6 +93,7 @@ def search(
         # S2AP moves the scores only after its warm-up.
         acts = perturbation is not None and epoch >= perturbation.warmup_epochs
         ball = ScorePerturbation(scored.scores, perturbation.gamma) if perturbation and acts else None
+        # Train the scores for one epoch.
         before = scored.select()
         steps: list[Update] = []
         for batch, noise in loop.batches(epoch):
@@ -113,6 +114,7 @@ def search(
             flip_rate=mean([step.flip_rate for step in steps if step.flip_rate is not None]),
             **figures,
         )
+        # Record the epoch and save a snapshot, from which --resume continues.
         warn_of_gamma(row, env.recorder)
         history.append(row)
         perturbed_steps += count([step.perturbed for step in steps if step.perturbed is not None])
@@ -124,7 +126,7 @@ def search(
         raise InputError(
             "S2AP perturbed no step: every score gradient was zero",
             code="s2ap-never-acted",
-            hint="look at the loss in the history: the network may be dead at this sparsity",
+            hint="check the loss in the history: the network may have collapsed at this sparsity",
         )
     # Cut learned quotas to the exact budget, and measure BatchNorm under the final mask.
     learned = int(units(scored.select()))
@@ -167,7 +169,7 @@ def update(
     noise: torch.Generator,
     ball: ScorePerturbation | None,
 ) -> Update:
-    """Take one step on a batch; with ``ball``, one of S2AP. Nothing in it waits for the device.
+    """Take one step on a batch; with ``ball``, one of S2AP. The step never synchronizes with the device.
 
     Scores move by the gradient of the whole batch's mean, of which ``batch`` holds this rank's rows.
     """
@@ -227,25 +229,25 @@ def units(selection: Mapping[str, Tensor]) -> Tensor:
 
 
 def warn_of_gamma(row: Epoch, recorder: Recorder) -> None:
-    """Warn when S2AP's perturbation moves no mask, or so much of it that it is noise."""
+    """Warn when S2AP's perturbation changes almost no mask bits, or too many."""
     if row.flip_rate is None:
         return
     if row.flip_rate < INERT:
         recorder.warn(
-            f"gamma is inert: in epoch {row.epoch} it moved {row.flip_rate:.4%} of the kept weights"
+            f"gamma is too small: in epoch {row.epoch} it moved {row.flip_rate:.4%} of the kept weights"
         )
     elif row.flip_rate > NOISY:
         recorder.warn(
-            f"gamma is noise: in epoch {row.epoch} it moved {row.flip_rate:.0%} of the kept weights"
+            f"gamma is too large: in epoch {row.epoch} it moved {row.flip_rate:.0%} of the kept weights"
         )
 
 
 def warn_of_quotas(learned: int, allowed: int, recorder: Recorder) -> None:
-    """Warn when learned quotas were far from the budget, so that the last step took much at once."""
+    """Warn when learned quotas were far from the budget and had to be cut at the end."""
     if learned > 1.2 * allowed:
         recorder.warn(
             f"the learned quotas still kept {learned:,} units where the budget is {allowed:,}: the mask was "
-            "cut to it at the end; more search epochs or a larger compression_weight would let them get there"
+            "cut to it at the end; use more search epochs or a larger compression_weight to reach it"
         )
 
 
@@ -254,8 +256,9 @@ def calibration(
 ) -> Iterator[Tensor]:
     """Yield batches as training saw them: clean images, then adversarial ones.
 
-    The attack runs on a copy, which keeps the statistics that are being measured anew.
+    The attack runs on a copy, which keeps the statistics that are being recomputed.
     """
+    # Attack a copy; clean and adversarial batches alternate.
     target = copy.deepcopy(network)
     batches = rank_batches(train, batch_size, ranks=env.ranks, seed=env.seed, epoch=-1, device=env.device)
     for step, batch in enumerate(batches):

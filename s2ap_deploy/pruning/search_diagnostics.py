@@ -19,7 +19,7 @@ from s2ap_deploy.training.objective import Objective
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """Measures a scored network on fixed training images [B, C, H, W], attacked anew at its present mask.
+    """Measures a scored network on fixed training images [B, C, H, W], attacked again under the current mask.
 
     ``gamma`` is the radius of the ball, also if the search itself does not perturb. ``iterations`` is the
     number of Lanczos steps, ``directions`` that of random directions; ``every`` is a period in epochs.

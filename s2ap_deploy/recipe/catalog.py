@@ -49,7 +49,7 @@ def extended(document: Document, path: Path, shipped: Mapping[str, Path]) -> Doc
     if KEY in base.content:
         above = base.content[KEY]
         raise RecipeError(
-            f"{origin}: {reference} extends {above!r} itself, and only one level is allowed",
+            f"{origin}: {reference} extends {above!r} itself, but only one level is allowed",
             code="extends-nested",
             hint=f"extend {above} and repeat here what {reference} changes",
         )
@@ -94,7 +94,7 @@ def _find(reference: str, path: Path, shipped: Mapping[str, Path], origin: str) 
     if not is_path(reference):
         if reference not in shipped:
             raise RecipeError(
-                f"{origin}: extends {reference!r}, which is no shipped recipe"
+                f"{origin}: extends {reference!r}, which is not a shipped recipe"
                 f"{did_you_mean(reference, tuple(shipped))}",
                 code="recipe-unknown",
                 hint=f"there are {', '.join(shipped)}; a file is written with its suffix: {reference}.yaml",
@@ -206,7 +206,7 @@ def _override(document: Document, override: str) -> None:
         )
     if key[0] == catalog.KEY:
         raise RecipeError(
-            f"{option}: a recipe extends another one in its own file only", code="extends-in-override"
+            f"{option}: a recipe can extend another one only in its own file", code="extends-in-override"
         )
     document.override(key, yaml_document.parse(text, option).content, option)
 
@@ -223,7 +223,7 @@ def json_schema() -> dict[str, Any]:
     """
     schema = Recipe.model_json_schema()
     required = schema.pop("required", [])
-    described = "A shipped recipe's name, or a path beside this file: what is left out here comes from there."
+    described = "Name of a shipped recipe, or a path relative to this file; omitted keys are taken from it."
     schema["properties"] = {KEY: {"type": "string", "description": described}, **schema["properties"]}
     for where, key in _RADII:
         schema["$defs"][where]["properties"][key] |= {"anyOf": [*_RADIUS, *_ABSENT[key]]}

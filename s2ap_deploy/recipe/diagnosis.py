@@ -65,7 +65,7 @@ def _joined(sentences: list[str]) -> str:
 
 
 def _relevant(error: ValidationError) -> list[ErrorDetails]:
-    """Return the findings, without keys that are missing beside an unknown one: most likely a typo."""
+    """Return the findings, without missing keys next to an unknown one, which is most likely a typo."""
     details = error.errors()
     misspelled = {detail["loc"][:-1] for detail in details if detail["type"] == "extra_forbidden"}
     return [

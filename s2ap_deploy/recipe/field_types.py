@@ -23,7 +23,7 @@ def _registered_name(value: str) -> str:
         raise invalid(
             "architecture-not-registered",
             "an architecture in a recipe is a registered name such as cifar-resnet18; "
-            "import paths are taken only on the command line (--arch)",
+            "import paths are accepted only on the command line (--arch)",
         )
     return value
 

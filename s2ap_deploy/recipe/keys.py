@@ -120,7 +120,7 @@ def assign(content: dict[str, Any], key: str, value: Any) -> None:
         section = section[parent]
         if not isinstance(section, dict):
             raise UsageError(
-                f"{key}: {parent} holds a value and no keys", code="key-unknown", hint=f"leave out .{last}"
+                f"{key}: {parent} is a value and has no keys", code="key-unknown", hint=f"leave out .{last}"
             )
     section[last] = value
 

@@ -27,13 +27,13 @@ BudgetName = Literal["uniform", "erk", "global", "learned", "macs"]
 class Method:
     """One base method.
 
-    ``learns``: scores are trained, so S2AP can be applied. ``scores`` they start from: the name of a
-    function in ``pruning.initial_scores``; a plug-in may give a function instead, from one layer's weights
+    ``learns``: scores are trained, so S2AP can be applied. ``scores``: the initial scores, as the name of a
+    function in ``pruning.scores``; a plug-in may give a function instead, from one layer's weights
     (channels: from their norms) and a seeded generator to scores of the same shape, of which the largest by
-    magnitude stay. ``gradients``: that function also takes dL/dM = w · dL/dw of the robust loss on training
-    batches, summed over a channel. ``untrained``: the weights are drawn anew (robust scratch tickets).
-    ``finetunes``: the kept weights are trained afterwards. ``budgets``: how layers may share what is kept;
-    the first is the default. Raises ValueError for a method that cannot run.
+    magnitude are kept. ``gradients``: that function also takes dL/dM = w · dL/dw of the robust loss on
+    training batches, summed over a channel. ``untrained``: the weights are reinitialized at random (robust
+    scratch tickets). ``finetunes``: the kept weights are trained afterwards. ``budgets``: the allowed layer
+    budgets; the first is the default. Raises ValueError for a method that cannot run.
     """
 
     learns: bool

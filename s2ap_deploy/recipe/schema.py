@@ -77,7 +77,7 @@ class DataSection(Record):
         default=None, description="Image size (C, H, W).  [default: the data set's]"
     )
     validation_fraction: OpenFraction = Field(
-        default=0.1, description="Fraction of the training images for validation."
+        default=0.1, description="Fraction of the training images held out for validation."
     )
 
 
@@ -88,14 +88,14 @@ class CertifySection(Record):
     """
 
     version: Literal["standard", "plus", "rand", "quick"] = Field(
-        default="standard", description="AutoAttack version, or a quick attack that can only show failures."
+        default="standard", description="AutoAttack version, or quick, which can only show failures."
     )
     provable: Flag = Field(
-        default=False, description="Prove robustness where possible, and attack only the rest."
+        default=False, description="Prove robustness where possible and attack only the rest."
     )
     curve: Flag = Field(default=False, description="Add accuracy over eps, from a minimum-norm attack.")
-    full: Flag = Field(default=False, description="Attack all images, even when the gate is already decided.")
-    n: Count | None = Field(default=1000, description="Test images to attack; null is all.")
+    full: Flag = Field(default=False, description="Attack all images, even if the gate is already decided.")
+    n: Count | None = Field(default=1000, description="Number of test images to attack; null is all.")
     attack_seed: Whole = Field(default=0, description="Seed of the attacks.")
     sample_seed: Whole | None = Field(
         default=0, description="Seed of the stratified choice of images; null takes the first n."
@@ -121,15 +121,17 @@ class ExportSection(Record):
     int8: Flag = Field(
         default=False, description="Quantize weights and activations; needs its own certificate."
     )
-    calibration: Count = Field(default=256, description="Training images that set the ranges of int8.")
+    calibration: Count = Field(
+        default=256, description="Number of training images for calibrating int8 ranges."
+    )
     compact: Flag = Field(default=True, description="Remove channels that cannot change the output.")
     keep_ratio: KeepRatio | None = Field(
         default=None,
-        description="For a run on channels: keep this fraction, by the run's scores; another network, which "
+        description="For a run on channels: fraction to keep, by the run's scores; a different network that "
         "needs its own certificate.",
     )
     align: Annotated[int, Field(strict=True, ge=1, le=1024)] = Field(
-        default=1, description="For a run on channels: widths become multiples of this."
+        default=1, description="For a run on channels: round widths to multiples of this."
     )
     torch: Flag = Field(
         default=False,
@@ -137,8 +139,7 @@ class ExportSection(Record):
     )
     target: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
-        description="Device profile, NAME or FILE: supplies every key that is not set; none removes it. See "
-        "targets list.",
+        description="Device profile, NAME or FILE, for unset keys; none removes it. See targets list.",
     )
     max_bytes: Count | None = Field(
         default=None, description="Largest file in bytes.  [default: the target's]"
@@ -192,7 +193,7 @@ class ExportSection(Record):
         if not self.compact and (self.reselects or self.align > 1 or self.torch):
             raise invalid(
                 "compact-required",
-                "keep_ratio, align and torch make layers smaller, which compact: false forbids",
+                "keep_ratio, align and torch make layers smaller, which contradicts compact: false",
             )
         return self
 

@@ -35,7 +35,7 @@ class ObjectiveSection(Record):
 
     loss: LossName = Field(default="at", description="Robust training loss.")
     attack_steps: Count | None = Field(
-        default=None, description="PGD steps; not for fast and free, which have one.  [default: 10]"
+        default=None, description="PGD steps; fast and free always use one.  [default: 10]"
     )
     step_size: Eps | None = Field(
         default=None, description="PGD step size.  [default: eps / 4; fast: 1.25 eps; free: eps]"
@@ -43,9 +43,7 @@ class ObjectiveSection(Record):
     beta: NotNegative | None = Field(
         default=None, description="Weight of the divergence in trades and mart.  [default: trades 6, mart 5]"
     )
-    replays: Count = Field(
-        default=4, description="Updates per batch with free: train for as many times fewer epochs."
-    )
+    replays: Count = Field(default=4, description="Updates per batch with free; divide the epochs by it.")
 
     @model_validator(mode="after")
     def _steps_fit_loss(self) -> ObjectiveSection:
@@ -67,7 +65,7 @@ class Distillation(Record):
 
 
 class TrainSection(Record):
-    """Training of the weights: SGD with a cosine learning rate that ends at 0."""
+    """Training of the weights: SGD with a cosine learning rate that decays to 0."""
 
     epochs: Count = Field(default=100, description="Training epochs.")
     learning_rate: Positive = Field(default=0.1, description="Initial learning rate.")
@@ -112,10 +110,12 @@ class FinetuneSection(TrainSection):
 class DiagnosticsSection(Record):
     """Sharpness of the loss in score space, measured during the search."""
 
-    every: Whole = Field(default=1, description="Epochs between measurements; 0 is never.")
-    images: Count = Field(default=128, description="Training images for a measurement.")
+    every: Whole = Field(default=1, description="Epochs between measurements; 0 disables them.")
+    images: Count = Field(default=128, description="Number of training images per measurement.")
     iterations: Count = Field(default=8, description="Lanczos iterations for the largest eigenvalue.")
-    directions: Count = Field(default=4, description="Random directions for the largest rise of the loss.")
+    directions: Count = Field(
+        default=4, description="Number of random directions for the largest increase of the loss."
+    )
 
 
 class PruneSection(Record):
@@ -146,7 +146,7 @@ class PruneSection(Record):
     dense_ends: Flag = Field(default=False, description="Keep the first and the last layer dense.")
     allow_unpruned: Flag = Field(
         default=False,
-        description="Ask sparsity of the weights that can be pruned alone, where a network has others.",
+        description="Apply the sparsity only to weights that can be pruned, if the network has others.",
     )
     s2ap: bool | None = Field(
         default=None,
@@ -208,10 +208,10 @@ class PruneSection(Record):
         if not METHODS[self.method].learns:
             raise invalid(
                 "s2ap-needs-learned-scores",
-                f"{self.method} learns no scores for S2AP to perturb: s2ap: false, or another method",
+                f"{self.method} learns no scores for S2AP to perturb: set s2ap: false or use another method",
             )
         if self.gamma == 0:
-            raise invalid("gamma-zero", "gamma 0 leaves S2AP nothing to do; s2ap: false searches without it")
+            raise invalid("gamma-zero", "gamma 0 disables S2AP; set s2ap: false instead")
         if self.warmup >= self.search.epochs:
             raise invalid(
                 "warmup-too-long",
@@ -232,9 +232,7 @@ class PruneSection(Record):
                     f"granularity {n}:{m} is sparsity {1 - n / m:g}, not {self.sparsity:g}",
                 )
             if self.steps:
-                raise invalid(
-                    "steps-unused", f"granularity {n}:{m} has one sparsity: steps cannot lead to it"
-                )
+                raise invalid("steps-unused", f"granularity {n}:{m} has a fixed sparsity: steps do not apply")
             if METHODS[self.method].learns_quotas or self.budget not in (None, "uniform"):
                 raise invalid(
                     "budget-unused",
@@ -252,7 +250,10 @@ class PruneSection(Record):
                 "budget-unfit", f"budget {self.budget} does not fit {self.method}: {', '.join(allowed)}"
             )
         if self.granularity == "channel" and self.dense_ends:
-            raise invalid("dense-ends-unused", "dense_ends is for weights: the classes are never removed")
+            raise invalid(
+                "dense-ends-unused",
+                "dense_ends is for weights: channels of the output layer are never removed",
+            )
         if self.keep_ratio is not None and self.layer_budget != "uniform":
             raise invalid(
                 "budget-unfit",
@@ -270,13 +271,11 @@ class PruneSection(Record):
     @model_validator(mode="after")
     def _steps_rise(self) -> PruneSection:
         if self.steps and not METHODS[self.method].finetunes:
-            raise invalid(
-                "steps-need-finetuning", f"{self.method} does not fine-tune, so it cannot go in steps"
-            )
+            raise invalid("steps-need-finetuning", f"{self.method} does not fine-tune, so steps do not apply")
         path = [*self.steps, *([self.sparsity] if self.sparsity is not None else [])]
         if any(later <= earlier for earlier, later in itertools.pairwise(path)):
             raise invalid(
                 "steps-not-rising",
-                f"steps must rise towards sparsity {self.sparsity}, not {list(self.steps)}",
+                f"steps must increase up to sparsity {self.sparsity}, not {list(self.steps)}",
             )
         return self

@@ -1,6 +1,6 @@
 """Export targets: the settings, requirements and budgets of one device or runtime, as data.
 
-A target sets what the command line leaves out (an option overrides the target, the target overrides the
+A target sets values that the command line omits (an option overrides the target, the target overrides the
 recipe), states requirements, and may have budgets. Reading one never runs code.
 """
 
@@ -25,7 +25,7 @@ from s2ap_deploy.recipe.methods import n_of_m
 from s2ap_deploy.spec import Record
 
 NONE = "none"
-"""Removes the target that a run folder remembers."""
+"""Name that removes the target stored in a run folder."""
 
 BudgetName = Literal["bytes", "macs", "latency_ms"]
 OPTIONS: Mapping[BudgetName, str] = {

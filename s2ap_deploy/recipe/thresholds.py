@@ -19,14 +19,14 @@ AGE: Final = r"^[0-9]{1,6}[hdw]$"
 
 @dataclass(frozen=True)
 class Evidence:
-    """How a threshold is judged: metadata of each field of :class:`Thresholds`.
+    """The evidence for a threshold: metadata of each field of :class:`Thresholds`.
 
     Args:
         source: where the value comes from: the certificate's ``samples``, the exported ``file``, its
             measured ``latency``, or the ``date`` of the certificate.
         extreme: a bound that no number of samples can show (1 for a floor, 0 for a ceiling of a drop).
         attacked: whether attacks change the value, so that they may stop once the verdict is decided.
-        dense: whether the dense network is needed beside the pruned one.
+        dense: whether the dense network is needed in addition to the pruned one.
     """
 
     source: Literal["samples", "file", "latency", "date"]
@@ -59,7 +59,9 @@ class Thresholds(Record):
         _DROP,
     ] = None
     max_class_drop: Annotated[
-        Fraction01 | None, Field(description="The same for the worst class."), _DROP
+        Fraction01 | None,
+        Field(description="Largest loss of robust accuracy of any class, as a fraction."),
+        _DROP,
     ] = None
     min_sparsity: Annotated[
         Fraction01 | None,
@@ -76,7 +78,7 @@ class Thresholds(Record):
     ] = None
     max_latency_ratio: Annotated[
         Positive | None,
-        Field(description="The same relative to the dense file."),
+        Field(description="Largest inference time relative to the dense file."),
         Evidence("latency"),
     ] = None
     max_age: Annotated[
@@ -141,7 +143,7 @@ class Thresholds(Record):
                     f"--{name.replace('_', '-')} {value:g} cannot be shown by any number of samples "
                     "(rule 'lower')",
                     code="threshold-unprovable",
-                    hint="choose the rule 'point', or leave some margin",
+                    hint="use the rule 'point', or a threshold with some margin",
                 )
 
     def __str__(self) -> str:

@@ -129,7 +129,7 @@ class _Reader:
     def _value(self, event: Event, path: Key) -> Any:
         self._refuse_unsafe(event)
         if len(path) > DEPTH_LIMIT:
-            raise self._error(event, f"nested deeper than {DEPTH_LIMIT} levels", "yaml-too-deep")
+            raise self._error(event, f"nested more than {DEPTH_LIMIT} levels deep", "yaml-too-deep")
         if isinstance(event, ScalarEvent):
             return scalar(event.value) if event.implicit[0] else event.value
         return self._sequence(path) if isinstance(event, SequenceStartEvent) else self._mapping(path)

@@ -198,7 +198,7 @@ def _panel(rows: Sequence[Row], panel: Panel) -> Figure | None:
 
 
 def draw_curves(run: Run) -> Path:
-    """Draw what ``certify --curve`` left, beside AutoAttack's figures, into ``certify/curve.svg``."""
+    """Draw the curves of ``certify --curve`` with AutoAttack's figures into ``certify/curve.svg``."""
     folder = run.folder("certify")
     roles = [role for role in TONES if (folder / f"{role}-curve.json").exists()]
     curves = {role: SecurityCurve.load(run.output("certify", f"{role}-curve.json")) for role in roles}
@@ -212,7 +212,7 @@ def draw_curves(run: Run) -> Path:
 
 
 def draw_search(run: Run) -> Path:
-    """Draw what a finished search recorded, and the density of every layer, into ``search/search.svg``.
+    """Draw the history of a finished search, and the density of every layer, into ``search/search.svg``.
 
     Raises RunFolderError for a folder without a finished search, InputError when there is nothing to draw.
     """
@@ -236,7 +236,7 @@ def search_document(history: Sequence[Mapping[str, Any]], density: Mapping[str, 
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Cut what all names begin and end with (``network.``, ``.weight``), and what is too long."""
+    """Remove common prefixes and suffixes (``network.``, ``.weight``), and shorten long names."""
     parts = [name.split(".") for name in names]
     while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
         parts = [p[1:] for p in parts]

@@ -191,7 +191,7 @@ def _descriptor(rule: str, title: str) -> dict[str, Any]:
         "id": rule,
         "shortDescription": {"text": title},
         "fullDescription": {"text": title},
-        "help": {"text": "See docs/gates.md: what each check asks, and what its answers mean."},
+        "help": {"text": "See docs/gates.md for the checks and their results."},
         "defaultConfiguration": {"level": "error"},
     }
 
@@ -234,8 +234,8 @@ def _prefix(folder: Path) -> PurePosixPath:
 def summarize(run: Run, verdict: Verdict | None) -> dict[str, Any]:
     """Collect the results of a run as JSON values; stages that were not run are absent.
 
-    ``bytes`` of the dense network is the size of its plain ONNX twin, of the pruned one that of the
-    exported file, of several the first; ``further_files`` are the others.
+    ``bytes`` of the dense network is the size of its plain ONNX file, of the pruned one that of the
+    (first) exported file; ``further_files`` are the others.
 
     Raises RunFolderError when a finished stage's file has changed.
     """

@@ -87,7 +87,7 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run folder holds. ``missing`` says, by section, what is not there and what to type for it.
+    """The contents of a run folder. ``missing`` has messages by section, with the command to type.
 
     ``certificates`` are those of the roles dense and pruned, and of exported files themselves by the stage
     of the certificate, ``hashes`` the SHA-256 of their files; ``exports`` are the reports of the exported
@@ -122,7 +122,7 @@ class Facts:
         return record.results if record is not None and isinstance(record.results, dict) else {}
 
     def path_of(self, stage: StageName) -> str:
-        """The path of an exported file in the run, by the stage of its export or of its certificate."""
+        """Return the path of an exported file, by the stage of its export or of its certificate."""
         report = self.exports.get(manifest.beside("export", stage))
         return f"{manifest.beside('export', stage)}/{report.file}" if report is not None else stage
 
@@ -208,7 +208,7 @@ def _verdict(path: Path) -> Verdict:
         return Verdict.model_validate_json(files.read_bytes(path))
     except ValidationError:
         raise RunFolderError(
-            f"{path} is no verdict", code="file-damaged", hint="judge again: s2ap-deploy gate"
+            f"{path} is not a verdict", code="file-damaged", hint="judge again: s2ap-deploy gate"
         ) from None
 
 
@@ -219,7 +219,7 @@ def _rows(path: Path) -> tuple[Row, ...]:
     except ValueError:
         content = None
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise RunFolderError(f"{path} is no history", code="file-damaged")
+        raise RunFolderError(f"{path} is not a history", code="file-damaged")
     return tuple({str(key): number(value) for key, value in row.items()} for row in content)
 
 
@@ -268,17 +268,20 @@ def _shown(reader: Reader, networks: Mapping[str, Certificate], images: int) -> 
 def _missing(facts: Facts) -> dict[str, str]:
     """Return, by section, a message on missing content with the reason and the command to create it."""
     run = f"--run {shlex.quote(facts.name)}"
-    certify = f"Nothing has attacked this run's networks yet: s2ap-deploy certify {run}"
+    certify = f"The networks of this run have not been attacked yet: s2ap-deploy certify {run}"
     export = f"Nothing is exported yet: s2ap-deploy export --onnx {run}"
     bench = f"s2ap-deploy export --bench {run}"
-    prune = f"No finished mask search is in this folder: s2ap-deploy prune MODEL {run}"
+    prune = f"This folder has no finished mask search: s2ap-deploy prune MODEL {run}"
     record = facts.manifest.stages.get("search")
     searched = record is not None and record.status == "finished"
     measured = any(
         each.latency_ratio is not None or each.performance is not None for each in facts.exports.values()
     )
     there: dict[str, tuple[object, str]] = {
-        "verdict": (facts.verdict, f"No gate has judged this run: s2ap-deploy gate --min-robust 0.40 {run}"),
+        "verdict": (
+            facts.verdict,
+            f"The gate has not judged this run: s2ap-deploy gate --min-robust 0.40 {run}",
+        ),
         "comparison": (facts.networks, certify),
         "curve": (
             facts.networks and facts.curves,
@@ -288,7 +291,9 @@ def _missing(facts: Facts) -> dict[str, str]:
         "density": (facts.layers, "The search recorded no layers." if searched else prune),
         "search": (
             facts.histories.get("search"),
-            "The search recorded no epochs: some methods choose their mask at once." if searched else prune,
+            "The search recorded no epochs: some methods select their mask in one shot."
+            if searched
+            else prune,
         ),
         "training": (facts.histories, "No stage of this run recorded a training curve."),
         "sizes": (facts.exports, export),
@@ -298,7 +303,7 @@ def _missing(facts: Facts) -> dict[str, str]:
         ),
         "images": (
             facts.shown,
-            "No image was asked for, or no intact file of adversarial points is there."
+            "No images were requested, or there is no intact file of adversarial points."
             if facts.networks
             else certify,
         ),

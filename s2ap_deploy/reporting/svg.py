@@ -200,7 +200,7 @@ def chart(
     if guide is not None:
         xs.append(guide[0])
     floor, highest = min([0.0, *ys]), max(ys)
-    # What never leaves 0 is seen against a scale all the same.
+    # Values that are all 0 still get a scale.
     top = ceiling or (1.06 * highest if highest > 0 else 0.0 if floor < 0 else 1.0)
     whole = all(float(x).is_integer() for x in xs)
     across = scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, whole=whole)
@@ -241,7 +241,7 @@ def strip(title: str, marks: Sequence[Mark]) -> Drawing:
 
 
 def bars(title: str, shares: Sequence[tuple[str, float]]) -> Drawing:
-    """Draw a bar from 0 to 100 % for each name, the name above it and the figure beside it."""
+    """Draw a bar from 0 to 100 % for each name, the name above it and the figure next to it."""
     across = scale(0.0, 1.0, 4.0, WIDTH - 64.0)
     parts = []
     for index, (name, share) in enumerate(shares):
@@ -258,7 +258,7 @@ def bars(title: str, shares: Sequence[tuple[str, float]]) -> Drawing:
 
 
 def legend(rows: Sequence[tuple[Markup, str]], width: float = WIDTH) -> Drawing:
-    """Draw keys with their labels, as many beside each other as fit."""
+    """Draw keys with their labels, as many per line as fit."""
     parts, x, y = [], 4.0, 0.0
     for key, label in rows:
         length = 28 + LETTER * len(label) + 12
@@ -278,7 +278,7 @@ def line_key(tone: int) -> Markup:
 
 
 def document(figures: Sequence[Figure], *, heading: str = "", columns: int = 2) -> str:
-    """Return a file of its own: figures under their titles in columns, with the style of the page."""
+    """Return a stand-alone file: figures under their titles in columns, with the style of the page."""
     columns = min(columns, len(figures))
     gap, parts, y = 24.0, [], 16.0
     if heading:

@@ -199,7 +199,7 @@ def draw_pareto(report: SweepReport, folder: Path) -> Path | None:
     dense = sum(group.robust_dense.mean for group in report.groups) / len(report.groups)
     figures = [svg.Figure("", panel(size, styles, dense, "size of the exported ONNX file", by_bytes=True))]
     if time:
-        label = "time over the dense file's (1: no faster)"
+        label = "time relative to the dense file (1: no faster)"
         figures.append(svg.Figure("", panel(time, styles, dense, label, by_bytes=False)))
     keys = [(svg.marker(12, 0, tone(style), style), label) for label, style in styles.items()]
     keys += [(_line("front"), "not beaten"), (_line("guide"), "dense network")]
@@ -275,7 +275,7 @@ def scales(points: Sequence[Point], dense: float, *, logarithmic: bool) -> Canva
 def place_notes(
     canvas: Canvas, points: Sequence[Point], styles: Mapping[str, int]
 ) -> list[tuple[str, float, float, str, int]]:
-    """Place notes beside their points, once where neighbors share one, where they cover least.
+    """Place notes next to their points where they overlap least; neighbors may share one.
 
     Returns text, x, y, anchor and tone (0: of several styles) of each.
     """
@@ -315,7 +315,7 @@ def text_box(text: str, x: float, y: float, anchor: str) -> Box:
 
 
 def _point(group: Group, cost: float) -> Point:
-    """Turn a group into a point; what its label does not say is written beside it."""
+    """Turn a group into a point, with a note for facts that its label does not contain."""
     structure = "" if group.setting.granularity == "weight" else f", {group.setting.structure}"
     return Point(
         label=sweep_report.method(group.setting) + structure,

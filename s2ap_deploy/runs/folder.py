@@ -11,9 +11,8 @@
         snapshot.safetensors   only while the stage is unfinished
 
 The manifest decides: a file that it does not list does not count. A stage starts in three steps
-(forget it and what was built on it, remove their folders, record the start), and ends in two (record
-the end, remove the snapshot); a kill between any two of them leaves a folder that the next run reads
-correctly.
+(remove its record and those of later stages, remove their folders, record the start), and ends in two
+(record the end, remove the snapshot); a kill between any two steps leaves a consistent folder.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ class FolderLock:
             _held[self._folder] = os.getpid()
 
     def release(self) -> None:
-        """Release the lock; a second call does nothing. The file stays: removing it would race."""
+        """Release the lock; a second call does nothing. The file is kept, as removing it would be a race."""
         with _guard:
             # A forked child holds a copy of this object, but the lock is its parent's.
             if self._descriptor is not None and _held.get(self._folder) == os.getpid():
@@ -126,7 +125,7 @@ def _open(path: Path) -> int:
     except OSError as error:
         if path.is_symlink():
             raise RunFolderError(
-                f"{path} is a link; a run folder's lock is a plain file", code="path-is-link"
+                f"{path} is a link, but the lock of a run folder must be a plain file", code="path-is-link"
             ) from error
         raise StorageError(f"cannot create {path}: {error.strerror}", code="file-not-created") from error
 
@@ -136,7 +135,7 @@ MODEL = "model.safetensors"
 MASKS = "masks.safetensors"
 CERTIFICATE = "certificate.json"  # of an exported file
 COPY = "model.onnx"  # of an exported file from outside the folder
-_OVERWRITE = "add --overwrite to start again, or choose another folder with --run"
+_OVERWRITE = "add --overwrite to start over, or choose another folder with --run"
 _BESIDE = "add --overwrite to replace it, or --name NAME to keep both"
 _COMMANDS = {
     "pretrain": "pretrain or prune",
@@ -147,7 +146,7 @@ _COMMANDS = {
     "artifact": "certify --artifact",
     "gate": "gate",
 }
-_RESUME = "add --resume to continue, or --overwrite to start again"
+_RESUME = "add --resume to continue, or --overwrite to start over"
 
 
 class Run:
@@ -321,7 +320,7 @@ class Run:
     def folder(self, name: StageName) -> Path:
         """Return the folder of a stage, which may not exist. Raises RunFolderError if it is a link."""
         if not manifest.is_stage(name):
-            raise ValueError(f"{name!r} is no stage; stages are {', '.join(STAGES)}")
+            raise ValueError(f"{name!r} is not a stage; stages are {', '.join(STAGES)}")
         folder = self.path / name
         if folder.is_symlink():
             raise RunFolderError(
@@ -337,7 +336,7 @@ class Run:
         record = self.manifest.stages.get(name)
         if record is None or record.status != "finished":
             first = f"run s2ap-deploy {_COMMANDS[kind_of(name)]} first"
-            hint = first if record is None else "repeat the command that began it, with --resume"
+            hint = first if record is None else "repeat its command with --resume"
             raise RunFolderError(f"{self.path} holds no finished {name}", code="stage-missing", hint=hint)
         path = f"{name}/{file_name}"
         for output in record.outputs:
@@ -345,7 +344,7 @@ class Run:
                 damage = self._damage_of(output)
                 if damage is not None:
                     command = _COMMANDS[kind_of(name)]
-                    hint = f"repeat s2ap-deploy {command} with --resume, which makes it again"
+                    hint = f"repeat s2ap-deploy {command} with --resume, which creates it again"
                     raise RunFolderError(
                         f"{name} in {self.path} finished, but {damage}", code="output-damaged", hint=hint
                     )
@@ -353,7 +352,7 @@ class Run:
         raise RunFolderError(f"{name} in {self.path} wrote no {file_name}", code="output-missing")
 
     def save_recipe(self, resolved: Recipe) -> None:
-        """Keep the resolved recipe beside the manifest."""
+        """Store the resolved recipe next to the manifest."""
         from s2ap_deploy.recipe import catalog  # late: the gate starts without recipes and YAML
 
         files.write_text(self.path / RECIPE_FILE, catalog.dump(resolved))
@@ -400,7 +399,7 @@ class Run:
         if len(changed) > 5:
             changed[5:] = [f"and {len(changed) - 5} more"]
         raise RunFolderError(
-            f"{self.path} already holds a {name} from other inputs ({'; '.join(changed)})",
+            f"{self.path} already has a {name} stage with different inputs ({'; '.join(changed)})",
             code="stage-inputs-changed",
             hint=_BESIDE if kind_of(name) == "export" else _OVERWRITE,
         )
@@ -465,11 +464,11 @@ def check_is_run_folder(path: Path, *, create: bool) -> None:
     entries = {name for name in entries if name != folder.FILE_NAME and not name.startswith(files.TEMPORARY)}
     if entries:
         raise RunFolderError(
-            f"{path} holds other files and is no run folder", code="run-folder-foreign", hint=other
+            f"{path} has other files and is not a run folder", code="run-folder-foreign", hint=other
         )
     if not create:
         raise RunFolderError(
             f"there is no run in {path}",
             code="run-missing",
-            hint="start one with s2ap-deploy prune or s2ap-deploy run, or name its folder with --run",
+            hint="start one with s2ap-deploy prune or s2ap-deploy run, or choose a folder with --run",
         )

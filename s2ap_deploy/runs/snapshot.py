@@ -116,7 +116,7 @@ class Stage:
         tensors, header = loaded
         if header.get("inputs_sha256") != self._record.inputs_sha256:
             raise RunFolderError(
-                f"the snapshot in {self.folder} belongs to other inputs",
+                f"the snapshot in {self.folder} belongs to different inputs",
                 code="snapshot-foreign",
                 hint="add --overwrite to start again",
             )

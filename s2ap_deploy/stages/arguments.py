@@ -17,7 +17,7 @@ class ExecutionArguments(TypedDict, total=False):
 
     ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. ``threads`` are torch's, ``workers`` the attack
     processes. ``data_root``: folder of data sets; ``download`` fetches one that is missing. ``resume``
-    continues interrupted work, ``overwrite`` starts again. ``precision`` (``auto``, ``float32``, ``bf16``)
+    continues interrupted work, ``overwrite`` starts over. ``precision`` (``auto``, ``float32``, ``bf16``)
     and ``compiled`` apply to training steps, ``accumulate`` is the pieces of a batch; certifying attacks
     compute in float32. ``trust_pickle`` lets a checkpoint's pickle run code. ``recorder`` receives progress;
     ``verbose`` adds the settings, times and hashes, ``track`` also writes metrics for these trackers.
@@ -50,14 +50,14 @@ class SessionArguments(ExecutionArguments, total=False):
 class Settings(SessionArguments, total=False):
     """``settings`` are recipe keys by dotted name, such as ``{"prune.search.epochs": 5}``.
 
-    They have priority over all other arguments; None is the recipe's null.
+    They take precedence over all other arguments; None is the recipe's null.
     """
 
     settings: Mapping[str, Any] | None
 
 
 class NetworkArguments(Settings, total=False):
-    """What a network was trained on and must withstand.
+    """The data that a network was trained on, and its threat model.
 
     ``eps`` is exact text (``8/255``) for images in [0, 1]. ``mean`` and ``std`` (a number per channel)
     normalize the input of a foreign checkpoint; ``keep`` and ``alpha`` rebuild the masks of a file that holds
@@ -145,8 +145,8 @@ class CertifyArguments(NetworkArguments, total=False):
 class ExportArguments(Settings, total=False):
     """Keyword arguments of ``export``; see the recipe keys of the same names.
 
-    ``onnx`` asks for the float32 file where the run remembers another form.
-    ``bench`` measures the file beside its dense twin: milliseconds, ratios with quartiles, peak memory.
+    ``onnx`` selects the float32 file even if the run folder remembers another form.
+    ``bench`` measures the file against the dense one: milliseconds, ratios with quartiles, peak memory.
     """
 
     onnx: bool
@@ -211,13 +211,15 @@ def check(given: Mapping[str, Any], kind: Any) -> None:
     """Raise TypeError for a keyword that is not in the TypedDict ``kind``, UsageError for a bad count."""
     if "devices" in given:
         raise UsageError(
-            "ranks are processes of a command, and a function has one process",
+            "ranks are processes of a command; a function runs in one process",
             code="devices-in-function",
-            hint="type s2ap-deploy prune ... --devices N, which leaves the same run folder",
+            hint="run s2ap-deploy prune ... --devices N, which uses the same run folder",
         )
     if unknown := given.keys() - kind.__annotations__.keys():
         raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
     for name in ("threads", "workers", "accumulate"):
         count = given.get(name)
         if count is not None and (not isinstance(count, int) or count < 1):
-            raise UsageError(f"{name} must be a whole number from 1 on, not {count!r}", code="count-invalid")
+            raise UsageError(
+                f"{name} must be a whole number of at least 1, not {count!r}", code="count-invalid"
+            )

@@ -50,7 +50,7 @@ _CRITERIA = {"hydra": "LIS", "harp": "LIS", "magnitude": "LWM"}
 
 @dataclass(frozen=True)
 class BenchmarkModel:
-    """What the key of a model is made of.
+    """The parts of a model's key.
 
     ``method`` is the part up to the first word of the paper's title, such as ``HARP_Zhao2023Holistic``;
     ``sparsity`` is the share of zeros.
@@ -67,7 +67,7 @@ class BenchmarkModel:
         """``METHOD_FirstauthorYEARFirstword_R18_CIFAR10_US_90``. Raises UsageError for an unknown model."""
         if not _METHOD.fullmatch(self.method):
             raise UsageError(
-                f"{self.method!r} names no method of the benchmark",
+                f"{self.method!r} is not a method of the benchmark",
                 code="benchmark-method-invalid",
                 hint="write it like HARP_Zhao2023Holistic",
             )
@@ -97,7 +97,7 @@ class BenchmarkModel:
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """How the model was made, in the words of the benchmark; ``paper`` is a link."""
+    """The method behind the model, in the benchmark's terms; ``paper`` is a link."""
 
     paper: str
     pretraining: str
@@ -182,7 +182,7 @@ def _percent(share: float) -> str:
 
 @dataclass(frozen=True)
 class Submission:
-    """What only the submitter knows; ``method`` is written as ``HARP_Zhao2023Holistic``, ``paper`` a link."""
+    """Facts from the submitter; ``method`` is written as ``HARP_Zhao2023Holistic``, ``paper`` a link."""
 
     method: str
     paper: str
@@ -215,7 +215,7 @@ def write_entry(job: RunContext, submission: Submission, path: Path) -> dict[str
     certificate = Certificate.load(job.run.output("certify", "pruned.json"))
     if not isinstance(certificate.robust, Share):
         raise UsageError(
-            "the certificate holds an interval, and the benchmark a figure",
+            "the certificate has an interval, but the benchmark needs a figure",
             code="benchmark-interval",
             hint="s2ap-deploy certify --full --overwrite --curve",
         )

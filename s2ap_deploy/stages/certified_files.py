@@ -193,7 +193,7 @@ class CertifiedRun(NamedTuple):
         try:
             recipe = catalog.load(str(self.folder / name))
         except DeployError as error:  # such as a target of a plug-in that is not installed here
-            return [check("recipe", "inconclusive", f"recipe: cannot be read here: {error.message}")]
+            return [check("recipe", "inconclusive", f"recipe: cannot be read: {error.message}")]
         wanted: dict[str, tuple[Any, Any]] = {
             "data.name": (_kind(recipe.data.name), _kind(certificate.data)),
             "threat": (recipe.threat, certificate.threat),
@@ -241,13 +241,13 @@ class CertifiedRun(NamedTuple):
         """Check that the certificate is canonical JSON and the file that the run recorded."""
         name = "certificate"
         if self.digest != self.certificate.sha256:
-            return check(name, "fail", f"{name}: its bytes are not the canonical text of its content")
+            return check(name, "fail", f"{name}: its bytes are not the canonical form of its content")
         recorded = self.recorded.get(
             f"{self._stage}/{CERTIFICATE}" if self.role == FILE else f"certify/{self.role}.json"
         )
         if recorded is None:
             of = "an exported file" if self.role == FILE else f"its {self.role} network"
-            return check(name, "inconclusive", f"{name}: the run has recorded none of {of}")
+            return check(name, "inconclusive", f"{name}: the run has recorded none for {of}")
         if recorded != self.digest:
             return check(name, "fail", f"{name}: not the one that the run recorded (SHA-256 {self.digest})")
         return check(name, "pass", f"{name}: consistent, and as recorded (SHA-256 {self.digest})")
@@ -321,7 +321,7 @@ def run_folder(path: Path, folder: Path | None = None) -> Path:
         raise UsageError(
             f"there is no run folder around {path}" if folder is None else f"there is no run in {folder}",
             code="run-folder-missing",
-            hint="name the run folder of the certificate with --run",
+            hint="set the run folder of the certificate with --run",
         )
     return place
 
@@ -491,8 +491,8 @@ def _settings(section: dict[str, Any], certificate: Certificate) -> dict[str, tu
 def _compared(rule: str, asked_by: str, wanted: dict[str, tuple[Any, Any]]) -> list[Check]:
     wrong = [key for key, (asked, done) in wanted.items() if asked != done]
     if wrong:
-        return [check(rule, "fail", f"{rule}: {asked_by} asks for something else: {', '.join(wrong)}")]
-    return [check(rule, "pass", f"{rule}: {asked_by} asks for the certified data, threat model and seeds")]
+        return [check(rule, "fail", f"{rule}: {asked_by} differs in {', '.join(wrong)}")]
+    return [check(rule, "pass", f"{rule}: {asked_by} matches the certified data, threat model and seeds")]
 
 
 def _same(one: Any, other: float | None) -> bool:

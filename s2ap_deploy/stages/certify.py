@@ -66,7 +66,7 @@ class Certification:
     deadline: float | None
 
     def attack(self, candidate: Candidate) -> Certificate:
-        """Attack one network to the end and write its certificate beside its adversarial points."""
+        """Attack one network to the end and write its certificate and its adversarial points."""
         job, count = self.job, len(self.samples.ids)
         job.recorder.note(f"attacking the {candidate.role} network on {count} test images")
         attempt = self.begin(candidate)
@@ -82,8 +82,7 @@ class Certification:
         """Attack all candidates together until ``policy`` is decided, and write their certificates."""
         job, deadline = self.job, self.deadline
         job.recorder.note(
-            f"attacking {len(self.samples.ids)} test images until {policy} is decided "
-            "(--full attacks to the end)"
+            f"attacking {len(self.samples.ids)} test images until {policy} is decided (--full attacks all)"
         )
         attempts = [self.begin(candidate) for candidate in candidates]
         pruned, dense = attempts[-1], attempts[0] if len(attempts) > 1 else None
@@ -138,7 +137,7 @@ class Certification:
         return Attempt(candidate, proven, begun, started)
 
     def conclude(self, attempt: Attempt, stopping: early_certify.EarlyStopping | None) -> Certificate:
-        """Write the certificate of an attack beside its points.
+        """Write the certificate of an attack next to its points.
 
         Raises OutOfTimeError for an attack that was neither finished nor decided.
         """

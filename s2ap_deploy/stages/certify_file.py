@@ -1,4 +1,4 @@
-"""Certify an exported file: its own answers count, and attacks follow its differentiable twin."""
+"""Certify an exported file by its own predictions, with attacks on its differentiable twin."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ class _TransferResult(NamedTuple):
 
 @on_first_rank
 def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None = None) -> Certificate:
-    """Write the file's own certificate into its ``artifact`` stage, beside its adversarial points.
+    """Write the file's own certificate and adversarial points into its ``artifact`` stage.
 
     White-box attacks run on the twin, Square on the file; the points that a certificate of the same run
-    holds for the same samples are tried as well. Every answer is the file's, in ONNX Runtime. A file from
-    outside the run folder is copied into the stage, so that the gate finds what was judged.
+    holds for the same samples are tried as well. Every prediction is the file's, in ONNX Runtime. A file from
+    outside the run folder is copied into the stage, where the gate finds it.
 
     Args:
         job: the run, its recipe and the device.
@@ -277,8 +277,8 @@ def _agreement(
 ) -> TwinAgreement:
     """Compare twin and file on every clean image and on an adversarial point for each of them.
 
-    Where the attacks found no point that breaks the file, PGD on the twin makes one: a comparison on breaks
-    alone would leave out exactly the points on which the twin is fooled and the file is not.
+    If the attacks found no point that breaks the file, PGD on the twin makes one: a comparison on breaks
+    alone would omit exactly the points that fool the twin but not the file.
     """
     unbroken = torch.tensor([by is None for by in outcome.broken_by])
     adversarial = outcome.adversarial.clone()

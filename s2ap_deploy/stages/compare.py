@@ -41,7 +41,7 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
     """
     if len(folders) < 2:
         raise UsageError(
-            "comparing takes at least two run folders",
+            "a comparison needs at least two run folders",
             code="runs-too-few",
             hint="s2ap-deploy compare RUN RUN",
         )
@@ -64,7 +64,7 @@ def searched(folder: Path) -> Searched:
     """Return the finished search of a run folder. Raises RunFolderError, which names the folder."""
     if not (folder / manifest.FILE_NAME).is_file():
         raise RunFolderError(
-            f"there is no run in {folder}", code="run-missing", hint="name run folders, such as s2ap-run"
+            f"there is no run in {folder}", code="run-missing", hint="give run folders, such as s2ap-run"
         )
     stages = Manifest.load(folder).stages
     record = stages.get("search")
@@ -76,7 +76,7 @@ def searched(folder: Path) -> Searched:
         raise RunFolderError(
             f"the search in {folder} is not finished",
             code="stage-unfinished",
-            hint="repeat the command that began it, with --resume",
+            hint="repeat its command with --resume",
         )
     # The file gives its tensors in any order; sorted, equal folders get equal answers.
     masks = {name: mask.bool() for name, mask in sorted(load_tensors(intact(folder, record)).items())}
@@ -85,7 +85,7 @@ def searched(folder: Path) -> Searched:
 
 def intact(folder: Path, record: StageRecord) -> Path:
     """Return the file of the masks after checking its hash. Raises RunFolderError."""
-    hint = "repeat s2ap-deploy prune with --resume, which makes it again"
+    hint = "repeat s2ap-deploy prune with --resume, which creates it again"
     name = f"search/{MASKS}"
     recorded = next((output for output in record.outputs if output.path == name), None)
     if recorded is None:

@@ -55,7 +55,7 @@ def asked_policy(recipe: Recipe, asked: Mapping[str, Any]) -> Thresholds | None:
             policy = _decidable(Thresholds.of({**recipe.gate.model_dump(), **given}))
         if policy is None:
             raise UsageError(
-                "--gate alone has nothing to judge",
+                "--gate needs a threshold",
                 code="threshold-missing",
                 hint="add --min-robust or --max-drop",
             )
@@ -89,9 +89,9 @@ def enter(job: RunContext, inputs: Mapping[str, Any], policy: Thresholds | None)
         return job.stage("certify", inputs)
     if not job.resume:
         raise RunFolderError(
-            f"certify in {job.run.path} was for another policy: {_differing(record.inputs, wanted)}",
+            f"certify in {job.run.path} was for different thresholds: {_differing(record.inputs, wanted)}",
             code="stage-policy-changed",
-            hint="add --resume to continue from what it attacked, or --overwrite to start again",
+            hint="add --resume to continue from its results, or --overwrite to start over",
         )
     job.run.reopen("certify", inputs=wanted)
     return job.stage("certify", wanted)
@@ -156,7 +156,7 @@ def _open(cascade: Cascade) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """The held-out images for every network of a run: pixels [n, C, H, W], labels [n], ids."""
+    """The test images for every network of a run: pixels [n, C, H, W], labels [n], ids."""
 
     images: Tensor
     labels: Tensor

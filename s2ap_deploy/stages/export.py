@@ -69,7 +69,7 @@ def export(job: RunContext, *, output: Path | None = None, bench: bool = False) 
     Args:
         job: the run.
         output: receives a copy of the file, and is overwritten.
-        bench: measure the file beside its dense baseline, also one that was exported before.
+        bench: measure the file against its dense baseline, also if it was exported before.
 
     Raises:
         VerificationError: the file does not match its network or the certificate's points, or misses a
@@ -158,7 +158,9 @@ def _export(job: RunContext, request: _Request, file: Path) -> tuple[ExportRepor
     covering = None if section.reselects else request.certificate
     certified = [] if covering is None else [_points(job, covering)]
     if request.certificate is None and section.covered_by_certificate:
-        job.recorder.warn("nothing is certified yet: the gate will not pass a file that no attack covers")
+        job.recorder.warn(
+            "nothing is certified yet: the gate does not pass a file that no certificate covers"
+        )
     images = certified[0].clean if certified else _test_images(job, info)
     stated = request.certificate if section.covered_by_certificate else None
     source = ExportSource(
@@ -245,7 +247,7 @@ def _points(job: RunContext, certificate_file: Path) -> CertifiedPoints:
     certificate = Certificate.load(certificate_file)
     if certificate.points is None:
         raise RunFolderError(
-            f"{certificate_file} names no points",
+            f"{certificate_file} does not name a points file",
             code="certificate-points-missing",
             hint="certify again with --overwrite",
         )
@@ -259,7 +261,7 @@ def _points(job: RunContext, certificate_file: Path) -> CertifiedPoints:
     if certificate.decision is not None:
         job.recorder.warn(
             f"the certificate was decided early: {len(certificate.decision.undecided)} of its points are "
-            "clean images whose attacks never ended, and the file's answers on them show no robustness"
+            "clean images whose attacks did not finish; the file's predictions on them show no robustness"
         )
     return CertifiedPoints(
         certificate_sha256=files.sha256(certificate_file),
@@ -293,10 +295,7 @@ def _not_covered(report: ExportReport, file: Path, run: Path) -> str:
     if report.narrowed is not None and report.narrowed.reselected:
         return f"{RESELECTED_STATEMENT} Certify the file itself: {command}"
     kind = "int8 values" if report.rounding is None else f"weights in {report.rounding.kind}"
-    return (
-        f"a certificate of the float32 network does not carry over to {kind}; "
-        f"certify the file itself: {command}"
-    )
+    return f"a certificate of the float32 network does not cover {kind}; certify the file itself: {command}"
 
 
 def _metadata(info: CheckpointInfo, narrowed: float | None, certificate: Path | None) -> dict[str, str]:

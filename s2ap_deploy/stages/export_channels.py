@@ -171,7 +171,7 @@ def save_pair(
         read, _, _ = checkpoint.load(weights, arch=job.machine.arch)
         if weights_hash(read) != weights_hash(narrow.network):
             raise VerificationError(
-                f"{weights} does not restore the network that was written", code="compact-file-differs"
+                f"{weights} does not restore the written network", code="compact-file-differs"
             )
     except BaseException:
         for path in (onnx_file, weights, plan):
@@ -192,10 +192,10 @@ def _wanted(channels: Mapping[str, int], searched: Mapping[str, int], ratio: flo
     if wanted == searched:
         share = sum(searched.values()) / sum(channels.values())
         raise UsageError(
-            f"keep ratio {ratio:g} leaves nothing to choose: the run keeps {share:.1%} of its channels, and "
+            f"keep ratio {ratio:g} removes nothing: the run keeps {share:.1%} of its channels, and "
             "in no group more than that ratio",
             code="keep-ratio-too-high",
-            hint="take a lower --keep-ratio, or leave it out to export the channels of the run",
+            hint="use a lower --keep-ratio, or omit it to export the channels of the run",
         )
     return wanted
 

@@ -77,7 +77,7 @@ def off_pattern(weights: Mapping[str, Tensor], n: int, m: int, *, ends: tuple[st
     """
     able = {name: weight for name, weight in weights.items() if weight.shape[1] % m == 0}
     if not able:
-        return f"{m} divides the inputs of no layer"
+        return f"no layer has a number of inputs divisible by {m}"
     full = {}
     for name, weight in able.items():
         groups = (weight != 0).reshape(weight.shape[0], weight.shape[1] // m, m, -1)
@@ -124,7 +124,7 @@ def completed(
                 for each in missed
             ),
             code="budget-missed",
-            hint="the file is removed; s2ap-deploy plan shows what would fit, --overwrite exports again",
+            hint="the file was removed; s2ap-deploy plan shows what would fit, --overwrite exports again",
         )
     aim = None if found is None else ExportTarget(name=found.target.name, sha256=found.sha256)
     return report.model_copy(

@@ -53,11 +53,11 @@ def gate(
 ) -> Verdict:
     """Judge the run and write the verdict into its ``gate`` stage.
 
-    Every file in the folder that a device could run counts, also one that no stage wrote, and every file that
-    the manifest, a certificate or a report names is hashed again: a changed file fails, a missing one is
-    inconclusive. Facts are compared with the files that they follow from. Where the only exported file was
-    attacked itself, its certificate is the one that counts. Of several files, each that was attacked itself
-    must keep every threshold, and so must the network that the others came from.
+    Every file in the folder that a device could run counts, including one that no stage wrote. Every file
+    that the manifest, a certificate or a report names is hashed again: a changed file fails, a missing one is
+    inconclusive. Facts are compared with the files that they follow from. If the only exported file was
+    attacked itself, its certificate counts. Of several files, each one that was attacked itself must meet
+    every threshold, and so must the network that the others came from.
 
     Args:
         run: the open run folder.
@@ -164,7 +164,7 @@ def _certificate(
 
 
 def _points_beside(path: Path, certificate: Certificate) -> list[Check]:
-    """Check the points beside a certificate, if there are any: they must be its own."""
+    """Check the points file next to a certificate, if there is one: it must have the recorded hash."""
     if certificate.points is None:
         return []
     points = files.within(path.parent, certificate.points.name)

@@ -155,8 +155,8 @@ def refuse_registered(arch: str | None, decided_by: str) -> None:
     """Raise UsageError for a registered architecture where ``decided_by`` has already chosen one."""
     if arch is not None and not registry.is_import_path(arch):
         raise UsageError(
-            f"--arch {arch}: {decided_by} decides on the architecture; "
-            "only an import path, which it cannot name, is accepted here",
+            f"--arch {arch}: {decided_by} sets the architecture; "
+            "only an import path, which it cannot contain, is accepted here",
             code="arch-already-decided",
             hint=f"--set model.arch={arch}" if decided_by == "the recipe" else "leave it out",
         )
@@ -172,7 +172,7 @@ def _memory_recipe(
 ) -> tuple[Recipe, tuple[Classifier, CheckpointInfo]]:
     """Return the recipe for a network in memory, with the classifier and facts that its file will hold.
 
-    A network without facts of its own needs ``data`` and ``eps``. Raises UsageError for what is missing,
+    A network without recorded facts needs ``data`` and ``eps``. Raises UsageError for a missing one,
     ArchitectureError for a network that cannot run on the data.
     """
     network, info = (model.classifier, model.info) if isinstance(model, Loaded) else (model, None)
@@ -184,7 +184,7 @@ def _memory_recipe(
         )
     if any(key.startswith(("model.normalization", "model.keep", "model.alpha")) for key in changes):
         raise UsageError(
-            "mean, std, keep and alpha are for files: a network in memory is used as it is",
+            "mean, std, keep and alpha are for files: a network in memory is used unchanged",
             code="model-in-memory",
             hint="pass them to load_checkpoint, or wrap the network in models.classifier.Classifier",
         )
@@ -298,7 +298,7 @@ class ReadOnlyRun(Run):
         self.manifest = manifest_of(path)
 
     def save(self, contents: Manifest) -> None:
-        raise AssertionError("a folder that is looked at is not written")
+        raise AssertionError("a folder opened read-only is not written")
 
     def close(self) -> None: ...
 
@@ -320,11 +320,11 @@ class ReadOnlyRun(Run):
         changed = manifest.differences(record.inputs, manifest.as_json(inputs))
         if changed:
             raise StagePending(
-                name, "refused", f"made from other inputs ({changed[0]}): --overwrite starts it again"
+                name, "refused", f"made from different inputs ({changed[0]}): --overwrite starts it over"
             )
         if record.status == "started":
             raise StagePending(
-                name, "to continue", "" if resume else "started and not finished: add --resume"
+                name, "to continue", "" if resume else "started but not finished: add --resume"
             )
         damage = self._damage(record)
         if damage is not None:

@@ -38,12 +38,11 @@ FORMS: tuple[tuple[ValuesName, bool], ...] = (*((name, False) for name in VALUES
 Speed = Literal["none", "int8", "compact", "compact and int8", "2:4"]
 
 BY_DATA = (
-    "learned and global budgets share by scores, which a plan has not seen: it shares evenly. The total is "
-    "the same, and positions cost most when every layer is equally sparse."
+    "learned and global budgets depend on scores, which are unknown before a run: uniform shares are "
+    "assumed. The total is the same, and positions cost most when every layer is equally sparse."
 )
 NO_SPEED = (
-    "zeros shrink the file, not the time: the runtimes that were measured compute at dense speed, with "
-    "dense memory"
+    "zeros shrink the file, not the latency: the measured runtimes compute at dense speed, with dense memory"
 )
 INT8_SPEED = "int8 arithmetic was about 4 times as fast as float32 in ONNX Runtime on an x86-64 server"
 PATTERN_SPEED = (
@@ -134,11 +133,9 @@ def plan(
     """
     whole = outline(network, input_size)
     if not whole.layers:
-        raise UsageError(
-            f"{name} has no convolution and no linear layer to plan for", code="nothing-to-prune"
-        )
+        raise UsageError(f"{name} has no convolution or linear layer to prune", code="nothing-to-prune")
     granularity = section.granularity if section is not None else "none"
-    # What is left of the layers, and of the weights in them.
+    # Remaining layers and their remaining weights.
     remaining, kept, notes = whole, dict[str, int](), list[str]()
     if section is not None and granularity == "channel":
         smaller = _channels(whole, coupling or channel_groups(network, input_size), section, export)
@@ -152,7 +149,7 @@ def plan(
     nonzeros = sum(weight.nonzeros for weight in contents.weights)
     entries = sum(math.prod(layer.shape) for layer in whole.layers)
     speed, reason = _speed(granularity, whole, remaining, export)
-    # What that takes in every encoding, and whether it fits.
+    # File size in every encoding, and whether it fits the budgets.
     files = _files(contents)
     values: ValuesName = "int8" if export.int8 else export.values
     chosen = next(each for each in files if each.form == (export.encoding, values, export.int8))
@@ -271,7 +268,7 @@ def _speed(granularity: str, whole: Outline, left: Outline, export: ExportSectio
     """Return the class of speed-up and its explanation."""
     if left.macs < whole.macs:
         ratio = whole.macs / max(left.macs, 1)
-        factor = f"{ratio:.1f} times fewer multiply-accumulates, which does save time"
+        factor = f"{ratio:.1f} times fewer multiply-accumulates, which reduces latency"
         return ("compact and int8", f"{factor}; {INT8_SPEED}") if export.int8 else ("compact", factor)
     if export.int8:
         return "int8", f"{INT8_SPEED}; {NO_SPEED}"

@@ -160,13 +160,10 @@ def adopt(job: RunContext, path: Path) -> None:
     )
     if accuracy.clean_accuracy < CHANCE_MARGIN / info.num_classes:
         recorder.warn(
-            "the dense network is close to guessing: is the data, the class order or --mean/--std wrong?"
+            "the dense network is close to chance: check the data, the class order and --mean/--std"
         )
     elif accuracy.robust_accuracy < 0.5 / info.num_classes:
-        recorder.warn(
-            f"the dense network is not robust under {recipe.threat}: "
-            "pruning keeps robustness, it does not create it"
-        )
+        recorder.warn(f"the dense network is not robust under {recipe.threat}: pruning cannot make it robust")
     info = info.model_copy(
         update={
             "data": images.spec.name,
@@ -225,7 +222,7 @@ def _masking(section: ModelSection) -> dict[str, float | str]:
 def _check_classes(found: int, data: DataSpec, subject: str) -> None:
     if found != data.num_classes:
         raise DataError(
-            f"{subject} tells {found} classes apart, but {data.name} has {data.num_classes}",
+            f"{subject} tells {found} classes, but {data.name} has {data.num_classes}",
             code="classes-differ",
             hint="choose the data that the network is meant for with --data",
         )

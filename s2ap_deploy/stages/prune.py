@@ -82,7 +82,7 @@ def score(
     if not names:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(used.outside.items())[:3])
         raise ArchitectureError(
-            "there is nothing to prune: "
+            "nothing to prune: "
             + (listed or "in a forward pass no parameter of the network multiplies activations"),
             code="prunable-layers-missing",
             hint="weights are pruned where the forward pass reads them as they are",
@@ -150,7 +150,7 @@ def share_channels(
     *,
     fixed: int = 0,
 ) -> Allocation:
-    """How the groups share the channels that are kept; ``fixed`` is the cost of what is never pruned."""
+    """Return the allocation of kept channels to groups; ``fixed`` is the cost of unprunable parts."""
     if section.keep_ratio is not None:
         return Fixed(by_ratio(channels, section.keep_ratio))
     assert section.sparsity is not None
@@ -213,7 +213,7 @@ def start(
         raise InputError(
             f"{section.scores_from} has no scores of {missing[0]}",
             code="scores-missing",
-            hint="scores come from a run on the same architecture and granularity",
+            hint="use a run with the same architecture and granularity",
         )
     return {name: found[name].to(unit.device) for name, unit in units.items()}
 
@@ -371,7 +371,7 @@ def find_mask(
 
 
 def _unused(section: PruneSection) -> set[str]:
-    """What of the section the search does not read: a changed value there is no other search."""
+    """Return the keys of the section that the search does not read; changing them keeps its result."""
     unread = {"finetune", "steps", *(() if section.perturbs else ("gamma", "warmup_epochs"))}
     return unread if section.allow_unpruned else unread | {"allow_unpruned"}
 
@@ -403,7 +403,7 @@ def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:
     if not METHODS[section.method].finetunes:
         if job.first:
             checkpoint.save(stage.folder / MODEL, classifier, info)
-        job.recorder.note(f"{section.method} does not fine-tune: its weights stay as they were drawn")
+        job.recorder.note(f"{section.method} does not fine-tune: its weights keep their random values")
         stage.finish([stage.folder / MODEL], {**outcome, "best": None, "nonzero": nonzero(classifier, masks)})
         return
     teacher = None

@@ -46,10 +46,10 @@ def resolve(content: dict[str, Any], changes: Mapping[str, Any]) -> Recipe:
 
 
 def export_changes(changes: Mapping[str, Any], recipe: Recipe, *, onnx: bool = False) -> dict[str, Any]:
-    """Return ``changes`` completed by the target that they name, and without what another form left.
+    """Return ``changes`` completed by the target that they name, without settings left by another form.
 
-    What is given explicitly has priority over the target, and the target over the recipe. ``onnx`` asks for
-    the float32 file, whatever the recipe's own is.
+    Explicit values take precedence over the target, and the target over the recipe. ``onnx`` selects the
+    float32 file, whatever the recipe says.
     """
     changes = _of_one_form(changes, recipe.export, onnx=onnx)
     name = changes.get("export.target")
@@ -62,7 +62,7 @@ def export_changes(changes: Mapping[str, Any], recipe: Recipe, *, onnx: bool = F
 
 
 def _of_one_form(changes: Mapping[str, Any], remembered: ExportSection, *, onnx: bool) -> dict[str, Any]:
-    """Return ``changes`` that undo the remembered form of a file where they ask for another one."""
+    """Return ``changes`` that undo the remembered form of a file if they select another one."""
     int8, values = changes.get("export.int8"), changes.get("export.values", FLOAT32)
     found = dict(changes)
     if not (onnx or int8 or values != FLOAT32 or changes.get("export.target")):
@@ -79,7 +79,7 @@ def _of_one_form(changes: Mapping[str, Any], remembered: ExportSection, *, onnx:
 
 
 def plan_sections(given: Mapping[str, Any]) -> tuple[PruneSection, ExportSection, target.Found | None]:
-    """Return the sections on pruning and export that ``plan`` is asked for, and the target.
+    """Return the sections on pruning and export for ``plan``, and the target.
 
     Raises UsageError.
     """
@@ -139,19 +139,19 @@ def stated(info: CheckpointInfo | None) -> dict[str, str | None]:
 def completed(subject: str, found: Mapping[str, str | None], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sections on data and threat model that ``subject`` states, completed by ``changes``.
 
-    Raises UsageError where neither says which data or which radius.
+    Raises UsageError if neither defines the data or the radius.
     """
     data = changes.get("data.name") or found.get("data")
     if data is None:
         raise UsageError(
-            f"{subject} does not say which data it was trained on",
+            f"{subject} does not record its training data",
             code="data-missing",
             hint="add --data (data=): digits, mnist, cifar10, cifar100, svhn or imagefolder:PATH",
         )
     eps = changes.get("threat.eps") or found.get("eps")
     if eps is None:
         raise UsageError(
-            f"{subject} does not say which attack it should withstand",
+            f"{subject} does not record its threat model",
             code="eps-missing",
             hint="add --eps 8/255 (eps='8/255'), for example, for CIFAR-10 in Linf",
         )
@@ -165,7 +165,7 @@ def normalization(mean: tuple[float, ...] | None, std: tuple[float, ...] | None)
         return None
     if mean is None or std is None or len(mean) != len(std):
         raise UsageError(
-            "--mean and --std (mean=, std=) need each other, one number per channel each",
+            "--mean and --std (mean=, std=) must be given together, one number per channel each",
             code="normalization-incomplete",
         )
     try:
@@ -177,7 +177,7 @@ def normalization(mean: tuple[float, ...] | None, std: tuple[float, ...] | None)
 def foreign_recipe(opened: OnnxFile, folder: Path, changes: Mapping[str, Any]) -> Recipe | None:
     """Return the recipe for an ONNX file from elsewhere, or None for one that the run in ``folder`` exported.
 
-    What the file states is completed by ``changes``. Raises UsageError for what is then missing.
+    The file's facts are completed by ``changes``. Raises UsageError for facts that are still missing.
     """
     if _exported_by(folder, opened.sha256):
         return None
@@ -186,7 +186,7 @@ def foreign_recipe(opened: OnnxFile, folder: Path, changes: Mapping[str, Any]) -
         raise UsageError(
             f"{opened.path} is not the file that the run in {folder} exported",
             code="artifact-of-another-run",
-            hint="name a folder of its own with --run",
+            hint="choose another folder with --run",
         )
     found = {"data": opened.metadata.get("s2ap.data")}
     if (threat := _THREAT.fullmatch(opened.metadata.get("s2ap.threat_model", ""))) is not None:

@@ -100,10 +100,10 @@ def stored_points(
     inside &= distances(clean, attacked, threat.norm) <= limit
     inside &= (flat == clean.flatten(1)).all(dim=1) | broken
     if not bool(inside.all()):
-        why = f"are not within {threat} and [0, 1], or moved though nothing broke them"
+        why = f"are not within {threat} and [0, 1], or were moved although nothing broke them"
         outside = _ids(certificate, ~inside)
         return [check("distances", "fail", f"points: {len(outside)} {why}: {listed(outside)}")]
-    checks = [check("distances", "pass", f"points: all {len(samples)} lie within {threat} and [0, 1]")]
+    checks = [check("distances", "pass", f"points: all {len(samples)} are within {threat} and [0, 1]")]
 
     size = default_block_size(clean, machine.device)
     with exact_arithmetic(machine.device):
@@ -116,7 +116,7 @@ def stored_points(
     checks += [_answers(which, certificate, logits[which], recorded[which], tie) for which in logits]
     labels = torch.tensor([sample.label for sample in samples])
     if int(labels.max()) >= logits["clean"].shape[1]:
-        return [*checks, check("labels", "fail", "samples: a label is no class of this network")]
+        return [*checks, check("labels", "fail", "samples: a label is not a class of this network")]
     still = broken & ~_ahead(logits["attacked"], labels, tie)
     message = f"breaks: {int(still.sum())} of {int(broken.sum())} reproduce from their stored points"
     return [*checks, check("breaks", "pass" if torch.equal(still, broken) else _doubt(certificate), message)]
@@ -130,7 +130,7 @@ def _answers(which: str, certificate: Certificate, logits: Tensor, recorded: Ten
     tied = f" ({ties} tied)" if ties else ""
     message = f"answers: {certificate.n - len(wrong)} of {certificate.n} {which} images as recorded{tied}"
     if wrong:
-        message += f"; not so {listed(wrong)}"
+        message += f"; not for {listed(wrong)}"
     status = _doubt(certificate) if wrong else "pass"
     return check("answers", status, message, name=f"answers, {which}")
 
@@ -179,13 +179,13 @@ def fresh_attacks(
     message += f"drawn from {survivors} that are recorded as robust (seed {seed})"
     if fell:
         message += (
-            f"; {listed(fell)} fell. Attacks are random: one in many is bad luck, "
-            "several say that the certificate overstates"
+            f"; {listed(fell)} broke. Attacks are random: one of many may be chance, "
+            "several mean that the certificate overstates robustness"
         )
     checks = [check("new-attacks", "fail" if fell else "pass", message)]
     for flag in outcome.flags:
         if flag in DOUBTS and flag not in certificate.flags:
-            message = f"flag {flag}: {DOUBTS[flag]}; the certificate does not say so"
+            message = f"flag {flag}: {DOUBTS[flag]}; the certificate lacks this flag"
             checks.append(check("reliability", "inconclusive", message, name=f"flag {flag}"))
     return checks
 
@@ -296,11 +296,9 @@ def _target(run: CertifiedRun, machine: ExecutionConfig, checks: list[Check]) ->
         return None
     target = load_file(path) if run.role == FILE else load_network(path, machine)
     if target.weights_sha256 != run.certificate.subject.weights_sha256:
-        checks.append(check("weights", "fail", "weights: not the ones that were attacked"))
+        checks.append(check("weights", "fail", "weights: differ from those attacked"))
         return None
-    checks.append(
-        check("weights", "pass", "weights: the tensors in the file are the ones that were attacked")
-    )
+    checks.append(check("weights", "pass", "weights: the tensors in the file are those attacked"))
     masks = files.within(run.folder, f"search/{MASKS}")
     if masks.is_file() and files.sha256(masks) == run.certificate.mask_sha256:
         checks.append(_masked(target.network, masks))
@@ -314,7 +312,7 @@ def _masked(classifier: nn.Module, masks: Path) -> Check:
     for name, mask in load_tensors(masks).items():
         weight = parameters.get(name)
         if weight is None or weight.shape != mask.shape:
-            return check("masks", "fail", f"masks: {plain(name, 60)} is no weight of this network")
+            return check("masks", "fail", f"masks: {plain(name, 60)} is not a weight of this network")
         loose += int((weight.detach().cpu() * ~mask.bool()).count_nonzero())
     if loose:
         return check("masks", "fail", f"masks: {loose} weights outside of them are not zero")
@@ -358,13 +356,13 @@ def _from_data(
     certificate, recipe_file = run.certificate, run.folder / "certify" / RECIPE_FILE
     recipe_file = recipe_file if recipe_file.is_file() else run.folder / RECIPE_FILE
     if not recipe_file.is_file():
-        checks.append(check("samples", "inconclusive", "samples: no recipe says where the data are"))
+        checks.append(check("samples", "inconclusive", "samples: no recipe names the data"))
         return None
     recipe = catalog.load(str(recipe_file))
     try:
         test = read_images(recipe, machine, target.size if target is not None else None, recorder).test
     except DataError as error:
-        message = f"samples: the data cannot be read here: {error.message}"
+        message = f"samples: the data cannot be read: {error.message}"
         checks.append(check("samples", "inconclusive", message))
         return None
     places = {name: position for position, name in enumerate(test.ids)}

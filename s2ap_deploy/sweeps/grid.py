@@ -70,7 +70,7 @@ def _check(document: Document, axes: Axes) -> None:
         raise UsageError(f"a sweep has at least one seed, not {axes.seeds}", code="seeds-too-few")
     if not isinstance(document.content.get("prune"), dict):
         raise UsageError(
-            f"recipe {document.content.get('name')!r} has no prune section, so there is nothing to vary",
+            f"recipe {document.content.get('name')!r} has no prune section, so no values can be varied",
             code="prune-section-missing",
             hint="add --set prune.sparsity=0.9, or choose a recipe that prunes",
         )

@@ -81,9 +81,9 @@ def take_over(run: Run, shared: Path) -> bool:
         if files.sha256(target) != output.sha256:
             files.remove(target)
             raise RunFolderError(
-                f"{source} has changed since it was made",
+                f"{source} has changed since it was written",
                 code="file-changed",
-                hint="add --overwrite to start the sweep again",
+                hint="add --overwrite to start the sweep over",
             )
     run.save(run.manifest.with_stage(SHARED, record))
     return True
@@ -125,7 +125,7 @@ class SweepFolder:
                 raise RunFolderError(
                     f"the sweep in {path} was started and did not finish",
                     code="sweep-unfinished",
-                    hint="add --resume to continue, or --overwrite to start again",
+                    hint="add --resume to continue, or --overwrite to start over",
                 )
         except BaseException:
             self._lock.release()
@@ -288,14 +288,17 @@ def _check(path: Path) -> None:
     # A kill before the first report was written leaves no more than these.
     entries = {name for name in entries if name != folder.FILE_NAME and not name.startswith(files.TEMPORARY)}
     if entries and FILE not in entries:
-        raise RunFolderError(f"{path} holds other files and no sweep", code="folder-not-empty", hint=_OTHER)
+        raise RunFolderError(
+            f"{path} has other files and is not a sweep", code="folder-not-empty", hint=_OTHER
+        )
 
 
 def _clear(path: Path) -> None:
     for name in (RUNS, DENSE):
         if (path / name).is_symlink():
             raise RunFolderError(
-                f"{path / name} is a link; the runs of a sweep lie inside its folder", code="folder-is-link"
+                f"{path / name} is a link; the runs of a sweep must be inside its folder",
+                code="folder-is-link",
             )
         if (path / name).exists():
             shutil.rmtree(path / name)

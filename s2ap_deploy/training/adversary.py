@@ -35,7 +35,7 @@ class Adversary:
 
     @property
     def replays(self) -> int:
-        """How often each batch is trained on: more than once for ``free`` only."""
+        """Updates per batch: more than one for ``free`` only."""
         return self.objective.replays if self.objective.loss == "free" else 1
 
     def attack(self, network: nn.Module, part: MicroBatch, noise: torch.Generator) -> Tensor:

@@ -132,7 +132,7 @@ def rank_batches(
     """
     if min(batch_size, len(split)) < ranks.size:
         raise UsageError(
-            f"a batch of {min(batch_size, len(split))} images cannot be shared by {ranks.size} ranks",
+            f"a batch of {min(batch_size, len(split))} images cannot be split over {ranks.size} ranks",
             code="batch-smaller-than-ranks",
             hint="raise the batch size or use fewer ranks",
         )

@@ -196,7 +196,7 @@ class _Normalize(torch.autograd.Function):
         both = torch.stack([of_bias, of_weight])
         ctx.ranks.sum_([both])
         center, slope = (both / count).view(2, *shape)
-        if not ctx.counts:  # rows that stand in have moved no statistics
+        if not ctx.counts:  # padding rows have not changed statistics
             center, slope = torch.zeros_like(center), torch.zeros_like(slope)
         factor = scale if weight is None else scale * weight.to(mean.dtype)
         dx = (dy - center - normalized * slope) * factor.view(shape)

@@ -244,7 +244,7 @@ def _flat(values: Sequence[Any]) -> Iterator[Any]:
 
 
 def _alone(network: nn.Module, layer: nn.Module) -> bool:
-    """Return whether no other layer has this weight, and nothing computes it anew at every pass."""
+    """Return whether no other layer has this weight, and that it is not recomputed in every pass."""
     holders = [module for module in network.modules() if getattr(module, "weight", None) is layer.weight]
     return holders == [layer] and "weight" in layer._parameters
 

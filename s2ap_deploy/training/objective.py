@@ -159,7 +159,7 @@ class Objective:
     def __post_init__(self) -> None:
         if self.loss in ("fast", "free") and self.attack_steps is not None:
             raise UsageError(
-                f"loss {self.loss} has no attack_steps, yet they are {self.attack_steps}",
+                f"loss {self.loss} has no attack_steps, but they are set to {self.attack_steps}",
                 code="attack-steps-unused",
                 hint="leave attack_steps out, or choose loss at",
             )
@@ -192,7 +192,7 @@ class Objective:
 
     @property
     def needs_clean_logits(self) -> bool:
-        """Whether the loss needs the logits on clean images beside those on adversarial ones."""
+        """Whether the loss needs the logits on clean images in addition to those on adversarial ones."""
         if self.plugin is not None:
             return self.plugin.loss.needs_clean_logits
         return self.loss in ("trades", "mart")
@@ -210,8 +210,8 @@ class Objective:
         """Make adversarial images for one batch [B, C, H, W], with ``network`` in eval mode.
 
         For TRADES the clean prediction does not move during the attack, so it is computed once. ``free``
-        has no attack of its own: outside a loop (BatchNorm is measured on what this returns) it is what
-        its perturbation does to one batch while the weights rest, without a random start.
+        has no attack of its own: outside a loop (when BatchNorm is recalibrated) this returns the effect of
+        its perturbation on one batch with frozen weights, without a random start.
         """
         loss: Callable[[Tensor], Tensor] = partial(F.cross_entropy, target=labels, reduction="sum")
         if self.plugin is not None:

@@ -80,7 +80,7 @@ def ascend(point: Tensor, gradient: Tensor, step_size: float, threat: ThreatMode
     """Take a step of steepest ascent: along the gradient's sign for L∞, its direction for L2.
 
     Both are [B, C, H, W]; ``step_size`` is a length in that norm, in units of the input (Madry et al., 2018,
-    section 2.1). What is returned may lie outside of the ball: :func:`project` follows.
+    section 2.1). The result may be outside the ball: :func:`project` follows.
     """
     direction = gradient.sign() if threat.norm == "Linf" else gradient / lengths(gradient)
     return point + step_size * direction

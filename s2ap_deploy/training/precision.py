@@ -22,7 +22,7 @@ would give up after 8 of them, and run the network as it is from then on."""
 
 @dataclass(frozen=True)
 class Precision:
-    """Hold what a training loop computes with. The default leaves everything to torch's own settings.
+    """Numerical settings of a training loop. The default keeps torch's own settings.
 
     ``bf16``: the network's forward pass autocasts to bfloat16 and returns float32 logits, so that
     losses, weights, scores, masks, norms and the optimizer stay float32. ``channels_last``: convolutions keep
@@ -42,7 +42,7 @@ class Precision:
         return network
 
     def apply(self, network: nn.Module, warn: Callable[[str], None]) -> Applied:
-        """Return a context in which ``network`` computes so; ``warn`` is called when compilation fails."""
+        """Return a context that applies the settings to ``network``; failed compilation calls ``warn``."""
         return Applied(self, network, warn)
 
     def facts(self) -> dict[str, bool | str]:
@@ -59,8 +59,8 @@ FLOAT32 = Precision()
 class Applied:
     """Let every call of the network compute in the precision, while it is entered; may be entered often.
 
-    All that changes about the network is that its instance gets a ``forward`` of its own: parameters,
-    buffers, modules and their names stay as they are.
+    The network only gets its own ``forward`` on the instance: parameters, buffers, modules and their names
+    stay the same.
     """
 
     def __init__(self, precision: Precision, network: nn.Module, warn: Callable[[str], None]) -> None:
@@ -126,7 +126,7 @@ def choose_precision(name: str, device: torch.device, *, compiled: bool = False)
     able = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "bf16" and cuda and not able:
         raise UsageError(
-            f"{device} does not compute bf16 itself", code="bf16-unsupported", hint="use --precision float32"
+            f"{device} does not support bf16", code="bf16-unsupported", hint="use --precision float32"
         )
     bf16 = name == "bf16" or (name == "auto" and able)
     return Precision(bf16=bf16, channels_last=cuda, tf32=(bf16 if cuda else None), compiled=compiled)
@@ -141,8 +141,8 @@ def compiled(network: nn.Module) -> bool:
 class Compiled:
     """Compile the forward pass of ``network`` at its first call; call ``warn`` where that fails.
 
-    A trial comes first, on a copy, forward and backward with the first images: what a compiler cannot do
-    shows there, not in the middle of a step that has already moved BatchNorm's statistics.
+    A forward and backward trial on a copy with the first images comes first: a compiler error then occurs
+    there, not in the middle of a step that has already updated BatchNorm's statistics.
     """
 
     def __init__(self, network: nn.Module, warn: Callable[[str], None]) -> None:
@@ -172,7 +172,7 @@ class Compiled:
                 torch.autograd.grad(ahead(given).float().sum(), given)
         except Exception as error:  # a compiler, or the network's own code under it, may raise anything
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            self.warn(f"the network could not be compiled and runs as it is: {lines[0][:200]}")
+            self.warn(f"the network could not be compiled and runs uncompiled: {lines[0][:200]}")
             return False
         return True
 
@@ -182,7 +182,7 @@ class Compiled:
 
 
 def allow_variants() -> None:
-    """Let the compiler keep as many variants of one network as training has."""
+    """Raise the compiler's limit to the number of variants that training has."""
     from torch._dynamo import config
 
     config.recompile_limit = max(config.recompile_limit, _VARIANTS)

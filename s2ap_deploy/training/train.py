@@ -29,7 +29,7 @@ VALIDATION_STEPS = 10
 
 
 class TrainingData(NamedTuple):
-    """The images that a loop learns from, and those by which it chooses its best epoch."""
+    """The training images of a loop, and the validation images that select its best epoch."""
 
     train: Split
     validation: Split
@@ -37,7 +37,7 @@ class TrainingData(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TrainingEnvironment:
-    """What a loop runs on, and where it reports and saves: all that is not data or a recipe's setting.
+    """The environment of a training loop: device, seed, reporting, snapshots and ranks.
 
     ``snapshots`` keep the state after every epoch. ``precision`` is that of the steps. The batch size of a
     recipe is that of all ``ranks`` together; each works through its rows in ``accumulate`` micro-batches.
@@ -117,6 +117,7 @@ class EpochLoop:
         """
         env, section = self.env, self.section
         self.started = time.monotonic()
+        # Set train mode once: validation between epochs runs in eval mode.
         self.network.train()
         # Dropout and its like draw from torch's own streams: seeded here, an epoch repeats to the bit.
         seed_layers(env.seed, self.stage, "layers", epoch, env.ranks.rank)
@@ -130,6 +131,7 @@ class EpochLoop:
             accumulate=env.accumulate,
         )
         for step, batch in enumerate(batches):
+            # Set the learning rate, and draw the batch's noise from its own stream.
             cosine(self.optimizer, section.learning_rate, epoch + step / self.steps, section.epochs)
             noise = generator(env.seed, self.stage, epoch, step, device=env.device)
             for _ in range(self.adversary.replays):
@@ -164,7 +166,7 @@ class EpochLoop:
             raise InputError(
                 f"the loss of {self.stage} became {row.loss} in epoch {row.epoch}",
                 code="loss-not-finite",
-                hint="lower the learning rate of this stage, or look for non-finite values in the data",
+                hint="lower the learning rate of this stage, or check the data for non-finite values",
             )
         return row
 
@@ -263,13 +265,14 @@ def train(
         section: schedule, and AWP's radius relative to the norm of each weight (0: off).
         objective: the loss, with its attack. Free training makes ``replays`` updates per batch.
         stage: names the random streams and the progress.
-        masks: bool tensors by parameter name; the weights that they prune never move off zero.
+        masks: bool tensors by parameter name; pruned weights stay exactly zero.
         teacher: the network to distill from.
 
     Raises InputError when the loss stops being finite.
     """
     for parameter in env.precision.to_channels_last(network).parameters():
         parameter.requires_grad_(True)
+    # Set up the optimizer, the adversary and AWP; resume from the last snapshot.
     parameters = dict(network.named_parameters())
     masks = {name: mask.to(env.device) for name, mask in (masks or {}).items()}
     pruned = [(parameters[name], mask) for name, mask in masks.items()]
@@ -289,6 +292,7 @@ def train(
     for epoch in range(len(history), section.epochs):
         # AWP moves the weights only after its warm-up, when they are worth a search for the worst case.
         awp = ball if section.awp_gamma > 0 and epoch >= section.awp_warmup_epochs else None
+        # Train the weights for one epoch.
         losses: list[Tensor] = []
         for batch, noise in loop.batches(epoch):
             with loop.computing:
@@ -309,6 +313,7 @@ def train(
         save_loop(env.snapshots, groups, history)
 
     env.recorder.end()
+    # Return the weights of the most robust epoch.
     network.load_state_dict(best)
     return TrainingResult(history, max(history, key=lambda row: (row.robust_accuracy, row.epoch)).epoch)
 

@@ -49,7 +49,7 @@ def test_the_gate_agrees_and_does_not_guess(s2ap, early_run) -> None:
     for other in (["--min-robust", 0.1], ["--max-drop", 0.05], ["--max-class-drop", 0.05]):
         done = s2ap("gate", *other, "--rule", "point", "--run", early_run)
         assert done.code == 3, done.out
-        assert "lies inside the certificate's interval" in done.out
+        assert "is inside the certificate's interval" in done.out
         assert "s2ap-deploy certify --full --resume" in done.out
     assert s2ap("gate", "--min-clean", 0, "--rule", "point", "--run", early_run).code == 0
     answer = json.loads(s2ap("gate", "--min-robust", 0.999, "--json", "--run", early_run).out)

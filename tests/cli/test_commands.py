@@ -181,7 +181,7 @@ def test_a_foreign_checkpoint_with_the_missing_facts_as_options(s2ap, digits_mod
     mean, std = facts.normalization.mean[0], facts.normalization.std[0]
     options = ["--data", "digits", "--mean", mean, "--std", std]
     done = s2ap.ok("prune", "foreign.tar", "--sparsity", 0.9, *options, *SHORT, cwd=tmp_path)
-    assert "architecture digits-conv: every name and shape agrees" in done.err
+    assert "architecture digits-conv: all names and shapes match" in done.err
     assert "prefix 'module.' stripped" in done.err
     adopted = checkpoint.read_tensors(tmp_path / "s2ap-run" / "pretrain" / "model.safetensors").info
     pruned = checkpoint.read_tensors(tmp_path / "s2ap-run" / "finetune" / "model.safetensors").info

@@ -32,5 +32,5 @@ def test_people_are_told_what_was_checked(s2ap, finished_run, tmp_path) -> None:
         "decode them to the same bits" in s2ap.ok("decode", finished_run / "export/model.onnx", *output).out
     )
     again = s2ap.ok("decode", tmp_path / "dense.onnx", "--output", tmp_path / "same.onnx")
-    assert "none was coded" in again.out
+    assert "none was encoded" in again.out
     assert (tmp_path / "same.onnx").read_bytes() == (tmp_path / "dense.onnx").read_bytes()

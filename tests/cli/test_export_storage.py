@@ -36,7 +36,7 @@ def test_float16_values_are_another_network(s2ap, own_run) -> None:
     done = s2ap.ok("export", "--values", "float16", "--run", own_run, "--overwrite", "--threads", 1)
     folder = own_run / "export-float16-weights"
     file = folder / "model-float16-weights.onnx"
-    assert "does not carry over to weights in float16" in done.err
+    assert "does not cover weights in float16" in done.err
     assert f"certify --artifact {file} --run {own_run}" in done.err
     assert "rounded" in done.out
     facts = metadata(file)
@@ -45,7 +45,7 @@ def test_float16_values_are_another_network(s2ap, own_run) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert report["rounding"]["values"] == "float16"
     assert report["agreement"]["argmax_agree"] <= report["agreement"]["n"] == 40
-    assert any("does not carry over" in warning for warning in report["warnings"])
+    assert any("does not cover" in warning for warning in report["warnings"])
     gate = s2ap("gate", "--min-clean", 0, "--rule", "point", "--run", own_run)
     assert gate.code == 3
     assert "certify the file itself" in gate.out

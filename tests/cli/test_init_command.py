@@ -89,7 +89,7 @@ def test_data_that_lie_where_run_looks_are_not_fetched(tmp_path, s2ap, monkeypat
 def test_data_that_nobody_can_guess_are_the_one_blank_and_run_names_it(tmp_path, s2ap) -> None:
     foreign(tmp_path / "foreign.pth", "cifar-resnet20", 7)
     done = s2ap.ok("init", "foreign.pth", cwd=tmp_path)
-    assert "a blank, fill it in: data.name" in done.out
+    assert "blank, to be filled in: data.name" in done.out
     text = (tmp_path / "recipe.yaml").read_text()
     assert text.count("<- FILL IN") == 1
     line = 1 + next(number for number, each in enumerate(text.splitlines()) if "<- FILL IN" in each)

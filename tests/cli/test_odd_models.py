@@ -30,12 +30,12 @@ make.input_size = (1, 8, 8)
     ("body", "flag", "words"),
     [
         ("return logits.softmax(dim=1)", "not_logits", "returns probabilities"),
-        ("return logits + torch.randn_like(logits)", "randomized", "answers the same image differently"),
-        ("return logits - logits.mean(dim=0)", "batch_dependent", "depends on the other images"),
+        ("return logits + torch.randn_like(logits)", "randomized", "for the same image vary"),
+        ("return logits - logits.mean(dim=0)", "batch_dependent", "depend on the other images"),
         (
             "return logits if float(x.detach().max()) > 0.01 else -logits",
             "dynamic_control_flow",
-            "takes another way for another image",
+            "control flow depends on the image",
         ),
         ("return 1000 * logits", "loss_of_precision", "float32 is too coarse"),
     ],

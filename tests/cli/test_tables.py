@@ -118,7 +118,7 @@ def test_a_terminal_of_eighty_columns_clips_nothing(monkeypatch) -> None:
     assert path in joined
     for words in (
         "under 'state_dict'",
-        "none of the registry fits",
+        "none in the registry fits",
         "[2.weight] is missing",
         "[careful]",
         "64x32x3x3",

@@ -189,7 +189,7 @@ def test_an_error_is_told_once(tmp_path: Path) -> None:
     _, err = refused.communicate(timeout=300)
     assert refused.returncode == 2
     assert err.count("error:") == 1
-    assert "cannot be shared by 3 ranks" in err
+    assert "cannot be split over 3 ranks" in err
     missing = start(tmp_path, "prune", "absent.pt", "--sparsity", "0.9", "--devices", 2)
     _, err = missing.communicate(timeout=300)
     assert missing.returncode == 2

@@ -162,7 +162,7 @@ def test_rounded_weights_are_told_and_verified(
     assert report.agreement.tolerance is None
     assert 0 < report.agreement.max_logit_difference < 0.1 * report.agreement.largest_logit
     assert report.agreement.argmax_agree >= 63
-    assert "another network than the float32 one" in report.statement
+    assert "a different network from the float32 one" in report.statement
     assert CODECS[choice].statement in report.statement
     assert len(report.points_checks) == 1
     props = {prop.key: prop.value for prop in onnx.load(settings["output"]).metadata_props}
@@ -268,7 +268,7 @@ def test_weights_with_too_few_zeros_stay_dense_and_that_is_said(
     report = write_onnx(network, **settings, encoding="ef")
     assert report.left_dense == ("1.weight",)
     assert report.latency_ratio is None
-    assert notes == ["too few zeros to gain anything, left dense: 1 weights (1.weight)"]
+    assert notes == ["too few zeros to benefit, left dense: 1 weights (1.weight)"]
     assert write_onnx(network, **settings, encoding="dense").left_dense == ()
 
 

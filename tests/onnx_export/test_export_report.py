@@ -98,11 +98,11 @@ def test_a_missing_report_is_a_storage_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("macs_after", "words"),
     [
-        (430, "43% of the multiply-accumulates remain, which does save time."),
-        (979, "98% of the multiply-accumulates remain, which does save time."),
-        (980, "98% of the multiply-accumulates remain, so hardly any time is saved."),
-        (1000, "100% of the multiply-accumulates remain, so hardly any time is saved."),
-        (0, "0% of the multiply-accumulates remain, which does save time."),
+        (430, "43% of the multiply-accumulates remain, which reduces latency."),
+        (979, "98% of the multiply-accumulates remain, which reduces latency."),
+        (980, "98% of the multiply-accumulates remain, so latency hardly changes."),
+        (1000, "100% of the multiply-accumulates remain, so latency hardly changes."),
+        (0, "0% of the multiply-accumulates remain, which reduces latency."),
     ],
 )
 def test_time_is_promised_only_where_work_is_gone(macs_after: int, words: str) -> None:
@@ -116,4 +116,4 @@ def test_time_is_promised_only_where_work_is_gone(macs_after: int, words: str) -
         parameters_after=50,
     )
     assert removal.removed == 48
-    assert removal.statement == f"Compaction left out 48 of 115 channels, no output changed: {words}"
+    assert removal.statement == f"Compaction removed 48 of 115 channels, no output changed: {words}"

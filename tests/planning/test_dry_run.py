@@ -121,7 +121,7 @@ def test_absent_data_cost_the_times_and_not_the_plan(tmp_path: Path, s2ap: Calla
         "run", "mnist", *QUIET, "--data-root", tmp_path / "none", "--download", "--dry-run", cwd=tmp_path
     )
     assert done.code == 0, done.err
-    assert "no times, as the data are not here" in done.out
+    assert "no times, as the data set is not available" in done.out
     assert "predicted from shapes" in done.out
     assert list(tmp_path.iterdir()) == []
 
@@ -136,7 +136,7 @@ def test_unknown_times_are_not_said_to_be_none(tmp_path: Path, s2ap: Callable[..
 def test_a_folder_that_the_run_could_not_use_is_refused(place: Path, s2ap: Callable[..., Any]) -> None:
     done = s2ap("run", "demo", *TINY, *QUIET, "--run", place, "--dry-run")
     assert done.code == 2
-    assert "holds other files and is no run folder" in done.err
+    assert "has other files and is not a run folder" in done.err
     done = s2ap("run", "demo", *TINY, *QUIET, "--run", place / "model.pt", "--dry-run")
     assert done.code == 2
     assert "is a file, not a run folder" in done.err

@@ -207,7 +207,7 @@ def test_a_document_that_is_no_mapping(tmp_path: Path, text: str) -> None:
         ("name: digits", "name: 'imagefolder:'", "data.name: must be one of"),
         ("name: digits", "name: digits\n  size: [1, 8]", "data.size.2 is missing"),
         ("sparsity: 0.9", "sparsity: 0.9\n  search: 5", "prune.search: is a section and holds keys"),
-        ("sparsity: 0.9", "sparsity: 0.9\n  gamma: 0", "prune: gamma 0 leaves S2AP nothing to do"),
+        ("sparsity: 0.9", "sparsity: 0.9\n  gamma: 0", "prune: gamma 0 disables S2AP"),
         ("sparsity: 0.9", "sparsity: 0.9\n  warmup_epochs: 20", "warmup_epochs 20 leaves S2AP none of the"),
         ("name: mine", "name: mine\ngate: {rule: point}", "line 2: gate: a gate needs min_robust,"),
         ("name: mine", "name: mine\nseed: 1.5", "line 2: seed: must be a valid integer (here: 1.5)"),

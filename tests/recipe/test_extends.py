@@ -93,7 +93,9 @@ def test_overrides_come_last_and_cannot_extend(folder: Path) -> None:
     mine = catalog.load(path, overrides=["prune.sparsity=0.99"])
     assert mine.prune is not None
     assert mine.prune.sparsity == 0.99
-    with pytest.raises(RecipeError, match="--set extends=demo: a recipe extends another one in its own file"):
+    with pytest.raises(
+        RecipeError, match="--set extends=demo: a recipe can extend another one only in its own file"
+    ):
         catalog.load(path, overrides=["extends=demo"])
 
 
@@ -114,7 +116,7 @@ def test_a_slip_is_told_where_it_was_written(folder: Path) -> None:
         ("sub/../../base.yaml", "not inside the recipe's own folder"),
         ("/etc/passwd.yaml", "not inside the recipe's own folder"),
         ("nowhere.yaml", "there is no recipe at"),
-        ("dmeo", "which is no shipped recipe; did you mean demo?"),
+        ("dmeo", "which is not a shipped recipe; did you mean demo?"),
         ("''", "must be the name or the path of a recipe"),
         ("7", "must be the name or the path of a recipe"),
         ("null", "must be the name or the path of a recipe"),

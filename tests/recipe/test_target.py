@@ -39,7 +39,7 @@ def test_every_shipped_target_is_valid_and_says_what_its_runtime_does(name) -> N
     assert len(found.sha256) == 64
     assert f"--target {name}" in Path(found.path).read_text()
     if name in NOT_RUN:
-        assert any(note.lower().startswith("not run here") for note in found.target.notes)
+        assert any(note.lower().startswith("not tested here") for note in found.target.notes)
 
 
 @pytest.mark.parametrize("name", target.names())

@@ -50,7 +50,7 @@ def test_a_file_that_is_not_the_recorded_one_is_left_out_and_named(name: str, ow
     facts = collect(own_run)
     assert [problem for problem in facts.problems if problem.startswith(name)]
     assert name in page.render_page(facts)
-    assert "left out" in page.render_card(facts)
+    assert "therefore omitted" in page.render_card(facts)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_recorded_file_of_nonsense(content: str, tmp_path: Path) -> None:
 def test_an_unfinished_stage_counts_for_nothing(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run", create=True, command="test") as run:
         run.stage("search", inputs={}, resume=False, overwrite=False)
-    assert "No finished mask search" in collect(tmp_path / "run").missing["density"]
+    assert "This folder has no finished mask search" in collect(tmp_path / "run").missing["density"]
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_an_unfinished_stage_needs_resume(run: Run) -> None:
     (stage.folder / "record.jsonl").write_text("1\n")
     with pytest.raises(RunFolderError, check=lambda error: error.code == "stage-unfinished") as caught:
         enter(run, "search")
-    assert caught.value.hint == "add --resume to continue, or --overwrite to start again"
+    assert caught.value.hint == "add --resume to continue, or --overwrite to start over"
     again = enter(run, "search", resume=True)
     assert again.state == "resumable"
     assert (again.folder / "record.jsonl").read_text() == "1\n"
@@ -222,7 +222,7 @@ def test_output_gives_only_what_a_finished_stage_wrote(run: Run) -> None:
     enter(run, "search", overwrite=True)
     with pytest.raises(RunFolderError, check=lambda error: error.code == "stage-missing") as caught:
         run.output("search", "out.txt")
-    assert caught.value.hint == "repeat the command that began it, with --resume"
+    assert caught.value.hint == "repeat its command with --resume"
 
 
 def test_output_before_any_stage(run: Run) -> None:
@@ -279,7 +279,7 @@ def test_an_output_that_was_never_written(run: Run) -> None:
 
 
 def test_an_unknown_stage_is_a_mistake_of_ours(run: Run) -> None:
-    with pytest.raises(ValueError, match="is no stage"):
+    with pytest.raises(ValueError, match="is not a stage"):
         enter(run, "polish")  # type: ignore[arg-type]
 
 
@@ -380,7 +380,7 @@ def recover(path: Path) -> str:
     try:
         return work(path)
     except RunFolderError as error:
-        if "already holds a search from other inputs" not in error.message:
+        if "already holds a search with different inputs" not in error.message:
             raise
         return work(path, overwrite=True)
 

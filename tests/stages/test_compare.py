@@ -137,7 +137,7 @@ def test_a_search_that_is_not_finished_is_named(tmp_path: Path) -> None:
     one, two = folder(tmp_path / "one", masks(0)), folder(tmp_path / "two", {}, finish=False)
     with pytest.raises(RunFolderError, check=lambda error: error.code == "stage-unfinished") as refused:
         compare([one, two])
-    assert refused.value.hint == "repeat the command that began it, with --resume"
+    assert refused.value.hint == "repeat its command with --resume"
 
 
 @pytest.mark.parametrize("what", ["nowhere", "file", "other"])

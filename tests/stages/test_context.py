@@ -41,7 +41,7 @@ def test_a_refused_or_skipped_stage_leaves_the_recipe_alone(job: RunContext) -> 
     original = job.recipe
     job.recipe = original.model_copy(update={"description": "another"})
     assert job.stage("pretrain", {"a": 1}).state == "finished"
-    with pytest.raises(RunFolderError, match="from other inputs"):
+    with pytest.raises(RunFolderError, match="with different inputs"):
         job.stage("pretrain", {"a": 2})
     assert job.run.load_recipe() == original
 

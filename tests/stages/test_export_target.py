@@ -79,7 +79,7 @@ def test_ends_may_stay_dense_but_not_everything() -> None:
     assert off_pattern({"a": whole, "b": half, "c": whole}, 2, 4, ends=("a",)) is not None
     assert off_pattern({"a": whole, "c": whole}, 2, 4, ends=("a", "c")) is not None
     assert off_pattern({"a": torch.ones(4, 3), "b": half}, 2, 4) is None
-    assert off_pattern({"a": torch.ones(4, 3)}, 2, 4) == "4 divides the inputs of no layer"
+    assert off_pattern({"a": torch.ones(4, 3)}, 2, 4) == "no layer has a number of inputs divisible by 4"
 
 
 def test_a_pattern_counts_along_the_inputs_not_the_outputs() -> None:

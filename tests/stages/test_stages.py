@@ -161,7 +161,7 @@ def test_a_network_that_guesses_is_pointed_out(digits_model: Path, tmp_path: Pat
     checkpoint.save(tmp_path / "blind.pt", classifier, info)
     with opened(tmp_path / "run", with_checkpoint(tmp_path / "blind.pt")) as job:
         pretrain.dense(job)
-        assert any("close to guessing" in warning for warning in told(job).warnings)
+        assert any("close to chance" in warning for warning in told(job).warnings)
 
 
 def test_a_network_without_robustness_is_pointed_out(digits_model: Path, tmp_path: Path) -> None:

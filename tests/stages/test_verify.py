@@ -202,7 +202,7 @@ def test_stored_points_that_break_nothing(own_run: Path) -> None:
     found = checked(own_run)
     assert found.exit_code == 1
     assert f"breaks: {old.clean.k - 1} of {old.clean.k} reproduce" in words(found, "fail")
-    assert f"not so {old.samples[index].id}" in words(found, "fail")
+    assert f"not for {old.samples[index].id}" in words(found, "fail")
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, float("nan"), None])
@@ -273,7 +273,7 @@ def test_weights_that_are_not_the_certified_ones(own_run: Path) -> None:
     old = Certificate.load(own_run / "certify" / "pruned.json")
     forge(own_run, subject=old.subject.model_copy(update={"weights_sha256": "0" * 64}))
     found = checked(own_run)
-    assert "weights: not the ones that were attacked" in words(found, "fail")
+    assert "weights: differ from those attacked" in words(found, "fail")
     assert found.attacked == 0
 
 
@@ -282,7 +282,7 @@ def test_a_certificate_that_the_run_does_not_know(own_run: Path) -> None:
     assert "not the one that the run recorded" in words(checked(own_run), "fail")
     path = own_run / "certify" / "pruned.json"
     path.write_text(path.read_text().replace("\n", "\n "))
-    assert "not the canonical text" in words(checked(own_run), "fail")
+    assert "not the canonical form" in words(checked(own_run), "fail")
 
 
 def test_a_certificate_without_masks_and_recipe_is_verified(own_run: Path) -> None:
@@ -318,7 +318,7 @@ def test_data_that_are_not_here_leave_the_answer_open(own_run: Path) -> None:
         recorder=Silent(),
     )
     assert found.exit_code == 3
-    assert "samples: the data cannot be read here" in words(found, "inconclusive")
+    assert "samples: the data cannot be read" in words(found, "inconclusive")
     assert "reproduce from their stored points" in words(found, "pass")
 
 

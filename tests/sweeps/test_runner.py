@@ -37,7 +37,7 @@ def test_the_stage_counts_as_done_with_equal_inputs_only(shared: Path, run: Run)
     assert take_over(run, shared)
     assert run.stage("pretrain", inputs=INPUTS, resume=False, overwrite=False).state == "finished"
     assert run.output("pretrain", "model.safetensors").read_text() == "model.safetensors"
-    with pytest.raises(RunFolderError, match="from other inputs"):
+    with pytest.raises(RunFolderError, match="with different inputs"):
         run.stage("pretrain", inputs={"seed": 2}, resume=False, overwrite=False)
 
 

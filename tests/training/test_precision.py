@@ -194,7 +194,7 @@ def test_a_compiler_that_fails_is_told_once_and_done_without(
     monkeypatch.setattr(torch, "compile", refuse)
     watching = Watching()
     compiled, plain = fitted(Precision(compiled=True), watching), fitted(FLOAT32, Watching())
-    assert watching.warnings == ["the network could not be compiled and runs as it is: no compiler here"]
+    assert watching.warnings == ["the network could not be compiled and runs uncompiled: no compiler here"]
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, compiled.state_dict()[name]), "the trial must leave no trace"
 

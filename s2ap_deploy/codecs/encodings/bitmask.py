@@ -31,12 +31,14 @@ class Bitmask(Codec):
         import numpy as np
 
         entries = weight.data.size
+        # Unpack the mask to one integer per entry.
         bits = graph.unpack_bits(pack(weight.positions, entries), "int32")
         if entries % 8:
             bits = graph.slice(bits, 0, entries)
         # A running sum turns set bits into ranks; the product sends every unset bit to rank 0.
         ranks = graph.cumsum(bits)
         indices = graph.add("Mul", [ranks, bits])
+        # Look up each entry's value by its rank; rank 0 is zero.
         after_zero = np.concatenate([np.zeros(1, weight.data.dtype), weight.nonzeros])
         values = graph.values(after_zero, weight)
         graph.reshape(graph.add("Gather", [values, indices]), weight, output)
@@ -54,7 +56,7 @@ def pack(positions: NDArray[np.integer], universe: int) -> NDArray[np.uint8]:
 
     values = np.asarray(positions, dtype=np.int64)
     if values.size and (values.min() < 0 or values.max() >= universe):
-        raise ValueError("positions must lie in [0, universe)")
+        raise ValueError("positions must be within [0, universe)")
     bits = np.zeros(universe, dtype=np.uint8)
     bits[values] = 1
     return np.packbits(bits, bitorder="little")

@@ -40,6 +40,7 @@ class Coo(Codec):
     node_bytes = (55, 55)
 
     def decode_graph(self, graph: DecodeSubgraph, weight: StoredWeight, output: str) -> None:
+        # Store a sparse initializer; convert and scale rounded values.
         name = graph.name() if weight.cast else output
         graph.sparse.append(sparse_tensor(name, weight.data))
         if weight.cast:
@@ -58,6 +59,7 @@ def sparse_tensor(name: str, dense: NDArray[np.generic]) -> SparseTensorProto:
     import numpy as np
     from onnx import SparseTensorProto, TensorProto, numpy_helper
 
+    # Positions and values of the non-zero entries.
     flat = dense.reshape(-1)
     positions = np.flatnonzero(flat)
     indices = TensorProto(data_type=TensorProto.INT64, dims=[positions.size])
@@ -85,10 +87,12 @@ def dense_tensor(sparse: SparseTensorProto) -> TensorProto:
         positions = _positions(numpy_helper.to_array(sparse.indices), shape)
     except (ValueError, TypeError, KeyError) as error:
         raise _damaged(name, f"a damaged sparse tensor: {error}") from error
+    # Check the content before it is used: the file is untrusted.
     if values.ndim != 1 or positions.shape != values.shape:
         raise _damaged(name, f"{values.size} values, but {positions.size} positions")
     if positions.size and (positions.min() < 0 or positions.max() >= entries):
         raise _damaged(name, "a position is outside the tensor")
+    # Scatter the values.
     flat = np.zeros(entries, values.dtype)
     flat[positions] = values
     return numpy_helper.from_array(flat.reshape(shape), name)

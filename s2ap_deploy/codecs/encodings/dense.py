@@ -25,6 +25,7 @@ class Dense(Codec):
     node_bytes = (42, 42)
 
     def decode_graph(self, graph: DecodeSubgraph, weight: StoredWeight, output: str) -> None:
+        # Float32 values are an ordinary initializer, to which no node is added.
         if weight.cast:
             graph.restore(graph.store(weight.data), weight, output)
 

@@ -41,12 +41,15 @@ class EliasFano(Codec):
     def decode_graph(self, graph: DecodeSubgraph, weight: StoredWeight, output: str) -> None:
         import numpy as np
 
+        # Encode the positions, and decode the high part.
         code = encode(weight.positions, weight.data.size)
         index = _high_parts(graph, code)
+        # Add the low part: position = high 2^l + low.
         if code.low_bits:
             low = _low_parts(graph, code)
             scale = graph.constant(np.array(1 << code.low_bits, np.int32))
             index = graph.add("Add", [graph.add("Mul", [index, scale]), low])
+        # Scatter the values to their positions.
         graph.scatter(index, graph.values(weight.nonzeros, weight), weight, output)
 
     def data_bytes(self, nonzeros: int, entries: int, value_bytes: int) -> float:
@@ -103,10 +106,12 @@ def encode(positions: NDArray[np.integer], universe: int) -> Positions:
     if count == 0:
         nothing = np.zeros(0, dtype=np.uint8)
         return Positions(0, 0, nothing, nothing)
+    # Split each position into low bits and a unary high part.
     bits = low_bits(count, universe)
     low = (values[:, None] >> np.arange(bits)) & 1
     high = np.zeros((int(values[-1]) >> bits) + count, dtype=np.uint8)
     high[(values >> bits) + np.arange(count)] = 1
+    # Pack both parts, least significant bit first.
     packed = np.packbits(low.astype(np.uint8).reshape(-1), bitorder="little")
     return Positions(count, bits, packed, np.packbits(high, bitorder="little"))
 
@@ -119,10 +124,12 @@ def _high_parts(graph: DecodeSubgraph, code: Positions) -> str:
     """
     import numpy as np
 
+    # Slot of each set bit (its rank), and the number of unset bits before it.
     bits = graph.unpack_bits(code.high, "int32")
     slots = graph.add("Mul", [graph.cumsum(bits), bits])
     unset = graph.add("Sub", [graph.constant(np.array(1, np.int32)), bits])
     zeros_before = graph.cumsum(unset)
+    # Scatter the counts to their slots, and drop slot 0.
     blank = graph.zeros([code.count + 1], np.dtype(np.int32))
     table = graph.add("ScatterElements", [blank, slots, zeros_before])
     return graph.slice(table, 1, code.count + 1)
@@ -132,6 +139,7 @@ def _low_parts(graph: DecodeSubgraph, code: Positions) -> str:
     """Build int32 [k]: the low bits of each position, summed by their powers of two."""
     import numpy as np
 
+    # Unpack [k, l] bits, and multiply by powers of two.
     bits = graph.unpack_bits(code.low, "float32")
     exact = graph.slice(bits, 0, code.count * code.low_bits)
     rows = graph.add("Reshape", [exact, graph.integers([code.count, code.low_bits])])

@@ -30,8 +30,10 @@ class Gaps(Codec):
     shared_bytes = 60
 
     def decode_graph(self, graph: DecodeSubgraph, weight: StoredWeight, output: str) -> None:
+        # A running sum of the steps gives the positions.
         steps = encode(weight.positions, weight.data.size)
         index = graph.cumsum(graph.cast(graph.store(steps.steps), "int32"))
+        # Scatter the values, with zeros at the escapes.
         graph.scatter(index, graph.values(steps.interleave(weight.nonzeros), weight), weight, output)
 
     def data_bytes(self, nonzeros: int, entries: int, value_bytes: int) -> float:
@@ -45,7 +47,7 @@ class Steps:
     """k sorted positions as steps.
 
     ``steps``: uint8 [m], m >= k; the sums of its first 1, 2, ... m entries are the stops. ``real``: int64
-    [k], which of the stops are the positions; the others lie between two of them, or before the first.
+    [k], the indices of the stops that are positions; the others are escapes between positions.
     """
 
     steps: NDArray[np.uint8]
@@ -68,9 +70,11 @@ def encode(positions: NDArray[np.integer], universe: int) -> Steps:
     import numpy as np
 
     values = check_positions(positions, universe)
+    # Distances between positions; those above 255 need escapes.
     distances = np.diff(values, prepend=0)
     # Rounded up, less one: a distance of exactly 255 is one step. The first may be 0.
     escapes = np.maximum(distances - 1, 0) // MAX_STEP
+    # Write escapes as 255, and the rest as the last step of each distance.
     real = np.cumsum(escapes + 1) - 1
     steps = np.full(int(escapes.sum()) + values.size, MAX_STEP, dtype=np.uint8)
     steps[real] = (distances - MAX_STEP * escapes).astype(np.uint8)

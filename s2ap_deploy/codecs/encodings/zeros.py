@@ -26,6 +26,7 @@ class Zeros(Codec):
     shared_bytes = 40
 
     def decode_graph(self, graph: DecodeSubgraph, weight: StoredWeight, output: str) -> None:
+        # Store only the shape.
         graph.zeros(weight.data.shape, weight.dtype, output)
 
     def data_bytes(self, nonzeros: int, entries: int, value_bytes: int) -> float:

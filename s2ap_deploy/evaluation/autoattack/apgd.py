@@ -63,12 +63,14 @@ class EarlyExitAPGD:
         Returns (points of highest loss, [B] bool that is False where a point was broken, highest losses,
         points that broke). Before the last radius of the schedule for L1 no point is dropped.
         """
+        # Start at a random point, or where an earlier run ended.
         start = self._random_start(x)
         run = _Run(
             self, x, y, (start if x_init is None else x_init.clone()).clamp(0.0, 1.0), x_init is not None
         )
         may_leave = not self.use_largereps or self.eps == self.eps_orig
         wanted = self.y_target
+        # Evaluate the start; the step size adapts from there.
         run.look(gradient=True)
         if self.loss != "ce" and bool((run.gradient.flatten(1).abs().sum(dim=1) == 0).any()):
             self.logger.warning("zero gradient")
@@ -80,6 +82,7 @@ class EarlyExitAPGD:
             run.move(iteration)
             run.look(gradient=iteration + 1 < self.n_iter)
             run.judge_progress()
+        # Write back the points that survived all iterations.
         run.give_back()
         self.y_target = wanted
         return run.all_best, ~run.all_wrong, run.all_loss, run.all_points
@@ -138,6 +141,7 @@ class _Run:
         """Evaluate losses, gradients and misclassification at the points."""
         attack = self.attack
         point = self.point.detach()
+        # Compute losses, and gradients unless this is the last evaluation.
         with torch.set_grad_enabled(gradient):
             point.requires_grad_(gradient)
             logits = attack.model(point)
@@ -147,6 +151,7 @@ class _Run:
                 (self.gradient,) = torch.autograd.grad(value.sum(), point)
         self.point, self.value = point.detach(), value.detach()
         logits = logits.detach()
+        # Keep adversarial points; `deep` marks those that rounding cannot make correct again.
         wrong = logits.argmax(dim=1) != self.y
         if bool(wrong.any()):
             self.all_points[self.rows[wrong]] = self.point[wrong]
@@ -173,10 +178,12 @@ class _Run:
         weight = _MOMENTUM if iteration > 0 else 1.0
         self.before = point
         if self.norm == "Linf":
+            # Linf: sign step with momentum, clamped to ball and box.
             step = torch.clamp(point + self.size * self.gradient.sign(), self.low, self.high)
             mixed = point + (step - point) * weight + momentum * (1 - weight)
             self.point = torch.clamp(mixed, self.low, self.high)
         elif self.norm == "L2":
+            # L2: normalized gradient step with momentum, projected onto ball and box.
             step = self._into_l2_ball(point + self.size * self.attack.normalize(self.gradient))
             self.point = self._into_l2_ball(point + (step - point) * weight + momentum * (1 - weight))
         else:
@@ -190,11 +197,13 @@ class _Run:
 
     def _l1_step(self, point: Tensor) -> Tensor:
         """Step along the signs of the largest entries of the gradient (arXiv 2103.01208, section 3.2)."""
+        # Keep the signs of the largest entries of the gradient.
         magnitude = self.gradient.abs()
         ordered = magnitude.flatten(1).sort(dim=1).values
         place = ((1.0 - self.topk) * self.values).clamp(min=0, max=self.values - 1).long()
         threshold = ordered.gather(1, place.unsqueeze(1)).view(self.size.shape)
         sparse = (self.gradient * (magnitude >= threshold).float()).sign()
+        # Step, then project onto the L1 ball and the box.
         length = sparse.abs().flatten(1).sum(dim=1).view(self.size.shape)
         away = point + self.size * sparse / (length + 1e-10) - self.x
         return self.x + away + type(self.attack).l1_projection(self.x, away, self.eps)
@@ -202,6 +211,7 @@ class _Run:
     @torch.no_grad()
     def judge_progress(self) -> None:
         """Keep the best points; at a checkpoint, shorten steps without progress and restart from the best."""
+        # Track how often the loss rose, and the best point.
         self.rises += self.value > self.last
         self.last = self.value
         better = self.value > self.highest
@@ -210,22 +220,26 @@ class _Run:
             self.best = torch.where(shaped, self.point, self.best)
             self.best_gradient = torch.where(shaped, self.gradient, self.best_gradient)
             self.highest = torch.where(better, self.value, self.highest)
+        # Adapt the step size at checkpoints only.
         self.since += 1
         if self.since < self.period:
             return
         self.since = 0
         stuck = self._shorten_l1() if self.norm == "L1" else self._shorten()
+        # Restart points without progress from their best point.
         shaped = stuck.view(self.size.shape)
         self.point = torch.where(shaped, self.best, self.point)
         self.gradient = torch.where(shaped, self.best_gradient, self.gradient)
 
     def _shorten(self) -> Tensor:
         """Halve the steps where the loss rose too rarely, or did not rise after steps of the same length."""
+        # The two conditions of algorithm 1 for halving the step.
         oscillates = (self.rises <= self.period * self.attack.thr_decr).float()
         stalled = (1.0 - self.reduced) * (self.highest_at_check >= self.highest).float()
         self.reduced = torch.max(oscillates, stalled)
         self.highest_at_check = self.highest.clone()
         self.rises = torch.zeros_like(self.rises)
+        # Checkpoints become more frequent.
         self.period = max(self.period - self.attack.size_decr, self.attack.n_iter_min)
         stuck = self.reduced > 0
         self.size = torch.where(stuck.view(self.size.shape), self.size / 2.0, self.size)
@@ -233,9 +247,11 @@ class _Run:
 
     def _shorten_l1(self) -> Tensor:
         """Choose the next sparsity and step by how many values of the best point differ from the image."""
+        # Sparsity of the next steps, from that of the best point.
         moved = (self.best - self.x).ne(0).flatten(1).sum(dim=1)
         sparser = (moved / self.moved) < _SPARSITY_RATIO
         self.topk = moved / self.values / _TOPK_DIVISOR
+        # Reset the step where the perturbation became much sparser, shrink it elsewhere.
         largest = self.alpha * self.eps
         size = torch.where(
             sparser.view(self.size.shape), torch.full_like(self.size, largest), self.size / _L1_DIVISOR

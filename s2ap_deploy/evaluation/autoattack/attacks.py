@@ -1,8 +1,8 @@
 """The attacks of AutoAttack with the parameters of a protocol. The only user of pyautoattack.
 
 Only the attack classes are used: the package's own driver assumes ten classes, resumes wrongly and
-writes its warnings to a log. Their inner loops are ours where that saves work at the same verdict per point
-(``apgd``, ``fab``, ``square``); parameters, random draws and all around the loops are the classes' own.
+writes its warnings to a log. Their inner loops are replaced where that saves work at the same verdict per
+point (``apgd``, ``fab``, ``square``); parameters, random draws and the surrounding code are the classes' own.
 """
 
 from __future__ import annotations

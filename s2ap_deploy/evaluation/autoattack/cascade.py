@@ -79,10 +79,11 @@ class AttackConfig:
 
 
 class Cascade:
-    """The attack on one network: what is known of every sample, and what is still to be done."""
+    """The attack on one network: the state of every sample, and the remaining work."""
 
     def __init__(self, classifier: nn.Module, images: Tensor, labels: Tensor, config: AttackConfig) -> None:
         """Run the clean pass and replay the record; arguments and errors are those of :func:`attack`."""
+        # Check the inputs, and wrap the network or the exported file.
         threat, device, seed = config.threat, config.device, config.seed
         images, labels = checked(images, labels)
         size = default_block_size(images, device) if config.block_size is None else config.block_size
@@ -99,15 +100,18 @@ class Cascade:
             network = folded_copy(judge.network, images.to(device))
             fused = None if network is None else FrozenModel(network, device)
             self._flags = reliability_flags(judge.precision_probe, images, first, second, device)
+        # Initialize the state of every sample from the clean predictions.
         num_classes = first.shape[1]
         _check_arguments(config, labels, num_classes, self._flags)
         clean = first.argmax(dim=1)
         self._clean = int((clean == labels).sum())
         self.ledger = Scheduler(images, labels, clean, num_classes, size, seed, config.proven, config.version)
+        # Replay the units that an interrupted attack has recorded.
         self.journal: AttackRecord | None = None
         if config.record is not None:
             bound = binding(judge.network, images, labels, seed=seed, block_size=size, device=device)
             self.journal = self._replayed(config, config.record, bound)
+        # Prepare the attacker, and the cost of each attack for progress.
         self.attacker = Attacker(judge, images, labels, threat, num_classes, device, config.version, fused)
         self._costs = {
             step.name: step.forward_equivalents(num_classes)
@@ -126,9 +130,9 @@ class Cascade:
             if not self.ledger.expects(result.unit):
                 raise RunFolderError(
                     f"{folder} is damaged: {result.unit.attack} on block {result.unit.block} does not "
-                    "follow from what was recorded before it",
+                    "follow from the records before it",
                     code="attack-record-damaged",
-                    hint="start this stage again with --overwrite",
+                    hint="restart this stage with --overwrite",
                 )
             self.ledger.apply(result)
         return journal
@@ -145,7 +149,7 @@ class Cascade:
 
     @property
     def outcome(self) -> AttackOutcome:
-        """What is known now."""
+        """The current outcome."""
         return self.ledger.outcome(self._flags)
 
     def take(self, result: UnitResult) -> None:
@@ -156,15 +160,15 @@ class Cascade:
 
 
 def _check_arguments(config: AttackConfig, labels: Tensor, num_classes: int, flags: Collection[str]) -> None:
-    """Refuse what does not fit the network, once its logits are known."""
+    """Refuse arguments that do not fit the network, once its logits are known."""
     if config.version == "rand" and "randomized" not in flags:
         raise UsageError(
-            "the protocol 'rand' is for randomized networks, and this one answers the same each time",
+            "the protocol 'rand' is for randomized networks, but this one is deterministic",
             code="protocol-unfit",
             hint="use the protocol 'standard', which attacks a deterministic network harder",
         )
     if any(not 0 <= index < len(labels) for index in config.proven):
-        raise UsageError("a sample that is said to be proven does not exist", code="proven-sample-missing")
+        raise UsageError("a proven sample does not exist", code="proven-sample-missing")
     check_labels(labels, num_classes)
 
 
@@ -219,9 +223,9 @@ def run(
 ) -> None:
     """Attack until nothing is left, ``deadline`` has passed or ``decided`` returns true.
 
-    Several networks share the workers, the first one first. Where a decision is sought, the cheap attack runs
-    over all blocks of all networks first, since it shows which thresholds must fail; then one block is
-    finished after the other, since only finished samples can show a pass. The result of a unit does not
+    Several networks share the workers, in order. If a decision is sought, the cheapest attack runs over all
+    blocks of all networks first, since it shows which thresholds must fail; then block after block is
+    finished, since only finished samples can show a pass. The result of a unit does not
     depend on the order. Units in flight at the decision are dropped. Raises UsageError for no workers.
     """
     check_workers(workers)
@@ -266,6 +270,7 @@ def _work(
         cascade = cascades[result.unit.network]
         cascade.take(result)
         recorder.log("certify", _row(result, cascade.ledger.unbroken))
+        # Report progress; stop as soon as the verdict is decided.
         before, left = left, sum(each.remaining for each in cascades)
         recorder.advance(before - left)
         if decided is not None and decided():
@@ -349,11 +354,13 @@ def expected_cost(
     block = images[:block_size].to(device, torch.float32).contiguous()
     tiny = ThreatModel(norm=threat.norm, eps="1e-6")
     with exact_arithmetic(device):
+        # Time one forward pass; for a slow network, use fewer images.
         judge.logits(block, block_size)  # the first pass also pays for lazy set-up
         started = time.monotonic()
         logits = judge.logits(block, block_size)
         if time.monotonic() - started > _SLOW_SECONDS:
             block, logits = block[:_FEW], logits[:_FEW]
+        # Time each attack against the predicted labels, and sum up.
         labels = logits.argmax(dim=1).to(device)
         num_classes = logits.shape[1]
         seconds = sum(

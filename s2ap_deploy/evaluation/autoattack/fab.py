@@ -18,7 +18,7 @@ from s2ap_deploy.evaluation.autoattack.apgd import deeply_wrong
 
 _FAR = 1e10  # the distance of a point that has not been adversarial yet
 _TINY = 1e-8
-_FOREVER = 1e30  # stands for infinity, which times a speed of 0 would not be a number
+_FOREVER = 1e30  # represents infinity, which times a speed of 0 would be NaN
 _L2_FLAT = 1e-8  # an entry of the normal below this moves nothing in L2, as in the reference
 
 Project = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -47,12 +47,14 @@ class EarlyExitFAB:
         The search ends at the first one within eps. A point that ``predict`` gets wrong is left unchanged.
         """
         found = x.detach().clone()
+        # Attack only the points that are classified correctly.
         logits = self.predict(x)
         rows = (logits.argmax(dim=1) == y).nonzero().squeeze(1)
         if not len(rows):
             return found
         clean, labels = x[rows], y[rows]
         target = logits.sort(dim=1).indices[rows, -self.target_class] if is_targeted else None
+        # Start at the clean image, or in a restart at a random point nearby.
         point = self._random_start(clean) if use_rand_start else clean
         nearest = torch.full((len(rows),), _FAR, device=x.device)
         for _ in range(self.n_iter):
@@ -62,6 +64,7 @@ class EarlyExitFAB:
             adversarial = logits.argmax(dim=1) != labels
             if not bool(adversarial.any()):
                 continue
+            # Keep the nearest adversarial points, then move back towards the clean image.
             away = point - clean
             distance = _length(away, self.norm)
             nearer = adversarial & (distance < nearest)
@@ -69,6 +72,7 @@ class EarlyExitFAB:
             found[rows[nearer]] = point[nearer]
             back = clean + away * self.beta
             point = torch.where(adversarial.view(-1, *[1] * (x.dim() - 1)), back, point)
+            # Drop points that are adversarial within eps.
             within = nearer & ~(distance > self.eps)
             if bool(within.any()):
                 stay = (~(within & deeply_wrong(logits, labels))).nonzero().squeeze(1)
@@ -91,13 +95,16 @@ class EarlyExitFAB:
         self, point: Tensor, clean: Tensor, labels: Tensor, target: Tensor | None
     ) -> Tensor:
         """Compute the next iterate: point and clean image projected onto the linearized boundary."""
+        # Linearize the boundary: to the target class, or to the nearest other class.
         if target is None:
             gap, normal = self._nearest_boundary(point, labels)
         else:
             gap, normal = self._boundary(point, labels, target)
         offset = (normal * point).flatten(1).sum(dim=1) - gap
+        # Project the point and the clean image onto it.
         both = torch.stack((point.flatten(1), clean.flatten(1)), dim=1)
         moves = self._project(both, normal.flatten(1), offset)
+        # Combine both projections with overshoot, biased towards the clean image.
         lengths = _length(moves.flatten(0, 1), self.norm).view(-1, 2).clamp(min=_TINY)
         share = (lengths[:, 0] / lengths.sum(dim=1)).clamp(0.0, self.alpha_max)
         first, second = (move.reshape(point.shape) for move in moves.unbind(dim=1))
@@ -146,11 +153,13 @@ def project(points: Tensor, normal: Tensor, offset: Tensor, norm: str) -> Tensor
     Newton's method from below ends at the solution, after as many steps as sets of blocked entries: a few,
     where the reference sorts all of them.
     """
+    # Speed of each entry: 1 for Linf, its weight for L2.
     weight = normal.abs()
     if norm == "L2":
         weight = torch.where(weight > _L2_FLAT, weight, torch.zeros_like(weight))
     speed = torch.ones_like(weight) if norm == "Linf" else weight
     pull = (weight * speed).unsqueeze(2)
+    # Distance to the hyperplane, direction of each entry, and its room inside the box.
     gap = torch.bmm(points, normal.unsqueeze(2)).squeeze(2) - offset.unsqueeze(1)
     side = torch.where(gap >= 0, 1.0, -1.0).to(points.dtype).unsqueeze(2)
     gap = gap.abs()
@@ -159,6 +168,7 @@ def project(points: Tensor, normal: Tensor, offset: Tensor, norm: str) -> Tensor
     load = room * weight.unsqueeze(1)
     whole = load.sum(dim=2)
     reach = speed.unsqueeze(1)
+    # Newton's method on the time, with entries that reached the box held fixed.
     time = torch.zeros_like(gap)
     spent = torch.full_like(gap, -1.0)
     while True:
@@ -171,6 +181,7 @@ def project(points: Tensor, normal: Tensor, offset: Tensor, norm: str) -> Tensor
         if torch.equal(ahead, time) or torch.equal(before, spent):
             break
         time = ahead
+    # Move each entry by its speed and time, at most by its room.
     return torch.minimum(room, ahead.unsqueeze(2) * reach) * -away
 
 

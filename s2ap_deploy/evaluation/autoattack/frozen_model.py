@@ -22,7 +22,7 @@ from s2ap_deploy.evaluation.autoattack.protocols import Version
 from s2ap_deploy.spec import ThreatModel
 
 TOLERANCE = 1e-6
-"""How far beyond eps a point may lie through rounding, times max(1, eps)."""
+"""Distance that rounding may move a point beyond eps, relative to max(1, eps)."""
 
 
 class LogitsFn(Protocol):
@@ -202,7 +202,7 @@ def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     low, high = float(images.min()), float(images.max())
     if not (low >= 0.0 and high <= 1.0):  # false for NaN as well
         raise DataError(
-            f"images must lie in [0, 1], these reach from {low:g} to {high:g}",
+            f"images must be within [0, 1], these reach from {low:g} to {high:g}",
             code="images-out-of-range",
             hint="normalization belongs in the classifier, not in the data",
         )

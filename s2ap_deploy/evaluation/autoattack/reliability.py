@@ -112,7 +112,7 @@ def saturated(logits: Tensor) -> bool:
 
 class _Way(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The operations of one pass: ``steps``, whether one ``reads`` a value that comes from the image, and
-    whether one runs with gradients switched on again (``learns``)."""
+    whether one runs with gradients enabled again (``learns``)."""
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

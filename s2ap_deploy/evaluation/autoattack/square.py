@@ -35,10 +35,12 @@ class CachedSquare:
         if self.norm != "Linf":  # there the draws depend on how many points are left
             seen, points = super().attack_single_run(x, y)  # type: ignore[misc]
             return seen, points
+        # Start at vertical stripes of ±eps, and draw all proposals.
         batch, channels, _, width = x.shape
         stripes = (2.0 * torch.rand(batch, channels, 1, width) - 1).sign().to(x.device)
         proposals = Proposals.draw(self.n_queries, x.shape[1:], self.eps, self.p_selection).to(x.device)
         points = (x + self.eps * stripes).clamp(0.0, 1.0)
+        # Evaluate proposals until every point is broken or out of them.
         walk = _Walk(self.predict, x, y, self.eps, points, proposals)
         while walk.remaining:
             walk.advance()
@@ -64,12 +66,14 @@ class Proposals:
         ``share(i)`` is the share of the image ``shape`` (C, H, W) that proposal i covers.
         """
         channels, height, width = shape
+        # Side, place and signs of every square; the sides shrink by the reference's schedule.
         sides = [max(round(math.sqrt(share(i) * shape.numel() / channels)), 1) for i in range(count)]
         side = torch.tensor([min(each, height, width) for each in sides])
         draws = torch.rand(count, 2 + channels)
         top = ((height - side) * draws[:, 0]).long()
         left = ((width - side) * draws[:, 1]).long()
         signs = (2.0 * draws[:, 2:] - 1).sign()
+        # Number equal squares alike, so that a refused one is not queried twice.
         described = torch.cat((torch.stack((top, left, side), dim=1), signs.long()), dim=1)
         kind = np.unique(described.numpy(), axis=0, return_inverse=True)[1].reshape(-1)
         across = (2.0 * eps * signs).unsqueeze(2) * _inside(left, side, width).unsqueeze(1)
@@ -113,6 +117,7 @@ class _Walk:
 
     def advance(self) -> None:
         """Evaluate at most one proposal for each point."""
+        # Skip proposals that are known to be refused.
         kind = self.proposals.kind[self.next].unsqueeze(1)
         idle = self.refused.gather(1, kind).squeeze(1)
         if bool(idle.any()):
@@ -121,14 +126,17 @@ class _Walk:
                 return
             kind = self.proposals.kind[self.next].unsqueeze(1)
             idle = self.refused.gather(1, kind).squeeze(1)
+        # Apply the proposal within the ball and the box.
         down, across = self.proposals.down[self.next], self.proposals.across[self.next]
         new = torch.addcmul(self.point, down[:, None, :, None], across.unsqueeze(2))
         new = torch.clamp(new, self.low, self.high)
         self.refused.scatter_(1, kind, True)
         self.next += ~idle
+        # Query only points that the proposal changes.
         asked = ((new != self.point).flatten(1).any(dim=1) & ~idle).nonzero().squeeze(1)
         if len(asked):
             self._answer(asked, new if len(asked) == len(new) else new[asked])
+        # Remove points that are broken or out of proposals.
         self._keep((self.margin > 0) & (self.next < len(self.proposals)))
 
     def _answer(self, asked: Tensor, new: Tensor) -> None:

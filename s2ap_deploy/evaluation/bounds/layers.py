@@ -130,6 +130,7 @@ class ConvolutionLayer(Affine):
         return F.conv2d(padded, weight, None, self.stride, 0, self.dilation, self.groups)
 
     def interval(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        # Interval arithmetic with center and radius.
         center = _plus(self._apply((lower + upper) / 2, self.weight), self.bias)
         radius = self._apply((upper - lower) / 2, self._absolute)
         return center - radius, center + radius
@@ -151,6 +152,7 @@ class ConvolutionLayer(Affine):
 
     def backward(self, forms: Forms) -> Forms:
         values, (points, count) = forms.values.flatten(0, 1), forms.values.shape[:2]
+        # Transposed convolution, then the part that lies inside the input.
         full = F.conv_transpose2d(
             values, self.weight, stride=self.stride, groups=self.groups, dilation=self.dilation
         )
@@ -344,6 +346,7 @@ class Trace:
 
     def widest(self, index: int, window: Window | None) -> int:
         """Count the most coefficients that a form over ``window`` of a node has during propagation."""
+        # Walk back to the input with all windows that are reached on the way.
         reached: dict[int, set[Window | None]] = {index: {window}}
         largest = 1
         for current in range(index, -1, -1):

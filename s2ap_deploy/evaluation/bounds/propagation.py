@@ -118,6 +118,7 @@ def propagate(trace: Trace, region: Region, slope: Slope | None, known: Bounds |
     """
     bounds = Bounds()
     for index, node in enumerate(trace.nodes):
+        # Interval bounds of the node from those of its parents, widened by rounding.
         if node.layer is None:
             lower, upper = region.lower, region.upper
         elif isinstance(node.layer, Relu):
@@ -129,10 +130,12 @@ def propagate(trace: Trace, region: Region, slope: Slope | None, known: Bounds |
                 noise = bounds.noise[index] = _noise(trace, node.layer, bounds, node.parents)
                 lower, upper = lower - noise, upper + noise
             lower, upper = _unknown(lower, -math.inf), _unknown(upper, math.inf)
+        # Intersect with bounds that are known already.
         if known is not None:
             lower, upper = torch.maximum(lower, known.lower[index]), torch.minimum(upper, known.upper[index])
         bounds.lower[index], bounds.upper[index] = lower.contiguous(), upper.contiguous()
         bounds.largest[index] = bounds.reach(index)
+        # Tighten by linear relaxation where a ReLU may be unstable.
         if slope is not None and trace.worth_tightening(index, region.norm):
             _tighten(trace, region, bounds, index, slope)
             bounds.largest[index] = bounds.reach(index)
@@ -149,6 +152,7 @@ def lower_bounds(
 
     ``bounds`` must hold every node before ``index``. A bound is NaN where nothing is known.
     """
+    # Start with the forms over node `index`, and propagate them back to the input.
     pending = {index: forms}
     start = Forms(forms.values.abs(), forms.window)
     rounding = trace.gamma * start.dot(bounds.largest[index][rows])
@@ -157,12 +161,15 @@ def lower_bounds(
         if current not in pending:
             continue
         seen, node = pending.pop(current), trace.nodes[current]
+        # Subtract the rounding error of the node.
         if current in bounds.noise:
             rounding += Forms(seen.values.abs(), seen.window).dot(bounds.noise[current][rows])
         if node.layer is None:
+            # At the input, minimize over the region.
             total += region.minimum(seen, rows)
             continue
         if isinstance(node.layer, Relu):
+            # Through a ReLU by its two lines.
             before = bounds.lower[node.parents[0]][rows], bounds.upper[node.parents[0]][rows]
             offset, back = _through_relu(seen, *before, slope)
             total += offset
@@ -171,6 +178,7 @@ def lower_bounds(
             for parent, sign in zip(node.parents, node.layer.signs, strict=True):
                 _add(pending, parent, seen if sign > 0 else Forms(-seen.values, seen.window), trace)
         else:
+            # Through an affine layer by its transpose; the bias is constant.
             if node.layer.bias is not None:
                 bias = seen.over(node.layer.bias).flatten()
                 total += seen.values.flatten(2) @ bias
@@ -189,12 +197,15 @@ def _through_relu(forms: Forms, lower: Tensor, upper: Tensor, slope: Slope) -> t
     A positive coefficient takes the lower line, a negative one the chord through (l, 0) and (u, u).
     """
     lower, upper = forms.over(lower), forms.over(upper)
+    # Upper line: the chord; exact for a stable ReLU.
     width = upper - lower
     chord = (upper / width).masked_fill(~width.isfinite(), math.nan)
     chord = chord.masked_fill(lower >= 0, 1.0).masked_fill(upper <= 0, 0.0)
     unstable = (lower < 0) & (upper > 0)
+    # Lower line: adaptive (0 or z) or parallel to the chord.
     below = torch.where(unstable, (upper > -lower).to(chord.dtype), chord) if slope == "adaptive" else chord
     intercept = torch.where(unstable, -chord * lower, 0.0)
+    # Negative coefficients take the chord, positive ones the lower line.
     falling = forms.values.clamp(max=0.0)
     offset = torch.bmm(falling.flatten(2), intercept.flatten(1).unsqueeze(2)).squeeze(2)
     values = forms.values * below.unsqueeze(1)
@@ -213,6 +224,7 @@ def _tighten(trace: Trace, region: Region, bounds: Bounds, index: int, slope: Sl
     # At the middle a window is not cut off by the border.
     at_once = max(1, COEFFICIENTS_AT_ONCE // trace.widest(index, windows[len(windows) // 2]))
     for window in windows:
+        # Bound unstable units in both directions, in groups that fit the memory limit.
         low, high = (_place(t, window) for t in (lower, upper))
         unstable = (low < 0) & (high > 0)
         count, order = unstable.sum(dim=1), torch.argsort(unstable.byte(), dim=1, descending=True)
@@ -338,13 +350,15 @@ def provably_robust(
         traced = trace(network, tuple(images.shape[1:]), device)
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
+            # Check that the traced layers compute the network's logits.
             points, answers = images[part].to(device, torch.float32), labels[part].to(device)
             logits = judge(points.clone(memory_format=torch.contiguous_format))  # which may compute in place
             if int(answers.max()) >= logits.shape[1]:
                 raise DataError(
-                    f"a label is {int(answers.max())}, but the network knows {logits.shape[1]} classes"
+                    f"a label is {int(answers.max())}, but the network has {logits.shape[1]} classes"
                 )
             _agree(traced, points.double(), logits)
+            # Bound the margins; a positive lower bound is a proof.
             region = Region(points.double(), threat.norm, radius)
             found, rounding = _smallest_margins(traced, region, answers, logits.argmax(dim=1) == answers)
             margins[part], proven[part] = found.cpu(), (found > 0).cpu()
@@ -356,11 +370,13 @@ def provably_robust(
 
 def _smallest_margins(traced: Trace, region: Region, labels: Tensor, correct: Tensor) -> tuple[Tensor, float]:
     """Bound the margins [P], with their rounding error; each step works on points that the last left open."""
+    # First, intervals for all points.
     everyone = torch.arange(len(labels), device=labels.device)
     bounds = propagate(traced, region, None)
     margins, rounding = _margins(traced, region, bounds, labels, "adaptive")
     steps: tuple[Slope, ...] = ("adaptive", "parallel")
     open_points = everyone
+    # Then linear relaxation for points that are still open, with both choices of lower lines.
     for slope in steps:
         left = (correct & (margins.amin(dim=1) <= 0))[open_points]
         open_points, bounds = open_points[left], bounds.rows(left)
@@ -381,10 +397,12 @@ def _margins(
     """Bound logit_y - logit_j from below, [P, K - 1] (-inf: no bound), and the largest rounding error."""
     classes = traced.nodes[-1].shape[0]
     identity = torch.eye(classes, dtype=torch.float64, device=labels.device)
+    # One linear form logit_y - logit_j per other class.
     right = identity[labels].unsqueeze(1)
     others = (labels.unsqueeze(1) + torch.arange(1, classes, device=labels.device)) % classes
     differences = right - identity[others]
     last = len(traced.nodes) - 1
+    # Propagate the forms in batches that fit the memory limit.
     at_once = max(1, COEFFICIENTS_AT_ONCE // (traced.widest(last, None) * (classes - 1)))
     parts = [
         lower_bounds(traced, region, bounds, Forms(differences[rows]), slope, index=last, rows=rows)
@@ -402,12 +420,13 @@ def _agree(traced: Trace, images: Tensor, logits: Tensor) -> None:
     """
     bounds = propagate(traced, Region(images, "Linf", 0.0), None)
     last, found = len(traced.nodes) - 1, logits.double()
+    # The logits must be within the bounds, and close to the traced layers' values.
     inside = (bounds.lower[last] <= found) & (found <= bounds.upper[last])
     off = (evaluate(traced, images) - found).abs().amax(dim=1)
     if not (inside.all() and (off <= _OFF * found.abs().amax(dim=1).clamp(min=1.0)).all()):
         raise ArchitectureError(
             "the network's logits are not those of its traced layers",
-            hint="provable bounds need a forward pass that is the same each time and changes no tensor twice",
+            hint="provable bounds need a deterministic forward pass that changes no tensor twice",
         )
 
 

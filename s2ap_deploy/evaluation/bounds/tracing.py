@@ -44,6 +44,7 @@ def trace(network: nn.Module, size: Shape, device: torch.device) -> Trace:
 
     Raises ArchitectureError that names the first module or function that bounds cannot go through.
     """
+    # Copy the network; hooks could change results and are refused.
     private = copy.deepcopy(network).eval().requires_grad_(False).float().to(device)
     for name, module in private.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
@@ -102,6 +103,7 @@ class _Builder:
             return self._placeholder(node)
         if node.op == "get_attr":
             return operator.attrgetter(target)(self._network)
+        # Operations on images become layers; all others are evaluated.
         args: Any = fx.map_arg(node.args, self._values.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self._values.__getitem__)
         if node.op == "call_module":
@@ -342,7 +344,7 @@ class _Builder:
                 f"shape {list(result.shape)} per image" if isinstance(result, _Ref) else type(result).__name__
             )
             raise ArchitectureError(
-                f"the network answers with {found} instead of logits [batch, classes] of 2 classes or more"
+                f"the network returns {found} instead of logits [batch, classes] of 2 classes or more"
             )
         return Trace(tuple(self._nodes[: result.index + 1]))
 

@@ -221,7 +221,7 @@ def executor_for(
         try:
             return stack.enter_context(WorkerPool(attacker, processes))
         except NotPicklable as reason:
-            recorder.warn(f"{reason}; attacking in one process instead")
+            recorder.warn(f"{reason}; attacking in this process instead")
     return stack.enter_context(InProcess(attacker))
 
 

@@ -96,10 +96,10 @@ class AttackRecord:
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
                 raise RunFolderError(
-                    f"{self._path} records another attack: {key} was {found.get(key)!r}, "
+                    f"{self._path} records a different attack: {key} was {found.get(key)!r}, "
                     f"now it is {wanted.get(key)!r}",
                     code="attack-record-foreign",
-                    hint="start this stage again with --overwrite, or use another --run",
+                    hint="restart this stage with --overwrite, or use another --run",
                 )
 
     def _result(self, line: dict[str, Any]) -> UnitResult:

@@ -61,7 +61,7 @@ def architecture(reference: str) -> Architecture:
             raise ArchitectureError(
                 f"{location} has no {attribute!r}",
                 code="architecture-factory-missing",
-                hint=f"it has: {public_names(module) or 'nothing public'}",
+                hint=f"it defines: {public_names(module) or 'nothing public'}",
             )
         factory = getattr(factory, part)
     if isinstance(factory, Architecture):
@@ -217,7 +217,7 @@ def _module(location: str, reference: str) -> Any:
 
 
 class _Source(importlib.machinery.SourceFileLoader):
-    """Compile what the file holds now, and write no bytecode beside it.
+    """Compile the current content of the file, and write no bytecode.
 
     Python considers cached bytecode fresh while the file's size and modification second are unchanged.
     """

@@ -1,4 +1,4 @@
-"""The networks that a name stands for.
+"""The registry of networks by name.
 
 Names are the tool's own families (``cifar-resnet18``), items that installed packages offer under the
 entry-point group ``s2ap_deploy.architectures``, and torchvision's classifiers (``torchvision/resnet50``).
@@ -81,7 +81,7 @@ def resolve(reference: str) -> Architecture:
         return found
     if reference.startswith(custom.IN_MEMORY):
         raise ArchitectureError(
-            f"{reference} was passed to this tool by another Python program, and is not known here",
+            f"{reference} was passed in memory by another Python process and is unknown here",
             code="architecture-in-memory-missing",
             hint="give the network again from Python (model=network), or --arch package.module:factory",
         )
@@ -96,9 +96,7 @@ def resolve(reference: str) -> Architecture:
         if near
         else f"known: {', '.join(_OWN)}, {imagenet.PREFIX}..."
     )
-    raise ArchitectureError(
-        f"no architecture is called {reference!r}", code="architecture-unknown", hint=hint
-    )
+    raise ArchitectureError(f"there is no architecture {reference!r}", code="architecture-unknown", hint=hint)
 
 
 def build(name: str, num_classes: int | None = None) -> nn.Module:
@@ -111,7 +109,7 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
     """
     if is_import_path(name):
         raise ArchitectureError(
-            f"{name!r} is an import path, and those run code",
+            f"{name!r} is an import path, which would run code",
             code="architecture-import-path",
             hint="pass it on the command line with --arch; a recipe names registered architectures",
         )

@@ -90,10 +90,10 @@ class CouplingCheck:
                 with _narrowed(self.network, small):
                     found = functional_call(self.network, small, self.image)
             except Exception as error:  # the network may be the user's own code
-                return f"without some of its channels the network does not run: {reason(error)}"
+                return f"the network does not run without some of its channels: {reason(error)}"
         bound = self.tolerance * expected.abs().max()
         if found.shape != expected.shape or not (found - expected).abs().max() <= bound:
-            return "taking channels out changes what the others compute"
+            return "removing channels changes what the others compute"
         return None
 
 
@@ -263,7 +263,7 @@ class _Channel:
 
 
 class _Links:
-    """What Torch-Pruning finds when it follows the rows of one layer after the other.
+    """Connections that Torch-Pruning finds by following the rows of each layer.
 
     ``pairs`` are indices of positions of one channel; ``faults`` rows that reach something whose channels
     cannot be removed, with the reason; ``logits`` rows that reach the logits.
@@ -283,7 +283,7 @@ class _Links:
         self._ends = [node for node in self._graph.module2node.values() if not node.outputs]
 
     def follow(self, name: str, layer: nn.Module) -> None:
-        """Add what the rows of ``layer``, whose weight is called ``name``, are connected with."""
+        """Add the connections of the rows of ``layer``, whose weight is called ``name``."""
         count = self._indexing.sizes[name, 0]
         if layer not in self._graph.module2node or len(self._followed.get(layer, ())) == count:
             return
@@ -353,7 +353,9 @@ class _Links:
         try:
             return self._names[id(tensor)]
         except KeyError:
-            raise _NotSeparable("its channels pass weights that every forward pass computes anew") from None
+            raise _NotSeparable(
+                "its channels pass weights that are recomputed in every forward pass"
+            ) from None
 
 
 class _NotSeparable(Exception):

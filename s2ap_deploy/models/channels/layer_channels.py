@@ -203,7 +203,7 @@ def _check_group_names(named: Mapping[str, object], groups: Iterable[ChannelGrou
     unknown = named.keys() - {group.name for group in groups}
     if unknown:
         raise UsageError(
-            f"no group of channels is called {min(unknown)!r}",
+            f"there is no group of channels {min(unknown)!r}",
             code="channel-group-unknown",
             hint="the names are those of Coupling.groups; Coupling.skipped lists what is in none",
         )

@@ -1,4 +1,4 @@
-"""Layers with fewer channels, and the JSON plan beside the weights of a compacted network.
+"""Layers with fewer channels, and the JSON plan of a compacted network.
 
 A layer's configuration has to follow its tensors: ``in_channels``, ``num_features`` and the like. Shapes and
 plans come from files that are not trusted, so each is checked against the layers at full width.
@@ -37,7 +37,7 @@ LONGEST = 256 * 2**20  # bytes
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 LayerConfig = dict[str, int]
-"""What a layer is built with: ``in_channels``, ``out_channels``, ``groups``; ``in_features``; ..."""
+"""Constructor arguments of a layer: ``in_channels``, ``out_channels``, ``groups``; ``in_features``; ..."""
 
 RELATIVE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -146,7 +146,7 @@ def _own_shapes(prefix: str, module: nn.Module, shapes: Mapping[str, Sequence[in
 
 
 def _changed_config(prefix: str, module: Any, own: Mapping[str, list[int]]) -> LayerConfig:
-    """Return what changes in ``module`` with shapes ``own``. Raises CheckpointError where they cannot fit."""
+    """Return the changed arguments of ``module`` for shapes ``own``. Raises CheckpointError for a misfit."""
     if all(shape == list(getattr(module, leaf).shape) for leaf, shape in own.items()):
         return {}
     before, after = _configs(prefix, module, own)
@@ -159,7 +159,7 @@ def _changed_config(prefix: str, module: Any, own: Mapping[str, list[int]]) -> L
 
 
 def _configs(prefix: str, module: Any, own: Mapping[str, list[int]]) -> tuple[LayerConfig, LayerConfig]:
-    """Return what ``module`` was built with, and what shapes ``own`` need."""
+    """Return the constructor arguments of ``module``, and those that shapes ``own`` require."""
     if isinstance(module, nn.Conv2d) and (module.groups == 1 or is_depthwise(module)):
         rows, columns = own["weight"][:2]
         before = {
@@ -232,14 +232,14 @@ class NetworkSize(Record):
 
 
 class ChannelPlan(Record):
-    """How a network with fewer channels is made of ``arch`` at full width. All names are those of the file.
+    """The plan for building a network with fewer channels from ``arch`` at full width, with the file's names.
 
     Attributes:
         modules: what changes in each layer, by name, such as ``in_channels``.
         tensors: every tensor of the file.
         source_sha256: the hash of the checkpoint that was compacted.
         source_weights_sha256: the hash of its weights.
-        sha256: the hash of the file beside the plan.
+        sha256: the hash of the weights file next to the plan.
         weights_sha256: the hash of the weights in it.
     """
 
@@ -277,7 +277,7 @@ class ChannelPlan(Record):
             raise CheckpointError(
                 f"{path} is longer than any plan of a compacted network", code="channel-plan-too-long"
             )
-        hint = "it belongs to the weights beside it; copy both again, or move it away"
+        hint = "the plan belongs to the weights next to it; copy both files again, or move the plan away"
         return records.parse(data, cls, CheckpointError, source=str(path), hint=hint)
 
     def check(
@@ -288,12 +288,12 @@ class ChannelPlan(Record):
         info: CheckpointInfo,
         sha256: str,
     ) -> None:
-        """Check every statement against the classifier at full width and the one that was loaded.
+        """Check every entry against the classifier at full width and the loaded one.
 
         ``changed`` is what ``narrow`` changed, ``info`` and ``sha256`` are the file's.
 
         Raises:
-            CheckpointError: naming the first statement that is not true.
+            CheckpointError: naming the first entry that does not match.
         """
         size = info.preprocessing.size
         facts: dict[str, tuple[object, object]] = {
@@ -315,9 +315,9 @@ class ChannelPlan(Record):
         for where, (stated, found) in facts.items():
             if stated != found:
                 raise CheckpointError(
-                    f"the plan beside the compacted weights does not describe them: {where} is not true",
+                    f"the plan next to the compacted weights does not describe them: {where} is not true",
                     code="channel-plan-mismatch",
-                    hint="it belongs to another file; copy both again, or move it away",
+                    hint="the plan belongs to another file; copy both files again, or move the plan away",
                 )
 
 

@@ -50,7 +50,7 @@ def build_classifier(
         normalization, note = for_unit_images(normalization)
         notes += [] if note is None else [note]
     if normalization is None and stated is None:
-        notes.append("no normalization in the file or the options: the network gets images in [0, 1]")
+        notes.append("no normalization in the file or the options: the network receives images in [0, 1]")
     network = build_network(match)
     notes += fill(network, match.tensors, raw.path)
     classifier = Classifier(network, normalization).eval()
@@ -164,7 +164,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: str) -> tuple[
             raise CheckpointError(
                 f"{path}: {name} and {first} are one tensor in the network, but two in the file",
                 code="tied-weights-differ",
-                hint="name a function that builds the network with which the file was written",
+                hint="use a function that builds the network that wrote the file",
             )
     network.load_state_dict(state, strict=True)
     return tuple(f"weights are stored in {kind} and computed in float32" for kind in sorted(stored))
@@ -181,7 +181,7 @@ def _intended_input(architecture: Architecture, path: str) -> Preprocessing:
         raise CheckpointError(
             f"the input size of {architecture.name} is unknown, and {path} does not state it",
             code="input-size-missing",
-            hint="name the data with --data, or give the factory an attribute input_size = (C, H, W)",
+            hint="set --data, or give the factory an attribute input_size = (C, H, W)",
         )
     size = architecture.input_size
     return Preprocessing(size=size, channel_order="L" if size[0] == 1 else "RGB")
@@ -200,7 +200,7 @@ def _sparsity(classifier: Classifier, size: tuple[int, int, int]) -> float | Non
 def _check_compacted(
     classifier: Classifier, match: Match, stated: CheckpointInfo, raw: RawCheckpoint
 ) -> None:
-    """Check that shapes out of a file run together, and that a plan beside it is that of this file."""
+    """Check that a file's shapes fit together, and that a plan next to it belongs to this file."""
     dry_run(classifier, stated.preprocessing.size)
     plan = Path(raw.path).with_suffix(".json")
     if not plan.is_file():

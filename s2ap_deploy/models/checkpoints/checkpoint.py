@@ -76,7 +76,7 @@ def load(
 
     Raises:
         CheckpointError: for a file that cannot be read, weights that are not finite, another number of
-            classes, and a compacted network that the plan beside it does not describe.
+            classes, and a compacted network that the plan next to it does not describe.
         UnsafePickleError: for a pickle that requests more than tensors, without ``trust_pickle``.
         ArchitectureError: when no architecture, or more than one, matches.
         UsageError: for a ``keep`` or ``alpha`` that is missing or has no use.
@@ -113,7 +113,7 @@ def save(path: Path | str, classifier: Classifier, info: CheckpointInfo) -> None
         raise UsageError(
             f"cannot tell the format of {path}",
             code="checkpoint-suffix-unknown",
-            hint="end its name in .safetensors or .pt",
+            hint="use the suffix .safetensors or .pt",
         )
 
 

@@ -1,7 +1,7 @@
-"""Dense weights of checkpoints pruned elsewhere, which hold dense weights with scores or masks beside them.
+"""Dense weights of checkpoints pruned by other tools, which hold dense weights with scores or masks.
 
 HYDRA (``popup_scores``), HARP (also ``k_score``) and RST (``scores``) store what ranks the weights, and
-torch.nn.utils.prune the mask itself. Here they become what their network computes with: w ⊙ M, named as w.
+torch.nn.utils.prune the mask itself. Here they become the effective weights w ⊙ M, named as w.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def dense_from_masks(raw: RawCheckpoint, *, keep: float | None, alpha: float | N
         alpha: HARP's k_min / k.
 
     Raises:
-        UsageError: where an option is missing, has no use or is no fraction.
+        UsageError: where an option is missing, does not apply or is not a fraction.
         CheckpointError: for scores and masks that do not belong to their weights.
     """
     try:
@@ -81,7 +81,7 @@ def apply_masks(
         return DenseFromMasks(without_scores(tensors) | weights, layout, rule, layers)
     if keep is not None or alpha is not None:
         raise UsageError(
-            "it holds no pruning scores, so --keep and --alpha have no use",
+            "it has no pruning scores, so --keep and --alpha do not apply",
             code="keep-unused",
             hint="leave them out",
         )
@@ -101,14 +101,14 @@ def layout_of(tensors: Mapping[str, Tensor]) -> str | None:
     quotas, found = tensors_named(tensors, QUOTA), []
     if tensors_named(tensors, "popup_scores"):
         found.append(HARP if quotas else HYDRA)
-    # A parameter called `scores` without a weight beside it is part of some other network.
+    # A parameter called `scores` without a weight in its layer belongs to some other network.
     if any(layer_tensor(name, "weight") in tensors for name in tensors_named(tensors, "scores")):
         found.append(RST)
     if _mask_names(tensors):
         found.append(TORCH_PRUNE)
     if len(found) > 1:
         raise CheckpointError(
-            f"it mixes the layouts of {' and '.join(found)}, which no network reads together",
+            f"it mixes the layouts of {' and '.join(found)}, which no network combines",
             code="mask-layouts-mixed",
         )
     if quotas and not found:
@@ -165,7 +165,7 @@ def _multiply_masks(tensors: Mapping[str, Tensor]) -> DenseFromMasks:
 
 
 def _mask_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """List `X_mask` beside `X_orig`, and any `weight_mask`; other networks have an `attn_mask`."""
+    """List `X_mask` with `X_orig`, and any `weight_mask`; other networks have an `attn_mask`."""
     return [
         name
         for name in tensors
@@ -177,7 +177,7 @@ def _mask_names(tensors: Mapping[str, Tensor]) -> list[str]:
 def _check_fractions(keep: float | None, alpha: float | None) -> None:
     if keep is not None and not (math.isfinite(keep) and 0 < keep <= 1):
         raise UsageError(
-            f"--keep {keep:g} is no fraction of weights",
+            f"--keep {keep:g} is not a fraction of weights",
             code="keep-out-of-range",
             hint="90 % sparsity is --keep 0.1",
         )

@@ -221,7 +221,7 @@ def _match_description(
 ) -> Match:
     if arch is None and registry.is_import_path(info.arch):
         raise ArchitectureError(
-            f"{path} is a network of your own code, {info.arch}, which is imported only with --arch",
+            f"{path} is a network from your own code, {info.arch}, which is imported only with --arch",
             code="architecture-import-not-allowed",
             hint=f"add --arch {info.arch}",
         )

@@ -60,7 +60,7 @@ def numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]
 
 @dataclass(frozen=True)
 class Scan:
-    """What a file requests: sorted ``module.name`` beyond what tensors and numbers need.
+    """The imports that a file requests: sorted ``module.name`` beyond those of tensors and numbers.
 
     ``protocol`` is the pickle's; ``torch_save`` distinguishes a file of torch.save from a plain pickle.
     """
@@ -88,7 +88,7 @@ def scan(data: bytes) -> Scan:
         zipfile.BadZipFile,
         NotImplementedError,
     ) as error:
-        raise CheckpointError(f"the pickle cannot be followed: {error}", code="pickle-unreadable") from error
+        raise CheckpointError(f"the pickle cannot be parsed: {error}", code="pickle-unreadable") from error
     requested = {name for opcodes in pickles for name in _globals(opcodes)}
     protocols = [int(str(argument)) for opcodes in pickles for name, argument in opcodes if name == "PROTO"]
     return Scan(tuple(sorted(_refused(requested))), max(protocols, default=0), zipped or legacy)

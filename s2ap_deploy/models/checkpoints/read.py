@@ -65,7 +65,7 @@ WRAPPERS = (
 DEEPEST = 6
 _OPTIMIZER = re.compile(r".*(optim|sched|scaler|rng|amp$|param_groups).*|opt")
 STATE_DICT_HINT = "save it with torch.save(model.state_dict(), 'model.pt')"
-COPY_HINT = "copy or download it again"
+COPY_HINT = "copy or download the file again"
 
 # MadryLab's robustness saves the network twice, the second time inside its attacker.
 _COPY = re.compile(r"((?:module\.)*)attacker\.(?:normalize\.|model\.)")
@@ -98,7 +98,7 @@ class RawCheckpoint:
 
 @dataclass(frozen=True)
 class _Content:
-    """What a reader of one format found: an object, and the facts of a file of this tool."""
+    """The result of reading one format: an object, and the facts of a file of this tool."""
 
     value: object
     format: str
@@ -195,7 +195,7 @@ def unwrap(content: object, key: str | None = None) -> StateDict:
     inside = {other[len(path)] for other, _ in found if len(other) > len(path) and other[: len(path)] == path}
     dropped = [str(name) for name in entries if name not in tensors and name not in inside]
     if dropped:
-        notes.append(f"left aside, as they are no tensors: {', '.join(dropped[:8])}")
+        notes.append(f"ignored entries that are not tensors: {', '.join(dropped[:8])}")
     copies = [name for name in tensors if _is_copy(name, tensors)]
     if copies:
         tensors = {name: value for name, value in tensors.items() if name not in copies}
@@ -325,7 +325,7 @@ def _file_bytes(path: Path) -> bytes:
         raise CheckpointError(
             f"{path} is a folder, not a checkpoint",
             code="checkpoint-is-folder",
-            hint="name the file inside it",
+            hint="give the file inside it",
         )
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}", code="checkpoint-missing")
@@ -344,7 +344,7 @@ def _file_bytes(path: Path) -> bytes:
         raise CheckpointError(
             f"{path} is a web page, not a checkpoint",
             code="checkpoint-web-page",
-            hint="the server answered the download with a page; repeat it",
+            hint="the download returned a web page; repeat it",
         )
     return data
 
@@ -414,7 +414,7 @@ def _unpickle(
             else f"put the folder with {missing.partition('.')[0]} on PYTHONPATH; better, save the weights "
             "alone: torch.save(model.state_dict(), 'model.pt')",
         ) from error
-    return value, locations, (f"trusted, so that its code could run: {refusal.message}",)
+    return value, locations, (f"unpickled with --trust-pickle, so its code could run: {refusal.message}",)
 
 
 def _torch_load(data: bytes, *, weights_only: bool) -> tuple[Any, tuple[str, ...]]:
@@ -442,12 +442,12 @@ def _refusal(path: Path, data: bytes, error: Exception) -> CheckpointError:
     except CheckpointError:
         if data.startswith((b"PK", b"\x80")) or not _is_text(data):
             return CheckpointError(
-                f"{path} is damaged, cut off or no checkpoint: {reason}",
+                f"{path} is damaged, truncated or not a checkpoint: {reason}",
                 code="checkpoint-damaged",
                 hint=COPY_HINT,
             )
         return CheckpointError(
-            f"{path} is text, neither a torch.save file nor safetensors", code="checkpoint-is-text"
+            f"{path} is a text file, neither torch.save nor safetensors", code="checkpoint-is-text"
         )
     if seen.requested:
         whole = any(name.startswith(("torch.nn.modules.", "torch.fx.")) for name in seen.requested)
@@ -469,7 +469,7 @@ def _refusal(path: Path, data: bytes, error: Exception) -> CheckpointError:
         return UnsafePickleError(
             f"{path} is written in pickle protocol {seen.protocol}, which cannot be read weights-only",
             code="pickle-protocol-unsupported",
-            hint="save it again without pickle_protocol; if you trust its source, add --trust-pickle",
+            hint="save it again without pickle_protocol or, if you trust its source, add --trust-pickle",
         )
     return CheckpointError(
         f"{path} is damaged or cut off: {reason}", code="checkpoint-damaged", hint=COPY_HINT

@@ -258,7 +258,7 @@ def _quota(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     quota = tensors[name]
     if quota.numel() != 1 or not quota.is_floating_point() or not bool(torch.isfinite(quota).all()):
         raise CheckpointError(
-            f"{name} is no single number: {list(quota.shape)}, {quota.flatten()[:3].tolist()}",
+            f"{name} is not a single number: {list(quota.shape)}, {quota.flatten()[:3].tolist()}",
             code="quota-invalid",
         )
     return quota.reshape(()).to(torch.float32)
@@ -281,20 +281,20 @@ def _require_finite(name: str, tensor: Tensor) -> None:
 def _require_options(layout: str, keep: float | None, alpha: float | None, *, inferable: bool) -> None:
     if keep is None and not inferable:
         raise UsageError(
-            f"it holds {layout}'s scores beside dense weights, but not the fraction of them that it keeps",
+            f"it has {layout}'s scores and dense weights, but not the fraction to keep",
             code="keep-missing",
             hint="add --keep, such as --keep 0.1 for 90 % sparsity (HYDRA's and HARP's k, RST's prune rate)"
             + ("; and --alpha, of which 0.1 is HARP's published value" if layout == "HARP" else ""),
         )
     if layout == "HARP" and keep is not None and keep < 1 and alpha is None:
         raise UsageError(
-            "it holds HARP's quotas, which mean nothing without alpha: k_min = alpha * keep",
+            "it has HARP's quotas, which require alpha: k_min = alpha * keep",
             code="alpha-missing",
             hint="add --alpha; --alpha 0.1 is HARP's published value",
         )
     if layout != "HARP" and alpha is not None:
         raise UsageError(
-            "it holds no quotas (k_score), so --alpha has no use",
+            "it has no quotas (k_score), so --alpha does not apply",
             code="alpha-unused",
             hint="leave --alpha out",
         )
@@ -324,7 +324,7 @@ def _doubts(layers: list[ScoredLayer], masks: list[Tensor], *, checked: bool) ->
             f"of the {kept:,} weights that its scores keep, {zeros:,} are zero: weights and scores are not "
             "of the same network, or --keep is not the fraction it was pruned with",
             code="scores-contradict-weights",
-            hint="use the checkpoint in which both were saved together",
+            hint="use a checkpoint in which both were saved together",
         )
     notes = [f"{zeros:,} of the weights that the masks keep are zero in the file"] if zeros else []
     ties = [layer.name for layer, mask in zip(layers, masks, strict=True) if layer.tied(mask)]
@@ -344,7 +344,7 @@ def _rule(
     present: tuple[float, float] | None,
 ) -> str:
     """State the rule of the masks in one sentence."""
-    start = f"{layout}'s layout, scores beside dense weights: "
+    start = f"{layout}'s layout, scores and dense weights: "
     if present is not None:
         what = "k_min" if layout == "HARP" else "keep"
         given = "no --keep was given; " if keep is None else ""

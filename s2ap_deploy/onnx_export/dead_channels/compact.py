@@ -49,6 +49,7 @@ def compact(model: ModelProto) -> tuple[ModelProto, Compaction]:
     tallies = {name: _Tally(weight, width, width) for name, weight, width in _widths(network)}
     skipped = _skipped(network)
     compacted = model
+    # Remove dead channels until none is left: a removal may make others dead.
     while True:
         found = analyze(network, constants(network))
         if found.live.all():
@@ -56,6 +57,7 @@ def compact(model: ModelProto) -> tuple[ModelProto, Compaction]:
         _count(found, tallies)
         compacted = apply(found)
         network = read(compacted)
+    # Report the channels per weight, before and after.
     rows = [
         CompactedTensor(
             name=each.name, channels_before=each.before, channels_after=each.after, merged=each.merged
@@ -116,6 +118,7 @@ def compare_logits(
     Returns ``compaction`` with the largest difference. Raises VerificationError when it exceeds
     1e-5 x max(1, largest |logit|), which the rounding of float32 sums in another order does not.
     """
+    # Run both graphs on real images and on probes.
     inputs = np.concatenate([images[:REAL_IMAGES], probes(images.shape[1:])])
     expected, found = (
         logits(session(each.SerializeToString()), inputs).astype(np.float64) for each in (before, after)

@@ -50,6 +50,7 @@ class Network:
 
 def read(model: ModelProto) -> Network:
     """Recognize every node of ``model`` that touches channels."""
+    # Recognize the operators; tensors at unknown ones, inputs and outputs are held.
     known = layout(model)
     operators: dict[int, Operator] = {}
     barriers: dict[int, str] = {}
@@ -63,6 +64,7 @@ def read(model: ModelProto) -> Network:
         except UnsupportedLayout as error:
             barriers[index] = str(error)
             held.update(touched)
+    # Group the channels that operators tie, and pin the groups of held tensors.
     tensors = _tensors(model, known)
     groups = tied(tensors, [tie for operator in operators.values() for tie in operator.ties()])
     pinned = np.zeros(1 + max((int(group.max()) for group in groups.values()), default=-1), np.bool_)
@@ -75,7 +77,7 @@ def recognize(node: NodeProto, known: Layout) -> Operator:
     """Return the operator of a node. Raises UnsupportedLayout with the reason."""
     kind = node.op_type
     if node.domain not in ("", "ai.onnx"):
-        raise UnsupportedLayout(f"it is not a standard operator but one of {node.domain}")
+        raise UnsupportedLayout(f"it is not a standard operator but from {node.domain}")
     if kind == "Conv":
         grouped = attributes(node).get("group", 1) != 1
         return GroupedConvolution(node, known) if grouped else ConvolutionOperator(node, known)
@@ -83,7 +85,7 @@ def recognize(node: NodeProto, known: Layout) -> Operator:
         return Matrix(node, known)
     factory = ops_linear.OPERATORS.get(kind) or ops_reshape.OPERATORS.get(kind)
     if factory is None:
-        raise UnsupportedLayout("compaction does not know it")
+        raise UnsupportedLayout("compaction does not support it")
     return factory(node, known)
 
 

@@ -151,7 +151,7 @@ class Matrix(Product):
             raise UnsupportedLayout("it is not an activation times a fixed matrix")
         self.source, self.target = self.sources[0], self.targets[0]
         if layout.rank(self.source) != 2:
-            raise UnsupportedLayout("its channels do not lie along axis 1")
+            raise UnsupportedLayout("its channels are not along axis 1")
         self.transposed = bool(settings["transB"])
         self.weights = (matrix if self.transposed else matrix.T)[:, :, None].copy()
         self.bias = _per_row(self.fixed(2), self.width(self.target))
@@ -213,7 +213,7 @@ class Channelwise(Operator):
         self.target = self.targets[0]
         self.channels = self.width(self.target)
         if not self.sources or any(self.width(name) != self.channels for name in self.sources):
-            raise UnsupportedLayout("its inputs have other channels than its output")
+            raise UnsupportedLayout("its inputs and output have different channels")
 
     def ties(self) -> Iterator[tuple[Span, Span]]:
         for name in self.sources:
@@ -292,7 +292,7 @@ class Quotient(Elementwise):
         super().__init__(node, layout)
         divisor = self.operands.get(1)
         if divisor is None or not np.all(divisor):
-            raise UnsupportedLayout("it divides by something computed or by zero")
+            raise UnsupportedLayout("its divisor is computed or zero")
 
 
 class Activation(Channelwise):
@@ -355,7 +355,7 @@ class PoolingOperator(Channelwise):
         automatic = settings.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
         padded = automatic or any(settings.get("pads", [])) or bool(settings.get("ceil_mode", 0))
         if self.node.op_type == "MaxPool":
-            # What surrounds the image is minus infinity, so that only a window without a pixel would differ.
+            # Padding is minus infinity, so only a window without a pixel would differ.
             return not padded or all(step == 1 for step in settings.get("dilations", []))
         if self.node.op_type == "AveragePool":
             return not (padded and bool(settings.get("count_include_pad", 0)))

@@ -30,7 +30,7 @@ class Concatenation(Operator):
         if _axis(attributes(node).get("axis"), layout.rank(self.targets[0])) != CHANNEL_AXIS:
             raise UnsupportedLayout("it does not concatenate channels")
         if self.sources != list(node.input):
-            raise UnsupportedLayout("it concatenates something that has no channels")
+            raise UnsupportedLayout("it concatenates inputs without channels")
 
     def ties(self) -> Iterator[tuple[Span, Span]]:
         start = 0
@@ -94,7 +94,7 @@ class Slicing(Operator):
         if self.place is not None:
             step = 1 if steps is None else int(steps[self.place])
             if step != 1:
-                raise UnsupportedLayout("it takes channels in steps or backwards")
+                raise UnsupportedLayout("it slices channels with a step or backwards")
             bounds = slice(int(starts[self.place]), int(ends[self.place]))
             self.run = slice(*bounds.indices(self.width(self.source)))
         if any(given % rank == 0):
@@ -216,9 +216,9 @@ class Selection(Operator):
         self.source, self.target = node.input[0], self.targets[0]
         chosen = self.fixed(1)
         if self.sources != [self.source] or chosen is None or chosen.ndim != 1:
-            raise UnsupportedLayout("what it takes is computed or no list")
+            raise UnsupportedLayout("its indices are computed or not a list")
         if _axis(attributes(node).get("axis", 0), layout.rank(self.source)) != CHANNEL_AXIS:
-            raise UnsupportedLayout("it does not take channels")
+            raise UnsupportedLayout("it does not select channels")
         self.chosen = chosen.astype(np.int64) % self.width(self.source)
 
     def ties(self) -> Iterator[tuple[Span, Span]]:

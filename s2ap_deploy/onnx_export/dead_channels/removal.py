@@ -16,7 +16,7 @@ from s2ap_deploy.onnx_export.dead_channels.ops_linear import Product
 Array = NDArray[np.generic]
 Groups = NDArray[np.bool_]
 
-# A constant much smaller than those it stands for may itself be a rounding error.
+# A constant much smaller than those it replaces may itself be a rounding error.
 SMALLEST_SHARE = 1 / 8
 
 
@@ -45,20 +45,24 @@ def analyze(network: Network, values: Mapping[str, Values]) -> Liveness:
     """Find the fewest groups that leave every output as it is.
 
     A group stays when it is pinned, or when a product reads a varying channel of it for a row that stays.
-    Constants do not count as read: without padding they go into the bias. With padding one of them stands
-    in for the others, and it is shared between as many readers as possible.
+    Constants do not count as read: without padding they go into the bias. With padding one of them
+    replaces the others, and is shared between as many readers as possible.
     """
+    # Mark what the outputs read, from pinned groups backwards.
     found = Liveness(network, values, network.pinned.copy(), np.zeros_like(network.pinned))
     _propagate(found)
+    # Keep one constant channel where a padded reader needs a replacement.
     while (chosen := _stand_in(found)) is not None:
         found.live[chosen] = True
         _propagate(found)
+    # Record the constants that move into biases or replacements.
     for product in network.products:
         leaving = _leaving(found, product)
         if len(leaving):
             found.leaving[product] = leaving
             if product.padded:
                 found.standing_in[product] = int(_eligible(found, product, leaving, live=True)[0])
+    # Keep at least one channel of every tensor.
     _fill(found)
     return found
 
@@ -121,6 +125,7 @@ def apply(found: Liveness) -> ModelProto:
     network = found.network
     for product in network.products:
         _settle(found, product)
+    # Narrow every operator to the live channels, and assemble the graph.
     kept = {name: found.live[groups] for name, groups in network.groups.items()}
     narrowed = {index: operator.narrow(kept) for index, operator in network.operators.items()}
     return _assembled(network.model, narrowed, network.layout.arrays)
@@ -143,6 +148,7 @@ def _settle(found: Liveness, product: Product) -> None:
 def _assembled(
     model: ModelProto, narrowed: Mapping[int, NarrowedNode], arrays: Mapping[str, Array]
 ) -> ModelProto:
+    # Name the changed arrays; one that is still read keeps its old name.
     changes = {index: _changes(model.graph.node[index], each, arrays) for index, each in narrowed.items()}
     store = _Store(model, _read_as_before(model, changes))
     nodes = []
@@ -153,6 +159,7 @@ def _assembled(
                 result.input.append("")
             result.input[position] = store.put(result.input[position], array, f"{node.output[0]}.{position}")
         nodes.append(result)
+    # Copy the model with new nodes, and only the initializers that are read.
     read = {name for node in nodes for name in node.input} | _outside(model)
     smaller = ModelProto()
     smaller.CopyFrom(model)

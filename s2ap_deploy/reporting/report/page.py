@@ -111,8 +111,8 @@ FRONT = (
     "---",
 )
 USE = (
-    "Image classification under the threat model above, on data like the test data above. Nothing is known "
-    "of other data, other norms or larger radii."
+    "Image classification under the threat model above, on data like the test data above. Other data, "
+    "other norms and larger radii were not evaluated."
 )
 
 
@@ -149,7 +149,9 @@ def _problems(facts: Facts) -> list[str]:
     if not facts.problems:
         return []
     return [
-        "\n".join(["Not as recorded, and left out:", "", *(f"- {cell(each)}" for each in facts.problems)])
+        "\n".join(
+            ["Not as recorded, and therefore omitted:", "", *(f"- {cell(each)}" for each in facts.problems)]
+        )
     ]
 
 
@@ -203,7 +205,7 @@ def _provenance(facts: Facts) -> list[str]:
     blocks = [_pairs(rows)] if rows else []
     if again := repetition(facts):
         lines = "\n".join(f"- {cell(line)}" for line in again)
-        blocks.append(f"To repeat it, in the folder that holds the run folder:\n\n{lines}")
+        blocks.append(f"To repeat the run, in the parent of the run folder:\n\n{lines}")
     if facts.manifest.commands:
         blocks.append("\n".join(["Commands:", "", *(f"- {cell(each)}" for each in facts.manifest.commands)]))
     return blocks

@@ -33,7 +33,7 @@ _AS_FAST = 0.95
 
 
 def role(name: str, facts: Facts) -> str:
-    """The network's role, or for the certificate of a file what distinguishes it from other files."""
+    """Return the network's role, or a name that distinguishes a file's certificate from the others."""
     if name in (DENSE, PRUNED):
         return name
     return "exported file" if len(facts.exports) < 2 else facts.path_of(name)
@@ -159,7 +159,7 @@ def _sparsity(prune: Mapping[str, Any]) -> str | None:
 
 
 def outside(count: WeightCount | None) -> str:
-    """The number of weights that cannot be pruned, with their names."""
+    """Return the number of weights that cannot be pruned, with their names."""
     if count is None:
         return "not counted"
     names = ", ".join(each.name for each in count.outside)

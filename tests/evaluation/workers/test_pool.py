@@ -165,7 +165,7 @@ def test_a_classifier_that_cannot_travel_is_attacked_here(make_network) -> None:
         workers=2, recorder=recorder,
     )  # fmt: skip
     assert outcome.complete
-    assert "in one process instead" in recorder.said
+    assert "in this process instead" in recorder.said
 
 
 def test_a_class_of_the_main_program_cannot_be_rebuilt_elsewhere() -> None:

@@ -110,7 +110,7 @@ def test_a_file_name_in_the_record_does_not_lead_out_of_the_folder(tmp_path: Pat
     entry = json.loads(first)
     entry["points"] = "../secret"
     path.write_text(f"{header}\n{json.dumps(entry)}\n")
-    with pytest.raises(RunFolderError, match="not the name of something inside"):
+    with pytest.raises(RunFolderError, match="not a path inside"):
         AttackRecord(tmp_path / "record", HEADER)
 
 

@@ -220,7 +220,7 @@ def test_foreign_habits_load_into_the_matched_architecture(tmp_path: Path, wrapp
     assert (info.arch, info.num_classes, info.stage) == ("cifar-resnet20", 10, "foreign")
     assert info.preprocessing == Preprocessing(size=(3, 32, 32))
     assert (info.threat, info.data) == (None, None)
-    assert any("every name and shape agrees" in note for note in notes)
+    assert any("all names and shapes match" in note for note in notes)
     assert any("no normalization" in note for note in notes)
     image = torch.rand(2, 3, 32, 32)
     assert torch.allclose(loaded(image), network(image), atol=0)

@@ -393,7 +393,7 @@ def test_a_tensor_that_is_called_like_a_wrapper_is_a_tensor() -> None:
 def test_what_is_no_tensor_is_left_aside_and_told() -> None:
     found = unwrap({**STATE, "epoch": 3, 7: torch.zeros(1)})
     assert found.tensors == STATE
-    assert found.notes == ("left aside, as they are no tensors: epoch, 7",)
+    assert found.notes == ("ignored entries that are not tensors: epoch, 7",)
 
 
 def test_a_trusted_module_gives_its_state() -> None:

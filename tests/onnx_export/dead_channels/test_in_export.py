@@ -78,7 +78,7 @@ def test_the_report_counts_what_went_as_zeros(write, dense, tmp_path) -> None:
     assert report.sparsity == 1 - report.nonzeros / report.weights
     assert report.dense_bytes == dense.ByteSize() > report.bytes
     assert report.latency_ratio > 0
-    assert "left out 9 of 27 channels" in report.statement
+    assert "removed 9 of 27 channels" in report.statement
     report.save(tmp_path / "report.json")
     assert ExportReport.load(tmp_path / "report.json") == report
 
@@ -91,7 +91,7 @@ def test_it_can_be_switched_off(write, dense, tmp_path) -> None:
     report = write(compact=False)
     assert report.compaction is None
     assert (tmp_path / "model.onnx").read_bytes() == encoding.encode(dense)[0].SerializeToString()
-    assert "left out" not in report.statement
+    assert "Compaction removed" not in report.statement
 
 
 def test_where_nothing_is_dead_the_file_is_what_it_was(write, tmp_path) -> None:
@@ -103,7 +103,7 @@ def test_where_nothing_is_dead_the_file_is_what_it_was(write, tmp_path) -> None:
     assert (report.compaction.removed, report.compaction.max_logit_difference) == (0, None)
     assert write("without.onnx", alive, model, compact=False).compaction is None
     assert (tmp_path / "with.onnx").read_bytes() == (tmp_path / "without.onnx").read_bytes()
-    assert "left out" not in report.statement
+    assert "Compaction removed" not in report.statement
 
 
 def test_a_compaction_that_changes_the_function_leaves_no_file(write, monkeypatch, tmp_path) -> None:

@@ -45,5 +45,5 @@ def test_names_of_strangers_stay_text(make_folder: Callable[..., Path]) -> None:
 
 def test_what_is_missing_is_said(make_folder: Callable[..., Path]) -> None:
     text = page.render_card(collect(make_folder()))
-    for words in ("Not judged yet", "Nothing has attacked", "Nothing is exported yet"):
+    for words in ("Not judged yet", "have not been attacked yet", "Nothing is exported yet"):
         assert words in text
