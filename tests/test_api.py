@@ -273,7 +273,7 @@ TABLES = {
         {"first", "time_budget", "min_robust", "max_drop", "rule", *keys.NETWORK}
         | {"entry", "ap_method", "ap_paper", "ap_pretraining"},
     ),
-    arguments.ExportArguments: (keys.EXPORT, {"bench"}),
+    arguments.ExportArguments: (keys.EXPORT, {"bench", "onnx"}),
     arguments.ThresholdArguments: (keys.THRESHOLDS, set()),
 }
 

@@ -174,6 +174,8 @@ option-invalid                certify --min-robust nan
 threshold-unprovable          certify --max-drop 0
 stage-inputs-changed          certify --n 41
 run-holds-pruned-network      certify model.pt --eps 0.5 --n 40
+folder-missing                certify --ap-benchmark-entry no/e.json --ap-method X_Li2022Pruning --ap-paper p
+benchmark-model-unknown       certify --ap-benchmark-entry e.json --ap-method X_Li2022Pruning --ap-paper p
 arch-already-decided          export --arch digits-conv
 stage-inputs-changed          export --opset 21
 output-exists                 export --output s2ap-run/export/model.onnx

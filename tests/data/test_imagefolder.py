@@ -10,7 +10,7 @@ from PIL import Image
 from s2ap_deploy.data import datasets
 from s2ap_deploy.data.imagefolder import scan
 from s2ap_deploy.data.splits import MemorySplit
-from s2ap_deploy.errors import DataError, UsageError
+from s2ap_deploy.errors import DataError, InputError
 
 MakeFolder = Callable[..., Path]
 
@@ -173,16 +173,19 @@ def test_a_long_difference_is_cut(make_folder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "code"),
+    ("path", "options", "code"),
     [
-        ("imagefolder:", "image-folder-path-missing"),
-        ("imagefolder:~nobody-of-that-name/pets", "image-folder-missing"),
-        (f"imagefolder:{__file__}", "image-folder-missing"),
+        ("", {}, "image-folder-path-missing"),
+        ("~nobody-of-that-name/pets", {}, "image-folder-missing"),
+        (__file__, {}, "image-folder-missing"),
+        (None, {"size": (2, 8, 8)}, "image-size-invalid"),
+        (None, {"size": (3, 0, 8)}, "image-size-invalid"),
+        (None, {"workers": -1}, "worker-count-out-of-range"),
     ],
 )
-def test_a_path_that_is_no_folder_is_refused(name, code) -> None:
-    with pytest.raises(DataError, check=lambda error: error.code == code):
-        datasets.load(name)
+def test_paths_and_options_that_cannot_be_used(make_folder, path, options, code) -> None:
+    with pytest.raises(InputError, check=lambda error: error.code == code):
+        datasets.load(f"imagefolder:{make_folder() if path is None else path}", **options)
 
 
 def test_a_folder_that_may_not_be_read(make_folder, monkeypatch) -> None:
@@ -194,18 +197,6 @@ def test_a_folder_that_may_not_be_read(make_folder, monkeypatch) -> None:
     with pytest.raises(DataError, check=lambda error: error.code == "image-folder-unreadable") as caught:
         scan(folder)
     assert caught.value.hint == "check its permissions"
-
-
-def test_a_size_that_images_cannot_have(make_folder) -> None:
-    folder = make_folder(per_class=1)
-    for size in ((2, 8, 8), (3, 0, 8)):
-        with pytest.raises(DataError, check=lambda error: error.code == "image-size-invalid"):
-            datasets.spec(f"imagefolder:{folder}", size=size)
-
-
-def test_negative_workers(make_folder) -> None:
-    with pytest.raises(UsageError, check=lambda error: error.code == "worker-count-out-of-range"):
-        datasets.load(f"imagefolder:{make_folder()}", workers=-1)
 
 
 @pytest.mark.slow

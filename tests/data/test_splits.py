@@ -102,16 +102,17 @@ def test_subset_keeps_images_labels_and_ids_together() -> None:
     assert (part.tensors()[0][:, 0, 0, 0] * 255).round().tolist() == [4, 19, 0]
 
 
-def test_impossible_batch_size() -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: numbered(3).batches(0, "cpu"),
+        lambda: numbered(3).train_batches(-1, seed=0, epoch=0, augment=False, device="cpu"),
+        lambda: train_steps(10, 0),
+    ],
+)
+def test_impossible_batch_size(call) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "batch-size-out-of-range"):
-        numbered(3).batches(0, "cpu")
-    with pytest.raises(UsageError, check=lambda error: error.code == "batch-size-out-of-range"):
-        numbered(3).train_batches(-1, seed=0, epoch=0, augment=False, device="cpu")
-
-
-def test_steps_need_a_batch_size_too() -> None:
-    with pytest.raises(UsageError, check=lambda error: error.code == "batch-size-out-of-range"):
-        train_steps(10, 0)
+        call()
 
 
 def test_fingerprint_is_that_of_the_content() -> None:

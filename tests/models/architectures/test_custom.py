@@ -100,31 +100,19 @@ def test_a_module_path_works_too() -> None:
         ("{code}:number", "architecture-factory-invalid"),
         ("{code}x.py:fixed", "architecture-file-missing"),
         ("no.such.module:fixed", "architecture-import-failed"),
+        ("{code}:failing", "architecture-build-failed"),
+        ("{code}:wrong", "architecture-build-invalid"),
+        ("this is no python", "architecture-import-failed"),
+        ("raise ValueError('at import')", "architecture-import-failed"),
+        ("import nothing_like_it", "architecture-import-failed"),
     ],
 )
-def test_what_cannot_be_found_is_refused(code, reference, expected) -> None:
+def test_what_cannot_be_built_is_refused(code, reference, expected) -> None:
+    if ":" not in reference:  # the content of the file
+        Path(code).write_text(reference)
+        reference = "{code}:x"
     with pytest.raises(ArchitectureError, check=lambda error: error.code == expected):
-        registry.resolve(reference.format(code=code))
-
-
-def test_an_exception_inside_the_factory_is_reported_with_its_reason(code) -> None:
-    with pytest.raises(ArchitectureError, check=lambda error: error.code == "architecture-build-failed"):
-        registry.resolve(f"{code}:failing").build(10)
-
-
-def test_a_factory_must_return_a_network(code) -> None:
-    with pytest.raises(ArchitectureError, check=lambda error: error.code == "architecture-build-invalid"):
-        registry.resolve(f"{code}:wrong").build(10)
-
-
-@pytest.mark.parametrize(
-    "body", ["this is no python", "raise ValueError('at import')", "import nothing_like_it"]
-)
-def test_a_file_that_fails_on_import_is_reported(tmp_path, body) -> None:
-    path = tmp_path / "bad.py"
-    path.write_text(body)
-    with pytest.raises(ArchitectureError, check=lambda error: error.code == "architecture-import-failed"):
-        registry.resolve(f"{path}:x")
+        registry.resolve(reference.format(code=code)).build(10)
 
 
 def test_a_file_is_read_anew_within_the_same_second(code, tmp_path, monkeypatch) -> None:

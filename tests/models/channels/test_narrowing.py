@@ -9,49 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import CheckpointError, VerificationError
-from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.channels.coupling import Coupling, channel_groups
 from s2ap_deploy.models.channels.layer_channels import macs, macs_kept, unread, weights_kept
 from s2ap_deploy.models.channels.narrowing import check_equal, compacted, narrow, tied
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.spec import Normalization
-
-# Every family that has groups; small images keep the tests fast, the layers are the real ones.
-FAMILIES = (
-    ("mnist-conv", 28),
-    ("digits-conv", 8),
-    ("cifar-resnet18", 8),
-    ("cifar-resnet20", 8),
-    ("torchvision/mobilenet_v2", 32),
-)
-SLOW_FAMILIES = (
-    ("cifar-conv", 32),
-    ("cifar-resnet34", 8),
-    ("cifar-resnet50", 16),
-    ("cifar-preact-resnet18", 8),
-    ("cifar-preact-resnet18-final-bn", 8),
-    ("cifar-vgg16-bn", 32),
-    ("cifar-wrn-28-4", 8),
-    ("torchvision/resnet18", 32),
-    ("torchvision/resnet50", 32),
-    ("torchvision/densenet121", 32),
-    ("torchvision/efficientnet_b0", 32),
-    ("torchvision/mobilenet_v3_small", 32),
-    ("torchvision/googlenet", 64),
-    ("torchvision/regnet_x_400mf", 32),
-    ("torchvision/squeezenet1_1", 64),
-    ("torchvision/alexnet", 64),
-)
-
-
-def spread(network: nn.Module) -> nn.Module:
-    """Normalization that does something; constructors leave it at the identity."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                assert tensor is not None
-                nn.init.uniform_(tensor, 0.5, 1.5)
-    return network.eval()
 
 
 def some(coupling: Coupling, share: float, seed: int = 0) -> dict[str, Tensor]:
@@ -88,24 +50,10 @@ def check(network: nn.Module, size: tuple[int, int, int], share: float = 0.4) ->
     check_equal(masked.double(), small.double(), images.double())  # to 1e-10
 
 
-def build(name: str, side: int) -> tuple[nn.Module, tuple[int, int, int]]:
-    entry = registry.resolve(name)
-    assert entry.input_size is not None
-    torch.manual_seed(0)
-    channels = entry.input_size[0]
-    normal = Normalization(mean=(0.4,) * channels, std=(0.25,) * channels)
-    return spread(Classifier(registry.build(name), normal)), (channels, side, side)
-
-
-@pytest.mark.parametrize(("name", "side"), FAMILIES)
-def test_every_family_gets_smaller_and_computes_the_same(name, side) -> None:
-    check(*build(name, side))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "side"), SLOW_FAMILIES)
-def test_every_other_family_too(name, side) -> None:
-    check(*build(name, side))
+def test_every_family_gets_smaller_and_computes_the_same(family) -> None:
+    network, size = family
+    normal = Normalization(mean=(0.4,) * size[0], std=(0.25,) * size[0])
+    check(Classifier(network, normal).eval(), size)
 
 
 class Tied(nn.Module):
@@ -143,13 +91,13 @@ def test_tied_weights_stay_tied_and_depthwise_convolutions_lose_their_groups() -
 @given(
     st.lists(st.integers(1, 6), min_size=2, max_size=3), st.booleans(), st.floats(0.01, 1), st.integers(0, 99)
 )
-def test_any_plain_network_at_any_share(widths, norm, share, seed) -> None:
+def test_any_plain_network_at_any_share(spread_norms, widths, norm, share, seed) -> None:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for inputs, outputs in zip([2, *widths], widths, strict=False):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), *([nn.BatchNorm2d(outputs)] if norm else [])]
         layers.append(nn.ReLU())
-    check(spread(nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 16, 3))), (2, 4, 4), share)
+    check(spread_norms(nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 16, 3))), (2, 4, 4), share)
 
 
 def small_network() -> nn.Module:
