@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 from s2ap_deploy.c_export.lowering import (
@@ -29,7 +28,9 @@ from s2ap_deploy.c_export.lowering import (
 from s2ap_deploy.c_export.packing import Blob, Packed, Positions, pack_convolution, pack_linear
 from s2ap_deploy.c_export.placing import LANES, Layout, Placement, Split, place
 from s2ap_deploy.codecs.values import FLOAT32, ValuesName
+from s2ap_deploy.onnx_export.inference import SUM_TOLERANCE
 
+Images = NDArray[np.float32]
 EMBED_BELOW = 2**20
 MAGIC = b"S2APC001"
 HEADER = 64
@@ -455,13 +456,16 @@ def _bytes(data: bytes) -> str:
     return ",\n      ".join(listed)
 
 
-def write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write files into a new folder."""
-    folder.mkdir(parents=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+def vectors(images: Images, logits: Images, *, exact: bool) -> bytes:
+    """Return the file of test vectors: images [n, C, H, W] and their logits [n, K], to the bit or nearly."""
+    tolerance = np.float32(SUM_TOLERANCE * max(1.0, float(np.abs(logits).max(initial=0))))
+    head = b"S2APV001" + len(images).to_bytes(4, "little") + int(exact).to_bytes(4, "little")
+    pairs = zip(images.astype(np.float32), logits.astype(np.float32), strict=True)
+    return head + tolerance.tobytes() + b"".join(x.tobytes() + y.tobytes() for x, y in pairs)
 
 
-def kept(layers: Iterable[Packed]) -> int:
-    """Count the kept weights of layers."""
-    return sum(layer.kept for layer in layers)
+def folder_files() -> dict[str, bytes]:
+    """Return the files around the sources that are the same for every model."""
+    place = resources.files("s2ap_deploy.c_export") / "folder"
+    names = {"CMakeLists.txt": "", "Makefile": "", "model.py": "wrapper.txt", "selftest.c": ""}
+    return {name: (place / (stored or name)).read_bytes() for name, stored in names.items()}

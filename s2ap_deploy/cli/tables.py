@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from s2ap_deploy.onnx_export.decoding import Decoded
     from s2ap_deploy.onnx_export.export_report import (
         BudgetCheck,
+        CLibrary,
         ExportReport,
         PairedTimes,
         PeakMemory,
@@ -81,6 +82,17 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         _verdict(out, summary["gate"])
 
 
+def _c_library(library: CLibrary) -> str:
+    """Say what was written, and how far it was judged."""
+    size = f"{library.bytes:,} bytes in {library.folder}/, {library.workspace_bytes:,} of working memory; "
+    if library.agreement is None:
+        return f"{size}no compiler was found, so nothing was built or judged"
+    difference = library.agreement.max_logit_difference
+    return (
+        f"{size}built with {library.compiler}, logits differ from ONNX Runtime's by at most {difference:.1e}"
+    )
+
+
 def show_export(report: ExportReport) -> None:
     """Print sizes, checks and limits of the file."""
     out = console()
@@ -106,6 +118,8 @@ def show_export(report: ExportReport) -> None:
         for file in report.narrowed.files:
             table.add_row("for PyTorch", f"{file.name}, SHA-256 {file.sha256}")
     table.add_row("stored as", _storage(report))
+    if report.c_library is not None:
+        table.add_row("C library", _c_library(report.c_library))
     if report.batch is not None:
         table.add_row("batch", f"fixed: the file takes {report.batch} images at a time")
     if report.rounding is not None:

@@ -10,7 +10,7 @@ from s2ap_deploy import records
 from s2ap_deploy.codecs.registry import CODECS, DENSE, EncodingName, StoredEncoding
 from s2ap_deploy.codecs.values import FLOAT32, VALUES, ValuesName
 from s2ap_deploy.errors import RunFolderError
-from s2ap_deploy.records import Agreement, ExportFacts
+from s2ap_deploy.records import Agreement, ExportFacts, PointsCheck
 from s2ap_deploy.spec import Record
 
 LATENCY_STATEMENT = (
@@ -23,6 +23,10 @@ INT8_STATEMENT = (
 ROUNDED_STATEMENT = (
     "Its weights are rounded to {kind}: it is a different network from the float32 one, "
     "whose certificate does not cover it."
+)
+C_STATEMENT = (
+    "The C library skips zeros: its time falls with the number of kept weights, and its answers have the "
+    "same bits on every processor."
 )
 RESELECTED_STATEMENT = (
     "These channels were selected again by the scores of the run, without retraining: no certificate "
@@ -218,6 +222,26 @@ class Narrowing(Record):
         return text
 
 
+class CLibrary(Record):
+    """The C sources beside the file, and how the library that they build answers.
+
+    ``bytes``: of sources and weights; ``kept_weights`` are stored as ``stored_entries`` of lists or rows.
+    ``compiler`` is None where there was none: then nothing was built, and nothing judged. ``agreement`` is
+    with ONNX Runtime; ``points_checks`` are the library's own answers on the points of certificates.
+    """
+
+    folder: str
+    files: tuple[CompactFile, ...]
+    bytes: int
+    workspace_bytes: int
+    kept_weights: int
+    stored_entries: int
+    compiler: str | None = None
+    agreement: Agreement | None = None
+    points_checks: tuple[PointsCheck, ...] = ()
+    statement: str = C_STATEMENT
+
+
 class ExportTarget(Record):
     """The target of the file; ``sha256`` is the hash of the target's profile."""
 
@@ -333,6 +357,7 @@ class ExportReport(ExportFacts):
     budgets: tuple[BudgetCheck, ...] = ()
     predicted: PredictedSize | None = None
     performance: Performance | None = None
+    c_library: CLibrary | None = None
     statement: str = LATENCY_STATEMENT
     warnings: tuple[str, ...] = ()
     versions: dict[str, str]

@@ -126,7 +126,13 @@ def check_points(
 ) -> PointsCheck:
     """Classify every clean and adversarial point of a certificate with the exported file itself."""
     clean = logits(running, points.clean, batch_size)
-    attacked = logits(running, points.adversarial, batch_size)
+    return check_answers(clean, logits(running, points.adversarial, batch_size), points)
+
+
+def check_answers(
+    clean: NDArray[np.float32], attacked: NDArray[np.float32], points: CertifiedPoints
+) -> PointsCheck:
+    """Compare logits [n, K] of the clean and adversarial points of a certificate with its classes."""
     tolerance = _tolerance(max(_largest(clean), _largest(attacked)))
     clean_differs, clean_tied = _differences(clean, points.clean_prediction, tolerance)
     attacked_differs, attacked_tied = _differences(attacked, points.adversarial_prediction, tolerance)
@@ -140,6 +146,11 @@ def check_points(
         adversarial_disagreements=attacked_differs,
         ties=clean_tied + attacked_tied,
     )
+
+
+def compare_answers(reference: NDArray[np.float32], found: NDArray[np.float32]) -> Agreement:
+    """Compare logits [n, K] of two implementations whose float32 sums run in another order."""
+    return _agreement(reference, found, tolerance=_tolerance(_largest(reference)))
 
 
 def check_masks(model: ModelProto, masks: Mapping[str, NDArray[np.bool_]]) -> None:

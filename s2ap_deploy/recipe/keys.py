@@ -73,6 +73,8 @@ EXPORT: Final[Keywords] = {
         "keep_ratio",
         "align",
         "torch",
+        "c",
+        "c_positions",
         "target",
         "max_bytes",
         "max_macs",

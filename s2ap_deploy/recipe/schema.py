@@ -137,6 +137,14 @@ class ExportSection(Record):
         default=False,
         description="For a run on channels: also write compact.safetensors and compact.json for PyTorch.",
     )
+    c: Flag = Field(
+        default=False,
+        description="Also write the network as C sources that skip zeros, in the folder c beside the file.",
+    )
+    c_positions: Literal["fast", "small"] = Field(
+        default="fast",
+        description="How the C sources store positions of weights: few bytes and fast, or fewest bytes.",
+    )
     target: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
         description="Device profile, NAME or FILE, for unset keys; none removes it. See targets list.",
@@ -170,6 +178,7 @@ class ExportSection(Record):
             "int8": self.int8,
             f"{self.values}-weights": self.values != FLOAT32,
             DENSE.name: self.encoding == DENSE.name,
+            "c": self.c,
         }
         return "-".join(part for part, there in parts.items() if there) or "onnx"
 

@@ -162,6 +162,8 @@ class ExportArguments(Settings, total=False):
     keep_ratio: float | None
     align: int | None
     torch: bool | None
+    c: bool | None
+    c_positions: str | None
     target: str | None
     max_bytes: int | None
     max_macs: int | None

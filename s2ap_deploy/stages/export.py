@@ -15,7 +15,7 @@ from torch import Tensor
 from s2ap_deploy import files
 from s2ap_deploy.codecs.values import FLOAT32
 from s2ap_deploy.data.splits import choose
-from s2ap_deploy.errors import RunFolderError, VerificationError
+from s2ap_deploy.errors import DeployError, RunFolderError, VerificationError
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.points import load_points
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
@@ -30,7 +30,7 @@ from s2ap_deploy.recipe.target import Found
 from s2ap_deploy.runs.folder import MASKS, Run
 from s2ap_deploy.runs.manifest import StageName, StageRecord
 from s2ap_deploy.runs.snapshot import Stage
-from s2ap_deploy.stages import export_channels, export_target
+from s2ap_deploy.stages import export_c, export_channels, export_target
 from s2ap_deploy.stages.certify import DENSE, PRUNED
 from s2ap_deploy.stages.context import RunContext
 from s2ap_deploy.stages.prune import SCORES
@@ -120,6 +120,7 @@ def _request(job: RunContext) -> _Request:
     section = job.recipe.export
     pruned = job.result == "finetune"
     export_channels.refuse_unfit(job, section)
+    export_c.refuse_unfit(section)
     target = export_target.target_of(section)
     classifier, info, checkpoint = job.classifier(job.result)
     export_target.refuse_misfit(target, section, classifier, info.preprocessing.size)
@@ -196,6 +197,13 @@ def _export(job: RunContext, request: _Request, file: Path) -> tuple[ExportRepor
             record = narrow.record.model_copy(update={"files": export_channels.described(pair)})
             report = report.model_copy(update={"narrowed": record})
             outputs += pair
+    if section.c:
+        try:
+            report, written = export_c.add_library(file, source, section, report, job.recorder)
+        except DeployError:
+            file.unlink(missing_ok=True)
+            raise
+        outputs += written
     if not section.covered_by_certificate:
         warning = _not_covered(report, file, job.run.path)
         job.recorder.warn(warning)

@@ -215,9 +215,12 @@ def _shipped(run: Run, subject: str, evidence: _Recorded) -> list[ShippedFile]:
             hashes[exported] = report.sha256
             rounded = report.quantization is not None or report.rounding is not None
             facts = {"points_checks": report.points_checks, "rounded": rounded}
+        library = None if report is None else report.c_library
         for listed, sha256 in hashes.items():
             if named.check(listed).status == "pass":
                 more = {**facts, "export": report if listed == exported else None}
+                if library is not None and listed.startswith(f"{stage}/{library.folder}/"):
+                    more["points_checks"] = library.points_checks
                 found.append(_read(run, listed, sha256).model_copy(update=more))
     # Files that no stage recorded need a certificate as well.
     for name in runnable_files(run.path):

@@ -1,0 +1,139 @@
+"""Write the C library of an exported file, build it, and compare what it answers."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from pathlib import Path
+
+from s2ap_deploy import files
+from s2ap_deploy.c_export.library import Library, build, compiler
+from s2ap_deploy.c_export.writing import Facts, Sources, folder_files, vectors, write_sources
+from s2ap_deploy.errors import UsageError, VerificationError
+from s2ap_deploy.onnx_export import onnx_file
+from s2ap_deploy.onnx_export.export_onnx import ExportSource
+from s2ap_deploy.onnx_export.export_report import CLibrary, CompactFile, ExportReport
+from s2ap_deploy.onnx_export.inference import logits
+from s2ap_deploy.onnx_export.onnx_file import OnnxFile
+from s2ap_deploy.onnx_export.verification import CertifiedPoints, check_answers, compare_answers
+from s2ap_deploy.recipe.schema import ExportSection
+from s2ap_deploy.recorder import Recorder
+from s2ap_deploy.records import PointsCheck
+
+FOLDER = "c"
+VECTORS = 8
+
+
+def refuse_unfit(section: ExportSection) -> None:
+    """Refuse a C library of what has no kernels. Raises UsageError."""
+    if section.c and section.int8:
+        raise UsageError(
+            "the C library computes in float32 and does not read int8 graphs",
+            code="c-with-int8",
+            hint="--values int8 stores rounded weights; leave out --int8",
+        )
+
+
+def generate(opened: OnnxFile, section: ExportSection) -> Sources:
+    """Return the sources for an exported file: the same ones every time. Raises UsageError."""
+    facts = Facts(class_names=opened.class_names, sentences=_sentences(opened))
+    return write_sources(opened.model, facts, values=section.values, positions=section.c_positions)
+
+
+def built(sources: Sources) -> Library | None:
+    """Build sources with the system's compiler; None where there is none. Raises VerificationError."""
+    command = compiler()
+    return None if command is None else Library.of(sources, build(sources.files, command))
+
+
+def add_library(
+    file: Path, source: ExportSource, section: ExportSection, report: ExportReport, recorder: Recorder
+) -> tuple[ExportReport, list[Path]]:
+    """Write the library of ``file`` into the folder ``c`` beside it; return its report and the files.
+
+    Raises:
+        UsageError: an operator has no kernel; nothing was written.
+        VerificationError: the compiler fails, or the library answers differently from ONNX Runtime.
+    """
+    opened = onnx_file.load(file)
+    sources = generate(opened, section)
+    library = built(sources)
+    expected = logits(opened.answers.running, source.images)
+    agreement = None
+    checks: list[PointsCheck] = []
+    if library is None:
+        recorder.warn(
+            "no C compiler was found (CC, cc): the sources are written, and nothing of them was judged"
+        )
+        sample = expected[:VECTORS]
+    else:
+        found = library(source.images)
+        agreement = compare_answers(expected, found)
+        if not agreement.passed:
+            raise VerificationError(
+                f"the C library differs from ONNX Runtime by up to {agreement.max_logit_difference:.3g} "
+                f"(allowed {agreement.tolerance:.3g})",
+                code="c-logits-differ",
+            )
+        checks = [_check_points(library, each) for each in source.certified]
+        sample = found[:VECTORS]
+    content = {
+        **sources.files,
+        **folder_files(),
+        "vectors.bin": vectors(source.images[:VECTORS], sample, exact=library is not None),
+    }
+    content["model.json"] = _about(opened, sources, content).encode()
+    written = _write(file.parent / FOLDER, content)
+    layers = sources.layers.values()
+    record = CLibrary(
+        folder=FOLDER,
+        files=tuple(_described(f"{FOLDER}/{name}", data) for name, data in sorted(content.items())),
+        bytes=sum(len(data) for name, data in sources.files.items()),
+        workspace_bytes=sources.workspace_bytes,
+        kept_weights=sum(layer.kept for layer in layers),
+        stored_entries=sum(layer.entries for layer in layers),
+        compiler=None if library is None else shlex.join(compiler() or []),
+        agreement=agreement,
+        points_checks=tuple(checks),
+    )
+    return report.model_copy(update={"c_library": record}), written
+
+
+def _check_points(library: Library, points: CertifiedPoints) -> PointsCheck:
+    return check_answers(library(points.clean), library(points.adversarial), points)
+
+
+def _write(folder: Path, content: dict[str, bytes]) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    for name, data in content.items():
+        files.write_bytes(folder / name, data)
+    return [folder / name for name in sorted(content)]
+
+
+def _described(name: str, data: bytes) -> CompactFile:
+    return CompactFile(name=name, sha256=hashlib.sha256(data).hexdigest())
+
+
+def _sentences(opened: OnnxFile) -> tuple[str, ...]:
+    """State what an engineer on the device needs to know, from the metadata of the file."""
+    known = opened.metadata
+    names = {"s2ap.arch": "Architecture", "s2ap.threat_model": "Threat model", "s2ap.sparsity": "Sparsity"}
+    found = [f"{text}: {known[key]}." for key, text in names.items() if key in known]
+    return (*found, "Normalization is part of the network: pixels are in [0, 1].")
+
+
+def _about(opened: OnnxFile, sources: Sources, content: dict[str, bytes]) -> str:
+    layout, program = sources.placement.layouts, sources.placement.program
+    return files.canonical_json(
+        {
+            "schema_version": 1,
+            "onnx_sha256": opened.sha256,
+            "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(content.items())},
+            "input": list(layout[0].shape),
+            "classes": layout[program.output].shape[0],
+            "class_names": list(opened.class_names),
+            "embedded": sources.embedded,
+            "workspace_bytes": sources.workspace_bytes,
+            "metadata": dict(sorted(opened.metadata.items())),
+        }
+    )

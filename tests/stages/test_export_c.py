@@ -1,0 +1,83 @@
+"""The C library of an exported file: what is written, built, judged and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from s2ap_deploy.onnx_export.export_report import ExportReport
+from s2ap_deploy.onnx_export.inference import logits, session
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+GATE = ("gate", "--min-robust", "0.0")
+FILES = {
+    "CMakeLists.txt",
+    "Makefile",
+    "model.c",
+    "model.h",
+    "model.json",
+    "model.py",
+    "selftest.c",
+    "vectors.bin",
+}
+
+
+def exported(run) -> ExportReport:
+    return ExportReport.load(run / "export-c" / "report.json")
+
+
+@needs_compiler
+def test_a_folder_that_answers_as_onnx_runtime(own_run, s2ap) -> None:
+    s2ap.ok("export", "--c", "--run", own_run)
+    folder, report = own_run / "export-c" / "c", exported(own_run)
+    assert {path.name for path in folder.iterdir()} == FILES
+    library = report.c_library
+    assert library is not None
+    assert library.agreement is not None
+    assert library.agreement.passed
+    assert [check.same_predictions for check in library.points_checks] == [True]
+    # The files that were written build as their Makefile says, and answer bit for bit.
+    make = ["make", "-C", str(folder), "CFLAGS=-O1", "MARCH=native"]
+    subprocess.run([*make, "libmodel.so"], check=True, capture_output=True)
+    tested = subprocess.run([*make, "test"], check=True, capture_output=True, text=True)
+    assert "8 of 8 images as expected, bit for bit" in tested.stdout
+    image = np.linspace(0, 1, 64, dtype=np.float32).reshape(1, 8, 8)
+    code = (
+        f"import sys; sys.path.insert(0, {str(folder)!r}); import model, numpy\n"
+        "print(model.run(numpy.linspace(0, 1, 64).reshape(1, 8, 8)).tolist())"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    expected = logits(session(own_run / "export-c" / report.file), image[None])[0]
+    np.testing.assert_allclose(json.loads(said.stdout), expected, atol=1e-5 * max(1, np.abs(expected).max()))
+    for name in ("libmodel.so", "selftest"):  # what was built here is no file of the run
+        (folder / name).unlink()
+    s2ap.ok(*GATE, "--run", own_run)
+    (folder / "model.c").write_text((folder / "model.c").read_text() + "\n")
+    assert s2ap(*GATE, "--run", own_run).code == 1
+
+
+def test_without_a_compiler_nothing_is_judged(own_run, s2ap, monkeypatch) -> None:
+    monkeypatch.setenv("CC", "there-is-no-such-compiler")
+    s2ap.ok("export", "--c", "--run", own_run)
+    library = exported(own_run).c_library
+    assert library is not None
+    assert (library.compiler, library.agreement, library.points_checks) == (None, None, ())
+    assert (own_run / "export-c" / "c" / "model.c").is_file()
+    assert s2ap(*GATE, "--run", own_run).code == 3
+
+
+@pytest.mark.skipif(shutil.which("false") is None, reason="needs the program false")
+def test_a_compiler_that_fails_leaves_no_file(own_run, s2ap, monkeypatch) -> None:
+    monkeypatch.setenv("CC", "false")
+    done = s2ap("export", "--c", "--run", own_run, "--json")
+    assert (done.code, done.answer["code"]) == (1, "compiler-failed")
+    assert not list((own_run / "export-c").glob("*.onnx"))
+
+
+def test_int8_arithmetic_is_refused(own_run, s2ap) -> None:
+    s2ap.refused("c-with-int8", "export", "--c", "--int8", "--run", own_run)
