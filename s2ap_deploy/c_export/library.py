@@ -23,7 +23,7 @@ _SECONDS = 900
 
 
 def compiler() -> list[str] | None:
-    """Return the command of the system's compiler, ``CC`` or ``cc``; None where there is none."""
+    """Return the command of the system's compiler, ``CC`` or ``cc``; None if there is none."""
     command = shlex.split(os.environ.get("CC", "")) or ["cc"]
     return command if shutil.which(command[0]) else None
 
@@ -31,7 +31,7 @@ def compiler() -> list[str] | None:
 def build(files: Mapping[str, bytes], command: Sequence[str], flags: Sequence[str] = FLAGS) -> bytes:
     """Compile sources in a private folder and return the shared library.
 
-    Raises VerificationError with the compiler's own words when it fails.
+    Raises VerificationError with the compiler's message when it fails.
     """
     with tempfile.TemporaryDirectory(prefix="s2ap-") as folder:
         for name, content in files.items():
@@ -59,13 +59,13 @@ def _failed(command: Sequence[str], words: str) -> VerificationError:
 class Library:
     """A built library as a function: float32 [n, C, H, W] in [0, 1] to logits [n, K].
 
-    It travels between processes as bytes; each process loads its own copy.
+    It is pickled as bytes; each process loads its own copy.
     """
 
     def __init__(
         self, content: bytes, weights: bytes, size: tuple[int, int, int], classes: int, workspace: int
     ) -> None:
-        """``workspace``: bytes for one image."""
+        """Store the library; ``workspace`` is in bytes per image."""
         self._state = (content, weights, size, classes, workspace)
         self._loaded: ctypes.CDLL | None = None
 
@@ -97,7 +97,7 @@ class Library:
 
     @property
     def loaded(self) -> ctypes.CDLL:
-        """The library, loaded at the first use from a private file that is removed at once."""
+        """The library, loaded on first use from a private file that is removed at once."""
         if self._loaded is None:
             with tempfile.TemporaryDirectory(prefix="s2ap-") as folder:
                 path = Path(folder) / "model.so"

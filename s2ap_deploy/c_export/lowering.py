@@ -321,7 +321,7 @@ class _Lowering:
         self.arrays.update(zip(node.output, results, strict=True))
 
     def move(self, node: NodeProto, given: Mapping[str, Any]) -> None:
-        """Follow the elements through a node that computes nothing."""
+        """Track the elements through a node that only moves them."""
         moved: list[NDArray[Any]] = []
         for name in node.input:
             if name in self.values:

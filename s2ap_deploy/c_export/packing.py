@@ -50,7 +50,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Packed:
-    """How one layer is stored: kernels' kinds, and where its arrays begin, in bytes."""
+    """The storage of one layer: kinds of its kernels, and byte offsets of its arrays."""
 
     kernel: Literal["lists", "dense"]
     positions: PositionKind
@@ -74,7 +74,7 @@ class _List:
 def pack_convolution(
     step: Convolution, placement: Placement, blob: Blob, values: ValuesName, positions: Positions
 ) -> Packed:
-    """Pack the weights of a convolution. Sums run in the order in which the input's copies lie in memory."""
+    """Pack the weights of a convolution. Sums run in the order in which the input's copies are in memory."""
     geometry = placement.geometries[step.output]
     stored = _stored(step.weight, values)
     order = np.argsort(geometry.offsets, kind="stable")

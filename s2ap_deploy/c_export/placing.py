@@ -24,7 +24,7 @@ class Split(Step):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a tensor lies: pixel p of channel c at float ``start + c * plane + p`` of the workspace."""
+    """Location of a tensor: pixel p of channel c is at float ``start + c * plane + p`` of the workspace."""
 
     shape: Shape
     plane: int
@@ -41,7 +41,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a convolution reads its input: through copies of each channel, zeros in place of padding.
+    """The input access of a convolution: through copies of each channel, with zeros in place of padding.
 
     Copy (p, r, c) of a channel holds, at row i and column j, pixel (i + r, j + c) of its plane p, zero
     outside of it, for ``rows`` + ``extra`` rows: the output is computed ``rows`` rows at a time. A channel

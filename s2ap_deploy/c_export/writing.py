@@ -1,4 +1,4 @@
-"""Write the C library of a classifier: sources that read well, weights, and what they need around them."""
+"""Write the C library of a classifier: readable sources, weights, and build files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Facts:
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """The generated files by name, and how each layer is stored."""
+    """The generated files by name, and the storage of each layer."""
 
     files: dict[str, bytes]
     layers: dict[str, Packed]

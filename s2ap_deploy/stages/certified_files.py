@@ -181,7 +181,7 @@ class CertifiedRun(NamedTuple):
         )
 
     def _recipe(self, named: NamedFiles) -> list[Check]:
-        """Check that the recipe of the run asks for what the certificate says was done."""
+        """Check that the recipe of the run matches the certificate."""
         name, certificate = f"certify/{RECIPE_FILE}", self.certificate
         if certificate.recipe_sha256 is None:
             if self.role == FILE or name not in self.recorded:
@@ -474,7 +474,7 @@ def _counts(path: Path, dtype: str, names: Any = None) -> dict[str, tuple[int, i
 
 
 def _settings(section: dict[str, Any], certificate: Certificate) -> dict[str, tuple[Any, Any]]:
-    """Pair what a ``certify`` section asks for with what the certificate says was done."""
+    """Pair the settings of a ``certify`` section with those of the certificate."""
     pairs: dict[str, tuple[Any, Any]] = {
         "version": (section.get("version"), protocols.version(certificate.protocol)),
         "attack_seed": (section.get("attack_seed"), certificate.attack_seed),

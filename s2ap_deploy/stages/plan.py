@@ -46,7 +46,7 @@ NO_SPEED = (
 )
 INT8_SPEED = "int8 arithmetic was about 4 times as fast as float32 in ONNX Runtime on an x86-64 server"
 PATTERN_SPEED = (
-    "TensorRT can use 2:4 on NVIDIA GPUs (not run here); ONNX Runtime and OpenVINO compute at dense speed"
+    "TensorRT can use 2:4 on NVIDIA GPUs (not tested here); ONNX Runtime and OpenVINO compute at dense speed"
 )
 
 

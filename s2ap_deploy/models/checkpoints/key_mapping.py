@@ -25,8 +25,8 @@ DEEPEST = 5
 def strip_prefixes(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor], tuple[str, ...]]]:
     """Yield the tensors as they are, then without each prefix that at least half of them share.
 
-    Yields (prefix removed, tensors, names left aside). A normalization need not share the prefix; any other
-    tensor without it is left aside.
+    Yields (prefix removed, tensors, names ignored). A normalization need not share the prefix; any other
+    tensor without it is ignored.
     """
     yield "", dict(tensors), ()
     current = [""]

@@ -89,7 +89,7 @@ def apply_masks(
         return _multiply_masks(tensors)
     if layout == HARP_DENSE:
         rule = (
-            "HARP's dense file: k_score is left aside. HARP masks these with the global k in every layer, "
+            "HARP's dense file: k_score is ignored. HARP masks these with the global k in every layer, "
             "not with the quotas it learned: another network than the one in its file with popup_scores",
         )
         return DenseFromMasks(without_scores(tensors), layout, rule)

@@ -42,7 +42,7 @@ FACTORY_HINT = (
 _SECOND = re.compile(r"(^|\.)\w*(teacher|ema|swa|target|momentum|averaged)\w*\.")
 
 MatchedBy = Literal["description", "names", "option"]
-# Two networks can agree in every name and shape, and differ in all of these.
+# Two networks can agree in every name and shape but differ in all of these.
 NOT_IN_TENSORS = (
     "activation functions",
     "strides, padding and pooling",
@@ -62,8 +62,8 @@ class Match:
         num_classes: None when building does not depend on it: custom code without that argument.
         normalization: the one in the file.
         prefix: what was stripped from all names.
-        notes: for the user; what was read, unmasked, stripped and left aside.
-        unused: names in the file of tensors that were left aside, as no forward pass reaches them.
+        notes: for the user; what was read, unmasked, stripped and ignored.
+        unused: names in the file of tensors that were ignored, as no forward pass reaches them.
         compacted: the file is of this tool and has fewer channels than the architecture.
     """
 
@@ -153,7 +153,7 @@ def key_readings(tensors: Mapping[str, Tensor]) -> list[KeyReading]:
 
 
 def _aside_note(names: tuple[str, ...]) -> tuple[str, ...]:
-    return (f"left aside, outside of the network's prefix: {_few(names, 6)}",) if names else ()
+    return (f"ignored, outside the network's prefix: {_few(names, 6)}",) if names else ()
 
 
 def _match_names(readings: list[KeyReading]) -> Match:
@@ -276,10 +276,10 @@ def _matched(
     if matched_by == "names":
         name = difference.architecture.name
         unseen = ", ".join(NOT_IN_TENSORS)
-        notes.append(f"architecture {name}: every name and shape agrees; not compared: {unseen}")
+        notes.append(f"architecture {name}: all names and shapes match; not compared: {unseen}")
     if difference.ignored:
         parts = ", ".join(sorted({name.split(".")[0] for name in difference.ignored}))
-        notes.append(f"left aside: {len(difference.ignored)} tensors of {parts}, which no forward pass uses")
+        notes.append(f"ignored: {len(difference.ignored)} tensors of {parts}, which no forward pass uses")
     normalization = key_mapping.find_normalization(normal)
     if normalization is not None:
         notes.append(f"normalization found in the file: mean {normalization.mean}, std {normalization.std}")

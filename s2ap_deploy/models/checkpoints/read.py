@@ -81,7 +81,7 @@ class RawCheckpoint:
             ``module.`` remain, because only an architecture shows whether they belong to the names.
         info: the facts of a file of this tool; None for any other.
         locations: devices that the storages were tagged with.
-        notes: which wrapper was opened and what was left aside.
+        notes: which wrapper was opened and what was ignored.
         module: the network itself, where a trusted file holds it whole.
     """
 
@@ -199,7 +199,7 @@ def unwrap(content: object, key: str | None = None) -> StateDict:
     copies = [name for name in tensors if _is_copy(name, tensors)]
     if copies:
         tensors = {name: value for name, value in tensors.items() if name not in copies}
-        notes.append(f"left aside: a second copy of the network ({len(copies)} tensors under attacker)")
+        notes.append(f"ignored: a second copy of the network ({len(copies)} tensors under attacker)")
     return StateDict(tensors, ".".join(path) or None, tuple(notes), module)
 
 
@@ -301,7 +301,7 @@ def _without_weights(content: object) -> CheckpointError:
             hint="take the file of the network from the same folder; " + STATE_DICT_HINT,
         )
     return CheckpointError(
-        f"it has no tensors, neither at the top nor below; it holds: {keys}",
+        f"it has no tensors, neither at the top level nor below; it holds: {keys}",
         code="tensors-missing",
         hint=STATE_DICT_HINT,
     )

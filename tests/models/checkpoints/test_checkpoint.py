@@ -513,7 +513,7 @@ def test_of_student_and_teacher_under_one_roof_the_student_is_read(tmp_path: Pat
     teacher = {f"teacher.{name}": tensor + 1 for name, tensor in digits().state_dict().items()}
     loaded, _, notes = load(foreign(tmp_path / "m.pt", {**teacher, **student}))
     assert torch.equal(loaded.network.get_parameter("0.weight"), student["student.0.weight"])
-    assert any("left aside" in note and "teacher.0.weight" in note for note in notes)
+    assert any("ignored" in note and "teacher.0.weight" in note for note in notes)
     twins = {f"{side}.{name}": t for side in ("left", "right") for name, t in digits().state_dict().items()}
     with pytest.raises(ArchitectureError, check=lambda error: error.code == "networks-several"):
         load(foreign(tmp_path / "two.pt", twins))

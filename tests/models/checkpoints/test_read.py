@@ -130,7 +130,7 @@ def test_trust_lets_it_run_and_says_so(tmp_path: Path) -> None:
     found = read_tensors(path, trust_pickle=True)
     assert same(found.tensors)
     assert marker.exists()
-    assert "trusted" in found.notes[0]
+    assert "--trust-pickle" in found.notes[0]
     assert f"{os.name}.system" in found.notes[0]
 
 
