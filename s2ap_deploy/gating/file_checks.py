@@ -132,7 +132,7 @@ def _coverage(file: ShippedFile, certificate: Certificate) -> Check:
 class NamedFiles:
     """The files of a run folder that its evidence names, with the SHA-256 that each source names for them.
 
-    Every file is hashed once, whoever names it.
+    Every file is hashed once, however often it is named.
     """
 
     def __init__(self, folder: Path) -> None:

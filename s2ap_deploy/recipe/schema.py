@@ -60,12 +60,12 @@ class ModelSection(Record):
     )
     key: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
-        description="Path to the weights inside the file, such as model.ema, where it holds several.",
+        description="Path to the weights inside the file, such as model.ema, if it holds several.",
     )
     expect_clean: Fraction01 | None = Field(
         default=None,
-        description="Clean accuracy that the checkpoint is known to have; a lower one that sampling does not "
-        "explain is refused.",
+        description="Known clean accuracy of the checkpoint; one lower by more than sampling error is "
+        "refused.",
     )
 
 

@@ -236,7 +236,7 @@ def weights_on_images(
                 f"the layers that run depend on the image: {', '.join(differing[:4])} for some of "
                 f"{len(others) + 1} inputs only",
                 code="path-depends-on-images",
-                hint="prune a network with one path, or one path of it as a network of its own",
+                hint="prune a network with one path, or one path of it as a separate network",
             )
     return used
 

@@ -61,7 +61,7 @@ class _Request:
 
 
 def export(job: RunContext, *, output: Path | None = None, bench: bool = False) -> ExportReport:
-    """Write a file and its report in a stage of its own: ``export``, or for a further file ``export-NAME``.
+    """Write a file and its report in its own stage: ``export``, or ``export-NAME`` for a further file.
 
     The pruned network is exported, or the dense one when nothing was pruned. A file of int8 or rounded
     weights is a different network from the certified one; its report names the command that certifies it.
@@ -92,7 +92,7 @@ def export(job: RunContext, *, output: Path | None = None, bench: bool = False) 
 
 
 def export_stage(run: Run, section: ExportSection) -> StageName:
-    """Return the stage of a file: that of the file of its name, ``export`` for the first, or one of its own.
+    """Return the stage of a file: that of an existing file of its name, ``export`` or a new one.
 
     A recorded file that says no name has that of its form.
     """

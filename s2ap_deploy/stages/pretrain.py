@@ -222,7 +222,7 @@ def _masking(section: ModelSection) -> dict[str, float | str]:
 def _check_classes(found: int, data: DataSpec, subject: str) -> None:
     if found != data.num_classes:
         raise DataError(
-            f"{subject} tells {found} classes, but {data.name} has {data.num_classes}",
+            f"{subject} has {found} classes, but {data.name} has {data.num_classes}",
             code="classes-differ",
             hint="choose the data that the network is meant for with --data",
         )

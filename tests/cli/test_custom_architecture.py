@@ -94,7 +94,7 @@ def test_pretrain_of_an_own_network_and_its_checkpoint(s2ap, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("parameter", "classes", "message"),
     [
-        ("", "7", "mine.py:net tells 7 classes apart, but digits has 10"),
+        ("", "7", "mine.py:net has 7 classes, but digits has 10"),
         ("num_classes=10", "num_classes // 0", "mine.py:net fails: ZeroDivisionError"),
         ("num_classes=10", "num_classes), nn.Unflatten(1, (5, 2)", "returns shape 1x5x2"),
     ],

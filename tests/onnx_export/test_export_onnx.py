@@ -399,7 +399,7 @@ def test_other_classes_than_the_certificate_are_told(
     report = write_onnx(classifier, **settings, certified=[other])
     assert not report.points_checks[0].same_predictions
     assert report.warnings == tuple(settings["recorder"].warnings)
-    assert "another class on 3 clean and 0 attacked points" in report.warnings[0]
+    assert "a different class on 3 clean and 0 attacked points" in report.warnings[0]
 
 
 def test_a_collapsed_network_is_told(

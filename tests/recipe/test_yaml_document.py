@@ -98,9 +98,9 @@ def test_an_empty_document_is_none(text) -> None:
         ("a: [1, 2", "line 1: expected ',' or ']'"),
         ("a: b: c", "line 1: mapping values are not allowed here"),
         ("a: \x01", "r.yaml is not YAML: unacceptable character"),
-        ("[" * 100_000, "nested deeper than 16 levels"),
+        ("[" * 100_000, "nested more than 16 levels deep"),
         ("? " * 100_000, "a key must be a word"),
-        ("a:\n" + "".join(" " * i + "- \n" for i in range(1, 30)), "line 18: nested deeper"),
+        ("a:\n" + "".join(" " * i + "- \n" for i in range(1, 30)), "line 18: nested more than"),
     ],
 )
 def test_what_is_refused(text, message) -> None:

@@ -380,7 +380,7 @@ def recover(path: Path) -> str:
     try:
         return work(path)
     except RunFolderError as error:
-        if "already holds a search with different inputs" not in error.message:
+        if "already has a search stage with different inputs" not in error.message:
             raise
         return work(path, overwrite=True)
 

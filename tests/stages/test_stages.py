@@ -177,7 +177,7 @@ def test_data_of_another_number_of_classes_is_refused_before_the_stage(
         images = job.images((1, 8, 8))
         fewer = images.spec.model_copy(update={"class_names": images.spec.class_names[:5]})
         monkeypatch.setattr(job, "images", lambda size: dataclasses.replace(images, spec=fewer))
-        with pytest.raises(DataError, match="tells 10 classes apart, but digits has 5"):
+        with pytest.raises(DataError, match="has 10 classes, but digits has 5"):
             pretrain.dense(job)
         assert job.run.manifest.stages == {}
 

@@ -32,7 +32,7 @@ class Architecture:
             building a network whose head is a single layer; matching skips hundreds of networks by it.
         function: how the network differs from others of the same names and shapes, where there are any.
         normalization: by number of classes, the input normalization that the family's published code holds as
-            constants; 0 stands for any other number. Empty where a checkpoint or a user states it.
+            constants; 0 stands for any other number. Empty if a checkpoint or a user states it.
         parametrized: like ``build``, where that folds parametrizations of the user's code to plain weights:
             the network as its code defines it, under whose names its checkpoints are.
     """

@@ -161,10 +161,10 @@ def with_plain_weights(network: Network) -> Network:
             for module in network.modules():
                 for hook in module._forward_pre_hooks.values():
                     if isinstance(hook, WeightNorm | SpectralNorm):
-                        # Computed anew at every pass; as the result of a graph it could not be copied.
+                        # Recomputed in every pass; as the result of a graph it could not be copied.
                         setattr(module, hook.name, getattr(module, hook.name).detach())
         copied = copy.deepcopy(network)
-    except Exception:  # foreign code; whoever needs the copy reports it
+    except Exception:  # foreign code; reported where the copy is needed
         return network
     for module in copied.modules():
         if parametrize.is_parametrized(module):
