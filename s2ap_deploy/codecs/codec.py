@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from s2ap_deploy.spec import Record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -12,9 +16,26 @@ if TYPE_CHECKING:
     from s2ap_deploy.codecs.decode_graph import DecodeSubgraph
     from s2ap_deploy.codecs.values import StoredWeight
 
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 MIN_ENTRIES = 256  # in smaller tensors the decode nodes outweigh what they save
 MAX_DENSITY = 0.75  # with a larger share of non-zero entries, so do the positions
 MAX_POSITION = 2**31 - 1  # positions are int32 in decode graphs
+
+
+class Tradeoff(Record):
+    """What ``auto`` weighs against bytes of the file, each expressed in such bytes."""
+
+    load_ms: Weight = Field(
+        default=1000.0, description="Bytes that a millisecond of decoding at load is worth."
+    )
+    inference_ms: Weight = Field(
+        default=0.0,
+        description="Bytes that a millisecond is worth that decoding takes at every inference, for runtimes "
+        "that fold nothing.",
+    )
+    memory: Weight = Field(
+        default=0.002, description="Bytes of the file that a byte of memory is worth that decoding takes."
+    )
 
 
 class Codec(ABC):
@@ -38,6 +59,8 @@ class Codec(ABC):
         node_bytes: measured bytes of its nodes and names, in the first tensors of a file and in later ones,
             whose names are longer.
         shared_bytes: measured bytes of the constants that several tensors share.
+        decode_ns: measured nanoseconds of decoding, per non-zero entry and per entry.
+        decode_memory: bytes of intermediate values, per non-zero entry and per entry, typically.
     """
 
     name: ClassVar[str]
@@ -53,6 +76,8 @@ class Codec(ABC):
     intermediate_ratio: ClassVar[float] = 0.0
     node_bytes: ClassVar[tuple[int, int]]
     shared_bytes: ClassVar[int] = 0
+    decode_ns: ClassVar[tuple[float, float]] = (0.0, 0.0)
+    decode_memory: ClassVar[tuple[float, float]] = (0.0, 0.0)
 
     @abstractmethod
     def decode_graph(self, graph: DecodeSubgraph, weight: StoredWeight, output: str) -> None:
@@ -64,6 +89,13 @@ class Codec(ABC):
     @abstractmethod
     def data_bytes(self, nonzeros: int, entries: int, value_bytes: int) -> float:
         """Predict the bytes of values, ``value_bytes`` each, and positions, without names and nodes."""
+
+    def price(self, nonzeros: int, entries: int, weighed: Tradeoff) -> float:
+        """Express the time and the memory of decoding such a weight in bytes of the file."""
+        times, memory = self.decode_ns, self.decode_memory
+        milliseconds = (times[0] * nonzeros + times[1] * entries) / 1e6
+        peak = memory[0] * nonzeros + memory[1] * entries
+        return milliseconds * (weighed.load_ms + weighed.inference_ms) + weighed.memory * peak
 
     def saved_node_bytes(self, nonzeros: int, entries: int) -> int:
         """Predict the bytes of nodes that this weight does not need."""

@@ -1,13 +1,18 @@
 """The part of an ONNX graph that turns an encoded weight back into a dense tensor.
 
-Only standard operators of opset 18, and every size is known before running: a runtime then folds the
-whole part into a constant at load. ``NonZero`` would be shorter, but its output size is unknown, so
-ONNX Runtime would decode at every inference.
+Every size is known before running: a runtime then folds the whole part into a constant at load.
+``NonZero`` would be shorter, but its output size is unknown, so ONNX Runtime would decode at every inference.
+
+Positions are computed in int32 alone, with the operators that every reader of ONNX has: tools that quantize
+or convert a graph rewrite what computes in floating point, and would move weights to other places. Shifts
+and masks of bits are Div and Mod. ScatterElements gets no index twice, and at most as many as its data has
+entries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -15,9 +20,10 @@ from onnx import NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from s2ap_deploy.codecs.values import StoredWeight
 
-# Every value that exists only to decode is named PREFIX + number; nothing else may be.
+# Every value that exists only to decode is named PREFIX + number, to base 36; nothing else may be.
 # Kept short: a name is stored at each of its uses.
-PREFIX = "s2ap_"
+PREFIX = "_s2"
+_END = 2**31 - 1  # of a slice: the last entry
 
 
 def is_internal(name: str) -> bool:
@@ -36,17 +42,19 @@ class DecodeGraph:
     def __init__(self) -> None:
         self._names = 0
         self._constants: dict[tuple[str, tuple[int, ...], bytes], tuple[str, TensorProto]] = {}
+        self._blanks: dict[tuple[int, str], NodeProto] = {}
 
     def copy(self) -> DecodeGraph:
         """Return an independent copy, for a subgraph that may be discarded."""
         other = DecodeGraph()
         other._names, other._constants = self._names, dict(self._constants)
+        other._blanks = dict(self._blanks)
         return other
 
     def name(self) -> str:
         """Return a new name."""
         self._names += 1
-        return f"{PREFIX}{self._names}"
+        return PREFIX + np.base_repr(self._names, 36).lower()
 
     def constant(self, data: NDArray[np.generic]) -> str:
         """Return the name of a constant that all subgraphs share."""
@@ -56,10 +64,33 @@ class DecodeGraph:
             self._constants[key] = (name, numpy_helper.from_array(data, name))
         return self._constants[key][0]
 
-    def constants(self, subgraphs: Iterable[DecodeSubgraph]) -> list[TensorProto]:
-        """Return the shared constants that these subgraphs read."""
-        used = {name for subgraph in subgraphs for node in subgraph.nodes for name in node.input}
+    def blank(self, entries: int, dtype: np.dtype[np.generic]) -> str:
+        """Return the name of a vector of zeros that all subgraphs share: it is as large as a weight."""
+        key = (entries, dtype.str)
+        if key not in self._blanks:
+            shape = self.constant(np.array([entries], np.int64))
+            zero = numpy_helper.from_array(np.zeros(1, dtype), "")
+            self._blanks[key] = helper.make_node("ConstantOfShape", [shape], [self.name()], value=zero)
+        name: str = self._blanks[key].output[0]
+        return name
+
+    def nodes(self, subgraphs: Iterable[DecodeSubgraph]) -> list[NodeProto]:
+        """Return the nodes of these subgraphs, after the shared ones that they read."""
+        own = [node for subgraph in subgraphs for node in subgraph.nodes]
+        used = {name for node in own for name in node.input}
+        return [*(node for node in self._blanks.values() if node.output[0] in used), *own]
+
+    def constants(self, nodes: Iterable[NodeProto]) -> list[TensorProto]:
+        """Return the shared constants that these nodes read."""
+        used = {name for node in nodes for name in node.input}
         return [tensor for name, tensor in self._constants.values() if name in used]
+
+
+class Flags(NamedTuple):
+    """Values of a graph: int32 [n] of zeros and ones, and how many ones are before each entry."""
+
+    flags: str
+    before: str
 
 
 class DecodeSubgraph:
@@ -71,6 +102,7 @@ class DecodeSubgraph:
         self.sparse: list[SparseTensorProto] = []
         self.name = graph.name
         self.constant = graph.constant
+        self.blank = graph.blank
 
     @property
     def bytes(self) -> int:
@@ -96,11 +128,19 @@ class DecodeSubgraph:
         """Convert to another element type."""
         return self.add("Cast", [value], output, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
+    def number(self, value: int) -> str:
+        """Return a shared int32 constant."""
+        return self.constant(np.array(value, np.int32))
+
     def cumsum(self, value: str) -> str:
         """Sum up a vector, the current entry included."""
-        return self.add("CumSum", [value, self.constant(np.array(0, np.int32))])
+        return self.add("CumSum", [value, self.number(0)])
 
-    def slice(self, value: str, start: int, end: int) -> str:
+    def sum_before(self, value: str) -> str:
+        """Sum up the entries of a vector before the current one."""
+        return self.add("CumSum", [value, self.number(0)], exclusive=1)
+
+    def slice(self, value: str, start: int, end: int = _END) -> str:
         """Take entries ``start`` to ``end`` of a vector."""
         return self.add("Slice", [value, self.integers([start]), self.integers([end])])
 
@@ -109,13 +149,26 @@ class DecodeSubgraph:
         zero = numpy_helper.from_array(np.zeros(1, dtype), "")
         return self.add("ConstantOfShape", [self.integers(shape)], output, value=zero)
 
-    def unpack_bits(self, packed: NDArray[np.uint8], dtype: DTypeLike) -> str:
-        """Make [8 B] zeros and ones of ``dtype`` from B bytes, least significant bit first."""
-        column = self.store(packed.reshape(-1, 1))
-        powers = self.constant(np.left_shift(1, np.arange(8)).astype(np.uint8))
-        masked = self.add("BitwiseAnd", [column, powers])
-        numbers = self.cast(self.cast(masked, np.bool_), dtype)
-        return self.add("Reshape", [numbers, self.integers([-1])])
+    def unpack_bits(self, packed: NDArray[np.uint8]) -> str:
+        """Make int32 [8 B] of zeros and ones from B bytes, least significant bit first."""
+        column = self.cast(self.store(packed.reshape(-1, 1)), np.int32)
+        powers = self.constant(np.left_shift(1, np.arange(8)).astype(np.int32))
+        shifted = self.add("Div", [column, powers])
+        return self.add("Reshape", [self.add("Mod", [shifted, self.number(2)]), self.integers([-1])])
+
+    def select(self, data: str, chosen: Flags, others: Flags, count: int, length: int) -> str:
+        """Take the ``count`` entries of ``data`` int32 [length] that are ``chosen``.
+
+        All entries are scattered to places of their own, the ``others`` before the chosen ones.
+        """
+        skipped = length - count
+        behind = self.add("Add", [chosen.before, self.number(skipped)])
+        places = self.add("Where", [self.cast(chosen.flags, np.bool_), behind, others.before])
+        return self.slice(self.add("ScatterElements", [data, places, data]), skipped)
+
+    def flags(self, value: str) -> Flags:
+        """Count the flags of a vector of zeros and ones before each entry."""
+        return Flags(value, self.sum_before(value))
 
     def values(self, data: NDArray[np.generic], weight: StoredWeight) -> str:
         """Store values of ``weight`` and convert them to its type, not yet scaled."""
@@ -124,7 +177,7 @@ class DecodeSubgraph:
 
     def scatter(self, index: str, values: str, weight: StoredWeight, output: str) -> None:
         """Put ``values`` at the flat positions ``index`` of the weight, zeros elsewhere."""
-        blank = self.zeros([weight.data.size], weight.dtype)
+        blank = self.blank(weight.data.size, weight.dtype)
         self.reshape(self.add("ScatterElements", [blank, index, values]), weight, output)
 
     def reshape(self, flat: str, weight: StoredWeight, output: str) -> None:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from s2ap_deploy.codecs import encodings
-from s2ap_deploy.codecs.codec import MAX_DENSITY, MIN_ENTRIES, Codec
+from s2ap_deploy.codecs.codec import MAX_DENSITY, MIN_ENTRIES, Codec, Tradeoff
 from s2ap_deploy.codecs.encodings import dense, zeros
 from s2ap_deploy.codecs.values import FLOAT32, VALUES, ValuesName
 
 AUTO = "auto"
+SMALLEST = "smallest"
+BALANCED = Tradeoff()
 # The two forms that need no positions.
 DENSE: Codec = dense.CODEC
 ZEROS: Codec = zeros.CODEC
@@ -27,7 +29,7 @@ def _discover() -> dict[str, Codec]:
 
 
 CODECS: Mapping[str, Codec] = _discover()
-ENCODINGS: tuple[str, ...] = (AUTO, *(name for name, codec in CODECS.items() if codec.selectable))
+ENCODINGS: tuple[str, ...] = (AUTO, SMALLEST, *(name for name, codec in CODECS.items() if codec.selectable))
 OPERATORS = frozenset[str]().union(*(codec.operators for codec in CODECS.values()))
 
 if TYPE_CHECKING:
@@ -41,11 +43,11 @@ else:
 
 
 def candidates(encoding: EncodingName, nonzeros: int, entries: int) -> tuple[Codec, ...]:
-    """List the codecs for a weight under ``encoding``: the smallest is taken, and of equals the first."""
+    """List the codecs for a weight under ``encoding``: the cheapest is taken, and of equals the first."""
     if encoding != DENSE.name and nonzeros == 0:
         return (ZEROS,)
     crowded = nonzeros > MAX_DENSITY * entries
-    if encoding == AUTO:
+    if encoding in (AUTO, SMALLEST):
         return tuple(each for each in CODECS.values() if each.automatic and (each.any_density or not crowded))
     return (DENSE,) if crowded else (CODECS[encoding],)
 
@@ -54,7 +56,11 @@ def describe() -> str:
     """Explain the choices in one sentence, for ``--help``."""
     automatic = [f"{codec.name} ({codec.summary})" for codec in CODECS.values() if codec.automatic]
     others = [f"{codec.name} is {codec.summary}" for codec in CODECS.values() if _by_request(codec)]
-    return "; ".join([f"{AUTO} takes the smallest per tensor of {', '.join(automatic)}", *others])
+    best = (
+        f"{AUTO} weighs bytes, time and memory of decoding per tensor over {', '.join(automatic)}",
+        f"{SMALLEST} weighs bytes alone",
+    )
+    return "; ".join([*best, *others])
 
 
 def _by_request(codec: Codec) -> bool:
@@ -95,7 +101,14 @@ class Contents:
     others: tuple[int, ...]
     sums: int = 0
 
-    def bytes(self, encoding: EncodingName, values: ValuesName = FLOAT32, *, int8: bool = False) -> int:
+    def bytes(
+        self,
+        encoding: EncodingName,
+        values: ValuesName = FLOAT32,
+        *,
+        int8: bool = False,
+        cost: Tradeoff = BALANCED,
+    ) -> int:
         """Predict the bytes of the whole file. ``int8`` is int8 arithmetic, whose values are int8 as well."""
         width: ValuesName = "int8" if int8 else values
         total = METADATA + sum(4 * entries + TENSOR for entries in self.others)
@@ -105,7 +118,7 @@ class Contents:
             total += INT8_SUM * self.sums
         stored = 0.0
         for index, weight in enumerate(self.weights):
-            chosen = choose(weight, encoding, width, index)
+            chosen = choose(weight, encoding, width, index, cost)
             stored += (
                 tensor_bytes(weight, chosen, width, index, scaled=not int8) + CODECS[chosen].shared_bytes
             )
@@ -113,17 +126,22 @@ class Contents:
 
 
 def choose(
-    weight: WeightTensor, encoding: EncodingName, values: ValuesName = FLOAT32, index: int = FIRST
+    weight: WeightTensor,
+    encoding: EncodingName,
+    values: ValuesName = FLOAT32,
+    index: int = FIRST,
+    cost: Tradeoff = BALANCED,
 ) -> StoredEncoding:
     """Predict the form in which the encoder stores ``weight``, the ``index``-th of its file."""
     if weight.entries < MIN_ENTRIES:
         return DENSE.name
 
-    def size(codec: Codec) -> float:
-        return tensor_bytes(weight, codec.name, values, index)
+    def total(codec: Codec) -> float:
+        extra = codec.price(weight.nonzeros, weight.entries, cost) if encoding == AUTO else 0.0
+        return tensor_bytes(weight, codec.name, values, index) + extra
 
     forms = candidates(encoding, weight.nonzeros, weight.entries)
-    return min(forms, key=size).name
+    return min(forms, key=total).name
 
 
 def tensor_bytes(

@@ -9,21 +9,25 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
-from s2ap_deploy.codecs.codec import MIN_ENTRIES, Codec, entropy_bits
+from s2ap_deploy.codecs.codec import MIN_ENTRIES, Codec, Tradeoff, entropy_bits
 from s2ap_deploy.codecs.decode_graph import DecodeGraph, DecodeSubgraph, decodes, is_internal
 from s2ap_deploy.codecs.encodings.coo import dense_tensor
-from s2ap_deploy.codecs.registry import AUTO, EncodingName, candidates
+from s2ap_deploy.codecs.registry import AUTO, BALANCED, EncodingName, candidates
 from s2ap_deploy.codecs.values import FLOAT32, VALUES, StoredWeight, ValuesName
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.onnx_export.export_report import EncodedTensor, Rounding
 from s2ap_deploy.onnx_export.inference import evaluate
 
-MIN_OPSET = 18  # BitwiseAnd
+MIN_OPSET = 17  # the lowest that is tested
 WEIGHT_INPUTS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (0, 1), "MatMul": (0, 1)}
 
 
 def encode(
-    model: ModelProto, *, encoding: EncodingName = AUTO, rounded: Mapping[str, StoredWeight] | None = None
+    model: ModelProto,
+    *,
+    encoding: EncodingName = AUTO,
+    rounded: Mapping[str, StoredWeight] | None = None,
+    cost: Tradeoff = BALANCED,
 ) -> tuple[ModelProto, list[EncodedTensor]]:
     """Store the weights of ``model`` sparsely; return the new model and how each weight is stored.
 
@@ -46,7 +50,7 @@ def encode(
     table = []
     for tensor in _encodable(plain):
         weight = (rounded or {}).get(tensor.name) or StoredWeight(numpy_helper.to_array(tensor))
-        graph, subgraph, row = _encode_tensor(tensor, weight, graph, encoding)
+        graph, subgraph, row = _encode_tensor(tensor, weight, graph, encoding, cost)
         table.append(row)
         if subgraph is not None:
             subgraphs[tensor.name] = subgraph
@@ -60,9 +64,9 @@ def encode(
             hint=f"export with --opset {MIN_OPSET} or later, or with --encoding dense",
         )
     parts = list(subgraphs.values())
-    nodes = [node for part in parts for node in part.nodes]
+    nodes = graph.nodes(parts)
     tensors = [tensor for tensor in plain.graph.initializer if tensor.name not in subgraphs]
-    tensors += graph.constants(parts)
+    tensors += graph.constants(nodes)
     tensors += [tensor for part in parts for tensor in part.initializers]
     sparse = [tensor for part in parts for tensor in part.sparse]
     return _rebuilt(plain, [*nodes, *plain.graph.node], tensors, sparse), table
@@ -180,22 +184,23 @@ def _encodable(model: ModelProto) -> list[TensorProto]:
 
 
 def _encode_tensor(
-    tensor: TensorProto, weight: StoredWeight, graph: DecodeGraph, encoding: EncodingName
+    tensor: TensorProto, weight: StoredWeight, graph: DecodeGraph, encoding: EncodingName, cost: Tradeoff
 ) -> tuple[DecodeGraph, DecodeSubgraph | None, EncodedTensor]:
     """Encode one tensor in its smallest form; return no subgraph if it stays an ordinary initializer."""
     entries, nonzeros = weight.data.size, int(np.count_nonzero(weight.data))
     dense_bytes = tensor.ByteSize()
-    best: tuple[int, Codec, DecodeGraph, DecodeSubgraph] | None = None
-    # Each form is written in full on a copy of the graph; the smallest is kept, of equals the first.
+    best: tuple[float, int, Codec, DecodeGraph, DecodeSubgraph] | None = None
+    # Each form is written in full on a copy of the graph; the cheapest is kept, of equals the first.
     for codec in candidates(encoding, nonzeros, entries):
         attempt = graph.copy()
         subgraph = DecodeSubgraph(attempt)
         codec.decode_graph(subgraph, weight, tensor.name)
         size = subgraph.bytes or dense_bytes
-        if best is None or size < best[0]:
-            best = size, codec, attempt, subgraph
+        total = size + (codec.price(nonzeros, entries, cost) if encoding == AUTO else 0.0)
+        if best is None or total < best[0]:
+            best = total, size, codec, attempt, subgraph
     assert best is not None
-    size, codec, graph, subgraph = best
+    _, size, codec, graph, subgraph = best
     index_bits = None
     if codec.sparse:
         scales = 0 if weight.scale is None else weight.scale.nbytes

@@ -144,7 +144,7 @@ def export_onnx(
     graphs = _build(source, section, facts)
     recorder.advance()
     # Store each weight in its smallest form.
-    model, tensors = encode(graphs.dense, encoding=section.encoding, rounded=graphs.stored)
+    model, tensors = encode(graphs.dense, encoding=section.encoding, rounded=graphs.stored, cost=section.cost)
     recorder.advance()
     # Check the bytes on disk, under a temporary name.
     with atomic(output) as temporary:
@@ -350,6 +350,6 @@ def _quantization(traced: ModelProto, source: ExportSource, section: ExportSecti
     return Quantization(
         scheme=SCHEME,
         calibration_images=len(source.calibration),
-        float_bytes=encode(traced, encoding=section.encoding)[0].ByteSize(),
+        float_bytes=encode(traced, encoding=section.encoding, cost=section.cost)[0].ByteSize(),
         instructions=int8_instructions(),
     )

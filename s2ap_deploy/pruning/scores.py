@@ -238,7 +238,8 @@ class ScoredNetwork:
         masks = self.masks()
         parameters = dict(self.network.named_parameters())
         for name, mask in masks.items():
-            parameters[name].data.copy_(self.weights.get(name, parameters[name].data) * mask)
+            # Adding +0.0 turns -0.0, which a negative weight leaves, into +0.0: it compresses better.
+            parameters[name].data.copy_(self.weights.get(name, parameters[name].data) * mask + 0.0)
         return masks
 
     def parameters(self) -> list[Tensor]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from s2ap_deploy.codecs.codec import Tradeoff
 from s2ap_deploy.codecs.registry import AUTO, DENSE, EncodingName, describe
 from s2ap_deploy.codecs.values import FLOAT32, ValuesName
 from s2ap_deploy.errors import UsageError
@@ -112,6 +113,7 @@ class ExportSection(Record):
     )
     opset: Opset = Field(default=20, description="ONNX operator set, 18 to 25.")
     encoding: EncodingName = Field(default=AUTO, description=f"How weights are stored: {describe()}.")
+    cost: Tradeoff = Tradeoff()
     values: ValuesName = Field(
         default=FLOAT32,
         description="Type of the stored values; arithmetic stays in float32. float16 and int8 round: such a "

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from s2ap_deploy import files, plugins
+from s2ap_deploy.codecs.codec import Tradeoff
 from s2ap_deploy.codecs.registry import AUTO, EncodingName
 from s2ap_deploy.codecs.values import FLOAT32, ValuesName
 from s2ap_deploy.errors import RecipeError, UsageError
@@ -78,7 +79,7 @@ class Target(Record):
     ``dtype`` int8 means int8 arithmetic, float16 values that are stored so and computed with in float32.
     ``batch`` is ``dynamic`` or a number of images; ``alignment`` the multiple that channel counts should be;
     ``granularity`` the unit of pruning that makes a network faster there. ``compact`` removes dead channels.
-    ``notes`` describe how the runtime handles zeros.
+    ``cost`` is what the encoding ``auto`` weighs; ``notes`` describe how the runtime handles zeros.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=80)]
@@ -88,6 +89,7 @@ class Target(Record):
     dtype: ValuesName = FLOAT32
     layout: Literal["NCHW"] = "NCHW"
     encoding: EncodingName = AUTO
+    cost: Tradeoff = Tradeoff()
     batch: Annotated[Literal["dynamic"] | int, BeforeValidator(_images)] = "dynamic"
     alignment: Annotated[int, Field(strict=True, ge=1, le=1024)] = 1
     granularity: Granularity = "channel"
@@ -110,6 +112,7 @@ class Target(Record):
         return {
             "opset": self.opset,
             "encoding": self.encoding,
+            "cost": self.cost.model_dump(),
             "int8": self.dtype == "int8",
             "values": FLOAT32 if self.dtype == "int8" else self.dtype,
             "batch": self.batch,

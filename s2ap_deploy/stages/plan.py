@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import nn
 
+from s2ap_deploy.codecs.codec import Tradeoff
 from s2ap_deploy.codecs.registry import DENSE, ENCODINGS, Contents, EncodingName
 from s2ap_deploy.codecs.values import VALUES, ValuesName
 from s2ap_deploy.errors import UsageError
@@ -150,7 +151,7 @@ def plan(
     entries = sum(math.prod(layer.shape) for layer in whole.layers)
     speed, reason = _speed(granularity, whole, remaining, export)
     # File size in every encoding, and whether it fits the budgets.
-    files = _files(contents)
+    files = _files(contents, export.cost)
     values: ValuesName = "int8" if export.int8 else export.values
     chosen = next(each for each in files if each.form == (export.encoding, values, export.int8))
     target = found.target if found is not None else None
@@ -182,10 +183,13 @@ def plan(
     )
 
 
-def _files(contents: Contents) -> tuple[PlannedFile, ...]:
+def _files(contents: Contents, cost: Tradeoff) -> tuple[PlannedFile, ...]:
     return tuple(
         PlannedFile(
-            encoding=encoding, values=values, int8=int8, bytes=contents.bytes(encoding, values, int8=int8)
+            encoding=encoding,
+            values=values,
+            int8=int8,
+            bytes=contents.bytes(encoding, values, int8=int8, cost=cost),
         )
         for encoding in ENCODINGS
         for values, int8 in FORMS

@@ -375,9 +375,9 @@ def sum_gradients(network: nn.Module, ranks: Ranks) -> None:
 
 @torch.no_grad()
 def enforce(pruned: Pruned) -> None:
-    """Set pruned weights to zero. Momentum and weight decay would otherwise bring them back."""
+    """Set pruned weights to +0.0. Momentum and weight decay would otherwise bring them back."""
     for parameter, mask in pruned:
-        parameter.mul_(mask)
+        parameter.mul_(mask).add_(0.0)  # -0.0 + 0.0 is +0.0
 
 
 def resume(

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from s2ap_deploy.codecs import encodings, registry
-from s2ap_deploy.codecs.registry import CODECS, DENSE, ENCODINGS, ZEROS, candidates
+from s2ap_deploy.codecs.registry import AUTO, CODECS, DENSE, ENCODINGS, SMALLEST, ZEROS, candidates
 
 MODULES = sorted(path.stem for path in Path(encodings.__path__[0]).glob("[a-z]*.py"))
 
@@ -41,11 +41,12 @@ def test_every_encoding_is_documented() -> None:
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_candidates(encoding) -> None:
     sparse = candidates(encoding, 10, 1000)
-    assert all(codec.name == encoding or encoding == "auto" for codec in sparse)
+    assert all(codec.name == encoding or encoding in (AUTO, SMALLEST) for codec in sparse)
     assert candidates(encoding, 0, 1000) == ((DENSE,) if encoding == DENSE.name else (ZEROS,))
     crowded = candidates(encoding, 751, 1000)
     assert crowded[-1] is DENSE
-    assert len(crowded) == (1 if encoding != "auto" else sum(codec.any_density for codec in CODECS.values()))
+    any_density = sum(codec.any_density for codec in CODECS.values())
+    assert len(crowded) == (any_density if encoding in (AUTO, SMALLEST) else 1)
 
 
 def test_listing_encodings_needs_no_numpy() -> None:

@@ -123,13 +123,13 @@ def test_a_decode_step_that_stays_in_the_graph_is_noticed() -> None:
     # Random numbers are the one constant input that no runtime may compute ahead of time.
     graph = helper.make_graph(
         [
-            helper.make_node("RandomUniformLike", ["s2ap_1"], ["weight"]),
+            helper.make_node("RandomUniformLike", ["_s21"], ["weight"]),
             helper.make_node("MatMul", ["image", "weight"], ["logits"]),
         ],
         "unfoldable",
         [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 4])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2])],
-        [numpy_helper.from_array(np.zeros((4, 2), np.float32), "s2ap_1")],
+        [numpy_helper.from_array(np.zeros((4, 2), np.float32), "_s21")],
     )
     opset = [helper.make_opsetid("", 20)]
     assert not verification.decodes_at_load(helper.make_model(graph, opset_imports=opset, ir_version=10))

@@ -276,3 +276,14 @@ def test_a_size_in_the_recipe_is_the_size_of_the_images(
     with opened(tmp_path / "run", sized) as job:
         job.images(None)
     assert seen == [(1, 8, 8)]
+
+
+def test_pruned_weights_are_saved_as_positive_zeros(finished_run: Path) -> None:
+    """A negative zero is another bit pattern, and costs a quarter of every compressed download."""
+    for path in (
+        *(finished_run / "search").glob("*.safetensors"),
+        finished_run / "finetune" / "model.safetensors",
+    ):
+        for name, tensor in load_tensors(path).items():
+            if tensor.is_floating_point():
+                assert not (tensor.signbit() & (tensor == 0)).any(), (path, name)
