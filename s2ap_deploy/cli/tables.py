@@ -83,7 +83,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
 
 
 def _c_library(library: CLibrary) -> str:
-    """Say what was written, and how far it was judged."""
+    """Describe what was written, and how far it was verified."""
     size = f"{library.bytes:,} bytes in {library.folder}/, {library.workspace_bytes:,} of working memory; "
     if library.agreement is None:
         return f"{size}no compiler was found, so nothing was built or judged"

@@ -161,7 +161,7 @@ class NamedFiles:
         return self._found[name]
 
     def check(self, name: str) -> Check:
-        """Check whether a file is the one that everything which names it expects."""
+        """Check that a file has the hash that every record of it names."""
         shown, sha256 = plain(name, LONGEST_PATH), self.sha256(name)
         expected = self._expected.get(name, {})
         if sha256 is None:

@@ -223,7 +223,7 @@ class Narrowing(Record):
 
 
 class CLibrary(Record):
-    """The C sources beside the file, and how the library that they build answers.
+    """The C sources next to the file, and the verification of the library built from them.
 
     ``bytes``: of sources and weights; ``kept_weights`` are stored as ``stored_entries`` of lists or rows.
     ``compiler`` is None where there was none: then nothing was built, and nothing judged. ``agreement`` is

@@ -160,7 +160,7 @@ class CertifiedRun(NamedTuple):
         ]
 
     def _requested(self) -> list[Check]:
-        """Check that the stage that issued the certificate was asked for what the certificate says."""
+        """Check that the inputs of the stage that issued the certificate match it."""
         stage = self._stage
         record = self.contents.stages.get(stage)
         if record is None:

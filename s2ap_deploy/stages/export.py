@@ -94,7 +94,7 @@ def export(job: RunContext, *, output: Path | None = None, bench: bool = False) 
 def export_stage(run: Run, section: ExportSection) -> StageName:
     """Return the stage of a file: that of an existing file of its name, ``export`` or a new one.
 
-    A recorded file that says no name has that of its form.
+    A recorded file without a name has that of its form.
     """
     exports = run.manifest.of_kind("export")
     for stage, record in exports.items():

@@ -1,4 +1,4 @@
-"""Write the C library of an exported file, build it, and compare what it answers."""
+"""Write the C library of an exported file, build it, and compare its answers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def built(sources: Sources) -> Library | None:
 def add_library(
     file: Path, source: ExportSource, section: ExportSection, report: ExportReport, recorder: Recorder
 ) -> tuple[ExportReport, list[Path]]:
-    """Write the library of ``file`` into the folder ``c`` beside it; return its report and the files.
+    """Write the library of ``file`` into the folder ``c`` next to it; return its report and the files.
 
     Raises:
         UsageError: an operator has no kernel; nothing was written.

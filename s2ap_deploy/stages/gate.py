@@ -194,8 +194,8 @@ def _attacked(stage: StageName, evidence: _Recorded) -> str:
 def _shipped(run: Run, subject: str, evidence: _Recorded) -> list[ShippedFile]:
     """List the attacked checkpoint, exported files, and anything else here that a device could run.
 
-    Files that are not as recorded have a check of their own already. A network that a report names beside its
-    exported file stands and falls with that one.
+    Files that are not as recorded have a check of their own already. A network that a report names with its
+    exported file is judged together with that file.
     """
     named = evidence.named
     networks = _networks(run, STAGES[subject]) if _finished(run, "certify") is not None else []

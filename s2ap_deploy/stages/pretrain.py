@@ -187,9 +187,9 @@ def _seen_in_training(images: ImageData) -> str:
 
 
 def _check_clean(job: RunContext, classifier: Classifier, images: ImageData, seen: str) -> None:
-    """Note the clean accuracy on validation images, and hold it against what the user expects.
+    """Note the clean accuracy on validation images, and compare it with the user's expectation.
 
-    Raises InputError where it is lower than sampling explains: the exact 99 % interval lies below.
+    Raises InputError if it is lower by more than sampling error: the exact 99 % interval is below.
     """
     sample = validation_sample(images.validation, job.recipe.seed)
     right = 0

@@ -1,6 +1,6 @@
 """The networks of DeepMind's releases on adversarial robustness (Gowal et al. 2020, arXiv 2010.03593).
 
-Wide and pre-activation residual networks under names of their own: ``init_conv``,
+Wide and pre-activation residual networks with their own parameter names: ``init_conv``,
 ``layer.0.block.0.batchnorm_0``, ``logits``; ``conv_2d``, ``layer_0.0.conv_2d_1``. A strided convolution pads
 below and on the right only, a projection of the narrow family is 3x3 and reads the block's input, and the
 input normalization is a constant of the code. Published weights use SiLU or ReLU under the same names.

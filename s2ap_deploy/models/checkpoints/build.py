@@ -81,9 +81,9 @@ def build_classifier(
 def _compare_module(
     raw: RawCheckpoint, classifier: Classifier, match: Match, preprocessing: Preprocessing
 ) -> None:
-    """Hold the logits of the matched network against those of a whole pickled module, which is the function.
+    """Compare the logits of the matched network with those of the whole pickled module.
 
-    Raises CheckpointError where they differ, or where the module cannot run.
+    Raises CheckpointError if they differ or the module cannot run.
     """
     if raw.module is None:
         return

@@ -285,7 +285,7 @@ def _listed(found: Sequence[Place], most: int = 6) -> str:
 
 
 def _without_weights(content: object) -> CheckpointError:
-    """Say what a file without any mapping of tensors holds instead."""
+    """Describe the content of a file without any mapping of tensors."""
     if not isinstance(content, Mapping):
         kind = f"one tensor {list(content.shape)}" if isinstance(content, Tensor) else _kind(content)
         return CheckpointError(
