@@ -87,10 +87,10 @@ class DecodeGraph:
 
 
 class Flags(NamedTuple):
-    """Values of a graph: int32 [n] of zeros and ones, and how many ones are before each entry."""
+    """Values of a graph: int32 [n] of zeros and ones, and how many ones there are up to each entry."""
 
     flags: str
-    before: str
+    upto: str
 
 
 class DecodeSubgraph:
@@ -136,10 +136,6 @@ class DecodeSubgraph:
         """Sum up a vector, the current entry included."""
         return self.add("CumSum", [value, self.number(0)])
 
-    def sum_before(self, value: str) -> str:
-        """Sum up the entries of a vector before the current one."""
-        return self.add("CumSum", [value, self.number(0)], exclusive=1)
-
     def slice(self, value: str, start: int, end: int = _END) -> str:
         """Take entries ``start`` to ``end`` of a vector."""
         return self.add("Slice", [value, self.integers([start]), self.integers([end])])
@@ -162,13 +158,14 @@ class DecodeSubgraph:
         All entries are scattered to places of their own, the ``others`` before the chosen ones.
         """
         skipped = length - count
-        behind = self.add("Add", [chosen.before, self.number(skipped)])
-        places = self.add("Where", [self.cast(chosen.flags, np.bool_), behind, others.before])
+        behind = self.add("Add", [chosen.upto, self.number(skipped - 1)])
+        before = self.add("Sub", [others.upto, self.number(1)])
+        places = self.add("Where", [self.cast(chosen.flags, np.bool_), behind, before])
         return self.slice(self.add("ScatterElements", [data, places, data]), skipped)
 
     def flags(self, value: str) -> Flags:
-        """Count the flags of a vector of zeros and ones before each entry."""
-        return Flags(value, self.sum_before(value))
+        """Count the flags of a vector of zeros and ones up to each entry."""
+        return Flags(value, self.cumsum(value))
 
     def values(self, data: NDArray[np.generic], weight: StoredWeight) -> str:
         """Store values of ``weight`` and convert them to its type, not yet scaled."""

@@ -29,14 +29,14 @@ class Bitmask(Codec):
     intermediate_ratio = 24.0
     decode_ns = (300.0, 20.0)
     decode_memory = (12.0, 44.0)
-    node_bytes = (516, 536)
+    node_bytes = (530, 550)
     shared_bytes = 60
 
     def decode_graph(self, graph: DecodeSubgraph, weight: StoredWeight, output: str) -> None:
         packed = pack(weight.positions, weight.data.size)
         bits = graph.unpack_bits(packed)
         chosen, others = graph.flags(bits), graph.flags(graph.add("Sub", [graph.number(1), bits]))
-        places = graph.add("Add", [chosen.before, others.before])
+        places = graph.add("Sub", [graph.add("Add", [chosen.upto, others.upto]), graph.number(1)])
         index = graph.select(places, chosen, others, weight.nonzeros.size, 8 * packed.size)
         graph.scatter(index, graph.values(weight.nonzeros, weight), weight, output)
 

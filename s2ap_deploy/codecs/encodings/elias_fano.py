@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from s2ap_deploy.codecs.values import StoredWeight
 
 MAX_LOW_BITS = 24
-LOW_PART_NODES = 330  # measured bytes of the nodes for the low part
+LOW_PART_NODES = 318  # measured bytes of the nodes for the low part
 
 
 class EliasFano(Codec):
@@ -37,7 +37,7 @@ class EliasFano(Codec):
     intermediate_ratio = 24.0
     decode_ns = (200.0, 1.0)
     decode_memory = (140.0, 4.0)
-    node_bytes = (810, 826)
+    node_bytes = (799, 815)
     shared_bytes = 200
 
     def decode_graph(self, graph: DecodeSubgraph, weight: StoredWeight, output: str) -> None:
@@ -122,7 +122,7 @@ def _high_parts(graph: DecodeSubgraph, code: Positions) -> str:
     """Build int32 [k]: the number of unset bits before the i-th set bit, for each i."""
     bits = graph.unpack_bits(code.high)
     unset = graph.flags(graph.add("Sub", [graph.number(1), bits]))
-    return graph.select(unset.before, graph.flags(bits), unset, code.count, 8 * code.high.size)
+    return graph.select(unset.upto, graph.flags(bits), unset, code.count, 8 * code.high.size)
 
 
 def _low_parts(graph: DecodeSubgraph, code: Positions) -> str:

@@ -57,14 +57,16 @@ class Gaps(Codec):
             index, values = graph.cumsum(used), code.interleave(values)
         else:
             index = self._without_fillers(graph, numbers, values.size, filled.size)
+            if code.origin:
+                index = graph.add("Sub", [index, graph.number(-code.origin)])
         graph.scatter(index, graph.values(values, weight), weight, output)
 
     def _without_fillers(self, graph: DecodeSubgraph, numbers: str, count: int, length: int) -> str:
         """Add the nodes for the positions of the ``count`` entries among ``length`` numbers."""
         filler = graph.add("Div", [numbers, graph.number(2**self.width - 1)])
         entries = graph.flags(graph.add("Sub", [graph.number(1), filler]))
-        # An entry lies behind the steps up to it, and one more for every entry before it.
-        stops = graph.add("Add", [graph.cumsum(numbers), entries.before])
+        # A filler steps by its number, an entry by one more.
+        stops = graph.add("Add", [graph.cumsum(numbers), entries.upto])
         return graph.select(stops, entries, graph.flags(filler), count, length)
 
     def unpack(self, graph: DecodeSubgraph, numbers: NDArray[np.uint8]) -> str:
@@ -88,11 +90,12 @@ class Steps:
 
     ``numbers``: uint8 [m], m >= k. ``entries``: int64 [k], which of them lead to the positions, where the
     numbers are the steps and the others have a zero as their value; None where they are the steps less one,
-    and the fillers have no value.
+    and the fillers have no value. These begin at ``origin``, 0 or -1.
     """
 
     numbers: NDArray[np.uint8]
     entries: NDArray[np.int64] | None
+    origin: int = 0
 
     def interleave(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
         """Return ``values`` [k] as they are stored: [m], with a zero at every stop that is no position."""
@@ -116,13 +119,15 @@ def encode(positions: NDArray[np.integer], universe: int, width: int = 8) -> Ste
     # Rounded up, less one: a step of exactly M needs no filler. The first step may be 0.
     before = np.maximum(steps - 1, 0) // filler
     valued = int(before.sum()) <= MOST_VALUED
+    origin = 0
     if not valued:
-        steps = np.diff(values, prepend=-1) - 1
+        origin = 0 if values[0] else -1
+        steps = np.diff(values, prepend=origin) - 1
         before = steps // filler
     entries = np.cumsum(before + 1) - 1
     numbers = np.full(int(before.sum()) + values.size, filler, np.uint8)
     numbers[entries] = (steps - filler * before).astype(np.uint8)
-    return Steps(numbers, entries if valued else None)
+    return Steps(numbers, entries if valued else None, origin)
 
 
 def expected_fillers(nonzeros: int, entries: int, width: int) -> float:

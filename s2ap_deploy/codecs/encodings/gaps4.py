@@ -24,7 +24,7 @@ class Gaps4(Gaps):
     intermediate_ratio = 15.0
     decode_ns = (45.0, 1.0)
     decode_memory = (60.0, 0.0)
-    node_bytes = (575, 597)
+    node_bytes = (570, 593)
     shared_bytes = 120
     width = 4
     per_group = 2

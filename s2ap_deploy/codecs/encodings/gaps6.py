@@ -24,7 +24,7 @@ class Gaps6(Gaps):
     intermediate_ratio = 15.0
     decode_ns = (40.0, 1.0)
     decode_memory = (60.0, 0.0)
-    node_bytes = (672, 690)
+    node_bytes = (668, 685)
     shared_bytes = 180
     width = 6
     per_group = 4

@@ -33,7 +33,7 @@ def test_numbers_walk_to_the_positions(case: tuple[np.ndarray, int], width: int)
         assert stops[code.entries].tolist() == positions.tolist()
         assert np.flatnonzero(code.interleave(np.ones(positions.size))).tolist() == code.entries.tolist()
         return
-    here, found = -1, []
+    here, found = code.origin, []
     for number in code.numbers.tolist():
         here += number if number == filler else number + 1
         found += [here] if number < filler else []
