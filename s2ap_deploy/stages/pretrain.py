@@ -135,7 +135,7 @@ def adopt(job: RunContext, path: Path) -> None:
     stage = job.stage(
         "pretrain",
         {
-            "checkpoint": files.sha256(path),
+            "checkpoint": info.source_sha256 or files.sha256(path),
             "arch": info.arch,
             "data": job.data_inputs(images.validation),
             "normalization": info.normalization.model_dump() if info.normalization is not None else None,
@@ -170,7 +170,7 @@ def adopt(job: RunContext, path: Path) -> None:
             "preprocessing": images.spec.preprocessing,
             "class_names": images.spec.class_names,
             "threat": recipe.threat,
-            "source_sha256": files.sha256(path),
+            "source_sha256": info.source_sha256,
         }
     )
     if job.first:

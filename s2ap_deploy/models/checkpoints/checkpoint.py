@@ -19,7 +19,7 @@ from s2ap_deploy import files
 from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import masked
-from s2ap_deploy.models.checkpoints.build import build_classifier, build_network, count_nonfinite
+from s2ap_deploy.models.checkpoints.build import build_classifier, build_network, count_nonfinite, fill
 from s2ap_deploy.models.checkpoints.key_mapping import is_normalization
 from s2ap_deploy.models.checkpoints.masked import DenseFromMasks
 from s2ap_deploy.models.checkpoints.match import (
@@ -154,6 +154,11 @@ def describe(
         # The closest architectures have a key of their own.
         hint = f"; {error.hint}" if error.hint else ""
         warnings.append(f"{error.message.partition('; closest:')[0]}{hint}")
+    if match is not None and not warnings:
+        try:
+            fill(build_network(match), match.tensors, raw.path)
+        except CheckpointError as error:
+            warnings.append(error.message)
     tensors = dense.tensors if match is None else match.tensors
     names, denominator, kinds = _counted(raw, dense, match)
     layers = [_layer(name, tensors[name]) for name in names if name in tensors]

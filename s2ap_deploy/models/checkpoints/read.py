@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
+import pickle
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -63,6 +67,25 @@ WRAPPERS = (
     *("swa_model", "best", "last", "teacher"),
 )
 DEEPEST = 6
+GZIP = b"\x1f\x8b"
+LARGEST_CONTENT = 1 << 34  # bytes that a compressed checkpoint may decompress to
+# Position and bytes of a file's magic number, what it is, and what to do.
+FOREIGN_FORMATS: tuple[tuple[int, bytes, str, str], ...] = (
+    (
+        0,
+        b"\x89HDF",
+        "an HDF5 file, such as of Keras",
+        "rebuild the network in PyTorch, and save its state dict",
+    ),
+    (4, b"TFL3", "a TensorFlow Lite model", "give the PyTorch checkpoint that it was made from"),
+    (0, b"GGUF", "a GGUF file", "give the PyTorch checkpoint that it was made from"),
+    (0, b"\x93NUMPY", "a single numpy array", "save arrays by name: numpy.savez(path, **arrays)"),
+    (0, b"\xfd7zXZ", "compressed with xz", "decompress it first: unxz"),
+    (0, b"BZh", "compressed with bzip2", "decompress it first: bunzip2"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed with zstd", "decompress it first: unzstd"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"),
+)
+_BUILT = re.compile(r"(?:but got|instantiate unsupported type|unsupported class) <?(?:class )?'?([\w.]+)")
 _OPTIMIZER = re.compile(r".*(optim|sched|scaler|rng|amp$|param_groups).*|opt")
 STATE_DICT_HINT = "save it with torch.save(model.state_dict(), 'model.pt')"
 COPY_HINT = "copy or download the file again"
@@ -105,6 +128,7 @@ class _Content:
     info: CheckpointInfo | None = None
     locations: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    sha256: str | None = None
 
 
 def read_info(path: Path | str, *, trust_pickle: bool = False) -> CheckpointInfo | None:
@@ -114,9 +138,116 @@ def read_info(path: Path | str, *, trust_pickle: bool = False) -> CheckpointInfo
 
 
 def _content(path: Path, data: bytes, trust_pickle: bool) -> _Content:
+    if data.startswith(GZIP):
+        found = _content(path, _decompressed(path, data), trust_pickle)
+        return dataclasses.replace(found, format=f"{found.format}, gzip")
     if _looks_like_safetensors(data):
         return _read_safetensors(path, data)
+    if data.lstrip().startswith(b"{"):
+        return _read_index(path, data)
+    _refuse_other_formats(path, data)
+    if any(name.endswith(".npy") for name in _entries(data)):
+        return _read_npz(path, data)
     return _read_torch(path, data, trust_pickle=trust_pickle)
+
+
+def _decompressed(path: Path, data: bytes) -> bytes:
+    """Return the content of a gzip file, at most as much as a checkpoint may hold."""
+    reader = zlib.decompressobj(wbits=31)
+    try:
+        content = reader.decompress(data, LARGEST_CONTENT)
+    except zlib.error as error:
+        raise CheckpointError(
+            f"{path} is damaged or cut off: {error}", code="checkpoint-damaged", hint=COPY_HINT
+        ) from None
+    if not reader.eof:
+        raise CheckpointError(
+            f"{path} is cut off, or holds more than {LARGEST_CONTENT:,} bytes",
+            code="checkpoint-damaged",
+            hint="decompress it with gunzip",
+        )
+    return content
+
+
+def _read_index(path: Path, data: bytes) -> _Content:
+    """Read the shards that a safetensors index names; they lie beside it.
+
+    Raises CheckpointError for another JSON file, and for shards that are missing or outside of the folder.
+    """
+    try:
+        listed = files.parse_json(data)["weight_map"]
+        names = sorted(set(listed.values()))
+        shards = [(name, files.within(path.parent, name)) for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{path} is JSON, and no index of safetensors shards",
+            code="checkpoint-is-text",
+            hint="name the file that holds the weights",
+        ) from None
+    tensors: dict[str, Tensor] = {}
+    digest = hashlib.sha256(data)
+    for _, shard in shards:
+        content = _file_bytes(shard)
+        digest.update(hashlib.sha256(content).digest())
+        tensors |= cast("dict[str, Tensor]", _read_safetensors(shard, content).value)
+    if missing := sorted(set(listed) - set(tensors)):
+        raise CheckpointError(
+            f"{path} lists tensors that its shards lack, such as {missing[0]}",
+            code="checkpoint-damaged",
+            hint=COPY_HINT,
+        )
+    note = f"{len(shards)} shards read: {', '.join(names[:3])}"
+    return _Content(tensors, "safetensors shards", notes=(note,), sha256=digest.hexdigest())
+
+
+def _read_npz(path: Path, data: bytes) -> _Content:
+    """Read an archive of numpy arrays; arrays of objects, which would run code, are refused."""
+    tensors = {}
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            for name in archive.files:
+                tensors[name] = torch.from_numpy(np.ascontiguousarray(archive[name]))
+    except (ValueError, TypeError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path} is an archive of numpy arrays that cannot be read as tensors: {error}",
+            code="checkpoint-arrays-unreadable",
+            hint="save numeric arrays alone, or the state dict: " + STATE_DICT_HINT,
+        ) from None
+    return _Content(tensors, "numpy archive")
+
+
+def _entries(data: bytes) -> list[str]:
+    """Return the names inside a zip archive; none of another file."""
+    if not data.startswith(b"PK"):
+        return []
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+        return []
+
+
+def _refuse_other_formats(path: Path, data: bytes) -> None:
+    """Raise CheckpointError for a file of another tool, by its name and with the next step."""
+    for start, magic, kind, hint in FOREIGN_FORMATS:
+        if data[start : start + len(magic)] == magic:
+            raise CheckpointError(f"{path} is {kind}", code="checkpoint-format-foreign", hint=hint)
+    if path.suffix == ".onnx":
+        raise CheckpointError(
+            f"{path} is an ONNX file, which can be attacked and not pruned",
+            code="checkpoint-is-onnx",
+            hint=f"s2ap-deploy certify --artifact {path}",
+        )
+    names = _entries(data)
+    if any(
+        name.endswith(("/archive_format", "archive_format", "serialized_exported_program.json"))
+        for name in names
+    ):
+        raise CheckpointError(
+            f"{path} is a program of torch.export",
+            code="checkpoint-torch-export",
+            hint=f"save its weights: torch.save(torch.export.load({str(path)!r}).state_dict, 'model.pt')",
+        )
 
 
 def read_tensors(path: Path | str, *, trust_pickle: bool = False, key: str | None = None) -> RawCheckpoint:
@@ -138,16 +269,22 @@ def read_tensors(path: Path | str, *, trust_pickle: bool = False, key: str | Non
         found = unwrap(content.value, key)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.message}", code=error.code, hint=error.hint) from None
+    tensors = {name: _plain(name, tensor, path) for name, tensor in found.tensors.items()}
+    widened = {str(t.dtype) for n, t in found.tensors.items() if t.dtype != tensors[n].dtype}
     return RawCheckpoint(
         path=str(path),
-        tensors={name: _plain(name, tensor, path) for name, tensor in found.tensors.items()},
+        tensors=tensors,
         info=content.info,
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=content.sha256 or hashlib.sha256(data).hexdigest(),
         format=content.format if content.info is None else f"{FORMAT}, {content.format}",
         # The layout of this tool's own files needs no note.
         wrapper=found.wrapper if content.info is None else None,
         locations=content.locations,
-        notes=(*content.notes, *(found.notes if content.info is None else ())),
+        notes=(
+            *content.notes,
+            *(found.notes if content.info is None else ()),
+            *(f"weights in {kind.removeprefix('torch.')} are read as float32" for kind in sorted(widened)),
+        ),
         module=found.module,
     )
 
@@ -325,7 +462,7 @@ def _file_bytes(path: Path) -> bytes:
         raise CheckpointError(
             f"{path} is a folder, not a checkpoint",
             code="checkpoint-is-folder",
-            hint="give the file inside it",
+            hint=_folder_hint(path),
         )
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}", code="checkpoint-missing")
@@ -347,6 +484,17 @@ def _file_bytes(path: Path) -> bytes:
             hint="the download returned a web page; repeat it",
         )
     return data
+
+
+def _folder_hint(path: Path) -> str:
+    if (path / ".metadata").is_file():
+        return (
+            "it is a distributed checkpoint: make one file of it with "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} model.pt"
+        )
+    usual = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    inside = next((name for name in usual if (path / name).is_file()), None)
+    return f"give the file inside it: {path / inside}" if inside else "give the file inside it"
 
 
 def _looks_like_safetensors(data: bytes) -> bool:
@@ -371,7 +519,7 @@ def _read_torch(path: Path, data: bytes, *, trust_pickle: bool) -> _Content:
         raise CheckpointError(
             f"{path} is a TorchScript archive",
             code="checkpoint-torchscript",
-            hint="save the original network's state dict",
+            hint=f"save its weights: torch.save(torch.jit.load({str(path)!r}).state_dict(), 'model.pt')",
         )
     kind = "torch zip" if data.startswith(b"PK") else "torch, before 1.6"
     value, locations, notes = _unpickle(path, data, trust_pickle=trust_pickle)
@@ -400,10 +548,15 @@ def _unpickle(
             return *_torch_load(data, weights_only=True), ()
     except Exception as error:  # damaged bytes make the reader raise nearly anything
         refusal = _refusal(path, data, error)
-        if not (trust_pickle and isinstance(refusal, UnsafePickleError)):
+        plain = refusal.code == "checkpoint-not-torch"
+        if not (trust_pickle and (plain or isinstance(refusal, UnsafePickleError))):
             raise refusal from error
+    seen_torch = pickle_scan.scan(data).torch_save
     try:
-        value, locations = _torch_load(data, weights_only=False)
+        if seen_torch:
+            value, locations = _torch_load(data, weights_only=False)
+        else:
+            value, locations = _arrays_as_tensors(pickle.loads(data)), ()
     except Exception as error:  # the file's own code may raise anything
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         raise CheckpointError(
@@ -417,6 +570,15 @@ def _unpickle(
     return value, locations, (f"unpickled with --trust-pickle, so its code could run: {refusal.message}",)
 
 
+def _arrays_as_tensors(value: Any) -> Any:
+    """Return the mappings of a plain pickle with tensors in place of numpy arrays of numbers."""
+    if isinstance(value, Mapping):
+        return {name: _arrays_as_tensors(entry) for name, entry in value.items()}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(np.ascontiguousarray(value))
+    return value
+
+
 def _torch_load(data: bytes, *, weights_only: bool) -> tuple[Any, tuple[str, ...]]:
     locations: set[str] = set()
 
@@ -426,7 +588,13 @@ def _torch_load(data: bytes, *, weights_only: bool) -> tuple[Any, tuple[str, ...
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Detected pickle protocol")
-        value = torch.load(io.BytesIO(data), map_location=onto_cpu, weights_only=weights_only)
+        try:
+            value = torch.load(io.BytesIO(data), map_location=onto_cpu, weights_only=weights_only)
+        except RuntimeError as error:
+            if "map_location" not in str(error):
+                raise
+            # Subclasses of Tensor take no function there.
+            value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=weights_only)
     return value, tuple(sorted(locations))
 
 
@@ -461,9 +629,17 @@ def _refusal(path: Path, data: bytes, error: Exception) -> CheckpointError:
                 else "if you trust where the file comes from, add --trust-pickle"
             ),
         )
+    if built := _BUILT.search(str(error)):
+        return UnsafePickleError(
+            f"{path} asks to build more than tensors: {built[1]}",
+            code="pickle-unsafe",
+            hint="if you trust where the file comes from, add --trust-pickle",
+        )
     if not seen.torch_save:
         return CheckpointError(
-            f"{path} was not written by torch.save", code="checkpoint-not-torch", hint=STATE_DICT_HINT
+            f"{path} is a plain pickle, not written by torch.save",
+            code="checkpoint-not-torch",
+            hint=f"{STATE_DICT_HINT}; if you trust its source, add --trust-pickle",
         )
     if seen.protocol not in SAFE_PROTOCOLS:
         return UnsafePickleError(
@@ -477,11 +653,7 @@ def _refusal(path: Path, data: bytes, error: Exception) -> CheckpointError:
 
 
 def _is_torchscript(data: bytes) -> bool:
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
-        return False
+    return any(name.endswith("/constants.pkl") for name in _entries(data))
 
 
 def _is_text(data: bytes) -> bool:
@@ -493,14 +665,48 @@ def _is_text(data: bytes) -> bool:
 
 
 def _plain(name: str, tensor: Tensor, path: Path) -> Tensor:
-    """Return a strided tensor with values; a checkpoint may also hold sparse, quantized or meta tensors."""
+    """Return a strided tensor that can be computed with.
+
+    Sparse tensors become dense, and eight-bit floats float32.
+
+    Raises:
+        CheckpointError: by its name, for a kind of tensor that holds no such values.
+    """
     if tensor.is_quantized:
         raise CheckpointError(
             f"{path}: {name} is quantized; give the floating-point checkpoint", code="tensor-quantized"
+        )
+    if tensor.is_nested:
+        raise CheckpointError(
+            f"{path}: {name} is a nested tensor of rows of several lengths, which no layer has",
+            code="tensor-nested",
+        )
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise CheckpointError(
+            f"{path}: {name} is {_kind(tensor)}, whose values only its own library knows",
+            code="tensor-subclass",
+            hint="save plain tensors: full_tensor() of a DTensor, dequantize() of a quantized one",
         )
     if tensor.is_meta:
         raise CheckpointError(
             f"{path}: {name} was saved from the meta device and has no values", code="tensor-without-values"
         )
     tensor = tensor.detach()
-    return tensor.to_dense() if tensor.layout != torch.strided else tensor
+    tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
+    if tensor.is_complex():
+        raise CheckpointError(
+            f"{path}: {name} holds complex numbers, which no layer here computes with", code="tensor-complex"
+        )
+    try:
+        torch.isfinite(tensor.flatten()[:1]) & (tensor.flatten()[:1] == 0)
+    except (RuntimeError, NotImplementedError):
+        try:
+            return tensor.to(torch.float32)
+        except (RuntimeError, NotImplementedError):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{path}: {name} is stored in {kind}, which cannot be read as numbers",
+                code="tensor-dtype-unsupported",
+                hint="give the checkpoint in float32, float16 or bfloat16",
+            ) from None
+    return tensor
