@@ -61,7 +61,7 @@ def run_command(
             finished = api.run(recipe, run=run, time_budget=time_budget, **keywords, **reporting)
     if dry_run:
         tables.show_run(estimate, as_json=as_json)
-        return 0
+        return UNUSABLE if estimate.refused else 0
     if as_json:
         session.print_json(dict(finished.summary))
     else:

@@ -35,7 +35,7 @@ def command_line() -> str:
 
 def following(command: str, folder: Path, arch: str | None = None) -> str:
     """Return the next command: ``command`` on the same folder, with the import path if it is needed again."""
-    words = ["s2ap-deploy", *command.split()]
+    words = ["s2ap-deploy", *shlex.split(command)]
     if folder != options.RUN:
         words += ["--run", str(folder)]
     if arch is not None and ":" in arch:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
 from s2ap_deploy.cli import options
+from s2ap_deploy.errors import UNUSABLE
 from s2ap_deploy.recipe import keys
 
 
@@ -47,7 +49,10 @@ def pretrain_command(
 
     with session.reporting(quiet) as reporting:
         trained = api.pretrain(arch, data, eps, run=run, output=output, **keywords, **reporting)
-        reporting["recorder"].note(f"dense network: {output or trained.model}")
+        model = output or trained.model
+        reporting["recorder"].note(f"dense network: {model}")
+        following = session.following(f"prune {shlex.quote(str(model))} --sparsity 0.9", run, arch)
+        reporting["recorder"].note(following)
     if as_json:
         session.print_json({"run": str(run), "model": str(output or trained.model), **trained.stages})
 
@@ -74,7 +79,7 @@ def pretrain_command(
 @options.output_options
 def prune_command(
     checkpoint: Path, run: Path, dry_run: bool, as_json: bool, quiet: bool, **keywords: Any
-) -> None:
+) -> int:
     """Search a mask with S2AP and fine-tune under it.
 
     CHECKPOINT is a robust network: a file of this tool, or any .pt, .pth, .tar or .safetensors file, which
@@ -97,8 +102,10 @@ def prune_command(
             reporting["recorder"].note(session.following("certify", run, keywords["arch"]))
     if dry_run:
         tables.show_run(estimate, as_json=as_json)
-    elif as_json:
+        return UNUSABLE if estimate.refused else 0
+    if as_json:
         session.print_json({"run": str(run), **trained.stages})
+    return 0
 
 
 @click.command()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from s2ap_deploy.data import published
 from s2ap_deploy.data.imagefolder import ImageFiles, ImageFolder, decode_all, scan
@@ -38,8 +41,24 @@ class ImageData:
     suggested: Normalization | None
 
 
+def shared_images(data: ImageData, test: Split) -> list[str]:
+    """Return the ids of images in ``test`` that are training or validation images too, pixel by pixel.
+
+    Only images in memory are compared; streamed ones would be read twice.
+    """
+    parts = (data.train, data.validation)
+    known = {_pixels(image) for part in parts if isinstance(part, MemorySplit) for image in part.images}
+    if not isinstance(test, MemorySplit):
+        return []
+    return [name for name, image in zip(test.ids, test.images, strict=True) if _pixels(image) in known]
+
+
+def _pixels(image: Tensor) -> bytes:
+    return hashlib.sha256(image.cpu().numpy().tobytes()).digest()
+
+
 def spec(name: str, *, root: Path | None = None, size: tuple[int, int, int] | None = None) -> DataSpec:
-    """Return classes and preprocessing of ``name``; reads at most the listing and one header of a folder.
+    """Return classes and preprocessing of ``name``; reads at most the listing and some headers of a folder.
 
     Raises:
         DataError: when the name is unknown, the folder is unusable, or the data cannot have ``size``.
@@ -100,6 +119,9 @@ def load(
         return ImageData(facts, training.subset(kept), training.subset(held), judging, suggested)
 
     folder = _folder(name, root)
+    if folder.unread and recorder is not None:
+        shown = ", ".join(folder.unread[:3])
+        recorder.note(f"{len(folder.unread)} files in {name} are not read, such as {shown}")
     facts = folder.spec(size)
     channels, height, _ = facts.preprocessing.size
     # Shifts in proportion to the usual 4 pixels of 32; gray images are often signs, which a mirror changes.

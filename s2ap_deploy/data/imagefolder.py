@@ -23,7 +23,8 @@ from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.spec import DataSpec, Preprocessing
 
 LAYOUT = "expected train/<class>/ and test/<class>/ (or val/<class>/) with images inside"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+SAMPLED = 64  # images whose headers decide between gray and color
 CHUNK = 64
 
 # Errors of Pillow's readers on damaged files, besides OSError (truncated, unknown or unreadable).
@@ -49,13 +50,17 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The parts of the folder. ``validation`` is None unless both ``val/`` and ``test/`` exist."""
+    """The parts of the folder. ``validation`` is None unless both ``val/`` and ``test/`` exist.
+
+    ``unread`` are files below the classes that are no images by their names.
+    """
 
     name: str
     classes: tuple[str, ...]
     train: ImageFiles
     validation: ImageFiles | None
     test: ImageFiles
+    unread: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         parts = (self.train, self.validation, self.test)
@@ -71,10 +76,12 @@ class ImageFolder:
     def spec(self, size: tuple[int, int, int] | None) -> DataSpec:
         """Return the facts, with ``size`` (C, H, W) or else the size of the first training image.
 
+        Images are gray where all of a sample over the whole training part are.
+
         With a square size the shorter side of each image is resized to it and the center is cropped, which
         does not change an image of that size; any other size must be the size of every image.
         """
-        channels, height, width = size or image_size(self.train.paths[0])
+        channels, height, width = size or self._size()
         if channels not in (1, 3) or min(height, width) < 1:
             raise DataError(
                 f"images of size {channels}x{height}x{width} cannot be read from {self.name}",
@@ -89,6 +96,12 @@ class ImageFolder:
             crop=side,
         )
         return DataSpec(name=self.name, preprocessing=preprocessing, class_names=self.classes)
+
+    def _size(self) -> tuple[int, int, int]:
+        _, height, width = image_size(self.train.paths[0])
+        step = max(1, len(self.train.paths) // SAMPLED)
+        channels = max(image_size(path)[0] for path in self.train.paths[::step])
+        return channels, height, width
 
 
 def scan(folder: Path) -> ImageFolder:
@@ -133,13 +146,15 @@ def _scan(folder: Path) -> ImageFolder:
             hint=LAYOUT,
         )
 
-    files = {part: _files(folder, part, classes) for part in present}
+    unread: list[str] = []
+    files = {part: _files(folder, part, classes, unread) for part in present}
     return ImageFolder(
         name=f"imagefolder:{folder.resolve().name}",
         classes=classes,
         train=files["train"],
         validation=files["val"] if len(present) == 3 else None,
         test=files["test"] if "test" in files else files["val"],
+        unread=tuple(unread),
     )
 
 
@@ -161,11 +176,13 @@ def _same_classes(part: Path, classes: tuple[str, ...]) -> None:
         )
 
 
-def _files(folder: Path, part: str, classes: tuple[str, ...]) -> ImageFiles:
+def _files(folder: Path, part: str, classes: tuple[str, ...], unread: list[str]) -> ImageFiles:
+    """List the images of a part, and add other files to ``unread``."""
     labels: list[int] = []
     ids: list[str] = []
     for label, name in enumerate(classes):
-        found = sorted(_images_below(folder / part / name))
+        found, others = _images_below(folder / part / name)
+        unread += [f"{part}/{name}/{other}" for other in others]
         if not found:
             raise DataError(
                 f"class folder {folder / part / name} has no image",
@@ -185,17 +202,18 @@ def _files(folder: Path, part: str, classes: tuple[str, ...]) -> ImageFiles:
     return ImageFiles(torch.tensor(labels), tuple(ids), tuple(os.path.join(folder, i) for i in ids))
 
 
-def _images_below(folder: Path) -> list[str]:
+def _images_below(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the images below a folder, sorted, and the other files that are not hidden."""
     found: list[str] = []
+    others: list[str] = []
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]
         relative = Path(where).relative_to(folder)
-        found += [
-            (relative / name).as_posix()
-            for name in names
-            if name[0] != "." and name.lower().endswith(SUFFIXES)
-        ]
-    return found
+        for name in names:
+            if name[0] != ".":
+                kind = found if name.lower().endswith(SUFFIXES) else others
+                kind.append((relative / name).as_posix())
+    return sorted(found), sorted(others)
 
 
 def _some(names: list[str], most: int = 5) -> str:

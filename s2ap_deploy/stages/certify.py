@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from s2ap_deploy import files
+from s2ap_deploy.data.datasets import FOLDER_PREFIX, shared_images
 from s2ap_deploy.data.splits import choose
 from s2ap_deploy.errors import OutOfTimeError, StorageError
 from s2ap_deploy.evaluation.autoattack import cascade
@@ -242,6 +243,12 @@ def certify(
     for line in str(SampleSize.of(len(chosen), floor)).splitlines():
         job.recorder.note(line)
     subset = images.test.subset(chosen)
+    duplicates = shared_images(images, subset) if images.spec.name.startswith(FOLDER_PREFIX) else []
+    if duplicates:
+        job.recorder.warn(
+            f"{len(duplicates)} of {len(subset)} test images are among the training images as well, such as "
+            f"{duplicates[0]}: accuracies on them say nothing about new images"
+        )
     samples = Samples(*subset.tensors(), subset.ids)
     if dense_record is not None:
         reuse_attack_record(dense_record, _record(stage.folder, DENSE))
@@ -272,7 +279,8 @@ def certify(
             outputs.append(_curve_file(stage.folder, candidate.role))
     stage.finish(
         outputs,
-        {role: _result(certificate) for role, certificate in certificates.items()},
+        {role: _result(certificate) for role, certificate in certificates.items()}
+        | ({"duplicates": duplicates} if duplicates else {}),
     )
     if not keep_records and all(each.decision is None for each in certificates.values()):
         for candidate in candidates:

@@ -38,6 +38,9 @@ def dense(job: RunContext) -> None:
     """
     recipe = job.recipe
     if recipe.model.checkpoint is not None:
+        if _is_own(job, Path(recipe.model.checkpoint)):
+            job.recorder.note("dense network: the one that this run folder trained")
+            return
         adopt(job, Path(recipe.model.checkpoint))
     elif recipe.pretrain is not None and (recipe.model.arch or job.machine.arch):
         pretrain(job, recipe.pretrain)
@@ -211,6 +214,22 @@ def _check_clean(job: RunContext, classifier: Classifier, images: ImageData, see
             hint="functions may differ where names and shapes agree: check --arch, --mean and --std, --data "
             "and the order of the classes",
         )
+
+
+def _is_own(job: RunContext, path: Path) -> bool:
+    """Return whether the checkpoint at ``path`` is the network that was trained in this run folder."""
+    record = job.run.manifest.stages.get("pretrain")
+    if record is None or record.status != "finished" or "checkpoint" in record.inputs or job.overwrite:
+        return False
+    recipe = job.recipe
+    info = checkpoint.read_info(path, trust_pickle=job.machine.trust_pickle)
+    if info is None or info.threat != recipe.threat or info.data != job.images(None).spec.name:
+        return False
+    mine, given = checkpoint.read_tensors(job.run.output("pretrain", MODEL)), checkpoint.read_tensors(path)
+    # The copy names the file that it was copied from.
+    stated = [each and each.model_copy(update={"source_sha256": None}) for each in (mine.info, info)]
+    same = mine.tensors.keys() == given.tensors.keys() and stated[0] == stated[1]
+    return same and all(torch.equal(tensor, given.tensors[name]) for name, tensor in mine.tensors.items())
 
 
 def _masking(section: ModelSection) -> dict[str, float | str]:

@@ -131,3 +131,21 @@ def test_a_clean_accuracy_below_what_is_expected_is_refused_before_any_work(
     allowed = prune(s2ap, tmp_path, "double", "--expect-clean", "0.05")
     assert allowed.code == 0, allowed.err
     assert "may have been trained on them" in " ".join(allowed.err.split())
+
+
+def test_a_network_is_pruned_in_the_folder_that_trained_it(s2ap: Callable[..., Any], tmp_path: Path) -> None:
+    task = ["--data", "digits", "--eps", "0.1", "--threads", 1]
+    trained = s2ap(
+        "pretrain", "--arch", "digits-conv", *task, "--epochs", 1, "--output", "model.pt", cwd=tmp_path
+    )
+    assert trained.code == 0, trained.err
+    assert "next: s2ap-deploy prune model.pt --sparsity 0.9" in trained.err
+    short = ["--sparsity", 0.9, "--search-epochs", 1, "--finetune-epochs", 1, "--loss", "at", "--threads", 1]
+    ready = s2ap("prune", "model.pt", *short, "--dry-run", cwd=tmp_path)
+    assert ready.code == 0, ready.err
+    pruned = s2ap("prune", "model.pt", *short, cwd=tmp_path)
+    assert pruned.code == 0, pruned.err
+    assert "the one that this run folder trained" in pruned.err
+    refused = s2ap("prune", "model.pt", *short, "--eps", "0.2", "--dry-run", cwd=tmp_path)
+    assert refused.code == 2
+    assert "made from other inputs" in refused.out

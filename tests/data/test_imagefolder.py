@@ -3,7 +3,9 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -11,6 +13,7 @@ from s2ap_deploy.data import datasets
 from s2ap_deploy.data.imagefolder import scan
 from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.errors import DataError, InputError
+from s2ap_deploy.recorder import Silent
 
 MakeFolder = Callable[..., Path]
 
@@ -214,3 +217,42 @@ def test_real_photographs(shared, tmp_path) -> None:
     assert data.test.labels.bincount().tolist() == [100] * 10
     images, _ = data.train.tensors()
     assert images.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=0.03)
+
+
+def test_one_gray_image_does_not_make_a_color_folder_gray(make_folder: Any) -> None:
+    folder = make_folder()
+    first = scan(folder).train.paths[0]
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(first)
+    assert scan(folder).spec(None).preprocessing.size == (3, 8, 8)
+
+
+def test_files_that_are_no_images_are_counted_and_tiff_is_read(make_folder: Any) -> None:
+    folder = make_folder()
+    cats = folder / "train" / "cat"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(cats / "extra.tif")
+    (cats / "notes.txt").write_text("x")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(cats / "moving.gif")
+    found = scan(folder)
+    assert found.unread == ("train/cat/moving.gif", "train/cat/notes.txt")
+    assert "train/cat/extra.tif" in found.train.ids
+    notes = Notes()
+    data = datasets.load(f"imagefolder:{folder}", recorder=notes)
+    assert data.train.tensors()[0].shape[1:] == (3, 8, 8)
+    assert any("2 files" in note and "moving.gif" in note for note in notes.lines)
+
+
+class Notes(Silent):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_exact_duplicates_between_training_and_test_images_are_found(make_folder: Any) -> None:
+    folder = make_folder()
+    shutil.copy(folder / "train" / "dog" / "03.png", folder / "test" / "cat" / "copied.png")
+    data = datasets.load(f"imagefolder:{folder}")
+    assert datasets.shared_images(data, data.test) == ["test/cat/copied.png"]

@@ -42,6 +42,11 @@ def comparison(facts: Facts) -> Table:
         ("Test images", *(f"{each.n:,}" for each in columns)),
         ("Sparsity", *(words.spaced(each.subject.sparsity or 0.0) for each in columns)),
         ("Weights that cannot be pruned", *(words.outside(each.subject.weights) for each in columns)),
+        *(
+            [("Test images also in training", *(str(len(shared)) for _ in columns))]
+            if (shared := facts.results("certify").get("duplicates"))
+            else []
+        ),
         ("Reliability flags", *(", ".join(each.flags) or "none" for each in columns)),
     ]
     return Table(("", *(words.role(role, facts) for role in facts.certificates)), tuple(rows))
