@@ -17,6 +17,8 @@ PIXEL = 255.0
 _MEANS = "mu|mean|means|new_mean|pixel_mean|image_mean|norm_mean|data_mean|input_mean|_mean"
 _DEVIATIONS = "sigma|std|sds|stds|new_std|pixel_std|image_std|norm_std|data_std|input_std|_std"
 _NORMALIZATION = re.compile(rf"(?:\w+\.){{0,5}}(?:(?P<mean>{_MEANS})|(?P<std>{_DEVIATIONS}))")
+# What a training loop keeps beside the network: averaging counters, losses, metrics.
+_STRAY = re.compile(r"(n_averaged$|criterion\.|loss(_fn)?\.|metrics?\.|(train|val|valid|test)_\w+\.)")
 MOST_CHANNELS = 4
 LEAST_SHARE = 0.5  # of all tensors, below which a prefix is not that of the network
 DEEPEST = 5
@@ -29,6 +31,8 @@ def strip_prefixes(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[st
     tensor without it is ignored.
     """
     yield "", dict(tensors), ()
+    if strays := tuple(name for name in tensors if _STRAY.match(name)):
+        yield "", {name: tensor for name, tensor in tensors.items() if name not in strays}, strays
     current = [""]
     for _ in range(DEEPEST):
         current = [longer for prefix in current for longer in _prefixes(tensors, prefix)]

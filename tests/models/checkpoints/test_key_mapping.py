@@ -66,7 +66,7 @@ def test_a_prefix_that_only_some_share_stays() -> None:
 def test_strays_outside_of_the_prefix_are_left_aside_by_name() -> None:
     tensors = {**named("net.body."), "n_averaged": torch.zeros(()), "criterion.weight": torch.zeros(4)}
     found = list(strip_prefixes({**tensors, "net.normalize.mean": torch.zeros(3)}))
-    assert [removed for removed, *_ in found] == ["", "net.", "net.body."]
+    assert [removed for removed, *_ in found] == ["", "", "net.", "net.body."]
     assert set(found[-1][1]) == {*WEIGHTS, "net.normalize.mean"}
     assert found[-1][2] == ("n_averaged", "criterion.weight")
 
