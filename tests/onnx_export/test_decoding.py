@@ -1,6 +1,7 @@
 import errno
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -72,45 +73,46 @@ def test_a_file_may_replace_itself(tmp_path, dense_model) -> None:
     assert source.stat().st_size == decoded.bytes > decoded.source_bytes
 
 
-def test_two_implementations_must_agree(tmp_path, dense_model, monkeypatch) -> None:
-    source = written(tmp_path / "a.onnx", encoding.encode(dense_model)[0])
-    original = encoding.evaluate
-
-    def one_bit_off(model: ModelProto, outputs: list[str]) -> list[np.ndarray]:
+def one_bit_off(original: Any) -> Any:
+    def evaluate(model: ModelProto, outputs: list[str]) -> list[np.ndarray]:
         arrays = [array.copy() for array in original(model, outputs)]
         arrays[0].reshape(-1).view(np.int32)[0] ^= 1
         return arrays
 
-    monkeypatch.setattr(encoding, "evaluate", one_bit_off)
-    with pytest.raises(VerificationError):
-        decoding.decode_file(load(source), tmp_path / "b.onnx")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
+    return evaluate
 
 
-def test_other_answers_leave_nothing(tmp_path, dense_model, monkeypatch) -> None:
-    opened = load(written(tmp_path / "a.onnx", encoding.encode(dense_model)[0]))
-    original = encoding.decode
-
-    def another_bias(model: ModelProto) -> ModelProto:
+def another_bias(original: Any) -> Any:
+    def decode(model: ModelProto) -> ModelProto:
         dense = original(model)
         (bias,) = [tensor for tensor in dense.graph.initializer if tensor.name.endswith("linear.bias")]
         bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(1), bias.name))
         return dense
 
-    monkeypatch.setattr(encoding, "decode", another_bias)
-    with pytest.raises(VerificationError):
-        decoding.decode_file(opened, tmp_path / "b.onnx")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
+    return decode
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, dense_model, monkeypatch) -> None:
-    opened = load(written(tmp_path / "a.onnx", encoding.encode(dense_model)[0]))
-
-    def full(self: Path, data: bytes) -> int:
+def full_disk(original: Any) -> Any:
+    def write(self: Path, data: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(StorageError):
+    return write
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "change", "error"),
+    [
+        (encoding, "evaluate", one_bit_off, VerificationError),
+        (encoding, "decode", another_bias, VerificationError),
+        (Path, "write_bytes", full_disk, StorageError),
+    ],
+)
+def test_other_bits_other_answers_and_a_full_disk_leave_nothing(
+    tmp_path, dense_model, monkeypatch, place, name, change, error
+) -> None:
+    opened = load(written(tmp_path / "a.onnx", encoding.encode(dense_model)[0]))
+    monkeypatch.setattr(place, name, change(getattr(place, name)))
+    with pytest.raises(error):
         decoding.decode_file(opened, tmp_path / "b.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
 

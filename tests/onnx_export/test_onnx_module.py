@@ -162,20 +162,21 @@ def test_fixed_batch_runs_in_parts(images) -> None:
     assert np.allclose(in_runtime(model, images[:5]), expected, atol=1e-4)
 
 
-def test_unknown_operator_is_named() -> None:
-    model = one_input([helper.make_node("Det", ["image"], ["logits"])], [], ["batch", 1, 4, 4])
-    with pytest.raises(ArchitectureError, check=lambda error: error.code == "operator-unsupported"):
-        OnnxModule(model)
+KERNEL = numpy_helper.from_array(np.ones((1, 1, 3, 3), np.float32), "k")
 
 
-def test_unsupported_form_is_named() -> None:
-    kernel = numpy_helper.from_array(np.ones((1, 1, 3, 3), np.float32), "k")
-    node = helper.make_node("Conv", ["image", "k"], ["logits"], auto_pad="SAME_UPPER")
-    twin = OnnxModule(one_input([node], [kernel], ["batch", 1, 4, 4]))
-    with pytest.raises(ArchitectureError, check=lambda error: error.code == "operator-unsupported"):
-        twin(torch.zeros(1, 1, 4, 4))
-
-
-def test_wrong_image_size_is_an_error_of_ours(dense_model) -> None:
-    with pytest.raises(ArchitectureError, check=lambda error: error.code == "operator-failed"):
-        OnnxModule(dense_model)(torch.zeros(1, 7, 8, 8))
+@pytest.mark.parametrize(
+    ("node", "size", "code"),
+    [
+        (helper.make_node("Det", ["image"], ["logits"]), 1, "operator-unsupported"),
+        (
+            helper.make_node("Conv", ["image", "k"], ["logits"], auto_pad="SAME_UPPER"),
+            1,
+            "operator-unsupported",
+        ),
+        (helper.make_node("Conv", ["image", "k"], ["logits"]), 7, "operator-failed"),
+    ],
+)
+def test_what_it_cannot_compute_is_an_error_of_ours(node, size, code) -> None:
+    with pytest.raises(ArchitectureError, check=lambda error: error.code == code):
+        OnnxModule(one_input([node], [KERNEL], ["batch", 1, 4, 4]))(torch.zeros(1, size, 4, 4))
