@@ -1,7 +1,5 @@
 """The house keeps its shape: imports go down only, and each foreign library has one door."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

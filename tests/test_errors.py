@@ -1,7 +1,5 @@
 """The error tree: every class has a promised exit code, and its words are read where a user meets it."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import json
@@ -39,7 +37,7 @@ CLASSES = [
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_every_error_keeps_message_and_hint_and_has_a_promised_code(kind: type[DeployError]) -> None:
+def test_every_error_keeps_message_and_hint_and_has_a_promised_code(kind) -> None:
     error = kind("what and where", hint="what to type next")
     assert (str(error), error.message, error.hint) == ("what and where",) * 2 + ("what to type next",)
     assert error.exit_code in {errors.FAILED, errors.UNUSABLE, errors.INCONCLUSIVE, errors.UNFORESEEN}
@@ -57,7 +55,7 @@ def drawn() -> dict[str, tuple[int, int | None]]:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_the_tree_in_the_docstring_is_the_tree(kind: type[DeployError]) -> None:
+def test_the_tree_in_the_docstring_is_the_tree(kind) -> None:
     depth, code = drawn()[kind.__name__]
     assert depth == kind.__mro__.index(DeployError)
     assert code in (kind.exit_code, None)
@@ -208,9 +206,7 @@ def fits(pattern: str | None, words: str | None, folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("kind", MET, ids=lambda kind: kind.__name__)
-def test_the_words_of_every_class_where_a_user_meets_it(
-    kind: type[DeployError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s2ap: Callable[..., Any]
-) -> None:
+def test_the_words_of_every_class_where_a_user_meets_it(kind, tmp_path, monkeypatch, s2ap) -> None:
     met = MET[kind]
     with pytest.raises(kind) as caught:
         met.done(tmp_path)

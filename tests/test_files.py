@@ -1,7 +1,5 @@
 """Writes are whole or absent, errors are typed, and names from files stay inside their folder."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -33,7 +31,7 @@ def no_space(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_write_replaces_and_leaves_nothing_else(tmp_path) -> None:
     target = tmp_path / "model.bin"
     files.write_bytes(target, b"old")
     files.write_bytes(target, b"new")
@@ -41,7 +39,7 @@ def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model.bin"]
 
 
-def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+def test_permissions_follow_the_umask(tmp_path) -> None:
     before = os.umask(0o027)
     try:
         files.write_text(tmp_path / "a", "x")
@@ -50,7 +48,7 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
 
 
-def test_atomic_keeps_the_suffix_because_writers_choose_a_format_by_it(tmp_path: Path) -> None:
+def test_atomic_keeps_the_suffix_because_writers_choose_a_format_by_it(tmp_path) -> None:
     with files.atomic(tmp_path / "points.npy") as temporary:
         assert temporary.suffix == ".npy"
         assert temporary.parent == tmp_path
@@ -60,7 +58,7 @@ def test_atomic_keeps_the_suffix_because_writers_choose_a_format_by_it(tmp_path:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_in_the_block_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_error_in_the_block_leaves_the_old_file(tmp_path, error) -> None:
     target = tmp_path / "a.json"
     files.write_text(target, "old")
 
@@ -76,9 +74,7 @@ def test_an_error_in_the_block_leaves_the_old_file(tmp_path: Path, error: type[B
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "open"])
-def test_a_full_disk_is_a_storage_error_that_names_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_a_full_disk_is_a_storage_error_that_names_the_file(tmp_path, monkeypatch, call) -> None:
     target = tmp_path / "a.json"
     files.write_text(target, "old")
     monkeypatch.setattr(os, call, no_space)
@@ -91,7 +87,7 @@ def test_a_full_disk_is_a_storage_error_that_names_the_file(
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_really_full_disk(tmp_path: Path) -> None:
+def test_a_really_full_disk(tmp_path) -> None:
     """A file size limit makes the kernel itself refuse the write, for root as well."""
     script = (
         "import resource, signal, sys; from s2ap_deploy import errors, files\n"
@@ -109,7 +105,7 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["missing/a.json", "folder", "file/a.json"])
-def test_a_place_that_cannot_be_written(tmp_path: Path, place: str) -> None:
+def test_a_place_that_cannot_be_written(tmp_path, place) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, check=lambda error: error.code == "file-not-written"):
@@ -117,20 +113,20 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, place: str) -> None:
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
-def test_a_missing_file_cannot_be_read(tmp_path: Path) -> None:
+def test_a_missing_file_cannot_be_read(tmp_path) -> None:
     for read in (files.sha256, files.read_bytes):
         with pytest.raises(StorageError, check=lambda error: error.code == "file-not-read"):
             read(tmp_path / "absent")
 
 
-def test_read_bytes_stops_one_past_the_limit(tmp_path: Path) -> None:
+def test_read_bytes_stops_one_past_the_limit(tmp_path) -> None:
     files.write_bytes(tmp_path / "a", b"12345")
     assert files.read_bytes(tmp_path / "a", limit=3) == b"1234"
 
 
 @settings(deadline=None, max_examples=60)
 @given(json_values)
-def test_canonical_json_is_read_back_and_has_one_form(value: object) -> None:
+def test_canonical_json_is_read_back_and_has_one_form(value) -> None:
     text = files.canonical_json(value)
     assert json.loads(text) == value
     assert files.canonical_json(json.loads(text)) == text
@@ -142,24 +138,24 @@ def test_canonical_json_does_not_depend_on_key_order() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_json_has_no_nan_and_nothing_is_written(tmp_path: Path, value: float) -> None:
+def test_json_has_no_nan_and_nothing_is_written(tmp_path, value) -> None:
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(tmp_path / "a.json", {"x": value})
     assert os.listdir(tmp_path) == []
 
 
-def test_sha256(tmp_path: Path) -> None:
+def test_sha256(tmp_path) -> None:
     files.write_bytes(tmp_path / "a", b"abc")
     assert files.sha256(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
 
 
-def test_remove_takes_a_missing_file_for_removed_but_not_a_folder(tmp_path: Path) -> None:
+def test_remove_takes_a_missing_file_for_removed_but_not_a_folder(tmp_path) -> None:
     files.remove(tmp_path / "absent")
     with pytest.raises(StorageError, check=lambda error: error.code == "file-not-removed"):
         files.remove(tmp_path)
 
 
-def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path) -> None:
     script = "import os, sys; from s2ap_deploy import files\nwith files.atomic(sys.argv[1]): os._exit(9)"
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.json")], check=False, timeout=60)
     assert (
@@ -173,24 +169,24 @@ def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["a", "a/b.json", "a/./b"])
-def test_within_accepts_what_lies_inside(tmp_path: Path, name: str) -> None:
+def test_within_accepts_what_lies_inside(tmp_path, name) -> None:
     assert files.within(tmp_path, name) == tmp_path / name
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/../../b", "/etc/passwd", "a\\..\\b", "a\0b", "//x"])
-def test_within_refuses_what_leads_out(tmp_path: Path, name: str) -> None:
+def test_within_refuses_what_leads_out(tmp_path, name) -> None:
     with pytest.raises(RunFolderError, check=lambda error: error.code == "path-outside"):
         files.within(tmp_path, name)
 
 
-def test_within_refuses_a_link_that_leads_out(tmp_path: Path) -> None:
+def test_within_refuses_a_link_that_leads_out(tmp_path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "out").symlink_to(tmp_path)
     with pytest.raises(RunFolderError, check=lambda error: error.code == "path-outside"):
         files.within(tmp_path / "run", "out/a")
 
 
-def test_a_link_in_a_circle_is_an_input_error(tmp_path: Path) -> None:
+def test_a_link_in_a_circle_is_an_input_error(tmp_path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(InputError):  # refused at once, or (from Python 3.13) when it is opened
         files.sha256(files.within(tmp_path, "loop/a"))
@@ -198,7 +194,7 @@ def test_a_link_in_a_circle_is_an_input_error(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.sampled_from(["..", ".", "a", "b", "", "/", "c.d"]), max_size=6).map("/".join))
-def test_within_never_leaves_the_folder(name: str) -> None:
+def test_within_never_leaves_the_folder(name) -> None:
     folder = Path("/nowhere/run")
     try:
         path = files.within(folder, name)
@@ -208,7 +204,7 @@ def test_within_never_leaves_the_folder(name: str) -> None:
 
 
 @given(json_values)
-def test_what_was_written_is_parsed_back(value: object) -> None:
+def test_what_was_written_is_parsed_back(value) -> None:
     text = files.canonical_json(value)
     assert files.parse_json(text) == files.parse_json(text.encode()) == json.loads(text)
 
@@ -231,12 +227,12 @@ def test_what_was_written_is_parsed_back(value: object) -> None:
         '{"a": 1, "b": {"c": 1, "c": 1}}',
     ],
 )
-def test_what_could_not_be_written_again_is_not_parsed(text: bytes | str) -> None:
+def test_what_could_not_be_written_again_is_not_parsed(text) -> None:
     with pytest.raises(ValueError, match=r"\S"):
         files.parse_json(text)
 
 
-def test_json_of_any_size_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_of_any_size_is_not_parsed(monkeypatch) -> None:
     monkeypatch.setattr(files, "LARGEST_JSON", 5)
     assert files.parse_json("[1,2]") == [1, 2]
     with pytest.raises(ValueError, match="larger than"):
@@ -246,5 +242,5 @@ def test_json_of_any_size_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("text", "value"), [('"\\ud83d\\ude00"', "\U0001f600"), ('"\\\\ud800"', "\\ud800"), ("-1e308", -1e308)]
 )
-def test_what_only_looks_odd_is_parsed(text: str, value: object) -> None:
+def test_what_only_looks_odd_is_parsed(text, value) -> None:
     assert files.parse_json(text) == value

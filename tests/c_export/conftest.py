@@ -1,7 +1,5 @@
 """Networks compiled to C for tests."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The C library computes what PyTorch and ONNX Runtime compute."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -74,7 +72,7 @@ FUNCTIONS: dict[str, Forward] = {
 }
 
 
-def test_operators_equal_pytorch(compiled: Compile) -> None:
+def test_operators_equal_pytorch(compiled) -> None:
     size = (3, 8, 9)
     networks = [Function(function).eval() for function in FUNCTIONS.values()]
     together = Function(lambda x: torch.cat([network(x / 4 + 0.5) for network in networks], 1))
@@ -88,13 +86,13 @@ def test_operators_equal_pytorch(compiled: Compile) -> None:
         start += expected.shape[1]
 
 
-def test_prelu_equals_pytorch(compiled: Compile) -> None:
+def test_prelu_equals_pytorch(compiled) -> None:
     check(compiled, nn.Sequential(nn.Conv2d(3, 5, 1), nn.PReLU(5), nn.Flatten()), (3, 4, 4))
 
 
 @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_convolutions_of_any_shape_equal_pytorch(compiled: Compile, data: st.DataObject) -> None:
+def test_convolutions_of_any_shape_equal_pytorch(compiled, data) -> None:
     """Strides, padding, dilation, groups, densities, sizes that vectors do and do not divide."""
     draw = data.draw
     layers: list[nn.Module] = []
@@ -128,7 +126,7 @@ def test_convolutions_of_any_shape_equal_pytorch(compiled: Compile, data: st.Dat
 
 
 @pytest.mark.parametrize("width", [4, 16, 28, 32, 64])
-def test_padded_images_of_each_width_equal_pytorch(compiled: Compile, width: int) -> None:
+def test_padded_images_of_each_width_equal_pytorch(compiled, width) -> None:
     """With the widest vectors of this machine, and rows computed a few at a time."""
     torch.manual_seed(0)
     first, second = nn.Conv2d(3, 9, 3, padding=1), nn.Conv2d(9, 8, 3, 2, padding=1)
@@ -138,14 +136,14 @@ def test_padded_images_of_each_width_equal_pytorch(compiled: Compile, width: int
 
 
 @pytest.mark.parametrize("kind", ["lists", "dense"])
-def test_linear_layers_equal_pytorch(compiled: Compile, kind: str) -> None:
+def test_linear_layers_equal_pytorch(compiled, kind) -> None:
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 9 * 9, 37), nn.GELU(), nn.Linear(37, 5))
     check(compiled, prune(layers, 0.9 if kind == "lists" else 0.0), (3, 9, 9))
 
 
 @pytest.mark.parametrize("name", ["digits-conv", "mnist-conv", "cifar-resnet20"])
-def test_registered_networks_equal_onnx_runtime(compiled: Compile, name: str) -> None:
+def test_registered_networks_equal_onnx_runtime(compiled, name) -> None:
     torch.manual_seed(0)
     architecture = registry.resolve(name)
     assert architecture.input_size is not None
@@ -175,7 +173,7 @@ def test_registered_networks_equal_onnx_runtime(compiled: Compile, name: str) ->
         "torchvision/regnet_y_400mf",
     ],
 )
-def test_more_networks_equal_onnx_runtime(compiled: Compile, name: str) -> None:
+def test_more_networks_equal_onnx_runtime(compiled, name) -> None:
     test_registered_networks_equal_onnx_runtime(compiled, name)
 
 
@@ -192,7 +190,7 @@ def test_unknown_operators_are_named() -> None:
         lower(helper.make_model(graph))
 
 
-def test_logits_do_not_depend_on_the_batch(compiled: Compile) -> None:
+def test_logits_do_not_depend_on_the_batch(compiled) -> None:
     built = compiled(prune(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), 0.5), (3, 8, 8))
     pixels = images((3, 8, 8), 5)
     one_by_one = np.concatenate([built(pixels[i : i + 1]) for i in range(5)])

@@ -1,7 +1,5 @@
 """Real ranks over gloo: what they leave, who may be killed, and that nobody stays behind."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -70,7 +68,7 @@ def gone(processes: list[int], seconds: float) -> bool:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(tmp_path_factory) -> Path:
     """A dense network that one process has trained."""
     folder = tmp_path_factory.mktemp("alone")
     finish(folder, "pretrain", *TRAIN, "--epochs", 4, "--run", "run", "--threads", 1)
@@ -84,7 +82,7 @@ def assert_same_weights(run: Path, expected: Path) -> None:
 
 
 @pytest.fixture
-def begun(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str], list[int]]]:
+def begun(tmp_path) -> Iterator[tuple[Path, subprocess.Popen[str], list[int]]]:
     """A training over two ranks that has saved its first epoch, and the ranks' process ids in order."""
     process = start(tmp_path, "pretrain", *TRAIN, "--epochs", 4, "--run", "run", "--devices", 2, "--json")
     end = time.monotonic() + 240
@@ -100,9 +98,7 @@ def begun(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str], list[in
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_all_and_another_number_goes_on(
-    begun: tuple[Path, subprocess.Popen[str], list[int]], victim: int, alone: Path
-) -> None:
+def test_a_killed_rank_ends_all_and_another_number_goes_on(begun, victim, alone) -> None:
     folder, process, ranks = begun
     os.kill(ranks[victim], signal.SIGKILL)
     out, err = process.communicate(timeout=TIMEOUT_SECONDS)
@@ -115,16 +111,14 @@ def test_a_killed_rank_ends_all_and_another_number_goes_on(
     assert_same_weights(folder / "run", alone)
 
 
-def test_no_rank_outlives_its_launcher(begun: tuple[Path, subprocess.Popen[str], list[int]]) -> None:
+def test_no_rank_outlives_its_launcher(begun) -> None:
     _, process, ranks = begun
     process.kill()
     assert gone(ranks, TIMEOUT_SECONDS)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 3)])
-def test_a_signal_reaches_all_ranks(
-    begun: tuple[Path, subprocess.Popen[str], list[int]], number: signal.Signals, code: int
-) -> None:
+def test_a_signal_reaches_all_ranks(begun, number, code) -> None:
     _, process, ranks = begun
     process.send_signal(number)
     _, err = process.communicate(timeout=TIMEOUT_SECONDS)
@@ -133,7 +127,7 @@ def test_a_signal_reaches_all_ranks(
     assert gone(ranks, 1)
 
 
-def test_torchrun_does_what_devices_does(tmp_path: Path, alone: Path) -> None:
+def test_torchrun_does_what_devices_does(tmp_path, alone) -> None:
     # Without --, Python 3.11's argparse takes our --run for a short form of torchrun's own --run-path.
     by = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--")
     out = finish(tmp_path, "pretrain", *TRAIN, "--epochs", 4, "--run", "run", "--json", by=by)
@@ -143,7 +137,7 @@ def test_torchrun_does_what_devices_does(tmp_path: Path, alone: Path) -> None:
     assert "demo" in finish(tmp_path, "recipes", by=by)
 
 
-def test_prune_and_certify_over_ranks_give_the_verdicts_of_one(tmp_path: Path, alone: Path) -> None:
+def test_prune_and_certify_over_ranks_give_the_verdicts_of_one(tmp_path, alone) -> None:
     model = alone / "pretrain" / "model.safetensors"
     short = ["--search-epochs", 2, "--finetune-epochs", 1, "--batch-size", 200, "--eps", "0.25"]
     prune = ["prune", model, "--sparsity", 0.9, *short, "--loss", "at", "--accumulate", 2]
@@ -162,7 +156,7 @@ def test_prune_and_certify_over_ranks_give_the_verdicts_of_one(tmp_path: Path, a
     assert record["search"]["sessions"][0]["environment"]["ranks"] == 2
 
 
-def test_a_certificate_goes_on_after_a_killed_rank(tmp_path: Path, alone: Path) -> None:
+def test_a_certificate_goes_on_after_a_killed_rank(tmp_path, alone) -> None:
     model = alone / "pretrain" / "model.safetensors"
     certify = ["certify", model, "--n", ATTACKED, "--eps", "0.2", "--run"]
     process = start(tmp_path, *certify, "two", "--devices", 2)
@@ -184,7 +178,7 @@ def test_a_certificate_goes_on_after_a_killed_rank(tmp_path: Path, alone: Path) 
     assert two["samples"] == one["samples"]
 
 
-def test_an_error_is_told_once(tmp_path: Path) -> None:
+def test_an_error_is_told_once(tmp_path) -> None:
     refused = start(tmp_path, "pretrain", *TRAIN[:-1], "2", "--epochs", 1, "--run", "r", "--devices", 3)
     _, err = refused.communicate(timeout=300)
     assert refused.returncode == 2

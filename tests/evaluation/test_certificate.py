@@ -1,12 +1,9 @@
 """The certificate: counts that follow from the samples, one spelling, and nothing read that is not one."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -24,11 +21,11 @@ BROKEN_BY = (None, None, "clean", "apgd-ce", None, "square")
 
 
 @pytest.fixture
-def certificate(make_certificate: MakeCertificate) -> Certificate:
+def certificate(make_certificate) -> Certificate:
     return make_certificate(BROKEN_BY)
 
 
-def test_counts_shares_and_classes(certificate: Certificate) -> None:
+def test_counts_shares_and_classes(certificate) -> None:
     assert (certificate.clean.k, certificate.robust.k, certificate.n) == (5, 3, 6)
     assert certificate.robust.value == 0.5
     assert certificate.robust.interval == clopper_pearson(3, 6)
@@ -38,7 +35,7 @@ def test_counts_shares_and_classes(certificate: Certificate) -> None:
     assert certificate.samples[3].broken_by == "apgd-ce"
 
 
-def test_its_words_claim_no_more_than_an_upper_bound(make_certificate: MakeCertificate) -> None:
+def test_its_words_claim_no_more_than_an_upper_bound(make_certificate) -> None:
     standard = make_certificate(BROKEN_BY)
     assert standard.formal_guarantee is False
     assert standard.statement == "robust accuracy under AutoAttack (upper bound)"
@@ -47,7 +44,7 @@ def test_its_words_claim_no_more_than_an_upper_bound(make_certificate: MakeCerti
     assert "upper bound" in adapted.statement
 
 
-def test_saving_and_loading_is_exact_and_canonical(certificate: Certificate, tmp_path: Path) -> None:
+def test_saving_and_loading_is_exact_and_canonical(certificate, tmp_path) -> None:
     path = tmp_path / "certificate.json"
     certificate.save(path)
     loaded = Certificate.load(path)
@@ -80,9 +77,7 @@ def test_sample_ids_are_hashed_in_their_order() -> None:
         ({"extra": 1}, "extra"),
     ],
 )
-def test_a_certificate_that_contradicts_itself_is_refused(
-    certificate: Certificate, tmp_path: Path, change: dict[str, Any], named: str
-) -> None:
+def test_a_certificate_that_contradicts_itself_is_refused(certificate, tmp_path, change, named) -> None:
     content = json.loads(certificate.text())
     for dotted, value in change.items():
         *way, last = [int(key) if key.isdigit() else key for key in dotted.split(".")]
@@ -98,7 +93,7 @@ def test_a_certificate_that_contradicts_itself_is_refused(
     assert str(path) in error.value.message
 
 
-def test_other_versions_are_refused_by_name(certificate: Certificate, tmp_path: Path) -> None:
+def test_other_versions_are_refused_by_name(certificate, tmp_path) -> None:
     path = tmp_path / "certificate.json"
     files.write_json(path, {**json.loads(certificate.text()), "schema_version": 2})
     with pytest.raises(InputError, check=lambda error: error.code == "record-version-unknown"):
@@ -106,7 +101,7 @@ def test_other_versions_are_refused_by_name(certificate: Certificate, tmp_path: 
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "{}", '{"kind": "something else", "schema_version": 1}'])
-def test_other_files_are_not_certificates(tmp_path: Path, content: str) -> None:
+def test_other_files_are_not_certificates(tmp_path, content) -> None:
     path = tmp_path / "certificate.json"
     path.write_text(content)
     with pytest.raises(InputError, check=lambda error: error.code == "record-kind-wrong"):
@@ -122,18 +117,14 @@ def test_other_files_are_not_certificates(tmp_path: Path, content: str) -> None:
         ('"attack_seed": ', '"attack_seed": 1' + "0" * 400 + ', "x": '),
     ],
 )
-def test_what_has_no_canonical_text_is_refused(
-    certificate: Certificate, tmp_path: Path, old: str, new: str
-) -> None:
+def test_what_has_no_canonical_text_is_refused(certificate, tmp_path, old, new) -> None:
     path = tmp_path / "certificate.json"
     path.write_text(certificate.text().replace(old, new, 1))
     with pytest.raises(InputError, check=lambda error: error.code == "record-not-json"):
         Certificate.load(path)
 
 
-def test_an_endless_file_is_no_certificate(
-    monkeypatch: pytest.MonkeyPatch, certificate: Certificate, tmp_path: Path
-) -> None:
+def test_an_endless_file_is_no_certificate(monkeypatch, certificate, tmp_path) -> None:
     with pytest.raises(StorageError, check=lambda error: error.code == "file-special"):
         Certificate.load(Path("/dev/zero"))
     certificate.save(tmp_path / "long.json")
@@ -143,7 +134,7 @@ def test_an_endless_file_is_no_certificate(
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04\xff\xfe", b'{"kind": ', b"[" * 100_000])
-def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
+def test_damaged_files_are_refused(tmp_path, content) -> None:
     path = tmp_path / "certificate.json"
     path.write_bytes(content)
     with pytest.raises(InputError, check=lambda error: error.code == "record-not-json"):
@@ -152,7 +143,7 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
         Certificate.load(tmp_path / "absent.json")
 
 
-def test_the_points_file_holds_what_was_given(tmp_path: Path) -> None:
+def test_the_points_file_holds_what_was_given(tmp_path) -> None:
     clean = torch.rand(3, 2, 4, 4).to(memory_format=torch.channels_last)
     attacked = clean + 0.1
     found = save_points(tmp_path / "points.safetensors", clean, attacked)
@@ -166,9 +157,7 @@ def test_the_points_file_holds_what_was_given(tmp_path: Path) -> None:
 PROVEN = Proven.of([0, 4], 6, method="test", tolerance=1e-6)
 
 
-def test_proofs_are_a_lower_bound_beside_the_upper_one(
-    make_certificate: MakeCertificate, certificate: Certificate, tmp_path: Path
-) -> None:
+def test_proofs_are_a_lower_bound_beside_the_upper_one(make_certificate, certificate, tmp_path) -> None:
     proven = make_certificate(BROKEN_BY, proven=PROVEN)
     assert proven.proven is not None
     assert proven.proven.count <= proven.robust.k
@@ -189,9 +178,7 @@ def test_proofs_are_a_lower_bound_beside_the_upper_one(
         {"proven.interval": [0.0, 1.0]},
     ],
 )
-def test_proofs_that_contradict_the_attacks_are_refused(
-    make_certificate: MakeCertificate, tmp_path: Path, change: dict[str, Any]
-) -> None:
+def test_proofs_that_contradict_the_attacks_are_refused(make_certificate, tmp_path, change) -> None:
     content = json.loads(make_certificate(BROKEN_BY, proven=PROVEN).text())
     for dotted, value in change.items():
         content["proven"][dotted.split(".")[1]] = value

@@ -1,10 +1,6 @@
 """The minimum-norm attack: known distances on linear networks, and three answers that never share a value."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,7 +58,7 @@ class Constant(nn.Module):
 
 @settings(deadline=None, max_examples=8)
 @given(st.sampled_from(["Linf", "L2"]), st.sampled_from([2, 3, 4, 7]), st.integers(0, 999))
-def test_linear_networks_have_the_distances_of_the_formula(norm: str, num_classes: int, seed: int) -> None:
+def test_linear_networks_have_the_distances_of_the_formula(norm, num_classes, seed) -> None:
     network = linear(num_classes, seed)
     images = 0.5 + 0.05 * torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     labels, expected = exact(network, images, norm)
@@ -77,9 +73,7 @@ def test_linear_networks_have_the_distances_of_the_formula(norm: str, num_classe
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_every_distance_belongs_to_a_point_that_the_judge_confirms(
-    digits: tuple[Tensor, Tensor], robust_network: nn.Sequential, norm: str
-) -> None:
+def test_every_distance_belongs_to_a_point_that_the_judge_confirms(digits, robust_network, norm) -> None:
     images, labels = digits[0][1200:1230], digits[1][1200:1230]
     result = found(robust_network, images, labels, norm=norm, steps=30)
     hit = (result.distances > 0) & result.distances.isfinite()
@@ -94,7 +88,7 @@ def test_every_distance_belongs_to_a_point_that_the_judge_confirms(
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_what_is_wrong_without_an_attack_is_at_distance_zero(norm: str) -> None:
+def test_what_is_wrong_without_an_attack_is_at_distance_zero(norm) -> None:
     network = linear(4, seed=1)
     images = 0.4 + 0.2 * torch.rand(6, 3, 4, 4)
     labels = network(images).argmax(dim=1)
@@ -113,7 +107,7 @@ def test_all_wrong_needs_no_attack() -> None:
 
 @pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_what_cannot_be_attacked_is_infinitely_far_and_flagged(norm: str, attached: bool) -> None:
+def test_what_cannot_be_attacked_is_infinitely_far_and_flagged(norm, attached) -> None:
     labels = torch.tensor([0, 1, 0])
     result = found(Constant(attached), torch.rand(3, 1, 4, 4), labels, norm=norm, steps=9)
     assert result.distances.tolist() == [math.inf, 0.0, math.inf]
@@ -143,7 +137,7 @@ def test_where_the_box_cuts_the_ball_the_nearest_corner_is_still_found() -> None
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_saturated_logits_still_give_a_direction(norm: str) -> None:
+def test_saturated_logits_still_give_a_direction(norm) -> None:
     class Scaled(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.stack([x.flatten(1).sum(1) - 1.0, 1.0 - x.flatten(1).sum(1)], dim=1) * 1e-25
@@ -174,16 +168,14 @@ def test_a_network_that_rolls_dice_is_flagged() -> None:
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_one_image_and_images_of_one_pixel_row(norm: str) -> None:
+def test_one_image_and_images_of_one_pixel_row(norm) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
     image = torch.full((1, 1, 1, 3), 0.5)
     label = network(image).argmax(dim=1)
     assert found(network, image, label, norm=norm, steps=1).distances.shape == (1,)
 
 
-def test_the_same_seed_gives_the_same_bits_and_blocks_are_fixed(
-    digits: tuple[Tensor, Tensor], robust_network: nn.Sequential
-) -> None:
+def test_the_same_seed_gives_the_same_bits_and_blocks_are_fixed(digits, robust_network) -> None:
     images, labels = digits[0][1200:1212], digits[1][1200:1212]
     torch.manual_seed(1)
     first = found(robust_network, images, labels, steps=20, block_size=5)
@@ -197,7 +189,7 @@ def test_the_same_seed_gives_the_same_bits_and_blocks_are_fixed(
     assert torch.equal(alone.distances, first.distances[:5])
 
 
-def test_targeted_runs_never_lose(digits: tuple[Tensor, Tensor], robust_network: nn.Sequential) -> None:
+def test_targeted_runs_never_lose(digits, robust_network) -> None:
     images, labels = digits[0][1200:1220], digits[1][1200:1220]
     options: dict[str, Any] = {"norm": "L2", "seed": 3, "steps": 20}
     alone = found(robust_network, images, labels, targets=0, **options).distances
@@ -207,9 +199,7 @@ def test_targeted_runs_never_lose(digits: tuple[Tensor, Tensor], robust_network:
     assert alone.dtype == torch.float64
 
 
-def test_the_curve_agrees_with_autoattack_at_its_radius(
-    digits: tuple[Tensor, Tensor], robust_network: nn.Sequential, short: None
-) -> None:
+def test_the_curve_agrees_with_autoattack_at_its_radius(digits, robust_network, short) -> None:
     images, labels = digits[0][1200:1224], digits[1][1200:1224]
     norms = found(robust_network, images, labels, steps=60).distances
     threat = ThreatModel(eps="0.15")
@@ -224,9 +214,7 @@ def test_the_curve_agrees_with_autoattack_at_its_radius(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", "0.1"), ("Linf", "0.15"), ("L2", "0.5")])
-def test_full_autoattack_leaves_no_more_standing_than_the_curve(
-    digits: tuple[Tensor, Tensor], robust_network: nn.Sequential, norm: str, eps: str
-) -> None:
+def test_full_autoattack_leaves_no_more_standing_than_the_curve(digits, robust_network, norm, eps) -> None:
     images, labels = digits[0][1200:1300], digits[1][1200:1300]
     threat = ThreatModel(norm=norm, eps=eps)
     norms = found(robust_network, images, labels, norm=threat.norm).distances
@@ -237,9 +225,7 @@ def test_full_autoattack_leaves_no_more_standing_than_the_curve(
     assert autoattack - 1 <= curve <= autoattack + 4
 
 
-def test_a_killed_attack_continues_from_its_record_to_the_same_bits(
-    digits: tuple[Tensor, Tensor], robust_network: nn.Sequential, tmp_path: Path
-) -> None:
+def test_a_killed_attack_continues_from_its_record_to_the_same_bits(digits, robust_network, tmp_path) -> None:
     class StopsAfter(Silent):
         done = 0
 
@@ -270,9 +256,7 @@ def test_a_killed_attack_continues_from_its_record_to_the_same_bits(
             found(robust_network, images, labels, record=tmp_path, **{**options, **change})
 
 
-def test_out_of_time_is_told_and_what_was_found_is_kept(
-    make_network: Callable[..., nn.Sequential], tmp_path: Path
-) -> None:
+def test_out_of_time_is_told_and_what_was_found_is_kept(make_network, tmp_path) -> None:
     images = torch.rand(4, 1, 8, 8)
     labels = make_network()(images).argmax(1)
     with pytest.raises(OutOfTimeError, check=lambda error: error.code == "time-budget-exceeded"):
@@ -280,7 +264,7 @@ def test_out_of_time_is_told_and_what_was_found_is_kept(
     assert found(make_network(), images, labels, record=tmp_path, steps=2).distances.shape == (4,)
 
 
-def test_workers_find_the_same_bits(make_network: Callable[..., nn.Sequential]) -> None:
+def test_workers_find_the_same_bits(make_network) -> None:
     images = torch.rand(6, 1, 8, 8)
     labels = make_network()(images).argmax(1)
     one, two = (
@@ -291,7 +275,7 @@ def test_workers_find_the_same_bits(make_network: Callable[..., nn.Sequential]) 
     assert torch.equal(one.points, two.points)
 
 
-def test_the_network_is_left_as_it_was(make_network: Callable[..., nn.Sequential]) -> None:
+def test_the_network_is_left_as_it_was(make_network) -> None:
     network = nn.Sequential(make_network(), nn.BatchNorm1d(10)).train()
     before = weights_hash(network)
     images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
@@ -301,7 +285,7 @@ def test_the_network_is_left_as_it_was(make_network: Callable[..., nn.Sequential
     assert all(p.requires_grad and p.grad is None for p in network.parameters())
 
 
-def test_logits_that_are_not_finite_are_an_error(make_network: Callable[..., nn.Sequential]) -> None:
+def test_logits_that_are_not_finite_are_an_error(make_network) -> None:
     network = make_network()
     network[3].bias.data[4] = math.nan
     with pytest.raises(CheckpointError, check=lambda error: error.code == "logits-not-finite"):
@@ -331,9 +315,7 @@ def test_logits_that_become_nan_under_the_attack_are_an_error() -> None:
         (torch.rand(1, 1, 8, 8), torch.tensor([10]), "label-invalid"),
     ],
 )
-def test_images_and_labels_that_do_not_fit(
-    make_network: Callable[..., nn.Sequential], images: Tensor, labels: Tensor, code: str
-) -> None:
+def test_images_and_labels_that_do_not_fit(make_network, images, labels, code) -> None:
     with pytest.raises(DataError, check=lambda error: error.code == code):
         found(make_network(), images, labels)
 
@@ -351,7 +333,7 @@ def test_images_and_labels_that_do_not_fit(
         {"workers": 0},
     ],
 )
-def test_impossible_numbers(make_network: Callable[..., nn.Sequential], options: dict[str, Any]) -> None:
+def test_impossible_numbers(make_network, options) -> None:
     with pytest.raises(UsageError):
         found(make_network(), torch.rand(1, 1, 8, 8), torch.tensor([0]), **options)
 
@@ -367,7 +349,7 @@ def test_dlr_falls_back_to_the_difference_for_few_classes() -> None:
 
 
 def test_tuning_takes_the_best_candidate_and_bars_its_images_from_the_report(
-    digits: tuple[Tensor, Tensor], robust_network: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+    digits, robust_network, monkeypatch
 ) -> None:
     monkeypatch.setattr(fmn, "GRID", (1e-4, 1.0))
     images, labels = digits[0][1200:1216], digits[1][1200:1216]

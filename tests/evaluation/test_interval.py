@@ -1,10 +1,7 @@
 """Certificates of attacks that stopped early: no reader can take them for full ones."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +15,7 @@ Make = Callable[..., Certificate]
 
 
 @pytest.fixture
-def early(make_certificate: Make) -> Certificate:
+def early(make_certificate) -> Certificate:
     """Ten samples: two settled, five undecided, three broken."""
     decision = EarlyDecision(
         decided="fail", policy={"min_robust": 0.8}, rule="point", undecided=(2, 3, 4, 5, 6)
@@ -26,7 +23,7 @@ def early(make_certificate: Make) -> Certificate:
     return make_certificate([None] * 7 + ["apgd-t"] * 3, decision=decision)
 
 
-def test_it_claims_an_interval_and_no_value(early: Certificate) -> None:
+def test_it_claims_an_interval_and_no_value(early) -> None:
     assert early.robust == Interval.of(2, 7, 10)
     assert str(early.robust) == "between 20.0% and 70.0%"
     assert early.survivors == (2, 7)
@@ -38,14 +35,14 @@ def test_it_claims_an_interval_and_no_value(early: Certificate) -> None:
     assert [sample["broken_by"] for sample in written["samples"]].count(None) == 2
 
 
-def test_it_is_read_as_it_was_written(early: Certificate, tmp_path: Path) -> None:
+def test_it_is_read_as_it_was_written(early, tmp_path) -> None:
     early.save(tmp_path / "early.json")
     again = Certificate.load(tmp_path / "early.json")
     assert again == early
     assert again.sha256 == early.sha256
 
 
-def test_full_certificates_keep_their_text(make_certificate: Make) -> None:
+def test_full_certificates_keep_their_text(make_certificate) -> None:
     full = make_certificate([None] * 7 + ["apgd-t"] * 3)
     assert isinstance(full.robust, Share)
     assert isinstance(full.per_class[0], ClassRow)
@@ -95,9 +92,7 @@ def turned_around(content: dict[str, Any]) -> None:
         with_a_sample_settled, with_none_undecided, turned_around,
     ],
 )  # fmt: skip
-def test_what_contradicts_the_samples_is_refused(
-    early: Certificate, tmp_path: Path, change: Callable[[dict[str, Any]], None]
-) -> None:
+def test_what_contradicts_the_samples_is_refused(early, tmp_path, change) -> None:
     content = json.loads(early.text())
     change(content)
     (tmp_path / "changed.json").write_text(json.dumps(content))
@@ -105,7 +100,7 @@ def test_what_contradicts_the_samples_is_refused(
         Certificate.load(tmp_path / "changed.json")
 
 
-def test_a_full_certificate_cannot_be_dressed_as_an_early_one(make_certificate: Make) -> None:
+def test_a_full_certificate_cannot_be_dressed_as_an_early_one(make_certificate) -> None:
     content = json.loads(make_certificate([None] * 10).text())
     content["decision"] = {"decided": "pass", "policy": {}, "rule": "point", "undecided": [0]}
     with pytest.raises(ValidationError, match="decision, robust, per_class does not follow"):
@@ -113,7 +108,7 @@ def test_a_full_certificate_cannot_be_dressed_as_an_early_one(make_certificate: 
 
 
 @pytest.mark.parametrize("index", [-1, 10])
-def test_undecided_samples_exist(make_certificate: Make, index: int) -> None:
+def test_undecided_samples_exist(make_certificate, index) -> None:
     decision = EarlyDecision(decided="pass", policy={}, rule="point", undecided=(index,))
     with pytest.raises(ValidationError, match="decision does not follow"):
         make_certificate([None] * 10, decision=decision)

@@ -1,7 +1,5 @@
 """The early decision against the gate itself, on every way in which the attacks could have ended."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -66,9 +64,7 @@ def counts(pruned: Sequence[bool], dense: Sequence[bool]) -> tuple[tuple[bool, b
     ),
     policies(),
 )
-def test_the_decision_is_the_gates_verdict_on_every_completion(
-    make_certificate: Make, pairs: list[tuple[Robust, Robust]], policy: Thresholds
-) -> None:
+def test_the_decision_is_the_gates_verdict_on_every_completion(make_certificate, pairs, policy) -> None:
     dense, pruned = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     labels = [index % 2 for index in range(len(pairs))]  # those of make_certificate
     found = decide(policy, progress(pruned), progress(dense), labels)
@@ -102,9 +98,7 @@ def _other(make: Make, outcomes: Sequence[Robust]) -> Certificate:
     st.sampled_from(["lower", "point"]),
     st.randoms(use_true_random=False),
 )
-def test_a_decision_stands_however_the_attack_goes_on(
-    outcomes: list[Robust], threshold: float, rule: Any, draws: Any
-) -> None:
+def test_a_decision_stands_however_the_attack_goes_on(outcomes, threshold, rule, draws) -> None:
     policy = Thresholds(min_robust=threshold, rule=rule)
     labels = [0] * len(outcomes)
     before = None
@@ -160,7 +154,7 @@ def test_the_reasons_are_told() -> None:
     assert message == "at least 50.0% are robust (47.4% with 95%), 45.0% is required"
 
 
-def test_flags_and_proofs_of_an_early_certificate_count_as_in_a_full_one(make_certificate: Make) -> None:
+def test_flags_and_proofs_of_an_early_certificate_count_as_in_a_full_one(make_certificate) -> None:
     decision = EarlyDecision(decided="pass", policy={"min_robust": 0.2}, rule="point", undecided=(8, 9))
     proven = Proven.of([0, 1], 10, method="test", tolerance=0.0)
     early = make_certificate([None] * 10, decision=decision, proven=proven)

@@ -1,7 +1,5 @@
 """The gate: each status for each reason, and never a pass that was not shown."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +21,7 @@ FILE_HASH = "f" * 64
 
 
 @pytest.fixture(scope="session")
-def make(make_certificate: Callable[..., Certificate]) -> Make:
+def make(make_certificate) -> Make:
     """``make(survived, n)``: the first ``survived`` samples stand, the rest fall to APGD-CE."""
 
     def shorthand(survived: int, n: int, **changes: Any) -> Certificate:
@@ -66,7 +64,7 @@ def status(verdict: Verdict) -> str:
         (0, 2, "point", "fail"),
     ],
 )
-def test_a_floor_under_robust_accuracy(make: Make, survived: int, n: int, rule: str, expected: str) -> None:
+def test_a_floor_under_robust_accuracy(make, survived, n, rule, expected) -> None:
     verdict = judge(Thresholds(min_robust=0.4, rule=rule), pruned=make(survived, n))
     assert status(verdict) == expected
     (check,) = verdict.checks
@@ -75,13 +73,13 @@ def test_a_floor_under_robust_accuracy(make: Make, survived: int, n: int, rule: 
     assert "upper bound" in check.message or check.reason == "too-few-samples"
 
 
-def test_a_clear_miss_fails_even_where_samples_are_too_few_to_pass(make: Make) -> None:
+def test_a_clear_miss_fails_even_where_samples_are_too_few_to_pass(make) -> None:
     policy = Thresholds(min_robust=0.95)
     assert status(judge(policy, pruned=make(20, 20))) == "inconclusive"
     assert status(judge(policy, pruned=make(10, 20))) == "fail"
 
 
-def test_a_floor_under_clean_accuracy(make_certificate: Make) -> None:
+def test_a_floor_under_clean_accuracy(make_certificate) -> None:
     certificate = make_certificate([None] * 80 + ["clean"] * 20)
     assert status(judge(Thresholds(min_clean=0.8, rule="point"), pruned=certificate)) == "pass"
     assert status(judge(Thresholds(min_clean=0.8), pruned=certificate)) == "fail"
@@ -100,9 +98,7 @@ def test_a_floor_under_clean_accuracy(make_certificate: Make) -> None:
         (45, 15, 50, "lower", "fail"),
     ],
 )
-def test_a_ceiling_over_the_paired_drop(
-    make: Make, dense: int, pruned: int, n: int, rule: str, expected: str
-) -> None:
+def test_a_ceiling_over_the_paired_drop(make, dense, pruned, n, rule, expected) -> None:
     verdict = judge(Thresholds(max_drop=0.05, rule=rule), pruned=make(pruned, n), dense=make(dense, n))
     assert status(verdict) == expected
     (check,) = verdict.checks
@@ -112,7 +108,7 @@ def test_a_ceiling_over_the_paired_drop(
         assert check.bound == paired_drop_upper_bound(lost, gained, n)
 
 
-def test_the_drop_is_counted_pair_by_pair(make_certificate: Make) -> None:
+def test_the_drop_is_counted_pair_by_pair(make_certificate) -> None:
     dense = make_certificate([None] * 50 + ["apgd-t"] * 50)
     pruned = make_certificate(["apgd-t"] * 50 + [None] * 50)
     verdict = judge(Thresholds(max_drop=0.05), pruned=pruned, dense=dense)
@@ -131,26 +127,26 @@ def test_the_drop_is_counted_pair_by_pair(make_certificate: Make) -> None:
         ({"protocol": "aa-adapted"}, "protocol"),
     ],
 )
-def test_certificates_that_cannot_be_compared(make: Make, change: dict[str, Any], named: str) -> None:
+def test_certificates_that_cannot_be_compared(make, change, named) -> None:
     verdict = judge(Thresholds(max_drop=0.5), pruned=make(90, 100), dense=make(90, 100, **change))
     assert status(verdict) == "inconclusive"
     assert verdict.checks[0].reason == "not-comparable"
     assert named in verdict.reasons[0]
 
 
-def test_equal_radii_written_differently_can_be_compared(make: Make) -> None:
+def test_equal_radii_written_differently_can_be_compared(make) -> None:
     dense = make(90, 100, threat=ThreatModel(eps="1/10"))
     assert status(judge(Thresholds(max_drop=0.1), pruned=make(90, 100), dense=dense)) == "pass"
 
 
-def test_a_drop_without_a_dense_certificate_is_inconclusive(make: Make) -> None:
+def test_a_drop_without_a_dense_certificate_is_inconclusive(make) -> None:
     verdict = judge(Thresholds(max_drop=0.5), pruned=make(90, 100))
     assert status(verdict) == "inconclusive"
     assert verdict.checks[0].reason == "dense-missing"
 
 
 @pytest.mark.parametrize("flag", ["randomized", "not_logits", "zero_gradient", "square_improves"])
-def test_a_flag_makes_a_pass_inconclusive_but_saves_no_failure(make: Make, flag: str) -> None:
+def test_a_flag_makes_a_pass_inconclusive_but_saves_no_failure(make, flag) -> None:
     flagged = make(90, 100, flags=(flag,))
     assert status(judge(Thresholds(min_robust=0.5), pruned=flagged)) == "inconclusive"
     assert status(judge(Thresholds(min_robust=0.99, rule="point"), pruned=flagged)) == "fail"
@@ -158,12 +154,12 @@ def test_a_flag_makes_a_pass_inconclusive_but_saves_no_failure(make: Make, flag:
     assert status(judge(drop, pruned=make(90, 100), dense=flagged)) == "inconclusive"
 
 
-def test_the_adapted_protocol_is_for_information(make: Make) -> None:
+def test_the_adapted_protocol_is_for_information(make) -> None:
     certificate = make(90, 100, flags=("adapted_protocol",), protocol="aa-adapted")
     assert status(judge(Thresholds(min_robust=0.5), pruned=certificate)) == "pass"
 
 
-def test_a_file_that_gives_the_same_answers_is_covered(make: Make) -> None:
+def test_a_file_that_gives_the_same_answers_is_covered(make) -> None:
     certificate = make(90, 100)
     policy = Thresholds(min_robust=0.5)
     assert status(judge(policy, pruned=certificate, shipped=[covered(certificate)])) == "pass"
@@ -182,9 +178,7 @@ def test_a_file_that_gives_the_same_answers_is_covered(make: Make) -> None:
         ({"adversarial_disagreements": 3, "ties": 1}, "inconclusive", "answers-differ"),
     ],
 )
-def test_a_file_that_nothing_covers_or_that_was_swapped(
-    make: Make, change: dict[str, Any], expected: str, reason: str
-) -> None:
+def test_a_file_that_nothing_covers_or_that_was_swapped(make, change, expected, reason) -> None:
     certificate = make(90, 100)
     fact = covered(certificate, **change)
     verdict = judge(Thresholds(min_robust=0.5), pruned=certificate, shipped=[fact])
@@ -192,7 +186,7 @@ def test_a_file_that_nothing_covers_or_that_was_swapped(
     assert verdict.checks[0].reason == reason
 
 
-def test_the_attacked_checkpoint_itself_needs_no_record(make: Make) -> None:
+def test_the_attacked_checkpoint_itself_needs_no_record(make) -> None:
     certificate = make(90, 100, subject=Subject(
         arch="digits-conv", num_classes=10, weights_sha256="a", checkpoint_sha256=FILE_HASH
     ))  # fmt: skip
@@ -200,7 +194,7 @@ def test_the_attacked_checkpoint_itself_needs_no_record(make: Make) -> None:
     assert status(judge(Thresholds(min_robust=0.5), pruned=certificate, shipped=[fact])) == "pass"
 
 
-def test_the_worse_answers_of_a_file_count(make: Make) -> None:
+def test_the_worse_answers_of_a_file_count(make) -> None:
     pruned, dense = make(90, 100), make(90, 100)
     fact = covered(pruned, survived=80, clean_correct=95, adversarial_disagreements=10, ties=10)
     for policy in (Thresholds(min_robust=0.85), Thresholds(max_drop=0.09), Thresholds(min_clean=0.99)):
@@ -211,9 +205,7 @@ def test_the_worse_answers_of_a_file_count(make: Make) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 60), st.data(), st.floats(0.01, 0.99), st.sampled_from(["lower", "point"]))
-def test_one_more_survivor_never_makes_it_worse(
-    make: Make, n: int, data: st.DataObject, threshold: float, rule: str
-) -> None:
+def test_one_more_survivor_never_makes_it_worse(make, n, data, threshold, rule) -> None:
     order = ["fail", "inconclusive", "pass"]
     k = data.draw(st.integers(0, n - 1))
     policy = Thresholds(min_robust=threshold, rule=rule)

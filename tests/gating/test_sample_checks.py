@@ -1,7 +1,5 @@
 """Checks of samples: the worst class, proofs, and what one more lost sample does."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,6 @@ from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.samples import Proven
 from s2ap_deploy.evaluation.statistics import paired_drop_upper_bound
 from s2ap_deploy.gating import sample_checks
-from s2ap_deploy.recipe.thresholds import Rule
 
 Make = Callable[..., Certificate]
 ORDER = ["fail", "inconclusive", "pass"]
@@ -30,7 +27,7 @@ def pair(make: Make, lost: int, gained: int, n: int) -> tuple[Certificate, Certi
     return make(dense), make(pruned)
 
 
-def test_the_worst_class_is_named(make_certificate: Make) -> None:
+def test_the_worst_class_is_named(make_certificate) -> None:
     dense = make_certificate([None] * 200)
     broken = ["apgd-t" if index % 2 and index < 40 else None for index in range(200)]
     check = sample_checks.class_drop(0.1, "point", make_certificate(broken), dense)
@@ -39,14 +36,14 @@ def test_the_worst_class_is_named(make_certificate: Make) -> None:
     assert sample_checks.drop(0.1, "point", make_certificate(broken), dense).status == "pass"
 
 
-def test_every_class_is_judged_at_the_full_level(make_certificate: Make) -> None:
+def test_every_class_is_judged_at_the_full_level(make_certificate) -> None:
     dense, pruned = pair(make_certificate, 4, 2, 200)
     check = sample_checks.class_drop(0.5, "lower", pruned, dense)
     assert check.bound == paired_drop_upper_bound(2, 1, 100)
     assert check.status == "pass"
 
 
-def test_a_class_that_shows_a_miss_outweighs_one_with_too_few_samples(make_certificate: Make) -> None:
+def test_a_class_that_shows_a_miss_outweighs_one_with_too_few_samples(make_certificate) -> None:
     labels = [0] * 100 + [1] * 3
     common: dict[str, Any] = {
         "labels": labels, "clean_prediction": labels,
@@ -62,9 +59,7 @@ def test_a_class_that_shows_a_miss_outweighs_one_with_too_few_samples(make_certi
     assert check.reason == "too-few-samples"
 
 
-def test_what_the_file_loses_beyond_the_certificate_counts_against_every_class(
-    make_certificate: Make,
-) -> None:
+def test_what_the_file_loses_beyond_the_certificate_counts_against_every_class(make_certificate) -> None:
     dense, pruned = pair(make_certificate, 0, 0, 100)
     assert sample_checks.class_drop(0.05, "point", pruned, dense, more=2).status == "pass"
     assert sample_checks.class_drop(0.05, "point", pruned, dense, more=3).status == "fail"
@@ -73,9 +68,7 @@ def test_what_the_file_loses_beyond_the_certificate_counts_against_every_class(
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(2, 60), st.data(), st.floats(0.01, 0.9), st.sampled_from(["lower", "point"]))
-def test_one_more_lost_sample_never_makes_it_better(
-    make_certificate: Make, n: int, data: st.DataObject, threshold: float, rule: Rule
-) -> None:
+def test_one_more_lost_sample_never_makes_it_better(make_certificate, n, data, threshold, rule) -> None:
     lost = data.draw(st.integers(0, n - 1))
     gained = data.draw(st.integers(0, n - 1 - lost))
     for question in (sample_checks.drop, sample_checks.class_drop):
@@ -89,9 +82,7 @@ def test_one_more_lost_sample_never_makes_it_better(
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 40), st.data(), st.floats(0.01, 0.9))
-def test_too_few_samples_means_that_none_lost_would_not_pass(
-    make_certificate: Make, n: int, data: st.DataObject, threshold: float
-) -> None:
+def test_too_few_samples_means_that_none_lost_would_not_pass(make_certificate, n, data, threshold) -> None:
     lost = data.draw(st.integers(0, n))
     gained = data.draw(st.integers(0, n - lost))
     dense, pruned = pair(make_certificate, lost, gained, n)
@@ -109,7 +100,7 @@ def test_too_few_samples_means_that_none_lost_would_not_pass(
         (4, 4, "inconclusive", "too few samples"),
     ],
 )
-def test_proofs(make_certificate: Make, count: int, n: int, status: str, words: str) -> None:
+def test_proofs(make_certificate, count, n, status, words) -> None:
     broken = [None] * (n - n // 10) + ["apgd-t"] * (n // 10)
     assert "holds no proofs" in sample_checks.proven_floor(make_certificate(broken), 0.5, "lower").message
     proven = Proven.of(range(count), n, method="test", tolerance=0.0)
@@ -119,7 +110,7 @@ def test_proofs(make_certificate: Make, count: int, n: int, status: str, words: 
     assert "lower bound" in check.message
 
 
-def test_class_names_are_defused(make_certificate: Make) -> None:
+def test_class_names_are_defused(make_certificate) -> None:
     certificate = make_certificate([None] * 10, class_names=("a\n::error::b", "##[add-mask]"))
     words = sample_checks.class_drop(0.1, "point", certificate, certificate).message
     assert "\n" not in words

@@ -1,6 +1,3 @@
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,7 +50,7 @@ def report(**changes: Any) -> ExportReport:
     return ExportReport(**{**values, **changes})
 
 
-def test_a_report_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+def test_a_report_comes_back_as_it_was_saved(tmp_path) -> None:
     path = tmp_path / "report.json"
     report(latency_ratio=1.01, warnings=("look",)).save(path)
     assert ExportReport.load(path) == report(latency_ratio=1.01, warnings=("look",))
@@ -77,12 +74,12 @@ def test_every_report_says_what_sparsity_does_not_do() -> None:
         ({"argmax_agree": 2, "ties": 1}, True),
     ],
 )
-def test_agreement_passes_only_when_everything_agrees(change: dict[str, Any], passed: bool) -> None:
+def test_agreement_passes_only_when_everything_agrees(change, passed) -> None:
     assert AGREEMENT.model_copy(update=change).passed is passed
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 1}'])
-def test_other_content_is_refused(tmp_path: Path, text: str) -> None:
+def test_other_content_is_refused(tmp_path, text) -> None:
     path = tmp_path / "report.json"
     path.write_text(text)
     with pytest.raises(RunFolderError, check=lambda error: error.code.startswith("record-")) as caught:
@@ -90,7 +87,7 @@ def test_other_content_is_refused(tmp_path: Path, text: str) -> None:
     assert "export again" in caught.value.hint
 
 
-def test_a_missing_report_is_a_storage_error(tmp_path: Path) -> None:
+def test_a_missing_report_is_a_storage_error(tmp_path) -> None:
     with pytest.raises(StorageError):
         ExportReport.load(tmp_path / "none.json")
 
@@ -105,7 +102,7 @@ def test_a_missing_report_is_a_storage_error(tmp_path: Path) -> None:
         (0, "0% of the multiply-accumulates remain, which reduces latency."),
     ],
 )
-def test_time_is_promised_only_where_work_is_gone(macs_after: int, words: str) -> None:
+def test_time_is_promised_only_where_work_is_gone(macs_after, words) -> None:
     removal = Compaction(
         channels_before=115,
         channels_after=67,

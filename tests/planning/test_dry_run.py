@@ -1,9 +1,6 @@
 """``--dry-run``: the plan with what is done, times and bytes; not a byte is written."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +20,12 @@ def states(outlook: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.fixture
-def place(digits_model: Path, tmp_path: Path) -> Path:
+def place(digits_model, tmp_path) -> Path:
     (tmp_path / "model.pt").write_bytes(digits_model.read_bytes())
     return tmp_path
 
 
-def test_a_fresh_run(
-    place: Path, s2ap: Callable[..., Any], files_in: Callable[[Path], dict[str, bytes]]
-) -> None:
+def test_a_fresh_run(place, s2ap, files_in) -> None:
     before = files_in(place)
     done = s2ap("run", "demo", *TINY, *QUIET, "--dry-run", "--json", cwd=place)
     assert done.code == 0, done.err
@@ -48,13 +43,13 @@ def test_a_fresh_run(
     assert not (place / "s2ap-run").exists()
 
 
-def test_the_demo_leaves_the_folder_of_the_other_commands_free(place: Path, s2ap: Callable[..., Any]) -> None:
+def test_the_demo_leaves_the_folder_of_the_other_commands_free(place, s2ap) -> None:
     done = s2ap("demo", *TINY, *QUIET, "--dry-run", "--json", cwd=place)
     assert done.code == 0, done.err
     assert json.loads(done.out)["run"] == "s2ap-demo"
 
 
-def test_more_epochs_take_longer_in_proportion(place: Path, s2ap: Callable[..., Any]) -> None:
+def test_more_epochs_take_longer_in_proportion(place, s2ap) -> None:
     axes = ["--s2ap", "off", "--sparsity", "0.9"]
 
     def seconds(epochs: int) -> float:
@@ -67,9 +62,7 @@ def test_more_epochs_take_longer_in_proportion(place: Path, s2ap: Callable[..., 
     assert seconds(500) > 5 * seconds(5)
 
 
-def test_what_is_done_is_said_and_left_alone(
-    own_run: Path, s2ap: Callable[..., Any], files_in: Callable[[Path], dict[str, bytes]], digits_model: Path
-) -> None:
+def test_what_is_done_is_said_and_left_alone(own_run, s2ap, files_in, digits_model) -> None:
     before = files_in(own_run)
     asked = ["run", own_run / "recipe.yaml", "--run", own_run, *QUIET, "--dry-run"]
     done = s2ap(*asked, "--json")
@@ -90,7 +83,7 @@ def test_what_is_done_is_said_and_left_alone(
     assert files_in(own_run) == before
 
 
-def test_prune_tells_its_own_stages(place: Path, s2ap: Callable[..., Any]) -> None:
+def test_prune_tells_its_own_stages(place, s2ap) -> None:
     asked = ["model.pt", "--sparsity", 0.9, "--steps", "0.5", "--loss", "fast", "--search-epochs", 2]
     done = s2ap("prune", *asked, "--threads", 1, "--quiet", "--dry-run", cwd=place)
     assert done.code == 0, done.err
@@ -101,7 +94,7 @@ def test_prune_tells_its_own_stages(place: Path, s2ap: Callable[..., Any]) -> No
     assert not (place / "s2ap-run").exists()
 
 
-def test_a_sweep_tells_every_combination(place: Path, s2ap: Callable[..., Any]) -> None:
+def test_a_sweep_tells_every_combination(place, s2ap) -> None:
     axes = ["--method", "hydra,random", "--s2ap", "both", "--sparsity", "0.5,0.9"]
     done = s2ap("sweep", "demo", *TINY, *axes, *QUIET, "--dry-run", "--json", cwd=place)
     assert done.code == 0, done.err
@@ -116,7 +109,7 @@ def test_a_sweep_tells_every_combination(place: Path, s2ap: Callable[..., Any]) 
     assert list(place.iterdir()) == [place / "model.pt"]
 
 
-def test_absent_data_cost_the_times_and_not_the_plan(tmp_path: Path, s2ap: Callable[..., Any]) -> None:
+def test_absent_data_cost_the_times_and_not_the_plan(tmp_path, s2ap) -> None:
     done = s2ap(
         "run", "mnist", *QUIET, "--data-root", tmp_path / "none", "--download", "--dry-run", cwd=tmp_path
     )
@@ -126,14 +119,14 @@ def test_absent_data_cost_the_times_and_not_the_plan(tmp_path: Path, s2ap: Calla
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_times_are_not_said_to_be_none(tmp_path: Path, s2ap: Callable[..., Any]) -> None:
+def test_unknown_times_are_not_said_to_be_none(tmp_path, s2ap) -> None:
     done = s2ap("run", "mnist", "--data-root", tmp_path, "--dry-run", cwd=tmp_path)
     assert done.code == 0, done.err
     assert "how long pretrain, search, finetune, certify would take is unknown" in " ".join(done.out.split())
     assert "0 s" not in done.out
 
 
-def test_a_folder_that_the_run_could_not_use_is_refused(place: Path, s2ap: Callable[..., Any]) -> None:
+def test_a_folder_that_the_run_could_not_use_is_refused(place, s2ap) -> None:
     done = s2ap("run", "demo", *TINY, *QUIET, "--run", place, "--dry-run")
     assert done.code == 2
     assert "has other files and is not a run folder" in done.err
@@ -142,7 +135,7 @@ def test_a_folder_that_the_run_could_not_use_is_refused(place: Path, s2ap: Calla
     assert "is a file, not a run folder" in done.err
 
 
-def test_the_demo_takes_it_too(tmp_path: Path, s2ap: Callable[..., Any]) -> None:
+def test_the_demo_takes_it_too(tmp_path, s2ap) -> None:
     done = s2ap(
         "demo",
         "--set",

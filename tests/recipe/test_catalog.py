@@ -1,7 +1,5 @@
 """Recipes: shipped ones are valid, a slip is named with its place and the nearest valid key."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,7 @@ def changed(recipe: Any, values: Any) -> Recipe:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def file(tmp_path) -> Path:
     path = tmp_path / "mine.yaml"
     path.write_text(MINIMAL)
     return path
@@ -59,7 +57,7 @@ CONTROLS = {"cifar10-resnet18-random-90", "cifar10-resnet18-rst-90"}  # nobody r
 
 
 @pytest.mark.parametrize("name", catalog.names())
-def test_every_shipped_recipe_is_valid_and_can_give_a_verdict(name: str) -> None:
+def test_every_shipped_recipe_is_valid_and_can_give_a_verdict(name) -> None:
     shipped = catalog.load(name)
     assert shipped.name == name
     assert shipped.description
@@ -93,7 +91,7 @@ def test_there_is_a_recipe_for_every_data_set_method_granularity_and_for_int8() 
 
 
 @pytest.mark.parametrize("percent", [90, 95, 99])
-def test_the_cifar_recipes_follow_the_published_schedule(percent: int) -> None:
+def test_the_cifar_recipes_follow_the_published_schedule(percent) -> None:
     shipped = catalog.load(f"cifar10-resnet18-hydra-s2ap-{percent}")
     assert shipped.prune.sparsity == percent / 100
     assert shipped.threat.eps == "8/255"
@@ -106,7 +104,7 @@ def test_the_cifar_recipes_follow_the_published_schedule(percent: int) -> None:
 # --- defaults and presets -----------------------------------------------------------------------------
 
 
-def test_defaults_are_the_published_schedule_with_adversarial_training(file: Path) -> None:
+def test_defaults_are_the_published_schedule_with_adversarial_training(file) -> None:
     prune = catalog.load(str(file)).prune
     assert (prune.search.epochs, prune.search.learning_rate, prune.search.momentum) == (20, 0.1, 0.9)
     assert (prune.finetune.epochs, prune.finetune.learning_rate, prune.finetune.batch_size) == (
@@ -120,11 +118,11 @@ def test_defaults_are_the_published_schedule_with_adversarial_training(file: Pat
     assert not hasattr(prune.search, "weight_decay")
 
 
-def test_a_section_that_sets_one_key_keeps_the_other_defaults(file: Path) -> None:
+def test_a_section_that_sets_one_key_keeps_the_other_defaults(file) -> None:
     assert catalog.load(str(file), overrides=["prune.finetune.epochs=7"]).prune.finetune.learning_rate == 0.01
 
 
-def test_nothing_is_added_to_training_unless_asked_for(file: Path) -> None:
+def test_nothing_is_added_to_training_unless_asked_for(file) -> None:
     tune = catalog.load(str(file)).prune.finetune
     assert (tune.awp_gamma, tune.awp_warmup_epochs, tune.distillation.weight) == (0, 0, 0)
     asked = ["prune.finetune.awp_gamma=0.01", "prune.finetune.distillation={weight: 0.5, temperature: 4}"]
@@ -133,11 +131,11 @@ def test_nothing_is_added_to_training_unless_asked_for(file: Path) -> None:
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(20, 5), (5, 1), (1, 0), (8, 2)])
-def test_warm_up_is_a_quarter_of_the_search(file: Path, epochs: int, warmup: int) -> None:
+def test_warm_up_is_a_quarter_of_the_search(file, epochs, warmup) -> None:
     assert catalog.load(str(file), overrides=[f"prune.search.epochs={epochs}"]).prune.warmup == warmup
 
 
-def test_the_quick_preset_shortens_the_schedule_and_nothing_else(file: Path) -> None:
+def test_the_quick_preset_shortens_the_schedule_and_nothing_else(file) -> None:
     full = catalog.load(str(file), overrides=["prune.warmup_epochs=7", "prune.sparsity=0.99"])
     quick = changed(full, schema.preset("quick"))
     assert (quick.prune.search.epochs, quick.prune.finetune.epochs, quick.prune.warmup) == (5, 5, 1)
@@ -154,7 +152,7 @@ def test_an_unknown_preset() -> None:
 # --- finding a recipe ---------------------------------------------------------------------------------
 
 
-def test_a_suffix_or_a_separator_makes_a_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_suffix_or_a_separator_makes_a_path(file, monkeypatch) -> None:
     monkeypatch.chdir(file.parent)
     assert catalog.load("mine.yaml").name == catalog.load("./mine.yaml").name == "mine"
     (file.parent / "demo").write_text(MINIMAL)
@@ -166,16 +164,14 @@ def test_a_suffix_or_a_separator_makes_a_path(file: Path, monkeypatch: pytest.Mo
     ("reference", "code"),
     [("dmeo", "recipe-unknown"), ("absent.yaml", "recipe-missing"), (".", "recipe-not-a-file")],
 )
-def test_a_recipe_that_is_not_there(
-    reference: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_that_is_not_there(reference, code, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, check=lambda error: error.code == code):
         catalog.load("./" if reference == "." else reference)
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "name\n"])
-def test_a_document_that_is_no_mapping(tmp_path: Path, text: str) -> None:
+def test_a_document_that_is_no_mapping(tmp_path, text) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     assert "it must be a mapping" in refused(tmp_path / "mine.yaml")
 
@@ -214,7 +210,7 @@ def test_a_document_that_is_no_mapping(tmp_path: Path, text: str) -> None:
         ("name: mine", "name: mine\nexport: {opset: 11}", "export.opset: must be greater than or equal"),
     ],
 )  # fmt: skip
-def test_a_slip_is_named_with_its_line_and_key(file: Path, old: str, new: str, message: str) -> None:
+def test_a_slip_is_named_with_its_line_and_key(file, old, new, message) -> None:
     assert old in MINIMAL
     file.write_text(MINIMAL.replace(old, new))
     found = refused(file)
@@ -223,7 +219,7 @@ def test_a_slip_is_named_with_its_line_and_key(file: Path, old: str, new: str, m
     assert "\n" not in found
 
 
-def test_several_slips_are_told_together_up_to_five(file: Path) -> None:
+def test_several_slips_are_told_together_up_to_five(file) -> None:
     file.write_text(MINIMAL + "".join(f"  wrong{i}: 1\n" for i in range(7)))
     lines = refused(file).splitlines()
     assert [line.split(":")[0] for line in lines[:5]] == [f"mine.yaml, line {n}" for n in range(11, 16)]
@@ -233,18 +229,18 @@ def test_several_slips_are_told_together_up_to_five(file: Path) -> None:
 @pytest.mark.parametrize(
     "arch", ["evil.module:factory", "file.py:factory", "file.py", "../up", "/etc/x", "a/b/c", ""]
 )
-def test_import_paths_are_for_the_command_line_only(file: Path, arch: str) -> None:
+def test_import_paths_are_for_the_command_line_only(file, arch) -> None:
     file.write_text(MINIMAL.replace("arch: digits-conv", f"arch: '{arch}'"))
     assert "line 3: model.arch: an architecture in a recipe is a registered name" in refused(file)
     assert "only on the command line" in refused(file)
 
 
 @pytest.mark.parametrize("arch", ["cifar-resnet18", "torchvision/resnet50", "my_plugin.net+v2"])
-def test_names_are_accepted(file: Path, arch: str) -> None:
+def test_names_are_accepted(file, arch) -> None:
     assert catalog.load(str(file), overrides=[f"model.arch={arch}"]).model.arch == arch
 
 
-def test_a_recipe_never_executes_code(tmp_path: Path) -> None:
+def test_a_recipe_never_executes_code(tmp_path) -> None:
     marker = tmp_path / "marker"
     path = tmp_path / "mine.yaml"
     for attack in (
@@ -261,7 +257,7 @@ def test_a_recipe_never_executes_code(tmp_path: Path) -> None:
 # --- overrides ----------------------------------------------------------------------------------------
 
 
-def test_overrides_apply_in_order_and_reach_optional_sections(file: Path) -> None:
+def test_overrides_apply_in_order_and_reach_optional_sections(file) -> None:
     loaded = catalog.load(
         str(file),
         overrides=[
@@ -302,7 +298,7 @@ def test_overrides_apply_in_order_and_reach_optional_sections(file: Path) -> Non
         ("pretrain.distillation.weight=0.5", "unknown key pretrain.distillation"),
     ],
 )  # fmt: skip
-def test_a_slip_in_an_override_names_the_override(file: Path, override: str, message: str) -> None:
+def test_a_slip_in_an_override_names_the_override(file, override, message) -> None:
     assert message in refused(file, override)
 
 
@@ -310,7 +306,7 @@ def test_a_slip_in_an_override_names_the_override(file: Path, override: str, mes
 
 
 @pytest.mark.parametrize("name", catalog.names())
-def test_shipped_recipes_survive_dump_and_load(name: str, tmp_path: Path) -> None:
+def test_shipped_recipes_survive_dump_and_load(name, tmp_path) -> None:
     original = catalog.load(name)
     (tmp_path / "r.yaml").write_text(catalog.dump(original))
     assert catalog.load(str(tmp_path / "r.yaml")) == original
@@ -323,9 +319,7 @@ def test_shipped_recipes_survive_dump_and_load(name: str, tmp_path: Path) -> Non
     text=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])),
     seed=st.integers(0, 2**31),
 )
-def test_dump_and_load_keep_every_value(
-    tmp_path_factory: pytest.TempPathFactory, eps: str, sparsity: float, text: str, seed: int
-) -> None:
+def test_dump_and_load_keep_every_value(tmp_path_factory, eps, sparsity, text, seed) -> None:
     content: dict[str, Any] = catalog.load("demo").model_dump()
     content |= {"description": text, "seed": seed, "threat": {"eps": eps}}
     content["prune"]["sparsity"] = sparsity

@@ -1,7 +1,5 @@
 """``extends``: one level, section by section, never outside the recipe's folder, every key with its place."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ gate: {min_robust: 0.4}
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path) -> Path:
     (tmp_path / "base.yaml").write_text(BASE)
     return tmp_path
 
@@ -49,7 +47,7 @@ def refused(folder: Path, text: str, name: str = "mine.yaml") -> RecipeError:
     return caught.value
 
 
-def test_keys_merge_section_by_section(folder: Path) -> None:
+def test_keys_merge_section_by_section(folder) -> None:
     own = "extends: base.yaml\nname: mine\nprune: {sparsity: 0.95, search: {epochs: 7}}\n"
     own += "gate: {max_drop: 0.1}\n"
     mine = catalog.load(write(folder, own))
@@ -61,7 +59,7 @@ def test_keys_merge_section_by_section(folder: Path) -> None:
     assert (mine.gate.min_robust, mine.gate.max_drop) == (0.4, 0.1)
 
 
-def test_a_list_is_replaced_and_null_takes_away(folder: Path) -> None:
+def test_a_list_is_replaced_and_null_takes_away(folder) -> None:
     own = "extends: base.yaml\nname: mine\nprune: {steps: [0.7]}\ngate: null\npretrain:\n"
     mine = catalog.load(write(folder, own))
     assert mine.prune is not None
@@ -70,11 +68,11 @@ def test_a_list_is_replaced_and_null_takes_away(folder: Path) -> None:
     assert mine.pretrain is None
 
 
-def test_a_name_is_its_own(folder: Path) -> None:
+def test_a_name_is_its_own(folder) -> None:
     assert "name is missing" in refused(folder, "extends: base.yaml\nseed: 1\n").message
 
 
-def test_a_shipped_recipe_is_extended_by_name_from_anywhere(folder: Path) -> None:
+def test_a_shipped_recipe_is_extended_by_name_from_anywhere(folder) -> None:
     mine = catalog.load(write(folder, "extends: demo\nname: mine\nprune: {sparsity: 0.5}\n"))
     demo = catalog.load("demo")
     assert mine.prune is not None
@@ -83,12 +81,12 @@ def test_a_shipped_recipe_is_extended_by_name_from_anywhere(folder: Path) -> Non
     assert mine.pretrain == demo.pretrain
 
 
-def test_a_file_beside_it_does_not_hide_a_shipped_name(folder: Path) -> None:
+def test_a_file_beside_it_does_not_hide_a_shipped_name(folder) -> None:
     write(folder, BASE, "demo")
     assert catalog.load(write(folder, "extends: demo\nname: mine\n")).seed == 0
 
 
-def test_overrides_come_last_and_cannot_extend(folder: Path) -> None:
+def test_overrides_come_last_and_cannot_extend(folder) -> None:
     path = write(folder, "extends: base.yaml\nname: mine\nprune: {sparsity: 0.95}\n")
     mine = catalog.load(path, overrides=["prune.sparsity=0.99"])
     assert mine.prune is not None
@@ -99,7 +97,7 @@ def test_overrides_come_last_and_cannot_extend(folder: Path) -> None:
         catalog.load(path, overrides=["extends=demo"])
 
 
-def test_a_slip_is_told_where_it_was_written(folder: Path) -> None:
+def test_a_slip_is_told_where_it_was_written(folder) -> None:
     write(folder, BASE.replace("sparsity", "sparcity"), "slip.yaml")
     below = refused(folder, "extends: slip.yaml\nname: mine\n").message
     assert "slip.yaml, line 10: unknown key prune.sparcity" in below
@@ -123,7 +121,7 @@ def test_a_slip_is_told_where_it_was_written(folder: Path) -> None:
         ("[demo]", "must be the name or the path of a recipe"),
     ],
 )
-def test_what_cannot_be_extended(folder: Path, reference: str, words: str) -> None:
+def test_what_cannot_be_extended(folder, reference, words) -> None:
     (folder / "sub").mkdir()
     (folder / "inner").mkdir()
     error = refused(folder, f"name: mine\nextends: {reference}\n", "inner/mine.yaml")
@@ -131,14 +129,14 @@ def test_what_cannot_be_extended(folder: Path, reference: str, words: str) -> No
     assert "inner/mine.yaml, line 2" in error.message
 
 
-def test_a_link_does_not_lead_out(folder: Path) -> None:
+def test_a_link_does_not_lead_out(folder) -> None:
     (folder / "inner").mkdir()
     (folder / "inner" / "link.yaml").symlink_to(folder / "base.yaml")
     error = refused(folder, "name: mine\nextends: link.yaml\n", "inner/mine.yaml")
     assert "not inside the recipe's own folder" in error.message
 
 
-def test_one_level_is_all_there_is(folder: Path) -> None:
+def test_one_level_is_all_there_is(folder) -> None:
     write(folder, "extends: base.yaml\nname: middle\n", "middle.yaml")
     error = refused(folder, "extends: middle.yaml\nname: mine\n")
     assert "middle.yaml extends 'base.yaml' itself" in error.message
@@ -147,7 +145,7 @@ def test_one_level_is_all_there_is(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "word\n"])
-def test_what_holds_no_mapping_cannot_be_extended(folder: Path, text: str) -> None:
+def test_what_holds_no_mapping_cannot_be_extended(folder, text) -> None:
     write(folder, text, "odd.yaml")
     assert "holds no recipe to extend" in refused(folder, "extends: odd.yaml\nname: mine\n").message
 
@@ -161,7 +159,7 @@ documents = st.dictionaries(st.sampled_from("abc"), trees, max_size=3)
 
 
 @given(documents, documents)
-def test_merging_keeps_every_own_value_and_every_other_one(base: dict[str, Any], own: dict[str, Any]) -> None:
+def test_merging_keeps_every_own_value_and_every_other_one(base, own) -> None:
     before = copy.deepcopy((base, own))
     result = catalog.merged(Document(base), Document(own)).content
     assert (base, own) == before

@@ -1,7 +1,5 @@
 """The in-toto statement: its layout is the framework's, and it says no more than the certificate does."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -43,13 +41,13 @@ FILES = [("finetune/model.safetensors", "a" * 64), ("export/model.onnx", "b" * 6
 
 
 @pytest.fixture
-def certificate(make_certificate: Any) -> Certificate:
+def certificate(make_certificate) -> Certificate:
     """Of four samples, two stand."""
     found: Certificate = make_certificate([None, None, "apgd-ce", "clean"], recipe_sha256="d" * 64)
     return found
 
 
-def test_the_layout_is_the_frameworks(certificate: Certificate) -> None:
+def test_the_layout_is_the_frameworks(certificate) -> None:
     found = json.loads(json.dumps(statement(certificate, subjects=FILES, verification={"seed": 1})))
     jsonschema.validate(found, STATEMENT_V1)
     assert found["_type"] == STATEMENT_TYPE
@@ -58,7 +56,7 @@ def test_the_layout_is_the_frameworks(certificate: Certificate) -> None:
     assert len(set(names)) == len(names), "names are unique within subject"
 
 
-def test_it_carries_the_result_and_what_binds_it(certificate: Certificate) -> None:
+def test_it_carries_the_result_and_what_binds_it(certificate) -> None:
     predicate: dict[str, Any] = statement(certificate, subjects=FILES)["predicate"]
     assert predicate["certificate"]["sha256"] == certificate.sha256
     assert predicate["formalGuarantee"] is False
@@ -71,6 +69,6 @@ def test_it_carries_the_result_and_what_binds_it(certificate: Certificate) -> No
     assert "verification" not in predicate
 
 
-def test_nothing_to_speak_of_is_refused(certificate: Certificate) -> None:
+def test_nothing_to_speak_of_is_refused(certificate) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "certificate-without-file"):
         statement(certificate, subjects=[])

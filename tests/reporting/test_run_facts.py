@@ -1,7 +1,5 @@
 """The facts of a run: complete, or with a sentence for what is not there, and never changed by reading."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,7 @@ from s2ap_deploy.reporting.run_facts import collect, number
 from s2ap_deploy.runs.folder import Run
 
 
-def test_a_real_run(finished_run: Path, files_in: Callable[[Path], dict[str, bytes]]) -> None:
+def test_a_real_run(finished_run, files_in) -> None:
     before = files_in(finished_run)
     facts = collect(finished_run)
     assert files_in(finished_run) == before
@@ -31,7 +29,7 @@ def test_a_real_run(finished_run: Path, files_in: Callable[[Path], dict[str, byt
     assert collect(finished_run, images=0).shown == ()
 
 
-def test_a_folder_without_a_run(tmp_path: Path) -> None:
+def test_a_folder_without_a_run(tmp_path) -> None:
     with pytest.raises(RunFolderError, check=lambda error: error.code == "run-missing"):
         collect(tmp_path)
 
@@ -45,7 +43,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_file_that_is_not_the_recorded_one_is_left_out_and_named(name: str, own_run: Path) -> None:
+def test_a_file_that_is_not_the_recorded_one_is_left_out_and_named(name, own_run) -> None:
     DAMAGES[name](own_run / name)
     facts = collect(own_run)
     assert [problem for problem in facts.problems if problem.startswith(name)]
@@ -56,7 +54,7 @@ def test_a_file_that_is_not_the_recorded_one_is_left_out_and_named(name: str, ow
 @pytest.mark.parametrize(
     "content", ["[1]", "{}", "nonsense", '[{"loss": NaN}]', '[{"loss": [], "epoch": "x"}]']
 )
-def test_a_recorded_file_of_nonsense(content: str, tmp_path: Path) -> None:
+def test_a_recorded_file_of_nonsense(content, tmp_path) -> None:
     with Run.open(tmp_path / "run", create=True, command="test") as run:
         stage = run.stage("search", inputs={"prune": 3, "threat": []}, resume=False, overwrite=False)
         (stage.folder / "history.json").write_text(content)
@@ -71,7 +69,7 @@ def test_a_recorded_file_of_nonsense(content: str, tmp_path: Path) -> None:
         assert any("history" in problem for problem in facts.problems)
 
 
-def test_an_unfinished_stage_counts_for_nothing(tmp_path: Path) -> None:
+def test_an_unfinished_stage_counts_for_nothing(tmp_path) -> None:
     with Run.open(tmp_path / "run", create=True, command="test") as run:
         run.stage("search", inputs={}, resume=False, overwrite=False)
     assert "This folder has no finished mask search" in collect(tmp_path / "run").missing["density"]
@@ -81,6 +79,6 @@ def test_an_unfinished_stage_counts_for_nothing(tmp_path: Path) -> None:
     ("value", "expected"),
     [(1, 1.0), (0.5, 0.5), (True, None), ("1", None), (None, None), (float("nan"), None), (10**400, None)],
 )
-def test_number(value: Any, expected: float | None) -> None:
+def test_number(value, expected) -> None:
     assert number(value) == expected
     assert json.dumps(number(value))

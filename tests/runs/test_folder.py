@@ -1,7 +1,5 @@
 """The run folder: what is skipped, what is refused, and that no kill spoils it."""
 
-from __future__ import annotations
-
 import builtins
 import contextlib
 import json
@@ -33,7 +31,7 @@ def open_run(path: Path, *, create: bool = True) -> Run:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
+def run(tmp_path) -> Iterator[Run]:
     with open_run(tmp_path / "s2ap-run") as opened:
         yield opened
 
@@ -60,7 +58,7 @@ def complete(run: Run, name: StageName, inputs: dict[str, Any] = INPUTS, text: s
 # --- opening -----------------------------------------------------------------------------------------
 
 
-def test_a_new_folder_is_made_with_its_parents_and_found_again(tmp_path: Path) -> None:
+def test_a_new_folder_is_made_with_its_parents_and_found_again(tmp_path) -> None:
     path = tmp_path / "a" / "b"
     with Run.open(path, create=True, command="prune model.pt") as run:
         complete(run, "search")
@@ -69,14 +67,14 @@ def test_a_new_folder_is_made_with_its_parents_and_found_again(tmp_path: Path) -
         assert "search finished" in repr(run)
 
 
-def test_an_empty_folder_is_taken_over_and_the_rests_of_a_kill_too(tmp_path: Path) -> None:
+def test_an_empty_folder_is_taken_over_and_the_rests_of_a_kill_too(tmp_path) -> None:
     (tmp_path / ".lock").write_text("123\n")
     (tmp_path / ".tmp-0123.json").write_text("{")
     with open_run(tmp_path):
         assert sorted(os.listdir(tmp_path)) == [".lock", "manifest.json"]
 
 
-def test_without_create_a_run_must_be_there(tmp_path: Path) -> None:
+def test_without_create_a_run_must_be_there(tmp_path) -> None:
     for path in (tmp_path / "absent", tmp_path):
         with pytest.raises(RunFolderError, check=lambda error: error.code == "run-missing") as caught:
             open_run(path, create=False)
@@ -84,7 +82,7 @@ def test_without_create_a_run_must_be_there(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+def test_a_file_where_the_folder_should_be(tmp_path) -> None:
     (tmp_path / "s2ap-run").write_text("precious")
     with pytest.raises(RunFolderError, check=lambda error: error.code == "run-folder-is-file"):
         open_run(tmp_path / "s2ap-run")
@@ -93,14 +91,14 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     assert (tmp_path / "s2ap-run").read_text() == "precious"
 
 
-def test_a_folder_with_other_files_is_refused_and_untouched(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_untouched(tmp_path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(RunFolderError, check=lambda error: error.code == "run-folder-foreign"):
         open_run(tmp_path)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
-def test_a_folder_in_use_is_refused_and_free_again_after_an_error(tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused_and_free_again_after_an_error(tmp_path) -> None:
     with (
         open_run(tmp_path),
         pytest.raises(RunFolderError, check=lambda error: error.code == "run-folder-in-use"),
@@ -116,7 +114,7 @@ def test_a_folder_in_use_is_refused_and_free_again_after_an_error(tmp_path: Path
 # --- skipping, resuming, overwriting -----------------------------------------------------------------
 
 
-def test_a_finished_stage_with_the_same_inputs_is_skipped(run: Run) -> None:
+def test_a_finished_stage_with_the_same_inputs_is_skipped(run) -> None:
     output = complete(run, "search")
     stage = enter(run, "search")
     assert (stage.state, stage.results) == ("finished", {"figure": 0.5})
@@ -125,7 +123,7 @@ def test_a_finished_stage_with_the_same_inputs_is_skipped(run: Run) -> None:
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_other_inputs_are_refused_with_what_differs_named(run: Run, finished: bool) -> None:
+def test_other_inputs_are_refused_with_what_differs_named(run, finished) -> None:
     if finished:
         complete(run, "search")
     else:
@@ -137,13 +135,13 @@ def test_other_inputs_are_refused_with_what_differs_named(run: Run, finished: bo
         assert "--run" in str(caught.value.hint)
 
 
-def test_a_long_list_of_differences_is_cut(run: Run) -> None:
+def test_a_long_list_of_differences_is_cut(run) -> None:
     enter(run, "search", {f"key{i}": i for i in range(9)})
     with pytest.raises(RunFolderError, match="key4: 4 → absent; and 4 more"):
         enter(run, "search", {})
 
 
-def test_an_unfinished_stage_needs_resume(run: Run) -> None:
+def test_an_unfinished_stage_needs_resume(run) -> None:
     stage = enter(run, "search")
     (stage.folder / "record.jsonl").write_text("1\n")
     with pytest.raises(RunFolderError, check=lambda error: error.code == "stage-unfinished") as caught:
@@ -154,7 +152,7 @@ def test_an_unfinished_stage_needs_resume(run: Run) -> None:
     assert (again.folder / "record.jsonl").read_text() == "1\n"
 
 
-def test_overwrite_starts_again_from_an_empty_folder(run: Run) -> None:
+def test_overwrite_starts_again_from_an_empty_folder(run) -> None:
     output = complete(run, "search")
     stage = enter(run, "search", {"seed": 1}, overwrite=True)
     assert stage.state == "fresh"
@@ -162,7 +160,7 @@ def test_overwrite_starts_again_from_an_empty_folder(run: Run) -> None:
     assert stage.results is None
 
 
-def test_overwriting_a_stage_forgets_what_was_built_on_it_and_nothing_else(run: Run) -> None:
+def test_overwriting_a_stage_forgets_what_was_built_on_it_and_nothing_else(run) -> None:
     for name in STAGES:
         complete(run, name)
     (run.path / "notes.txt").write_text("mine")
@@ -174,7 +172,7 @@ def test_overwriting_a_stage_forgets_what_was_built_on_it_and_nothing_else(run: 
     assert enter(run, "search").state == "finished"
 
 
-def test_finished_later_work_is_not_discarded_unasked(run: Run) -> None:
+def test_finished_later_work_is_not_discarded_unasked(run) -> None:
     complete(run, "export")
     complete(run, "gate")
     for resume in (False, True):
@@ -185,7 +183,7 @@ def test_finished_later_work_is_not_discarded_unasked(run: Run) -> None:
     assert list(run.manifest.stages) == ["certify"]
 
 
-def test_a_verdict_is_cheap_and_does_not_stand_in_the_way(run: Run) -> None:
+def test_a_verdict_is_cheap_and_does_not_stand_in_the_way(run) -> None:
     complete(run, "gate")
     assert enter(run, "export").state == "fresh"
     assert list(run.manifest.stages) == ["export"]
@@ -203,7 +201,7 @@ def damage_append(output: Path) -> None:
     ("damage", "message"),
     [(Path.unlink, "is missing"), (damage_change, "has changed"), (damage_append, "has changed")],
 )
-def test_damaged_outputs_run_again_when_asked(run: Run, damage: Callable[[Path], None], message: str) -> None:
+def test_damaged_outputs_run_again_when_asked(run, damage, message) -> None:
     damage(complete(run, "search"))
     with pytest.raises(RunFolderError, match=rf"finished, but search/out\.txt {message}"):
         enter(run, "search")
@@ -214,7 +212,7 @@ def test_damaged_outputs_run_again_when_asked(run: Run, damage: Callable[[Path],
     assert message in str(stage.note)
 
 
-def test_output_gives_only_what_a_finished_stage_wrote(run: Run) -> None:
+def test_output_gives_only_what_a_finished_stage_wrote(run) -> None:
     written = complete(run, "search")
     assert run.output("search", "out.txt") == written
     with pytest.raises(RunFolderError, check=lambda error: error.code == "output-missing"):
@@ -225,7 +223,7 @@ def test_output_gives_only_what_a_finished_stage_wrote(run: Run) -> None:
     assert caught.value.hint == "repeat its command with --resume"
 
 
-def test_output_before_any_stage(run: Run) -> None:
+def test_output_before_any_stage(run) -> None:
     with pytest.raises(RunFolderError, check=lambda error: error.code == "stage-missing") as caught:
         run.output("search", "out.txt")
     assert caught.value.hint == "run s2ap-deploy prune first"
@@ -234,7 +232,7 @@ def test_output_before_any_stage(run: Run) -> None:
 # --- what is recorded ---------------------------------------------------------------------------------
 
 
-def test_the_manifest_records_outputs_environment_and_every_session(run: Run) -> None:
+def test_the_manifest_records_outputs_environment_and_every_session(run) -> None:
     run.stage("search", inputs=INPUTS, resume=False, overwrite=False, environment={"threads": 1})
     stage = run.stage("search", inputs=INPUTS, resume=True, overwrite=False, environment={"threads": 2})
     (stage.folder / "deep").mkdir()
@@ -250,7 +248,7 @@ def test_the_manifest_records_outputs_environment_and_every_session(run: Run) ->
     assert stage.state == "finished"
 
 
-def test_time_before_a_kill_counts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_before_a_kill_counts(run, monkeypatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     stage = enter(run, "search")
@@ -264,26 +262,26 @@ def test_time_before_a_kill_counts(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert run.manifest.stages["search"].seconds == 10
 
 
-def test_an_output_outside_the_stage_is_a_mistake_of_ours(run: Run) -> None:
+def test_an_output_outside_the_stage_is_a_mistake_of_ours(run) -> None:
     stage = enter(run, "search")
     files.write_text(run.path / "a.txt", "")
     with pytest.raises(ValueError, match=r"a\.txt"):
         stage.finish([run.path / "a.txt"], None)
 
 
-def test_an_output_that_was_never_written(run: Run) -> None:
+def test_an_output_that_was_never_written(run) -> None:
     stage = enter(run, "search")
     with pytest.raises(StorageError, match="cannot read"):
         stage.finish([stage.folder / "absent"], None)
     assert run.manifest.stages["search"].status == "started"
 
 
-def test_an_unknown_stage_is_a_mistake_of_ours(run: Run) -> None:
+def test_an_unknown_stage_is_a_mistake_of_ours(run) -> None:
     with pytest.raises(ValueError, match="is not a stage"):
         enter(run, "polish")  # type: ignore[arg-type]
 
 
-def test_recipe_round_trip(run: Run) -> None:
+def test_recipe_round_trip(run) -> None:
     assert run.load_recipe() is None
     resolved = catalog.load("demo", overrides=["seed=3"])
     run.save_recipe(resolved)
@@ -296,7 +294,7 @@ def test_recipe_round_trip(run: Run) -> None:
 # --- folders from elsewhere ---------------------------------------------------------------------------
 
 
-def test_an_output_path_that_leads_out_is_refused(run: Run) -> None:
+def test_an_output_path_that_leads_out_is_refused(run) -> None:
     complete(run, "search")
     path = run.path / "manifest.json"
     path.write_text(path.read_text().replace("search/out.txt", "../../etc/passwd"))
@@ -309,9 +307,7 @@ def test_an_output_path_that_leads_out_is_refused(run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", ["search", "certify"])
-def test_a_stage_folder_that_is_a_link_is_refused_and_its_target_kept(
-    run: Run, tmp_path: Path, name: str
-) -> None:
+def test_a_stage_folder_that_is_a_link_is_refused_and_its_target_kept(run, tmp_path, name) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "a").write_text("")
@@ -324,7 +320,7 @@ def test_a_stage_folder_that_is_a_link_is_refused_and_its_target_kept(
 # --- snapshots ----------------------------------------------------------------------------------------
 
 
-def test_snapshot_round_trip_and_removal_by_finish(run: Run) -> None:
+def test_snapshot_round_trip_and_removal_by_finish(run) -> None:
     stage = enter(run, "search")
     assert stage.load_snapshot() is None
     stage.save_snapshot({"scores": torch.arange(3.0)}, {"epoch": 2})
@@ -336,7 +332,7 @@ def test_snapshot_round_trip_and_removal_by_finish(run: Run) -> None:
     assert os.listdir(stage.folder) == []
 
 
-def test_a_snapshot_of_other_inputs_is_refused(run: Run) -> None:
+def test_a_snapshot_of_other_inputs_is_refused(run) -> None:
     enter(run, "search").save_snapshot({}, {"epoch": 2})
     kept = run.path / "kept"
     (run.path / "search" / snapshot.FILE_NAME).rename(kept)
@@ -419,9 +415,7 @@ def killed_at(call: int, workload: Callable[[], object]) -> bool:
 
 
 @pytest.mark.parametrize("earlier", ["nothing", "finished", "unfinished"])
-def test_a_kill_between_any_two_file_system_calls_can_be_recovered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: str
-) -> None:
+def test_a_kill_between_any_two_file_system_calls_can_be_recovered(tmp_path, monkeypatch, earlier) -> None:
     """From an empty folder, and while ``--overwrite`` clears the results or snapshots of another seed."""
     monkeypatch.setattr(os, "fsync", lambda _: None)  # slow on a busy disk, and no kill can tell
     expected = work(tmp_path / "whole")
@@ -445,9 +439,7 @@ def test_a_kill_between_any_two_file_system_calls_can_be_recovered(
     assert call >= CLEARED
 
 
-def test_a_refused_replace_is_one_clear_error_and_can_be_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_replace_is_one_clear_error_and_can_be_resumed(tmp_path, monkeypatch) -> None:
     expected = work(tmp_path / "whole")
     replace = os.replace
     for allowed in range(11):  # as many as the workload makes
@@ -468,7 +460,7 @@ def test_a_refused_replace_is_one_clear_error_and_can_be_resumed(
         assert work(path) == expected
 
 
-def test_killed_twenty_times_at_random_moments(tmp_path: Path) -> None:
+def test_killed_twenty_times_at_random_moments(tmp_path) -> None:
     expected = work(tmp_path / "whole")
     rng = random.Random(0)
     path = tmp_path / "killed"

@@ -1,7 +1,5 @@
 """An exported file certified itself, from the command line: int8, and one from elsewhere."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +16,7 @@ QUICK = ["--n", 80, "--protocol", "quick", "--threads", 1, "--workers", 1]
 
 
 @pytest.fixture(scope="module")
-def int8_run(digits_model: Path, tmp_path_factory: pytest.TempPathFactory, s2ap: Command) -> Path:
+def int8_run(digits_model, tmp_path_factory, s2ap) -> Path:
     """A network attacked in float32 at twice the radius it was trained for, then exported as int8."""
     run = tmp_path_factory.mktemp("int8") / "run"
     done = s2ap("certify", digits_model, "--eps", "0.2", *QUICK, "--run", run)
@@ -30,7 +28,7 @@ def int8_run(digits_model: Path, tmp_path_factory: pytest.TempPathFactory, s2ap:
 
 
 @pytest.fixture(scope="module")
-def certified(int8_run: Path, tmp_path_factory: pytest.TempPathFactory, s2ap: Command) -> Path:
+def certified(int8_run, tmp_path_factory, s2ap) -> Path:
     run = Path(shutil.copytree(int8_run, tmp_path_factory.mktemp("certified") / "run"))
     done = s2ap(
         "certify", "--artifact", "export/model-int8.onnx", "--run", run, "--threads", 1, "--workers", 1
@@ -39,7 +37,7 @@ def certified(int8_run: Path, tmp_path_factory: pytest.TempPathFactory, s2ap: Co
     return run
 
 
-def test_the_report_says_what_int8_is(int8_run: Path) -> None:
+def test_the_report_says_what_int8_is(int8_run) -> None:
     report = ExportReport.load(int8_run / "export" / "report.json")
     assert report.quantization is not None
     assert report.quantization.calibration_images == 32
@@ -48,16 +46,14 @@ def test_the_report_says_what_int8_is(int8_run: Path) -> None:
     assert any("does not cover" in warning for warning in report.warnings)
 
 
-def test_a_float_certificate_does_not_pass_an_int8_file(
-    int8_run: Path, tmp_path: Path, s2ap: Command
-) -> None:
+def test_a_float_certificate_does_not_pass_an_int8_file(int8_run, tmp_path, s2ap) -> None:
     run = shutil.copytree(int8_run, tmp_path / "run")
     done = s2ap("gate", "--min-clean", "0.5", "--rule", "point", "--run", run)
     assert done.code == 3
     assert "certify the file itself with s2ap-deploy certify --artifact RUN/export/" in done.out
 
 
-def test_transferred_accuracy_of_int8_is_higher_than_attacked_and_caught(certified: Path) -> None:
+def test_transferred_accuracy_of_int8_is_higher_than_attacked_and_caught(certified) -> None:
     certificate = Certificate.load(certified / "artifact" / "certificate.json")
     file = certificate.subject.artifact
     assert file is not None
@@ -71,7 +67,7 @@ def test_transferred_accuracy_of_int8_is_higher_than_attacked_and_caught(certifi
     assert {sample.broken_by for sample in certificate.samples} >= {"transfer", "apgd-ce"}
 
 
-def test_the_file_is_covered_by_its_own_certificate(certified: Path, tmp_path: Path, s2ap: Command) -> None:
+def test_the_file_is_covered_by_its_own_certificate(certified, tmp_path, s2ap) -> None:
     run = shutil.copytree(certified, tmp_path / "run")
     done = s2ap("gate", "--min-clean", "0.5", "--rule", "point", "--run", run)
     assert "file export/model-int8.onnx is the attacked file" in done.out
@@ -80,7 +76,7 @@ def test_the_file_is_covered_by_its_own_certificate(certified: Path, tmp_path: P
     assert s2ap("gate", "--min-clean", "0.5", "--rule", "point", "--run", run).code == 1
 
 
-def test_a_second_time_is_skipped(certified: Path, tmp_path: Path, s2ap: Command) -> None:
+def test_a_second_time_is_skipped(certified, tmp_path, s2ap) -> None:
     run = shutil.copytree(certified, tmp_path / "run")
     before = (run / "artifact" / "certificate.json").read_bytes()
     done = s2ap("certify", "--artifact", "export/model-int8.onnx", "--run", run, "--json")
@@ -89,7 +85,7 @@ def test_a_second_time_is_skipped(certified: Path, tmp_path: Path, s2ap: Command
     assert (run / "artifact" / "certificate.json").read_bytes() == before
 
 
-def test_a_file_from_elsewhere(int8_run: Path, certified: Path, tmp_path: Path, s2ap: Command) -> None:
+def test_a_file_from_elsewhere(int8_run, certified, tmp_path, s2ap) -> None:
     file = Path(shutil.copy(int8_run / "export" / "model-int8.onnx", tmp_path / "robust.onnx"))
     run = tmp_path / "run"
     done = s2ap("certify", "--artifact", file, "--eps", "0.2", *QUICK, "--run", run)
@@ -104,7 +100,7 @@ def test_a_file_from_elsewhere(int8_run: Path, certified: Path, tmp_path: Path, 
     assert "file artifact/model.onnx is the attacked file" in done.out
 
 
-def test_what_does_not_go_together(int8_run: Path, digits_model: Path, tmp_path: Path, s2ap: Command) -> None:
+def test_what_does_not_go_together(int8_run, digits_model, tmp_path, s2ap) -> None:
     file = int8_run / "export" / "model-int8.onnx"
     for wrong in (["--provable"], [digits_model], ["--curve"]):
         done = s2ap("certify", *wrong, "--artifact", file, "--run", tmp_path / "run")
@@ -118,7 +114,7 @@ def test_what_does_not_go_together(int8_run: Path, digits_model: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_file_of_another_run(finished_run: Path, int8_run: Path, s2ap: Command) -> None:
+def test_a_file_of_another_run(finished_run, int8_run, s2ap) -> None:
     file = int8_run / "export" / "model-int8.onnx"
     done = s2ap("certify", "--artifact", file, "--run", finished_run)
     assert done.code == 2
@@ -133,9 +129,7 @@ def verified(run: Path, s2ap: Command, *options: object) -> Any:
     return done.code, json.loads(done.out) if done.out else done.err
 
 
-def test_a_certificate_of_a_file_is_verified_on_the_file(
-    certified: Path, files_in: Callable[[Path], dict[str, bytes]], s2ap: Command
-) -> None:
+def test_a_certificate_of_a_file_is_verified_on_the_file(certified, files_in, s2ap) -> None:
     before = files_in(certified)
     code, found = verified(certified, s2ap)
     assert code == 0, [check for check in found["checks"] if check["status"] != "pass"]
@@ -150,9 +144,7 @@ def test_a_certificate_of_a_file_is_verified_on_the_file(
     assert any("new attacks: 2 of 2 images withstand again" in line for line in messages)
 
 
-def test_a_file_that_was_changed_or_is_gone_is_not_verified(
-    certified: Path, tmp_path: Path, s2ap: Command
-) -> None:
+def test_a_file_that_was_changed_or_is_gone_is_not_verified(certified, tmp_path, s2ap) -> None:
     run = Path(shutil.copytree(certified, tmp_path / "run"))
     with (run / "export" / "model-int8.onnx").open("ab") as stream:
         stream.write(b"\0")

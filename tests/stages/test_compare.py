@@ -1,9 +1,7 @@
 """Comparing run folders: the numbers, and folders that cannot be compared."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +45,7 @@ def folder(
     return path
 
 
-def test_the_numbers_of_two_runs(tmp_path: Path, files_in: Callable[[Path], dict[str, bytes]]) -> None:
+def test_the_numbers_of_two_runs(tmp_path, files_in) -> None:
     best = {"clean_accuracy": 0.95, "robust_accuracy": 0.7}
     first = folder(tmp_path / "one", masks(0, 1), best=best)
     second = folder(tmp_path / "two", dict(reversed(masks(1, 2).items())))
@@ -68,7 +66,7 @@ def test_the_numbers_of_two_runs(tmp_path: Path, files_in: Callable[[Path], dict
     assert (one["finetune"], two["finetune"]) == (best, None)
 
 
-def test_three_runs_have_three_pairs_and_one_may_be_named_twice(tmp_path: Path) -> None:
+def test_three_runs_have_three_pairs_and_one_may_be_named_twice(tmp_path) -> None:
     one, two = folder(tmp_path / "one", masks(0)), folder(tmp_path / "two", masks(3))
     found = compare([one, two, one])
     assert [(pair["first"], pair["second"]) for pair in found["pairs"]] == [(1, 2), (1, 3), (2, 3)]
@@ -76,14 +74,14 @@ def test_three_runs_have_three_pairs_and_one_may_be_named_twice(tmp_path: Path) 
     assert found["pairs"][0]["iou"] == found["pairs"][2]["iou"] == 2 / 4
 
 
-def test_a_folder_in_use_is_compared_all_the_same(tmp_path: Path) -> None:
+def test_a_folder_in_use_is_compared_all_the_same(tmp_path) -> None:
     one = folder(tmp_path / "one", masks(0))
     with Run.open(one, create=False, command="other"):
         assert compare([one, one])["pairs"][0]["hamming"] == 0
 
 
 @pytest.mark.parametrize("results", [{"last": None}, {"last": {"flip_rate": "many"}}, [1], "text"])
-def test_a_search_that_says_little(results: Any, tmp_path: Path) -> None:
+def test_a_search_that_says_little(results, tmp_path) -> None:
     """Methods without learning have no last epoch, and other versions other words."""
     one = folder(tmp_path / "one", masks(0), results=results)
     run = compare([one, one])["runs"][0]
@@ -124,16 +122,14 @@ def no_search(path: Path) -> None:
         (no_search, "two holds no search"),
     ],
 )
-def test_a_folder_that_does_not_hold_what_it_should(
-    spoil: Callable[[Path], None], message: str, tmp_path: Path
-) -> None:
+def test_a_folder_that_does_not_hold_what_it_should(spoil, message, tmp_path) -> None:
     one, two = folder(tmp_path / "one", masks(0)), folder(tmp_path / "two", masks(0))
     spoil(two)
     with pytest.raises(RunFolderError, match=message):
         compare([one, two])
 
 
-def test_a_search_that_is_not_finished_is_named(tmp_path: Path) -> None:
+def test_a_search_that_is_not_finished_is_named(tmp_path) -> None:
     one, two = folder(tmp_path / "one", masks(0)), folder(tmp_path / "two", {}, finish=False)
     with pytest.raises(RunFolderError, check=lambda error: error.code == "stage-unfinished") as refused:
         compare([one, two])
@@ -141,7 +137,7 @@ def test_a_search_that_is_not_finished_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["nowhere", "file", "other"])
-def test_what_is_no_run_folder(what: str, tmp_path: Path) -> None:
+def test_what_is_no_run_folder(what, tmp_path) -> None:
     one = folder(tmp_path / "one", masks(0))
     (tmp_path / "file").write_text("no run")
     (tmp_path / "other").mkdir()
@@ -150,7 +146,7 @@ def test_what_is_no_run_folder(what: str, tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_masks_of_different_networks_name_the_folders_and_the_layer(tmp_path: Path) -> None:
+def test_masks_of_different_networks_name_the_folders_and_the_layer(tmp_path) -> None:
     one, two = folder(tmp_path / "one", masks(0)), folder(tmp_path / "two", masks(0, shape=(4, 2)))
     three = folder(tmp_path / "three", {"c.weight": torch.ones(3, dtype=torch.bool)})
     with pytest.raises(InputError, match=r"run 1 .*one.* and run 2 .*two.*a\.weight is \(2, 4\)"):
@@ -160,6 +156,6 @@ def test_masks_of_different_networks_name_the_folders_and_the_layer(tmp_path: Pa
 
 
 @pytest.mark.parametrize("runs", [[], [Path("one")]])
-def test_less_than_two_runs(runs: list[Path]) -> None:
+def test_less_than_two_runs(runs) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "runs-too-few"):
         compare(runs)

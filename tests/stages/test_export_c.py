@@ -1,7 +1,5 @@
 """The C library of an exported file: what is written, built, judged and refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,8 +1,5 @@
 """An export held against its target: patterns of weights, budgets, and what the report says of them."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,7 +61,7 @@ def report(**changes: Any) -> ExportReport:
 
 
 @given(st.integers(1, 3), st.integers(0, 2**31))
-def test_every_mask_of_the_search_keeps_to_its_pattern(n: int, seed: int) -> None:
+def test_every_mask_of_the_search_keeps_to_its_pattern(n, seed) -> None:
     values = torch.rand(6, 8, 3, 3, generator=torch.Generator().manual_seed(seed)) + 0.1
     kept = values * NOfM(["w"], n, 4).best(values)
     assert off_pattern({"w": kept}, n, 4) is None
@@ -98,7 +95,7 @@ def test_a_dense_network_is_refused_by_a_target_that_needs_a_pattern() -> None:
     refuse_misfit(None, section, registry.build("digits-conv"), SIZE)
 
 
-def test_the_report_names_the_target_and_every_budget_beside_what_was_found(tmp_path: Path) -> None:
+def test_the_report_names_the_target_and_every_budget_beside_what_was_found(tmp_path) -> None:
     file = tmp_path / "model.onnx"
     file.write_bytes(b"x")
     asked = recipe(max_bytes=6000, max_macs=10**6, max_latency_ms=2.0)
@@ -123,7 +120,7 @@ def test_the_report_names_the_target_and_every_budget_beside_what_was_found(tmp_
 @pytest.mark.parametrize(
     "limits", [{"max_bytes": 4999}, {"max_macs": 1}, {"max_latency_ms": 1.0}, {"max_bytes": 1, "max_macs": 1}]
 )
-def test_a_missed_budget_removes_the_file(tmp_path: Path, limits: dict[str, Any]) -> None:
+def test_a_missed_budget_removes_the_file(tmp_path, limits) -> None:
     file = tmp_path / "model.onnx"
     file.write_bytes(b"x")
     with pytest.raises(VerificationError, check=lambda error: error.code == "budget-missed"):
@@ -131,7 +128,7 @@ def test_a_missed_budget_removes_the_file(tmp_path: Path, limits: dict[str, Any]
     assert not file.exists()
 
 
-def test_a_budget_of_the_targets_own_counts(tmp_path: Path) -> None:
+def test_a_budget_of_the_targets_own_counts(tmp_path) -> None:
     board = tmp_path / "board.yaml"
     board.write_text("name: board\ndescription: d\nbudgets:\n  bytes: 4000\n")
     file = tmp_path / "model.onnx"
@@ -142,7 +139,7 @@ def test_a_budget_of_the_targets_own_counts(tmp_path: Path) -> None:
     completed(report(), file, exported(), recipe(max_bytes=5000), own)
 
 
-def test_another_profile_under_the_same_name_is_another_input(tmp_path: Path) -> None:
+def test_another_profile_under_the_same_name_is_another_input(tmp_path) -> None:
     board = tmp_path / "board.yaml"
     board.write_text("name: board\ndescription: d\n")
     before = inputs(target.find(str(board)))

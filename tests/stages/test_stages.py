@@ -1,7 +1,5 @@
 """The stages on the embedded digits: what each reads, leaves, and refuses to do."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
@@ -72,7 +70,7 @@ def told(job: RunContext) -> Telling:
     return job.recorder
 
 
-def test_the_whole_path_and_nothing_twice(tmp_path: Path) -> None:
+def test_the_whole_path_and_nothing_twice(tmp_path) -> None:
     with opened(tmp_path / "run", tiny()) as job:
         answer = pipeline.whole(job)
         assert answer is not None
@@ -92,7 +90,7 @@ def test_the_whole_path_and_nothing_twice(tmp_path: Path) -> None:
             assert job.run.manifest.stages[name] == first.stages[name]  # type: ignore[index]
 
 
-def test_a_new_policy_alone_is_judged_and_remembered(own_run: Path) -> None:
+def test_a_new_policy_alone_is_judged_and_remembered(own_run) -> None:
     recipe = catalog.load(str(own_run / "recipe.yaml"))
     strict = Recipe.model_validate({**recipe.model_dump(), "gate": {"min_robust": 0.9, "rule": "point"}})
     with opened(own_run, strict) as job:
@@ -102,7 +100,7 @@ def test_a_new_policy_alone_is_judged_and_remembered(own_run: Path) -> None:
         assert job.run.load_recipe() == strict
 
 
-def test_pruned_weights_are_exactly_zero_and_masks_match_scores(finished_run: Path) -> None:
+def test_pruned_weights_are_exactly_zero_and_masks_match_scores(finished_run) -> None:
     masks = load_tensors(finished_run / "search" / "masks.safetensors")
     scores = load_tensors(finished_run / "search" / "scores.safetensors")
     classifier, info, _ = checkpoint.load(finished_run / "finetune" / "model.safetensors")
@@ -116,7 +114,7 @@ def test_pruned_weights_are_exactly_zero_and_masks_match_scores(finished_run: Pa
     assert info.sparsity == pytest.approx(1 - 15_107 / 151_072)
 
 
-def test_a_recipe_that_has_no_network_to_begin_with(tmp_path: Path) -> None:
+def test_a_recipe_that_has_no_network_to_begin_with(tmp_path) -> None:
     recipe = tiny().model_copy(update={"pretrain": None})
     with opened(tmp_path / "run", recipe) as job:
         with pytest.raises(RecipeError, match="neither a checkpoint nor an architecture"):
@@ -125,7 +123,7 @@ def test_a_recipe_that_has_no_network_to_begin_with(tmp_path: Path) -> None:
         assert job.run.load_recipe() is None
 
 
-def test_a_recipe_that_does_not_prune(tmp_path: Path) -> None:
+def test_a_recipe_that_does_not_prune(tmp_path) -> None:
     recipe = tiny().model_copy(update={"prune": None})
     no_section = pytest.raises(RecipeError, match="has no prune section")
     with opened(tmp_path / "run", recipe) as job, no_section:
@@ -137,7 +135,7 @@ def with_checkpoint(path: Path) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpoint": str(path)})})
 
 
-def test_a_checkpoint_is_taken_over_with_its_own_normalization(digits_model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_taken_over_with_its_own_normalization(digits_model, tmp_path) -> None:
     with opened(tmp_path / "run", with_checkpoint(digits_model)) as job:
         pretrain.dense(job)
         classifier, info, _ = job.classifier("pretrain")
@@ -153,7 +151,7 @@ def test_a_checkpoint_is_taken_over_with_its_own_normalization(digits_model: Pat
         assert torch.equal(tensor, classifier.state_dict()[name])
 
 
-def test_a_network_that_guesses_is_pointed_out(digits_model: Path, tmp_path: Path) -> None:
+def test_a_network_that_guesses_is_pointed_out(digits_model, tmp_path) -> None:
     classifier, info, _ = checkpoint.load(digits_model)
     with torch.no_grad():
         for parameter in classifier.parameters():
@@ -164,14 +162,14 @@ def test_a_network_that_guesses_is_pointed_out(digits_model: Path, tmp_path: Pat
         assert any("close to chance" in warning for warning in told(job).warnings)
 
 
-def test_a_network_without_robustness_is_pointed_out(digits_model: Path, tmp_path: Path) -> None:
+def test_a_network_without_robustness_is_pointed_out(digits_model, tmp_path) -> None:
     with opened(tmp_path / "run", with_checkpoint(digits_model)) as job:
         pretrain.dense(job)
         assert any("not robust under Linf eps 0.5" in warning for warning in told(job).warnings)
 
 
 def test_data_of_another_number_of_classes_is_refused_before_the_stage(
-    digits_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits_model, tmp_path, monkeypatch
 ) -> None:
     with opened(tmp_path / "run", with_checkpoint(digits_model)) as job:
         images = job.images((1, 8, 8))
@@ -182,13 +180,13 @@ def test_data_of_another_number_of_classes_is_refused_before_the_stage(
         assert job.run.manifest.stages == {}
 
 
-def test_a_checkpoint_that_is_missing(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_missing(tmp_path) -> None:
     missing = pytest.raises(CheckpointError, match="there is no checkpoint")
     with opened(tmp_path / "run", with_checkpoint(tmp_path / "nowhere.pt")) as job, missing:
         pretrain.dense(job)
 
 
-def test_the_same_seed_gives_the_same_network_and_another_does_not(tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_network_and_another_does_not(tmp_path) -> None:
     def trained(name: str, *more: str) -> bytes:
         with opened(tmp_path / name, tiny(*more)) as job:
             pretrain.dense(job)
@@ -197,7 +195,7 @@ def test_the_same_seed_gives_the_same_network_and_another_does_not(tmp_path: Pat
     assert trained("a") == trained("b") != trained("c", "seed=1")
 
 
-def test_certify_needs_what_the_recipe_ends_with(digits_model: Path, tmp_path: Path) -> None:
+def test_certify_needs_what_the_recipe_ends_with(digits_model, tmp_path) -> None:
     with opened(tmp_path / "run", with_checkpoint(digits_model)) as job:
         pretrain.dense(job)
         for stage in (certify.certify, export.export):
@@ -206,7 +204,7 @@ def test_certify_needs_what_the_recipe_ends_with(digits_model: Path, tmp_path: P
         assert list(job.run.manifest.stages) == ["pretrain"]
 
 
-def test_points_that_were_changed_are_not_exported_against(own_run: Path) -> None:
+def test_points_that_were_changed_are_not_exported_against(own_run) -> None:
     recipe = catalog.load(str(own_run / "recipe.yaml"))
     points = own_run / "certify" / "pruned-points.safetensors"
     points.write_bytes(points.read_bytes()[:-1] + b"x")
@@ -215,9 +213,7 @@ def test_points_that_were_changed_are_not_exported_against(own_run: Path) -> Non
         export.export(job)
 
 
-def test_a_file_that_answers_differently_is_not_written(
-    own_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_answers_differently_is_not_written(own_run, monkeypatch) -> None:
     """Exit code 1, and the folder holds no file that the verification rejected."""
     from s2ap_deploy.onnx_export import export_onnx as exporter
 
@@ -234,7 +230,7 @@ def test_a_file_that_answers_differently_is_not_written(
     assert not list(own_run.rglob("*.onnx"))
 
 
-def test_the_exported_file_carries_what_a_device_must_know(finished_run: Path) -> None:
+def test_the_exported_file_carries_what_a_device_must_know(finished_run) -> None:
     model = onnx.load(finished_run / "export" / "model.onnx")
     facts = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(facts["s2ap.preprocessing"])["size"] == [1, 8, 8]
@@ -244,7 +240,7 @@ def test_the_exported_file_carries_what_a_device_must_know(finished_run: Path) -
     assert float(facts["s2ap.sparsity"]) == pytest.approx(0.9, abs=1e-4)
 
 
-def test_certify_leaves_no_record_of_its_progress(finished_run: Path) -> None:
+def test_certify_leaves_no_record_of_its_progress(finished_run) -> None:
     assert sorted(path.name for path in (finished_run / "certify").iterdir()) == [
         "dense-points.safetensors",
         "dense.json",
@@ -254,7 +250,7 @@ def test_certify_leaves_no_record_of_its_progress(finished_run: Path) -> None:
     ]
 
 
-def test_there_is_no_verdict_without_a_certificate(digits_model: Path, tmp_path: Path) -> None:
+def test_there_is_no_verdict_without_a_certificate(digits_model, tmp_path) -> None:
     from s2ap_deploy.recipe.thresholds import Thresholds
 
     with opened(tmp_path / "run", with_checkpoint(digits_model)) as job:
@@ -263,9 +259,7 @@ def test_there_is_no_verdict_without_a_certificate(digits_model: Path, tmp_path:
             gate.gate(job.run, Thresholds(min_robust=0.4))
 
 
-def test_a_size_in_the_recipe_is_the_size_of_the_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_size_in_the_recipe_is_the_size_of_the_images(tmp_path, monkeypatch) -> None:
     from s2ap_deploy.data import datasets
 
     seen: list[Any] = []

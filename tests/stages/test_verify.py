@@ -1,7 +1,5 @@
 """Verify: what was changed is found, what was overstated falls, and what is not there is no verdict."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import re
@@ -106,9 +104,7 @@ def overstated(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("role", ["dense", "pruned"])
-def test_an_honest_run_is_confirmed_and_left_alone(
-    role: str, own_run: Path, files_in: Callable[[Path], dict[str, bytes]]
-) -> None:
+def test_an_honest_run_is_confirmed_and_left_alone(role, own_run, files_in) -> None:
     before = files_in(own_run)
     found = checked(own_run, role=role)
     assert (found.status, found.exit_code) == ("pass", 0), words(found, "fail")
@@ -138,7 +134,7 @@ def test_an_honest_run_is_confirmed_and_left_alone(
         ("certify/recipe.yaml", "file certify/recipe.yaml is not the one"),
     ],
 )
-def test_a_file_that_was_changed_contradicts(name: str, told: str, own_run: Path) -> None:
+def test_a_file_that_was_changed_contradicts(name, told, own_run) -> None:
     path = own_run / name
     data = bytearray(path.read_bytes())
     if not name.endswith(".yaml"):
@@ -157,14 +153,14 @@ def test_a_file_that_was_changed_contradicts(name: str, told: str, own_run: Path
 @pytest.mark.parametrize(
     "name", ["finetune/model.safetensors", "certify/pruned-points.safetensors", "search/masks.safetensors"]
 )
-def test_a_file_that_is_gone_leaves_the_answer_open(name: str, own_run: Path) -> None:
+def test_a_file_that_is_gone_leaves_the_answer_open(name, own_run) -> None:
     (own_run / name).unlink()
     found = checked(own_run)
     assert (found.status, found.exit_code) == ("inconclusive", 3)
     assert f"file {name} is missing" in words(found, "inconclusive")
 
 
-def test_a_survivor_that_falls_now_is_told_with_its_attack_seed(own_run: Path) -> None:
+def test_a_survivor_that_falls_now_is_told_with_its_attack_seed(own_run) -> None:
     forge(own_run, **overstated(own_run))
     found = checked(own_run, k=4)
     assert found.exit_code == 1
@@ -178,7 +174,7 @@ def test_a_survivor_that_falls_now_is_told_with_its_attack_seed(own_run: Path) -
     assert checked(own_run, k=0).status == "pass", "without attacks, an overstatement is consistent"
 
 
-def test_a_survivor_that_withstands_again(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_survivor_that_withstands_again(own_run, monkeypatch) -> None:
     few = {name: 40 if name == "square" else 4 for name in protocols.ITERATIONS}
     monkeypatch.setattr(protocols, "ITERATIONS", few)
     old = Certificate.load(own_run / "certify" / "pruned.json")
@@ -192,7 +188,7 @@ def test_a_survivor_that_withstands_again(own_run: Path, monkeypatch: pytest.Mon
     assert "new attacks: 3 of 3 images withstand again" in words(found, "pass")
 
 
-def test_stored_points_that_break_nothing(own_run: Path) -> None:
+def test_stored_points_that_break_nothing(own_run) -> None:
     old = Certificate.load(own_run / "certify" / "pruned.json")
     assert old.points is not None
     clean, attacked = load_points(own_run / "certify" / old.points.name, old.points)
@@ -206,7 +202,7 @@ def test_stored_points_that_break_nothing(own_run: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, float("nan"), None])
-def test_stored_points_outside_of_the_threat_model(value: float | None, own_run: Path) -> None:
+def test_stored_points_outside_of_the_threat_model(value, own_run) -> None:
     old = Certificate.load(own_run / "certify" / "pruned.json")
     assert old.points is not None
     clean, attacked = load_points(own_run / "certify" / old.points.name, old.points)
@@ -219,7 +215,7 @@ def test_stored_points_outside_of_the_threat_model(value: float | None, own_run:
     assert "points: 1 are not within Linf eps 0.5 and [0, 1]" in words(found, "fail")
 
 
-def test_images_that_are_not_the_data_sets(own_run: Path) -> None:
+def test_images_that_are_not_the_data_sets(own_run) -> None:
     old = Certificate.load(own_run / "certify" / "pruned.json")
     assert old.points is not None
     path = own_run / "certify" / old.points.name
@@ -235,7 +231,7 @@ def test_images_that_are_not_the_data_sets(own_run: Path) -> None:
         ("labels", 99, "1 have another label in the data"),
     ],
 )
-def test_samples_that_are_not_the_data_sets(column: str, value: Any, told: str, own_run: Path) -> None:
+def test_samples_that_are_not_the_data_sets(column, value, told, own_run) -> None:
     old = Certificate.load(own_run / "certify" / "pruned.json")
     index = next(i for i, sample in enumerate(old.samples) if sample.broken_by == "clean")
     name = {"sample_ids": "id", "labels": "label"}[column]
@@ -247,7 +243,7 @@ def test_samples_that_are_not_the_data_sets(column: str, value: Any, told: str, 
     assert told in words(found, "fail")
 
 
-def test_answers_that_were_made_up(own_run: Path) -> None:
+def test_answers_that_were_made_up(own_run) -> None:
     old = Certificate.load(own_run / "certify" / "pruned.json")
     index = next(i for i, sample in enumerate(old.samples) if sample.broken_by == "apgd-ce")
     made_up = [sample.adversarial_prediction for sample in old.samples]
@@ -259,7 +255,7 @@ def test_answers_that_were_made_up(own_run: Path) -> None:
     assert found.exit_code == 3, "a network that answers at random proves nothing either way"
 
 
-def test_weights_outside_of_the_mask(own_run: Path) -> None:
+def test_weights_outside_of_the_mask(own_run) -> None:
     masks = own_run / "search" / "masks.safetensors"
     tensors = safetensors.torch.load(masks.read_bytes())
     name = next(iter(tensors))
@@ -269,7 +265,7 @@ def test_weights_outside_of_the_mask(own_run: Path) -> None:
     assert "weights outside of them are not zero" in words(checked(own_run), "fail")
 
 
-def test_weights_that_are_not_the_certified_ones(own_run: Path) -> None:
+def test_weights_that_are_not_the_certified_ones(own_run) -> None:
     old = Certificate.load(own_run / "certify" / "pruned.json")
     forge(own_run, subject=old.subject.model_copy(update={"weights_sha256": "0" * 64}))
     found = checked(own_run)
@@ -277,7 +273,7 @@ def test_weights_that_are_not_the_certified_ones(own_run: Path) -> None:
     assert found.attacked == 0
 
 
-def test_a_certificate_that_the_run_does_not_know(own_run: Path) -> None:
+def test_a_certificate_that_the_run_does_not_know(own_run) -> None:
     forge(own_run, relisted=False, attack_seed=99)
     assert "not the one that the run recorded" in words(checked(own_run), "fail")
     path = own_run / "certify" / "pruned.json"
@@ -285,7 +281,7 @@ def test_a_certificate_that_the_run_does_not_know(own_run: Path) -> None:
     assert "not the canonical form" in words(checked(own_run), "fail")
 
 
-def test_a_certificate_without_masks_and_recipe_is_verified(own_run: Path) -> None:
+def test_a_certificate_without_masks_and_recipe_is_verified(own_run) -> None:
     (own_run / "certify" / "recipe.yaml").unlink()
     content = json.loads((own_run / "manifest.json").read_text())
     outputs = content["stages"]["certify"]["outputs"]
@@ -296,13 +292,13 @@ def test_a_certificate_without_masks_and_recipe_is_verified(own_run: Path) -> No
     assert found.status == "pass", words(found, "fail")
 
 
-def test_a_name_in_a_certificate_that_leads_elsewhere(own_run: Path) -> None:
+def test_a_name_in_a_certificate_that_leads_elsewhere(own_run) -> None:
     forge(own_run, points=PointsFile(name="../../secret", sha256="0" * 64))
     with pytest.raises(DeployError, check=lambda error: error.code == "path-outside"):
         checked(own_run)
 
 
-def test_data_that_are_not_here_leave_the_answer_open(own_run: Path) -> None:
+def test_data_that_are_not_here_leave_the_answer_open(own_run) -> None:
     """The stored points are judged all the same."""
     for path in (own_run / "recipe.yaml", own_run / "certify" / "recipe.yaml"):
         path.write_text(path.read_text().replace("name: digits", "name: mnist"))
@@ -322,7 +318,7 @@ def test_data_that_are_not_here_leave_the_answer_open(own_run: Path) -> None:
     assert "reproduce from their stored points" in words(found, "pass")
 
 
-def test_the_manifest_is_read_without_a_lock(own_run: Path) -> None:
+def test_the_manifest_is_read_without_a_lock(own_run) -> None:
     from s2ap_deploy.runs.folder import Run
 
     with Run.open(own_run, create=False, command="somebody at work"):
@@ -330,9 +326,7 @@ def test_the_manifest_is_read_without_a_lock(own_run: Path) -> None:
     assert Manifest.load(own_run).commands[-1] == "somebody at work"
 
 
-def test_files_alone_confirm_an_honest_run(
-    own_run: Path, files_in: Callable[[Path], dict[str, bytes]]
-) -> None:
+def test_files_alone_confirm_an_honest_run(own_run, files_in) -> None:
     before = files_in(own_run)
     path = own_run / "certify" / "pruned.json"
     found = verify_files(path, None)
@@ -402,9 +396,7 @@ REWRITINGS = {
 
 
 @pytest.mark.parametrize("rewriting", REWRITINGS)
-def test_a_rewritten_certificate_that_everything_lists_is_refused(
-    rewriting: str, own_run: Path, s2ap: Callable[..., Any]
-) -> None:
+def test_a_rewritten_certificate_that_everything_lists_is_refused(rewriting, own_run, s2ap) -> None:
     """Manifest, inputs and export report name the new file; what it says follows from nothing."""
     path, report = own_run / "certify" / "pruned.json", own_run / "export" / "report.json"
     before = files.sha256(path)
@@ -419,7 +411,7 @@ def test_a_rewritten_certificate_that_everything_lists_is_refused(
 
 
 @pytest.mark.parametrize("damage", ["shorter", "header"])
-def test_a_points_file_with_another_number_of_points(damage: str, own_run: Path) -> None:
+def test_a_points_file_with_another_number_of_points(damage, own_run) -> None:
     old = Certificate.load(own_run / "certify" / "pruned.json")
     assert old.points is not None
     path = own_run / "certify" / old.points.name
@@ -433,7 +425,7 @@ def test_a_points_file_with_another_number_of_points(damage: str, own_run: Path)
     assert [check.name for check in found.checks if check.status == "fail"] == ["points"]
 
 
-def test_files_that_are_missing_leave_the_answer_open(own_run: Path) -> None:
+def test_files_that_are_missing_leave_the_answer_open(own_run) -> None:
     (own_run / "certify" / "pruned-points.safetensors").unlink()
     found = verify_files(own_run / "certify" / "pruned.json", None)
     assert (found.status, found.exit_code) == ("inconclusive", 3)

@@ -1,7 +1,5 @@
 """What combinations share: taken over with its hashes, never over a network of one's own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +15,7 @@ INPUTS = {"seed": 1}
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> Path:
+def shared(tmp_path) -> Path:
     """A run folder with a finished dense network of two files."""
     with Run.open(tmp_path / "shared", create=True, command="test") as run:
         stage = run.stage("pretrain", inputs=INPUTS, resume=False, overwrite=False)
@@ -28,12 +26,12 @@ def shared(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
+def run(tmp_path) -> Iterator[Run]:
     with Run.open(tmp_path / "run", create=True, command="test") as opened:
         yield opened
 
 
-def test_the_stage_counts_as_done_with_equal_inputs_only(shared: Path, run: Run) -> None:
+def test_the_stage_counts_as_done_with_equal_inputs_only(shared, run) -> None:
     assert take_over(run, shared)
     assert run.stage("pretrain", inputs=INPUTS, resume=False, overwrite=False).state == "finished"
     assert run.output("pretrain", "model.safetensors").read_text() == "model.safetensors"
@@ -41,34 +39,34 @@ def test_the_stage_counts_as_done_with_equal_inputs_only(shared: Path, run: Run)
         run.stage("pretrain", inputs={"seed": 2}, resume=False, overwrite=False)
 
 
-def test_a_network_of_its_own_stays(shared: Path, run: Run) -> None:
+def test_a_network_of_its_own_stays(shared, run) -> None:
     run.stage("pretrain", inputs={"seed": 9}, resume=False, overwrite=False)
     assert not take_over(run, shared)
     assert run.manifest.stages["pretrain"].inputs == {"seed": 9}
 
 
-def test_a_file_that_changed_is_not_taken_over(shared: Path, run: Run) -> None:
+def test_a_file_that_changed_is_not_taken_over(shared, run) -> None:
     (shared / "pretrain" / "history.json").write_text("another")
     with pytest.raises(RunFolderError, check=lambda error: error.code == "file-changed"):
         take_over(run, shared)
     assert "pretrain" not in run.manifest.stages
 
 
-def test_an_attempt_that_was_killed_is_made_good(shared: Path, run: Run) -> None:
+def test_an_attempt_that_was_killed_is_made_good(shared, run) -> None:
     (run.path / "pretrain").mkdir()
     (run.path / "pretrain" / "model.safetensors").write_text("torn")
     assert take_over(run, shared)
     assert run.output("pretrain", "model.safetensors").read_text() == "model.safetensors"
 
 
-def test_an_unfinished_network_is_refused(tmp_path: Path, run: Run) -> None:
+def test_an_unfinished_network_is_refused(tmp_path, run) -> None:
     with Run.open(tmp_path / "begun", create=True, command="test") as begun:
         begun.stage("pretrain", inputs=INPUTS, resume=False, overwrite=False)
     with pytest.raises(RunFolderError, check=lambda error: error.code == "stage-unfinished"):
         take_over(run, tmp_path / "begun")
 
 
-def test_a_planted_link_for_a_folder_is_refused(shared: Path, run: Run, tmp_path: Path) -> None:
+def test_a_planted_link_for_a_folder_is_refused(shared, run, tmp_path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (run.path / "pretrain").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(RunFolderError, match="is a link"):

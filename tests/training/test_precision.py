@@ -1,7 +1,5 @@
 """Precision: bf16 inside the network only, everything that learns in float32, all settings put back."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from s2ap_deploy.data.splits import MemorySplit
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.pruning.allocation import Fixed
 from s2ap_deploy.pruning.granularity import Weights
@@ -101,9 +98,7 @@ def test_a_copy_made_inside_computes_with_its_own_weights() -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_bf16_search_keeps_scores_and_budget_exact(
-    stripes: Callable[[int], MemorySplit], loss: str
-) -> None:
+def test_a_bf16_search_keeps_scores_and_budget_exact(stripes, loss) -> None:
     model = network()
     scored = ScoredNetwork(model, Weights(tuple(KEEP)), Fixed(KEEP))
     watching = Watching(lambda: next(iter(scored.scores.values())).dtype)
@@ -124,7 +119,7 @@ def test_a_bf16_search_keeps_scores_and_budget_exact(
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_bf16_training_stays_near_float32(stripes: Callable[[int], MemorySplit], loss: str) -> None:
+def test_bf16_training_stays_near_float32(stripes, loss) -> None:
     losses = []
     for precision in (FLOAT32, BF16):
         result = train(
@@ -140,7 +135,7 @@ def test_bf16_training_stays_near_float32(stripes: Callable[[int], MemorySplit],
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
-def test_channels_innermost_change_the_layout_and_nothing_else(stripes: Callable[[int], MemorySplit]) -> None:
+def test_channels_innermost_change_the_layout_and_nothing_else(stripes) -> None:
     found = []
     for innermost in (False, True):
         precision = Precision(channels_last=innermost)
@@ -170,9 +165,7 @@ def test_channels_innermost_change_the_layout_and_nothing_else(stripes: Callable
         torch.testing.assert_close(found[0].scores[name], found[1].scores[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_compiler_that_fails_is_told_once_and_done_without(
-    stripes: Callable[[int], MemorySplit], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiler_that_fails_is_told_once_and_done_without(stripes, monkeypatch) -> None:
     def refuse(function: Any) -> Any:
         def fail(*images: Any) -> Any:
             raise RuntimeError("no compiler here\nand much more")
@@ -199,7 +192,7 @@ def test_a_compiler_that_fails_is_told_once_and_done_without(
         assert torch.equal(tensor, compiled.state_dict()[name]), "the trial must leave no trace"
 
 
-def test_what_is_compiled_runs_from_the_second_call_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compiled_runs_from_the_second_call_on(monkeypatch) -> None:
     calls: list[int] = []
 
     def stand_in(function: Any) -> Any:
@@ -243,9 +236,7 @@ def test_the_names_of_precisions() -> None:
 
 
 @pytest.mark.parametrize(("capability", "bf16"), [((9, 0), True), ((7, 5), False)])
-def test_a_gpu_computes_bf16_where_it_can(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], bf16: bool
-) -> None:
+def test_a_gpu_computes_bf16_where_it_can(monkeypatch, capability, bf16) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     gpu = torch.device("cuda", 0)
     assert choose_precision("auto", gpu) == Precision(bf16=bf16, channels_last=True, tf32=bf16)

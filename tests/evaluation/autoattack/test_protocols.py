@@ -1,7 +1,5 @@
 """Which attacks run with which parameters, for every version and number of classes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -22,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("version", ["standard", "plus", "rand"])
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
-def test_parameters_are_those_of_the_package(version: Any, norm: str) -> None:
+def test_parameters_are_those_of_the_package(version, norm) -> None:
     reference = AutoAttack(nn.Flatten(), norm=norm, eps=0.1, seed=3, version=version)
     steps = protocols.steps(version, norm, 10)
     assert [step.name for step in steps] == reference.attacks_to_run
@@ -62,7 +60,7 @@ def test_parameters_are_those_of_the_package(version: Any, norm: str) -> None:
         ("quick", 100, "quick", "apgd-ce apgd-t"),
     ],
 )
-def test_few_classes_are_adapted_and_say_so(version: Any, classes: int, label: str, names: str) -> None:
+def test_few_classes_are_adapted_and_say_so(version, classes, label, names) -> None:
     assert protocols.names(version, classes) == tuple(names.split())
     assert protocols.label(version, classes) == label
     assert protocols.version(label) == version
@@ -95,7 +93,7 @@ def test_costs_in_forward_passes() -> None:
     ("version", "classes"),
     [("plus", 2), ("plus", 3), ("plus", 4), ("plus", 10), *(("quick", k) for k in (2, 3, 4, 5, 10, 100))],
 )
-def test_any_number_of_classes(make_network, version: Any, classes: int) -> None:
+def test_any_number_of_classes(make_network, version, classes) -> None:
     network = make_network(classes)
     for images in (torch.rand(1, 1, 8, 8), torch.rand(3, 1, 8, 8)):
         labels = network(images).argmax(1)
@@ -124,7 +122,7 @@ class Noisy(nn.Module):
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("classes", [2, 3, 10])
-def test_rand_is_for_randomized_networks_and_repeats_itself(make_network, classes: int) -> None:
+def test_rand_is_for_randomized_networks_and_repeats_itself(make_network, classes) -> None:
     network, images = make_network(classes), torch.rand(6, 1, 8, 8)
     labels = network(images).argmax(1)
     config = AttackConfig(threat=ThreatModel(eps="0.02"), seed=0, device=CPU, version="rand")
@@ -166,7 +164,7 @@ def test_randomized_counts_against_standard_and_not_against_rand(make_certificat
 
 
 @pytest.mark.parametrize("other", ["aa-adapted", "plus", "rand", "quick"])
-def test_pairs_of_different_protocols_are_not_compared(make_certificate, other: str) -> None:
+def test_pairs_of_different_protocols_are_not_compared(make_certificate, other) -> None:
     pruned = make_certificate([None] * 100)
     dense = make_certificate([None] * 100, protocol=other)
     verdict = judge(Thresholds(max_drop=0.1, rule="point"), pruned=pruned, dense=dense)

@@ -1,7 +1,5 @@
 """Worker processes: the same answers, typed errors, and no process left behind."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import os
@@ -105,7 +103,7 @@ def test_a_worker_that_is_killed_is_an_error_that_says_so(make_network) -> None:
         assert "SIGKILL" in error.value.message
 
 
-def test_errors_come_back_typed_and_prints_do_no_harm(tmp_path: Path) -> None:
+def test_errors_come_back_typed_and_prints_do_no_harm(tmp_path) -> None:
     module = module_from(
         tmp_path / "strange_network.py",
         """
@@ -174,12 +172,12 @@ def test_a_class_of_the_main_program_cannot_be_rebuilt_elsewhere() -> None:
         shipment.unpack()
 
 
-def test_a_module_that_is_there_is_not_imported_again(tmp_path: Path) -> None:
+def test_a_module_that_is_there_is_not_imported_again(tmp_path) -> None:
     import_file("torch.nn", str(tmp_path / "absent.py"))
     assert sys.modules["torch.nn"] is nn
 
 
-def test_no_more_workers_than_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_workers_than_work(monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert [count(None, 100), count(None, 3), count(2, 100), count(64, 5)] == [8, 3, 2, 5]
 
@@ -219,7 +217,7 @@ def wait_until_gone(pids: set[int], seconds: float = 60.0) -> bool:
 
 
 @pytest.mark.parametrize("deed", [signal.SIGKILL, signal.SIGINT])
-def test_workers_die_with_their_parent(tmp_path: Path, deed: signal.Signals) -> None:
+def test_workers_die_with_their_parent(tmp_path, deed) -> None:
     process = start(tmp_path)
     end = time.monotonic() + 240
     while len(children(process.pid)) < 2 and time.monotonic() < end:
@@ -239,7 +237,7 @@ def lines(record: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_and_resumed_the_outcome_is_the_same(tmp_path: Path) -> None:
+def test_killed_at_any_moment_and_resumed_the_outcome_is_the_same(tmp_path) -> None:
     """Each kill waits for progress rather than for a time: machines differ in speed."""
     expected, _ = start(tmp_path / "whole").communicate(timeout=300)
     assert "None" in expected

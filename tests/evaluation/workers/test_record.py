@@ -1,7 +1,5 @@
 """The record: torn, damaged, foreign and full-disk cases."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -37,7 +35,7 @@ def filled(folder: Path) -> Path:
     return folder / "attack.jsonl"
 
 
-def test_what_was_appended_comes_back(tmp_path: Path) -> None:
+def test_what_was_appended_comes_back(tmp_path) -> None:
     filled(tmp_path)
     found = AttackRecord(tmp_path, HEADER).results
     assert [(r.unit.block, r.unit.attack, r.broken) for r in found] == [
@@ -51,7 +49,7 @@ def test_what_was_appended_comes_back(tmp_path: Path) -> None:
     assert len(found[2].points) == 0
 
 
-def test_cut_anywhere_the_record_keeps_its_whole_lines(tmp_path: Path) -> None:
+def test_cut_anywhere_the_record_keeps_its_whole_lines(tmp_path) -> None:
     path = filled(tmp_path)
     content = path.read_bytes()
     header_end = content.index(b"\n") + 1
@@ -66,7 +64,7 @@ def test_cut_anywhere_the_record_keeps_its_whole_lines(tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
-def test_another_header_is_refused_by_name(tmp_path: Path) -> None:
+def test_another_header_is_refused_by_name(tmp_path) -> None:
     path = filled(tmp_path)
     with pytest.raises(RunFolderError, match=r"eps was '8/255', now it is '0.031'") as error:
         AttackRecord(tmp_path, {**HEADER, "eps": "0.031"})
@@ -78,7 +76,7 @@ def test_another_header_is_refused_by_name(tmp_path: Path) -> None:
         AttackRecord(tmp_path, HEADER)
 
 
-def test_damage_is_reported(tmp_path: Path) -> None:
+def test_damage_is_reported(tmp_path) -> None:
     path = filled(tmp_path)
     whole = path.read_text()
     points = tmp_path / "block-00001-apgd-ce.safetensors"
@@ -104,7 +102,7 @@ def test_damage_is_reported(tmp_path: Path) -> None:
         AttackRecord(tmp_path, HEADER)
 
 
-def test_a_file_name_in_the_record_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+def test_a_file_name_in_the_record_does_not_lead_out_of_the_folder(tmp_path) -> None:
     path = filled(tmp_path / "record")
     header, first, *_ = path.read_text().splitlines()
     entry = json.loads(first)
@@ -114,7 +112,7 @@ def test_a_file_name_in_the_record_does_not_lead_out_of_the_folder(tmp_path: Pat
         AttackRecord(tmp_path / "record", HEADER)
 
 
-def test_a_full_disk_leaves_the_record_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_record_as_it_was(tmp_path, monkeypatch) -> None:
     path = filled(tmp_path)
     before = path.read_bytes()
     record = AttackRecord(tmp_path, HEADER)
@@ -131,7 +129,7 @@ def test_a_full_disk_leaves_the_record_as_it_was(tmp_path: Path, monkeypatch: py
     assert len(AttackRecord(tmp_path, HEADER).results) == 3
 
 
-def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+def test_a_file_where_the_folder_should_be(tmp_path) -> None:
     (tmp_path / "record").write_text("")
     with pytest.raises(StorageError, match="cannot create"):
         AttackRecord(tmp_path / "record", HEADER)

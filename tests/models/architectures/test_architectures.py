@@ -1,7 +1,5 @@
 """Every family: shapes, sizes known from the literature, names of published checkpoints."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -73,7 +71,7 @@ def test_every_family_is_listed() -> None:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_maps_images_to_logits(name: str) -> None:
+def test_maps_images_to_logits(name) -> None:
     size = registry.resolve(name).input_size
     assert size is not None
     network = meta(name, 7).eval()
@@ -81,17 +79,17 @@ def test_maps_images_to_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_has_the_right_number_of_parameters(name: str) -> None:
+def test_has_the_right_number_of_parameters(name) -> None:
     assert sum(p.numel() for p in meta(name, 10).parameters()) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_carries_the_names_of_published_checkpoints(name: str) -> None:
+def test_carries_the_names_of_published_checkpoints(name) -> None:
     assert set(NAMES[name]) <= set(meta(name, 10).state_dict())
 
 
 @pytest.mark.parametrize("name", ["mnist-conv", "digits-conv", "cifar-resnet20"])
-def test_small_ones_give_finite_logits_on_real_storage(name: str) -> None:
+def test_small_ones_give_finite_logits_on_real_storage(name) -> None:
     size = registry.resolve(name).input_size
     assert size is not None
     logits = registry.build(name)(torch.rand(2, *size))
@@ -146,7 +144,7 @@ def test_torchvision_holds_everything_up_to_100_million_parameters() -> None:
 
 
 @pytest.mark.parametrize("name", ["torchvision/inception_v3", "torchvision/googlenet"])
-def test_auxiliary_heads_are_not_built(name: str) -> None:
+def test_auxiliary_heads_are_not_built(name) -> None:
     assert not [key for key in registered_spec(registry.resolve(name)).shapes if "ux" in key.split(".")[0]]
 
 
@@ -159,7 +157,7 @@ def test_auxiliary_heads_are_not_built(name: str) -> None:
         "torchvision/vit_b_32",
     ],
 )
-def test_torchvision_maps_its_input_size_to_logits(name: str) -> None:
+def test_torchvision_maps_its_input_size_to_logits(name) -> None:
     entry = registry.resolve(name)
     assert entry.input_size == (3, 224, 224)
     network = meta(name, 7).eval()

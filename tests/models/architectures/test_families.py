@@ -1,7 +1,5 @@
 """Families against their equations: a forward pass written here over a state dict alone, at reduced width."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -200,7 +198,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[State, Tensor], Tensor
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_are_those_of_the_equations(case: str) -> None:
+def test_logits_are_those_of_the_equations(case) -> None:
     build, equation = CASES[case]
     torch.manual_seed(0)
     network = build().eval()

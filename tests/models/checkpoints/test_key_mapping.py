@@ -1,7 +1,5 @@
 """Prefixes, RST's layers and normalization in published files."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,7 +28,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.encoder.", "1.")
 
 @given(st.lists(st.sampled_from(PREFIXES), max_size=3))
 @settings(max_examples=60, deadline=None)
-def test_any_stack_of_prefixes_comes_off_one_by_one(stack: list[str]) -> None:
+def test_any_stack_of_prefixes_comes_off_one_by_one(stack) -> None:
     prefix = "".join(stack)
     found = {removed: tensors for removed, tensors, _ in strip_prefixes(named(prefix))}
     assert list(found) == sorted(found, key=len)
@@ -50,7 +48,7 @@ def test_any_stack_of_prefixes_comes_off_one_by_one(stack: list[str]) -> None:
     )
 )
 @settings(max_examples=150, deadline=None)
-def test_stripping_loses_no_tensor_and_is_undone_by_the_prefix(tensors: dict[str, Tensor]) -> None:
+def test_stripping_loses_no_tensor_and_is_undone_by_the_prefix(tensors) -> None:
     for removed, stripped, aside in strip_prefixes(tensors):
         assert len(stripped) + len(aside) == len(tensors)
         assert all(stripped), "no name may become empty"
@@ -93,7 +91,7 @@ def test_normalization_without_scale_and_shift_gets_one_and_zero() -> None:
 
 
 @pytest.mark.parametrize("bias", [None, torch.rand(3)])
-def test_a_convolution_as_head_becomes_a_linear_layer_of_either_name(bias: Tensor | None) -> None:
+def test_a_convolution_as_head_becomes_a_linear_layer_of_either_name(bias) -> None:
     head = {"fc.weight": torch.rand(3, 5, 1, 1)} | ({} if bias is None else {"fc.bias": bias})
     found = list(adapt_rst({"conv.weight": torch.rand(2)} | head))
     assert [set(tensors) - {"conv.weight"} for tensors, _ in found] == [
@@ -118,7 +116,7 @@ def test_a_convolution_as_head_becomes_a_linear_layer_of_either_name(bias: Tenso
         {"bn.running_mean": torch.rand(4), "bn.weight": torch.rand(4)},
     ],
 )
-def test_networks_of_the_usual_kind_are_not_adapted(tensors: dict[str, Tensor]) -> None:
+def test_networks_of_the_usual_kind_are_not_adapted(tensors) -> None:
     assert list(adapt_rst(tensors)) == []
 
 
@@ -138,12 +136,12 @@ def test_networks_of_the_usual_kind_are_not_adapted(tensors: dict[str, Tensor]) 
         "layer1.mean",
     ],
 )
-def test_habitual_names_of_a_normalization(name: str) -> None:
+def test_habitual_names_of_a_normalization(name) -> None:
     assert is_normalization(name)
 
 
 @pytest.mark.parametrize("name", ["bn1.running_mean", "mean.weight", "mus", "norm.weight"])
-def test_other_names_are_weights(name: str) -> None:
+def test_other_names_are_weights(name) -> None:
     assert not is_normalization(name)
 
 
@@ -160,9 +158,7 @@ def test_a_wide_tensor_of_such_a_name_is_a_weight() -> None:
         ((51.0, 102.0, 153.0), (255.0, 51.0, 25.5), ((0.2, 0.4, 0.6), (1.0, 0.2, 0.1))),
     ],
 )
-def test_a_normalization_for_bytes_is_rescaled(
-    mean: tuple[float, ...], std: tuple[float, ...], scaled: tuple[tuple[float, ...], tuple[float, ...]]
-) -> None:
+def test_a_normalization_for_bytes_is_rescaled(mean, std, scaled) -> None:
     found, note = for_unit_images(Normalization(mean=mean, std=std))
     assert found.mean == pytest.approx(scaled[0])
     assert found.std == pytest.approx(scaled[1])
@@ -172,7 +168,7 @@ def test_a_normalization_for_bytes_is_rescaled(
 @pytest.mark.parametrize(
     ("mean", "std"), [((300.0,), (60.0,)), ((120.0,), (0.2,)), ((1.5, -3.0), (2.0, 2.0))]
 )
-def test_a_normalization_of_no_images_is_refused(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+def test_a_normalization_of_no_images_is_refused(mean, std) -> None:
     with pytest.raises(CheckpointError, check=lambda error: error.code == "normalization-not-for-images"):
         for_unit_images(Normalization(mean=mean, std=std))
 
@@ -193,13 +189,10 @@ def test_no_normalization_is_none() -> None:
     ("tensors", "code"),
     [
         ({"mean": torch.zeros(3)}, "normalization-ambiguous"),
-        (
-            {"mean": torch.zeros(3), "0.mean": torch.ones(3), "std": torch.ones(3)},
-            "normalization-ambiguous",
-        ),
+        ({"mean": torch.zeros(3), "0.mean": torch.ones(3), "std": torch.ones(3)}, "normalization-ambiguous"),
         ({"mean": torch.zeros(3), "std": torch.ones(1)}, "normalization-length-mismatch"),
     ],
 )
-def test_half_a_normalization_is_refused(tensors: dict[str, Tensor], code: str) -> None:
+def test_half_a_normalization_is_refused(tensors, code) -> None:
     with pytest.raises(CheckpointError, check=lambda error: error.code == code):
         find_normalization(tensors)

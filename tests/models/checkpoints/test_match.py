@@ -1,7 +1,5 @@
 """The one architecture with the names and shapes of a file."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
@@ -52,9 +50,7 @@ EVERY = [
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_every_architecture_fits_its_own_tensors_alone_or_with_twins_that_say_how_they_differ(
-    name: str,
-) -> None:
+def test_every_architecture_fits_its_own_tensors_alone_or_with_twins_that_say_how_they_differ(name) -> None:
     tensors = shells(name, 7)
     found = exact_matches(tensors)
     assert name in [each.architecture.name for each in found]
@@ -73,7 +69,7 @@ def test_every_architecture_fits_its_own_tensors_alone_or_with_twins_that_say_ho
 
 
 @pytest.mark.parametrize("name", ["cifar-resnet18", "torchvision/resnet18", "torchvision/swin_t"])
-def test_the_default_number_of_classes_is_found_too(name: str) -> None:
+def test_the_default_number_of_classes_is_found_too(name) -> None:
     default = registry.resolve(name).num_classes
     assert only_match(shells(name, default)).num_classes == default
 

@@ -1,7 +1,5 @@
 """Files of every kind, whole and broken, benign and hostile."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import io
@@ -42,7 +40,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor] = WEI
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".tar", ".pth.tar", ".bin"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_both_formats_of_torch_save_under_any_suffix(tmp_path: Path, suffix: str, zipped: bool) -> None:
+def test_both_formats_of_torch_save_under_any_suffix(tmp_path, suffix, zipped) -> None:
     path = tmp_path / f"model{suffix}"
     torch.save(WEIGHTS, path, _use_new_zipfile_serialization=zipped)
     found = read_tensors(path)
@@ -52,7 +50,7 @@ def test_both_formats_of_torch_save_under_any_suffix(tmp_path: Path, suffix: str
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
-def test_safetensors_is_told_by_its_content(tmp_path: Path, name: str) -> None:
+def test_safetensors_is_told_by_its_content(tmp_path, name) -> None:
     path = tmp_path / name
     safetensors.torch.save_file(WEIGHTS, path)
     found = read_tensors(path)
@@ -61,7 +59,7 @@ def test_safetensors_is_told_by_its_content(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("length", range(96, 160))
-def test_safetensors_is_told_at_any_header_length(tmp_path: Path, length: int) -> None:
+def test_safetensors_is_told_at_any_header_length(tmp_path, length) -> None:
     """A header of 128 bytes makes the file begin like a pickle."""
     header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
     path = tmp_path / "model.safetensors"
@@ -69,13 +67,13 @@ def test_safetensors_is_told_at_any_header_length(tmp_path: Path, length: int) -
     assert read_tensors(path).tensors["w"].tolist() == [1.5]
 
 
-def test_the_hash_is_that_of_the_file(tmp_path: Path) -> None:
+def test_the_hash_is_that_of_the_file(tmp_path) -> None:
     path = tmp_path / "model.pt"
     torch.save(WEIGHTS, path)
     assert read_tensors(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_training_checkpoint_with_numpy_numbers_needs_no_trust(tmp_path: Path) -> None:
+def test_a_training_checkpoint_with_numpy_numbers_needs_no_trust(tmp_path) -> None:
     """HYDRA's and HARP's schedules leave numpy learning rates in the optimizer's state."""
     network = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
@@ -98,7 +96,7 @@ def test_a_training_checkpoint_with_numpy_numbers_needs_no_trust(tmp_path: Path)
     assert found.notes == ("weights found under state_dict",)
 
 
-def test_tags_of_a_device_that_is_not_there_are_kept_as_words(shared: Path) -> None:
+def test_tags_of_a_device_that_is_not_there_are_kept_as_words(shared) -> None:
     found = read_tensors(shared / "checkpoints" / "mnist_convex_eps0.1.pth")
     assert found.locations == ("cuda:0",)
     assert {tensor.device.type for tensor in found.tensors.values()} == {"cpu"}
@@ -107,9 +105,7 @@ def test_tags_of_a_device_that_is_not_there_are_kept_as_words(shared: Path) -> N
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("written_as", ["torch zip", "torch, before 1.6", "plain pickle"])
-def test_a_pickle_that_would_run_code_is_refused_and_listed(
-    tmp_path: Path, protocol: int, written_as: str
-) -> None:
+def test_a_pickle_that_would_run_code_is_refused_and_listed(tmp_path, protocol, written_as) -> None:
     marker, path = tmp_path / "ran", tmp_path / "model.pt"
     if written_as == "plain pickle":
         path.write_bytes(pickle.dumps(Malicious(marker), protocol=protocol))
@@ -124,7 +120,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_listed(
     assert not marker.exists()
 
 
-def test_trust_lets_it_run_and_says_so(tmp_path: Path) -> None:
+def test_trust_lets_it_run_and_says_so(tmp_path) -> None:
     marker, path = tmp_path / "ran", tmp_path / "model.pt"
     torch.save({"state_dict": WEIGHTS, "extra": Malicious(marker)}, path)
     found = read_tensors(path, trust_pickle=True)
@@ -134,7 +130,7 @@ def test_trust_lets_it_run_and_says_so(tmp_path: Path) -> None:
     assert f"{os.name}.system" in found.notes[0]
 
 
-def test_trust_changes_nothing_for_a_harmless_file(tmp_path: Path) -> None:
+def test_trust_changes_nothing_for_a_harmless_file(tmp_path) -> None:
     path = tmp_path / "model.pt"
     torch.save(WEIGHTS, path)
     assert read_tensors(path, trust_pickle=True).notes == ()
@@ -147,16 +143,14 @@ class Failing:
         return int, ("no number",)
 
 
-def test_trusted_code_that_fails_is_reported(tmp_path: Path) -> None:
+def test_trusted_code_that_fails_is_reported(tmp_path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"w": WEIGHTS, "x": Failing()}, path)
     with pytest.raises(CheckpointError, check=lambda error: error.code == "checkpoint-unpickling-failed"):
         read_tensors(path, trust_pickle=True)
 
 
-def test_trusted_code_that_is_not_here_says_where_to_put_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trusted_code_that_is_not_here_says_where_to_put_it(tmp_path, monkeypatch) -> None:
     (tmp_path / "somebodys_net.py").write_text("class Box(dict):\n    pass\n")
     path = tmp_path / "model.pt"
     with monkeypatch.context() as patch:
@@ -173,7 +167,7 @@ def test_trusted_code_that_is_not_here_says_where_to_put_it(
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 4, 5])
-def test_a_protocol_that_cannot_be_read_weights_only_is_named(tmp_path: Path, protocol: int) -> None:
+def test_a_protocol_that_cannot_be_read_weights_only_is_named(tmp_path, protocol) -> None:
     path = tmp_path / "model.pt"
     torch.save(WEIGHTS, path, pickle_protocol=protocol)
     with pytest.raises(UnsafePickleError, check=lambda error: error.code == "pickle-protocol-unsupported"):
@@ -182,7 +176,7 @@ def test_a_protocol_that_cannot_be_read_weights_only_is_named(tmp_path: Path, pr
         assert same(read_tensors(path, trust_pickle=True).tensors)
 
 
-def test_a_whole_module_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_whole_module_is_refused_with_the_way_out(tmp_path) -> None:
     path = tmp_path / "model.pt"
     torch.save(nn.Sequential(nn.Linear(2, 2)), path)
     with pytest.raises(UnsafePickleError, check=lambda error: error.code == "pickle-unsafe") as caught:
@@ -192,7 +186,7 @@ def test_a_whole_module_is_refused_with_the_way_out(tmp_path: Path) -> None:
     assert set(read_tensors(path, trust_pickle=True).tensors) == {"0.weight", "0.bias"}
 
 
-def test_torchscript_is_named(tmp_path: Path) -> None:
+def test_torchscript_is_named(tmp_path) -> None:
     path = tmp_path / "model.pt"
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.rand(1, 2)), path)
     for trusted in (False, True):
@@ -214,7 +208,7 @@ def test_torchscript_is_named(tmp_path: Path) -> None:
         (b"PK\x03\x04", "checkpoint-damaged"),
     ],
 )
-def test_what_is_no_checkpoint_is_told_apart(tmp_path: Path, content: bytes, code: str) -> None:
+def test_what_is_no_checkpoint_is_told_apart(tmp_path, content, code) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, check=lambda error: error.code == code) as caught:
@@ -224,7 +218,7 @@ def test_what_is_no_checkpoint_is_told_apart(tmp_path: Path, content: bytes, cod
     assert not isinstance(caught.value, UnsafePickleError)
 
 
-def test_a_folder_and_a_missing_file_are_told_apart(tmp_path: Path) -> None:
+def test_a_folder_and_a_missing_file_are_told_apart(tmp_path) -> None:
     with pytest.raises(CheckpointError, check=lambda error: error.code == "checkpoint-is-folder"):
         read_tensors(tmp_path)
     with pytest.raises(CheckpointError, check=lambda error: error.code == "checkpoint-missing"):
@@ -243,7 +237,7 @@ def written(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_file_cut_off_anywhere_is_refused(tmp_path, kind) -> None:
     data = written(kind)
     path = tmp_path / "model.pt"
     for end in range(1, len(data), max(1, len(data) // 60)):
@@ -253,7 +247,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_damaged_bytes_raise_nothing_but_our_error(tmp_path: Path, kind: str) -> None:
+def test_damaged_bytes_raise_nothing_but_our_error(tmp_path, kind) -> None:
     data = written(kind)
     path = tmp_path / "model.pt"
     random = np.random.default_rng(0)
@@ -270,20 +264,20 @@ def test_damaged_bytes_raise_nothing_but_our_error(tmp_path: Path, kind: str) ->
 
 
 @pytest.mark.parametrize("content", [[1], 3, "text", None])
-def test_no_dictionary_names_the_file(tmp_path: Path, content: object) -> None:
+def test_no_dictionary_names_the_file(tmp_path, content) -> None:
     path = tmp_path / "model.pt"
     torch.save(content, path)
     with pytest.raises(CheckpointError, check=lambda error: error.code == "state-dict-missing"):
         read_tensors(path)
 
 
-def test_sparse_tensors_become_dense(tmp_path: Path) -> None:
+def test_sparse_tensors_become_dense(tmp_path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"w": torch.eye(3).to_sparse()}, path)
     assert torch.equal(read_tensors(path).tensors["w"], torch.eye(3))
 
 
-def test_parameters_become_plain_tensors(tmp_path: Path) -> None:
+def test_parameters_become_plain_tensors(tmp_path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"w": nn.Parameter(torch.eye(3))}, path)
     assert not read_tensors(path).tensors["w"].requires_grad
@@ -296,7 +290,7 @@ def test_parameters_become_plain_tensors(tmp_path: Path) -> None:
         (torch.empty(3, device="meta"), "tensor-without-values"),
     ],
 )
-def test_tensors_without_usable_values_are_refused(tmp_path: Path, tensor: torch.Tensor, code: str) -> None:
+def test_tensors_without_usable_values_are_refused(tmp_path, tensor, code) -> None:
     path = tmp_path / "model.pt"
     torch.save({"w": tensor}, path)
     with pytest.raises(CheckpointError, check=lambda error: error.code == code):
@@ -314,7 +308,7 @@ def named(prefix: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_wrapper_is_opened_and_told(wrapper: str) -> None:
+def test_a_wrapper_is_opened_and_told(wrapper) -> None:
     found = unwrap({wrapper: STATE, "epoch": 3, "optimizer": {"lr": 0.1}})
     assert found.tensors == STATE
     assert found.wrapper == wrapper
@@ -357,7 +351,7 @@ def test_of_two_wrappers_the_first_is_read_and_both_are_told() -> None:
         ([STATE], "0"),
     ],
 )
-def test_weights_are_found_at_any_depth(content: object, wrapper: str) -> None:
+def test_weights_are_found_at_any_depth(content, wrapper) -> None:
     found = unwrap(content)
     assert (found.tensors, found.wrapper) == (STATE, wrapper)
 
@@ -371,7 +365,7 @@ def test_weights_are_found_at_any_depth(content: object, wrapper: str) -> None:
         ({"model": {"left": STATE, "right": STATE}}, "model.left"),
     ],
 )
-def test_several_networks_need_a_key(content: object, key: str) -> None:
+def test_several_networks_need_a_key(content, key) -> None:
     with pytest.raises(CheckpointError, check=lambda error: error.code == "networks-several"):
         unwrap(content)
     assert unwrap(content, key).tensors == STATE
@@ -404,13 +398,13 @@ def test_a_trusted_module_gives_its_state() -> None:
 
 
 @pytest.mark.parametrize("content", [[1, 2], 3, None, torch.zeros(2), "text"])
-def test_what_is_no_dictionary_is_refused_by_its_kind(content: object) -> None:
+def test_what_is_no_dictionary_is_refused_by_its_kind(content) -> None:
     with pytest.raises(CheckpointError, check=lambda error: error.code == "state-dict-missing"):
         unwrap(content)
 
 
 @pytest.mark.parametrize("content", [{"epoch": 1, "loss": 0.2}, {"state_dict": {}}, {}])
-def test_no_tensors_lists_what_is_there(content: dict[str, object]) -> None:
+def test_no_tensors_lists_what_is_there(content) -> None:
     with pytest.raises(CheckpointError, check=lambda error: error.code == "tensors-missing") as caught:
         unwrap(content)
     assert (", ".join(content) or "nothing") in caught.value.message

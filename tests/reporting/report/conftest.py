@@ -1,7 +1,5 @@
 """A run folder made of records alone, in which every name tries to become markup."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +32,7 @@ def hostile_text() -> str:
 
 
 @pytest.fixture
-def make_folder(tmp_path: Path) -> Callable[..., Path]:
+def make_folder(tmp_path) -> Callable[..., Path]:
     """``make_folder("certify", "export")``: a run folder in which these stages are finished."""
 
     def make(*stages: str, roles: tuple[str, ...] = ("dense", "pruned"), channels: int = 1) -> Path:

@@ -1,10 +1,6 @@
 """The model card: every figure of the run, and no markup out of a stranger's name."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import yaml
@@ -15,7 +11,7 @@ from s2ap_deploy.reporting.run_facts import collect
 ALL = ("pretrain", "search", "finetune", "certify", "export", "gate")
 
 
-def test_a_finished_run(make_folder: Callable[..., Path]) -> None:
+def test_a_finished_run(make_folder) -> None:
     facts = collect(make_folder(*ALL))
     text = page.render_card(facts)
     assert text == page.render_card(facts)
@@ -27,23 +23,21 @@ def test_a_finished_run(make_folder: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("stages", [(), ("certify",), ALL])
-def test_tables_have_the_same_number_of_cells_in_every_row(
-    stages: tuple[str, ...], make_folder: Callable[..., Path]
-) -> None:
+def test_tables_have_the_same_number_of_cells_in_every_row(stages, make_folder) -> None:
     text = page.render_card(collect(make_folder(*stages)))
     for block in text.split("\n\n"):
         rows = [re.sub(r"\\.", "", line).count("|") for line in block.splitlines() if line.startswith("|")]
         assert len(set(rows)) <= 1, block
 
 
-def test_names_of_strangers_stay_text(make_folder: Callable[..., Path]) -> None:
+def test_names_of_strangers_stay_text(make_folder) -> None:
     text = re.sub(r"\\.", "", page.render_card(collect(make_folder(*ALL))))
     assert "<" not in text
     assert "](" not in text
     assert "![" not in text
 
 
-def test_what_is_missing_is_said(make_folder: Callable[..., Path]) -> None:
+def test_what_is_missing_is_said(make_folder) -> None:
     text = page.render_card(collect(make_folder()))
     for words in ("Not judged yet", "have not been attacked yet", "Nothing is exported yet"):
         assert words in text
