@@ -376,7 +376,7 @@ def recover(path: Path) -> str:
     try:
         return work(path)
     except RunFolderError as error:
-        if "already has a search stage with different inputs" not in error.message:
+        if error.code != "stage-inputs-changed":
             raise
         return work(path, overwrite=True)
 
