@@ -74,7 +74,7 @@ def test_without_plug_ins_the_tools_own_names_are_all_there_is() -> None:
     assert plugins.find("methods", "nobody") is None
     with pytest.raises(KeyError):
         METHODS["nobody"]
-    with pytest.raises(PluginError, match="no base method 'nobody' is installed"):
+    with pytest.raises(PluginError, check=lambda error: error.code == "plugin-missing"):
         plugins.load("methods", "nobody", Method)
 
 
@@ -242,12 +242,12 @@ def test_a_loss_that_gives_no_number_is_told_with_its_distribution(body, words, 
 def test_a_name_that_nobody_offers_is_refused_with_those_that_are(install) -> None:
     mine = name()
     install("losses", mine, LOSS.format(body="0", clean=False, ascent="None"))
-    with pytest.raises(UsageError, match="no robust loss 'bogus'") as caught:
+    with pytest.raises(UsageError, check=lambda error: error.code == "loss-unknown") as caught:
         Objective(THREAT, "bogus")
     assert mine in (caught.value.hint or "")
-    with pytest.raises(RecipeError, match=f"trades.*{mine}.*did you mean trades"):
+    with pytest.raises(RecipeError, check=lambda error: error.code == "name-unknown"):
         catalog.load("demo", overrides=["prune.search.objective.loss=tradse"])
-    with pytest.raises(RecipeError, match="did you mean hydra"):
+    with pytest.raises(RecipeError, check=lambda error: error.code == "name-unknown"):
         catalog.load("demo", overrides=["prune.method=hydar"])
     assert catalog.load("demo", overrides=[f"prune.search.objective.loss={mine}"]).prune is not None
 
@@ -262,7 +262,7 @@ def test_a_target_is_found_by_name_with_a_hash_of_what_it_says(install) -> None:
     other = name()
     install("targets", other, code.format("two"))
     assert target.find(other).sha256 != found.sha256
-    with pytest.raises(RecipeError, match="no target 'bogus'") as caught:
+    with pytest.raises(RecipeError, check=lambda error: error.code == "target-unknown") as caught:
         target.find("bogus")
     assert mine in (caught.value.hint or "")
 

@@ -183,5 +183,5 @@ def test_proofs_that_contradict_the_attacks_are_refused(make_certificate, tmp_pa
     for dotted, value in change.items():
         content["proven"][dotted.split(".")[1]] = value
     files.write_json(tmp_path / "certificate.json", content)
-    with pytest.raises(InputError, match="proven does not follow"):
+    with pytest.raises(InputError, check=lambda error: error.code == "record-invalid"):
         Certificate.load(tmp_path / "certificate.json")

@@ -176,7 +176,7 @@ def test_finished_later_work_is_not_discarded_unasked(run) -> None:
     complete(run, "export")
     complete(run, "gate")
     for resume in (False, True):
-        with pytest.raises(RunFolderError, match="would discard its finished export") as caught:
+        with pytest.raises(RunFolderError, check=lambda error: error.code == "stages-discarded") as caught:
             enter(run, "certify", resume=resume)
     assert "--overwrite" in str(caught.value.hint)
     assert enter(run, "certify", overwrite=True).state == "fresh"
@@ -203,7 +203,7 @@ def damage_append(output: Path) -> None:
 )
 def test_damaged_outputs_run_again_when_asked(run, damage, message) -> None:
     damage(complete(run, "search"))
-    with pytest.raises(RunFolderError, match=rf"finished, but search/out\.txt {message}"):
+    with pytest.raises(RunFolderError, check=lambda error: error.code == "output-damaged"):
         enter(run, "search")
     with pytest.raises(RunFolderError, match=message):
         run.output("search", "out.txt")
@@ -271,7 +271,7 @@ def test_an_output_outside_the_stage_is_a_mistake_of_ours(run) -> None:
 
 def test_an_output_that_was_never_written(run) -> None:
     stage = enter(run, "search")
-    with pytest.raises(StorageError, match="cannot read"):
+    with pytest.raises(StorageError, check=lambda error: error.code == "file-not-read"):
         stage.finish([stage.folder / "absent"], None)
     assert run.manifest.stages["search"].status == "started"
 
@@ -287,7 +287,7 @@ def test_recipe_round_trip(run) -> None:
     run.save_recipe(resolved)
     assert run.load_recipe() == resolved
     (run.path / "recipe.yaml").write_text("name: [")
-    with pytest.raises(RecipeError, match=r"recipe\.yaml, line 1"):
+    with pytest.raises(RecipeError, check=lambda error: error.code == "yaml-invalid"):
         run.load_recipe()
 
 

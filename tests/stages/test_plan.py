@@ -153,7 +153,7 @@ def test_int8_is_a_class_of_speed_of_its_own(digits) -> None:
 
 
 def test_a_sparsity_that_no_mask_has_is_refused_as_prune_does(digits) -> None:
-    with pytest.raises(UsageError, match=r"the highest sparsity|need at least"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "sparsity-unaffordable"):
         planned(digits, sparsity=0.99999, budget="uniform")
 
 
@@ -190,7 +190,7 @@ def test_small_ones_draw_the_same_weights_and_leave_the_random_state_alone() -> 
 def test_an_input_size_that_nobody_says_is_asked_for(tmp_path) -> None:
     file = tmp_path / "own.py"
     file.write_text("import torch\ndef make(num_classes=3):\n    return torch.nn.Linear(4, num_classes)\n")
-    with pytest.raises(UsageError, match="input size") as caught:
+    with pytest.raises(UsageError, check=lambda error: error.code == "usage") as caught:
         blueprint(f"{file}:make", num_classes=None, input_size=None, real=False)
     assert "--input-size" in (caught.value.hint or "")
     assert registry.is_import_path(f"{file}:make")

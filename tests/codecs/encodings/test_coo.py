@@ -63,11 +63,11 @@ def test_contradictions_are_refused(sparse, words) -> None:
 def test_damaged_numbers_are_refused() -> None:
     sparse = made([1.0, 2.0], [1, 2], [2, 3])
     sparse.values.raw_data = b"\0\0\0"
-    with pytest.raises(VerificationError, match="damaged"):
+    with pytest.raises(VerificationError, check=lambda error: error.code == "sparse-tensor-damaged"):
         coo.dense_tensor(sparse)
     sparse = made([1.0, 2.0], [1, 2], [2, 3])
     sparse.indices.CopyFrom(numpy_helper.from_array(np.ones(2, np.float32)))
-    with pytest.raises(VerificationError, match="damaged"):
+    with pytest.raises(VerificationError, check=lambda error: error.code == "sparse-tensor-damaged"):
         coo.dense_tensor(sparse)
     sparse.values.data_type = TensorProto.UNDEFINED
     with pytest.raises(VerificationError):

@@ -469,7 +469,7 @@ def test_values_behind_a_view_that_changes_are_noticed() -> None:
         F.relu_(y.view(-1, 8).sub_(0.5))
         return y.flatten(1)
 
-    with pytest.raises(ArchitectureError, match="not those of its traced layers"):
+    with pytest.raises(ArchitectureError, check=lambda error: error.code == "architecture"):
         provably_robust(
             Calls(forward), torch.rand(2, 2, 2, 2), torch.tensor([0, 1]), threat=ThreatModel(eps="0.1")
         )
@@ -576,13 +576,13 @@ def test_what_bounds_go_through_computes_the_same(name) -> None:
 
 def test_a_network_that_draws_random_numbers_is_refused() -> None:
     network = Calls(lambda x: (x + torch.rand(2, 2, 2)).flatten(1))
-    with pytest.raises(ArchitectureError, match="not those of its traced layers"):
+    with pytest.raises(ArchitectureError, check=lambda error: error.code == "architecture"):
         provably_robust(network, torch.rand(2, 2, 2, 2), torch.tensor([0, 1]), threat=ThreatModel(eps="0.1"))
 
 
 def test_one_score_per_image_is_refused() -> None:
     for network in (nn.Sequential(nn.Flatten(), nn.Linear(8, 1)), nn.Identity(), Calls(lambda x: (x, x))):
-        with pytest.raises(DeployError, match="logits"):
+        with pytest.raises(DeployError, check=lambda error: error.code == "architecture"):
             provably_robust(network, torch.rand(1, 2, 2, 2), torch.tensor([0]), threat=ThreatModel(eps="0.1"))
 
 
@@ -610,7 +610,7 @@ def test_weights_without_bounds_prove_nothing() -> None:
     found = provably_robust(network, clean, labels, threat=ThreatModel(eps="0.5"))
     assert not found.proven.any()
     network[1].weight.data.fill_(math.nan)
-    with pytest.raises(CheckpointError, match="not finite"):
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "logits-not-finite"):
         provably_robust(network, clean, labels, threat=ThreatModel(eps="0.5"))
 
 
@@ -634,7 +634,7 @@ def test_inputs_that_cannot_be_used(images, labels, message) -> None:
 
 
 def test_a_batch_of_nothing_is_refused() -> None:
-    with pytest.raises(DataError, match="batch of 0"):
+    with pytest.raises(DataError, check=lambda error: error.code == "data"):
         provably_robust(
             random_network(0), images_of(0, 1), torch.tensor([0]), threat=ThreatModel(eps="1"), batch_size=0
         )

@@ -132,10 +132,10 @@ def test_errors_come_back_typed_and_prints_do_no_harm(tmp_path) -> None:
         workers.submit(Unit(0, "apgd-ce", 1, (0, 1, 2)))
         assert workers.next().unit.indices == (0, 1, 2)
         workers.submit(Unit(0, "apgd-ce", 1, (2, 3)))
-        with pytest.raises(CheckpointError, match="not finite"):
+        with pytest.raises(CheckpointError, check=lambda error: error.code == "logits-not-finite"):
             workers.next()
         workers.submit(Unit(0, "apgd-ce", 1, (4, 5)))
-        with pytest.raises(DeployError, match="ZeroDivisionError: own fault") as error:
+        with pytest.raises(DeployError, check=lambda error: error.code == "worker-failed") as error:
             workers.next()
         assert "strange_network.py" in error.value.__notes__[0]
         assert error.value.exit_code == 70

@@ -126,5 +126,5 @@ def test_a_compaction_that_changes_the_function_leaves_no_file(write, monkeypatc
 def test_a_recipe_switches_it() -> None:
     assert load("demo").export.compact is True
     assert load("demo", overrides=["export.compact=false"]).export.compact is False
-    with pytest.raises(RecipeError, match=r"export\.compact"):
+    with pytest.raises(RecipeError, check=lambda error: error.code == "value-invalid"):
         load("demo", overrides=["export.compact=1"])
