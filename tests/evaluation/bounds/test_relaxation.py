@@ -615,21 +615,21 @@ def test_weights_without_bounds_prove_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "message"),
+    ("images", "labels"),
     [
-        (torch.rand(0, 2, 6, 6), torch.zeros(0, dtype=torch.int64), "n >= 1"),
-        (torch.rand(2, 6, 6), torch.tensor([0, 1]), "n >= 1"),
-        (torch.zeros(1, 2, 6, 6, dtype=torch.uint8), torch.tensor([0]), "floating point"),
-        (torch.rand(2, 2, 6, 6), torch.tensor([0]), "labels"),
-        (torch.rand(1, 2, 6, 6), torch.tensor([0.0]), "labels"),
-        (torch.rand(1, 2, 6, 6), torch.tensor([-1]), "labels"),
-        (torch.rand(1, 2, 6, 6), torch.tensor([3]), "knows 3 classes"),
-        (torch.full((1, 2, 6, 6), 1.5), torch.tensor([0]), "outside"),
-        (torch.full((1, 2, 6, 6), math.nan), torch.tensor([0]), "outside"),
+        (torch.rand(0, 2, 6, 6), torch.zeros(0, dtype=torch.int64)),
+        (torch.rand(2, 6, 6), torch.tensor([0, 1])),
+        (torch.zeros(1, 2, 6, 6, dtype=torch.uint8), torch.tensor([0])),
+        (torch.rand(2, 2, 6, 6), torch.tensor([0])),
+        (torch.rand(1, 2, 6, 6), torch.tensor([0.0])),
+        (torch.rand(1, 2, 6, 6), torch.tensor([-1])),
+        (torch.rand(1, 2, 6, 6), torch.tensor([3])),
+        (torch.full((1, 2, 6, 6), 1.5), torch.tensor([0])),
+        (torch.full((1, 2, 6, 6), math.nan), torch.tensor([0])),
     ],
 )
-def test_inputs_that_cannot_be_used(images, labels, message) -> None:
-    with pytest.raises(DataError, match=message):
+def test_inputs_that_cannot_be_used(images, labels) -> None:
+    with pytest.raises(DataError, check=lambda error: error.code == "data"):
         provably_robust(random_network(0), images, labels, threat=ThreatModel(eps="0.1"))
 
 
