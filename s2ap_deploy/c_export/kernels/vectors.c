@@ -16,7 +16,7 @@
 #endif
 
 #if defined(__GNUC__)
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE static inline __attribute__((always_inline, unused))
 #define UNUSED __attribute__((unused))
 #else
 #define INLINE static inline
