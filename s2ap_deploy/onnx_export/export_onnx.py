@@ -33,6 +33,7 @@ from s2ap_deploy.onnx_export.export_report import (
 from s2ap_deploy.onnx_export.graph import check, to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
 from s2ap_deploy.onnx_export.onnx_file import write
+from s2ap_deploy.onnx_export.onnx_module import missing_operators
 from s2ap_deploy.onnx_export.quantization import SCHEME, quantize, quantized_weights
 from s2ap_deploy.onnx_export.verification import (
     QUANTIZED_FLOOR,
@@ -141,7 +142,7 @@ def export_onnx(
     }
     recorder.begin("export", total=4, unit="step")
     # Trace the network, remove dead channels, quantize or round.
-    graphs = _build(source, section, facts)
+    graphs = _build(source, section, facts, recorder)
     recorder.advance()
     # Store each weight in its smallest form.
     model, tensors = encode(graphs.dense, encoding=section.encoding, rounded=graphs.stored, cost=section.cost)
@@ -187,13 +188,21 @@ def _storage_facts(section: ExportSection) -> dict[str, str]:
     return facts if section.fixed_batch is None else {**facts, "s2ap.batch": str(section.fixed_batch)}
 
 
-def _build(source: ExportSource, section: ExportSection, facts: Mapping[str, str]) -> _Graphs:
+def _build(
+    source: ExportSource, section: ExportSection, facts: Mapping[str, str], recorder: Recorder
+) -> _Graphs:
     def trace(network: nn.Module) -> ModelProto:
         return to_onnx(
             network, source.input_size, opset=section.opset, batch=section.fixed_batch, metadata=facts
         )
 
     traced = small = trace(source.classifier)
+    rounded = source.calibration is not None or section.values != FLOAT32
+    if rounded and (missing := missing_operators(traced)):
+        recorder.warn(
+            f"certify --artifact cannot attack this file, as it lacks a counterpart of {', '.join(missing)}: "
+            "no gate will pass it; a float32 file needs no attack of its own"
+        )
     compaction = None
     further = section.compact and section.align == 1  # other widths would not be multiples of ``align``
     if source.narrowed is not None:

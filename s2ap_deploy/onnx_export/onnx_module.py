@@ -19,7 +19,9 @@ from s2ap_deploy.onnx_export.encoding import decode
 from s2ap_deploy.onnx_export.inference import first_line
 from s2ap_deploy.onnx_export.torch_operators import OPERATORS, UNROUNDED, Unsupported
 
-_HINT = "the file can still be measured on a device, but not attacked here: export it with s2ap-deploy export"
+_HINT = (
+    "the file itself cannot be attacked here; a float32 file of s2ap-deploy export needs no attack of its own"
+)
 
 
 class GraphStep(NamedTuple):
@@ -58,7 +60,7 @@ class OnnxModule(nn.Module):
         self._output = graph.output[0].name
         first = inputs[0].type.tensor_type.shape.dim
         self._batch = max(0, first[0].dim_value) if first else 0  # 0 where it is open
-        self._steps = _folded([_step(node) for node in graph.node], constants)
+        self._steps = _folded([step for node in graph.node for step in _node_steps(node)], constants)
         self._keys: dict[str, str] = {}
         read = {name for step in self._steps for name in step.inputs} | {self._output}
         for name, value in constants.items():
@@ -100,6 +102,31 @@ class OnnxModule(nn.Module):
             self.register_parameter(key, nn.Parameter(value, requires_grad=False))
         else:
             self.register_buffer(key, value)
+
+
+def missing_operators(model: ModelProto) -> tuple[str, ...]:
+    """Return the names of the operators in ``model`` that have no counterpart here, sorted.
+
+    A file with such an operator can be exported and run, and not attacked: ``certify --artifact`` refuses it.
+    """
+    known = {*OPERATORS, "Constant"}
+    nodes = decode(model).graph.node
+    foreign = ("", "ai.onnx")
+    return tuple(
+        sorted({node.op_type for node in nodes if node.domain not in foreign or node.op_type not in known})
+    )
+
+
+def _node_steps(node: NodeProto) -> list[GraphStep]:
+    """Return the steps of a node: one, or one for each piece of a Split."""
+    if node.op_type != "Split":
+        return [_step(node)]
+    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    pieces = {"pieces": len(node.output)}
+    return [
+        GraphStep("Split", node.name, tuple(node.input), name, {**attributes, **pieces, "piece": number})
+        for number, name in enumerate(node.output)
+    ]
 
 
 def _step(node: NodeProto) -> GraphStep:

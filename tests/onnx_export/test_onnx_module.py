@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +21,7 @@ from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export.encoding import encode
 from s2ap_deploy.onnx_export.graph import to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
-from s2ap_deploy.onnx_export.onnx_module import OnnxModule
+from s2ap_deploy.onnx_export.onnx_module import OnnxModule, missing_operators
 from s2ap_deploy.onnx_export.quantization import quantize
 
 
@@ -180,3 +182,139 @@ KERNEL = numpy_helper.from_array(np.ones((1, 1, 3, 3), np.float32), "k")
 def test_what_it_cannot_compute_is_an_error_of_ours(node, size, code) -> None:
     with pytest.raises(ArchitectureError, check=lambda error: error.code == code):
         OnnxModule(one_input([node], [KERNEL], ["batch", 1, 4, 4]))(torch.zeros(1, size, 4, 4))
+
+
+class Reflected(nn.Module):
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).mean((2, 3))
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x).flatten(1)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.norm(x[:, 0])
+        return (tokens + self.layer(tokens, tokens, tokens, need_weights=False)[0]).mean(1)
+
+
+def averaged(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+F = nn.functional
+SHARED = {
+    "PRelu per channel": lambda: averaged(nn.Conv2d(3, 4, 3), nn.PReLU(4)),
+    "Split": lambda: Function(lambda x: x.split([1, 2], dim=1)[1] * x.chunk(3, dim=1)[0]),
+    "LayerNormalization": lambda: Function(nn.LayerNorm((3, 8, 8))),
+    "InstanceNormalization": lambda: Function(nn.InstanceNorm2d(3, affine=True)),
+    "GroupNormalization": lambda: averaged(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8)),
+    "Pad reflect": lambda: Reflected("reflect"),
+    "Pad edge": lambda: Reflected("replicate"),
+    "Pad wrap": lambda: Reflected("circular"),
+    "Resize nearest": lambda: Function(lambda x: F.interpolate(x, scale_factor=2, mode="nearest")),
+    "Resize nearest, odd": lambda: Function(lambda x: F.interpolate(x, size=(5, 11), mode="nearest")),
+    "Resize linear": lambda: Function(lambda x: F.interpolate(x, size=(5, 13), mode="bilinear")),
+    "Resize corners": lambda: Function(
+        lambda x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+    ),
+    "DepthToSpace": lambda: averaged(nn.Conv2d(3, 8, 3), nn.PixelShuffle(2)),
+    "Mish": lambda: averaged(nn.Conv2d(3, 4, 3), nn.Mish()),
+    "Softplus": lambda: averaged(nn.Conv2d(3, 4, 3), nn.Softplus()),
+    "SiLU": lambda: averaged(nn.Conv2d(3, 4, 3), nn.SiLU()),
+    "ConvTranspose": lambda: averaged(nn.ConvTranspose2d(3, 4, 4, 2, 1)),
+    "ConvTranspose grouped": lambda: averaged(nn.ConvTranspose2d(3, 6, 3, 2, 1, 1, groups=3, dilation=2)),
+    "Conv in one dimension": lambda: Function(lambda x: F.conv1d(x[:, 0], torch.ones(2, 8, 3), padding=1)),
+    "pooling in one dimension": lambda: Function(lambda x: F.max_pool1d(x[:, 0], 3, 2, 1)),
+    "attention": Attention,
+    "index": lambda: Function(lambda x: x[:, [2, 0]][:, :, [1, 3, 5]]),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_operators_of_exported_networks_have_a_counterpart(case: str) -> None:
+    torch.manual_seed(0)
+    network = SHARED[case]().eval()
+    model = to_onnx(network, (3, 8, 8))
+    assert missing_operators(model) == ()
+    images = np.random.default_rng(2).random((2, 3, 8, 8), dtype=np.float32)
+    twin = OnnxModule(model)
+    expected = in_runtime(model, images)
+    assert np.abs(answers(twin, images) - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
+    inputs = torch.from_numpy(images).requires_grad_()
+    twin(inputs).square().sum().backward()
+    wanted = torch.from_numpy(images).requires_grad_()
+    network(wanted).square().sum().backward()
+    assert inputs.grad is not None
+    assert wanted.grad is not None
+    assert torch.allclose(inputs.grad, wanted.grad, atol=1e-4 * max(1.0, float(wanted.grad.abs().max())))
+
+
+def one_node(
+    operator: str, shape: tuple[int, ...], constants: dict[str, Any], **attributes: Any
+) -> ModelProto:
+    inputs = ["x", *constants]
+    tensors = [numpy_helper.from_array(value, name) for name, value in constants.items() if value is not None]
+    names = [name if name == "x" or constants[name] is not None else "" for name in inputs]
+    node = helper.make_node(operator, names, ["y"], **attributes)
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        tensors,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+SCALES = np.array([1, 1, 1.5, 2.5], np.float32)
+NODES = {
+    **{
+        f"Resize {mode} {rule} {rounding}": one_node(
+            "Resize",
+            (1, 2, 4, 6),
+            {"roi": None, "scales": SCALES},
+            mode=mode,
+            coordinate_transformation_mode=rule,
+            nearest_mode=rounding,
+        )
+        for mode, roundings in (("nearest", ("round_prefer_floor", "ceil", "floor")), ("linear", ("floor",)))
+        for rounding in roundings
+        for rule in ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel")
+    },
+    "DepthToSpace DCR": one_node("DepthToSpace", (1, 8, 3, 4), {}, blocksize=2, mode="DCR"),
+    "DepthToSpace CRD": one_node("DepthToSpace", (1, 8, 3, 4), {}, blocksize=2, mode="CRD"),
+    "SpaceToDepth": one_node("SpaceToDepth", (1, 2, 4, 6), {}, blocksize=2),
+    "GatherND": one_node("GatherND", (3, 4, 5), {"i": np.array([[0, 1], [2, 3]])}),
+    "GatherElements": one_node("GatherElements", (3, 4), {"i": np.array([[0, -1], [2, 3], [1, 1]])}, axis=1),
+    "Expand": one_node("Expand", (3, 1), {"s": np.array([2, 1, 4])}),
+    "Tile": one_node("Tile", (3, 2), {"s": np.array([2, 3])}),
+    "PRelu": one_node("PRelu", (2, 3, 4, 4), {"s": np.array([[[0.1]], [[0.5]], [[-1.0]]], np.float32)}),
+}
+
+
+@pytest.mark.parametrize("case", NODES)
+def test_single_operators_follow_their_definition(case: str) -> None:
+    model = NODES[case]
+    shape = [each.dim_value for each in model.graph.input[0].type.tensor_type.shape.dim]
+    values = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    expected = session(model.SerializeToString()).run(None, {"x": values})[0]
+    with torch.no_grad():
+        found = OnnxModule(model)._run(torch.from_numpy(values)).numpy()
+    assert found.shape == expected.shape
+    assert np.allclose(found, expected, atol=1e-5)
