@@ -110,7 +110,9 @@ def dry_run(
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         found = f"shape {_text(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ArchitectureError(
-            f"the network returns {found} instead of logits [batch, classes]", code="logits-invalid"
+            f"the network returns {found} instead of logits [batch, classes]",
+            code="logits-invalid",
+            hint="wrap it in a module whose forward pass returns the logits alone, and name that with --arch",
         )
     return logits
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from s2ap_deploy import files
 from s2ap_deploy.data.datasets import ImageData
@@ -28,6 +29,7 @@ from s2ap_deploy.training.train import TrainingData, train, validation_sample
 
 CHANCE_MARGIN = 2.0
 CLEAN_BATCH = 256
+DOUBT_IMAGES = 8
 
 
 def dense(job: RunContext) -> None:
@@ -133,6 +135,7 @@ def adopt(job: RunContext, path: Path) -> None:
     _check_classes(info.num_classes, images.spec, str(path))
     seen = _seen_in_training(images) if info.stage == "foreign" else ""
     _check_clean(job, classifier.to(job.machine.device), images, seen)
+    _warn_of_doubts(job, classifier, images)
     if recipe.prune is not None:
         weights_on_images(job, classifier.to(job.machine.device), info.preprocessing.size, images)
     stage = job.stage(
@@ -187,6 +190,30 @@ def _seen_in_training(images: ImageData) -> str:
     if images.validation.ids[0].startswith("val/"):
         return ""
     return ", held out of training images: this network may have been trained on them, and do worse on others"
+
+
+def _warn_of_doubts(job: RunContext, classifier: Classifier, images: ImageData) -> None:
+    """Name what will keep every gate from passing, before any work: batch statistics and noise."""
+    bare = [
+        name
+        for name, module in classifier.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is None
+    ]
+    if bare:
+        job.recorder.warn(
+            f"{', '.join(bare[:3])}: BatchNorm without running statistics, so answers depend on other images "
+            "and no gate will pass: set track_running_stats=True and train on, or use GroupNorm"
+        )
+    few = images.validation.subset(range(min(DOUBT_IMAGES, len(images.validation)))).tensors()[0]
+    few = few.to(job.machine.device)
+    classifier.eval()
+    with torch.no_grad():
+        same = torch.equal(classifier(few), classifier(few))
+    if not same:
+        job.recorder.warn(
+            "the forward pass draws random numbers: certify with --protocol rand, which estimates robust "
+            "accuracy, or make it deterministic in eval mode"
+        )
 
 
 def _check_clean(job: RunContext, classifier: Classifier, images: ImageData, seen: str) -> None:

@@ -59,3 +59,12 @@ def test_logits_that_are_not_finite_are_an_error_and_no_accuracy(s2ap, tmp_path)
     certify = ["certify", "model.pt", "--arch", "net.py:make", "--data", "digits", "--eps", "0.9", "--n", 10]
     s2ap.refused("logits-not-finite", *certify, "--threads", 1, "--workers", 1, cwd=tmp_path)
     assert not (tmp_path / "s2ap-run" / "certify" / "dense.json").exists()
+
+
+def test_noise_is_named_before_any_work(s2ap, tmp_path) -> None:
+    body = "return logits + torch.randn_like(logits)"
+    (tmp_path / "net.py").write_text(NETWORK.format(body=body))
+    torch.save({"layer.weight": torch.randn(10, 64), "layer.bias": torch.zeros(10)}, tmp_path / "model.pt")
+    certify = ["certify", "model.pt", "--arch", "net.py:make", "--data", "digits", "--eps", "0.9", "--n", 10]
+    done = s2ap(*certify, "--threads", 1, "--workers", 1, cwd=tmp_path)
+    assert "the forward pass draws random numbers" in " ".join(done.err.split())
