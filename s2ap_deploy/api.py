@@ -687,6 +687,7 @@ def _certify_file(
     from s2ap_deploy.onnx_export.onnx_file import load
     from s2ap_deploy.stages import open_run, resolve
     from s2ap_deploy.stages.certify_file import artifact_stage, certify_file
+    from s2ap_deploy.stages.export_c import open_library
 
     of_networks = (
         "arch",
@@ -711,7 +712,8 @@ def _certify_file(
             code="artifact-with-network-options",
             hint="leave one of them out",
         )
-    file = load(path if path.exists() or not (folder / path).exists() else folder / path)
+    found = path if path.exists() or not (folder / path).exists() else folder / path
+    file = open_library(found) if found.is_dir() else load(found)
     recipe = resolve.foreign_recipe(file, folder, changes)
     with open_run.opened(folder, recipe, session, name="certify", changes=changes) as job:
         certificate = certify_file(job, file, time_budget=session.get("time_budget"))

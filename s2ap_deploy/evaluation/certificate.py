@@ -114,7 +114,7 @@ class AttackedFile(Record):
 
     sha256: str
     bytes: int
-    format: Literal["onnx"] = "onnx"
+    format: Literal["onnx", "c"] = "onnx"
     quantized: bool
     twin: TwinAgreement
     transfer: Transfer | None = None

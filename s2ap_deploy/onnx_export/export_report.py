@@ -232,6 +232,7 @@ class CLibrary(Record):
 
     folder: str
     files: tuple[CompactFile, ...]
+    positions: Literal["fast", "small"] = "fast"
     bytes: int
     workspace_bytes: int
     kept_weights: int

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -35,6 +36,11 @@ class OnnxFile:
     input_size: tuple[int, int, int]
     quantized: bool
     metadata: dict[str, str]
+
+    @property
+    def format(self) -> Literal["onnx", "c"]:
+        """Return what gives the answers: ONNX Runtime, or a C library made from the file."""
+        return "onnx"
 
     @property
     def answers(self) -> FileAnswers:

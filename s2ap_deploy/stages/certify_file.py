@@ -120,6 +120,7 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
             artifact=AttackedFile(
                 sha256=opened.sha256,
                 bytes=len(opened.content),
+                format=opened.format,
                 quantized=opened.quantized,
                 twin=agreement,
                 transfer=None if transferred is None else transferred.transfer,

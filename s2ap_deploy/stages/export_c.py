@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from s2ap_deploy import files
 from s2ap_deploy.c_export.library import Library, build, compiler
@@ -38,6 +41,62 @@ def generate(opened: OnnxFile, section: ExportSection) -> Sources:
     """Return the sources for an exported file: the same ones every time. Raises UsageError."""
     facts = Facts(class_names=opened.class_names, sentences=_sentences(opened))
     return write_sources(opened.model, facts, values=section.values, positions=section.c_positions)
+
+
+@dataclass(frozen=True, eq=False)
+class LibraryFile(OnnxFile):
+    """A folder of C sources: gradients are those of the ONNX file beside it, answers those of the library.
+
+    ``content`` and ``sha256`` are those of ``model.c``, which holds the checksums of its weights.
+    """
+
+    library: Library
+
+    @property
+    def format(self) -> Literal["onnx", "c"]:
+        return "c"
+
+    @property
+    def answers(self) -> Library:  # type: ignore[override]
+        return self.library
+
+
+def open_library(folder: Path) -> LibraryFile:
+    """Build the library of an exported folder: its sources are generated again, and must be those in it.
+
+    Raises:
+        UsageError: no export report is beside the folder, or there is no compiler.
+        VerificationError: a source or the weights differ from those that the ONNX file gives.
+    """
+    path = folder.parent / "report.json"
+    report = ExportReport.load(path) if path.is_file() else None
+    if report is None or report.c_library is None or report.c_library.folder != folder.name:
+        raise UsageError(
+            f"{folder} is not the folder of C sources of an export",
+            code="c-folder-unknown",
+            hint="give the folder c that export --c wrote, inside of its run",
+        )
+    opened = onnx_file.load(files.within(folder.parent, report.file))
+    section = ExportSection(values=report.values, c_positions=report.c_library.positions)
+    sources = generate(opened, section)
+    for name, content in sources.files.items():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+            raise VerificationError(
+                f"{folder / name} is not what {report.file} gives; nothing was built",
+                code="c-sources-differ",
+                hint="export again with --overwrite",
+            )
+    library = built(sources)
+    if library is None:
+        raise UsageError(
+            "there is no C compiler to build the library with",
+            code="compiler-missing",
+            hint="install cc, or set CC",
+        )
+    source = sources.files["model.c"]
+    known = {each.name: getattr(opened, each.name) for each in dataclasses.fields(OnnxFile)}
+    known |= {"path": folder / "model.c", "content": source, "sha256": hashlib.sha256(source).hexdigest()}
+    return LibraryFile(**known, library=library)
 
 
 def built(sources: Sources) -> Library | None:
@@ -88,6 +147,7 @@ def add_library(
     record = CLibrary(
         folder=FOLDER,
         files=tuple(_described(f"{FOLDER}/{name}", data) for name, data in sorted(content.items())),
+        positions=section.c_positions,
         bytes=sum(len(data) for name, data in sources.files.items()),
         workspace_bytes=sources.workspace_bytes,
         kept_weights=sum(layer.kept for layer in layers),

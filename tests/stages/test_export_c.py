@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.onnx_export.inference import logits, session
 
@@ -55,8 +56,15 @@ def test_a_folder_that_answers_as_onnx_runtime(own_run, s2ap) -> None:
     for name in ("libmodel.so", "selftest"):  # what was built here is no file of the run
         (folder / name).unlink()
     s2ap.ok(*GATE, "--run", own_run)
+    # The folder is attacked itself; sources that are not those of the file are not built.
+    s2ap.ok("certify", "--artifact", folder, "--run", own_run, "--n", "4")
+    attacked = Certificate.load(own_run / "artifact-c" / "certificate.json").subject.artifact
+    assert attacked is not None
+    assert (attacked.format, attacked.twin.matches) == ("c", True)
     (folder / "model.c").write_text((folder / "model.c").read_text() + "\n")
     assert s2ap(*GATE, "--run", own_run).code == 1
+    changed = s2ap("certify", "--artifact", folder, "--run", own_run, "--json")
+    assert (changed.code, changed.answer["code"]) == (1, "c-sources-differ")
 
 
 def test_without_a_compiler_nothing_is_judged(own_run, s2ap, monkeypatch) -> None:
