@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         prune,
         report,
         run,
+        sign,
         sweep,
         verify,
     )
@@ -43,6 +44,7 @@ __all__ = [
     "prune",
     "report",
     "run",
+    "sign",
     "sweep",
     "verify",
 ]

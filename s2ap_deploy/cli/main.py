@@ -52,6 +52,7 @@ COMMANDS = {
     "decode": "Make a dense ONNX file from a sparse one.",
     "gate": "Judge the run against thresholds; the exit code is the verdict.",
     "verify": "Check a certificate against its files and with new attacks.",
+    "sign": "Sign every file of a run folder with a private key.",
     "compare": "Compare the masks of two or more runs.",
     "report": "Write the results of a run as an HTML page and a model card.",
     "run": "Run a recipe from its first stage to its verdict.",
@@ -65,7 +66,7 @@ COMMANDS = {
 
 COMMAND_MODULES = {
     "stage_commands": ("pretrain", "prune", "certify", "export", "decode"),
-    "verdict_commands": ("gate", "verify", "compare", "report"),
+    "verdict_commands": ("gate", "verify", "sign", "compare", "report"),
     "run_commands": ("demo", "run", "sweep", "plan"),
     "info_commands": ("inspect", "init", "targets", "recipes", "doctor"),
 }
@@ -141,9 +142,15 @@ class Terminated(BaseException):
     """Raised by the SIGTERM handler; a BaseException, which `except Exception` does not catch."""
 
 
+_DEFERRED = 0.05  # seconds until a signal that came during an import is tried again
+_requested: list[type[BaseException]] = []  # the exception of the last signal
+
+
 def main() -> NoReturn:
     """Run the command line and exit with a code of the table in ``errors``."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for name in ("SIGTERM", "SIGINT", "SIGALRM"):
+        if hasattr(signal, name):  # Windows has no alarms
+            signal.signal(getattr(signal, name), _stop)
     terminal.prepare()
     try:
         code = on_every_rank(sys.argv[1:])
@@ -166,8 +173,27 @@ def on_every_rank(arguments: list[str]) -> int:
     return run_cli(arguments)
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise Terminated
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Raise the exception of SIGTERM or SIGINT, after the import that it may have come in.
+
+    Libraries turn an exception inside their imports into another one, or are left half imported.
+    """
+    if number == signal.SIGTERM:
+        _requested[:] = [Terminated]
+    elif number == signal.SIGINT:
+        _requested[:] = [KeyboardInterrupt]
+    if _importing(frame) and hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, _DEFERRED)
+    elif _requested:
+        raise _requested[0]
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def run_cli(arguments: list[str]) -> int:
@@ -195,10 +221,7 @@ def run_cli(arguments: list[str]) -> int:
         code = next(code for kind, code in CLICK_CODES.items() if isinstance(error, kind))
         return _report(UsageError(error.format_message(), code=code, hint=f"see: {help_option}"), as_json)
     except Terminated:
-        stopped = InconclusiveError(
-            "terminated by SIGTERM; finished work is saved", code="terminated", hint=RESUME
-        )
-        return _report(stopped, as_json)
+        return _report(_terminated(), as_json)
     except (KeyboardInterrupt, click.Abort) as error:
         if isinstance(error, click.Abort) and not isinstance(error.__cause__, KeyboardInterrupt):
             return _report(DeployError("aborted", code="aborted"), as_json)
@@ -208,6 +231,8 @@ def run_cli(arguments: list[str]) -> int:
     except OutputClosed:
         return UNFORESEEN
     except BaseException as error:  # SystemExit too: only foreign code raises it
+        if _requested[-1:] == [Terminated]:  # which a library has turned into another error
+            return _report(_terminated(), as_json)
         if isinstance(error, OSError) and error.errno in DISK_REFUSES:
             full = StorageError(f"cannot write to disk: {error}", code="disk-full", hint="free some space")
             return _report(full, as_json)
@@ -216,6 +241,10 @@ def run_cli(arguments: list[str]) -> int:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         hint = "S2AP_DEBUG=1 shows the traceback; please report it"
         return _report(DeployError(f"unexpected error: {what}", hint=hint), as_json)
+
+
+def _terminated() -> DeployError:
+    return InconclusiveError("terminated by SIGTERM; finished work is saved", code="terminated", hint=RESUME)
 
 
 def _report(error: DeployError, as_json: bool, exit_code: int | None = None) -> int:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from s2ap_deploy.gating.early_stopping import SampleSize
     from s2ap_deploy.stages.certified_files import Verification
 
+MOST_PLANNED = 10**7  # images; ImageNet has a seventh of them
+
 report_options = options.stacked(
     click.option("--junit", type=options.PATH, help="Write JUnit XML to this file."),
     click.option("--sarif", type=options.PATH, help="Write SARIF 2.1.0 to this file."),
@@ -46,7 +48,17 @@ report_options = options.stacked(
     type=options.PATH,
     help="Certificate that drops are measured against.  [default: the run's dense]",
 )
-@click.option("--plan", type=options.COUNT, help="Only print the evidence that this many samples can give.")
+@click.option(
+    "--plan",
+    type=click.IntRange(1, MOST_PLANNED, clamp=False),
+    metavar="N",
+    help="Only print the evidence that N samples can give.",
+)
+@click.option(
+    "--require-signature", is_flag=True, help="Pass only a folder that the holder of --public-key signed."
+)
+@click.option("--public-key", type=options.PATH, help="Public key (PEM); implies --require-signature.")
+@click.option("--output", type=options.PATH, help="Write the verdict as JSON there as well.")
 @report_options
 @options.run_option
 @options.json_option
@@ -55,6 +67,9 @@ def gate_command(
     run: Path,
     baseline: Path | None,
     plan: int | None,
+    require_signature: bool,
+    public_key: Path | None,
+    output: Path | None,
     junit: Path | None,
     sarif: Path | None,
     summary: Path | None,
@@ -67,9 +82,12 @@ def gate_command(
 
     Exit codes: 0 passed, 1 failed, 3 inconclusive (no certificate, too few samples, a reliability flag, or a
     file in the run folder that no certificate covers). Without thresholds, those of the run's recipe apply.
+    The verdict is not kept in a folder that cannot be written. Hashes show that a folder is consistent, not
+    where it came from: --require-signature does.
 
     \b
     s2ap-deploy gate --min-robust 0.40 --max-drop 0.05
+    s2ap-deploy gate --min-robust 0.40 --require-signature --public-key key.pub --output verdict.json
     """
     from s2ap_deploy import api
     from s2ap_deploy.cli.session import command_line
@@ -78,10 +96,18 @@ def gate_command(
         return _print_sample_size(plan, thresholds["min_robust"], as_json=as_json, quiet=quiet)
     if annotations is None:
         annotations = os.environ.get("GITHUB_ACTIONS") == "true" and not quiet
-    reports = _Reports(run, junit, sarif, summary, annotations, to_stderr=as_json)
+    if require_signature and public_key is None:
+        raise UsageError(
+            "--require-signature needs the public key",
+            code="public-key-missing",
+            hint="add --public-key FILE; s2ap-deploy sign --help says how to sign",
+        )
+    reports = _Reports(run, junit, sarif, summary, annotations, to_stderr=as_json, verdict=output)
     reports.refuse_bad_places()
     try:
-        verdict = api.gate(run, baseline=baseline, thresholds=thresholds, command=command_line())
+        verdict = api.gate(
+            run, baseline=baseline, public_key=public_key, thresholds=thresholds, command=command_line()
+        )
     except DeployError as error:
         with contextlib.suppress(DeployError):  # report the first error
             reports.write(_unjudged(error))
@@ -113,16 +139,18 @@ class _Reports(NamedTuple):
     summary: Path | None
     annotations: bool
     to_stderr: bool
+    verdict: Path | None = None
 
     def refuse_bad_places(self) -> None:
-        """Raise UsageError for a path that cannot be written or that holds evidence."""
-        places = [path for path in (self.junit, self.sarif, self.summary) if path is not None]
+        """Raise UsageError for a place that cannot take a report or that holds evidence."""
+        given = (self.junit, self.sarif, self.summary, self.verdict)
+        places = [path for path in given if path is not None]
         run = self.folder.resolve()
         for place in places:
             inside = place.resolve().is_relative_to(run) and not place.resolve().is_relative_to(run / "gate")
             # A link or a device would be replaced by a file, not written to.
             special = place.is_symlink() or (place.exists() and not place.is_file())
-            if inside or special or place.name == "verdict.json":
+            if inside or special or place.resolve() == run / "gate" / "verdict.json":
                 raise UsageError(
                     f"a report cannot be written to {place}",
                     code="report-place-invalid",
@@ -141,6 +169,8 @@ class _Reports(NamedTuple):
         """Write the reports. Raises StorageError."""
         from s2ap_deploy import files
 
+        if self.verdict is not None:
+            files.write_json(self.verdict, verdict.model_dump(mode="json"))
         if self.junit is not None:
             from s2ap_deploy.reporting.ci_formats import junit
 
@@ -267,6 +297,40 @@ def _show_verification(found: Verification, in_toto: Path | None) -> None:
         echo(f"in-toto statement, not yet signed: {in_toto}")
     elif in_toto is not None:
         echo("no in-toto statement was written", err=True)
+
+
+@click.command()
+@click.argument("run", metavar="[RUN]", type=options.PATH, default=Path("s2ap-run"))
+@click.option("--private-key", type=options.PATH, required=True, help="Elliptic-curve key (PEM).")
+@click.option(
+    "--password-env", metavar="NAME", help="Environment variable with the password of the key, if it has one."
+)
+@options.json_option
+def sign_command(run: Path, private_key: Path, password_env: str | None, as_json: bool) -> None:
+    """Sign every file of a run folder with a private key.
+
+    RUN is the run folder, s2ap-run unless given. Its signature, signature.json, is a Sigstore bundle of
+    OpenSSF's model-signing, which the extra signing installs; nothing is fetched. Whatever changes, adds or
+    removes a file afterwards invalidates it. gate --require-signature checks it.
+
+    \b
+    openssl ecparam -name prime256v1 -genkey -noout -out key.pem
+    openssl ec -in key.pem -pubout -out key.pub
+    s2ap-deploy sign s2ap-run --private-key key.pem
+    """
+    from s2ap_deploy import api
+    from s2ap_deploy.cli import session
+
+    password = os.environ.get(password_env) if password_env is not None else None
+    if password_env is not None and password is None:
+        raise UsageError(
+            f"${password_env} is not set", code="password-missing", hint=f"export {password_env}"
+        )
+    path = api.sign(run, private_key=private_key, password=password)
+    if as_json:
+        session.print_json({"run": str(run), "signature": str(path)})
+    else:
+        click.echo(str(path))
 
 
 @click.command()

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from s2ap_deploy import files
 from s2ap_deploy.data.splits import hold_out
-from s2ap_deploy.errors import DataError
+from s2ap_deploy.errors import DataError, StorageError
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.spec import DataSpec, Preprocessing
 
@@ -274,6 +275,7 @@ def decode_all(
 @contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
     try:
+        files.check_regular(path)
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 # Pillow's conversion to 8 bits clips such values instead of scaling them.
@@ -283,7 +285,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
                     hint="convert the images to 8 bits per channel",
                 )
             yield image
-    except DAMAGE as error:
+    except (*DAMAGE, StorageError) as error:
         raise DataError(
             f"{path} cannot be read as an image: {error}",
             code="image-unreadable",

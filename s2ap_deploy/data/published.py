@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from s2ap_deploy import files
 from s2ap_deploy.data.splits import Augmentation, MemorySplit, choose
 from s2ap_deploy.errors import DataError, StorageError
 from s2ap_deploy.spec import DataSpec, Normalization, Preprocessing
@@ -182,7 +183,10 @@ def _data_error(name: str, root: Path, download: bool, error: Exception) -> Data
 def _check_mnist(folder: Path) -> None:
     for file_name, expected in MNIST_MD5.items():
         path = folder / file_name
-        if path.is_file() and hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != expected:
+        if (
+            path.is_file()
+            and hashlib.md5(files.read_bytes(path), usedforsecurity=False).hexdigest() != expected
+        ):
             raise DataError(
                 f"mnist is damaged: {path} is not the published file",
                 code="data-damaged",

@@ -9,10 +9,12 @@ alone would take longer than the whole gate.
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 DROP_METHOD = "two one-sided Clopper-Pearson bounds, Bonferroni"
 """The name of :func:`paired_drop_upper_bound`, for reports."""
 
+_LARGE = 10_000  # samples
 DISCORDANCE_RATES = (0.01, 0.02, 0.05, 0.10)
 """Shares of samples on which two networks differ, for which reports state the detectable drop."""
 
@@ -94,8 +96,13 @@ def detectable_drop(n: int, discordance: float, level: float = 0.95, power: floa
     if not 0.0 <= discordance <= 1.0 or not 0.0 < power < 1.0:
         raise ValueError(f"discordance {discordance} and power {power} are no probabilities")
     share = discordance / 2.0
-    counts = _likely_counts(n, share)
     side = (1.0 + level) / 2.0
+    if n > _LARGE:
+        # Lost minus gained is normal by then, and the width of the bound that of the expected counts.
+        mean, deviation = round(n * share), math.sqrt(discordance / n)
+        width = upper_bound(mean, n, side) - lower_bound(mean, n, side)
+        return width + NormalDist().inv_cdf(power) * deviation
+    counts = _likely_counts(n, share)
     uppers = {k: upper_bound(k, n, side) for k in counts}
     lowers = {k: lower_bound(k, n, side) for k in counts}
     outcomes = sorted(

@@ -24,6 +24,10 @@ RULES = {
     "sparsity": "The exported file is sparse enough.",
     "latency": "The exported file is fast enough.",
     "age": "The certificate is recent enough.",
+    "signature": "The holder of a key signed every file of the run folder.",
+    "recipe": "The recipe asks for what was certified.",
+    "stage": "The stage that issued the certificate was asked for what it says.",
+    "points": "The points file holds a clean and an attacked point per sample.",
     "gate": "The gate reached a verdict.",
 }
 """The kinds of checks that a gate makes, with one sentence for a reader; names stay the same between runs."""

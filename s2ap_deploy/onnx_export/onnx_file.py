@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from s2ap_deploy import files
-from s2ap_deploy.errors import CheckpointError, VerificationError
+from s2ap_deploy.errors import CheckpointError, DeployError, VerificationError
 from s2ap_deploy.onnx_export.inference import FileAnswers, first_line
 from s2ap_deploy.onnx_export.quantization import is_quantized
 from s2ap_deploy.onnx_export.resource_limits import check_decoding, check_execution, has_external_data
@@ -88,22 +88,23 @@ def load(path: Path) -> OnnxFile:
         )
     try:
         onnx.checker.check_model(model)
-    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
-        reason = first_line(error)
-        raise _refused(path, f"is not a valid ONNX model: {reason}", "onnx-invalid") from None
-    input_size = _input_size(path, model)
-    try:
+        input_size = _input_size(path, model)
         check_decoding(model)
         check_execution(model)
+        quantized = is_quantized(model)
     except VerificationError as error:
         raise _refused(path, f"is refused: {error.message}", error.code) from None
+    except DeployError:
+        raise
+    except Exception as error:  # of a library, or of ours, for whatever a damaged file holds
+        raise _refused(path, f"is not a valid ONNX model: {first_line(error)}", "onnx-invalid") from None
     opened = OnnxFile(
         path=path,
         content=content,
         sha256=hashlib.sha256(content).hexdigest(),
         model=model,
         input_size=input_size,
-        quantized=is_quantized(model),
+        quantized=quantized,
         metadata={entry.key: entry.value for entry in model.metadata_props},
     )
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from s2ap_deploy.errors import InputError
 from s2ap_deploy.planning.cost_estimate import Timing
@@ -70,15 +71,22 @@ class DryRunReport(Record):
 
 
 class SweepDryRunReport(Record):
-    """The prediction for a sweep: the dense network of every seed first; ``skipped`` has reasons."""
+    """The prediction for a sweep: the dense network of every seed first; ``skipped`` has reasons.
+
+    Of more than ``MOST_REHEARSED`` possible combinations, ``count`` in all, a sample stands for all of them.
+    """
 
     run: str
+    count: int
     shared: tuple[DryRunReport, ...]
     combinations: tuple[DryRunReport, ...]
     skipped: dict[str, str]
     seconds: float
 
 
+MOST_REHEARSED = 100  # combinations of a sweep
+_SAMPLE = 12
+Item = TypeVar("Item")
 STAGES = ("pretrain", "search", "finetune", "certify", "export", "gate")
 
 
@@ -120,9 +128,14 @@ def rehearse_sweep(
     """Predict what a sweep would do in ``folder``. Raises the errors of :func:`dry_run_report`."""
     timing = Timing(dataclasses.replace(machine, download=False))
     possible = [(each.name, each.recipe) for each in combinations if each.recipe is not None]
-    recorder.note(f"timing a few steps of each kind for {len(possible)} combinations")
+    seeds, count = {recipe.seed: recipe for _, recipe in possible}, len(possible)
+    recorder.note(f"timing a few steps of each kind for {count} combinations")
+    if count > MOST_REHEARSED:
+        possible = _sample(possible, _SAMPLE)
+        recorder.note(f"{len(possible)} of them stand for all, which would take too long to go through")
     shared, runs = [], []
-    for seed, recipe in {recipe.seed: recipe for _, recipe in possible}.items():
+    rehearsed = _sample(list(seeds.items()), len(seeds) if count <= MOST_REHEARSED else 2)
+    for seed, recipe in rehearsed:
         where = folder / DENSE / f"seed-{seed}"
         network = ("pretrain", "certify")
         shared.append(
@@ -137,9 +150,22 @@ def rehearse_sweep(
         run=str(folder),
         shared=tuple(shared),
         combinations=tuple(runs),
+        count=count,
         skipped={each.name: each.reason or "" for each in combinations if each.recipe is None},
-        seconds=sum(each.seconds for each in (*shared, *runs)),
+        seconds=_total(shared, len(seeds)) + _total(runs, count),
     )
+
+
+def _sample(items: Sequence[Item], most: int) -> list[Item]:
+    """Return at most ``most`` items, evenly spaced."""
+    step = max(1, -(-len(items) // most))
+    return list(items[::step])
+
+
+def _total(rehearsed: Sequence[DryRunReport], count: int) -> float:
+    """Scale the seconds of the rehearsed ones to all ``count``."""
+    seconds = sum(each.seconds for each in rehearsed)
+    return seconds if len(rehearsed) in (0, count) else seconds * count / len(rehearsed)
 
 
 def _stages(

@@ -208,6 +208,20 @@ class Run:
             raise
         return run
 
+    @classmethod
+    def look(cls, path: Path | str) -> Run:
+        """Open a run folder that is only read: nothing is locked or noted, and no stage can be entered.
+
+        Raises RunFolderError when there is no run, or its manifest is damaged.
+        """
+        check_is_run_folder(Path(path), create=False)
+        return cls(Path(path), None, manifest_of(Path(path)), SINGLE_PROCESS)
+
+    @property
+    def locked(self) -> bool:
+        """Whether this process may write here."""
+        return self._lock is not None
+
     def save(self, contents: Manifest) -> None:
         """Replace the manifest, on the disk first. Raises StorageError."""
         contents.save(self.path)

@@ -48,6 +48,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     path = folder / FILE_NAME
     if not path.exists():
         return None
+    files.check_regular(path)
     try:
         with safe_open(path, framework="pt") as stream:
             header = dict(json.loads((stream.metadata() or {})[_KEY]))

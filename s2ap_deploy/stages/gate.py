@@ -19,6 +19,7 @@ from s2ap_deploy.recipe.thresholds import Thresholds
 from s2ap_deploy.runs.folder import CERTIFICATE, COPY, Run
 from s2ap_deploy.runs.manifest import Output, StageName, StageRecord, beside
 from s2ap_deploy.runs.snapshot import FILE_NAME as SNAPSHOT
+from s2ap_deploy.stages import signature
 from s2ap_deploy.stages.certified_files import (
     FILE,
     STAGES,
@@ -49,9 +50,14 @@ class _Recorded(NamedTuple):
 
 
 def gate(
-    run: Run, policy: Thresholds, *, baseline: Path | None = None, at: datetime | None = None
+    run: Run,
+    policy: Thresholds,
+    *,
+    baseline: Path | None = None,
+    public_key: Path | None = None,
+    at: datetime | None = None,
 ) -> Verdict:
-    """Judge the run and write the verdict into its ``gate`` stage.
+    """Judge the run and write the verdict into its ``gate`` stage, unless the folder is only read.
 
     Every file in the folder that a device could run counts, including one that no stage wrote. Every file
     that the manifest, a certificate or a report names is hashed again: a changed file fails, a missing one is
@@ -63,6 +69,7 @@ def gate(
         run: the open run folder.
         policy: the thresholds.
         baseline: the certificate to measure drops against; None for the run's own dense one.
+        public_key: the key whose holder must have signed the folder; None asks for no signature.
         at: the time at which the certificate's age is taken; None for now.
 
     Raises:
@@ -85,6 +92,8 @@ def gate(
     }
     subject = "pruned" if "certify/pruned.json" in written else "dense"
     evidence = _gather(run, set(written), subject, baseline)
+    if public_key is not None:
+        evidence.checks.append(signature.check(run.path, public_key))
     of_files = [stage for stage in artifacts if f"{stage}/{CERTIFICATE}" in written]
     alone = len(run.manifest.of_kind("export")) < 2 and len(of_files) == 1
     counts = evidence.files.get(of_files[0]) if alone else evidence.pruned
@@ -107,7 +116,8 @@ def gate(
             recorded=evidence.checks,
             age=_oldest(judged, at or datetime.now(UTC)),
         )
-    _save(run, policy, verdict, [written[path].sha256 for path in sorted(written)])
+    if run.locked:
+        _save(run, policy, verdict, [written[path].sha256 for path in sorted(written)])
     return verdict
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,10 +57,11 @@ def combinations(document: Document, axes: Axes) -> tuple[Combination, ...]:
     first = document.content.get("seed", 0)
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
         raise RecipeError(f"seed: must be a whole number (here: {first!r})", code="seed-invalid")
-    found = []
+    found, last = list[Combination](), first + axes.seeds
     for point in itertools.product(*values.values()):
-        for seed in range(first, first + axes.seeds):
-            found.append(_combination(document, dict(zip(values, point, strict=True)), seed))
+        chosen = dict(zip(values, point, strict=True))
+        of_first = _combination(document, chosen, first)
+        found += [of_first if seed == first else _seeded(of_first, seed) for seed in range(first, last)]
     return tuple(found)
 
 
@@ -77,7 +77,7 @@ def _check(document: Document, axes: Axes) -> None:
 
 
 def _combination(document: Document, values: Mapping[str, Any], seed: int) -> Combination:
-    content = copy.deepcopy(document.content)
+    content = dict(document.content)
     prune = content["prune"] | dict(values)
     if "sparsity" in values:
         prune["keep_ratio"] = None  # the other way to say how much goes
@@ -94,6 +94,16 @@ def _combination(document: Document, values: Mapping[str, Any], seed: int) -> Co
         return Combination(
             name, values, seed, reason=reason.replace(f"{name}: ", "") + _advice(values, prune)
         )
+
+
+def _seeded(combination: Combination, seed: int) -> Combination:
+    """Return the combination with another seed, which is valid where the first one is."""
+    ending, recipe = f"seed-{combination.seed}", combination.recipe
+    name = combination.name.removesuffix(ending) + f"seed-{seed}"
+    if recipe is not None:
+        whole = recipe.name.removesuffix(combination.name) + name
+        recipe = recipe.model_copy(update={"seed": seed, "name": whole})
+    return Combination(name, combination.values, seed, recipe, combination.reason)
 
 
 def _refuse_slips(document: Document, values: Mapping[str, Any], error: ValidationError) -> None:

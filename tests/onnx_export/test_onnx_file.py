@@ -133,9 +133,12 @@ def test_an_odd_batch_is_refused_or_works_everywhere(tmp_path, batch) -> None:
 
 
 def test_an_endless_file_is_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("s2ap_deploy.onnx_export.onnx_file._MAX_BYTES", 1000)
-    with pytest.raises(CheckpointError, check=lambda error: error.code == "onnx-too-large"):
+    with pytest.raises(StorageError, check=lambda error: error.code == "file-special"):
         load(Path("/dev/zero"))
+    monkeypatch.setattr("s2ap_deploy.onnx_export.onnx_file._MAX_BYTES", 1000)
+    (tmp_path / "long.onnx").write_bytes(bytes(1001))
+    with pytest.raises(CheckpointError, check=lambda error: error.code == "onnx-too-large"):
+        load(tmp_path / "long.onnx")
 
 
 def test_a_missing_file(tmp_path) -> None:

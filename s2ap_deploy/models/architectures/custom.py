@@ -26,6 +26,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from s2ap_deploy import files
 from s2ap_deploy.errors import ArchitectureError
 from s2ap_deploy.models.architectures.architecture import Architecture, fold_parametrizations
 from s2ap_deploy.plugins import reason
@@ -195,7 +196,7 @@ def _module(location: str, reference: str) -> Any:
             f"there is no file {location} for {reference}", code="architecture-file-missing"
         )
     name = f"s2ap_deploy_user_{path.stem}"
-    source = str(path.resolve()), path.read_bytes()
+    source = str(path.resolve()), files.read_bytes(path)
     if name in sys.modules and getattr(sys.modules[name], _SOURCE, None) == source:
         # A second import would replace the classes by which networks of the first one are pickled.
         return sys.modules[name]
