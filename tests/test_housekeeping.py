@@ -43,7 +43,7 @@ def test_every_module_at_the_top_has_its_test() -> None:
 
 
 def test_extras_are_what_the_pages_promise() -> None:
-    assert PROJECT["optional-dependencies"].keys() == {"tracking", "openvino", "test", "dev"}
+    assert PROJECT["optional-dependencies"].keys() == {"tracking", "signing", "openvino", "test", "dev"}
 
 
 def test_every_dependency_has_a_lower_bound() -> None:
@@ -53,7 +53,7 @@ def test_every_dependency_has_a_lower_bound() -> None:
 
 
 def test_what_a_user_installs_has_an_upper_bound_that_admits_what_is_installed() -> None:
-    extras = [PROJECT["optional-dependencies"][name] for name in ("tracking", "openvino")]
+    extras = [PROJECT["optional-dependencies"][name] for name in ("tracking", "signing", "openvino")]
     for requirement in map(Requirement, [*PROJECT["dependencies"], *itertools.chain(*extras)]):
         assert any(each.operator == "<" for each in requirement.specifier), requirement
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -43,10 +43,11 @@ class ShippedFile(Record):
 
     ``recorded_sha256`` is None for a file that no stage wrote. ``points_checks`` are its answers on the
     points of certificates; ``rounded`` weights make it another network than the one it was exported from;
-    ``export`` holds the facts of its export report.
+    ``export`` holds the facts of its export report, ``folder`` is the run folder, for messages.
     """
 
     path: str
+    folder: str = "RUN"
     sha256: str | None
     recorded_sha256: str | None
     bytes: int | None = None
@@ -106,7 +107,8 @@ def _coverage(file: ShippedFile, certificate: Certificate) -> Check:
     if file.rounded:
         why = (
             "holds rounded values, and points that were made for another network overstate it: "
-            f"certify the file itself with s2ap-deploy certify --artifact RUN/{file.path} --run RUN"
+            "certify the file itself with "
+            f"s2ap-deploy certify --artifact {file.folder}/{file.path} --run {file.folder}"
         )
         return _file_check(file.path, "inconclusive", why, "not-certified")
     covering = [check for check in file.points_checks if check.certificate_sha256 == certificate.sha256]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
@@ -156,6 +157,7 @@ def floor(kind: str, name: str, k: int, n: int, threshold: float, rule: Rule, si
             status, reason = "inconclusive", _TOO_FEW
             would = f"even {n} of {n} would not show {exact_percent(threshold)}"
             message = f"{name}: too few samples: {would} ({shown})"
+        message += _deciding(k, n, threshold)
     return Check(
         rule=kind,
         name=name,
@@ -166,6 +168,23 @@ def floor(kind: str, name: str, k: int, n: int, threshold: float, rule: Rule, si
         observed=k / n,
         bound=bound,
     )
+
+
+def _deciding(k: int, n: int, threshold: float) -> str:
+    """Say how many images would show a floor if the same share of them passed; nothing where none would."""
+    share, most = k / n, 10**7
+    if share <= threshold:
+        return ""
+    low, high = n, 2 * n
+    while statistics.lower_bound(math.floor(share * high), high, LEVEL) < threshold:
+        low, high = high, 2 * high
+        if high > most:
+            return ""
+    while high - low > max(1, high // 100):
+        middle = (low + high) // 2
+        shown = statistics.lower_bound(math.floor(share * middle), middle, LEVEL) >= threshold
+        low, high = (low, middle) if shown else (middle, high)
+    return f"; about {high:,} images would decide it at the same share"
 
 
 def floor_between(name: str, low: int, high: int, n: int, threshold: float, rule: Rule) -> Check:

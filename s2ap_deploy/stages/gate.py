@@ -270,7 +270,9 @@ def _finished(run: Run, stage: StageName) -> StageRecord | None:
 def _read(run: Run, name: str, sha256: str | None) -> ShippedFile:
     """Read a file, named by its path inside the run folder: a verdict is read on other machines too."""
     path = run.path / name if sha256 is None else files.within(run.path, name)
-    return ShippedFile.read(path, sha256).model_copy(update={"path": plain(name, LONGEST_PATH)})
+    return ShippedFile.read(path, sha256).model_copy(
+        update={"path": plain(name, LONGEST_PATH), "folder": plain(str(run.path), LONGEST_PATH)}
+    )
 
 
 def _oldest(records: Sequence[StageRecord], at: datetime) -> timedelta | None:

@@ -21,7 +21,7 @@ from s2ap_deploy.runs import folder as run_folder
 
 SIGNATURE = "signature.json"
 """The signature of a run folder: a Sigstore bundle that lists the SHA-256 of every file."""
-REQUIREMENTS = '"model-signing>=1.1,<2" "pyOpenSSL>=24"'
+REQUIREMENTS = '"model-signing>=1.1,<2" "pyOpenSSL>=24,<28"'
 """The extra ``signing``; model-signing 1.1.1 imports pyOpenSSL without asking for it."""
 _IGNORED = (run_folder.FILE_NAME, SIGNATURE)
 
