@@ -165,7 +165,8 @@ class ExportFacts(Record):
 
     ``weights`` are the entries of the tensors that the file multiplies by, ``nonzeros`` those that are not
     zero. ``latency_ratio`` is the file's time divided by that of its dense counterpart, one image on one
-    thread, and ``latency_ms`` its own median in milliseconds; None where not measured.
+    thread, and ``latency_ms`` its own median in milliseconds; None where not measured. ``processors`` are the
+    int8 instructions of the processors that the target is for; empty where it does not say.
     """
 
     file: str
@@ -176,3 +177,4 @@ class ExportFacts(Record):
     latency_ratio: float | None = None
     latency_ms: float | None = None
     points_checks: tuple[PointsCheck, ...] = ()
+    processors: tuple[str, ...] = ()

@@ -110,7 +110,11 @@ class Transfer(Record):
 
 
 class AttackedFile(Record):
-    """One exported file. ``quantized``: it computes with integers, and its twin rounds as it does."""
+    """One exported file. ``quantized``: it computes with integers, and its twin rounds as it does.
+
+    ``processors``, of a file with 8-bit weights, are the int8 instructions of the processor that gave the
+    answers, on others of which sums may overflow; None for a file whose answers are the same everywhere.
+    """
 
     sha256: str
     bytes: int
@@ -118,6 +122,7 @@ class AttackedFile(Record):
     quantized: bool
     twin: TwinAgreement
     transfer: Transfer | None = None
+    processors: tuple[str, ...] | None = None
     statement: Literal["white-box attacks on a differentiable twin; every answer is the file's own"] = (
         "white-box attacks on a differentiable twin; every answer is the file's own"
     )

@@ -92,6 +92,23 @@ def coverage(file: ShippedFile, *certificates: Certificate) -> Check:
     return next((check for check in checks if check.status == "pass"), checks[0])
 
 
+def _on_processors(file: ShippedFile, processors: tuple[str, ...] | None) -> Check:
+    """Check whether the certificate of the attacked file holds for the processors that it is for."""
+    if processors is None:
+        return _file_check(file.path, "pass", "is the attacked file")
+    wanted = set(file.export.processors if file.export is not None else ())
+    if processors and wanted <= set(processors):
+        return _file_check(
+            file.path, "pass", f"is the attacked file, on processors with {' or '.join(processors)}"
+        )
+    why = (
+        "holds 8-bit weights, and was attacked on a processor "
+        + (f"with {', '.join(processors)}, not {', '.join(wanted)}" if processors else "that may overflow")
+        + ": certify it on the processor it is for, or export with --weight-bits 7"
+    )
+    return _file_check(file.path, "inconclusive", why, "processor-differs")
+
+
 def _coverage(file: ShippedFile, certificate: Certificate) -> Check:
     if file.sha256 is None:
         return _file_check(file.path, "inconclusive", "is missing", "missing")
@@ -103,7 +120,7 @@ def _coverage(file: ShippedFile, certificate: Certificate) -> Check:
     if file.sha256 == certificate.subject.checkpoint_sha256:
         return _file_check(file.path, "pass", "is the attacked checkpoint")
     if attacked is not None and file.sha256 == attacked.sha256:
-        return _file_check(file.path, "pass", "is the attacked file")
+        return _on_processors(file, attacked.processors)
     if file.rounded:
         why = (
             "holds rounded values, and points that were made for another network overstate it: "

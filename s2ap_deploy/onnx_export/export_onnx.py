@@ -34,7 +34,7 @@ from s2ap_deploy.onnx_export.graph import check, to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
 from s2ap_deploy.onnx_export.onnx_file import write
 from s2ap_deploy.onnx_export.onnx_module import missing_operators
-from s2ap_deploy.onnx_export.quantization import SCHEME, quantize, quantized_weights
+from s2ap_deploy.onnx_export.quantization import quantize, quantized_weights, scheme
 from s2ap_deploy.onnx_export.verification import (
     QUANTIZED_FLOOR,
     CertifiedPoints,
@@ -209,7 +209,11 @@ def _build(
         small, compaction = compare_narrowed(traced, trace(source.narrowed), source.images, further=further)
     elif further:
         small, compaction = compact_checked(traced, source.images)
-    dense = small if source.calibration is None else quantize(small, source.calibration)
+    dense = small
+    if source.calibration is not None:
+        dense = quantize(
+            small, source.calibration, method=section.calibration, weight_bits=section.weight_bits
+        )
     dense, stored, rounding = round_weights(dense, section.values)
     return _Graphs(traced, small, dense, stored, compaction, rounding)
 
@@ -357,7 +361,7 @@ def _quantization(traced: ModelProto, source: ExportSource, section: ExportSecti
     if source.calibration is None:
         return None
     return Quantization(
-        scheme=SCHEME,
+        scheme=scheme(section.calibration, section.weight_bits),
         calibration_images=len(source.calibration),
         float_bytes=encode(traced, encoding=section.encoding, cost=section.cost)[0].ByteSize(),
         instructions=int8_instructions(),

@@ -19,13 +19,18 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, ValueInfoProto, numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
 
 from s2ap_deploy.errors import DataError, UsageError, VerificationError
 from s2ap_deploy.onnx_export.encoding import WEIGHT_INPUTS
 from s2ap_deploy.onnx_export.inference import RUNTIME_ERRORS, first_line
 
-SCHEME = "static QDQ: weights symmetric int8 per channel (7 bits used), activations uint8, logits float32"
 CALIBRATION_BATCH = 64
 _INTEGER_OPERATORS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinear", "Integer")
 # The quantizer is Python all through, and fails as such on graphs that it does not expect.
@@ -40,12 +45,30 @@ _REFUSALS: tuple[type[Exception], ...] = (
 )
 
 
-def quantize(model: ModelProto, images: NDArray[np.float32]) -> ModelProto:
+METHODS = {
+    "minmax": CalibrationMethod.MinMax,
+    "entropy": CalibrationMethod.Entropy,
+    "percentile": CalibrationMethod.Percentile,
+}
+
+
+def scheme(method: str, weight_bits: int) -> str:
+    """Describe the quantization for reports."""
+    return (
+        f"static QDQ: weights symmetric int8 per channel ({weight_bits} bits used), activations uint8 by "
+        f"{method}, logits float32"
+    )
+
+
+def quantize(
+    model: ModelProto, images: NDArray[np.float32], *, method: str = "minmax", weight_bits: int = 7
+) -> ModelProto:
     """Quantize ``model``, calibrated on ``images`` [n, C, H, W] in [0, 1], n >= 1.
 
-    Scales come from the smallest and largest activation over the images; the same model and images give
-    the same bytes. Weights take 7 of the 8 bits: processors without VNNI add products of int8 in pairs
-    of 16 bits, which 8-bit weights can overflow, and the file would answer differently there.
+    Ranges of activations are the smallest and largest over the images, or those of ``method`` (a key of
+    ``METHODS``); the same model and images give the same bytes. Weights take 7 of the 8 bits by default:
+    processors without VNNI add products of int8 in pairs of 16 bits, which 8-bit weights can overflow, and
+    the file would answer differently there.
     Raises UsageError without images, DataError for images that are not finite, VerificationError when the
     quantizer refuses the model or its scales are not finite.
     """
@@ -70,7 +93,8 @@ def quantize(model: ModelProto, images: NDArray[np.float32]) -> ModelProto:
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 per_channel=True,
-                reduce_range=True,
+                reduce_range=weight_bits == 7,
+                calibrate_method=METHODS[method],
                 extra_options={
                     "WeightSymmetric": True,
                     "ActivationSymmetric": False,

@@ -69,6 +69,8 @@ EXPORT: Final[Keywords] = {
         "batch",
         "int8",
         "calibration",
+        "calibration_images",
+        "weight_bits",
         "compact",
         "keep_ratio",
         "align",

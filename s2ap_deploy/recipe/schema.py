@@ -123,8 +123,16 @@ class ExportSection(Record):
     int8: Flag = Field(
         default=False, description="Quantize weights and activations; needs its own certificate."
     )
-    calibration: Count = Field(
-        default=256, description="Number of training images for calibrating int8 ranges."
+    calibration: Literal["minmax", "entropy", "percentile"] = Field(
+        default="minmax", description="How the ranges of int8 activations follow from the calibration images."
+    )
+    calibration_images: Count = Field(
+        default=256, description="Number of training images that set the ranges of int8."
+    )
+    weight_bits: Annotated[int, Field(strict=True, ge=7, le=8)] = Field(
+        default=7,
+        description="Bits of int8 weights: 7 give the same answers on every processor, 8 only on those that "
+        "add products of int8 exactly (VNNI, ARM dot products).",
     )
     compact: Flag = Field(default=True, description="Remove channels that cannot change the output.")
     keep_ratio: KeepRatio | None = Field(

@@ -79,7 +79,9 @@ class Target(Record):
     ``dtype`` int8 means int8 arithmetic, float16 values that are stored so and computed with in float32.
     ``batch`` is ``dynamic`` or a number of images; ``alignment`` the multiple that channel counts should be;
     ``granularity`` the unit of pruning that makes a network faster there. ``compact`` removes dead channels.
-    ``cost`` is what the encoding ``auto`` weighs; ``notes`` describe how the runtime handles zeros.
+    ``cost`` is what the encoding ``auto`` weighs; ``processors`` are the int8 instructions of its processors,
+    such as avx512_vnni, and ``weight_bits`` 8 is for those that add products of int8 exactly.
+    ``notes`` describe how the runtime handles zeros.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=80)]
@@ -90,6 +92,8 @@ class Target(Record):
     layout: Literal["NCHW"] = "NCHW"
     encoding: EncodingName = AUTO
     cost: Tradeoff = Tradeoff()
+    weight_bits: Annotated[int, Field(strict=True, ge=7, le=8)] = 7
+    processors: tuple[str, ...] = ()
     batch: Annotated[Literal["dynamic"] | int, BeforeValidator(_images)] = "dynamic"
     alignment: Annotated[int, Field(strict=True, ge=1, le=1024)] = 1
     granularity: Granularity = "channel"
@@ -113,6 +117,7 @@ class Target(Record):
             "opset": self.opset,
             "encoding": self.encoding,
             "cost": self.cost.model_dump(),
+            "weight_bits": self.weight_bits,
             "int8": self.dtype == "int8",
             "values": FLOAT32 if self.dtype == "int8" else self.dtype,
             "batch": self.batch,

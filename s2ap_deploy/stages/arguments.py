@@ -157,7 +157,9 @@ class ExportArguments(Settings, total=False):
     values: str | None
     batch: int | str | None
     int8: bool | None
-    calibration: int | None
+    calibration: str | None
+    calibration_images: int | None
+    weight_bits: int | None
     compact: bool | None
     keep_ratio: float | None
     align: int | None

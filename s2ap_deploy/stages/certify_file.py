@@ -32,6 +32,7 @@ from s2ap_deploy.evaluation.certificate import (
 from s2ap_deploy.evaluation.points import load_points, save_points
 from s2ap_deploy.evaluation.samples import ids_sha256
 from s2ap_deploy.models.classifier import weights_hash
+from s2ap_deploy.onnx_export.benchmark import int8_instructions
 from s2ap_deploy.onnx_export.encoding import decode, weights
 from s2ap_deploy.onnx_export.onnx_file import OnnxFile
 from s2ap_deploy.onnx_export.onnx_module import OnnxModule
@@ -124,6 +125,7 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
                 quantized=opened.quantized,
                 twin=agreement,
                 transfer=None if transferred is None else transferred.transfer,
+                processors=_processors(opened),
             ),
         ),
         class_names=names if len(names) == outcome.num_classes else (),
@@ -322,6 +324,17 @@ def _sparsity(opened: OnnxFile) -> float | None:
     tensors = {**weights(model), **quantized_weights(model)}.values()
     entries = sum(tensor.size for tensor in tensors)
     return 1 - sum(int(np.count_nonzero(tensor)) for tensor in tensors) / entries if entries else None
+
+
+def _processors(opened: OnnxFile) -> tuple[str, ...] | None:
+    """Return the int8 instructions that answered a file with 8-bit weights; None for 7 bits or fewer.
+
+    With 7 bits, sums of two products fit 16 bits, and every processor answers alike.
+    """
+    tensors = quantized_weights(decode(opened.model)).values()
+    if not any(np.abs(tensor.astype(np.int64)).max(initial=0) > 64 for tensor in tensors):
+        return None
+    return int8_instructions() or ()
 
 
 def _results(certificate: Certificate) -> dict[str, Any]:

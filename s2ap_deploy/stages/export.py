@@ -292,7 +292,7 @@ def _test_images(job: RunContext, info: CheckpointInfo) -> NDArray[np.float32]:
 def _calibration(job: RunContext, info: CheckpointInfo) -> NDArray[np.float32]:
     """Return calibration images from the training split, stratified by class, always the same ones."""
     train = job.images(info.preprocessing.size).train
-    chosen = choose(train.labels, job.recipe.export.calibration, seed=0)
+    chosen = choose(train.labels, job.recipe.export.calibration_images, seed=0)
     pixels: NDArray[np.float32] = train.subset(chosen).tensors()[0].numpy()
     return pixels
 

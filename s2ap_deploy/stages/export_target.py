@@ -130,6 +130,7 @@ def completed(
     return report.model_copy(
         update={
             "target": aim,
+            "processors": found.target.processors if found is not None else (),
             "budgets": tuple(checks),
             "predicted": _predicted(exported, recipe),
         }

@@ -45,7 +45,7 @@ def test_each_file_has_evidence_of_its_own(s2ap, both, files_in) -> None:
     page = next((both.parent / "page").glob("*.html")).read_text(encoding="utf-8")
     assert page.count("export/model.onnx</code></h3>") == page.count(f"{FILE}</code></h3>") == 1
     # A new int8 file discards its own certificate and nothing of the float32 file.
-    again = s2ap("export", "--int8", "--overwrite", "--calibration", 16, "--run", both, "--threads", 1)
+    again = s2ap("export", "--int8", "--overwrite", "--calibration-images", 16, "--run", both, "--threads", 1)
     assert again.code == 0, again.err
     assert files_in(both / "export") == float_file
     assert not (both / "artifact-int8").exists()

@@ -21,8 +21,8 @@ OWN, OTHER = "a" * 64, "b" * 64
 TWIN = TwinAgreement(n=8, max_logit_difference=0.0, tolerance=1e-3, equal_predictions=8, ties=0, matches=True)
 
 
-def of_file(certificate: Certificate, sha256: str, *, quantized: bool = True) -> Certificate:
-    attacked = AttackedFile(sha256=sha256, bytes=10, quantized=quantized, twin=TWIN)
+def of_file(certificate: Certificate, sha256: str, *, quantized: bool = True, processors=None) -> Certificate:
+    attacked = AttackedFile(sha256=sha256, bytes=10, quantized=quantized, twin=TWIN, processors=processors)
     subject = certificate.subject.model_copy(update={"artifact": attacked})
     return certificate.model_copy(update={"subject": subject})
 
@@ -50,6 +50,27 @@ def test_int8_needs_a_certificate_of_its_own(make_certificate) -> None:
     assert f"s2ap-deploy certify --artifact RUN/{file.path} --run RUN" in found.message
     floats = file.model_copy(update={"rounded": False})
     assert coverage(floats, certificate).status == "pass"
+
+
+@pytest.mark.parametrize(
+    ("processors", "target", "status"),
+    [
+        (None, ("asimddp",), "pass"),  # 7 bits: the same answers everywhere
+        (("avx512_vnni",), (), "pass"),
+        (("avx512_vnni", "avx_vnni"), ("avx_vnni",), "pass"),
+        (("avx512_vnni",), ("asimddp",), "inconclusive"),
+        ((), (), "inconclusive"),  # sums may overflow where it was attacked
+    ],
+)
+def test_eight_bit_weights_hold_for_the_processors_of_their_certificate(
+    make_certificate, processors, target, status
+) -> None:
+    certificate = make_certificate(BROKEN)
+    facts = ExportFacts(file="f", sha256=OWN, bytes=1, weights=1, nonzeros=1, processors=target)
+    file = int8_file(certificate).model_copy(update={"export": facts})
+    found = coverage(file, of_file(certificate, OWN, processors=processors))
+    assert found.status == status
+    assert found.reason == ("processor-differs" if status == "inconclusive" else None)
 
 
 def test_the_file_that_was_attacked_is_covered(make_certificate) -> None:

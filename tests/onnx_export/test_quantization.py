@@ -52,7 +52,7 @@ def test_encoded_file_answers_bit_for_bit(int8, images) -> None:
     coded, table = encode(int8)
     kinds = {row.name: row.encoding for row in table}
     (large,) = [name for name, values in quantized_weights(int8).items() if values.size == 32 * 32 * 9]
-    assert kinds[large] in ("ef", "gaps", "mask")
+    assert kinds[large] in ("ef", "gaps", "gaps4", "mask")
     assert coded.ByteSize() < int8.ByteSize()
     check(coded)
     assert decodes_at_load(coded)
@@ -97,3 +97,16 @@ def test_a_graph_that_the_quantizer_cannot_read() -> None:
     graph = onnx.helper.make_graph([], "empty", [], [])
     with pytest.raises(VerificationError, check=lambda error: error.code == "quantization-failed"):
         quantize(onnx.helper.make_model(graph), np.zeros((1, 1, 4, 4), np.float32))
+
+
+@pytest.mark.parametrize("method", ["entropy", "percentile"])
+def test_other_ranges_come_from_the_same_images(dense_model, int8, images, method) -> None:
+    found = quantize(dense_model, images, method=method)
+    assert found.SerializeToString() != int8.SerializeToString()
+    assert quantize(dense_model, images, method=method).SerializeToString() == found.SerializeToString()
+    check(found)
+
+
+def test_eight_bits_use_the_whole_range(dense_model, images) -> None:
+    found = quantized_weights(quantize(dense_model, images, weight_bits=8))
+    assert max(np.abs(values.astype(int)).max() for values in found.values()) > 120

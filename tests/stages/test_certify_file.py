@@ -21,7 +21,7 @@ def int8_run(digits_model, tmp_path_factory, s2ap) -> Path:
     run = tmp_path_factory.mktemp("int8") / "run"
     done = s2ap("certify", digits_model, "--eps", "0.2", *QUICK, "--run", run)
     assert done.code == 0, done.err
-    done = s2ap("export", "--int8", "--calibration", 32, "--run", run, "--threads", 1)
+    done = s2ap("export", "--int8", "--calibration-images", 32, "--run", run, "--threads", 1)
     assert done.code == 0, done.err
     assert f"certify --artifact {run}/export/model-int8.onnx --run {run}" in done.err
     return run
