@@ -10,6 +10,7 @@ gradients from attacks.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def quantize(
     """Quantize ``model``, calibrated on ``images`` [n, C, H, W] in [0, 1], n >= 1.
 
     Ranges of activations are the smallest and largest over the images, or those of ``method`` (a key of
-    ``METHODS``); the same model and images give the same bytes. Weights take 7 of the 8 bits by default:
+    ``METHODS``); the same model and images give the same bytes, but for entropy. Weights take 7 of the 8 bits by default:
     processors without VNNI add products of int8 in pairs of 16 bits, which 8-bit weights can overflow, and
     the file would answer differently there.
     Raises UsageError without images, DataError for images that are not finite, VerificationError when the
@@ -143,7 +144,8 @@ class _Images(CalibrationDataReader):  # type: ignore[misc]
     def __init__(self, entry: ValueInfoProto, images: NDArray[np.float32]) -> None:
         first = entry.type.tensor_type.shape.dim[:1]
         fixed = first[0].dim_value if first else 0
-        size = fixed or CALIBRATION_BATCH
+        # Histograms want batches of one size.
+        size = fixed or max(n for n in range(1, CALIBRATION_BATCH + 1) if len(images) % n == 0)
         if fixed:
             images = np.concatenate([images, np.repeat(images[-1:], -len(images) % fixed, axis=0)])
         starts = range(0, len(images), size)
@@ -173,10 +175,11 @@ def _tidy(found: ModelProto, source: ModelProto) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the quantizer's advice on the root logger."""
+    """Silence the quantizer's advice on the root logger, and what it prints of histograms."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logging.disable(before)

@@ -124,7 +124,9 @@ class ExportSection(Record):
         default=False, description="Quantize weights and activations; needs its own certificate."
     )
     calibration: Literal["minmax", "entropy", "percentile"] = Field(
-        default="minmax", description="How the ranges of int8 activations follow from the calibration images."
+        default="minmax",
+        description="How the ranges of int8 activations follow from the calibration images; those of "
+        "entropy can differ a little between exports.",
     )
     calibration_images: Count = Field(
         default=256, description="Number of training images that set the ranges of int8."
