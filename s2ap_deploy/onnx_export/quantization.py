@@ -67,7 +67,8 @@ def quantize(
     """Quantize ``model``, calibrated on ``images`` [n, C, H, W] in [0, 1], n >= 1.
 
     Ranges of activations are the smallest and largest over the images, or those of ``method`` (a key of
-    ``METHODS``); the same model and images give the same bytes, but for entropy. Weights take 7 of the 8 bits by default:
+    ``METHODS``); the same model and images give the same bytes, but for entropy.
+    Weights take 7 of the 8 bits by default:
     processors without VNNI add products of int8 in pairs of 16 bits, which 8-bit weights can overflow, and
     the file would answer differently there.
     Raises UsageError without images, DataError for images that are not finite, VerificationError when the

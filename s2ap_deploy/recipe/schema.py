@@ -125,7 +125,7 @@ class ExportSection(Record):
     )
     calibration: Literal["minmax", "entropy", "percentile"] = Field(
         default="minmax",
-        description="How the ranges of int8 activations follow from the calibration images; those of "
+        description="How the ranges of activations follow from the calibration images; those of "
         "entropy can differ a little between exports.",
     )
     calibration_images: Count = Field(
