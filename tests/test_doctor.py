@@ -39,7 +39,7 @@ def test_people_get_lines(s2ap, tmp_path) -> None:
     assert done.code == 0
     assert "torch " in done.out
     assert f"mnist ({tmp_path / 'MNIST' / 'raw'})" in done.out
-    assert f"not in {tmp_path}: cifar10, cifar100, svhn (say where" in done.out
+    assert f"not in {tmp_path}: cifar10, cifar100, svhn (set the folder" in done.out
     assert s2ap("doctor", "--quiet").out == ""
 
 

@@ -14,9 +14,9 @@ from s2ap_deploy.errors import UsageError
 
 STREAMS = ("generator", "derive_seed", "seed_layers")
 STREAM_KEYS = (
-    "augmentation", "bench", "calibrate", "choose", "clean", "compact", "coupling", "curvature", "diagnose",
-    "evaluate", "fmn", "gradients", "image", "images", "initialise", "layers", "order", "probe", "scores",
-    "search", "sharpness", "untrain", "val", "validation", "verify", "weights",
+    "augmentation", "bench", "calibrate", "choose", "clean", "compact", "compare", "coupling", "curvature",
+    "diagnose", "evaluate", "fmn", "gradients", "image", "images", "initialise", "layers", "module",
+    "order", "probe", "scores", "search", "sharpness", "untrain", "val", "validation", "verify", "weights",
 )  # fmt: skip
 KEYS = st.lists(st.one_of(st.integers(), st.text(max_size=8)), min_size=1, max_size=4)
 

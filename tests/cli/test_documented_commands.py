@@ -66,7 +66,8 @@ def test_the_tree_in_the_readme_is_what_a_run_leaves(s2ap, own_run) -> None:
         names = re.split(r"\s{2,}", line.strip())[0].split(", ")
         folder = own_run / Path(names[0]).parent
         for name in names:
-            assert (folder / Path(name).name).is_file(), name
+            if not name.endswith("/"):  # the folder of a further file, which this run does not have
+                assert (folder / Path(name).name).is_file(), name
 
 
 def run_sequence(s2ap: Any, folder: Path, extra: dict[str, list[str]]) -> list[int]:

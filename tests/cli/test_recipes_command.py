@@ -1,6 +1,7 @@
 """``recipes``: a list by data, one recipe as written or resolved, the schema, and the short forms."""
 
 import json
+import re
 
 import pytest
 
@@ -62,7 +63,7 @@ MEASURED = {"demo", "demo-quick", "mnist", "mnist-harp-s2ap-99"}
 @pytest.mark.parametrize("name", catalog.names())
 def test_a_recipe_that_nobody_measured_says_so(name, s2ap) -> None:
     head = s2ap("recipes", "show", name).out.partition("\nname:")[0]
-    assert ("a place to start, not measured here" in head) == (name not in MEASURED)
+    assert (re.search("w(as|ere) not measured", head) is not None) == (name not in MEASURED)
 
 
 def test_the_schema_is_json(s2ap) -> None:

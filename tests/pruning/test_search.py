@@ -222,7 +222,7 @@ class Warned(Silent):
         self.said.append(message)
 
 
-@pytest.mark.parametrize(("gamma", "word"), [(1e-9, "inert"), (5.0, "noise")])
+@pytest.mark.parametrize(("gamma", "word"), [(1e-9, "too small"), (5.0, "too large")])
 def test_a_gamma_that_does_nothing_useful_is_told(run, gamma, word) -> None:
     recorder = Warned()
     run(network(), Perturbation(gamma, 2), recorder=recorder)

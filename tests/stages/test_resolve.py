@@ -69,4 +69,7 @@ def test_a_target_completes_what_no_option_sets() -> None:
     changes = resolve.export_changes(chosen, recipe)
     assert changes.items() >= chosen.items()
     assert len(changes) > len(chosen)
-    assert resolve.export_changes({"export.target": "none"}, recipe) == {"export.target": "none"}
+    assert resolve.export_changes({"export.target": "none"}, recipe) == {
+        "export.target": "none",
+        "export.name": None,
+    }

@@ -30,7 +30,7 @@ def _convolution(inputs: int, outputs: int, size: int, stride: int, padding: int
     return nn.Conv2d(inputs, outputs, size, stride=stride, padding=padding, bias=False)
 
 
-class WideBlock(nn.Module):
+class DeepMindBlock(nn.Module):
     """Normalize, activate, convolve, twice; a 1x1 projection reads the first activation."""
 
     def __init__(self, inputs: int, width: int, stride: int, activation: Activation) -> None:
@@ -56,8 +56,8 @@ class WideStage(nn.Module):
 
     def __init__(self, depth: int, inputs: int, width: int, stride: int, activation: Activation) -> None:
         super().__init__()
-        rest = (WideBlock(width, width, 1, activation) for _ in range(depth - 1))
-        self.block = nn.Sequential(WideBlock(inputs, width, stride, activation), *rest)
+        rest = (DeepMindBlock(width, width, 1, activation) for _ in range(depth - 1))
+        self.block = nn.Sequential(DeepMindBlock(inputs, width, stride, activation), *rest)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.block(x)

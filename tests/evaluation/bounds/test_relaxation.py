@@ -424,7 +424,9 @@ def test_one_image_of_a_real_residual_network_goes_through() -> None:
         assert found.margins.isfinite().all()
         exact = margins_of(network, clean[None], labels)[0]
         assert torch.allclose(found.margins, exact, atol=2e-3)
-    wide = nn.Sequential(nn.Conv2d(1, 2, 1), WideBlock(2, 4, 2), nn.Flatten(), nn.Linear(16, 2))
+    wide = nn.Sequential(
+        nn.Conv2d(1, 2, 1), WideBlock(2, 4, 2, nn.functional.relu), nn.Flatten(), nn.Linear(16, 2)
+    )
     assert provably_robust(
         wide, torch.rand(1, 1, 4, 4), torch.tensor([1]), threat=ThreatModel(eps="0.1")
     ).margins.isfinite()

@@ -57,7 +57,7 @@ def test_what_a_file_offers_is_what_it_defines(code) -> None:
         ArchitectureError, match="mine", check=lambda error: error.code == "architecture-factory-missing"
     ) as caught:
         registry.resolve(f"{code}:mine")
-    assert caught.value.hint == "it has: sized, required, fixed, double, failing, wrong, Network"
+    assert caught.value.hint == "it defines: sized, required, fixed, double, failing, wrong, Network"
 
 
 @pytest.mark.parametrize(
