@@ -104,6 +104,16 @@ class _Checks:
     latency: PairedLatency | None
 
 
+def refuse_conflict(section: ExportSection, *, int8: bool) -> None:
+    """Refuse rounded values together with int8 arithmetic, whose weights are int8 already."""
+    if int8 and section.values != FLOAT32:
+        raise UsageError(
+            f"values {section.values} and int8 arithmetic cannot be combined: an int8 file has int8 weights",
+            code="values-with-int8",
+            hint="leave out --values or --int8",
+        )
+
+
 def export_onnx(
     source: ExportSource,
     section: ExportSection,
@@ -129,12 +139,7 @@ def export_onnx(
         UsageError: the settings contradict each other.
         StorageError: the disk refuses.
     """
-    if source.calibration is not None and section.values != FLOAT32:
-        raise UsageError(
-            f"values {section.values} and int8 arithmetic cannot be combined: an int8 file has int8 weights",
-            code="values-with-int8",
-            hint="leave out --values or --int8",
-        )
+    refuse_conflict(section, int8=source.calibration is not None)
     facts = {
         **source.metadata,
         "s2ap.weights_sha256": weights_hash(source.classifier),

@@ -100,7 +100,7 @@ def _frozen_copy(classifier: nn.Module) -> nn.Module:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(
-                f"{name} holds values that are not finite; it cannot be exported", code="weights-not-finite"
+                f"{name} holds values that are not finite; it cannot be exported", code="weights-nonfinite"
             )
     size = sum(tensor.numel() for tensor in tensors.values()) * 4
     if size > MAX_BYTES:
@@ -187,6 +187,6 @@ def _settle_values(graph: GraphProto) -> None:
         if not np.isfinite(array).all():
             raise CheckpointError(
                 f"{tensor.name}: folding BatchNorm gives values that are not finite",
-                code="weights-not-finite",
+                code="weights-nonfinite",
             )
         tensor.CopyFrom(numpy_helper.from_array(array + np.float32(0), tensor.name))

@@ -21,7 +21,7 @@ from s2ap_deploy.evaluation.points import load_points
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export.benchmark import benchmark_export
-from s2ap_deploy.onnx_export.export_onnx import ExportSource, export_onnx
+from s2ap_deploy.onnx_export.export_onnx import ExportSource, export_onnx, refuse_conflict
 from s2ap_deploy.onnx_export.export_report import RESELECTED_STATEMENT, ExportReport
 from s2ap_deploy.onnx_export.verification import CertifiedPoints
 from s2ap_deploy.pruning.masks import load_tensors, sparsity
@@ -121,6 +121,7 @@ def _request(job: RunContext) -> _Request:
     pruned = job.result == "finetune"
     export_channels.refuse_unfit(job, section)
     export_c.refuse_unfit(section)
+    refuse_conflict(section, int8=section.int8)
     target = export_target.target_of(section)
     classifier, info, checkpoint = job.classifier(job.result)
     export_target.refuse_misfit(target, section, classifier, info.preprocessing.size)

@@ -30,6 +30,7 @@ from s2ap_deploy.stages.certified_files import (
 )
 
 VERDICT = "verdict.json"
+C_SOURCE = "model.c"
 _WEIGHTS = ".safetensors"  # also the form of masks, scores and points
 
 
@@ -230,6 +231,8 @@ def _shipped(run: Run, subject: str, evidence: _Recorded) -> list[ShippedFile]:
             if named.check(listed).status == "pass":
                 more = {**facts, "export": report if listed == exported else None}
                 if library is not None and listed.startswith(f"{stage}/{library.folder}/"):
+                    if Path(listed).name != C_SOURCE:  # one row for a library; all of its files are hashed
+                        continue
                     more["points_checks"] = library.points_checks
                 found.append(_read(run, listed, sha256).model_copy(update=more))
     # Files that no stage recorded need a certificate as well.

@@ -217,6 +217,7 @@ verify-files-excludes-attacks verify s2ap-run/certify/pruned.json --files --in-t
 arch-already-decided          verify s2ap-run/certify/pruned.json --arch digits-conv
 device-unusable               verify s2ap-run/certify/pruned.json --device cuda:99
 option-missing                verify
+values-with-int8              export --values float16 --int8 --overwrite
 channels-not-pruned           export --keep-ratio 0.5 --overwrite
 channels-not-pruned           export --align 8 --overwrite
 channels-not-pruned           export --torch --overwrite

@@ -154,8 +154,8 @@ OVERFLOWING = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), n
     [
         *(("opset-unsupported", tiny(), {"opset": opset}) for opset in (11, 17, 26)),
         *(("batch-unsupported", tiny(), {"batch": batch}) for batch in (0, -1, 1025)),
-        ("weights-not-finite", with_weight(tiny(), 0, value=float("nan")), {}),
-        ("weights-not-finite", with_weight(OVERFLOWING, 0, 1, value=1e30), {"size": (1, 3, 3)}),
+        ("weights-nonfinite", with_weight(tiny(), 0, value=float("nan")), {}),
+        ("weights-nonfinite", with_weight(OVERFLOWING, 0, 1, value=1e30), {"size": (1, 3, 3)}),
         ("input-size-unsupported", tiny(), {"size": (3, 6, 6)}),
         ("output-not-logits", Pair(), {}),
         ("output-not-logits", nn.Identity(), {}),
