@@ -16,6 +16,7 @@ RULES = {
     "clean-accuracy": "Clean accuracy reaches its floor.",
     "robust-accuracy": "Robust accuracy under attack reaches its floor.",
     "proven-accuracy": "Provably robust accuracy reaches its floor.",
+    "clean-drop": "Clean accuracy is lower than the dense model's by no more than allowed.",
     "class-drop": "No class loses more robust accuracy against the dense model than allowed.",
     "drop": "Robust accuracy is lower than the dense model's by no more than allowed.",
     "file": "The file is the one that was certified and recorded.",

@@ -101,6 +101,9 @@ def _sample_checks(
     if policy.min_clean is not None:
         k = min([pruned.clean.k, *(answer.clean_correct for answer in answers)])
         yield sample_checks.floor("clean-accuracy", "clean accuracy", k, pruned.n, policy.min_clean, rule)
+    if policy.max_clean_drop is not None:
+        wrong = max([0, *(pruned.clean.k - answer.clean_correct for answer in answers)])
+        yield sample_checks.clean_drop(policy.max_clean_drop, rule, pruned, dense, wrong)
     settled, possible = pruned.survivors
     # The points file has the clean image of an undecided sample, so a file "survives" it too.
     more = possible - min([possible, *(answer.survived for answer in answers)])

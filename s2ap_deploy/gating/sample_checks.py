@@ -133,6 +133,7 @@ class PairRange(NamedTuple):
 
 
 DROP = "drop of robust accuracy"
+CLEAN_DROP = "drop of clean accuracy"
 CLASS_DROP = "drop of robust accuracy in the worst class"
 PROVEN = "provably robust accuracy (lower bound)"
 _LEVEL = f"{100 * LEVEL:.0f} %"
@@ -217,6 +218,24 @@ def proven_floor(certificate: Certificate, threshold: float, rule: Rule) -> Chec
             threshold=threshold,
         )
     return floor("proven-accuracy", PROVEN, certificate.proven.count, certificate.proven.n, threshold, rule)
+
+
+def clean_drop(
+    threshold: float, rule: Rule, pruned: Certificate, dense: Certificate | None, more: int = 0
+) -> Check:
+    """Check the loss of clean accuracy against the dense model on the same samples, as :func:`drop` does.
+
+    ``more`` is the number of clean samples that the shipped file gets wrong beyond the pruned model.
+    """
+    if dense is None or _differences(pruned, dense):
+        return _incomparable("clean-drop", CLEAN_DROP, pruned, dense, threshold)
+    outcomes = ([s.clean_prediction == s.label for s in each.samples] for each in (dense, pruned))
+    pairs = PairRange.of(*outcomes).worst.losing(more)
+    shown = _shown(pairs, pairs.bound(rule), rule)
+    message = f"{CLEAN_DROP}: {shown}; allowed {exact_percent(threshold)}"
+    if pairs.judged(threshold, rule) == "inconclusive":
+        message = f"{CLEAN_DROP}: {_hopeless(pairs.n, threshold)} ({shown})"
+    return _drop_check("clean-drop", CLEAN_DROP, message, pairs, threshold, rule)
 
 
 def drop(

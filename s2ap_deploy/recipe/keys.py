@@ -89,6 +89,7 @@ THRESHOLDS: Final[Keywords] = {
         "min_robust",
         "max_drop",
         "max_class_drop",
+        "max_clean_drop",
         "min_clean",
         "min_proven",
         "min_sparsity",

@@ -22,14 +22,14 @@ class Evidence:
     """The evidence for a threshold: metadata of each field of :class:`Thresholds`.
 
     Args:
-        source: where the value comes from: the certificate's ``samples``, the exported ``file``, its
-            measured ``latency``, or the ``date`` of the certificate.
+        source: where the value comes from: the certificate's ``samples``, its ``clean`` predictions alone,
+            the exported ``file``, its measured ``latency``, or the ``date`` of the certificate.
         extreme: a bound that no number of samples can show (1 for a floor, 0 for a ceiling of a drop).
         attacked: whether attacks change the value, so that they may stop once the verdict is decided.
         dense: whether the dense network is needed in addition to the pruned one.
     """
 
-    source: Literal["samples", "file", "latency", "date"]
+    source: Literal["samples", "clean", "file", "latency", "date"]
     extreme: float | None = None
     attacked: bool = False
     dense: bool = False
@@ -62,6 +62,11 @@ class Thresholds(Record):
         Fraction01 | None,
         Field(description="Largest loss of robust accuracy of any class, as a fraction."),
         _DROP,
+    ] = None
+    max_clean_drop: Annotated[
+        Fraction01 | None,
+        Field(description="Largest loss of clean accuracy by pruning, as a fraction."),
+        Evidence("clean", extreme=0.0, dense=True),
     ] = None
     min_sparsity: Annotated[
         Fraction01 | None,

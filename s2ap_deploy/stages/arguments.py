@@ -203,6 +203,7 @@ class ThresholdArguments(TypedDict, total=False):
     min_proven: float | None
     max_drop: float | None
     max_class_drop: float | None
+    max_clean_drop: float | None
     min_sparsity: float | None
     max_bytes: int | None
     max_latency_ms: float | None

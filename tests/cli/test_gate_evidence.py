@@ -122,6 +122,8 @@ def test_a_file_whose_name_is_an_attack_is_still_only_an_uncovered_file(
         (["--max-latency-ms", 5], 3, "latency of export/model.onnx: was not measured"),
         (["--min-proven", 0.1], 3, "provably robust accuracy (lower bound): the certificate holds no proofs"),
         (["--max-class-drop", 0.1], 0, "drop of robust accuracy in the worst class: class 'zero'"),
+        (["--max-clean-drop", 0.1], 0, "drop of clean accuracy: 0 lost and 0 gained of 1000"),
+        (["--max-clean-drop", 0.001], 3, "drop of clean accuracy: too few samples: even none lost of 1000"),
         (["--max-class-drop", 0.001], 3, "too few samples: even none lost of 500"),
     ],
 )

@@ -240,6 +240,7 @@ threshold-missing             gate --max-age 30d
 threshold-missing             gate --rule point
 threshold-unprovable          gate --min-proven 1
 threshold-unprovable          gate --max-class-drop 0
+threshold-unprovable          gate --max-clean-drop 0
 file-not-read                 gate --min-robust 0.5 --baseline nowhere.json
 file-not-read                 gate --min-robust 0.5 --baseline .
 report-place-invalid          gate --min-robust 0.5 --junit s2ap-run/manifest.json

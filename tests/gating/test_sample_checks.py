@@ -36,6 +36,20 @@ def test_the_worst_class_is_named(make_certificate) -> None:
     assert sample_checks.drop(0.1, "point", make_certificate(broken), dense).status == "pass"
 
 
+@pytest.mark.parametrize("more", [0, 30])
+def test_clean_predictions_have_a_drop_of_their_own(make_certificate, more) -> None:
+    """75.0 % fell to 62.5 % with the robust accuracy unchanged; ``more`` images the file alone gets wrong."""
+    labels = [0, 1] * 100
+    dense = make_certificate(["clean"] * 50 + [None] * 150, clean_prediction=[9] * 50 + labels[50:])
+    pruned = make_certificate(["clean"] * 75 + [None] * 125, clean_prediction=[9] * 75 + labels[75:])
+    check = sample_checks.clean_drop(0.1, "lower", pruned, dense, more)
+    lost = 25 + more
+    assert (check.status, check.observed) == ("fail", lost / 200)
+    assert check.bound == paired_drop_upper_bound(lost, 0, 200)
+    assert sample_checks.clean_drop(0.6, "lower", pruned, dense, more).status == "pass"
+    assert sample_checks.clean_drop(0.1, "lower", pruned, None, more).status == "inconclusive"
+
+
 def test_every_class_is_judged_at_the_full_level(make_certificate) -> None:
     dense, pruned = pair(make_certificate, 4, 2, 200)
     check = sample_checks.class_drop(0.5, "lower", pruned, dense)

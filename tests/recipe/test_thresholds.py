@@ -91,5 +91,5 @@ def test_attacks_decide_thresholds_on_samples(content, expected) -> None:
 
 def test_every_threshold_says_how_it_is_judged() -> None:
     names = Thresholds.model_fields.keys() - {"rule"}
-    assert {evidence(name).source for name in names} == {"samples", "file", "latency", "date"}
+    assert {evidence(name).source for name in names} == {"samples", "clean", "file", "latency", "date"}
     assert all(Thresholds.model_fields[name].description for name in names)
