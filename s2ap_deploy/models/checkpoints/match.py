@@ -139,7 +139,7 @@ class KeyReading:
 
 
 def key_readings(tensors: Mapping[str, Tensor]) -> list[KeyReading]:
-    """Return the readings of a foreign file in the order of trial; the last is the easiest to compare."""
+    """Return the readings of a foreign file in the order of trial."""
     stripped = [
         KeyReading(prefix, named, _aside_note(aside), aside)
         for prefix, named, aside in key_mapping.strip_prefixes(tensors)
@@ -170,9 +170,16 @@ def _match_names(readings: list[KeyReading]) -> Match:
                 hint="save the one that is meant: torch.save(model.state_dict(), 'model.pt')",
             )
         fitting = [each for each in fitting if each[0].prefix == known[0]]
-    # Where nothing matches, the error is about the names that are easiest to compare.
-    reading, weights, normal = fitting[0] if fitting else split[-1]
+    # Where nothing matches, the error is about the reading that an architecture comes closest to.
+    reading, weights, normal = (
+        fitting[0] if fitting else max(reversed(split), key=lambda each: _agreeing(each[1]))
+    )
     return _matched("names", only_match(weights), reading, weights, normal)
+
+
+def _agreeing(tensors: Mapping[str, Tensor]) -> int:
+    """Return the number of names and shapes that the closest architecture shares with ``tensors``."""
+    return max((found.agreeing for found in closest(tensors)), default=0)
 
 
 def _match_option(readings: list[KeyReading], path: str, arch: str) -> Match:

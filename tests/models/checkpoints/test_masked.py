@@ -236,15 +236,19 @@ def test_rst_resnet18_becomes_ours(tmp_path, biased) -> None:
 
 
 @pytest.mark.slow
-def test_rst_networks_that_are_not_ours_are_refused(tmp_path) -> None:
+def test_rst_networks_that_are_not_ours_are_refused_with_what_differs(tmp_path) -> None:
     """Its VGG has one linear layer where the VGG of adversarial pruning has three."""
     state = {n: t for n, t in registry.build("cifar-vgg16-bn").state_dict().items() if "features" in n}
     state = {n: t for n, t in state.items() if t.dim() == 4 or "running" in n}
     state["classifier.weight"] = torch.randn(10, 512, 1, 1)
     state |= {n.replace("weight", "scores"): torch.randn(t.shape) for n, t in state.items() if t.dim() == 4}
     torch.save(state, tmp_path / "m.pth")
-    with pytest.raises(ArchitectureError, check=lambda error: error.code == "architecture-unmatched"):
+    with pytest.raises(
+        ArchitectureError, check=lambda error: error.code == "architecture-unmatched"
+    ) as caught:
         load(tmp_path / "m.pth", keep=0.1)
+    assert "cifar-vgg16-bn: 6 missing" in caught.value.message
+    assert "1 unexpected: classifier.weight" in caught.value.message
 
 
 def test_code_of_the_users_decides_whether_rsts_habits_are_its_own(tmp_path) -> None:
