@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from torch import Tensor, nn
 
 from s2ap_deploy.models.architectures import registry
@@ -56,6 +58,13 @@ def bring_strangers_files(folder: Path) -> None:
     (folder / "robust.onnx").write_bytes(exported.SerializeToString())
 
 
+def bring_a_key(folder: Path) -> None:
+    """The public half of a key that has signed nothing."""
+    public = ec.generate_private_key(ec.SECP256R1()).public_key()
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    (folder / "key.pub").write_bytes(public.public_bytes(serialization.Encoding.PEM, form))
+
+
 def bring_own_files(folder: Path, trained: Path) -> None:
     """A network that says it is to withstand a radius at which every image falls to the first attack.
 
@@ -73,6 +82,7 @@ def desk(digits_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("desk")
     bring_own_files(folder, digits_model)
     bring_strangers_files(folder)
+    bring_a_key(folder)
     program = folder / "bin" / "s2ap-deploy"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m s2ap_deploy "$@"\n', encoding="utf-8")

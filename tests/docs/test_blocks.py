@@ -54,9 +54,6 @@ SMALL = {
 }
 # Exit codes, where a page promises another than 0; the first that matches. At the desk's radius none passes.
 CODES = {
-    # The reference has no key, and no run folder that fits the recipe.
-    r"^s2ap-deploy gate .*--public-key": {0, 1, 2, 3},
-    r"^s2ap-deploy run my-recipe\.yaml --dry-run": {0, 2},
     r"^s2ap-deploy gate --plan": {0},
     r"^s2ap-deploy gate .*--min-robust 0\.": {1, 3},
     r"^s2ap-deploy gate": {0, 1, 3},
@@ -82,7 +79,7 @@ FOLDERS = {r'open\("compact\.json"\)': "s2ap-run/export"}
 # The reference shows each command for itself: what came before it is done, and what it asks for maybe too.
 AGAIN = {
     r"^s2ap-deploy (pretrain|prune|certify|export)\b(?!.*--dry-run)": "--overwrite",
-    r"^s2ap-deploy run\b(?!.*--dry-run)": "--run another",
+    r"^s2ap-deploy run\b": "--run another",
     r"^s2ap-deploy init .*--output": "--overwrite",
 }
 
