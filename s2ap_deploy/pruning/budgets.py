@@ -32,9 +32,9 @@ def total_kept(weights: int, sparsity: float) -> int:
 
 
 def floors(shapes: Shapes, *, classifier: str | None = None, dense: Sequence[str] = ()) -> dict[str, int]:
-    """Return the least each layer keeps: all of a ``dense`` one, one per class in the classifier, else one.
+    """Return the least each layer keeps: all of a ``dense`` one, one per class in ``classifier``, else one.
 
-    A uniform 99.9 % would leave a 10-class head of 5,120 weights with 5, and half its classes with none.
+    A uniform 99.9 % leaves a 10-class head of 5,120 weights with 5, and half its classes with none.
     """
     least = dict.fromkeys(shapes, 1)
     if classifier is not None:
@@ -100,7 +100,7 @@ def affordable(sizes: Mapping[str, int], sparsity: float, least: Mapping[str, in
     if total < needed:
         raise UsageError(
             f"sparsity {sparsity} keeps {total} of {weights} weights, but the {len(sizes)} layers need at "
-            f"least {needed} (one each, one per class in the classifier, and all of a dense layer)",
+            f"least {needed} (one each, one per class under cover_classes, all of a dense layer)",
             code="sparsity-unaffordable",
             hint=f"the highest sparsity for this network is {math.floor(1e6 * (1 - needed / weights)) / 1e6}",
         )

@@ -39,6 +39,7 @@ PRUNE: Final[Keywords] = {
     "gamma": ("prune.gamma",),
     "warmup_epochs": ("prune.warmup_epochs",),
     "budget": ("prune.budget",),
+    "cover_classes": ("prune.cover_classes",),
     "dense_ends": ("prune.dense_ends",),
     "allow_unpruned": ("prune.allow_unpruned",),
     "steps": ("prune.steps",),

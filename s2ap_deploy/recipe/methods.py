@@ -100,7 +100,7 @@ class _Methods(Mapping[str, Method]):
 
 
 METHODS: Mapping[str, Method] = _Methods()
-OWN_LOSSES: tuple[str, ...] = ("at", "trades", "mart", "fast", "free")
+OWN_LOSSES: tuple[str, ...] = ("at", "trades", "mart", "fast", "free", "natural")
 
 
 def origins(*, loss: str, method: str | None = None) -> dict[str, dict[str, str]]:

@@ -30,12 +30,13 @@ class ObjectiveSection(Record):
 
     ``at``: PGD adversarial training (Madry et al. 2018). ``trades``: Zhang et al. 2019. ``mart``: Wang et al.
     2020. ``fast``: one step from a random start (Wong et al. 2020). ``free``: Shafahi et al. 2019, where
-    input gradients also move the perturbation. Any other name is that of a plug-in.
+    input gradients also move the perturbation. ``natural``: clean images, no attack. Any other name is that
+    of a plug-in.
     """
 
     loss: LossName = Field(default="at", description="Robust training loss.")
     attack_steps: Count | None = Field(
-        default=None, description="PGD steps; fast and free always use one.  [default: 10]"
+        default=None, description="PGD steps; fast and free use one, natural none.  [default: 10]"
     )
     step_size: Eps | None = Field(
         default=None, description="PGD step size.  [default: eps / 4; fast: 1.25 eps; free: eps]"
@@ -47,7 +48,7 @@ class ObjectiveSection(Record):
 
     @model_validator(mode="after")
     def _steps_fit_loss(self) -> ObjectiveSection:
-        if self.loss in ("fast", "free") and self.attack_steps is not None:
+        if self.loss in ("fast", "free", "natural") and self.attack_steps is not None:
             raise invalid(
                 "attack-steps-unused",
                 f"loss {self.loss} has no attack_steps: leave them out, or choose loss at",
@@ -143,6 +144,11 @@ class PruneSection(Record):
         description="Distribution of the kept weights over the layers.  [default: the method's: erk, learned "
         "for harp, uniform for channels]",
     )
+    cover_classes: bool | None = Field(
+        default=None,
+        description="Keep at least one weight of every class in the classifier.  [default: for weights, "
+        "except under uniform, which follows HYDRA]",
+    )
     dense_ends: Flag = Field(default=False, description="Keep the first and the last layer dense.")
     allow_unpruned: Flag = Field(
         default=False,
@@ -201,6 +207,13 @@ class PruneSection(Record):
             return "uniform"
         return METHODS[self.method].budgets[0]
 
+    @property
+    def covers_classes(self) -> bool:
+        """Return whether every class of the classifier keeps a weight, which no published method asks."""
+        if self.cover_classes is not None:
+            return self.cover_classes
+        return self.granularity == "weight" and self.layer_budget != "uniform"
+
     @model_validator(mode="after")
     def _s2ap_can_act(self) -> PruneSection:
         if not self.perturbs:
@@ -249,6 +262,8 @@ class PruneSection(Record):
             raise invalid(
                 "budget-unfit", f"budget {self.budget} does not fit {self.method}: {', '.join(allowed)}"
             )
+        if self.cover_classes and self.granularity != "weight":
+            raise invalid("cover-classes-unused", "cover_classes is for granularity weight")
         if self.granularity == "channel" and self.dense_ends:
             raise invalid(
                 "dense-ends-unused",

@@ -103,6 +103,7 @@ class PruneArguments(NetworkArguments, total=False):
     gamma: float | None
     warmup_epochs: int | None
     budget: str | None
+    cover_classes: bool | None
     dense_ends: bool | None
     allow_unpruned: bool | None
     steps: Sequence[float] | None
@@ -179,6 +180,7 @@ class PlanArguments(TypedDict, total=False):
     granularity: str | None
     keep_ratio: float | None
     budget: str | None
+    cover_classes: bool | None
     dense_ends: bool | None
     allow_unpruned: bool | None
     align: int | None

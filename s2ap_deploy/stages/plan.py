@@ -228,7 +228,7 @@ def _weights(whole: Outline, section: PruneSection) -> tuple[dict[str, int], lis
     assert section.sparsity is not None
     shared = allocation(shapes, section, classifier=names[-1], dense=ends)
     if isinstance(shared, (Global, Quotas)):
-        least = floors(shapes, classifier=names[-1], dense=ends)
+        least = floors(shapes, classifier=names[-1] if section.covers_classes else None, dense=ends)
         return uniform(shapes, section.sparsity, least), [BY_DATA]
     assert isinstance(shared, Fixed)
     return shared.keep, []

@@ -115,7 +115,7 @@ def score(
         weights,
         allocation(shapes, section, classifier=names[-1], dense=ends, device=parameters[names[0]].device),
         start(network, weights, section, seed),
-        covered=names[-1:] if used.reads[names[-1]] == 1 else (),
+        covered=names[-1:] if section.covers_classes and used.reads[names[-1]] == 1 else (),
     )
     total = sum(math.prod(shape) for shape in shapes.values())
     return Scoring(scored, total_kept(total, section.sparsity), ends)
@@ -174,7 +174,7 @@ def allocation(
 ) -> Allocation:
     """Return the allocation of kept weights to layers; its learned parameters are on ``device``."""
     assert section.sparsity is not None
-    least = floors(shapes, classifier=classifier, dense=dense)
+    least = floors(shapes, classifier=classifier if section.covers_classes else None, dense=dense)
     budget = section.layer_budget
     if budget == "uniform":
         return Fixed(uniform(shapes, section.sparsity, least))

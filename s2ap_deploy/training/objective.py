@@ -140,10 +140,11 @@ class Objective:
     ``at``: PGD adversarial training (Madry et al., 2018). ``trades``: Zhang et al. (2019). ``mart``:
     Wang et al. (2020), on the examples of ``at``. ``fast``: one step from a uniform start (Wong et al.,
     2020). ``free``: the perturbation follows the gradient of training itself (Shafahi et al., 2019), which
-    takes an ``Adversary`` and ``replays`` updates per batch; other losses ignore ``replays``. Any other name
-    is that of a plug-in (see ``training.losses``), on the examples of ``at``.
+    takes an ``Adversary`` and ``replays`` updates per batch; other losses ignore ``replays``. ``natural``:
+    cross-entropy on clean images, without an attack. Any other name is that of a plug-in (see
+    ``training.losses``), on the examples of ``at``.
 
-    ``attack_steps`` is None for 10; ``fast`` and ``free`` have no such number and refuse one.
+    ``attack_steps`` is None for 10; ``fast``, ``free`` and ``natural`` have no such number and refuse one.
     ``step_size`` is the exact text of the attack's step in units of the input, or None for the loss's own:
     a quarter of eps (2/255 at 8/255, the setting of HYDRA and HARP), 1.25 eps for ``fast``, eps for ``free``.
     ``beta`` weighs the divergence of ``trades`` (None: 6) and ``mart`` (None: 5); the others ignore it.
@@ -157,7 +158,7 @@ class Objective:
     replays: int = 4
 
     def __post_init__(self) -> None:
-        if self.loss in ("fast", "free") and self.attack_steps is not None:
+        if self.loss in ("fast", "free", "natural") and self.attack_steps is not None:
             raise UsageError(
                 f"loss {self.loss} has no attack_steps, but they are set to {self.attack_steps}",
                 code="attack-steps-unused",
@@ -188,6 +189,8 @@ class Objective:
             return 1
         if self.loss == "free":
             return self.replays
+        if self.loss == "natural":
+            return 0
         return PGD_STEPS if self.attack_steps is None else self.attack_steps
 
     @property
@@ -213,6 +216,8 @@ class Objective:
         has no attack of its own: outside a loop (when BatchNorm is recalibrated) this returns the effect of
         its perturbation on one batch with frozen weights, without a random start.
         """
+        if self.loss == "natural":
+            return images
         loss: Callable[[Tensor], Tensor] = partial(F.cross_entropy, target=labels, reduction="sum")
         if self.plugin is not None:
             loss = self.plugin.ascent(labels)
@@ -253,6 +258,7 @@ class Objective:
         """Compute the batch mean of the loss for logits [B, K]; ``clean`` may be None where it is not needed.
 
         ``at``, ``fast``, ``free``: cross-entropy on the adversarial images (Madry et al., 2018, eq. 2.1).
+        ``natural`` has clean images in their place.
         Raises PluginError where a plug-in's loss fails.
         """
         if self.plugin is not None:

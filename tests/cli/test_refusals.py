@@ -57,6 +57,7 @@ command-unknown               nonsense
 command-unknown               prnue model.pt
 sparsity-missing              prune model.pt
 gamma-zero                    prune model.pt --sparsity 0.9 --gamma 0
+cover-classes-unused          prune model.pt --granularity 2:4 --method hydra --cover-classes
 warmup-too-long               prune model.pt --sparsity 0.9 --warmup-epochs 20
 key-missing                   prune model.pt --sparsity 0.9 --mean 0.5
 normalization-invalid         prune model.pt --sparsity 0.9 --mean 0.5 --std 0
