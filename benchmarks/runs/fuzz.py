@@ -1,13 +1,17 @@
 """Give commands mutated files of every kind that they read: exit codes, hangs, memory, wrong acceptance.
 
-    python -m benchmarks fuzz --run s2ap-demo --cases 2000
+    python -m benchmarks fuzz --run s2ap-demo --work work --cases 3000
 
 ``--run`` is a finished run folder with dense and pruned certificates and an export, such as the demo's. Each
-case copies it, spoils one file and runs one command in a forked child. Bound files are those that a hash or a
-recomputation holds: an exit code 0 although their content changed counts as ``accepted``.
+case copies a folder, spoils one file and runs one command in a forked child; its random numbers follow from
+its number. Every command is first run on sound files, where it must end with 0. ``--work`` keeps the finished
+cases, and a repeated command continues after them. Bound files are those that a hash or a recomputation
+holds: an exit code 0 although their content changed counts as ``accepted``.
 """
 
 import collections
+import contextlib
+import importlib
 import json
 import os
 import random
@@ -23,40 +27,94 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib import arguments, results
+from s2ap_deploy import files
+from s2ap_deploy.recipe import target as targets
 
 SECONDS = 60  # after which a case hangs
 MOST_BYTES = 2**31  # peak resident memory of a case
-GATE = ["gate", "--min-robust", "0", "--max-drop", "1", "--rule", "point", "--run", "RUN"]
-FILES = ["verify", "RUN/certify/pruned.json", "--files"]
-REPORT = ["report", "RUN", "--output", "OUT"]
+EASY = ["--min-robust", "0", "--max-drop", "1", "--max-clean-drop", "1", "--rule", "point"]
+GATE = ["gate", *EASY, "--run", "ROOT/run"]
+FILES = ["verify", "ROOT/run/certify/pruned.json", "--files"]
+REPORT = ["report", "ROOT/run", "--output", "OUT"]
+SHORT = ["--sparsity", "0.9", "--search-epochs", "1", "--finetune-epochs", "1", "--threads", "1"]
+PRUNE = ["prune", "ROOT/NAME/model.safetensors", *SHORT, "--run", "ROOT/NAME/run", "--quiet"]
+ATTACK = ["certify", "ROOT/attack/model.safetensors", "--n", "16", "--eps", "0.5", "--workers", "1"]
+ATTACK += ["--run", "ROOT/attack/run", "--quiet"]
+IMAGES = ["--data", "imagefolder:ROOT/images/data", "--arch", "digits-conv", "--eps", "0.1", "--quiet"]
+PRETRAIN = ["pretrain", *IMAGES, "--epochs", "1", "--threads", "1", "--run", "ROOT/images/run"]
+SWEEP = ["sweep", "ROOT/sweep/small.yaml", "--s2ap", "both", "--run", "ROOT/sweep/all", "--workers", "1"]
+SWEEP += ["--threads", "1", "--quiet"]
+SIGNED = ["gate", *EASY, "--public-key", "ROOT/signed/key.pub", "--run", "ROOT/signed/run"]
+SMALL = """\
+name: small
+model: {arch: digits-conv}
+data: {name: digits}
+threat: {eps: 0.5}
+pretrain: {epochs: 1, objective: {loss: fast}}
+prune:
+  sparsity: 0.9
+  search: {epochs: 1, objective: {loss: fast}}
+  finetune: {epochs: 1, objective: {loss: fast}}
+  diagnostics: {every: 0}
+certify: {n: 8}
+"""
 
-# Kind → its file in the run folder, the commands that read it, and whether something binds it.
-KINDS: dict[str, tuple[str, list[list[str]], bool]] = {
-    "manifest": ("manifest.json", [GATE, FILES, REPORT], False),
-    "dense certificate": ("certify/dense.json", [GATE, REPORT], True),
-    "pruned certificate": ("certify/pruned.json", [GATE, FILES, REPORT], True),
-    "baseline": ("base.json", [[*GATE, "--baseline", "RUN/base.json"]], False),
-    "points": ("certify/pruned-points.safetensors", [GATE, FILES, REPORT], True),
-    "export report": ("export/report.json", [GATE, REPORT], True),
+# Kind → the files of that kind (a pattern), the commands that read them, and what binds them: a hash or a
+# recomputation (True), nothing (False), or the outcome, a file that must be the undisturbed one.
+KINDS: dict[str, tuple[str, list[list[str]], bool | str]] = {
+    "manifest": ("run/manifest.json", [GATE, FILES, REPORT], False),
+    "dense certificate": ("run/certify/dense.json", [GATE, REPORT], True),
+    "pruned certificate": ("run/certify/pruned.json", [GATE, FILES, REPORT], True),
+    "baseline": ("single/base.json", [[*GATE, "--baseline", "ROOT/single/base.json"]], False),
+    "points": ("run/certify/pruned-points.safetensors", [GATE, FILES, REPORT], True),
+    "export report": ("run/export/report.json", [GATE, REPORT], True),
     "exported file": (
-        "export/model.onnx",
-        [GATE, ["decode", "RUN/export/model.onnx", "--output", "OUT.onnx"]],
+        "run/export/model.onnx",
+        [GATE, ["decode", "ROOT/run/export/model.onnx", "--output", "OUT.onnx"]],
         True,
     ),
-    "masks": ("search/masks.safetensors", [GATE, FILES, ["compare", "RUN", "RUN"]], True),
-    "certified recipe": ("certify/recipe.yaml", [GATE, FILES], True),
-    "recipe": ("recipe.yaml", [["gate", "--run", "RUN"], ["init", "RUN/recipe.yaml"]], False),
-    "history": ("search/history.json", [GATE, REPORT], True),
-    "verdict": ("gate/verdict.json", [REPORT], False),
-    "checkpoint": ("finetune/model.safetensors", [GATE, ["inspect", "RUN/finetune/model.safetensors"]], True),
-    "pickled checkpoint": ("model.pt", [["inspect", "RUN/model.pt"]], False),
-    "custom code": (
-        "net.py",
-        [["inspect", "RUN/finetune/model.safetensors", "--arch", "RUN/net.py:make"]],
+    "masks": ("run/search/masks.safetensors", [GATE, FILES, ["compare", "ROOT/run", "ROOT/run"]], True),
+    "certified recipe": ("run/certify/recipe.yaml", [GATE, FILES], True),
+    "recipe": (
+        "run/recipe.yaml",
+        [["gate", "--run", "ROOT/run"], ["run", "ROOT/run/recipe.yaml", "--dry-run", "--run", "OUT"]],
         False,
     ),
+    "target": ("single/board.yaml", [["targets", "show", "ROOT/single/board.yaml"]], False),
+    "history": ("run/search/history.json", [GATE, REPORT], True),
+    "verdict": ("run/gate/verdict.json", [REPORT], False),
+    "checkpoint": (
+        "run/finetune/model.safetensors",
+        [GATE, ["inspect", "ROOT/run/finetune/model.safetensors"]],
+        True,
+    ),
+    "pickled checkpoint": ("single/model.pt", [["inspect", "ROOT/single/model.pt"]], False),
+    "custom code": (
+        "single/net.py",
+        [["inspect", "ROOT/run/finetune/model.safetensors", "--arch", "ROOT/single/net.py:make"]],
+        False,
+    ),
+    "snapshot of a search": (
+        "search/run/search/snapshot.safetensors",
+        [[word.replace("NAME", "search") for word in (*PRUNE, "--resume")]],
+        "search/run/finetune/model.safetensors",
+    ),
+    "snapshot of fine-tuning": (
+        "finetune/run/finetune/snapshot.safetensors",
+        [[word.replace("NAME", "finetune") for word in (*PRUNE, "--resume")]],
+        "finetune/run/finetune/model.safetensors",
+    ),
+    "record of an attack": (
+        "attack/run/certify/record-*/*",
+        [[*ATTACK, "--resume"]],
+        "attack/run/certify/dense-points.safetensors",
+    ),
+    "image folder": ("images/data/*/*/*", [PRETRAIN], False),
+    "sweep": ("sweep/all/sweep.json", [[*SWEEP, "--resume"]], "sweep/all/table.md"),
+    "signature": ("signed/run/signature.json", [SIGNED], True),
+    "public key": ("signed/key.pub", [SIGNED], False),
 }
-READERS = ("decode", "inspect", "compare", "report", "init")  # commands that show content and judge nothing
+READERS = ("decode", "inspect", "compare", "report")  # commands that show content and judge nothing
 
 
 def bits(data: bytes, draw: random.Random) -> bytes:
@@ -149,21 +207,98 @@ def special(path: Path, draw: random.Random) -> str:
     return what
 
 
-def prepared(run: Path, into: Path) -> Path:
-    """Copy the run and add the kinds of file that it lacks."""
+def prepared(run: Path, root: Path) -> Path:
+    """Make the folders that are spoiled: the run, unfinished stages, images, a sweep, signatures."""
     import torch
 
-    shutil.copytree(run, into, ignore=shutil.ignore_patterns(".lock"))
-    shutil.copy(into / "certify" / "dense.json", into / "base.json")
-    torch.save({"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)}, into / "model.pt")
-    (into / "net.py").write_text(
+    shutil.copytree(run, root / "run", ignore=shutil.ignore_patterns(".lock"))
+    ours, single, log = root / "run", root / "single", root / "log"
+    single.mkdir()
+    shutil.copy(ours / "certify" / "dense.json", single / "base.json")
+    torch.save({"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)}, single / "model.pt")
+    (single / "net.py").write_text(
         "from torch import nn\n\n\ndef make(num_classes=2):\n    return nn.Linear(2, num_classes)\n"
     )
-    return into
+    shutil.copy(targets.shipped() / "onnxruntime-x86.yaml", single / "board.yaml")
+    for stage in ("search", "finetune"):
+        (root / stage).mkdir()
+        shutil.copy(ours / "pretrain" / "model.safetensors", root / stage)
+        child(words([each.replace("NAME", stage) for each in PRUNE], root), log, unfinished=stage)
+    (root / "attack").mkdir()
+    shutil.copy(ours / "pretrain" / "model.safetensors", root / "attack")
+    child(words(ATTACK, root), log, unfinished="certify")
+    (root / "sweep").mkdir()
+    (root / "sweep" / "small.yaml").write_text(SMALL)
+    child(words(SWEEP, root), log)
+    pictures(root / "images" / "data")
+    signatures(ours, root / "signed", log)
+    for kind, (pattern, _, _) in KINDS.items():
+        if not list(root.glob(pattern)):
+            raise SystemExit(f"no file {pattern} for {kind}: {log.read_text()}")
+    return root
 
 
-def child(command: list[str], log: Path) -> tuple[int, int, str]:
-    """Run the command in a forked process; return its exit code (-1: it hung), peak bytes and output."""
+def warm(source: Path, work: Path) -> dict[str, str]:
+    """Run every command on files that are not spoiled; import here what it imported there.
+
+    Return the hash of the outcome by kind. Raises SystemExit where a command does not end with 0.
+    """
+    modules, outcomes = work.with_name("modules"), {}
+    for kind, command in [(kind, each) for kind, (_, commands, _) in KINDS.items() for each in commands]:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(source, work)
+        code, _, told = child(words(command, work), work / "log", modules=modules)
+        if code != 0:
+            raise SystemExit(f"{command} ended with {code} on sound files: {told}")
+        for name in modules.read_text().split():
+            if name not in sys.modules and not name.startswith("s2ap_custom"):
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
+        if isinstance(bound := KINDS[kind][2], str):
+            outcomes[kind] = files.sha256(work / bound)
+    return outcomes
+
+
+def words(command: list[str], root: Path) -> list[str]:
+    return [each.replace("ROOT", str(root)).replace("OUT", str(root / "out")) for each in command]
+
+
+def pictures(folder: Path) -> None:
+    """Write four images of each of two classes in several formats."""
+    from PIL import Image
+
+    draw = random.Random(0)
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            (folder / part / label).mkdir(parents=True)
+            for suffix in ("png", "jpg", "webp", "tif", "bmp", "ppm"):
+                Image.frombytes("RGB", (8, 8), draw.randbytes(192)).save(
+                    folder / part / label / f"0.{suffix}"
+                )
+
+
+def signatures(run: Path, folder: Path, log: Path) -> None:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    shutil.copytree(run, folder / "run")
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+    (folder / "key.pem").write_bytes(private)
+    public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (folder / "key.pub").write_bytes(public)
+    child(["sign", str(folder / "run"), "--private-key", str(folder / "key.pem")], log)
+
+
+def child(
+    command: list[str], log: Path, unfinished: str = "", modules: Path | None = None
+) -> tuple[int, int, str]:
+    """Run the command in a forked process; return its exit code (-1: it hung), peak bytes and output.
+
+    The process dies where the stage ``unfinished`` would be recorded as finished; in the end it lists the
+    modules that it has imported in ``modules``.
+    """
     process = os.fork()
     if process == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -174,9 +309,20 @@ def child(command: list[str], log: Path) -> tuple[int, int, str]:
         code = 70
         try:
             from s2ap_deploy.cli.main import run_cli
+            from s2ap_deploy.runs.snapshot import Stage
 
+            finish = Stage.finish
+
+            def dies(stage: Stage, *results: Any) -> None:
+                if stage.name == unfinished:
+                    os._exit(0)
+                finish(stage, *results)
+
+            Stage.finish = dies  # type: ignore[method-assign]
             sys.argv = ["s2ap-deploy", *command]
             code = run_cli(command)
+            if modules is not None:
+                modules.write_text("\n".join(sys.modules))
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -189,13 +335,15 @@ def child(command: list[str], log: Path) -> tuple[int, int, str]:
     )
 
 
-def one(kind: str, source: Path, work: Path, draw: random.Random) -> dict[str, Any]:
-    """Spoil one file of ``kind`` in a copy of ``source``, run one of its commands, and say what happened."""
-    name, commands, bound = KINDS[kind]
-    folder = work / "run"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(source, folder)
-    path, command = folder / name, draw.choice(commands)
+def one(number: int, seed: int, source: Path, work: Path, outcomes: dict[str, str]) -> dict[str, Any]:
+    """Spoil one file in a copy of its folder, run a command that reads it, and say what happened."""
+    draw, kind = random.Random(f"{seed}-{number}"), list(KINDS)[number % len(KINDS)]
+    pattern, commands, bound = KINDS[kind]
+    top = pattern.partition("/")[0]
+    shutil.rmtree(work, ignore_errors=True)
+    for name in {top, "run"} if top == "single" else {top}:
+        shutil.copytree(source / name, work / name)
+    path, command = draw.choice(sorted(work.glob(pattern))), draw.choice(commands)
     before = path.read_bytes()
     if draw.random() < 0.08:
         mutation, changed = special(path, draw), True
@@ -204,11 +352,13 @@ def one(kind: str, source: Path, work: Path, draw: random.Random) -> dict[str, A
         after = chosen(before, draw)
         path.write_bytes(after)
         mutation, changed = chosen.__name__, after != before
-    words = [each.replace("RUN", str(folder)).replace("OUT", str(work / "out")) for each in command]
     started = time.monotonic()
-    code, used, told = child(words, work / "log")
+    code, used, told = child(words(command, work), work / "log")
+    if isinstance(bound, str):
+        bound = code == 0 and files.sha256(work / bound) != outcomes[kind]
     judged = command[0] not in READERS
     return {
+        "number": number,
         "kind": kind,
         "command": command[0],
         "mutation": mutation,
@@ -244,28 +394,26 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = arguments.parser(__doc__, "fuzz", "run", "seed")
-    parser.add_argument("--cases", type=int, default=2000)
+    parser = arguments.parser(__doc__, "fuzz", "run", "work", "seed")
+    parser.add_argument("--cases", type=int, default=3000)
     args = parser.parse_args()
     import torch
 
-    import s2ap_deploy.reporting.report.page
-    import s2ap_deploy.stages.gate
-    import s2ap_deploy.stages.verify  # noqa: F401
-
     torch.set_num_threads(1)
-    draw, cases, started = random.Random(args.seed), [], time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        source = prepared(args.run, Path(folder) / "source")
-        for number in range(args.cases):
-            cases.append(one(list(KINDS)[number % len(KINDS)], source, Path(folder), draw))
+    args.work.mkdir(parents=True, exist_ok=True)
+    kept, source = args.work / f"cases-{args.seed}.jsonl", args.work / "source"
+    if not source.exists():
+        shutil.rmtree(args.work / "making", ignore_errors=True)
+        prepared(args.run, args.work / "making").rename(source)
+    outcomes = warm(source, args.work / "case")
+    cases = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    with open(kept, "a") as stream:
+        for number in range(len(cases), args.cases):
+            cases.append(one(number, args.seed, source, args.work / "case", outcomes))
+            stream.write(json.dumps(cases[-1]) + "\n")
+            stream.flush()
+            if cases[-1]["code"] not in (0, 1, 2, 3) or cases[-1]["accepted"]:
+                print(cases[-1], flush=True)
     bare = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    results.write(
-        args.name,
-        {
-            "seed": args.seed,
-            "seconds": round(time.monotonic() - started),
-            "parent_bytes": bare,
-            **summary(cases),
-        },
-    )
+    seconds = round(sum(case["seconds"] for case in cases))
+    results.write(args.name, {"seed": args.seed, "seconds": seconds, "parent_bytes": bare, **summary(cases)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -173,19 +173,42 @@ def floor(kind: str, name: str, k: int, n: int, threshold: float, rule: Rule, si
 
 def _deciding(k: int, n: int, threshold: float) -> str:
     """Say how many images would show a floor if the same share of them passed; nothing where none would."""
-    share, most = k / n, 10**7
+    share = k / n
     if share <= threshold:
         return ""
-    low, high = n, 2 * n
-    while statistics.lower_bound(math.floor(share * high), high, LEVEL) < threshold:
+
+    def shown(many: int) -> bool:
+        return statistics.lower_bound(math.floor(share * many), many, LEVEL) >= threshold
+
+    return _least_images(n, shown)
+
+
+def _deciding_drop(pairs: Pairs, threshold: float, of: str = "images") -> str:
+    """Say how many images would show a drop if the same shares of them were lost and gained; see _deciding.
+
+    ``of`` names them.
+    """
+    if pairs.observed >= threshold:
+        return ""
+
+    def shown(many: int) -> bool:
+        lost, gained = -(-pairs.lost * many // pairs.n), pairs.gained * many // pairs.n
+        return statistics.paired_drop_upper_bound(lost, gained, many, LEVEL) <= threshold
+
+    return _least_images(pairs.n, shown, of)
+
+
+def _least_images(n: int, shown: Callable[[int], bool], of: str = "images") -> str:
+    """Say about how many images are needed for what more than ``n`` show, up to ten million."""
+    low, high, most = n, 2 * n, 10**7
+    while not shown(high):
         low, high = high, 2 * high
         if high > most:
             return ""
     while high - low > max(1, high // 100):
         middle = (low + high) // 2
-        shown = statistics.lower_bound(math.floor(share * middle), middle, LEVEL) >= threshold
-        low, high = (low, middle) if shown else (middle, high)
-    return f"; about {high:,} images would decide it at the same share"
+        low, high = (low, middle) if shown(middle) else (middle, high)
+    return f"; about {high:,} {of} would decide it at the same share"
 
 
 def floor_between(name: str, low: int, high: int, n: int, threshold: float, rule: Rule) -> Check:
@@ -232,10 +255,7 @@ def clean_drop(
     outcomes = ([s.clean_prediction == s.label for s in each.samples] for each in (dense, pruned))
     pairs = PairRange.of(*outcomes).worst.losing(more)
     shown = _shown(pairs, pairs.bound(rule), rule)
-    message = f"{CLEAN_DROP}: {shown}; allowed {exact_percent(threshold)}"
-    if pairs.judged(threshold, rule) == "inconclusive":
-        message = f"{CLEAN_DROP}: {_hopeless(pairs.n, threshold)} ({shown})"
-    return _drop_check("clean-drop", CLEAN_DROP, message, pairs, threshold, rule)
+    return _drop_check("clean-drop", CLEAN_DROP, shown, pairs, threshold, rule)
 
 
 def drop(
@@ -252,10 +272,7 @@ def drop(
         return _drop_between("drop", DROP, found, threshold, rule, more)
     pairs = found.worst.losing(more)
     shown = _shown(pairs, pairs.bound(rule), rule)
-    message = f"{DROP}: {shown}; allowed {exact_percent(threshold)}"
-    if pairs.judged(threshold, rule) == "inconclusive":
-        message = f"{DROP}: {_hopeless(pairs.n, threshold)} ({shown})"
-    return _drop_check("drop", DROP, message, pairs, threshold, rule)
+    return _drop_check("drop", DROP, shown, pairs, threshold, rule)
 
 
 def class_drop(
@@ -284,14 +301,27 @@ def class_drop(
     missing = sum(each > 0 for each in severity)
     shown = _shown(pairs, pairs.bound(rule), rule)
     many = f"; {missing} of {len(judged)} classes do not pass" if missing else ""
-    message = f"{CLASS_DROP}: class {name!r}: {shown}; allowed {exact_percent(threshold)}{many}"
-    if pairs.judged(threshold, rule) == "inconclusive":
-        message = f"{CLASS_DROP}: {_hopeless(pairs.n, threshold)} (class {name!r}: {shown}{many})"
-    return _drop_check("class-drop", CLASS_DROP, message, pairs, threshold, rule)
+    found = f"class {name!r}: {shown}"
+    return _drop_check("class-drop", CLASS_DROP, found, pairs, threshold, rule, many, "images of the class")
 
 
-def _drop_check(kind: str, name: str, message: str, pairs: Pairs, threshold: float, rule: Rule) -> Check:
+def _drop_check(
+    kind: str,
+    name: str,
+    shown: str,
+    pairs: Pairs,
+    threshold: float,
+    rule: Rule,
+    more: str = "",
+    of: str = "images",
+) -> Check:
+    """Build the answer for a drop of exact counts; ``shown`` describes them, ``more`` ends the message."""
     status = pairs.judged(threshold, rule)
+    message = f"{name}: {shown}; allowed {exact_percent(threshold)}{more}"
+    if status == "inconclusive":
+        message = f"{name}: {_hopeless(pairs.n, threshold)} ({shown}{more})"
+    if status != "pass" and rule == "lower":
+        message += _deciding_drop(pairs, threshold, of)
     return Check(
         rule=kind,
         name=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -21,14 +22,15 @@ if TYPE_CHECKING:
     from s2ap_deploy.runs.folder import Run
 
 FILE_NAME = "snapshot.safetensors"
-_KEY = "s2ap-deploy.snapshot"
+_KEY, _SUM = "s2ap-deploy.snapshot", "s2ap-deploy.sha256"
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Replace the snapshot in ``folder``.
 
-    ``header`` (JSON) is stored in the safetensors header. Tensors may be
-    on any device, be views or share memory; they are stored contiguous. Raises StorageError.
+    ``header`` (JSON) is stored in the safetensors header, with a SHA-256 of it and of all tensors, so that
+    damage never becomes a result. Tensors may be on any device, be views or share memory; they are stored
+    contiguous. Raises StorageError.
     """
     import torch
     from safetensors.torch import save as serialize
@@ -37,7 +39,8 @@ def save(folder: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any])
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    data = serialize(copies, {_KEY: files.canonical_json(dict(header))})
+    text = files.canonical_json(dict(header))
+    data = serialize(copies, {_KEY: text, _SUM: _sha256(copies, text)})
     files.write_bytes(folder / FILE_NAME, data)
 
 
@@ -51,8 +54,11 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     files.check_regular(path)
     try:
         with safe_open(path, framework="pt") as stream:
-            header = dict(json.loads((stream.metadata() or {})[_KEY]))
+            facts = stream.metadata() or {}
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        if facts[_SUM] != _sha256(tensors, facts[_KEY]):
+            raise ValueError("its content does not have the SHA-256 in its header")
+        header = dict(json.loads(facts[_KEY]))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunFolderError(
             f"{path} is damaged: {error}",
@@ -60,6 +66,17 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             hint="add --overwrite to start again",
         ) from error
     return tensors, header
+
+
+def _sha256(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Hash the header's ``text`` and contiguous CPU ``tensors`` with their names, types and shapes."""
+    import torch
+
+    found = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def remove(folder: Path) -> None:

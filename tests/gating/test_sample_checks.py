@@ -1,5 +1,7 @@
 """Checks of samples: the worst class, proofs, and what one more lost sample does."""
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +50,33 @@ def test_clean_predictions_have_a_drop_of_their_own(make_certificate, more) -> N
     assert check.bound == paired_drop_upper_bound(lost, 0, 200)
     assert sample_checks.clean_drop(0.6, "lower", pruned, dense, more).status == "pass"
     assert sample_checks.clean_drop(0.1, "lower", pruned, None, more).status == "inconclusive"
+
+
+@pytest.mark.parametrize("question", ["drop", "clean_drop", "class_drop"])
+def test_a_drop_that_more_images_would_show_says_how_many(make_certificate, question) -> None:
+    """3 of 100 lost and 5 % allowed fail; that many images in the same shares pass, and 15 % fewer do not."""
+    labels = [0] * 100
+    broken = "clean" if question == "clean_drop" else "apgd-t"
+    answers = [0] * 97 + [9 if broken == "clean" else 0] * 3
+    dense = make_certificate(
+        [None] * 100, labels=labels, adversarial_prediction=labels, clean_prediction=labels
+    )
+    pruned = make_certificate(
+        [None] * 97 + [broken] * 3,
+        labels=labels,
+        clean_prediction=answers,
+        adversarial_prediction=[0] * 97 + [9] * 3,
+    )
+    check = getattr(sample_checks, question)(0.05, "lower", pruned, dense)
+    assert check.status != "pass"
+    found = re.search(r"about ([\d,]+) images", check.message)
+    assert found is not None
+    needed = int(found[1].replace(",", ""))
+    assert paired_drop_upper_bound(math.ceil(0.03 * needed), 0, needed) <= 0.05
+    assert paired_drop_upper_bound(math.ceil(0.03 * needed * 0.85), 0, int(needed * 0.85)) > 0.05
+    hopeless = getattr(sample_checks, question)(0.02, "lower", pruned, dense)
+    assert re.search(r"about ([\d,]+) images", hopeless.message) is None
+    assert "about" not in getattr(sample_checks, question)(0.02, "point", pruned, dense).message
 
 
 def test_every_class_is_judged_at_the_full_level(make_certificate) -> None:

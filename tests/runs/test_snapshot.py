@@ -68,6 +68,16 @@ def test_a_truncated_file_is_refused(tmp_path, keep) -> None:
     assert "--overwrite" in str(caught.value.hint)
 
 
+def test_no_changed_byte_is_accepted(tmp_path) -> None:
+    snapshot.save(tmp_path, {"a": torch.ones(3), "b": torch.zeros(2)}, {"epoch": 1})
+    path = tmp_path / snapshot.FILE_NAME
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(RunFolderError, check=lambda error: error.code == "snapshot-damaged"):
+            snapshot.load(tmp_path)
+
+
 @pytest.mark.parametrize("metadata", [None, {"other": "x"}, {"s2ap-deploy.snapshot": "[1]"}])
 def test_a_foreign_safetensors_file_is_refused(tmp_path, metadata) -> None:
     from safetensors.torch import save_file

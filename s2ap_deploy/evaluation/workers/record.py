@@ -2,7 +2,7 @@
 
 ``attack.jsonl`` starts with a header (everything the outcome depends on) and gains one line per unit.
 The points that a unit found are stored in a separate file, which is complete before its line is written.
-A line torn by a kill is dropped, and its unit is run again.
+A line torn by a kill is dropped, and its unit is run again; one that is not as its SHA-256 says is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from s2ap_deploy.evaluation.autoattack.frozen_model import Unit, UnitResult
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.runtime import versions
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _FILE = "attack.jsonl"
 
 
@@ -45,7 +45,7 @@ class AttackRecord:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot create {folder}: {error.strerror or error}") from error
-        first = json.loads(_line({"schema_version": SCHEMA_VERSION, **header}))
+        first = json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **header}))
         if not self._path.exists():
             files.write_bytes(self._path, _line(first))
         lines = self._whole_lines()
@@ -86,7 +86,7 @@ class AttackRecord:
         if len(whole) < len(content):
             os.truncate(self._path, len(whole))
         try:
-            return [files.parse_json(line) for line in whole.splitlines()]
+            return [_parsed(line) for line in whole.splitlines(keepends=True)]
         except ValueError as error:
             raise self._damaged(str(error)) from None
 
@@ -150,4 +150,14 @@ def binding(
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(entry, sort_keys=True, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    """Return ``entry`` as a line of canonical JSON that holds its own SHA-256."""
+    content = json.dumps(entry, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
+    return b'{"sha256":"%s",%s\n' % (hashlib.sha256(content).hexdigest().encode(), content[1:])
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """Parse what :func:`_line` wrote. Raises ValueError for anything else."""
+    entry = files.parse_json(line)
+    if not isinstance(entry, dict) or entry.pop("sha256", None) is None or _line(entry) != line:
+        raise ValueError("a line does not have the SHA-256 in it")
+    return entry

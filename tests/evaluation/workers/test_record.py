@@ -11,7 +11,7 @@ import pytest
 
 from s2ap_deploy.errors import RunFolderError, StorageError
 from s2ap_deploy.evaluation.autoattack.frozen_model import Unit, UnitResult
-from s2ap_deploy.evaluation.workers.record import AttackRecord
+from s2ap_deploy.evaluation.workers.record import AttackRecord, _line
 
 HEADER: dict[str, Any] = {"seed": 0, "shape": (2, 1, 3, 3), "eps": "8/255"}
 
@@ -71,7 +71,7 @@ def test_another_header_is_refused_by_name(tmp_path) -> None:
     assert "--overwrite" in (error.value.hint or "")
     with pytest.raises(RunFolderError, check=lambda error: error.code == "attack-record-foreign"):
         AttackRecord(tmp_path, {**HEADER, "ids": "x"})
-    path.write_text(path.read_text().replace('"schema_version":1', '"schema_version":9'))
+    path.write_bytes(_line({**HEADER, "schema_version": 9}))
     with pytest.raises(RunFolderError, check=lambda error: error.code == "attack-record-foreign"):
         AttackRecord(tmp_path, HEADER)
 
@@ -94,7 +94,10 @@ def test_damage_is_reported(tmp_path) -> None:
     path.write_text(lines[0] + "{not json}\n" + lines[1])
     with pytest.raises(RunFolderError, check=lambda error: error.code == "attack-record-damaged"):
         AttackRecord(tmp_path, HEADER)
-    path.write_text(lines[0] + '{"block":0}\n')
+    path.write_bytes(lines[0].encode() + _line({"block": 0}))
+    with pytest.raises(RunFolderError, check=lambda error: error.code == "attack-record-damaged"):
+        AttackRecord(tmp_path, HEADER)
+    path.write_text(whole.replace('"zero_gradient":false', '"zero_gradient":true', 1))
     with pytest.raises(RunFolderError, check=lambda error: error.code == "attack-record-damaged"):
         AttackRecord(tmp_path, HEADER)
     path.write_text("")
@@ -107,7 +110,8 @@ def test_a_file_name_in_the_record_does_not_lead_out_of_the_folder(tmp_path) -> 
     header, first, *_ = path.read_text().splitlines()
     entry = json.loads(first)
     entry["points"] = "../secret"
-    path.write_text(f"{header}\n{json.dumps(entry)}\n")
+    del entry["sha256"]
+    path.write_bytes(header.encode() + b"\n" + _line(entry))
     with pytest.raises(RunFolderError, check=lambda error: error.code == "path-outside"):
         AttackRecord(tmp_path / "record", HEADER)
 
