@@ -9,7 +9,13 @@ from s2ap_deploy.errors import DataError, UsageError, VerificationError
 from s2ap_deploy.onnx_export.encoding import decode, encode, weights
 from s2ap_deploy.onnx_export.graph import check
 from s2ap_deploy.onnx_export.inference import logits, session
-from s2ap_deploy.onnx_export.quantization import is_quantized, quantize, quantized_weights
+from s2ap_deploy.onnx_export.quantization import (
+    METHODS,
+    activation_ranges,
+    is_quantized,
+    quantize,
+    quantized_weights,
+)
 from s2ap_deploy.onnx_export.verification import decodes_at_load
 
 
@@ -99,17 +105,33 @@ def test_a_graph_that_the_quantizer_cannot_read() -> None:
         quantize(onnx.helper.make_model(graph), np.zeros((1, 1, 4, 4), np.float32))
 
 
-@pytest.mark.parametrize("method", ["percentile"])
-def test_other_ranges_come_from_the_same_images(dense_model, int8, images, method, capsys) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_images_give_the_same_bytes(dense_model, images, method, capsys) -> None:
     found, again = (quantize(dense_model, images, method=method) for _ in range(2))
-    tensors = [
-        {tensor.name: numpy_helper.to_array(tensor).tobytes() for tensor in model.graph.initializer}
-        for model in (found, again, int8)
-    ]
-    assert tensors[0] != tensors[2]
-    assert tensors[0] == tensors[1]
+    assert found.SerializeToString() == again.SerializeToString()
     assert capsys.readouterr().out == ""  # which belongs to --json
     check(found)
+
+
+def test_entropy_and_percentile_cut_rare_large_values_off(dense_model) -> None:
+    images = np.random.default_rng(0).random((512, 3, 8, 8), dtype=np.float32) ** 8
+    widest, *others = (activation_ranges(dense_model, images, method=method) for method in METHODS)
+    for ranges in others:
+        assert ranges.keys() == widest.keys()
+        for name, (low, high) in ranges.items():
+            assert widest[name][0] <= low <= high <= widest[name][1]
+        assert any(high - low < widest[name][1] - widest[name][0] for name, (low, high) in ranges.items())
+    assert others[0] != others[1]
+
+
+def test_known_ranges_replace_those_of_the_images(dense_model, images) -> None:
+    known = dict.fromkeys(activation_ranges(dense_model, images), (-1.0, 3.0))
+    scales = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in quantize(dense_model, images, ranges=known).graph.initializer
+        if tensor.name.endswith("_scale") and "weight" not in tensor.name and "bias" not in tensor.name
+    }
+    assert all(value == np.float32(4 / 255) or value == np.float32(3 / 255) for value in scales.values())
 
 
 def test_eight_bits_use_the_whole_range(dense_model, images) -> None:
