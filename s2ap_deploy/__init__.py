@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     )
     from s2ap_deploy.stages.results import Certificates, Finished, Loaded, Reports, Trained
 
+    __version__: str
+
 __all__ = [
     "Certificates",
     "Finished",
@@ -54,10 +56,12 @@ def __getattr__(name: str) -> Any:
     """Import the Python interface at its first use; torch is imported by the first call that needs it."""
     import importlib
 
+    if name == "__version__":
+        return importlib.import_module("s2ap_deploy.runs.manifest").tool_version()
     if name in __all__:
         return getattr(importlib.import_module("s2ap_deploy.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

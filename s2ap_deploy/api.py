@@ -945,12 +945,22 @@ def _trained(job: RunContext, stage: Any) -> Trained:
 
     stages = job.run.manifest.stages
     results: Any = stages[stage].results or {}
-    best = results.get("best") or {}
+    names = [name for name in stages if name in ("pretrain", "search", "finetune")]
+    search: Any = stages["search"].results if "search" in stages else {}
+    best = results.get("best") or (search or {}).get("last") or {}
+    section, first = job.recipe.prune, job.recipe.pretrain
+    epochs = {"pretrain": first.epochs} if first is not None else {}
+    if section is not None:
+        epochs |= {"search": section.search.epochs, "finetune": section.finetune.epochs}
     return Trained(
         run=job.run.path,
         model=job.run.output(stage, MODEL),
         clean_accuracy=best.get("clean_accuracy"),
         robust_accuracy=best.get("robust_accuracy"),
         sparsity=results.get("sparsity"),
-        stages={name: stages[name].results for name in stages if name in ("pretrain", "search", "finetune")},
+        stages={name: stages[name].results for name in names},
+        epochs=epochs,
+        seconds={name: seconds for name in names if (seconds := stages[name].seconds) is not None},
+        threat=str(job.recipe.threat),
+        num_classes=results.get("num_classes", 2),
     )

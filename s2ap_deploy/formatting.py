@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import re
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
@@ -79,3 +81,12 @@ def exact_percent(share: float) -> str:
         if share in (0.0, 1.0) or float(text[:-1]) not in (0.0, 100.0):
             break
     return text
+
+
+def html_table(rows: Sequence[Sequence[str]], remarks: Sequence[str] = ()) -> str:
+    """Return ``rows``, of which the first are the headings, as a table for a notebook, with text below."""
+    head, *body = ([html.escape(cell) for cell in row] for row in rows)
+    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
+    lines += [f"<th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) for name, *cells in body]
+    below = "".join(f"<p>{html.escape(remark)}</p>" for remark in remarks)
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + f"</table>{below}"

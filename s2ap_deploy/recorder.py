@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Recorder(Protocol):
-    """Receives progress. ``cli.progress`` displays it; tests and scripts use ``Silent``."""
+    """Receives progress. ``progress`` displays it; tests and scripts use ``Silent``."""
 
     def begin(self, stage: str, total: int, unit: str) -> None:
         """Start a stage of ``total`` steps (``unit``: "step", "image", ...)."""

@@ -21,6 +21,7 @@ FLOORS: dict[str, float] = {
     "records": 2,
     "runtime": 2,
     "tracking": 2,
+    "progress": 2,
     "distributed": 3,
     "codecs": 2,
     "recipe": 3,
@@ -53,7 +54,7 @@ FLOORS: dict[str, float] = {
 # Who may import a library: rooms, or single modules.
 DOORS = {
     "click": {"cli"},
-    "rich": {"cli"},
+    "rich": {"cli", "progress"},
     "pyautoattack": {"evaluation.autoattack.attacks"},
     "onnx": {"codecs", "onnx_export", "c_export"},
     "onnxruntime": {"onnx_export"},

@@ -22,7 +22,7 @@ def reporting(quiet: bool) -> Iterator[dict[str, Any]]:
     if quiet:
         yield {"recorder": Silent(), "command": command_line()}
         return
-    from s2ap_deploy.cli.progress import recorder
+    from s2ap_deploy.progress import recorder
 
     with recorder() as progress:
         yield {"recorder": progress, "command": command_line()}

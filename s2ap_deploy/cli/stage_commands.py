@@ -45,7 +45,7 @@ def pretrain_command(
     s2ap-deploy pretrain --data digits --arch digits-conv --eps 0.1 --epochs 40 --output model.pt
     """
     from s2ap_deploy import api
-    from s2ap_deploy.cli import session
+    from s2ap_deploy.cli import session, tables
 
     with session.reporting(quiet) as reporting:
         trained = api.pretrain(arch, data, eps, run=run, output=output, **keywords, **reporting)
@@ -55,6 +55,8 @@ def pretrain_command(
         reporting["recorder"].note(following)
     if as_json:
         session.print_json({"run": str(run), "model": str(output or trained.model), **trained.stages})
+    else:
+        tables.show_trained(trained)
 
 
 @click.command()
@@ -105,6 +107,8 @@ def prune_command(
         return UNUSABLE if estimate.refused else 0
     if as_json:
         session.print_json({"run": str(run), **trained.stages})
+    else:
+        tables.show_trained(trained)
     return 0
 
 

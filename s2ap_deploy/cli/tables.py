@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from s2ap_deploy.planning.dry_run import DryRunReport, SweepDryRunReport
     from s2ap_deploy.stages.plan import Plan
+    from s2ap_deploy.stages.results import Trained
     from s2ap_deploy.sweeps.aggregate import SweepReport
 
 LOG_WIDTH = 200
@@ -80,6 +81,20 @@ def show_summary(summary: Mapping[str, Any]) -> None:
             out.print(Text(f"also {file['file']}: {file['bytes']:,} bytes", style="dim"))
     if "gate" in summary:
         _verdict(out, summary["gate"])
+
+
+def show_trained(trained: Trained) -> None:
+    """Print the dense network beside the pruned one, and what the accuracies are worth."""
+    out = console()
+    head, *rows = trained.rows
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    for remark in trained.remarks:
+        out.print(Text(remark, style="yellow" if remark.startswith("warning") else "dim"))
 
 
 def _c_library(library: CLibrary) -> str:

@@ -34,6 +34,7 @@ from s2ap_deploy.evaluation.samples import (
     robust_share,
     survivors,
 )
+from s2ap_deploy.formatting import html_table, percent
 from s2ap_deploy.records import AttackRow
 from s2ap_deploy.spec import Record, ThreatModel, WeightCount
 
@@ -280,6 +281,27 @@ class Certificate(Record):
         if wrong:
             raise ValueError(f"{', '.join(wrong)} does not follow from the protocol and its attacks")
         return self
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """The result as names and values: network, threat, accuracies, images."""
+        found = [
+            ("network", self.subject.arch),
+            ("threat", str(self.threat)),
+            ("clean accuracy", str(self.clean)),
+            ("robust accuracy (upper bound)", str(self.robust)),
+        ]
+        if self.proven is not None:
+            found.append(("provably robust (lower bound)", str(self.proven)))
+        if self.subject.sparsity is not None:
+            found.insert(1, ("sparsity", percent(self.subject.sparsity, 2)))
+        return [*found, ("test images", f"{self.n:,}"), ("flags", ", ".join(self.flags) or "none")]
+
+    def __repr__(self) -> str:
+        return f"Certificate({', '.join(f'{name}: {value}' for name, value in self.rows)})"
+
+    def _repr_html_(self) -> str:
+        return html_table([("", self.protocol), *self.rows], [self.statement])
 
     @property
     def survivors(self) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from s2ap_deploy.errors import FAILED, INCONCLUSIVE, PASSED
+from s2ap_deploy.formatting import html_table
 from s2ap_deploy.spec import Record
 
 Status = Literal["pass", "fail", "inconclusive"]
@@ -70,6 +71,10 @@ class Verdict(Record):
         found = {check.status for check in checks}
         status: Status = "fail" if "fail" in found else "pass" if found == {"pass"} else "inconclusive"
         return cls(status=status, exit_code=EXIT_CODES[status], checks=tuple(checks), statistics=statistics)
+
+    def _repr_html_(self) -> str:
+        rows = [(check.rule, check.status, check.message) for check in self.checks]
+        return html_table([("", self.status, ""), *rows], [self.statistics] if self.statistics else [])
 
     @property
     def reasons(self) -> tuple[str, ...]:

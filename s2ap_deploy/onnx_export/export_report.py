@@ -10,6 +10,7 @@ from s2ap_deploy import records
 from s2ap_deploy.codecs.registry import CODECS, DENSE, EncodingName, StoredEncoding
 from s2ap_deploy.codecs.values import FLOAT32, VALUES, ValuesName
 from s2ap_deploy.errors import RunFolderError
+from s2ap_deploy.formatting import html_table, percent
 from s2ap_deploy.records import Agreement, ExportFacts, PointsCheck
 from s2ap_deploy.spec import Record
 
@@ -378,6 +379,21 @@ class ExportReport(ExportFacts):
     def left_dense(self) -> tuple[str, ...]:
         """Weights with too few zeros for the sparse encoding that was requested."""
         return left_dense(self.encoding, self.tensors)
+
+    def __repr__(self) -> str:
+        return (
+            f"ExportReport({self.folder}/{self.file}: {self.bytes:,} bytes, {self.dense_bytes:,} dense, "
+            f"{percent(self.sparsity, 2)} sparse, {self.encoding}, {self.values})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("", self.file),
+            ("bytes", f"{self.bytes:,}, {self.dense_bytes / self.bytes:.1f} times smaller than dense"),
+            ("weights that are not zero", f"{self.nonzeros:,} of {self.weights:,}"),
+            ("largest difference of logits from PyTorch's", f"{self.agreement.max_logit_difference:.1e}"),
+        ]
+        return html_table(rows, [*self.warnings, self.statement])
 
     def save(self, path: Path) -> None:
         """Write canonical JSON, atomically. Raises StorageError."""

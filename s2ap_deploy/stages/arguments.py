@@ -19,7 +19,8 @@ class ExecutionArguments(TypedDict, total=False):
     processes. ``data_root``: folder of data sets; ``download`` fetches one that is missing. ``resume``
     continues interrupted work, ``overwrite`` starts over. ``precision`` (``auto``, ``float32``, ``bf16``)
     and ``compiled`` apply to training steps, ``accumulate`` is the pieces of a batch; certifying attacks
-    compute in float32. ``trust_pickle`` lets a checkpoint's pickle run code. ``recorder`` receives progress;
+    compute in float32. ``trust_pickle`` lets a checkpoint's pickle run code. ``recorder`` receives progress,
+    by default a live bar on a terminal or in a notebook, and nothing where ``quiet``;
     ``verbose`` adds the settings, times and hashes, ``track`` also writes metrics for these trackers.
     ``command`` is the text that the run folder's manifest records.
     """
@@ -36,6 +37,7 @@ class ExecutionArguments(TypedDict, total=False):
     accumulate: int
     trust_pickle: bool
     recorder: Recorder
+    quiet: bool
     verbose: bool
     track: Sequence[str]
     command: str

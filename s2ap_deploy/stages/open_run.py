@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import nn
 
-from s2ap_deploy import runtime
+from s2ap_deploy import progress, runtime
 from s2ap_deploy.data import datasets
 from s2ap_deploy.distributed import environment
 from s2ap_deploy.distributed.process_group import current_group
@@ -107,10 +107,14 @@ def checkpoint_recipe(
 def reported(job: RunContext, session: Mapping[str, Any]) -> Iterator[RunContext]:
     """Send the job's metrics also to the session's trackers, and note its details where it is ``verbose``."""
     trackers = session.get("track", ()) if environment.rank() == 0 else ()
-    with tracked(job.recorder, trackers, job.run.path, job.recipe.model_dump(mode="json")) as recording:
+    shown = job.recorder
+    with tracked(shown, trackers, job.run.path, job.recipe.model_dump(mode="json")) as recording:
         job.recorder = recording
         if not session.get("verbose"):
-            yield job
+            try:
+                yield job
+            finally:
+                progress.stop(shown)
             return
         for line in (*machine_lines(job.run.path, job.machine), *recipe_lines(job.recipe)):
             recording.note(f"debug: {line}")
@@ -118,13 +122,16 @@ def reported(job: RunContext, session: Mapping[str, Any]) -> Iterator[RunContext
         try:
             yield job
         finally:
+            progress.stop(shown)
             for line in _stage_lines(job, before):
                 recording.note(f"debug: {line}")
 
 
 def recorder(session: Mapping[str, Any]) -> Recorder:
-    """Return the session's recorder, or a silent one."""
-    return session.get("recorder") or Silent()
+    """Return the session's recorder, by default a live bar where somebody watches it."""
+    if (given := session.get("recorder")) is not None:
+        return given  # type: ignore[no-any-return]
+    return Silent() if session.get("quiet") or environment.rank() != 0 else progress.interactive()
 
 
 def machine(folder: Path, session: Mapping[str, Any]) -> ExecutionConfig:

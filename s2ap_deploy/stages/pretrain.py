@@ -106,7 +106,8 @@ def pretrain(job: RunContext, section: TrainSection) -> None:
         checkpoint.save(stage.folder / MODEL, classifier, info)
         files.write_json(stage.folder / HISTORY, [row.figures() for row in result.history])
     best = result.history[result.best_epoch - 1].figures()
-    stage.finish([stage.folder / MODEL, stage.folder / HISTORY], {"best": best})
+    measured = {"validation_images": len(validation_sample(images.validation, recipe.seed))}
+    stage.finish([stage.folder / MODEL, stage.folder / HISTORY], {"best": best, **measured})
 
 
 def adopt(job: RunContext, path: Path) -> None:

@@ -49,7 +49,7 @@ from s2ap_deploy.runs.snapshot import Stage
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.stages.context import HISTORY, RunContext, weights_on_images
 from s2ap_deploy.training.objective import Objective, Teacher
-from s2ap_deploy.training.train import TrainingData, train
+from s2ap_deploy.training.train import TrainingData, train, validation_sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -398,7 +398,12 @@ def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:
     if stage.state == "finished":
         return
     masks = {name: mask.bool() for name, mask in load_tensors(masks_file).items()}
-    outcome = {"kept": kept(masks), "sparsity": sparsity(masks)}
+    outcome = {
+        "kept": kept(masks),
+        "sparsity": sparsity(masks),
+        "num_classes": info.num_classes,
+        "validation_images": len(validation_sample(images.validation, recipe.seed)),
+    }
     info = info.model_copy(update={"stage": "finetune", "sparsity": sparsity(masks)})
     if not METHODS[section.method].finetunes:
         if job.first:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2ap_deploy.formatting import duration, html_table, percent
+
 if TYPE_CHECKING:
     from s2ap_deploy.evaluation.certificate import Certificate
     from s2ap_deploy.gating.check import Verdict
@@ -27,11 +29,16 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
 
+LARGE_FALL = 0.05
+NEAR_GUESSING = 2.0
+
+
 @dataclass(frozen=True)
 class Trained:
     """A network that a stage wrote: its file, and the accuracies of its epoch (fractions).
 
-    ``sparsity`` is the fraction of zeros among prunable weights, None for a dense network.
+    ``sparsity`` is the fraction of zeros among counted weights, None for a dense network. ``stages`` are
+    the results of pretrain, search and finetune; ``epochs`` and ``seconds`` are those that each took.
     """
 
     run: Path
@@ -40,12 +47,76 @@ class Trained:
     robust_accuracy: float | None
     sparsity: float | None = None
     stages: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    epochs: Mapping[str, int] = field(default_factory=dict, repr=False)
+    seconds: Mapping[str, float] = field(default_factory=dict, repr=False)
+    threat: str = field(default="", repr=False)
+    num_classes: int = field(default=2, repr=False)
 
     def load(self) -> Loaded:
         """Load the network. Raises CheckpointError."""
         from s2ap_deploy.models.checkpoints import checkpoint
 
         return Loaded(*checkpoint.load(self.model))
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """The dense network beside the pruned one, after a row of headings."""
+        search = self._of("search")
+        counted = search.get("weights", {}).get("counted")
+        table: list[tuple[str, ...]] = [
+            ("", "dense", "pruned"),
+            ("weights", f"{counted:,}" if counted else "", f"{search.get('kept', 0):,}"),
+            ("sparsity", "", percent(self.sparsity, 2)),
+            ("clean accuracy", percent(self._dense("clean_accuracy")), percent(self.clean_accuracy)),
+            ("robust accuracy", percent(self._dense("robust_accuracy")), percent(self.robust_accuracy)),
+            ("epochs", *_sums({name: str(number) for name, number in self.epochs.items()})),
+            ("time", *_sums({name: duration(number) for name, number in self.seconds.items()})),
+        ]
+        if search:
+            return table
+        return [row[:2] for row in table if row[1] or not row[0]]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the accuracies were measured on, and what is wrong with them."""
+        images = self._of("finetune").get("validation_images") or self._of("pretrain").get(
+            "validation_images"
+        )
+        measured = f"{images:,} validation images" if images else "validation images"
+        found = [
+            f"accuracies on {measured}, which also chose the epoch; robust under PGD-10, {self.threat}: "
+            "certify attacks test images with AutoAttack"
+        ]
+        for name, value in (("clean", self.clean_accuracy), ("robust", self.robust_accuracy)):
+            before = self._dense(f"{name}_accuracy")
+            if self.sparsity is None or before is None or value is None or before - value <= LARGE_FALL:
+                continue
+            found.append(
+                f"warning: {name} accuracy fell by {100 * (before - value):.1f} points: try more epochs, a "
+                "lower sparsity or another method"
+            )
+        if self.clean_accuracy is not None and self.clean_accuracy < NEAR_GUESSING / self.num_classes:
+            found.append(
+                f"warning: the network is near guessing: {percent(self.clean_accuracy)} clean, where "
+                f"{percent(1 / self.num_classes)} is chance"
+            )
+        return tuple(found)
+
+    def _of(self, stage: str) -> Mapping[str, Any]:
+        return self.stages.get(stage) or {}
+
+    def _dense(self, figure: str) -> float | None:
+        found: float | None = (self._of("pretrain").get("best") or {}).get(figure)
+        return found
+
+    def _repr_html_(self) -> str:
+        return html_table(self.rows, self.remarks)
+
+
+def _sums(values: Mapping[str, str]) -> tuple[str, str]:
+    """Return the value of pretrain, and those of search and fine-tuning as a sum."""
+    pruned = [values[name] for name in ("search", "finetune") if name in values]
+    return values.get("pretrain", ""), " + ".join(pruned)
 
 
 @dataclass(frozen=True)
@@ -61,6 +132,16 @@ class Certificates:
     file: Certificate | None = None
     results: Mapping[str, Any] = field(default_factory=dict, repr=False)
     folder: str = "certify"
+
+    def _repr_html_(self) -> str:
+        found = {"dense": self.dense, "pruned": self.pruned, "exported file": self.file}
+        held = {name: each for name, each in found.items() if each is not None}
+        if not held:
+            return html_table([("",)], ["nothing was certified"])
+        columns = [dict(each.rows) for each in held.values()]
+        names = dict.fromkeys(name for column in columns for name in column)
+        facts = [(name, *(column.get(name, "") for column in columns)) for name in names]
+        return html_table([("", *held), *facts], [next(iter(held.values())).statement])
 
 
 @dataclass(frozen=True)

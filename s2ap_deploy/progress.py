@@ -1,4 +1,4 @@
-"""Progress on stderr: a live bar on a terminal, plain lines elsewhere."""
+"""Progress on stderr: a live bar on a terminal or in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 from s2ap_deploy import formatting
-from s2ap_deploy.recorder import Recorder
+from s2ap_deploy.recorder import Recorder, Silent
 
 LINE_EVERY_SECONDS = 20.0
 SOME = 0.02
@@ -55,6 +55,20 @@ def recorder() -> Iterator[Recorder]:
         yield live
     finally:
         live.stop()  # also after an error, which must not leave the cursor hidden
+
+
+def interactive() -> Recorder:
+    """Return a live bar on a terminal or in a notebook, and a silent recorder in a script or a log."""
+    console = Console(stderr=True, highlight=False)
+    if console.is_jupyter:
+        return Live(Console(highlight=False))
+    return Live(console) if console.is_terminal and not os.environ.get("CI") else Silent()
+
+
+def stop(recorder: Recorder) -> None:
+    """Remove the bar of a stage that an error has ended."""
+    if isinstance(recorder, Live):
+        recorder.stop()
 
 
 class Lines:

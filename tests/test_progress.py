@@ -7,7 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
-from s2ap_deploy.cli import progress
+from s2ap_deploy import progress
 from s2ap_deploy.recorder import Recorder
 
 EPOCH = {
