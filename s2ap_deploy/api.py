@@ -962,5 +962,5 @@ def _trained(job: RunContext, stage: Any) -> Trained:
         epochs=epochs,
         seconds={name: seconds for name in names if (seconds := stages[name].seconds) is not None},
         threat=str(job.recipe.threat),
-        num_classes=results.get("num_classes", 2),
+        num_classes=results.get("num_classes"),
     )

@@ -1,7 +1,8 @@
-"""Log metrics to TensorBoard or MLflow, in addition to the recorder on screen.
+"""Log metrics to TensorBoard, MLflow or Weights & Biases, in addition to the recorder on screen.
 
-Both are optional (``pip install 's2ap-deploy[tracking]'``) and imported only on request. Nothing leaves the
-machine: files are written below the run folder, unless MLFLOW_TRACKING_URI names another place for MLflow.
+All are optional (``pip install 's2ap-deploy[tracking]'``) and imported only on request. Nothing leaves the
+machine: files are written below the run folder, unless MLFLOW_TRACKING_URI names another place for MLflow,
+or WANDB_MODE is ``online``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Literal, Protocol, get_args
 from s2ap_deploy.errors import StorageError, UsageError
 from s2ap_deploy.recorder import Recorder
 
-Name = Literal["tensorboard", "mlflow"]
+Name = Literal["tensorboard", "mlflow", "wandb"]
 NAMES: tuple[Name, ...] = get_args(Name)
 FOLDER = "tracking"
 
@@ -84,6 +85,56 @@ class MLflow:
 
     def close(self) -> None:
         self.client.set_terminated(self.run)
+
+
+class WeightsAndBiases:
+    """One offline run called ``name`` in ``folder``, for ``wandb sync``; WANDB_MODE may name another mode.
+
+    Every stage has a step of its own, because the library drops rows whose step is not larger than the last.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        _require("wandb", "wandb")
+        import wandb
+
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        # Only what is logged is stored: no output, code, packages, hardware, and no link in the run folder.
+        settings = wandb.Settings(
+            console="off",
+            silent=True,
+            symlink=False,
+            disable_code=True,
+            disable_git=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+        )
+        self.run: Any = wandb.init(
+            project="s2ap-deploy",
+            name=name,
+            dir=str(folder),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            reinit="create_new",
+            settings=settings,
+        )
+        self.stages: set[str] = set()
+
+    def facts(self, values: Mapping[str, str]) -> None:
+        self.run.config.update(dict(values))
+
+    def figures(self, stage: str, values: Mapping[str, float], step: int) -> None:
+        if stage not in self.stages:
+            self.stages.add(stage)
+            self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        self.run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in values.items()}})
+
+    def close(self) -> None:
+        self.run.finish()
+        # wandb 0.31 links to the log of its service in the user's cache, which a signed folder must not.
+        for path in self.folder.rglob("*.log"):
+            if path.is_symlink():
+                path.unlink()
 
 
 class Tracked:
@@ -170,6 +221,8 @@ def _tracker(name: str, folder: Path) -> Tracker:
             return TensorBoard(place)
         if name == "mlflow":
             return MLflow(place, folder.resolve().name)
+        if name == "wandb":
+            return WeightsAndBiases(place, folder.resolve().name)
     except OSError as error:
         raise StorageError(
             f"{name} cannot write below {place}: {error}", code="tracker-not-writable"

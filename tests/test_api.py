@@ -1,5 +1,6 @@
 """The Python interface: the commands as functions, on files and on networks in memory."""
 
+import importlib.metadata
 import inspect
 import json
 import re
@@ -41,6 +42,7 @@ def test_the_interface_is_what_it_says_and_sorted() -> None:
         found = getattr(s2ap_deploy, name)
         assert callable(found)
         assert found.__doc__
+    assert s2ap_deploy.__version__ == importlib.metadata.version("s2ap-deploy")
     with pytest.raises(AttributeError, match="no attribute 'prnue'"):
         _ = s2ap_deploy.prnue
 

@@ -65,6 +65,7 @@ DOORS = {
     "markupsafe": {"reporting"},
     "torch_pruning": {"models.channels.coupling"},
     "mlflow": {"tracking"},
+    "wandb": {"tracking"},
 }
 TORCH_FREE = (
     "s2ap_deploy.__main__",

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from s2ap_deploy import progress
-from s2ap_deploy.recorder import Recorder
+from s2ap_deploy.recorder import Recorder, Silent
+from s2ap_deploy.stages import open_run
 
 EPOCH = {
     "epoch": 3,
@@ -157,3 +158,21 @@ def test_the_display_fits_where_stderr_goes(monkeypatch) -> None:
     assert isinstance(chosen(), progress.Lines)
     monkeypatch.setattr(sys, "stderr", None)
     assert isinstance(chosen(), progress.Lines)
+
+
+def test_python_shows_progress_where_somebody_watches(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert isinstance(progress.interactive(), Silent)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    bar = progress.interactive()
+    assert isinstance(bar, progress.Live)
+    bar.begin("search", 3, "step")
+    progress.stop(bar)
+    assert bar.progress is None
+    assert isinstance(open_run.recorder({"quiet": True}), Silent)
+    assert isinstance(open_run.recorder({}), progress.Live)
+    assert open_run.recorder({"recorder": bar}) is bar
+    monkeypatch.setenv("CI", "1")
+    assert isinstance(progress.interactive(), Silent)

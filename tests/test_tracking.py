@@ -108,7 +108,7 @@ def test_without_trackers_the_recorder_is_the_very_same(tmp_path) -> None:
 def test_one_that_nobody_knows_is_refused(tmp_path) -> None:
     with (
         pytest.raises(UsageError, check=lambda error: error.code == "tracker-unknown"),
-        tracking.tracked(Silent(), ["wandb"], tmp_path, {}),
+        tracking.tracked(Silent(), ["aim"], tmp_path, {}),
     ):
         pass
 
@@ -210,6 +210,22 @@ def test_mlflow_itself_keeps_what_it_is_told(tmp_path, monkeypatch) -> None:
     assert run.data.metrics["search/loss"] == 0.5
     assert run.data.params == {"seed": "0"}
     assert run.info.status == "FINISHED"
+
+
+def test_weights_and_biases_keeps_every_stage_and_stays_offline(tmp_path, monkeypatch) -> None:
+    if not _present("wandb"):
+        pytest.skip("needs wandb: pip install 's2ap-deploy[tracking]'")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with tracking.tracked(Silent(), ["wandb"], tmp_path, {"prune": {"s": 0.875}}) as recorder:
+        for stage in ("search", "finetune"):
+            recorder.log(stage, {**EPOCH, "loss": 0.40625})
+    kept = [path for path in (tmp_path / "tracking").rglob("*") if path.is_file()]
+    assert not any(path.is_symlink() for path in (tmp_path / "tracking").rglob("*"))
+    (written,) = [path for path in kept if path.suffix == ".wandb"]
+    assert written.parent.name.startswith("offline-run-")
+    content = written.read_bytes()
+    for word in (b"search/loss", b"finetune/loss", b"finetune/step", b"prune.s", b"0.40625", b"0.875"):
+        assert word in content
 
 
 def _present(module: str) -> bool:

@@ -106,8 +106,9 @@ def pretrain(job: RunContext, section: TrainSection) -> None:
         checkpoint.save(stage.folder / MODEL, classifier, info)
         files.write_json(stage.folder / HISTORY, [row.figures() for row in result.history])
     best = result.history[result.best_epoch - 1].figures()
-    measured = {"validation_images": len(validation_sample(images.validation, recipe.seed))}
-    stage.finish([stage.folder / MODEL, stage.folder / HISTORY], {"best": best, **measured})
+    shown = {"validation_images": len(validation_sample(images.validation, recipe.seed))}
+    shown["num_classes"] = info.num_classes
+    stage.finish([stage.folder / MODEL, stage.folder / HISTORY], {"best": best, **shown})
 
 
 def adopt(job: RunContext, path: Path) -> None:

@@ -31,6 +31,7 @@ class Loaded:
 
 LARGE_FALL = 0.05
 NEAR_GUESSING = 2.0
+IMAGES = "validation_images"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Trained:
     epochs: Mapping[str, int] = field(default_factory=dict, repr=False)
     seconds: Mapping[str, float] = field(default_factory=dict, repr=False)
     threat: str = field(default="", repr=False)
-    num_classes: int = field(default=2, repr=False)
+    num_classes: int | None = field(default=None, repr=False)
 
     def load(self) -> Loaded:
         """Load the network. Raises CheckpointError."""
@@ -79,10 +80,8 @@ class Trained:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What the accuracies were measured on, and what is wrong with them."""
-        images = self._of("finetune").get("validation_images") or self._of("pretrain").get(
-            "validation_images"
-        )
-        measured = f"{images:,} validation images" if images else "validation images"
+        counts = [self._of(stage)[IMAGES] for stage in self.stages if IMAGES in self._of(stage)]
+        measured = f"{counts[-1]:,} validation images" if counts else "validation images"
         found = [
             f"accuracies on {measured}, which also chose the epoch; robust under PGD-10, {self.threat}: "
             "certify attacks test images with AutoAttack"
@@ -95,10 +94,11 @@ class Trained:
                 f"warning: {name} accuracy fell by {100 * (before - value):.1f} points: try more epochs, a "
                 "lower sparsity or another method"
             )
-        if self.clean_accuracy is not None and self.clean_accuracy < NEAR_GUESSING / self.num_classes:
+        classes = self.num_classes
+        if classes and self.clean_accuracy is not None and self.clean_accuracy < NEAR_GUESSING / classes:
             found.append(
                 f"warning: the network is near guessing: {percent(self.clean_accuracy)} clean, where "
-                f"{percent(1 / self.num_classes)} is chance"
+                f"{percent(1 / classes)} is chance"
             )
         return tuple(found)
 
