@@ -97,6 +97,7 @@ class WeightsAndBiases:
         _require("wandb", "wandb")
         import wandb
 
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         # Only what is logged is stored: no output, code, packages, hardware, and no link in the run folder.
@@ -114,7 +115,7 @@ class WeightsAndBiases:
             project="s2ap-deploy",
             name=name,
             dir=str(folder),
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=mode,
             reinit="create_new",
             settings=settings,
         )
