@@ -904,12 +904,12 @@ def _dry_run(recipe: Recipe, run: Path | str, session: Mapping[str, Any], **opti
 
 
 def _write_sweep(report: SweepReport, folder: Path) -> None:
-    """Write the sweep's tables and plot, after every combination."""
+    """Write the sweep's tables and plots, after every combination."""
     from s2ap_deploy.reporting import sweep_report
-    from s2ap_deploy.reporting import sweep_report as tables
 
-    tables.write(report, folder)
+    sweep_report.write(report, folder)
     sweep_report.draw_pareto(report, folder)
+    sweep_report.draw_accuracy(report, folder)
 
 
 def _output(path: Path | str | None, suffixes: tuple[str, ...], given: Mapping[str, Any]) -> Path | None:

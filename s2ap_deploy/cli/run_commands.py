@@ -133,8 +133,8 @@ def sweep_command(
     RECIPE is a shipped name or a YAML file; an omitted option keeps the recipe's value. Impossible
     combinations are listed and skipped before work starts; if one fails, the others still run.
     Pretraining and the attack on the dense network are done once per seed. The folder gets sweep.json,
-    sweep.csv, table.md and pareto.svg, and a run folder for each combination under runs/. The exit code is 0
-    if all finished, else the first of 70, 2, 1 and 3 that occurred.
+    sweep.csv, table.md, table.tex, accuracy.svg and pareto.svg, and a run folder for each combination under
+    runs/. The exit code is 0 if all finished, else the first of 70, 2, 1 and 3 that occurred.
 
     \b
     s2ap-deploy sweep demo --sparsity 0.9,0.95,0.99 --s2ap both --seeds 3

@@ -244,8 +244,8 @@ def show_sweep(report: SweepReport) -> None:
     )
     for number, name in enumerate(sweep_report.COLUMNS):
         table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
-    for group in report.groups:
-        table.add_row(*map(Text, sweep_report.cells(group)))
+    for row in sweep_report.rows(report):
+        table.add_row(*map(Text, row))
     out.print(table)
     for note in sweep_report.notes(report):
         out.print(Text(note, style="dim"))

@@ -13,11 +13,11 @@ from markupsafe import Markup
 
 from s2ap_deploy import files
 from s2ap_deploy.formatting import plain
-from s2ap_deploy.reporting import svg, sweep_report
+from s2ap_deploy.reporting import svg
 from s2ap_deploy.reporting.svg import Canvas, Drawing
 from s2ap_deploy.sweeps.aggregate import Group, Row, Setting, Spread, SweepReport
 
-TABLE, CSV = "table.md", "sweep.csv"
+TABLE, LATEX, CSV = "table.md", "table.tex", "sweep.csv"
 ARROW = "→"
 COLUMNS = (
     "method",
@@ -42,8 +42,8 @@ _FACTS = (
 )  # fmt: skip
 
 
-def cells(group: Group) -> tuple[str, ...]:
-    """Return the row of one group, a text for each of :data:`COLUMNS`."""
+def cells(group: Group, seeds: int) -> tuple[str, ...]:
+    """Return the row of one group, a text for each of :data:`COLUMNS`; fewer than ``seeds`` are marked."""
     return (
         method(group.setting),
         group.setting.structure,
@@ -51,8 +51,30 @@ def cells(group: Group) -> tuple[str, ...]:
         f"{spread_percent(group.clean_dense)} {ARROW} {spread_percent(group.clean)}",
         f"{spread_percent(group.robust_dense)} {ARROW} {spread_percent(group.robust)}",
         f"{group.bytes.mean:,.0f}",
-        str(len(group.seeds)),
+        str(len(group.seeds)) if len(group.seeds) == seeds else f"{len(group.seeds)} of {seeds} *",
     )
+
+
+def rows(report: SweepReport) -> list[tuple[str, ...]]:
+    """Return the table's rows, one per group."""
+    seeds = max((len(group.seeds) for group in report.groups), default=0)
+    return [cells(group, seeds) for group in report.groups]
+
+
+def differences(report: SweepReport) -> list[str]:
+    """Return the effect of S2AP on robust accuracy, a sentence per setting: mean and 95 % interval."""
+    found = []
+    for each in report.differences:
+        interval = "one pair"
+        if each.interval is not None:
+            low, high = each.interval
+            interval = f"95 % interval [{100 * low:+.2f}, {100 * high:+.2f}], {len(each.seeds)} pairs"
+        name = method(each.setting.model_copy(update={"s2ap": False}))
+        asked = each.setting.sparsity if each.setting.sparsity is not None else each.setting.keep_ratio
+        found.append(
+            f"S2AP on minus off, {name} at {asked:g}: {100 * each.mean:+.2f} points robust, {interval}"
+        )
+    return found
 
 
 def method(setting: Setting) -> str:
@@ -80,6 +102,9 @@ def notes(report: SweepReport) -> Iterator[str]:
         images = " or ".join(map(str, n))
         yield f"robust is the {report.statement}, on {images} test images; formal_guarantee: false."
     yield LEGEND
+    if len({len(group.seeds) for group in report.groups}) > 1:
+        yield "rows marked * have fewer seeds than others"
+    yield from differences(report)
     for row in report.rows:
         if row.status in ("failed", "skipped", "waiting"):
             reason = f": {plain(row.error)}" if row.error is not None else ""
@@ -94,9 +119,26 @@ def markdown(report: SweepReport) -> str:
         _row(COLUMNS),
         _row(("---", "---", "---:", "---:", "---:", "---:", "---:")),
     ]
-    lines += [_row(cells(group)) for group in report.groups]
+    lines += [_row(each) for each in rows(report)]
     lines += ["", *(f"* {note}" for note in notes(report)), ""]
     return "\n".join(lines)
+
+
+def latex(report: SweepReport) -> str:
+    """Render the table for LaTeX with booktabs; equal figures give equal bytes."""
+    lines = [
+        "% \\usepackage{booktabs}",
+        f"% {title(report)}",
+        "\\begin{tabular}{llrrrrr}",
+        "\\toprule",
+        _latex_row(COLUMNS),
+        "\\midrule",
+        *map(_latex_row, rows(report)),
+        "\\bottomrule",
+        "\\end{tabular}",
+        *(f"% {note}" for note in notes(report)),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def comma_separated(report: SweepReport) -> str:
@@ -110,8 +152,9 @@ def comma_separated(report: SweepReport) -> str:
 
 
 def write(report: SweepReport, folder: Path) -> None:
-    """Write the table and the CSV file into the sweep's folder. Raises StorageError."""
+    """Write the table, as Markdown and LaTeX, and the CSV file into the folder. Raises StorageError."""
     files.write_text(folder / TABLE, markdown(report))
+    files.write_text(folder / LATEX, latex(report))
     files.write_text(folder / CSV, comma_separated(report))
 
 
@@ -146,7 +189,18 @@ def _row(texts: tuple[str, ...]) -> str:
     return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
 
-FILE = "pareto.svg"
+_TEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}", ARROW: r"$\rightarrow$", "±": r"$\pm$",
+}  # fmt: skip
+
+
+def _latex_row(texts: Sequence[str]) -> str:
+    return " & ".join("".join(_TEX.get(letter, letter) for letter in text) for text in texts) + r" \\"
+
+
+FILE, ACCURACY = "pareto.svg", "accuracy.svg"
 WIDTH, HEIGHT = 420.0, 330.0
 # Where the note of a point may be written, in units from it; the first place that is free is taken.
 _PLACES = (
@@ -206,9 +260,43 @@ def draw_pareto(report: SweepReport, folder: Path) -> Path | None:
     width = len(figures) * (WIDTH + 24)
     figures.append(svg.Figure("", svg.legend(keys, width)))
     path = folder / FILE
-    files.write_text(
-        path, svg.document(figures, heading=sweep_report.title(report), columns=2 if time else 1)
-    )
+    files.write_text(path, svg.document(figures, heading=title(report), columns=2 if time else 1))
+    return path
+
+
+def draw_accuracy(report: SweepReport, folder: Path) -> Path | None:
+    """Draw robust and clean accuracy over sparsity into ``accuracy.svg``, a line per method.
+
+    Error bars are one standard deviation over seeds. None where nothing has finished yet. Raises
+    StorageError.
+    """
+    if not report.groups:
+        return None
+    methods: dict[str, list[Group]] = {}
+    for group in sorted(report.groups, key=lambda each: each.sparsity.mean):
+        methods.setdefault(_label(group), []).append(group)
+    tones = {label: tone(number) for number, label in enumerate(methods)}
+    figures = []
+    for name, figure in (("robust accuracy (upper bound)", "robust"), ("clean accuracy", "clean")):
+        lines = []
+        for label, members in methods.items():
+            spreads: list[Spread] = [getattr(group, figure) for group in members]
+            points = [
+                (100 * g.sparsity.mean, spread.mean) for g, spread in zip(members, spreads, strict=True)
+            ]
+            lines.append(svg.Line(label, points, tones[label], tuple(each.deviation for each in spreads)))
+        drawing = svg.chart(
+            name,
+            lines,
+            x_label="sparsity in percent, measured",
+            y_label="accuracy",
+            percent=True,
+            ceiling=1.0,
+        )
+        if drawing is not None:
+            figures.append(svg.Figure(name, drawing, tuple((tones[label], label) for label in methods)))
+    path = folder / ACCURACY
+    files.write_text(path, svg.document(figures, heading=title(report)))
     return path
 
 
@@ -265,7 +353,8 @@ def scales(points: Sequence[Point], dense: float, *, logarithmic: bool) -> Canva
         factor = (right / left) ** 0.1
         left, right = left / factor, right * factor
     else:
-        side = 0.12 * (right - left) or 0.1 * abs(right) or 1.0
+        # Never so narrow that ticks would tell costs apart which are equal in practice.
+        side = max(0.12 * (right - left), 0.1 * abs(right)) or 1.0
         left, right = left - side, right + side
     across = svg.scale(left, right, svg.LEFT, WIDTH - svg.RIGHT, logarithmic=logarithmic)
     up = svg.scale(max(low - room, 0.0), min(high + room, 1.0), HEIGHT - svg.BOTTOM, svg.TOP)
@@ -316,14 +405,18 @@ def text_box(text: str, x: float, y: float, anchor: str) -> Box:
 
 def _point(group: Group, cost: float) -> Point:
     """Turn a group into a point, with a note for facts that its label does not contain."""
-    structure = "" if group.setting.granularity == "weight" else f", {group.setting.structure}"
     return Point(
-        label=sweep_report.method(group.setting) + structure,
+        label=_label(group),
         note=f"{100 * group.sparsity.mean:.3g} %",
         cost=cost,
         robust=group.robust.mean,
         deviation=group.robust.deviation,
     )
+
+
+def _label(group: Group) -> str:
+    structure = "" if group.setting.granularity == "weight" else f", {group.setting.structure}"
+    return method(group.setting) + structure
 
 
 def _line(kind: str) -> Markup:

@@ -133,6 +133,31 @@ class Spread(Record):
         )
 
 
+class Difference(Record):
+    """Robust accuracy with S2AP minus without, over the seeds that have both, as shares.
+
+    ``interval`` is Student's at 95 % over these pairs, None for a single one. ``setting`` is that with S2AP.
+    """
+
+    setting: Setting
+    seeds: tuple[int, ...]
+    mean: float
+    interval: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, setting: Setting, on: Mapping[int, float], off: Mapping[int, float]) -> Difference:
+        """Compare the accuracies per seed of both, which have a seed in common."""
+        seeds = sorted(on.keys() & off.keys())
+        pairs = [on[seed] - off[seed] for seed in seeds]
+        mean, interval = statistics.fmean(pairs), None
+        if len(pairs) > 1:
+            from scipy.stats import t
+
+            half = float(t.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / len(pairs) ** 0.5
+            interval = (mean - half, mean + half)
+        return cls(setting=setting, seeds=tuple(seeds), mean=mean, interval=interval)
+
+
 class Group(Record):
     """Finished combinations that differ in the seed alone, as shares; ``bytes`` and latency as measured."""
 
@@ -163,6 +188,7 @@ class SweepReport(Record):
     axes: dict[str, Any]
     rows: tuple[Row, ...]
     groups: tuple[Group, ...]
+    differences: tuple[Difference, ...] = ()
 
     def save(self, folder: Path) -> None:
         """Write canonical JSON atomically. Raises StorageError."""
@@ -224,6 +250,23 @@ def groups(rows: Sequence[Row]) -> tuple[Group, ...]:
         if row.figures is not None and row.setting is not None:
             found.setdefault(row.setting.model_dump_json(), []).append(row)
     return tuple(_group(members) for members in found.values())
+
+
+def differences(rows: Sequence[Row]) -> tuple[Difference, ...]:
+    """Compare every setting with S2AP with the same one without, seed by seed, in the order of the rows."""
+    found: dict[tuple[str, bool], tuple[Setting, dict[int, float]]] = {}
+    for row in rows:
+        if row.figures is not None and row.setting is not None:
+            base = row.setting.model_copy(update={"s2ap": False}).model_dump_json()
+            found.setdefault((base, row.setting.s2ap), (row.setting, {}))[1][row.seed] = (
+                row.figures.robust.value
+            )
+    pairs = [
+        (setting, on, found[base, False][1])
+        for (base, s2ap), (setting, on) in found.items()
+        if s2ap and (base, False) in found
+    ]
+    return tuple(Difference.of(setting, on, off) for setting, on, off in pairs if on.keys() & off.keys())
 
 
 def _group(members: Sequence[Row]) -> Group:

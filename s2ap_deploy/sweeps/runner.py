@@ -22,7 +22,7 @@ from s2ap_deploy.stages.certify import certify
 from s2ap_deploy.stages.context import ExecutionConfig, RunContext
 from s2ap_deploy.stages.pipeline import whole
 from s2ap_deploy.stages.pretrain import dense
-from s2ap_deploy.sweeps.aggregate import FILE, Row, SweepReport, figures, groups
+from s2ap_deploy.sweeps.aggregate import FILE, Row, SweepReport, differences, figures, groups
 from s2ap_deploy.sweeps.grid import Combination
 
 SHARED: StageName = "pretrain"
@@ -176,6 +176,7 @@ def sweep(
             axes=dict(axes),
             rows=tuple(rows),
             groups=groups(rows),
+            differences=differences(rows),
         )
         report.save(folder.path)
         changed(report, folder.path)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import statistics
 from typing import Any
 
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 
 from s2ap_deploy.reporting import sweep_report
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.sweeps.aggregate import Count, Figures, Row, Setting, Spread, SweepReport, groups
+from s2ap_deploy.sweeps.aggregate import (
+    Count,
+    Figures,
+    Row,
+    Setting,
+    Spread,
+    SweepReport,
+    differences,
+    groups,
+)
 
 HYDRA = Setting(method="hydra", s2ap=True, granularity="weight", budget="erk", sparsity=0.9, keep_ratio=None)
 
@@ -68,7 +78,7 @@ def test_mean_and_deviation_over_seeds_by_hand() -> None:
 def test_a_single_seed_has_no_deviation() -> None:
     (group,) = report(row(0, shown=figures())).groups
     assert group.robust.deviation is None
-    assert sweep_report.cells(group)[4] == "75.00 → 70.00"
+    assert sweep_report.cells(group, 1)[4] == "75.00 → 70.00"
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9))
@@ -139,3 +149,75 @@ def test_a_strangers_name_does_not_break_the_table() -> None:
     )
     assert text.splitlines()[0].startswith("# a | b\ufffd# c: imagefolder:x\ufffd")
     assert sum(line.startswith("#") for line in text.splitlines()) == 1
+
+
+def paired(counts: dict[int, tuple[int, int]], sparsity: float = 0.9) -> list[Row]:
+    """Rows with S2AP off and on for every seed, by the number of robust images of 200."""
+    found = []
+    for seed, robust in counts.items():
+        for s2ap, k in zip((False, True), robust, strict=True):
+            setting = HYDRA.model_copy(update={"s2ap": s2ap, "sparsity": sparsity})
+            found.append(row(seed, setting=setting, shown=figures(k, sparsity=sparsity)))
+    return found
+
+
+def test_the_effect_of_s2ap_is_that_of_pairs_of_seeds() -> None:
+    (found,) = differences(paired({0: (140, 144), 1: (120, 122), 2: (100, 100)}))
+    assert found.seeds == (0, 1, 2)
+    assert found.mean == pytest.approx(0.01)
+    # Differences of 0.02, 0.01 and 0: deviation 0.01; t at 97.5 % with two degrees of freedom is 4.302653.
+    assert found.interval == pytest.approx((0.01 - 0.0248414, 0.01 + 0.0248414), abs=1e-6)
+    (alone,) = differences(paired({3: (140, 138)}))
+    assert alone.mean == pytest.approx(-0.01)
+    assert alone.interval is None
+    off_only = [each for each in paired({0: (140, 144), 1: (1, 1)}) if not (each.setting.s2ap and each.seed)]
+    assert [each.seeds for each in differences(off_only)] == [(0,)]
+    assert differences([row(0, shown=figures())]) == ()
+
+
+def test_fewer_seeds_and_pairs_are_told_below_the_table() -> None:
+    rows = [*paired({0: (140, 144), 1: (120, 122)}), *paired({0: (90, 91)}, sparsity=0.95)]
+    made = report(*rows, differences=differences(rows))
+    assert [each[-1] for each in sweep_report.rows(made)] == ["2", "2", "1 of 2 *", "1 of 2 *"]
+    notes = list(sweep_report.notes(made))
+    assert any(note.startswith("rows marked *") for note in notes)
+    told = [note for note in notes if note.startswith("S2AP on minus off")]
+    assert told[0].startswith("S2AP on minus off, hydra, erk at 0.9: +1.50 points robust, 95 % interval [")
+    assert told[1] == "S2AP on minus off, hydra, erk at 0.95: +0.50 points robust, one pair"
+    same = report(*paired({0: (140, 144)}))
+    assert not any("fewer" in note for note in sweep_report.notes(same))
+
+
+def test_latex_escapes_what_it_would_read_as_commands() -> None:
+    odd = HYDRA.model_copy(update={"method": "own_method{50%}&"})
+    lines = sweep_report.latex(report(row(0, setting=odd, shown=figures()))).splitlines()
+    body = lines[lines.index("\\midrule") + 1]
+    assert body.startswith(
+        r"own\_method\{50\%\}\& + S2AP, erk & US & 90.00 \% & 95.00 $\rightarrow$ 93.00 & "
+    )
+    assert body.endswith(r" \\")
+    assert body.count(" & ") == len(sweep_report.COLUMNS) - 1
+    assert "\\begin{tabular}{llrrrrr}" in lines
+
+
+def test_accuracy_over_sparsity_has_a_line_per_method_and_error_bars(tmp_path) -> None:
+    rows = [*paired({0: (140, 144), 1: (120, 122)}), *paired({0: (90, 91), 1: (95, 93)}, sparsity=0.99)]
+    path = sweep_report.draw_accuracy(report(*rows), tmp_path)
+    assert path is not None
+    drawn = path.read_text()
+    assert drawn.count('class="whisker') == 8
+    assert drawn.count('<path class="line t1" d="M') >= 2
+    assert "hydra + S2AP, erk" in drawn
+    assert sweep_report.draw_accuracy(report(), tmp_path) is None
+
+
+def test_the_front_is_drawn_over_costs_that_are_equal_in_practice(tmp_path) -> None:
+    near = [
+        row(0, shown=figures(bytes=50_000)),
+        row(1, setting=HYDRA.model_copy(update={"s2ap": False}), shown=figures(bytes=50_010)),
+    ]
+    path = sweep_report.draw_pareto(report(*near), tmp_path)
+    assert path is not None
+    labels = re.findall(r">([\d.]+) kB<", path.read_text())
+    assert len(set(labels)) == len(labels) >= 2
+    assert max(map(float, labels)) - min(map(float, labels)) >= 4
