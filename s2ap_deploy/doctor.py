@@ -18,10 +18,9 @@ from s2ap_deploy import plugins
 from s2ap_deploy.errors import DeployError
 from s2ap_deploy.plugins import KINDS, Kind
 from s2ap_deploy.recorder import Recorder
-from s2ap_deploy.requirements import DISTRIBUTION, MODULES
+from s2ap_deploy.requirements import DISTRIBUTION, EXTRAS, MODULES
 from s2ap_deploy.spec import Record
 
-EXTRAS = {"tracking": ("tensorboard", "mlflow", "wandb"), "openvino": ("openvino",)}
 INSTRUCTIONS = (
     "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve"
 )  # fmt: skip

@@ -12,7 +12,7 @@ import re
 import sys
 from importlib import metadata
 
-from s2ap_deploy.errors import UsageError
+from s2ap_deploy.errors import ArchitectureError, UsageError
 
 DISTRIBUTION = "s2ap-deploy"
 # Distribution → the module by which it is imported.
@@ -36,6 +36,15 @@ MODULES = {
     "MarkupSafe": "markupsafe",
     "packaging": "packaging",
 }
+# Extra → the distributions that it installs.
+EXTRAS = {
+    "tracking": ("tensorboard", "mlflow", "wandb"),
+    "openvino": ("openvino",),
+    "signing": ("model-signing", "pyOpenSSL"),
+    "timm": ("timm",),
+    "transformers": ("transformers",),
+}
+BOUNDS = {"timm": '"timm>=1.0.9,<2"', "transformers": '"transformers>=4.50,<6"'}
 GATE = ("click", "pydantic", "PyYAML")
 """The distributions that ``gate`` and ``verify --files`` import."""
 
@@ -70,6 +79,15 @@ def install_incomplete(error: ImportError) -> UsageError | None:
         hint += f"; for gate and verify --files: pip install --no-warn-conflicts {listed}"
     return UsageError(
         f"this command needs {distribution}, which is not installed", code="install-incomplete", hint=hint
+    )
+
+
+def extra_missing(extra: str, asked: str) -> ArchitectureError:
+    """Return the error for a network of a library that is an extra of the package and not installed."""
+    return ArchitectureError(
+        f"{asked} is a network of {extra}, which is not installed",
+        code="extra-missing",
+        hint=f"pip install {BOUNDS[extra]}: the extra {extra} of {DISTRIBUTION}",
     )
 
 

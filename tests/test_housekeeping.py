@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 import s2ap_deploy
 import s2ap_deploy.api
-from s2ap_deploy import errors
+from s2ap_deploy import errors, requirements
 from s2ap_deploy.errors import DeployError
 from s2ap_deploy.plugins import KINDS, group
 
@@ -43,7 +43,10 @@ def test_every_module_at_the_top_has_its_test() -> None:
 
 
 def test_extras_are_what_the_pages_promise() -> None:
-    assert PROJECT["optional-dependencies"].keys() == {"tracking", "signing", "openvino", "test", "dev"}
+    extras = set(requirements.EXTRAS)
+    assert PROJECT["optional-dependencies"].keys() == {*extras, "test", "dev"}
+    for extra, bound in requirements.BOUNDS.items():
+        assert PROJECT["optional-dependencies"][extra] == [bound.strip('"')]
 
 
 def test_every_dependency_has_a_lower_bound() -> None:
@@ -53,7 +56,7 @@ def test_every_dependency_has_a_lower_bound() -> None:
 
 
 def test_what_a_user_installs_has_an_upper_bound_that_admits_what_is_installed() -> None:
-    extras = [PROJECT["optional-dependencies"][name] for name in ("tracking", "signing", "openvino")]
+    extras = [PROJECT["optional-dependencies"][name] for name in requirements.EXTRAS]
     for requirement in map(Requirement, [*PROJECT["dependencies"], *itertools.chain(*extras)]):
         assert any(each.operator == "<" for each in requirement.specifier), requirement
         with contextlib.suppress(metadata.PackageNotFoundError):

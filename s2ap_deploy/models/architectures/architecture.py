@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from torch.overrides import TorchFunctionMode
 
 from s2ap_deploy.spec import Normalization
+
+Activation = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,11 @@ class Architecture:
         function: how the network differs from others of the same names and shapes, where there are any.
         normalization: by number of classes, the input normalization that the family's published code holds as
             constants; 0 stands for any other number. Empty if a checkpoint or a user states it.
+        published: the input normalization that published weights of this name expect, for a note.
         parametrized: like ``build``, where that folds parametrizations of the user's code to plain weights:
             the network as its code defines it, under whose names its checkpoints are.
+        converted: maps the tensors of a file of the family's library to those of the network, where the
+            library stores them under other names; returns None for a file that does not fit exactly.
     """
 
     name: str
@@ -45,7 +50,9 @@ class Architecture:
     parameters: int | None = None
     function: str = ""
     normalization: Mapping[int, Normalization] = field(default_factory=dict, hash=False)
+    published: Normalization | None = None
     parametrized: Callable[[int], nn.Module] | None = None
+    converted: Callable[[Mapping[str, Tensor]], dict[str, Tensor] | None] | None = None
 
     def __str__(self) -> str:
         return f"{self.name}: {self.function}" if self.function else self.name

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2ap_deploy.models.architectures.architecture import Architecture
-from s2ap_deploy.models.architectures.preact_resnet import Activation
+from s2ap_deploy.models.architectures.architecture import Activation, Architecture
 from s2ap_deploy.spec import Normalization
 
 CIFAR10 = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616))
@@ -71,7 +70,7 @@ class WideResNet(nn.Module):
         super().__init__()
         blocks = (depth - 4) // 6
         widths = (16, 16 * widening, 32 * widening, 64 * widening)
-        self.activation = activation
+        self.activation, self.pool = activation, F.adaptive_avg_pool2d
         self.init_conv = _convolution(3, widths[0], 3, 1, padding=1)
         self.layer = nn.Sequential(
             *(WideStage(blocks, widths[i], widths[i + 1], 1 if i == 0 else 2, activation) for i in range(3))
@@ -82,7 +81,7 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to logits [B, K]."""
         out = self.activation(self.batchnorm(self.layer(self.init_conv(x))))
-        logits: Tensor = self.logits(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        logits: Tensor = self.logits(self.pool(out, 1).flatten(1))
         return logits
 
 
@@ -115,7 +114,8 @@ class PreActResNet(nn.Module):
         self, depths: tuple[int, ...], num_classes: int, activation: Activation, width: int = 64
     ) -> None:
         super().__init__()
-        self.activation, self.stages = activation, len(depths)
+        self.activation, self.pool = activation, F.adaptive_avg_pool2d
+        self.stages = len(depths)
         self.conv_2d = _convolution(3, width, 3, 1, padding=1)
         inputs = width
         for stage, depth in enumerate(depths):
@@ -133,7 +133,7 @@ class PreActResNet(nn.Module):
         for stage in range(self.stages):
             out = self.get_submodule(f"layer_{stage}")(out)
         out = self.activation(self.batchnorm(out))
-        logits: Tensor = self.logits(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        logits: Tensor = self.logits(self.pool(out, 1).flatten(1))
         return logits
 
 

@@ -12,12 +12,13 @@ of the 7x7 one and no pooling after it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from s2ap_deploy.models.architectures.architecture import Architecture
+from s2ap_deploy.spec import Normalization
 
 PREFIX = "torchvision/"
 LARGEST = 100_000_000
@@ -51,8 +52,15 @@ def architectures() -> dict[str, Architecture]:
                 # The table's figure may include the auxiliary heads.
                 parameters=None if name in AUXILIARY else parameters,
                 function=function,
+                published=_published(weights.transforms.keywords),
             )
     return found
+
+
+def _published(transforms: Mapping[str, Any]) -> Normalization:
+    """Return the normalization of torchvision's own weights."""
+    mean, std = transforms.get("mean", (0.485, 0.456, 0.406)), transforms.get("std", (0.229, 0.224, 0.225))
+    return Normalization(mean=tuple(mean), std=tuple(std))
 
 
 def _small_images(name: str) -> Callable[[int], nn.Module]:

@@ -14,9 +14,7 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2ap_deploy.models.architectures.architecture import Architecture
-
-Activation = Callable[[Tensor], Tensor]
+from s2ap_deploy.models.architectures.architecture import Activation, Architecture
 
 
 class PreActivationBlock(nn.Module):
@@ -72,7 +70,7 @@ class PreActResNet18(nn.Module):
     ) -> None:
         super().__init__()
         block = functools.partial(PreActBlock, activation=activation, raw=raw)
-        self.activation = activation
+        self.activation, self.pool = activation, F.adaptive_avg_pool2d
         self.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
         self.layer1 = nn.Sequential(block(64, 64, 1), block(64, 64, 1))
         self.layer2 = nn.Sequential(block(64, 128, 2), block(128, 128, 1))
@@ -86,7 +84,7 @@ class PreActResNet18(nn.Module):
         out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
         if self.bn is not None:
             out = self.activation(self.bn(out))
-        logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        logits: Tensor = self.linear(self.pool(out, 1).flatten(1))
         return logits
 
 

@@ -1,7 +1,8 @@
 """The registry of networks by name.
 
 Names are the tool's own families (``cifar-resnet18``), items that installed packages offer under the
-entry-point group ``s2ap_deploy.architectures``, and torchvision's classifiers (``torchvision/resnet50``).
+entry-point group ``s2ap_deploy.architectures``, torchvision's classifiers (``torchvision/resnet50``) and
+timm's (``timm/resnet50``). ``+VARIANT`` after a name changes the function under the same names and shapes.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from s2ap_deploy.models.architectures import (
     custom,
     deepmind,
     imagenet,
+    libraries,
     preact_resnet,
     resnet,
     small,
+    variants,
     vgg,
     wide_resnet,
 )
@@ -70,7 +73,29 @@ def resolve(reference: str) -> Architecture:
         ArchitectureError: with the nearest names when there is none.
     """
     if is_import_path(reference):
+        if reference.startswith(libraries.FOLDER):
+            return custom.checked(libraries.from_folder(reference), reference)
         return custom.architecture(reference)
+    reference, *changes = reference.split(variants.SIGN)
+    if reference.startswith(libraries.TIMM):
+        return _of_timm(reference, changes)
+    return variants.varied(_registered(reference), changes)
+
+
+def _of_timm(reference: str, changes: list[str]) -> Architecture:
+    """Return a network of timm; numbers of its own options come before other variants."""
+    options = {name: value for name, _, value in (each.partition("=") for each in changes)}
+    options = {name: value for name, value in options.items() if name in libraries.OPTIONS}
+    if unfit := [f"{name}={value}" for name, value in options.items() if not value.isdecimal()]:
+        raise ArchitectureError(f"{unfit[0]} is not a whole number", code="variant-unknown")
+    numbers = {name: int(value) for name, value in options.items()}
+    found = libraries.from_timm(reference.removeprefix(libraries.TIMM), numbers)
+    whole = variants.SIGN.join((reference, *(f"{name}={value}" for name, value in options.items())))
+    rest = [each for each in changes if each.partition("=")[0] not in options]
+    return variants.varied(custom.checked(found, whole), rest)
+
+
+def _registered(reference: str) -> Architecture:
     # torchvision is imported only for a name that asks for it, or when everything is listed.
     found = _OWN.get(reference)
     if found is None and reference.startswith(imagenet.PREFIX):
@@ -124,7 +149,8 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
 
 def spec(architecture: Architecture) -> StateDictSpec:
     """Return names and shapes of ``architecture``; built for custom code, cheap for all others."""
-    if architecture.name in _OWN or architecture.name.startswith(imagenet.PREFIX):
+    base = architecture.name.partition(variants.SIGN)[0]
+    if base in _OWN or base.startswith(imagenet.PREFIX):
         return registered_spec(architecture)
     return state_dict_spec(architecture)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2ap_deploy.models.architectures.architecture import Architecture
+from s2ap_deploy.models.architectures.architecture import Activation, Architecture
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -39,9 +39,10 @@ class _TwoConvolutions(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = _conv3x3(width, width)
         self.bn2 = nn.BatchNorm2d(width)
+        self.activation: Activation = F.relu
 
     def residual(self, x: Tensor) -> Tensor:
-        out: Tensor = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        out: Tensor = self.bn2(self.conv2(self.activation(self.bn1(self.conv1(x)))))
         return out
 
 
@@ -53,7 +54,7 @@ class BasicBlock(_TwoConvolutions):
         self.shortcut = _projection(inputs, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.residual(x) + self.shortcut(x))
+        return self.activation(self.residual(x) + self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
@@ -71,12 +72,13 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, outputs, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
         self.shortcut = _projection(inputs, outputs, stride)
+        self.activation: Activation = F.relu
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.activation(self.bn1(self.conv1(x)))
+        out = self.activation(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return F.relu(out + self.shortcut(x))
+        return self.activation(out + self.shortcut(x))
 
 
 class PaddedBlock(_TwoConvolutions):
@@ -92,7 +94,7 @@ class PaddedBlock(_TwoConvolutions):
         if self.stride != 1 or self.extra:
             before = self.extra // 2
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.extra - before))
-        return F.relu(out + x)
+        return self.activation(out + x)
 
 
 Block = type[BasicBlock] | type[Bottleneck] | type[PaddedBlock]
@@ -117,13 +119,15 @@ class ResNet(nn.Module):
                 channels = width * block.expansion
             self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
         self.linear = nn.Linear(channels, num_classes)
+        self.activation: Activation = F.relu
+        self.pool = F.adaptive_avg_pool2d
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to logits [B, K]."""
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.activation(self.bn1(self.conv1(x)))
         for index in range(self.stages):
             out = self.get_submodule(f"layer{index + 1}")(out)
-        out = F.adaptive_avg_pool2d(out, 1).flatten(1)
+        out = self.pool(out, 1).flatten(1)
         logits: Tensor = self.linear(out)
         return logits
 

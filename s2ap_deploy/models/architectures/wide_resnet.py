@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2ap_deploy.models.architectures.architecture import Architecture
-from s2ap_deploy.models.architectures.preact_resnet import Activation, PreActivationBlock
+from s2ap_deploy.models.architectures.architecture import Activation, Architecture
+from s2ap_deploy.models.architectures.preact_resnet import PreActivationBlock
 
 
 class WideBlock(PreActivationBlock):
@@ -49,7 +49,7 @@ class WideResNet(nn.Module):
 
     def __init__(self, depth: int, widening: int, num_classes: int, activation: Activation = F.relu) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation, self.pool = activation, F.adaptive_avg_pool2d
         blocks = (depth - 4) // 6
         narrow, middle, wide = 16 * widening, 32 * widening, 64 * widening
         self.conv1 = nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False)
@@ -62,7 +62,7 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to logits [B, K]."""
         out = self.block3(self.block2(self.block1(self.conv1(x))))
-        out = F.adaptive_avg_pool2d(self.activation(self.bn1(out)), 1).flatten(1)
+        out = self.pool(self.activation(self.bn1(out)), 1).flatten(1)
         logits: Tensor = self.fc(out)
         return logits
 

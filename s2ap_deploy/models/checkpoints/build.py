@@ -50,7 +50,10 @@ def build_classifier(
         normalization, note = for_unit_images(normalization)
         notes += [] if note is None else [note]
     if normalization is None and stated is None:
-        notes.append("no normalization in the file or the options: the network receives images in [0, 1]")
+        notes.append(
+            "no normalization in the file or the options: the network receives images in [0, 1]"
+            + _published_input(match.architecture)
+        )
     network = build_network(match)
     notes += fill(network, match.tensors, raw.path)
     classifier = Classifier(network, normalization).eval()
@@ -173,6 +176,15 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], path: str) -> tuple[
 def count_nonfinite(tensor: Tensor) -> int:
     """Count the values of ``tensor`` that are NaN or infinite."""
     return int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+
+
+def _published_input(architecture: Architecture) -> str:
+    """Return the options for weights that were published under this name, as the end of a note."""
+    stated = architecture.published
+    if stated is None:
+        return ""
+    mean, std = (",".join(f"{each:g}" for each in values) for values in (stated.mean, stated.std))
+    return f"; weights published as {architecture.name} expect --mean {mean} --std {std}"
 
 
 def _intended_input(architecture: Architecture, path: str) -> Preprocessing:

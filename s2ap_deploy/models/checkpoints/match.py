@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from s2ap_deploy.errors import ArchitectureError, CheckpointError
-from s2ap_deploy.models.architectures import imagenet, registry
+from s2ap_deploy.models.architectures import imagenet, registry, variants
 from s2ap_deploy.models.architectures.architecture import (
     Architecture,
     StateDictSpec,
@@ -45,9 +45,10 @@ MatchedBy = Literal["description", "names", "option"]
 # Two networks can agree in every name and shape but differ in all of these.
 NOT_IN_TENSORS = (
     "activation functions",
-    "strides, padding and pooling",
-    "constants such as the epsilon of a normalization layer",
-    "operations on the image before the first layer",
+    "strides (of the first convolution, for one), padding, and maximum or average pooling",
+    "what a shortcut reads",
+    "constants such as BatchNorm's epsilon of 1e-5 or 1e-3",
+    "operations on the image before the first layer, such as 2x - 1 or standardization of each image",
 )
 
 
@@ -190,7 +191,12 @@ def _match_option(readings: list[KeyReading], path: str, arch: str) -> Match:
         weights, normal = reading.split(spec.shapes)
         compared.append((compare(architecture, weights, spec), reading, weights, normal))
     if not any(difference.exact for difference, *_ in compared):
-        folded = [found for reading in readings if (found := _folded(architecture, reading)) is not None]
+        folded = [
+            found
+            for reading in readings
+            for found in (_folded(architecture, reading), _converted(architecture, reading))
+            if found is not None
+        ]
         compared += [
             (compare(architecture, weights, spec), reading, weights, normal)
             for reading in folded
@@ -221,6 +227,15 @@ def _folded(architecture: Architecture, reading: KeyReading) -> KeyReading | Non
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     note = f"parametrizations (weight_norm, spectral_norm or the like) folded to plain weights: {shown}"
     return KeyReading(reading.prefix, {**network.state_dict(), **normal}, (*reading.notes, note))
+
+
+def _converted(architecture: Architecture, reading: KeyReading) -> KeyReading | None:
+    """Return ``reading`` under the names that the architecture's library gives to a file of its own."""
+    if architecture.converted is None:
+        return None
+    tensors = architecture.converted(reading.tensors)
+    note = "names of the file converted to those of its library's network"
+    return None if tensors is None else KeyReading(reading.prefix, tensors, (*reading.notes, note))
 
 
 def _match_description(
@@ -282,8 +297,11 @@ def _matched(
     notes += reading.notes
     if matched_by == "names":
         name = difference.architecture.name
-        unseen = ", ".join(NOT_IN_TENSORS)
-        notes.append(f"architecture {name}: all names and shapes match; not compared: {unseen}")
+        unseen = "; ".join(NOT_IN_TENSORS)
+        notes.append(
+            f"architecture {name}: all names and shapes match; not compared: {unseen}. Where the code "
+            f"differs, name a variant, such as --arch {name}{variants.SIGN}{next(iter(variants.VARIANTS))}"
+        )
     if difference.ignored:
         parts = ", ".join(sorted({name.split(".")[0] for name in difference.ignored}))
         notes.append(f"ignored: {len(difference.ignored)} tensors of {parts}, which no forward pass uses")
@@ -394,9 +412,11 @@ def only_match(tensors: Mapping[str, Tensor]) -> Difference:
     if found:
         listed = "".join(f"\n  {each.architecture}" for each in found)
         raise ArchitectureError(
-            f"{len(found)} architectures with other functions have exactly these names and shapes:{listed}",
+            f"{len(found)} architectures with other functions have exactly these names and shapes:{listed}\n"
+            f"and each of them with one or more of:\n{variants.listed()}",
             code="architecture-ambiguous",
-            hint=f"choose one, for example --arch {found[0].architecture.name}",
+            hint=f"choose one, for example --arch {found[0].architecture.name}, or "
+            f"--arch {found[0].architecture.name}{variants.SIGN}{next(iter(variants.VARIANTS))}",
         )
     nearest = closest(tensors)
     listed = "".join(f"\n  {each.architecture.name}: {each}" for each in nearest)
