@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from s2ap_deploy.errors import ArchitectureError, CheckpointError
 from s2ap_deploy.plugins import reason
 from s2ap_deploy.spec import Normalization
+
+STATISTICS_HINT = "set track_running_stats=True and train on, or use GroupNorm"
 
 
 class Normalize(nn.Module):
@@ -100,6 +103,12 @@ def dry_run(
         with torch.no_grad(), watch or contextlib.nullcontext():
             logits = classifier(images)
     except Exception as error:  # the network may be the user's own code
+        if bare := without_statistics(classifier):
+            raise ArchitectureError(
+                f"{bare[0]}: BatchNorm without running statistics cannot run on one image: {reason(error)}",
+                code="batch-statistics",
+                hint=STATISTICS_HINT,
+            ) from error
         raise ArchitectureError(
             f"the network cannot run on an input of size {_text(input_size)}: {reason(error)}",
             code="network-cannot-run",
@@ -115,6 +124,15 @@ def dry_run(
             hint="wrap it in a module whose forward pass returns the logits alone, and name that with --arch",
         )
     return logits
+
+
+def without_statistics(network: nn.Module) -> list[str]:
+    """Return the names of BatchNorm layers whose answers depend on the other images of a batch."""
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is None
+    ]
 
 
 def _text(shape: Sequence[int]) -> str:

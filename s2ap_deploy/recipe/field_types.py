@@ -14,7 +14,7 @@ from s2ap_deploy.spec import invalid
 
 DATA_SETS = ("digits", "mnist", "cifar10", "cifar100", "svhn", "imagefolder:PATH")
 
-_ITEM = re.compile(r"[A-Za-z0-9][\w.+-]*(/[A-Za-z0-9][\w.+-]*)?")
+_ITEM = re.compile(r"[A-Za-z0-9][\w.+-]*(/[A-Za-z0-9][\w.+=-]*)?|[A-Za-z0-9][\w.+=-]*")
 
 
 def _registered_name(value: str) -> str:

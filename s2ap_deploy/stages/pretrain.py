@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from s2ap_deploy import files
 from s2ap_deploy.data.datasets import ImageData
-from s2ap_deploy.errors import DataError, InputError, RecipeError
+from s2ap_deploy.errors import DataError, InputError, RecipeError, UsageError
 from s2ap_deploy.evaluation.statistics import clopper_pearson
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
-from s2ap_deploy.models.classifier import Classifier, dry_run
+from s2ap_deploy.models.classifier import STATISTICS_HINT, Classifier, dry_run, without_statistics
 from s2ap_deploy.recipe.methods import origins
 from s2ap_deploy.recipe.schema import ModelSection
 from s2ap_deploy.recipe.sections import TrainSection
@@ -65,6 +65,7 @@ def pretrain(job: RunContext, section: TrainSection) -> None:
     torch.manual_seed(derive_seed(recipe.seed, "initialise"))
     classifier = Classifier(architecture.build(images.spec.num_classes), images.suggested)
     _check_classes(dry_run(classifier, images.spec.preprocessing.size).shape[1], images.spec, reference)
+    _refuse_single_images(job, classifier, images, section.batch_size)
     stage = job.stage(
         "pretrain",
         {
@@ -139,6 +140,8 @@ def adopt(job: RunContext, path: Path) -> None:
     _check_clean(job, classifier.to(job.machine.device), images, seen)
     _warn_of_doubts(job, classifier, images)
     if recipe.prune is not None:
+        _refuse_single_images(job, classifier, images, recipe.prune.search.batch_size)
+        _refuse_single_images(job, classifier, images, recipe.prune.finetune.batch_size)
         weights_on_images(job, classifier.to(job.machine.device), info.preprocessing.size, images)
     stage = job.stage(
         "pretrain",
@@ -195,17 +198,19 @@ def _seen_in_training(images: ImageData) -> str:
 
 
 def _warn_of_doubts(job: RunContext, classifier: Classifier, images: ImageData) -> None:
-    """Name what will keep every gate from passing, before any work: batch statistics and noise."""
-    bare = [
-        name
-        for name, module in classifier.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is None
-    ]
-    if bare:
-        job.recorder.warn(
-            f"{', '.join(bare[:3])}: BatchNorm without running statistics, so answers depend on other images "
-            "and no gate will pass: set track_running_stats=True and train on, or use GroupNorm"
-        )
+    """Name what will keep every gate from passing, before any work: batch statistics and noise.
+
+    Raises InputError for batch statistics in a network that is to be pruned.
+    """
+    if bare := without_statistics(classifier):
+        what = f"{', '.join(bare[:3])}: BatchNorm without running statistics: answers depend on other images"
+        if job.recipe.prune is not None:
+            raise InputError(
+                f"{what}, and neither an export nor a gate can pass",
+                code="batch-statistics",
+                hint=STATISTICS_HINT,
+            )
+        job.recorder.warn(f"{what} and no gate will pass: {STATISTICS_HINT}")
     few = images.validation.subset(range(min(DOUBT_IMAGES, len(images.validation)))).tensors()[0]
     few = few.to(job.machine.device)
     classifier.eval()
@@ -216,6 +221,24 @@ def _warn_of_doubts(job: RunContext, classifier: Classifier, images: ImageData) 
             "the forward pass draws random numbers: certify with --protocol rand, which estimates robust "
             "accuracy, or make it deterministic in eval mode"
         )
+
+
+def _refuse_single_images(
+    job: RunContext, classifier: Classifier, images: ImageData, batch_size: int
+) -> None:
+    """Refuse training on one image at a time where BatchNorm has a single value per channel then."""
+    if min(batch_size, len(images.train)) // job.machine.ranks.size > 1:
+        return
+    one = images.train.subset(range(1)).tensors()[0]
+    try:
+        with torch.no_grad():
+            copy.deepcopy(classifier).cpu().train()(one)
+    except ValueError as error:
+        raise UsageError(
+            f"the network cannot be trained on one image at a time: {error}",
+            code="batch-of-one",
+            hint="--batch-size 2 or more for each process, as BatchNorm needs several values per channel",
+        ) from None
 
 
 def _check_clean(job: RunContext, classifier: Classifier, images: ImageData, seen: str) -> None:

@@ -68,3 +68,41 @@ def test_noise_is_named_before_any_work(s2ap, tmp_path) -> None:
     certify = ["certify", "model.pt", "--arch", "net.py:make", "--data", "digits", "--eps", "0.9", "--n", 10]
     done = s2ap(*certify, "--threads", 1, "--workers", 1, cwd=tmp_path)
     assert "the forward pass draws random numbers" in " ".join(done.err.split())
+
+
+TRAINED = """
+import torch
+from torch import nn
+
+
+class Odd(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.head, self.kind = nn.Linear(64, 16), nn.Linear(16, 10), kind
+        self.norm = nn.BatchNorm1d(16, track_running_stats=kind != "statistics")
+
+    def forward(self, x):
+        hidden = torch.relu(self.norm(self.layer(x.flatten(1))))
+        logits = self.head(hidden)
+        return {"tuple": (logits, hidden), "dict": {"logits": logits}}.get(self.kind, logits)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "code"),
+    [
+        ("statistics", (), "batch-statistics"),
+        ("plain", ("--batch-size", 1), "batch-of-one"),
+        ("tuple", (), "logits-invalid"),
+        ("dict", (), "logits-invalid"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_before_any_work(kind, more, code, s2ap, tmp_path) -> None:
+    factory = f"def make():\n    return Odd({kind!r})\n\n\nmake.input_size = (1, 8, 8)\n"
+    (tmp_path / "net.py").write_text(TRAINED + "\n\n" + factory)
+    space: dict[str, object] = {}
+    exec(TRAINED, space)
+    torch.save(space["Odd"](kind).state_dict(), tmp_path / "model.pt")  # type: ignore[operator]
+    asked = ["--arch", "net.py:make", "--data", "digits", "--eps", "0.1", "--sparsity", 0.9, "--threads", 1]
+    s2ap.refused(code, "prune", "model.pt", *asked, *more, cwd=tmp_path)
+    assert not (tmp_path / "s2ap-run" / "search").exists()

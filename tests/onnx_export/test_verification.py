@@ -262,3 +262,21 @@ def test_a_transposed_weight_is_held_against_its_mask() -> None:
     verification.check_masks(model, {"mix.weight": mask.numpy()})
     with pytest.raises(VerificationError, check=lambda error: error.code == "mask-violated"):
         verification.check_masks(model, {"mix.weight": ~mask.numpy()})
+
+
+def test_a_network_that_amplifies_its_rounding_is_compared_by_it() -> None:
+    class Rough(Shifted):
+        def __init__(self, shift: float, noise: float) -> None:
+            super().__init__(shift)
+            self.noise = noise
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = super().forward(x)
+            return found if found.dtype == torch.float64 else found + self.noise
+
+    images = one_hot([0, 1, 2, 1], 3)
+    running = session(identity_model(3))
+    allowed = verification.compare(Rough(4e-5, 2e-5), running, images)
+    assert allowed.passed
+    assert not verification.compare(Rough(4e-5, 0.0), running, images).passed
+    assert not verification.compare(Rough(2e-3, 1e-2), running, images).passed
