@@ -145,8 +145,10 @@ class _Writer:
     def copies(self, number: int, step: Convolution) -> str:
         """Describe the copies of a convolution's input; the call that makes them, of a row and rows."""
         geometry, source = self.placement.geometries[step.output], self.placement.layouts[step.inputs[0]]
-        first = ", ".join(str(place) for copy in geometry.copies for place in copy)
+        first = ", ".join(str(place) for copy in geometry.copies for place in copy[1:])
+        starts = (plane * source.plane + row * source.shape[2] + column for plane, row, column in geometry.copies)
         self.tables.append(f"static const int16_t first_{number}[] = {{{first}}};")
+        self.tables.append(f"static const int32_t from_{number}[] = {{{', '.join(map(str, starts))}}};")
         fields = {
             "channels": source.shape[0] // geometry.planes,
             "planes": geometry.planes,
@@ -158,6 +160,7 @@ class _Writer:
             "extra": geometry.extra,
             "floats": geometry.plane,
             "first": f"first_{number}",
+            "from": f"from_{number}",
         }
         self.tables.append(_struct("copies", f"copies_{number}", fields))
         self.sections.add("copies")
@@ -379,8 +382,8 @@ def _kernel(name: str, *, lists: bool = True) -> str:
     if lists:
         return text
     spans = (
-        ("", "/* Walk four"),
-        ("/* Add what", "/* Four channels"),
+        ("", "/* Walk `lists`"),
+        ("/* Add what", "/* `lists` channels"),
         ("/* How a strip", "INLINE void convolve("),
     )
     return "".join(text[text.index(start) : text.index(end)] for start, end in spans)

@@ -2,75 +2,66 @@
 typedef struct {
   uint32_t channels, planes, height, width, plane; /* of the input: planes of a channel, floats between two */
   uint32_t copies, columns, extra, floats;         /* copies of a channel, columns, rows beyond the output's, floats */
-  const int16_t *first; /* of each copy: the plane, and its row and column that become row 0 and column 0 */
+  const int16_t *first; /* of each copy: the row and column that become row 0 and column 0 */
+  const int32_t *from;  /* where that is, floats from the channel's first */
 } copies;
 
-/* The same `blocks` vectors of one copy, of every channel. */
-INLINE void shift_vectors(size_t blocks, const copies *s, const float *in, float *out, const uint32_t *mask) {
-  vec m[BLOCKS];
-  size_t next = (size_t)s->planes * s->plane;
-  UNROLL
-  for (size_t b = 0; b < blocks; b++) memcpy(&m[b], mask + b * LANES, sizeof(vec));
-  for (size_t c = 0; c < s->channels; c++, in += next, out += (size_t)s->copies * s->floats) {
-    UNROLL
-    for (size_t b = 0; b < blocks; b++) store(out + b * LANES, only(load(in + b * LANES), m[b]));
-  }
+INLINE void shift_vector(const float *in, float *out, const uint32_t *mask) {
+  vec m;
+  memcpy(&m, mask, sizeof m);
+  store(out, only(load(in), m));
 }
 
-/* `n` floats of one copy in a row, at least a vector, of every channel; the last vectors may overlap. */
-INLINE void shift_floats(const copies *s, const float *in, float *out, const uint32_t *mask, size_t n) {
-  for (size_t v = 0; v < n;) {
-    size_t left = n - v, back = 0;
-#if BLOCKS > 3
-    if (left >= 5 * LANES) {
-      shift_vectors(5, s, in + v, out + v, mask + v);
-      v += 5 * LANES;
-      continue;
-    }
-#endif
-    if (left >= 2 * LANES) {
-      shift_vectors(2, s, in + v, out + v, mask + v);
-      v += 2 * LANES;
-      continue;
-    }
-    if (left < LANES) back = LANES - left;
-    shift_vectors(1, s, in + v - back, out + v - back, mask + v - back);
-    v += LANES;
-  }
+/* `n` floats of one copy in a row, at least a vector; the last vectors may overlap. */
+INLINE void shift_floats(const float *in, float *out, const uint32_t *mask, size_t n) {
+  size_t v = 0;
+  for (; v + LANES <= n; v += LANES) shift_vector(in + v, out + v, mask + v);
+  if (v < n) shift_vector(in + n - LANES, out + n - LANES, mask + n - LANES);
 }
 
 INLINE uint32_t inside(ptrdiff_t at, uint32_t size) { return at >= 0 && at < (ptrdiff_t)size ? 0xffffffffu : 0u; }
 
-/* Copy number `i`. Rows that begin at `at` in the output; what lies outside of the image is masked. */
-INLINE void copy_one(const copies *s, const float *in, float *out, uint32_t *mask, ptrdiff_t at, size_t rows,
-                     size_t i) {
-  ptrdiff_t row = at + s->first[3 * i + 1], column = s->first[3 * i + 2], columns = (ptrdiff_t)s->columns;
-  const float *source = in + (size_t)s->first[3 * i] * s->plane + row * (ptrdiff_t)s->width + column;
-  float *target = out + i * s->floats;
-  uint32_t *m = mask + i * s->floats;
-  size_t all = (rows + s->extra) * s->columns;
-  for (size_t y = 0; y < rows + s->extra; y++)
-    for (ptrdiff_t x = 0; x < columns; x++)
-      m[(ptrdiff_t)y * columns + x] = inside(row + (ptrdiff_t)y, s->height) & inside(x + column, s->width);
-  if (s->columns == s->width && all >= LANES) {
-    shift_floats(s, source, target, m, all);
-  } else if (s->columns >= LANES) {
-    for (size_t y = 0; y < rows + s->extra; y++)
-      shift_floats(s, source + y * s->width, target + y * s->columns, m + y * s->columns, s->columns);
-  } else {
-    for (size_t c = 0; c < s->channels; c++)
-      for (size_t y = 0; y < rows + s->extra; y++)
-        for (size_t x = 0; x < s->columns; x++)
-          target[c * s->copies * s->floats + y * s->columns + x] =
-              m[y * s->columns + x] ? source[c * s->planes * s->plane + y * s->width + x] : 0.0f;
+/* Which pixels of copy `i` lie inside of the image. */
+INLINE void mask_copy(const copies *s, uint32_t *mask, ptrdiff_t at, size_t rows, size_t i) {
+  ptrdiff_t row = at + s->first[2 * i], column = s->first[2 * i + 1];
+  for (size_t y = 0; y < rows + s->extra; y++) {
+    uint32_t there = inside(row + (ptrdiff_t)y, s->height);
+    for (size_t x = 0; x < s->columns; x++) *mask++ = there & inside((ptrdiff_t)x + column, s->width);
   }
 }
 
+/* One copy of one channel: `rows` rows; what lies outside of the image is masked. */
+INLINE void copy_one(const float *in, size_t width, float *out, size_t columns, const uint32_t *mask, size_t rows) {
+  if (columns == width && rows * columns >= LANES) {
+    shift_floats(in, out, mask, rows * columns);
+    return;
+  }
+  for (size_t y = 0; y < rows; y++, in += width, out += columns, mask += columns) {
+    if (columns >= LANES) {
+      shift_floats(in, out, mask, columns);
+    } else {
+      for (size_t x = 0; x < columns; x++) out[x] = mask[x] ? in[x] : 0.0f;
+    }
+  }
+}
+
+/* All copies for `rows` rows of the output, from row `at` on. */
 UNUSED static void copy_input(const copies *s, const float *in, float *out, uint32_t *mask, ptrdiff_t at,
                               size_t rows) {
-  ptrdiff_t number = (ptrdiff_t)s->copies;
+  const size_t number = s->copies, floats = s->floats, width = s->width, columns = s->columns;
+  const size_t next = (size_t)s->planes * s->plane;
+  const ptrdiff_t channels = (ptrdiff_t)s->channels;
+  const int32_t *const from = s->from;
+  for (size_t i = 0; i < number; i++) mask_copy(s, mask + i * floats, at, rows, i);
+  in += at * (ptrdiff_t)width;
+  rows += s->extra;
   PARALLEL_FOR
-  for (ptrdiff_t i = 0; i < number; i++) copy_one(s, in, out, mask, at, rows, (size_t)i);
+  for (ptrdiff_t c = 0; c < channels; c++) {
+    const float *source = in + (size_t)c * next;
+    float *target = out + (size_t)c * number * floats;
+    for (size_t i = 0; i < number; i++)
+      copy_one(source + from[i], width, target + i * floats, columns, mask + i * floats, rows);
+  }
 }
 
 /* The pixels of a row that lie `step` apart. */

@@ -7,7 +7,7 @@ INLINE void dense_tile(size_t blocks, size_t across, size_t lists, value_kind vk
   size_t entry = i * c->group_channels * c->taps;
   const float *in = s->in + i / c->group_outputs * c->group_step + from;
   float scale[4];
-  vec sum[4 * BLOCKS];
+  vec sum[4 * DENSE_BLOCKS];
   UNROLL
   for (size_t j = 0; j < lists; j++) {
     vec bias = every(read_float(w + c->bias + 4 * (i + j)));
@@ -45,9 +45,9 @@ INLINE void dense_tile(size_t blocks, size_t across, size_t lists, value_kind vk
 
 INLINE void convolve_dense(value_kind vk, const strip *s) {
   const convolution *c = s->c;
-  cut tiles = cut_strip(s);
+  cut tiles = cut_strip(s, DENSE_BLOCKS);
   size_t fours = c->together == 4 ? c->outputs / 4 : 0, rounds = fours + (c->outputs - 4 * fours);
-  ptrdiff_t work = (ptrdiff_t)(tiles.parts * rounds);
+  ptrdiff_t work = (ptrdiff_t)(tiles.tiles * rounds);
   PARALLEL_FOR
   for (ptrdiff_t n = 0; n < work; n++) {
     size_t here, at = tile_at(&tiles, (size_t)n / rounds, &here), round = (size_t)n % rounds, first = at * LANES;
@@ -55,6 +55,6 @@ INLINE void convolve_dense(value_kind vk, const strip *s) {
     size_t from = c->row ? at / tiles.wide * c->row + at % tiles.wide * LANES : first;
     size_t across = c->row && tiles.wide < here ? tiles.wide : here;
     int four = round < fours;
-    switch (8 * here + across) { TILES }
+    switch (8 * here + across) { TILES_OF(DENSE_BLOCKS) }
   }
 }

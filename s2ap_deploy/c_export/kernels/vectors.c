@@ -44,22 +44,38 @@
 #define LANES 1
 #endif
 #endif
-/* Vectors of pixels whose sums, for four channels at once, stay in registers; the shapes of such tiles. */
+/* A tile holds the sums of BLOCKS vectors of pixels, for LISTS channels at once, in registers; a tile of at most
+   NARROW vectors those of four channels, a dense one those of four channels over DENSE_BLOCKS vectors. TILES are the
+   shapes: vectors, and how many of them in a row. */
+#if !defined(BLOCKS)
 #if LANES == 16
 #define BLOCKS 6
-#define TILES \
-  TILE(1, 1) TILE(2, 2) TILE(3, 3) TILE(4, 4) TILE(5, 5) TILE(6, 6) \
-  TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1) TILE(4, 2) TILE(6, 2)
+#define LISTS 4
+#define NARROW 6
+#define DENSE_BLOCKS 6
 #elif defined(__aarch64__)
-#define BLOCKS 6
-#define TILES TILE(1, 1) TILE(2, 2) TILE(3, 3) TILE(4, 4) TILE(5, 5) TILE(6, 6)
+#define BLOCKS 8
+#define LISTS 2
+#define NARROW 4
+#define DENSE_BLOCKS 6
 #elif LANES > 1 || defined(__SSE2__)
-#define BLOCKS 3
-#define TILES TILE(1, 1) TILE(2, 2) TILE(3, 3)
+#define BLOCKS 8
+#define LISTS 1
+#define NARROW 3
+#define DENSE_BLOCKS 3
 #else
 #define BLOCKS 2
-#define TILES TILE(1, 1) TILE(2, 2)
+#define LISTS 4
+#define NARROW 2
+#define DENSE_BLOCKS 2
 #endif
+#endif
+#define TILES_2 TILE(1, 1) TILE(2, 2) TILE(2, 1)
+#define TILES_3 TILES_2 TILE(3, 3) TILE(3, 1)
+#define TILES_6 TILES_3 TILE(4, 4) TILE(5, 5) TILE(6, 6) TILE(4, 1) TILE(5, 1) TILE(6, 1) TILE(4, 2) TILE(6, 2) TILE(6, 3)
+#define TILES_8 TILES_6 TILE(7, 7) TILE(8, 8) TILE(7, 1) TILE(8, 1) TILE(8, 2) TILE(8, 4)
+#define TILES_OF_(B) TILES_##B
+#define TILES_OF(B) TILES_OF_(B)
 
 #if LANES > 1
 typedef float vec __attribute__((vector_size(4 * LANES)));
