@@ -25,6 +25,7 @@ _TYPES = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 MAX_BYTES = 2**31 - 2**16
 TOLERATED_BRIDGES = 0.02
 TOGETHER = 4  # channels whose lists are walked at once
+TILE_PIXELS, CACHE_BYTES, MIN_BLOCK_ENTRIES = 96, 28 * 2**10, 16
 DENSE_ABOVE = 0.7
 """The share of kept weights above which the dense kernel is faster."""
 
@@ -36,15 +37,15 @@ class Blob:
     data: bytearray = field(default_factory=bytearray)
 
     def add(self, array: NDArray[np.generic]) -> int:
-        """Append an array and return where it begins."""
+        """Append an array and return where it begins. Raises UsageError before it grows over 2 GiB."""
         self.data.extend(bytes(-len(self.data) % 4))
         start = len(self.data)
-        self.data.extend(np.ascontiguousarray(array).tobytes())
-        if len(self.data) > MAX_BYTES:
+        if start + array.nbytes > MAX_BYTES:
             raise UsageError(
                 "the packed weights take more than 2 GiB, which the C library does not address",
                 code="weights-too-large",
             )
+        self.data.extend(np.ascontiguousarray(array).tobytes())
         return start
 
 
@@ -61,6 +62,8 @@ class Packed:
     kept: int
     size: int
     unit: int = 1
+    blocks: int = 1
+    block_channels: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +85,28 @@ def pack_convolution(
     flat = np.ascontiguousarray(taps.reshape(len(taps), -1))
     if np.count_nonzero(flat) > DENSE_ABOVE * flat.size:
         return _dense_convolution(step, blob, stored, flat)
-    offsets = _offsets(step, geometry)
+    channels = _block_channels(step, geometry)
+    offsets = _offsets(geometry, channels)
     unit = int(np.gcd.reduce(offsets)) or 1
-    kind, lists = _encoded(flat, offsets // unit, positions, _size(stored))
-    return dataclasses.replace(_packed_lists(step, blob, stored, flat, kind, lists), unit=unit)
+    blocks = np.split(flat, range(len(offsets), flat.shape[1], len(offsets)), axis=1)
+    coded = _encoded(blocks, offsets // unit, positions, _size(stored))
+    packed = _packed_lists(step, blob, stored, blocks, *coded)
+    return dataclasses.replace(packed, unit=unit, blocks=len(blocks), block_channels=channels)
+
+
+def _block_channels(step: Convolution, geometry: Geometry) -> int:
+    """Return how many channels to read at a time, so that what a tile reads of them stays in the cache.
+
+    No fewer than leave each list so many entries that adding to stored sums costs little.
+    """
+    outputs, channels = len(step.weight), int(step.weight.shape[1])
+    if outputs % TOGETHER or step.groups > 1:
+        return channels
+    rows = min(geometry.rows, -(-TILE_PIXELS // geometry.row)) + geometry.extra
+    copies = len(geometry.copies) or 1 + max(row for _, row, _ in geometry.taps)
+    most = -(-channels * 4 * copies * rows * geometry.row // CACHE_BYTES)
+    entries = np.count_nonzero(step.weight) / outputs
+    return -(-channels // max(1, min(most, int(entries // MIN_BLOCK_ENTRIES))))
 
 
 def pack_linear(step: Linear, blob: Blob, values: ValuesName, positions: Positions) -> Packed:
@@ -96,7 +117,7 @@ def pack_linear(step: Linear, blob: Blob, values: ValuesName, positions: Positio
         at = {"bias": blob.add(step.bias), "values": blob.add(flat), **_scales(stored, blob)}
         size = flat.nbytes
         return Packed("dense", "gap8", _kind(stored), 1, at, flat.size, flat.size, size)
-    kind, lists = _encoded(flat, np.arange(flat.shape[1]), positions, _size(stored))
+    kind, (lists,) = _encoded([flat], np.arange(flat.shape[1]), positions, _size(stored))
     starts = np.cumsum([0, *(len(each.entries) for each in lists)])
     positions_at, values_at, size = _arrays(flat, kind, lists, blob)
     at = {
@@ -127,35 +148,34 @@ def _scales(stored: StoredWeight, blob: Blob) -> dict[str, int]:
     return {} if stored.scale is None else {"scales": blob.add(stored.scale.reshape(-1))}
 
 
-def _offsets(step: Convolution, geometry: Geometry) -> Index:
-    """Return the floats from the first of a group's input to the pixels that each of its weights reads."""
-    taps, channels = np.sort(np.array(geometry.offsets, np.int64)), step.weight.shape[1]
+def _offsets(geometry: Geometry, channels: int) -> Index:
+    """Return the floats from the first of so many channels to the pixels that each weight reads."""
+    taps = np.sort(np.array(geometry.offsets, np.int64))
     return (np.arange(channels)[:, None] * geometry.channel + taps[None, :]).reshape(-1)
 
 
 def _encoded(
-    flat: NDArray[np.generic], offsets: Index, positions: Positions, value_bytes: int
-) -> tuple[PositionKind, list[_List]]:
-    """Choose how positions are stored; the lists in that form, one per output channel."""
-    kept = [np.flatnonzero(row) for row in flat]
-    weights = sum(len(each) for each in kept)
-    forms: dict[PositionKind, list[_List]] = {
-        "offset16" if offsets.max(initial=0) < 2**16 else "offset32": [_List(offsets[k], k) for k in kept]
-    }
+    blocks: Sequence[NDArray[np.generic]], offsets: Index, positions: Positions, value_bytes: int
+) -> tuple[PositionKind, list[list[_List]]]:
+    """Choose how positions are stored; the lists of each block in that form, one per output channel."""
+    kept = [[np.flatnonzero(row) for row in block] for block in blocks]
+    weights = sum(len(each) for block in kept for each in block)
+    plain: PositionKind = "offset16" if offsets.max(initial=0) < 2**16 else "offset32"
+    forms = {plain: [[_List(offsets[k], k) for k in block] for block in kept]}
     gaps: tuple[tuple[PositionKind, int], ...] = (("gap16", 2**16 - 1), ("gap8", 2**8 - 1))
     for kind, largest in gaps:
         if (np.diff(offsets) > largest).any():  # not every weight can be bridged to
             continue
-        lists = [_gaps(each, offsets, largest) for each in kept]
-        bridged = sum(len(each.entries) for each in lists)
-        if positions == "small" or bridged <= weights * (1 + TOLERATED_BRIDGES):
+        lists = [[_gaps(each, offsets, largest) for each in block] for block in kept]
+        if positions == "small" or _entries(lists) <= weights * (1 + TOLERATED_BRIDGES):
             forms[kind] = lists
-    size = {
-        kind: sum(len(each.entries) for each in lists) * (_BYTES[kind] + value_bytes)
-        for kind, lists in forms.items()
-    }
+    size = {kind: _entries(lists) * (_BYTES[kind] + value_bytes) for kind, lists in forms.items()}
     best = min(forms, key=lambda kind: (size[kind], kind.startswith("gap")))
     return best, forms[best]
+
+
+def _entries(blocks: Sequence[Sequence[_List]]) -> int:
+    return sum(len(each.entries) for block in blocks for each in block)
 
 
 def _gaps(kept: Index, offsets: Index, largest: int) -> _List:
@@ -190,37 +210,39 @@ def _packed_lists(
     step: Convolution,
     blob: Blob,
     stored: StoredWeight,
-    flat: NDArray[np.generic],
+    blocks: Sequence[NDArray[np.generic]],
     kind: PositionKind,
-    lists: Sequence[_List],
+    lists: Sequence[Sequence[_List]],
 ) -> Packed:
-    """Store the lists of four channels at a time entry by entry in turns.
+    """Store the lists of four channels at a time entry by entry in turns, block after block.
 
     Channels with lists of similar length go together; shorter ones end in entries of value zero. Where
     channels are missing, the last one is computed again.
     """
-    counts = np.array([len(each.entries) for each in lists])
-    order = np.argsort(-counts, kind="stable")
-    order = np.concatenate([order, np.repeat(order[-1:], -len(order) % TOGETHER)])
-    positions, values, starts = [], [], [0]
-    for first in range(0, len(order), TOGETHER):
-        members, length = order[first : first + TOGETHER], int(counts[order[first]])
-        columns = [(lists[o].positions, _values(flat[o], lists[o])) for o in members]
-        rest = 0 if kind.startswith("gap") else None
-        positions.append(np.stack([_filled(p, length, rest) for p, _ in columns], axis=1).reshape(-1))
-        values.append(np.stack([_filled(v, length, 0) for _, v in columns], axis=1).reshape(-1))
-        starts.append(starts[-1] + length)
+    positions, values, starts, orders = [], [], [0], []
+    for flat, block in zip(blocks, lists, strict=True):
+        counts = np.array([len(each.entries) for each in block])
+        order = np.argsort(-counts, kind="stable")
+        order = np.concatenate([order, np.repeat(order[-1:], -len(order) % TOGETHER)])
+        orders.append(order)
+        for first in range(0, len(order), TOGETHER):
+            members, length = order[first : first + TOGETHER], int(counts[order[first]])
+            columns = [(block[o].positions, _values(flat[o], block[o])) for o in members]
+            rest = 0 if kind.startswith("gap") else None
+            positions.append(np.stack([_filled(p, length, rest) for p, _ in columns], axis=1).reshape(-1))
+            values.append(np.stack([_filled(v, length, 0) for _, v in columns], axis=1).reshape(-1))
+            starts.append(starts[-1] + length)
     at = {
         "bias": blob.add(step.bias),
         "starts": blob.add(np.array(starts, np.uint32)),
-        "order": blob.add(order.astype(np.uint32)),
+        "order": blob.add(np.concatenate(orders).astype(np.uint32)),
         "positions": blob.add(np.concatenate(positions).astype(_TYPES[_BYTES[kind]])),
-        "values": blob.add(np.concatenate(values).astype(flat.dtype)),
+        "values": blob.add(np.concatenate(values).astype(blocks[0].dtype)),
         **_scales(stored, blob),
     }
-    entries = TOGETHER * starts[-1]
+    entries, kept = TOGETHER * starts[-1], sum(int(np.count_nonzero(block)) for block in blocks)
     size = entries * (_BYTES[kind] + _size(stored))
-    return Packed("lists", kind, _kind(stored), TOGETHER, at, entries, int(np.count_nonzero(flat)), size)
+    return Packed("lists", kind, _kind(stored), TOGETHER, at, entries, kept, size)
 
 
 def _filled(column: NDArray[np.generic], length: int, rest: int | None) -> NDArray[np.generic]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from s2ap_deploy.c_export.lowering import Convolution, Program, Shape, Step, reads
+from s2ap_deploy.c_export.lowering import Convolution, Pool, Program, Shape, Step, reads
 
 LANES = 16  # pixels in the widest vector: planes begin at multiples of it
-# Measured with AVX-512: cycles for a vector of products with aligned and with other loads, and to copy one.
-ALIGNED_CYCLES, UNALIGNED_CYCLES, COPY_CYCLES = 1.2, 1.6, 4.0
+# Cycles for a vector of products from shifted copies and from bordered planes, and to write one of a copy.
+SHIFTED_CYCLES, BORDERED_CYCLES, COPY_CYCLES = 1.4, 1.5, 4.0
 
 
 @dataclass(eq=False)
@@ -23,35 +23,53 @@ class Split(Step):
 
 
 @dataclass(frozen=True)
+class Border:
+    """The zeros around the pixels of a tensor: ``columns`` behind rows, ``margin`` floats between planes."""
+
+    columns: int = 0
+    margin: int = 0
+
+
+@dataclass(frozen=True)
 class Layout:
-    """Location of a tensor: pixel p of channel c is at float ``start + c * plane + p`` of the workspace."""
+    """Location of a tensor: pixel (y, x) of channel c is at float ``start + c * plane + y * row + x``."""
 
     shape: Shape
     plane: int
+    row: int
+    lead: int = 0
     start: int = 0
+
+    @property
+    def bordered(self) -> bool:
+        return self.lead > 0
 
     @property
     def pixels(self) -> int:
         return self.shape[1] * self.shape[2]
 
     @property
+    def run(self) -> int:
+        """Return the floats from a plane's first pixel to the end of its last row."""
+        return self.shape[1] * self.row
+
+    @property
     def floats(self) -> int:
-        return self.shape[0] * self.plane
+        """Return the floats of all planes and of the zeros before them."""
+        return self.lead + self.shape[0] * self.plane
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The input access of a convolution: through copies of each channel, with zeros in place of padding.
+    """The input access of a convolution. ``taps``: the copy that each tap reads, and where it begins in it.
 
-    Copy (p, r, c) of a channel holds, at row i and column j, pixel (i + r, j + c) of its plane p, zero
-    outside of it, for ``rows`` + ``extra`` rows: the output is computed ``rows`` rows at a time. A channel
-    has ``planes`` planes where the input of a strided convolution was split. ``taps``: the copy that each tap
-    of the kernel reads, and the row and column it begins at.
+    *Bordered* (no copies): the input has zeros between rows and planes, and its rows lie as far apart as the
+    output's, so that each tap reads one run of floats; a "copy" is a plane of a split channel. So does any
+    convolution of 1x1.
 
-    In *shifted* copies every tap begins at column 0 and at a row that is a multiple of whole vectors: loads
-    are aligned, and a vector may span rows. Otherwise there is one *padded* copy of each plane, of ``row`` >
-    ``width`` columns: less to write, but loads cross the lines of the cache. No copies: a convolution of 1x1
-    reads its input itself.
+    *Shifted*: copy (p, r, c) of a channel holds, at row i and column j, pixel (i + r, j + c) of its plane p,
+    zero outside of it, for ``rows`` + ``extra`` rows: the output is computed ``rows`` rows at a time. Every
+    tap begins at a whole vector, so that loads are aligned.
     """
 
     planes: int
@@ -60,12 +78,7 @@ class Geometry:
     rows: int
     extra: int
     plane: int
-    width: int
     row: int
-
-    @property
-    def padded(self) -> bool:
-        return bool(self.copies) and self.row > self.width
 
     @property
     def channel(self) -> int:
@@ -73,16 +86,26 @@ class Geometry:
         return (len(self.copies) or self.planes) * self.plane
 
     @property
+    def reach(self) -> int:
+        """Return the floats from the earliest tap to a channel's first pixel."""
+        return -min(0, *self._offsets)
+
+    @property
     def offsets(self) -> tuple[int, ...]:
-        """Return the floats from a channel's first to each tap's."""
-        return tuple(copy * self.plane + row * self.row + column for copy, row, column in self.taps)
+        """Return the floats from the earliest tap of a channel to each of them."""
+        return tuple(offset + self.reach for offset in self._offsets)
+
+    @property
+    def _offsets(self) -> list[int]:
+        return [copy * self.plane + row * self.row + column for copy, row, column in self.taps]
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
     """The layout of every tensor, the geometry of every convolution by its output, floats of the workspace.
 
-    ``scratch``: where the copies of a convolution's input begin, ``masks`` those of the valid pixels.
+    ``scratch``: where the copies of a convolution's input begin, ``masks`` those of the valid pixels;
+    ``bordered``: where the masks of bordered planes are, by their height, width, and floats between rows.
     """
 
     program: Program
@@ -91,26 +114,35 @@ class Placement:
     scratch: int
     masks: int
     floats: int
+    bordered: dict[tuple[int, int, int], int]
+
+    def mask(self, layout: Layout) -> int | None:
+        """Return where the mask of a tensor's planes is; None for planes without a border."""
+        return self.bordered[_outline(layout)] if layout.bordered else None
 
 
-def place(program: Program, *, lanes: int = LANES, scratch_bytes: int = 2**20) -> Placement:
+def place(
+    program: Program, *, lanes: int = LANES, scratch_bytes: int = 2**20, borders: bool = True
+) -> Placement:
     """Give every tensor a place, and every convolution a geometry.
 
     Args:
         program: the steps.
         lanes: the multiple of floats at which planes begin.
         scratch_bytes: convolutions work on as many rows at a time as copies of their input fit in.
+        borders: whether tensors may have borders of zeros, for fewer copies.
     """
     _split_strided(program)
+    found = _borders(program, lanes) if borders else {}
+    layouts = [_layout(shape, found.get(t, Border()), lanes) for t, shape in enumerate(program.shapes)]
     geometries = {
-        step.output: _geometry(program, step, lanes, scratch_bytes)
+        step.output: _geometry(program, step, layouts, lanes, scratch_bytes)
         for step in program.steps
         if isinstance(step, Convolution)
     }
     lead = _round(max((_reach(program, step) for step in program.steps), default=0), lanes)
-    layouts = [Layout(shape, _plane(shape, lanes)) for shape in program.shapes]
     starts, floats = _starts(program, layouts, lead, lanes)
-    placed = [Layout(old.shape, old.plane, start) for old, start in zip(layouts, starts, strict=True)]
+    placed = [replace(old, start=start + old.lead) for old, start in zip(layouts, starts, strict=True)]
     scratch = floats
     for step in program.steps:
         if isinstance(step, Convolution) and geometries[step.output].copies:
@@ -119,7 +151,87 @@ def place(program: Program, *, lanes: int = LANES, scratch_bytes: int = 2**20) -
             floats = max(floats, scratch + channels * geometry.channel + lanes)
     masks = floats = _round(floats, lanes)
     floats += max((g.channel for g in geometries.values() if g.copies), default=0)
-    return Placement(program, tuple(placed), geometries, scratch, masks, floats)
+    bordered: dict[tuple[int, int, int], int] = {}
+    for layout in placed:
+        if layout.bordered and _outline(layout) not in bordered:
+            bordered[_outline(layout)] = floats
+            floats += _round(layout.run, lanes)
+    return Placement(program, tuple(placed), geometries, scratch, masks, floats, bordered)
+
+
+def _outline(layout: Layout) -> tuple[int, int, int]:
+    return (*layout.shape[1:], layout.row)
+
+
+def _layout(shape: Shape, border: Border, lanes: int) -> Layout:
+    row = shape[2] + border.columns
+    if shape[1:] == (1, 1):
+        return Layout(shape, 1, row)
+    plane = _round(shape[1] * row + border.margin, lanes)
+    return Layout(shape, plane, row, _round(border.margin, lanes))
+
+
+def _borders(program: Program, lanes: int) -> dict[int, Border]:
+    """Return the borders of the tensors that have them.
+
+    Tensors that a convolution of stride 1, or a residual connection, takes to one another have the same one.
+    """
+    groups = {tensor: {tensor} for tensor in range(len(program.shapes))}
+    for step in program.steps:
+        if isinstance(step, Convolution):
+            tied = [step.inputs[0]] if _same_size(program, step) else []
+            for tensor in [*tied, *([] if step.residual is None else [step.residual])]:
+                joined = groups[tensor] | groups[step.output]
+                groups.update(dict.fromkeys(joined, joined))
+    found: dict[int, Border] = {}
+    for tensors in {id(group): group for group in groups.values()}.values():
+        steps = [s for s in program.steps if isinstance(s, Convolution) and s.output in tensors]
+        border = _border(program, tensors, steps)
+        if border.margin and _cheaper(program, steps, border, lanes):
+            found.update(dict.fromkeys(tensors, border))
+    return found
+
+
+def _same_size(program: Program, step: Convolution) -> bool:
+    return program.shapes[step.inputs[0]][1:] == program.shapes[step.output][1:]
+
+
+def _border(program: Program, tensors: set[int], steps: Sequence[Convolution]) -> Border:
+    """Return the zeros that convolutions read around these tensors; none if other steps need plain ones."""
+    for step in program.steps:
+        written, read = step.output in tensors, bool(tensors.intersection(reads(step)))
+        if not (written or read) or isinstance(step, Split | Pool):
+            continue
+        if not isinstance(step, Convolution) or (written and not _same_size(program, step)):
+            return Border()
+        if step.inputs[0] in tensors and not written:
+            return Border()
+    if program.output in tensors:
+        return Border()
+    width = program.shapes[min(tensors)][2]
+    taps = [(row, column) for step in steps for _, row, column in _window(step)]
+    columns = max((abs(column) for _, column in taps), default=0)
+    return Border(columns, max((abs(r) * (width + columns) + abs(c) for r, c in taps), default=0))
+
+
+def _cheaper(program: Program, steps: Sequence[Convolution], border: Border, lanes: int) -> bool:
+    """Return whether convolutions cost less from bordered planes than from shifted copies.
+
+    Rows shorter than a vector lose too much to the border.
+    """
+    if program.shapes[steps[0].output][2] < lanes:
+        return False
+    bordered = shifted = 0.0
+    for step in steps:
+        (channels, _, _), (_, height, width) = program.shapes[step.inputs[0]], program.shapes[step.output]
+        kept, planes = int(np.count_nonzero(step.weight)), step.stride[0] * step.stride[1]
+        bordered += kept * -(-height * (width + border.columns) // lanes) * BORDERED_CYCLES
+        shifted += kept * -(-height * width // lanes) * SHIFTED_CYCLES
+        if len(places := _window(step)) > 1:
+            form = _shifted(places, planes, channels // planes, height, width, lanes, 2**20)
+            copied = channels // planes * form.channel / lanes * -(-height // form.rows)
+            shifted += copied * COPY_CYCLES
+    return bordered < shifted
 
 
 def _split_strided(program: Program) -> None:
@@ -138,25 +250,17 @@ def _split_strided(program: Program) -> None:
         step.inputs = [split[source, step.stride]]
 
 
-def _geometry(program: Program, step: Convolution, lanes: int, scratch_bytes: int) -> Geometry:
-    """Choose the cheaper of shifted and padded copies; none for a convolution of 1x1."""
+def _geometry(
+    program: Program, step: Convolution, layouts: Sequence[Layout], lanes: int, scratch_bytes: int
+) -> Geometry:
+    """Read a bordered input, or that of a 1x1 convolution, as it is; otherwise shifted copies of it."""
     shape, (_, height, width) = program.shapes[step.inputs[0]], program.shapes[step.output]
-    places = _window(step)
+    places, layout = _window(step), layouts[step.inputs[0]]
     planes = step.stride[0] * step.stride[1]
-    if len(places) == 1 and shape[1:] == (height, width) and places[0][1:] == (0, 0):
-        return Geometry(planes, (), ((places[0][0], 0, 0),), height, 0, _plane(shape, lanes), width, width)
-    channels = shape[0] // planes
-    shifted = _shifted(places, planes, channels, height, width, lanes, scratch_bytes)
-    if lanes == 1 or width % lanes:
-        return shifted
-    padded = _padded(places, planes, channels, height, width, lanes, scratch_bytes)
-    vectors = int(np.count_nonzero(step.weight)) * height * width / lanes
-    forms = ((shifted, ALIGNED_CYCLES), (padded, UNALIGNED_CYCLES))
-    costs = [
-        vectors * each + COPY_CYCLES * channels * form.channel / lanes * math.ceil(height / form.rows)
-        for form, each in forms
-    ]
-    return forms[costs.index(min(costs))][0]
+    as_is = len(places) == 1 and shape[1:] == (height, width) and places[0][1:] == (0, 0)
+    if layout.bordered or as_is:
+        return Geometry(planes, (), tuple(places), height, 0, layout.plane, layout.row)
+    return _shifted(places, planes, shape[0] // planes, height, width, lanes, scratch_bytes)
 
 
 def _window(step: Convolution) -> list[tuple[int, int, int]]:
@@ -192,25 +296,7 @@ def _shifted(
     extra = max(row for _, row, _ in taps)
     rows = _strip(channels * len(copies) * width, height, extra, period, scratch_bytes)
     floats = _round((rows + extra) * width, lanes)
-    return Geometry(planes, tuple(copies), tuple(taps), rows, extra, floats, width, width)
-
-
-def _padded(
-    places: Sequence[tuple[int, int, int]],
-    planes: int,
-    channels: int,
-    height: int,
-    width: int,
-    lanes: int,
-    scratch_bytes: int,
-) -> Geometry:
-    top, left = min(y for _, y, _ in places), min(x for _, _, x in places)
-    read = sorted({plane for plane, _, _ in places})
-    taps = tuple((read.index(plane), y - top, x - left) for plane, y, x in places)
-    extra, row = max(y for _, y, _ in taps), width + max(1, *(x for _, _, x in taps))
-    rows = _strip(channels * len(read) * row, height, extra, 1, scratch_bytes)
-    copies = tuple((plane, top, left) for plane in read)
-    return Geometry(planes, copies, taps, rows, extra, _round((rows + extra) * row, lanes), width, row)
+    return Geometry(planes, tuple(copies), tuple(taps), rows, extra, floats, width)
 
 
 def _strip(row: int, height: int, extra: int, block: int, scratch_bytes: int) -> int:
@@ -219,11 +305,6 @@ def _strip(row: int, height: int, extra: int, block: int, scratch_bytes: int) ->
     while rows > block and row * (rows + extra) * 4 > scratch_bytes:
         rows = _round(-(-rows // 2), block)
     return rows
-
-
-def _plane(shape: Shape, lanes: int) -> int:
-    pixels = shape[1] * shape[2]
-    return 1 if pixels == 1 else _round(pixels, lanes)
 
 
 def _round(size: int, multiple: int) -> int:

@@ -86,6 +86,9 @@ class _Writer:
         sizes = " and ".join(self.size(tensor) for tensor in step.inputs)
         kind = type(step).__name__.lower()
         self.lines += ["", f"  /* {_comment(step.name or kind)}: {sizes} to {self.size(step.output)}. */"]
+        if self.placement.layouts[step.output].bordered:
+            rows = int(not isinstance(step, Convolution | Split))
+            self.lines.append(f"  clear_border(t{step.output}, {self.layout(step.output)}, {rows});")
         if isinstance(step, Convolution):
             self.convolution(number, step)
         elif isinstance(step, Linear):
@@ -98,17 +101,17 @@ class _Writer:
         self.layers[step.name or f"convolution {number}"] = packed
         self.describe(packed)
         geometry, output = self.placement.geometries[step.output], self.placement.layouts[step.output]
-        channels, width = step.weight.shape[1], output.shape[2]
+        channels = step.weight.shape[1]
         taps = ", ".join(str(offset) for offset in sorted(geometry.offsets))
         fields = {
             "outputs": len(step.weight),
             "together": packed.joint,
             "plane": output.plane,
-            "width": width,
-            "row": geometry.row if geometry.padded else 0,
             "group_outputs": len(step.weight) // step.groups,
             "group_step": channels * geometry.channel,
             "unit": packed.unit,
+            "blocks": packed.blocks,
+            "block_step": packed.block_channels * geometry.channel,
             "channel_step": geometry.channel,
             "taps": len(geometry.taps),
             "group_channels": channels,
@@ -120,10 +123,12 @@ class _Writer:
         self.tables.append(_struct("convolution", f"convolution_{number}", fields))
         self.sections |= {"convolution", "dense" if packed.kernel == "dense" else "lists"}
         residual = "NULL" if step.residual is None else f"t{step.residual}"
-        strip = f"&convolution_{number}, w, %s, {residual}, t{step.output}, %s, %s"
+        mask = self.placement.mask(output)
+        marked = "NULL" if mask is None else f"(const uint32_t *)workspace + {mask}"
+        strip = f"&convolution_{number}, w, %s, {residual}, {marked}, t{step.output}, %s, %s"
         call = self.wrapper("convolve", packed)
         if not geometry.copies:
-            listed = strip % (f"t{step.inputs[0]}", 0, output.pixels)
+            listed = strip % (f"t{step.inputs[0]} - {geometry.reach}", 0, output.run)
             self.lines.append(f"  {call}(&(strip){{{listed}}});")
             return
         copied = self.copies(number, step)
@@ -133,7 +138,7 @@ class _Writer:
             listed = strip % ("scratch", 0, output.pixels)
             self.lines += [f"  {copied % ('0', str(geometry.rows))};", f"  {call}(&(strip){{{listed}}});"]
         else:
-            listed = strip % ("scratch", f"y * {width}", f"rows * {width}")
+            listed = strip % ("scratch", f"y * {output.row}", f"rows * {output.row}")
             self.lines += [
                 f"  {strips}{{",
                 f"    size_t rows = {rows};",
@@ -146,7 +151,9 @@ class _Writer:
         """Describe the copies of a convolution's input; the call that makes them, of a row and rows."""
         geometry, source = self.placement.geometries[step.output], self.placement.layouts[step.inputs[0]]
         first = ", ".join(str(place) for copy in geometry.copies for place in copy[1:])
-        starts = (plane * source.plane + row * source.shape[2] + column for plane, row, column in geometry.copies)
+        starts = (
+            plane * source.plane + row * source.shape[2] + column for plane, row, column in geometry.copies
+        )
         self.tables.append(f"static const int16_t first_{number}[] = {{{first}}};")
         self.tables.append(f"static const int32_t from_{number}[] = {{{', '.join(map(str, starts))}}};")
         fields = {
@@ -169,7 +176,9 @@ class _Writer:
     def describe(self, packed: Packed) -> None:
         share = packed.kept / max(packed.entries, 1) if packed.kernel == "dense" else None
         what = "dense" if share is not None else f"{packed.kept} kept weights, {packed.positions} positions"
-        self.lines[-1] = self.lines[-1].replace(". */", f"; {what}, {packed.values} values. */")
+        words = f"; {what}, {packed.values} values. */"
+        line = max(i for i, text in enumerate(self.lines) if text.endswith(". */"))
+        self.lines[line] = self.lines[line].replace(". */", words)
 
     def wrapper(self, kernel: str, packed: Packed) -> str:
         """Name the function that runs a kernel for one kind of storage, and write it once."""
@@ -296,7 +305,7 @@ def write_sources(
 
     Raises UsageError for an operator without a kernel, and for weights over 2 GiB.
     """
-    placement = place(lower(model), lanes=lanes, scratch_bytes=scratch_bytes)
+    placement = place(lower(model), lanes=lanes, scratch_bytes=scratch_bytes, borders=positions == "fast")
     writer = _Writer(placement, values, positions)
     for number, step in enumerate(placement.program.steps):
         writer.step(number, step)
@@ -343,12 +352,19 @@ def _source_file(writer: _Writer, facts: Facts, weights: bytes, embedded: bool) 
     program, layouts = writer.placement.program, writer.placement.layouts
     used = {0, program.output, *(t for s in program.steps for t in (*s.inputs, s.output))}
     used |= {s.residual for s in program.steps if isinstance(s, Convolution) and s.residual is not None}
-    image = [f"  unpack(image, t0, {writer.layout(0)});"]
+    image = [
+        f"  mark_pixels((uint32_t *)workspace + {mask}, {writer.layout(layouts.index(layout))});"
+        for mask, layout in {writer.placement.mask(each): each for each in layouts}.items()
+        if mask is not None
+    ]
+    if layouts[0].bordered:
+        image.append(f"  clear_border(t0, {writer.layout(0)}, 1);")
+    image.append(f"  unpack(image, t0, {writer.layout(0)});")
     final = [f"  pack(t{program.output}, {writer.layout(program.output)}, logits);"]
     tensors = [f"  float *const t{t} = space + {layouts[t].start};" for t in sorted(used)]
     if "copies" in writer.sections:
         tensors.append(f"  float *const scratch = space + {writer.placement.scratch};")
-    if any("masks" in line for line in writer.lines):
+    if any(", masks, " in line for line in writer.lines):
         tensors.append(f"  uint32_t *const masks = (uint32_t *)workspace + {writer.placement.masks};")
     parts = [
         _template("model.c").format(about=_about(facts)),
@@ -384,7 +400,7 @@ def _kernel(name: str, *, lists: bool = True) -> str:
     spans = (
         ("", "/* Walk `lists`"),
         ("/* Add what", "/* `lists` channels"),
-        ("/* How a strip", "INLINE void convolve("),
+        ("INLINE size_t tiles_of", "INLINE void convolve("),
     )
     return "".join(text[text.index(start) : text.index(end)] for start, end in spans)
 
@@ -394,7 +410,7 @@ def _template(name: str) -> str:
 
 
 def _layout(tensor: int, layout: Layout) -> str:
-    fields = (*layout.shape, layout.plane)
+    fields = (*layout.shape, layout.plane, layout.row, layout.lead)
     return f"static const layout layout_{tensor} = {{{', '.join(str(each) for each in fields)}}};"
 
 

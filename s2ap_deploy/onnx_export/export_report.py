@@ -27,7 +27,7 @@ ROUNDED_STATEMENT = (
 )
 C_STATEMENT = (
     "The C library skips zeros: its time falls with the number of kept weights, and its answers have the "
-    "same bits on every processor."
+    "same bits on every processor. The ONNX file beside it computes at dense speed."
 )
 RESELECTED_STATEMENT = (
     "These channels were selected again by the scores of the run, without retraining: no certificate "
@@ -226,9 +226,10 @@ class Narrowing(Record):
 class CLibrary(Record):
     """The C sources next to the file, and the verification of the library built from them.
 
-    ``bytes``: of sources and weights; ``kept_weights`` are stored as ``stored_entries`` of lists or rows.
-    ``compiler`` is None where there was none: then nothing was built, and nothing judged. ``agreement`` is
-    with ONNX Runtime; ``points_checks`` are the library's own answers on the points of certificates.
+    ``bytes``: of the built library and the weights beside it, of the weights alone where nothing was built.
+    ``kept_weights`` are stored as ``stored_entries`` of lists or rows. ``compiler`` is None where there was
+    none: then nothing was built, and nothing judged. ``agreement`` is with ONNX Runtime; ``points_checks``
+    are the library's own answers on the points of certificates.
     """
 
     folder: str

@@ -15,7 +15,7 @@ from s2ap_deploy.c_export.writing import Facts, Sources, folder_files, vectors, 
 from s2ap_deploy.errors import UsageError, VerificationError
 from s2ap_deploy.onnx_export import onnx_file
 from s2ap_deploy.onnx_export.export_onnx import ExportSource
-from s2ap_deploy.onnx_export.export_report import CLibrary, CompactFile, ExportReport
+from s2ap_deploy.onnx_export.export_report import LATENCY_STATEMENT, CLibrary, CompactFile, ExportReport
 from s2ap_deploy.onnx_export.inference import logits
 from s2ap_deploy.onnx_export.onnx_file import OnnxFile
 from s2ap_deploy.onnx_export.verification import CertifiedPoints, check_answers, compare_answers
@@ -148,7 +148,7 @@ def add_library(
         folder=FOLDER,
         files=tuple(_described(f"{FOLDER}/{name}", data) for name, data in sorted(content.items())),
         positions=section.c_positions,
-        bytes=sum(len(data) for name, data in sources.files.items()),
+        bytes=len(sources.files.get("weights.bin", b"")) + (0 if library is None else library.bytes),
         workspace_bytes=sources.workspace_bytes,
         kept_weights=sum(layer.kept for layer in layers),
         stored_entries=sum(layer.entries for layer in layers),
@@ -156,7 +156,8 @@ def add_library(
         agreement=agreement,
         points_checks=tuple(checks),
     )
-    return report.model_copy(update={"c_library": record}), written
+    words = report.statement.replace(LATENCY_STATEMENT, record.statement)
+    return report.model_copy(update={"c_library": record, "statement": words}), written
 
 
 def _check_points(library: Library, points: CertifiedPoints) -> PointsCheck:
@@ -178,6 +179,8 @@ def _sentences(opened: OnnxFile) -> tuple[str, ...]:
     """State what an engineer on the device needs to know, from the metadata of the file."""
     known = opened.metadata
     names = {"s2ap.arch": "Architecture", "s2ap.threat_model": "Threat model", "s2ap.sparsity": "Sparsity"}
+    if "s2ap.sparsity" in known:
+        known = {**known, "s2ap.sparsity": f"{float(known['s2ap.sparsity']):.4g} of the weights are zero"}
     found = [f"{text}: {known[key]}." for key, text in names.items() if key in known]
     return (*found, "Normalization is part of the network: pixels are in [0, 1].")
 

@@ -5,43 +5,41 @@
    A sum starts with the bias and adds the products in the order of the list, whatever the width of a vector. */
 typedef struct {
   uint32_t outputs, together;         /* channels; so many lists are stored entry by entry in turns */
-  uint32_t plane, width, row;         /* floats between channels of the output, its columns; row: see below */
+  uint32_t plane;                     /* floats between channels of the output */
   uint32_t group_outputs, group_step; /* channels of a group, floats between the inputs of two groups */
   uint32_t unit;                      /* floats that a position counts */
+  uint32_t blocks, block_step;        /* blocks of input channels, floats between the inputs of two */
   uint32_t channel_step, taps, group_channels;
   const uint32_t *tap;                /* dense kernel: floats to each tap */
   uint32_t starts, order, bias, scales, positions, values; /* bytes from the start of the weights */
   activation act;
 } convolution;
 
-/* Some rows of the output, from pixel `first` on; `in` is what they read. */
+/* Some rows of the output, from pixel `first` on; `in` is what they read. `mask`: the pixels of a plane among the zeros
+   of its border, NULL where it has none. */
 typedef struct {
   const convolution *c;
   const unsigned char *weights;
   const float *in, *residual;
+  const uint32_t *mask;
   float *out;
   size_t first, pixels;
 } strip;
 
-/* The sums of `lists` channels over `blocks` vectors of pixels stay in registers. `across`: vectors of one row, in a
-   padded copy of the input whose rows are `row` floats apart; with shifted copies all rows are one. */
-INLINE const float *pixels_at(const float *p, size_t b, size_t across, size_t row) {
-  return p + b / across * row + b % across * LANES;
-}
-
-/* Walk `lists` of the four lists of `n` entries each that are stored in turns. */
-INLINE void walk(size_t lists, size_t blocks, size_t across, position_kind pk, value_kind vk, const float *const *in,
-                 size_t row, size_t unit, size_t n, const unsigned char *positions, const unsigned char *values,
-                 const float *scale, vec *sum) {
+/* Walk `lists` of the four lists of `n` entries each that are stored in turns; the sums of `blocks` vectors of pixels
+   for each of them stay in registers. */
+INLINE void walk(size_t lists, size_t blocks, position_kind pk, value_kind vk, const float *const *in, size_t unit,
+                 size_t n, const unsigned char *positions, const unsigned char *values, const float *scale, vec *sum) {
   size_t at[4] = {0, 0, 0, 0};
   for (size_t k = 0; k < 4 * n; k += 4) {
+    if (blocks <= NARROW) PREFETCH(values + (4 * k + 1024)); /* long lists, read once */
     UNROLL
     for (size_t j = 0; j < lists; j++) {
       at[j] = position(pk, positions, k + j, at[j]);
       const float *p = in[j] + at[j] * unit;
       float w = value(vk, values, k + j, scale[j]);
       UNROLL
-      for (size_t b = 0; b < blocks; b++) sum[j * blocks + b] += w * load(pixels_at(p, b, across, row));
+      for (size_t b = 0; b < blocks; b++) sum[j * blocks + b] += w * load(p + b * LANES);
     }
   }
 }
@@ -53,7 +51,9 @@ INLINE void finish_as(size_t blocks, const strip *s, size_t o, size_t first, con
   for (size_t b = 0; b < blocks; b++) {
     vec v = sum[b];
     if (s->residual) v += load(s->residual + at + b * LANES);
-    store(s->out + at + b * LANES, activate(v, act));
+    v = activate(v, act);
+    if (s->mask) v = only(v, load_mask(s->mask + first + b * LANES));
+    store(s->out + at + b * LANES, v);
   }
 }
 
@@ -68,11 +68,12 @@ INLINE void finish(size_t blocks, const strip *s, size_t o, size_t first, const 
   }
 }
 
-/* `lists` channels from number `i` on in the order of processing; pixels from `first` on, which read from `from` on. */
-INLINE void tile(size_t lists, size_t blocks, size_t across, position_kind pk, value_kind vk, const strip *s, size_t i,
-                 size_t first, size_t from) {
+/* `lists` channels from number `i` on in the order of processing of one block of the input; pixels from `first` on. The
+   first block begins with the bias, the others with the sums so far, which only the last one finishes. */
+INLINE void tile(size_t lists, size_t blocks, position_kind pk, value_kind vk, const strip *s, size_t block, size_t i,
+                 size_t first) {
   const convolution *c = s->c;
-  const unsigned char *w = s->weights, *order = w + c->order + 4 * i;
+  const unsigned char *w = s->weights, *order = w + c->order + 4 * i, *bounds = w + c->starts + i / 4 * 4;
   const float *in[4];
   float scale[4];
   vec sum[4 * BLOCKS];
@@ -80,71 +81,61 @@ INLINE void tile(size_t lists, size_t blocks, size_t across, position_kind pk, v
   UNROLL
   for (size_t j = 0; j < lists; j++) {
     channel[j] = read_u32(order + 4 * j);
-    in[j] = s->in + from;
+    in[j] = s->in + first + block * c->block_step;
     if (c->group_outputs < c->outputs) in[j] += channel[j] / c->group_outputs * c->group_step;
     scale[j] = vk == INT8 ? read_float(w + c->scales + 4 * channel[j]) : 1.0f;
     vec bias = every(read_float(w + c->bias + 4 * channel[j]));
+    const float *so_far = s->out + channel[j] * c->plane + s->first + first;
     UNROLL
-    for (size_t b = 0; b < blocks; b++) sum[j * blocks + b] = bias;
+    for (size_t b = 0; b < blocks; b++) sum[j * blocks + b] = block ? load(so_far + b * LANES) : bias;
   }
-  size_t start = read_u32(w + c->starts + i / 4 * 4), n = read_u32(w + c->starts + i / 4 * 4 + 4) - start;
-  size_t entry = 4 * start + i % 4;
-  walk(lists, blocks, across, pk, vk, in, c->row, c->unit, n, w + c->positions + entry * size,
-       w + c->values + entry * bytes, scale, sum);
+  size_t start = read_u32(bounds), n = read_u32(bounds + 4) - start, entry = 4 * start + i % 4;
+  walk(lists, blocks, pk, vk, in, c->unit, n, w + c->positions + entry * size, w + c->values + entry * bytes, scale,
+       sum);
   UNROLL
-  for (size_t j = 0; j < lists; j++) finish(blocks, s, channel[j], first, sum + j * blocks);
+  for (size_t j = 0; j < lists; j++) {
+    if (block + 1 < c->blocks) {
+      float *out = s->out + channel[j] * c->plane + s->first + first;
+      UNROLL
+      for (size_t b = 0; b < blocks; b++) store(out + b * LANES, sum[j * blocks + b]);
+    } else {
+      finish(blocks, s, channel[j], first, sum + j * blocks);
+    }
+  }
 }
 
 /* The same for four channels, as many at a time as registers hold. */
-INLINE void tiles_of_four(size_t blocks, size_t across, position_kind pk, value_kind vk, const strip *s, size_t i,
-                          size_t first, size_t from) {
+INLINE void tiles_of_four(size_t blocks, position_kind pk, value_kind vk, const strip *s, size_t block, size_t i,
+                          size_t first) {
   if (blocks <= NARROW) {
-    tile(4, blocks, across, pk, vk, s, i, first, from);
+    tile(4, blocks, pk, vk, s, block, i, first);
   } else {
-    for (size_t j = 0; j < 4; j += LISTS) tile(LISTS, blocks, across, pk, vk, s, i + j, first, from);
+    for (size_t j = 0; j < 4; j += LISTS) tile(LISTS, blocks, pk, vk, s, block, i + j, first);
   }
 }
 
-/* Four channels over a number of vectors, so many of them across. */
-#define TILE(B, A) \
-  case 8 * B + A: \
-    tiles_of_four(B, A, pk, vk, s, i, first, from); \
+/* Four channels over a number of vectors. */
+#define TILE(B) \
+  case B: \
+    tiles_of_four(B, pk, vk, s, block, i, first); \
     break;
 
-/* How a strip is cut into tiles: `vectors` of pixels in all, `wide` of them in a row, `blocks` in a tile: whole rows,
-   or where those are wider than a tile, `parts` of each. */
-typedef struct {
-  size_t vectors, wide, blocks, parts, tiles;
-} cut;
+INLINE size_t tiles_of(const strip *s, size_t most) { return (s->pixels + most * LANES - 1) / (most * LANES); }
 
-INLINE cut cut_strip(const strip *s, size_t most) {
-  size_t vectors = (s->pixels + LANES - 1) / LANES, wide = s->c->row ? s->c->width / LANES : 1;
-  if (wide <= most) {
-    size_t blocks = most / wide * wide;
-    return (cut){vectors, wide, blocks, 1, (vectors + blocks - 1) / blocks};
-  }
-  size_t parts = (wide + most - 1) / most;
-  return (cut){vectors, wide, (wide + parts - 1) / parts, parts, parts * (vectors / wide)};
-}
-
-/* Where tile `n` begins, in vectors; its length. */
-INLINE size_t tile_at(const cut *c, size_t n, size_t *here) {
-  size_t at = c->parts > 1 ? n / c->parts * c->wide + n % c->parts * c->blocks : n * c->blocks;
-  size_t end = c->parts > 1 ? (n / c->parts + 1) * c->wide : c->vectors;
-  *here = end - at < c->blocks ? end - at : c->blocks;
-  return at;
+/* The vectors of a tile that begins at pixel `first`. */
+INLINE size_t vectors_of(const strip *s, size_t most, size_t first) {
+  size_t left = (s->pixels - first + LANES - 1) / LANES;
+  return left < most ? left : most;
 }
 
 INLINE void convolve(position_kind pk, value_kind vk, const strip *s) {
-  const convolution *c = s->c;
-  cut tiles = cut_strip(s, BLOCKS);
-  size_t rounds = (c->outputs + 3) / 4;
-  ptrdiff_t work = (ptrdiff_t)(tiles.tiles * rounds);
-  PARALLEL_FOR
-  for (ptrdiff_t n = 0; n < work; n++) {
-    size_t here, at = tile_at(&tiles, (size_t)n / rounds, &here), i = 4 * ((size_t)n % rounds), first = at * LANES;
-    size_t from = c->row ? at / tiles.wide * c->row + at % tiles.wide * LANES : first;
-    size_t across = c->row && tiles.wide < here ? tiles.wide : here;
-    switch (8 * here + across) { TILES_OF(BLOCKS) }
+  size_t rounds = (s->c->outputs + 3) / 4;
+  ptrdiff_t work = (ptrdiff_t)(tiles_of(s, BLOCKS) * rounds);
+  for (size_t block = 0; block < s->c->blocks; block++) {
+    PARALLEL_FOR
+    for (ptrdiff_t n = 0; n < work; n++) {
+      size_t first = (size_t)n / rounds * BLOCKS * LANES, i = 4 * (block * rounds + (size_t)n % rounds);
+      switch (vectors_of(s, BLOCKS, first)) { TILES_OF(BLOCKS) }
+    }
   }
 }

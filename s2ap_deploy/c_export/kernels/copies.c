@@ -7,9 +7,7 @@ typedef struct {
 } copies;
 
 INLINE void shift_vector(const float *in, float *out, const uint32_t *mask) {
-  vec m;
-  memcpy(&m, mask, sizeof m);
-  store(out, only(load(in), m));
+  store(out, only(load(in), load_mask(mask)));
 }
 
 /* `n` floats of one copy in a row, at least a vector; the last vectors may overlap. */
@@ -74,7 +72,7 @@ INLINE void every_pixel(const float *in, size_t step, float *out, size_t n) {
   for (; x < n; x++) out[x] = in[step * x];
 }
 
-/* Every plane split by rows and columns modulo a stride, zeros where the last ones are missing. */
+/* Every plane split by rows and columns modulo a stride, zeros where the last ones are missing and between rows. */
 UNUSED static void split(const float *in, const layout *from, float *out, const layout *to, size_t down, size_t right) {
   ptrdiff_t planes = (ptrdiff_t)to->channels;
   PARALLEL_FOR
@@ -83,14 +81,14 @@ UNUSED static void split(const float *in, const layout *from, float *out, const 
     size_t present = from->width > column ? (from->width - column + right - 1) / right : 0;
     const float *source = in + c * from->plane + column;
     float *target = out + (size_t)n * to->plane;
-    for (size_t y = 0; y < to->height; y++, row += down, target += to->width) {
+    for (size_t y = 0; y < to->height; y++, row += down, target += to->row) {
       size_t there = row < from->height ? present : 0;
       if (right == 2) {
-        every_pixel(source + row * from->width, 2, target, there);
+        every_pixel(source + row * from->row, 2, target, there);
       } else {
-        every_pixel(source + row * from->width, right, target, there);
+        every_pixel(source + row * from->row, right, target, there);
       }
-      for (size_t x = there; x < to->width; x++) target[x] = 0.0f;
+      for (size_t x = there; x < to->row; x++) target[x] = 0.0f;
     }
   }
 }

@@ -1,11 +1,10 @@
 /* A convolution with few zeros: no positions, four output channels share each load of pixels. The weights of
    four channels lie side by side, those of the last one to three likewise. */
-INLINE void dense_tile(size_t blocks, size_t across, size_t lists, value_kind vk, const strip *s, size_t i,
-                       size_t first, size_t from) {
+INLINE void dense_tile(size_t blocks, size_t lists, value_kind vk, const strip *s, size_t i, size_t first) {
   const convolution *c = s->c;
   const unsigned char *w = s->weights;
   size_t entry = i * c->group_channels * c->taps;
-  const float *in = s->in + i / c->group_outputs * c->group_step + from;
+  const float *in = s->in + i / c->group_outputs * c->group_step + first;
   float scale[4];
   vec sum[4 * DENSE_BLOCKS];
   UNROLL
@@ -23,7 +22,7 @@ INLINE void dense_tile(size_t blocks, size_t across, size_t lists, value_kind vk
       for (size_t j = 0; j < lists; j++) weight[j] = value(vk, w + c->values, entry + j, scale[j]);
       UNROLL
       for (size_t b = 0; b < blocks; b++) {
-        vec v = load(pixels_at(p, b, across, c->row));
+        vec v = load(p + b * LANES);
         UNROLL
         for (size_t j = 0; j < lists; j++) sum[j * blocks + b] += weight[j] * v;
       }
@@ -34,27 +33,24 @@ INLINE void dense_tile(size_t blocks, size_t across, size_t lists, value_kind vk
 }
 
 #undef TILE
-#define TILE(B, A) \
-  case 8 * B + A: \
+#define TILE(B) \
+  case B: \
     if (four) { \
-      dense_tile(B, A, 4, vk, s, i, first, from); \
+      dense_tile(B, 4, vk, s, i, first); \
     } else { \
-      dense_tile(B, A, 1, vk, s, i, first, from); \
+      dense_tile(B, 1, vk, s, i, first); \
     } \
     break;
 
 INLINE void convolve_dense(value_kind vk, const strip *s) {
   const convolution *c = s->c;
-  cut tiles = cut_strip(s, DENSE_BLOCKS);
   size_t fours = c->together == 4 ? c->outputs / 4 : 0, rounds = fours + (c->outputs - 4 * fours);
-  ptrdiff_t work = (ptrdiff_t)(tiles.tiles * rounds);
+  ptrdiff_t work = (ptrdiff_t)(tiles_of(s, DENSE_BLOCKS) * rounds);
   PARALLEL_FOR
   for (ptrdiff_t n = 0; n < work; n++) {
-    size_t here, at = tile_at(&tiles, (size_t)n / rounds, &here), round = (size_t)n % rounds, first = at * LANES;
+    size_t first = (size_t)n / rounds * DENSE_BLOCKS * LANES, round = (size_t)n % rounds;
     size_t i = round < fours ? 4 * round : 4 * fours + (round - fours);
-    size_t from = c->row ? at / tiles.wide * c->row + at % tiles.wide * LANES : first;
-    size_t across = c->row && tiles.wide < here ? tiles.wide : here;
     int four = round < fours;
-    switch (8 * here + across) { TILES_OF(DENSE_BLOCKS) }
+    switch (vectors_of(s, DENSE_BLOCKS, first)) { TILES_OF(DENSE_BLOCKS) }
   }
 }

@@ -1,14 +1,37 @@
-/* Everything else works on planes: `channels` planes of `height` x `width` pixels, `plane` floats apart. */
+/* Everything else works on planes: `channels` planes of `height` x `width` pixels, `plane` floats apart; their rows
+   `row` floats apart. Where that is more than `width`, zeros lie between rows, between planes, and in the `lead` floats
+   before the first one. */
 typedef struct {
-  uint32_t channels, height, width, plane;
+  uint32_t channels, height, width, plane, row, lead;
 } layout;
 
 UNUSED static size_t pixels_of(const layout *l) { return (size_t)l->height * l->width; }
 
+/* Write the zeros around planes; `rows`: those between rows as well. */
+UNUSED static void clear_border(float *out, const layout *l, int rows) {
+  memset(out - l->lead, 0, l->lead * sizeof(float));
+  for (size_t c = 0; c < l->channels; c++, out += l->plane) {
+    size_t used = (size_t)l->height * l->row;
+    for (size_t y = 0; rows && y < l->height; y++)
+      for (size_t x = l->width; x < l->row; x++) out[y * l->row + x] = 0.0f;
+    memset(out + used, 0, (l->plane - used) * sizeof(float));
+  }
+}
+
+/* Mark the pixels of a plane among its zeros. */
+UNUSED static void mark_pixels(uint32_t *mask, const layout *l) {
+  size_t n = ((size_t)l->height * l->row + 15) / 16 * 16;
+  for (size_t p = 0, x = 0; p < n; p++) {
+    mask[p] = x < l->width && p < (size_t)l->height * l->row ? 0xffffffffu : 0u;
+    if (++x == l->row) x = 0;
+  }
+}
+
 /* Planes one directly after the other, to planes `to->plane` floats apart. */
 UNUSED static void unpack(const float *in, float *out, const layout *to) {
   for (size_t c = 0; c < to->channels; c++)
-    memcpy(out + c * to->plane, in + c * pixels_of(to), pixels_of(to) * sizeof(float));
+    for (size_t y = 0; y < to->height; y++)
+      memcpy(out + c * to->plane + y * to->row, in + c * pixels_of(to) + y * to->width, to->width * sizeof(float));
 }
 
 /* The reverse. Returns where the next tensor's pixels go. */
@@ -38,7 +61,7 @@ INLINE void pool(int maximum, const float *in, const layout *from, float *out, c
           for (uint32_t j = 0; j < w->kernel_x; j++) {
             ptrdiff_t column = (ptrdiff_t)(x * w->stride_x + j * w->dilation_x) - (ptrdiff_t)w->pad_x;
             if (column < 0 || column >= (ptrdiff_t)from->width) continue;
-            float pixel = in[(size_t)c * from->plane + (size_t)row * from->width + (size_t)column];
+            float pixel = in[(size_t)c * from->plane + (size_t)row * from->row + (size_t)column];
             if (maximum) {
               found = found > pixel ? found : pixel;
             } else {
@@ -48,7 +71,7 @@ INLINE void pool(int maximum, const float *in, const layout *from, float *out, c
           }
         }
         if (w->whole) pixels = w->kernel_y * w->kernel_x;
-        out[(size_t)c * to->plane + y * to->width + x] = maximum ? found : found / (float)(pixels ? pixels : 1);
+        out[(size_t)c * to->plane + y * to->row + x] = maximum ? found : found / (float)(pixels ? pixels : 1);
       }
 }
 

@@ -18,9 +18,11 @@
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline, unused))
 #define UNUSED __attribute__((unused))
+#define PREFETCH(P) __builtin_prefetch(P)
 #else
 #define INLINE static inline
 #define UNUSED
+#define PREFETCH(P)
 #endif
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -45,8 +47,7 @@
 #endif
 #endif
 /* A tile holds the sums of BLOCKS vectors of pixels, for LISTS channels at once, in registers; a tile of at most
-   NARROW vectors those of four channels, a dense one those of four channels over DENSE_BLOCKS vectors. TILES are the
-   shapes: vectors, and how many of them in a row. */
+   NARROW vectors those of four channels, a dense one those of four channels over DENSE_BLOCKS vectors. */
 #if !defined(BLOCKS)
 #if LANES == 16
 #define BLOCKS 6
@@ -70,10 +71,10 @@
 #define DENSE_BLOCKS 2
 #endif
 #endif
-#define TILES_2 TILE(1, 1) TILE(2, 2) TILE(2, 1)
-#define TILES_3 TILES_2 TILE(3, 3) TILE(3, 1)
-#define TILES_6 TILES_3 TILE(4, 4) TILE(5, 5) TILE(6, 6) TILE(4, 1) TILE(5, 1) TILE(6, 1) TILE(4, 2) TILE(6, 2) TILE(6, 3)
-#define TILES_8 TILES_6 TILE(7, 7) TILE(8, 8) TILE(7, 1) TILE(8, 1) TILE(8, 2) TILE(8, 4)
+#define TILES_2 TILE(1) TILE(2)
+#define TILES_3 TILES_2 TILE(3)
+#define TILES_6 TILES_3 TILE(4) TILE(5) TILE(6)
+#define TILES_8 TILES_6 TILE(7) TILE(8)
 #define TILES_OF_(B) TILES_##B
 #define TILES_OF(B) TILES_OF_(B)
 
@@ -85,6 +86,13 @@ typedef float vec;
 #endif
 
 INLINE vec load(const float *p) {
+  vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+/* The mask of a vector's pixels. */
+INLINE vec load_mask(const uint32_t *p) {
   vec v;
   memcpy(&v, p, sizeof v);
   return v;
