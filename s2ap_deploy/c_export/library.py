@@ -63,36 +63,49 @@ class Library:
     """
 
     def __init__(
-        self, content: bytes, weights: bytes, size: tuple[int, int, int], classes: int, workspace: int
+        self,
+        content: bytes,
+        weights: bytes,
+        size: tuple[int, int, int],
+        classes: int,
+        workspace: int,
+        images_at_once: int = 1,
     ) -> None:
-        """Store the library; ``workspace`` is in bytes per image."""
-        self._state = (content, weights, size, classes, workspace)
+        """Store the library; ``workspace`` is in bytes per image. Several images need a build with OpenMP."""
+        self._state = (content, weights, size, classes, workspace, images_at_once)
         self._loaded: ctypes.CDLL | None = None
 
     @classmethod
-    def of(cls, sources: Sources, content: bytes) -> Library:
+    def of(cls, sources: Sources, content: bytes, images_at_once: int = 1) -> Library:
         """Return the library that was built from ``sources``."""
         layouts, program = sources.placement.layouts, sources.placement.program
         classes = layouts[program.output].shape[0]
-        return cls(content, sources.weights, layouts[0].shape, classes, sources.workspace_bytes)
+        workspace = sources.workspace_bytes
+        return cls(content, sources.weights, layouts[0].shape, classes, workspace, images_at_once)
+
+    @property
+    def bytes(self) -> int:
+        """The size of the built library, without weights in a file of their own."""
+        return len(self._state[0])
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Compute logits. Raises ValueError for images of another size."""
-        _, weights, size, classes, workspace = self._state
+        _, weights, size, classes, workspace, images_at_once = self._state
         if images.shape[1:] != size:
             raise ValueError(f"images of {images.shape[1:]}, not {size}")
         pixels = np.ascontiguousarray(images, np.float32)
         logits = np.empty((len(images), classes), np.float32)
-        space = np.empty(workspace // 4 + LANES, np.float32)
+        space = np.empty(images_at_once * workspace // 4 + LANES, np.float32)
         aligned = -space.ctypes.data // 4 % LANES
-        self.loaded.model_run_batch(
+        done = self.loaded.model_run_batch(
             weights,
             pixels.ctypes.data_as(ctypes.c_void_p),
             ctypes.c_size_t(len(images)),
             logits.ctypes.data_as(ctypes.c_void_p),
             space[aligned:].ctypes.data_as(ctypes.c_void_p),
-            ctypes.c_size_t(1),
+            ctypes.c_size_t(images_at_once * workspace),
         )
+        assert done
         return logits
 
     @property
@@ -103,7 +116,7 @@ class Library:
                 path = Path(folder) / "model.so"
                 path.write_bytes(self._state[0])
                 self._loaded = ctypes.CDLL(str(path))
-            self._loaded.model_run_batch.restype = None
+            self._loaded.model_run_batch.restype = ctypes.c_int
             self._loaded.model_run_batch.argtypes = [
                 ctypes.c_char_p,
                 ctypes.c_void_p,

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from s2ap_deploy.c_export.library import Library
 from s2ap_deploy.c_export.lowering import lower
+from s2ap_deploy.c_export.packing import MAX_BYTES, Blob
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.onnx_export.graph import to_onnx
@@ -188,6 +190,22 @@ def test_unknown_operators_are_named() -> None:
         UsageError, match="Softplus", check=lambda error: error.code == "operator-unsupported"
     ):
         lower(helper.make_model(graph))
+
+
+def test_a_workspace_that_is_too_small_computes_nothing(compiled) -> None:
+    built = compiled(prune(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), 0.5), (3, 8, 8))
+    content, weights, size, classes, workspace, _ = built.__getstate__()
+    small = Library(content, weights, size, classes, workspace - 4)
+    with pytest.raises(AssertionError):
+        small(images((3, 8, 8)))
+
+
+def test_weights_over_two_gigabytes_are_refused_before_they_are_written() -> None:
+    blob = Blob()
+    huge = np.broadcast_to(np.float32(0), (MAX_BYTES // 4 + 1,))  # one number in memory
+    with pytest.raises(UsageError, check=lambda error: error.code == "weights-too-large"):
+        blob.add(huge)
+    assert len(blob.data) == 0
 
 
 def test_logits_do_not_depend_on_the_batch(compiled) -> None:

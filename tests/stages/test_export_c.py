@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from s2ap_deploy.c_export.lowering import _STEPS
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.onnx_export.inference import logits, session
@@ -83,6 +84,24 @@ def test_a_compiler_that_fails_leaves_no_file(own_run, s2ap, monkeypatch) -> Non
     done = s2ap("export", "--c", "--run", own_run, "--json")
     assert (done.code, done.answer["code"]) == (1, "compiler-failed")
     assert not list((own_run / "export-c").glob("*.onnx"))
+
+
+def test_an_unknown_operator_is_refused_before_anything_is_written(own_run, s2ap, monkeypatch) -> None:
+    monkeypatch.delitem(_STEPS, "Relu")
+    done = s2ap.refused("operator-unsupported", "export", "--c", "--run", own_run)
+    assert "Relu" in done.answer["error"]
+    assert not list((own_run / "export-c").glob("*"))
+
+
+def test_a_folder_that_exists_is_kept_unless_it_may_be_overwritten(own_run, s2ap, monkeypatch) -> None:
+    monkeypatch.setenv("CC", "there-is-no-such-compiler")
+    s2ap.ok("export", "--c", "--run", own_run)
+    source = own_run / "export-c" / "c" / "model.c"
+    before = source.stat().st_mtime_ns
+    assert s2ap("export", "--c", "--values", "float16", "--run", own_run, "--json").code == 2
+    assert source.stat().st_mtime_ns == before
+    s2ap.ok("export", "--c", "--values", "float16", "--overwrite", "--run", own_run)
+    assert source.stat().st_mtime_ns > before
 
 
 def test_int8_arithmetic_is_refused(own_run, s2ap) -> None:

@@ -39,10 +39,10 @@ const char *model_class_name(int index);
    means nothing. `logits`: MODEL_CLASSES floats. */
 void model_run(const void *weights, const float *image, float *logits, void *workspace);
 
-/* The same for `count` images one after the other; with OpenMP, `workspaces` of them at once, each in its own
-   MODEL_WORKSPACE_BYTES of `workspace`. */
-void model_run_batch(const void *weights, const float *images, size_t count, float *logits, void *workspace,
-                     size_t workspaces);
+/* The same for `count` images one after the other; with OpenMP as many at once as `workspace`, of `bytes` bytes, holds
+   MODEL_WORKSPACE_BYTES. Returns 1, or 0 where it does not hold them once: then nothing was computed. */
+int model_run_batch(const void *weights, const float *images, size_t count, float *logits, void *workspace,
+                    size_t bytes);
 
 #ifdef __cplusplus
 }}

@@ -28,13 +28,16 @@ void model_run(const void *weights, const float *image, float *logits, void *wor
 /*BODY*/
 }
 
-void model_run_batch(const void *weights, const float *images, size_t count, float *logits, void *workspace,
-                     size_t workspaces) {
-  ptrdiff_t workers = (ptrdiff_t)workspaces;
+int model_run_batch(const void *weights, const float *images, size_t count, float *logits, void *workspace,
+                    size_t bytes) {
+  size_t workspaces = bytes / MODEL_WORKSPACE_BYTES;
+  ptrdiff_t workers = (ptrdiff_t)(workspaces < count ? workspaces : count);
+  if (workspaces == 0) return 0;
   PARALLEL_FOR
   for (ptrdiff_t worker = 0; worker < workers; worker++) {
     unsigned char *space = (unsigned char *)workspace + (size_t)worker * MODEL_WORKSPACE_BYTES;
-    for (size_t i = (size_t)worker; i < count; i += workspaces)
+    for (size_t i = (size_t)worker; i < count; i += (size_t)workers)
       model_run(weights, images + i * MODEL_CHANNELS * MODEL_HEIGHT * MODEL_WIDTH, logits + i * MODEL_CLASSES, space);
   }
+  return 1;
 }
