@@ -98,9 +98,9 @@ def test_a_folder_that_exists_is_kept_unless_it_may_be_overwritten(own_run, s2ap
     s2ap.ok("export", "--c", "--run", own_run)
     source = own_run / "export-c" / "c" / "model.c"
     before = source.stat().st_mtime_ns
-    assert s2ap("export", "--c", "--values", "float16", "--run", own_run, "--json").code == 2
+    assert s2ap("export", "--c", "--c-positions", "small", "--run", own_run, "--json").code == 2
     assert source.stat().st_mtime_ns == before
-    s2ap.ok("export", "--c", "--values", "float16", "--overwrite", "--run", own_run)
+    s2ap.ok("export", "--c", "--c-positions", "small", "--overwrite", "--run", own_run)
     assert source.stat().st_mtime_ns > before
 
 
