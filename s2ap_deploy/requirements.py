@@ -45,6 +45,7 @@ EXTRAS = {
     "transformers": ("transformers",),
 }
 BOUNDS = {"timm": '"timm>=1.0.9,<2"', "transformers": '"transformers>=4.50,<6"'}
+SIGNING = "extra == 'signing'"
 GATE = ("click", "pydantic", "PyYAML")
 """The distributions that ``gate`` and ``verify --files`` import."""
 
@@ -97,11 +98,13 @@ def _name(requirement: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Print what ``gate`` needs, one requirement per line."""
-    if arguments != ["gate"]:
-        sys.stderr.write("usage: python -m s2ap_deploy.requirements gate\n")
+    """Print what ``gate`` needs, one requirement per line, and with ``signing`` what signatures need."""
+    if arguments not in (["gate"], ["gate", "signing"]):
+        sys.stderr.write("usage: python -m s2ap_deploy.requirements gate [signing]\n")
         return 2
-    print("\n".join(gate_requirements()))
+    declared = (each.replace('"', "'").partition(";") for each in metadata.requires(DISTRIBUTION) or [])
+    signing = [requirement for requirement, _, marker in declared if marker.strip() == SIGNING]
+    print("\n".join([*gate_requirements(), *(signing if "signing" in arguments else [])]))
     return 0
 
 

@@ -1,5 +1,6 @@
 """What CI gets besides the exit code, through a real process, the composite action and the documentation."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -119,7 +120,7 @@ class TestAction:
     """The composite action, run as GitHub's runner would run its script."""
 
     content: dict[str, Any] = yaml.safe_load(ACTION.read_text(encoding="utf-8"))
-    (step,) = content["runs"]["steps"]
+    install, step = content["runs"]["steps"]
 
     def run(self, tmp_path: Path, **inputs: str) -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
         given = {name: str(each["default"]) for name, each in self.content["inputs"].items()}
@@ -154,7 +155,8 @@ class TestAction:
         }
         inputs = set(self.content["inputs"])
         assert flags - inputs == {"plan", "summary"}
-        assert inputs <= flags
+        assert inputs - flags == {"package"}
+        inputs -= {"package"}
         passed = set(re.findall(r"inputs\.([a-z-]+)", "".join(self.step["env"].values())))
         assert passed == inputs
         assert "${{" not in self.step["run"]
@@ -182,6 +184,45 @@ class TestAction:
         assert not (tmp_path / "pwned").exists()
         assert (tmp_path / "a b.xml").exists() == ("junit" in inputs)
 
+    @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+    @pytest.mark.parametrize(
+        ("package", "installed"),
+        [
+            ("", "SOURCE/../../.."),
+            ("0.1.0", "s2ap-deploy==0.1.0"),
+            ("wheels/s2ap_deploy-0.1.0-py3-none-any.whl", "wheels/s2ap_deploy-0.1.0-py3-none-any.whl"),
+            ("--upgrade; touch pwned", "--upgrade; touch pwned"),
+            ("installed", None),
+        ],
+    )
+    def test_it_installs_itself_without_torch(self, package, installed, tmp_path) -> None:
+        stub = tmp_path / "bin" / "python"
+        stub.parent.mkdir()
+        # Everything is a module: pip tells what it would install, requirements are the real ones.
+        stub.write_text(
+            f'#!/bin/sh\n[ "$2" = pip ] || exec "{sys.executable}" "$@"\n'
+            'shift 2\nfor word; do printf "%s|" "$word"; done >> pip.log\necho >> pip.log\n'
+        )
+        stub.chmod(0o755)
+        environment = os.environ | {
+            "PATH": f"{stub.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+            "GATE_PACKAGE": package, "GATE_SOURCE": "SOURCE/../../..", "GATE_PUBLIC_KEY": "key.pub",
+            "RUNNER_TEMP": str(tmp_path),
+        }  # fmt: skip
+        assert set(self.install["env"]) <= set(environment)
+        script = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", self.install["run"]]
+        subprocess.run(script, env=environment, cwd=tmp_path, check=True, timeout=60)
+        assert not (tmp_path / "pwned").exists()
+        if installed is None:
+            assert not (tmp_path / "pip.log").exists()
+            return
+        first, second = (tmp_path / "pip.log").read_text().splitlines()
+        assert first == f"install|--no-deps|--|{installed}|"
+        assert second == f"install|--no-warn-conflicts|-r|{tmp_path}/s2ap-deploy.txt|"
+        listed = (tmp_path / "s2ap-deploy.txt").read_text()
+        names = [re.split(r"[^\w-]", line)[0].lower() for line in listed.splitlines()]
+        assert names == ["click", "pydantic", "pyyaml", "model-signing", "pyopenssl"]
+
     def test_its_outputs_are_those_of_the_script(self) -> None:
         for name, output in self.content["outputs"].items():
             assert output["value"] == f"${{{{ steps.{self.step['id']}.outputs.{name} }}}}"
@@ -196,8 +237,10 @@ def examples() -> Iterator[tuple[str, dict[str, Any]]]:
 def test_the_examples_for_github_and_gitlab_name_what_there_is() -> None:
     found = dict(examples())
     steps = found["github"]["jobs"]["gate"]["steps"]
-    (ours,) = [step for step in steps if step.get("uses", "").startswith("./")]
-    assert (ROOT / ours["uses"] / "action.yml") == ACTION
+    (ours,) = [step for step in steps if step.get("uses", "").startswith("OWNER/")]
+    place, _, tag = ours["uses"].removeprefix("OWNER/s2ap-deploy/").partition("@")
+    assert (ROOT / place / "action.yml") == ACTION
+    assert tag == f"v{importlib.metadata.version('s2ap-deploy')}"
     assert set(ours["with"]) <= set(TestAction.content["inputs"])
     assert steps[-1]["with"]["sarif_file"] == ours["with"]["sarif"]
     job = found["gitlab"]["gate"]
@@ -206,6 +249,11 @@ def test_the_examples_for_github_and_gitlab_name_what_there_is() -> None:
     command.make_context("gate", words[2:])
     assert job["artifacts"]["reports"]["junit"] == words[words.index("--junit") + 1]
     assert job["artifacts"]["when"] == "always"
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    (repository,) = found["precommit"]["repos"]
+    assert repository["rev"] == tag
+    assert [each["id"] for each in repository["hooks"]] == [hook["id"]]
+    command.make_context("gate", [*hook["entry"].split()[2:], *repository["hooks"][0]["args"]])
 
 
 def test_the_documentation_lists_every_option_and_exit_code() -> None:

@@ -111,14 +111,15 @@ def typed(text: str) -> list[str]:
 
 
 def workflow(content: Mapping[str, Any]) -> list[str]:
-    """The commands of a GitHub workflow (steps) or a GitLab pipeline (scripts); none in a recipe."""
-    found = []
+    """The commands of a GitHub workflow (steps), a GitLab pipeline (scripts) or hooks; none in a recipe."""
+    hooks = [hook for each in content.get("repos", []) for hook in each["hooks"]]
+    found = [f"s2ap-deploy gate {shlex.join(hook['args'])}" for hook in hooks]
     for job in [*content.get("jobs", {}).values(), *content.values()]:
         job = job if isinstance(job, dict) else {}
         found += job.get("script", [])
         for step in job.get("steps", []):
             found += typed(step.get("run", ""))
-            if step.get("uses") == "./.github/actions/gate":
+            if "/.github/actions/gate@" in step.get("uses", ""):
                 found.append("s2ap-deploy gate " + " ".join(f"--{k} {v}" for k, v in step["with"].items()))
             elif "uses" in step:
                 found.append(f"uses: {step['uses']}")
