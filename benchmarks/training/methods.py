@@ -220,7 +220,9 @@ def run(job: tuple[argparse.Namespace, Base, str, float, float, int]) -> dict[st
             ),
         )  # fmt: skip
     else:
-        found = choose_once(scoring.scored, subset, args.batch_size, objective, env)
+        found = choose_once(
+            scoring.scored, subset, section.search.model_copy(update=schedule), objective, env
+        )
     save_tensors(args.work / f"{name}-scores.safetensors", found.scores)
     save_tensors(args.work / f"{name}-masks.safetensors", found.masks)
     judged = first(images.validation, VALIDATED, base.by_class)

@@ -166,7 +166,9 @@ network_options = stacked(
     trust_option,
 )
 preset_option = click.option(
-    "--preset", type=click.Choice(list(PRESETS)), help="20 + 100 epochs, or 5 + 5.  [default: published]"
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    help="20 + 100 epochs, 5 + 5, or all settings of HYDRA's or HARP's code.  [default: published]",
 )
 
 

@@ -91,7 +91,7 @@ def search_cost(
 
     def step(images: int, objective: Objective) -> None:
         batch = _batch(images, size, classes, device)
-        ball = ScorePerturbation(scored.scores, section.gamma) if perturbed else None
+        ball = ScorePerturbation(scored.scores, section.radius) if perturbed else None
         noise = generator(0, "probe", device=device)
         adversary = Adversary(objective)
         for _ in range(adversary.replays):
@@ -102,7 +102,7 @@ def search_cost(
 
 def _scaled(step: Step, objective: Objective, batch_size: int, device: torch.device) -> StepCost:
     """Time ``step`` on a small batch with few attack steps, and scale up to the real numbers."""
-    plain = objective.loss in ("fast", "free")
+    plain = objective.loss in ("fast", "free", "natural")
     once = objective if plain else dataclasses.replace(objective, attack_steps=1)
     images = min(batch_size, _FEW)
     step(images, once)  # the first one also pays for lazy set-up
@@ -112,7 +112,7 @@ def _scaled(step: Step, objective: Objective, batch_size: int, device: torch.dev
         seconds = _timed(step, images, once, device)
     whole = batch_size / images
     if plain:  # two passes per update: the attack's and the loss's
-        return StepCost(seconds * whole, seconds / (2 * objective.steps * images))
+        return StepCost(seconds * whole, seconds / (2 * max(objective.steps, 1) * images))
     more = _timed(step, images, dataclasses.replace(objective, attack_steps=3), device)
     one = max((more - seconds) / 2, 0.0)
     return StepCost((seconds + (objective.steps - 1) * one) * whole, one / images)
@@ -176,7 +176,7 @@ class Timing:
         seconds = part.epochs * steps * rest.step
         if section.perturbs:
             top = self._search(scene, job, section, perturbed=True)
-            seconds += (part.epochs - section.warmup) * steps * max(top.step - rest.step, 0.0)
+            seconds += (section.s2ap_until - section.warmup) * steps * max(top.step - rest.step, 0.0)
         seconds += part.epochs * self._validation(scene, rest)
         told = section.diagnostics
         if told.every:

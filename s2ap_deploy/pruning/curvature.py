@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from s2ap_deploy.errors import InputError, UsageError
 from s2ap_deploy.runtime import generator
 
 Operator = Callable[[Tensor], Tensor]
+Ball = Literal["layer", "elementwise"]
+Signs = Literal["keep", "follow"]
+GAMMA_RANGE = (1e-7, 1.0)  # of a gamma that follows the flip rate
 
 
 @dataclass(frozen=True)
@@ -340,12 +344,26 @@ class ScorePerturbation:
     S2AP solves min_s max_z L(w ⊙ M(s+z)) subject to ‖z_l‖₂ ≤ gamma ‖s_l‖₂ for every layer l
     (arXiv 2510.18381). One normalized ascent step, as in SAM and AWP, solves the inner problem:
     z_l = gamma ‖s_l‖₂ g_l / ‖g_l‖₂, with g_l the loss gradient at s_l. ``gamma`` has no unit.
-    Masks at s + z keep the signs of s (see ``ScoredNetwork.update_signs``).
+
+    ``ball`` "elementwise" is |z_i| <= gamma |s_i| instead, whose step is z = gamma |s| sgn(g): the ball of
+    ASAM (Kwon et al., 2021, eq. 5, p = ∞). With ``signs`` "keep" masks at s + z keep the signs of s (see
+    ``ScoredNetwork.update_signs``), with "follow" they rank |s + z|.
+
+    With a ``flip_target``, gamma is a tensor that follows the flip rate: :meth:`follow`.
     """
 
-    def __init__(self, scores: Mapping[str, Tensor], gamma: float) -> None:
-        self.scores = scores
-        self.gamma = gamma
+    def __init__(
+        self,
+        scores: Mapping[str, Tensor],
+        gamma: float,
+        *,
+        ball: Ball = "layer",
+        signs: Signs = "keep",
+        flip_target: float | None = None,
+    ) -> None:
+        self.scores, self.ball, self.signs, self.flip_target = scores, ball, signs, flip_target
+        device = next(iter(scores.values())).device
+        self.gamma: float | Tensor = gamma if flip_target is None else torch.tensor(gamma, device=device)
         self.saved: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -355,8 +373,11 @@ class ScorePerturbation:
         for name, score in self.scores.items():
             self.saved[name] = score.clone()
             length = gradients[name].norm()
-            # 1e-12 lets a dead layer, whose gradient is 0, stay where it is instead of becoming NaN.
-            score.add_(gradients[name] * (self.gamma * score.norm() / (length + 1e-12)))
+            if self.ball == "elementwise":
+                score.add_(self.gamma * score.abs() * gradients[name].sign())
+            else:
+                # 1e-12 lets a dead layer, whose gradient is 0, stay where it is instead of becoming NaN.
+                score.add_(gradients[name] * (self.gamma * score.norm() / (length + 1e-12)))
             moved.append(length > 0)
         return torch.stack(moved).any()
 
@@ -365,3 +386,24 @@ class ScorePerturbation:
         """Apply s + z → s, by copy: adding and subtracting z would drift in the last bits."""
         for name, score in self.scores.items():
             score.copy_(self.saved.pop(name))
+
+    @torch.no_grad()
+    def follow(self, flip_rate: Tensor) -> None:
+        """Move gamma towards the flip target by the flip rate of a step, without waiting for the device.
+
+        log gamma moves by (1 - rate / target) / 5, so that it rests where the *mean* rate of steps is the
+        target; a single step halves it at most.
+        """
+        if self.flip_target is None:
+            return
+        move = ((1 - flip_rate / self.flip_target) / 5).clamp_min(-math.log(2))
+        self.gamma = (self.gamma * move.exp()).clamp(*GAMMA_RANGE)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a resumed search needs: the gamma that follows."""
+        return {} if self.flip_target is None else {"gamma": torch.as_tensor(self.gamma)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state` returned."""
+        if self.flip_target is not None:
+            self.gamma = state["gamma"].to(torch.as_tensor(self.gamma))

@@ -24,6 +24,7 @@ from s2ap_deploy.training.objective import Objective
 
 NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 GRADIENT_BATCHES = 10
+AFFINE = "affine/"  # before the names of gradients that are not of scores
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Start = Callable[[Tensor, torch.Generator, Tensor | None], Tensor]
@@ -171,9 +172,10 @@ class ScoredNetwork:
     """Hold a network with frozen weights and one score per unit that can be pruned.
 
     ``granularity`` says what a unit is and ``allocation`` how many each layer keeps. Rows of the layers in
-    ``covered`` (the classifier's classes) keep at least one weight each. Biases and normalization stay as
-    they are; BatchNorm statistics move with every pass in train mode. Scores are float32 whatever the
-    network's precision; by default they are the scaled weights.
+    ``covered`` (the classifier's classes) keep at least one weight each. The parameters ``affine`` learn with
+    the scores, as BatchNorm's do in published code; other biases and normalization stay as they are, and
+    BatchNorm statistics move with every pass in train mode. Scores are float32 whatever the network's
+    precision; by default they are the scaled weights.
     """
 
     def __init__(
@@ -183,6 +185,7 @@ class ScoredNetwork:
         allocation: Allocation,
         scores: Mapping[str, Tensor] | None = None,
         covered: Sequence[str] = (),
+        affine: Sequence[str] = (),
     ) -> None:
         parameters = dict(network.named_parameters())
         self.network = network
@@ -195,8 +198,9 @@ class ScoredNetwork:
         self.start_from({name: scaled(unit) for name, unit in units.items()} if scores is None else scores)
         for parameter in parameters.values():
             parameter.requires_grad_(False)
-        for masked in self.masked.values():
-            masked.requires_grad_(True)
+        self.affine = {name: parameters[name] for name in affine}
+        for learning in (*self.masked.values(), *self.affine.values()):
+            learning.requires_grad_(True)
 
     def start_from(self, scores: Mapping[str, Tensor]) -> None:
         """Take a copy of ``scores`` as those to learn. Raises InputError where they do not fit the units."""
@@ -243,8 +247,8 @@ class ScoredNetwork:
         return masks
 
     def parameters(self) -> list[Tensor]:
-        """Return what the optimizer moves: the scores, and what the allocation learns."""
-        return [*self.scores.values(), *self.allocation.parameters()]
+        """Return what the optimizer moves: the scores, what the allocation learns, and ``affine``."""
+        return [*self.scores.values(), *self.allocation.parameters(), *self.affine.values()]
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
         """Compute dL/ds by the straight-through estimator: sgn(s) · w ⊙ dL/d(w ⊙ M), summed over a unit.
@@ -252,7 +256,8 @@ class ScoredNetwork:
         HYDRA (Sehwag et al., 2020, section 3).
 
         Pruned weights get a gradient too, or none could ever return. sgn(0) is +1: torch's derivative
-        of |s| at 0 is 0, and a score that starts there would stay there.
+        of |s| at 0 is 0, and a score that starts there would stay there. The gradients of ``affine`` come
+        along, under names of their own.
         """
         torch.autograd.backward(loss)
         products = {}
@@ -265,13 +270,21 @@ class ScoredNetwork:
                 products[name] = self.weights[name] * masked.grad
                 masked.grad = None
             gathered = self.granularity.gather(products)
-            return {name: self.signs[name] * gradient for name, gradient in gathered.items()}
+            found = {name: self.signs[name] * gradient for name, gradient in gathered.items()}
+            for name, parameter in self.affine.items():
+                found[AFFINE + name] = (
+                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                )
+                parameter.grad = None
+            return found
 
     def assign(self, gradients: Mapping[str, Tensor]) -> None:
         """Set the gradients of the scores, and those that follow for the allocation."""
         for name, score in self.scores.items():
             score.grad = gradients[name]
-        self.allocation.assign({name: self.signs[name] * value for name, value in gradients.items()})
+        for name, parameter in self.affine.items():
+            parameter.grad = gradients[AFFINE + name]
+        self.allocation.assign({name: self.signs[name] * gradients[name] for name in self.scores})
 
 
 def keep_one_per_row(importance: Tensor) -> Tensor:

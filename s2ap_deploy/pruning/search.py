@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from s2ap_deploy.data.splits import Split
 from s2ap_deploy.errors import InputError
-from s2ap_deploy.pruning.curvature import ScorePerturbation
+from s2ap_deploy.pruning.curvature import Ball, ScorePerturbation, Signs
 from s2ap_deploy.pruning.masks import departed, hamming, replaced
 from s2ap_deploy.pruning.scores import ScoredNetwork
 from s2ap_deploy.recipe.sections import SearchSection
@@ -40,10 +40,28 @@ Diagnose = Callable[[ScoredNetwork, int], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Perturbation:
-    """S2AP's radius relative to each layer's score norm, and the epochs before it is switched on."""
+    """S2AP's radius, and the epochs before it is switched on; see ``ScorePerturbation`` for the rest.
+
+    ``until``: the epochs after which it is off again, None for the end. With a ``flip_target``, ``gamma`` is
+    only where the radius starts.
+    """
 
     gamma: float
     warmup_epochs: int
+    until: int | None = None
+    ball: Ball = "layer"
+    signs: Signs = "keep"
+    flip_target: float | None = None
+
+    def of(self, scores: Mapping[str, Tensor]) -> ScorePerturbation:
+        """Return the perturbation of ``scores``."""
+        return ScorePerturbation(
+            scores, self.gamma, ball=self.ball, signs=self.signs, flip_target=self.flip_target
+        )
+
+    def acts(self, epoch: int) -> bool:
+        """Return whether it is on in ``epoch``, counted from 0."""
+        return self.warmup_epochs <= epoch and (self.until is None or epoch < self.until)
 
 
 @dataclass(frozen=True)
@@ -73,7 +91,7 @@ def search(
 
     Args:
         scored: keeps the final mask, which meets its budget exactly, with BatchNorm measured under it.
-        section: the schedule. Scores have no weight decay.
+        section: the schedule, and the departures from published code that it asks for.
         objective: the loss, with its attack. Free training makes ``replays`` updates per batch.
         perturbation: S2AP's radius and warm-up; None searches without it.
         diagnose: returns more figures for an epoch, by its number. It and the last measurement of BatchNorm
@@ -82,23 +100,28 @@ def search(
     Raises InputError when the loss stops being finite, or when S2AP never moved a score.
     """
     network = scored.network
-    # No weight decay: it would pull scores towards the mask's threshold, and quotas towards a half.
-    optimizer = torch.optim.SGD(scored.parameters(), lr=section.learning_rate, momentum=section.momentum)
+    # Weight decay, by default 0, pulls scores towards the mask's threshold, and quotas towards a half.
+    optimizer = torch.optim.SGD(
+        scored.parameters(),
+        lr=section.learning_rate,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+    )
     adversary = Adversary(objective, env.ranks)
+    ball = None if perturbation is None else perturbation.of(scored.scores)
     loop = EpochLoop("search", network, optimizer, adversary, data, section, env)
-    history, perturbed_steps = resume(scored, optimizer, adversary, env)
+    history, perturbed_steps = resume(scored, optimizer, adversary, ball, env)
     loop.begin(len(history))
 
     for epoch in range(len(history), section.epochs):
-        # S2AP moves the scores only after its warm-up.
-        acts = perturbation is not None and epoch >= perturbation.warmup_epochs
-        ball = ScorePerturbation(scored.scores, perturbation.gamma) if perturbation and acts else None
+        # S2AP moves the scores only in its epochs: after the warm-up, by default.
+        acting = ball if perturbation is not None and perturbation.acts(epoch) else None
         # Train the scores for one epoch.
         before = scored.select()
         steps: list[Update] = []
         for batch, noise in loop.batches(epoch):
             with loop.computing:
-                steps.append(update(scored, optimizer, adversary, batch, noise, ball))
+                steps.append(update(scored, optimizer, adversary, batch, noise, acting))
         # Let quotas that learn tighten, and measure the epoch under the mask that it ends with.
         scored.allocation.end_epoch()
         selection = scored.select()
@@ -112,6 +135,7 @@ def search(
             replaced=replaced(before, selection),
             hamming=hamming(before, selection),
             flip_rate=mean([step.flip_rate for step in steps if step.flip_rate is not None]),
+            gamma=float(acting.gamma) if acting is not None and acting.flip_target is not None else None,
             **figures,
         )
         # Record the epoch and save a snapshot, from which --resume continues.
@@ -119,7 +143,7 @@ def search(
         history.append(row)
         perturbed_steps += count([step.perturbed for step in steps if step.perturbed is not None])
         loop.record(row)
-        save(scored, optimizer, adversary, history, perturbed_steps, env)
+        save(scored, optimizer, adversary, ball, history, perturbed_steps, env)
 
     env.recorder.end()
     if perturbation is not None and perturbed_steps == 0:
@@ -134,7 +158,7 @@ def search(
     warn_of_quotas(learned, int(units(scored.select())), env.recorder)
     seed_layers(env.seed, "search", "layers", section.epochs, env.ranks.rank)
     with shared_statistics(network, env.ranks):
-        recalibrate(network, calibration(network, data.train, objective, section.batch_size, env))
+        recalibrate_by(section, network, data.train, objective, env)
     return SearchResult(scored.scores, masks, history, perturbed_steps)
 
 
@@ -191,6 +215,8 @@ def update(
         # S2AP: g above, of all ranks, is the ascent direction at s; the descent uses the gradient at s + z,
         # on the same adversarial images, and is applied to s.
         perturbed = ball.perturb(gradients)
+        if ball.signs == "follow":
+            scored.update_signs()
         shifted = scored.select()
         scored.apply_mask(shifted)
         top = Accumulator(ranks)
@@ -201,6 +227,7 @@ def update(
         gradients = top.summed()
         ball.restore()
         flip_rate = departed(selection, shifted) / units(selection)
+        ball.follow(flip_rate)
     # Descend in score space.
     scored.assign(gradients)
     optimizer.step()
@@ -214,12 +241,16 @@ def contribution(objective: Objective, network: nn.Module, part: MicroBatch, adv
 
 
 def choose_once(
-    scored: ScoredNetwork, train: Split, batch_size: int, objective: Objective, env: TrainingEnvironment
+    scored: ScoredNetwork,
+    train: Split,
+    section: SearchSection,
+    objective: Objective,
+    env: TrainingEnvironment,
 ) -> SearchResult:
     """Take the mask of scores that do not learn (magnitude, SNIP), and measure BatchNorm under it."""
     masks = scored.finish()
     alone = TrainingEnvironment(env.device, env.seed)
-    recalibrate(scored.network, calibration(scored.network, train, objective, batch_size, alone))
+    recalibrate_by(section, scored.network, train, objective, alone)
     return SearchResult(scored.scores, masks, [], 0)
 
 
@@ -251,21 +282,36 @@ def warn_of_quotas(learned: int, allowed: int, recorder: Recorder) -> None:
         )
 
 
+def recalibrate_by(
+    section: SearchSection, network: nn.Module, train: Split, objective: Objective, env: TrainingEnvironment
+) -> None:
+    """Measure BatchNorm under the final mask on the batches that ``section.recalibration`` names."""
+    if section.recalibration != "none":
+        clean = section.recalibration == "both" or objective.needs_clean_logits or objective.loss == "natural"
+        recalibrate(network, calibration(network, train, objective, section.batch_size, env, clean=clean))
+
+
 def calibration(
-    network: nn.Module, train: Split, objective: Objective, batch_size: int, env: TrainingEnvironment
+    network: nn.Module,
+    train: Split,
+    objective: Objective,
+    batch_size: int,
+    env: TrainingEnvironment,
+    *,
+    clean: bool = True,
 ) -> Iterator[Tensor]:
-    """Yield batches as training saw them: clean images, then adversarial ones.
+    """Yield batches of clean images, unless not ``clean``, and of adversarial ones in turn.
 
     The attack runs on a copy, which keeps the statistics that are being recomputed.
     """
-    # Attack a copy; clean and adversarial batches alternate.
     target = copy.deepcopy(network)
     batches = rank_batches(train, batch_size, ranks=env.ranks, seed=env.seed, epoch=-1, device=env.device)
     for step, batch in enumerate(batches):
         if step == RECALIBRATION_BATCHES // 2:
             return
         (part,) = batch.micro_batches()
-        yield part.images
+        if clean:
+            yield part.images
         noise = generator(env.seed, "calibrate", step, device=env.device)
         yield objective.attack(target, part.images, part.labels, part.stream(noise))
 
@@ -274,23 +320,31 @@ def save(
     scored: ScoredNetwork,
     optimizer: torch.optim.Optimizer,
     adversary: Adversary,
+    ball: ScorePerturbation | None,
     history: list[Epoch],
     perturbed_steps: int,
     env: TrainingEnvironment,
 ) -> None:
     """Save everything that the next epoch depends on."""
-    groups = {
+    groups: dict[str, Mapping[str, Tensor]] = {
         "score": scored.scores,
         "allocation": scored.allocation.state(),
         "adversary": adversary.state(),
+        "affine": scored.affine,
+        "perturbation": {} if ball is None else ball.state(),
         "momentum": momentum(optimizer, numbered(scored)),
         "buffer": dict(scored.network.named_buffers()),
     }
     save_loop(env.snapshots, groups, history, perturbed_steps=perturbed_steps)
 
 
+@torch.no_grad()
 def resume(
-    scored: ScoredNetwork, optimizer: torch.optim.Optimizer, adversary: Adversary, env: TrainingEnvironment
+    scored: ScoredNetwork,
+    optimizer: torch.optim.Optimizer,
+    adversary: Adversary,
+    ball: ScorePerturbation | None,
+    env: TrainingEnvironment,
 ) -> tuple[list[Epoch], int]:
     """Restore the last snapshot; return the epochs already done and their perturbed steps."""
     saved = load_loop(env.snapshots)
@@ -298,7 +352,11 @@ def resume(
         return [], 0
     for name, score in saved.group("score").items():
         scored.scores[name].copy_(score)
+    for name, value in saved.group("affine").items():
+        scored.affine[name].copy_(value)
     scored.allocation.load(saved.group("allocation"))
+    if ball is not None:
+        ball.load(saved.group("perturbation"))
     adversary.load(saved.group("adversary"))
     load_momentum(optimizer, numbered(scored), saved.group("momentum"))
     scored.update_signs()

@@ -249,13 +249,28 @@ class Recipe(Record):
         return {**content, "export": target.fill(section, wanted, ExportSection.model_fields, unit)}
 
 
-PRESETS: Final[Mapping[str, Mapping[str, int | None]]] = {
+def _as_published(method: str, budget: str, loss: str, start: str, weight_decay: float) -> dict[str, Any]:
+    """Return every key in which the code of HYDRA and HARP departs from our defaults; docs/deviations.md."""
+    found: dict[str, Any] = {"method": method, "budget": budget, "cover_classes": False}
+    found |= {"s2ap": False, "warmup_epochs": None}
+    rates = {"search": (20, 0.1), "finetune": (100, 0.01)}
+    for stage, (epochs, rate) in rates.items():
+        numbers = {"epochs": epochs, "learning_rate": rate, "weight_decay": weight_decay, "batch_size": 128}
+        words = {"cosine": "epoch", "objective.loss": loss, "objective.start": start}
+        found |= {f"{stage}.{key}": value for key, value in [*numbers.items(), *words.items()]}
+    found |= {"search.bn_affine": "learn", "search.recalibration": "none", "finetune.awp_gamma": 0.0}
+    return {f"prune.{key}": value for key, value in found.items()}
+
+
+PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
     "published": {"prune.search.epochs": 20, "prune.finetune.epochs": 100, "prune.warmup_epochs": None},
     "quick": {"prune.search.epochs": 5, "prune.finetune.epochs": 5, "prune.warmup_epochs": None},
+    "published-hydra": _as_published("hydra", "uniform", "trades", "gaussian-unclamped", 1e-4),
+    "published-harp": _as_published("harp", "learned", "at", "uniform", 5e-4),
 }
 
 
-def preset(name: str) -> Mapping[str, int | None]:
+def preset(name: str) -> Mapping[str, Any]:
     """Return the recipe keys that a preset sets. Raises UsageError where there is none of that name."""
     if name not in PRESETS:
         raise UsageError(

@@ -24,6 +24,8 @@ from s2ap_deploy.recipe.field_types import (
 from s2ap_deploy.recipe.methods import METHODS, BudgetName, default_method, n_of_m
 from s2ap_deploy.spec import Eps, Record, invalid
 
+GAMMA = 0.0005  # docs/results.md has the choice
+
 
 class ObjectiveSection(Record):
     """The robust loss and the attack inside it.
@@ -45,6 +47,11 @@ class ObjectiveSection(Record):
         default=None, description="Weight of the divergence in trades and mart.  [default: trades 6, mart 5]"
     )
     replays: Count = Field(default=4, description="Updates per batch with free; divide the epochs by it.")
+    start: Literal["uniform", "gaussian", "gaussian-unclamped"] | None = Field(
+        default=None,
+        description="Start of the attack: a uniform point of the ball, or noise of deviation 0.001.  "
+        "[default: uniform; trades: gaussian]",
+    )
 
     @model_validator(mode="after")
     def _steps_fit_loss(self) -> ObjectiveSection:
@@ -53,6 +60,8 @@ class ObjectiveSection(Record):
                 "attack-steps-unused",
                 f"loss {self.loss} has no attack_steps: leave them out, or choose loss at",
             )
+        if self.loss in ("free", "natural") and self.start is not None:
+            raise invalid("start-unused", f"the attack of loss {self.loss} has no start: leave it out")
         return self
 
 
@@ -65,6 +74,10 @@ class Distillation(Record):
     temperature: Positive = Field(default=1.0, description="Softmax temperature of both networks.")
 
 
+Cosine = Literal["step", "epoch"]
+_COSINE = "Learning rate per step, down to 0, or per epoch from its second value, as HYDRA's code does."
+
+
 class TrainSection(Record):
     """Training of the weights: SGD with a cosine learning rate that decays to 0."""
 
@@ -73,6 +86,7 @@ class TrainSection(Record):
     momentum: Momentum = Field(default=0.9, description="Momentum of SGD.")
     weight_decay: NotNegative = Field(default=1e-4, description="L2 penalty on the weights.")
     batch_size: Count = Field(default=128, description="Images per step.")
+    cosine: Cosine = Field(default="step", description=_COSINE)
     objective: ObjectiveSection = ObjectiveSection()
     awp_gamma: NotNegative = Field(
         default=0.0,
@@ -92,12 +106,25 @@ class TrainSection(Record):
 
 
 class SearchSection(Record):
-    """Search of the mask. It updates scores only, so there is no weight decay."""
+    """Search of the mask. By default it moves scores alone, without weight decay."""
 
     epochs: Count = Field(default=20, description="Epochs of the search.")
     learning_rate: Positive = Field(default=0.1, description="Initial learning rate.")
     momentum: Momentum = Field(default=0.9, description="Momentum of SGD.")
+    weight_decay: NotNegative = Field(
+        default=0.0,
+        description="L2 penalty on what the search moves: scores, quotas, BatchNorm's parameters.",
+    )
     batch_size: Count = Field(default=128, description="Images per step.")
+    cosine: Cosine = Field(default="step", description=_COSINE)
+    bn_affine: Literal["rest", "learn"] = Field(
+        default="rest", description="BatchNorm's scale and shift during the search."
+    )
+    recalibration: Literal["both", "loss", "none"] = Field(
+        default="both",
+        description="Batches that BatchNorm's statistics are measured on at the end: clean and adversarial "
+        "ones, those of the loss, or none (the statistics of the search stay).",
+    )
     objective: ObjectiveSection = ObjectiveSection()
 
 
@@ -158,8 +185,26 @@ class PruneSection(Record):
         default=None,
         description="Perturb the scores during the search (S2AP).  [default: where scores are learned]",
     )
-    gamma: NotNegative = Field(
-        default=0.0005, description="Radius of S2AP in score space, relative to each layer's score norm."
+    gamma: NotNegative | Literal["auto"] = Field(
+        default=GAMMA,
+        description="Radius of S2AP in score space, relative to each layer's score norm; auto holds the flip "
+        "rate at flip_target.",
+    )
+    flip_target: OpenFraction = Field(
+        default=0.005,
+        description="For gamma auto: kept weights that leave the mask under S2AP, as a fraction.",
+    )
+    s2ap_ball: Literal["layer", "elementwise"] = Field(
+        default="layer", description="Ball of S2AP: relative to each layer's norm, or to each score."
+    )
+    s2ap_signs: Literal["keep", "follow"] = Field(
+        default="keep",
+        description="Signs that rank perturbed scores: those of the scores at rest, or their own.",
+    )
+    s2ap_epochs: Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] | None = Field(
+        default=None,
+        description="First and last search epoch with S2AP, as FIRST:LAST.  [default: from the end of "
+        "warmup_epochs]",
     )
     warmup_epochs: Whole | None = Field(
         default=None, description="Search epochs before S2AP is switched on.  [default: a quarter, rounded]"
@@ -189,8 +234,20 @@ class PruneSection(Record):
         return content
 
     @property
+    def radius(self) -> float:
+        """Return S2AP's gamma, or with auto the one that it starts from."""
+        return GAMMA if self.gamma == "auto" else self.gamma
+
+    @property
+    def s2ap_until(self) -> int:
+        """Return the last search epoch with S2AP, counted from 1."""
+        return self.search.epochs if self.s2ap_epochs is None else int(self.s2ap_epochs.split(":")[1])
+
+    @property
     def warmup(self) -> int:
         """Return the search epochs before S2AP is switched on."""
+        if self.s2ap_epochs is not None:
+            return int(self.s2ap_epochs.split(":")[0]) - 1
         return round(self.search.epochs / 4) if self.warmup_epochs is None else self.warmup_epochs
 
     @property
@@ -225,6 +282,13 @@ class PruneSection(Record):
             )
         if self.gamma == 0:
             raise invalid("gamma-zero", "gamma 0 disables S2AP; set s2ap: false instead")
+        if self.s2ap_epochs is not None and self.warmup_epochs is not None:
+            raise invalid("s2ap-epochs-invalid", "s2ap_epochs and warmup_epochs both say when S2AP starts")
+        if not self.warmup < self.s2ap_until <= self.search.epochs and self.s2ap_epochs is not None:
+            raise invalid(
+                "s2ap-epochs-invalid",
+                f"s2ap_epochs {self.s2ap_epochs} must rise within 1:{self.search.epochs}",
+            )
         if self.warmup >= self.search.epochs:
             raise invalid(
                 "warmup-too-long",

@@ -94,15 +94,20 @@ class PretrainArguments(ExecutionArguments, total=False):
 class PruneArguments(NetworkArguments, total=False):
     """Keyword arguments of ``prune``; see the recipe keys of the same names.
 
-    ``preset`` is ``published`` (20 + 100 epochs) or ``quick`` (5 + 5). ``loss`` and ``batch_size`` apply
-    to the search and to fine-tuning; ``distill`` is the weight of distillation in fine-tuning.
+    ``preset`` is ``published`` (20 + 100 epochs), ``quick`` (5 + 5), ``published-hydra`` or
+    ``published-harp``. ``loss``, ``attack_start``, ``cosine`` and ``batch_size`` apply to the search and to
+    fine-tuning; ``distill`` is the weight of distillation in fine-tuning.
     """
 
     method: str | None
     granularity: str | None
     keep_ratio: float | None
     s2ap: bool | None
-    gamma: float | None
+    gamma: float | str | None
+    flip_target: float | None
+    s2ap_ball: str | None
+    s2ap_signs: str | None
+    s2ap_epochs: str | None
     warmup_epochs: int | None
     budget: str | None
     cover_classes: bool | None
@@ -112,6 +117,11 @@ class PruneArguments(NetworkArguments, total=False):
     scores_from: str | None
     preset: str | None
     loss: str | None
+    attack_start: str | None
+    score_decay: float | None
+    bn_affine: str | None
+    cosine: str | None
+    recalibration: str | None
     awp_gamma: float | None
     distill: float | None
     search_epochs: int | None

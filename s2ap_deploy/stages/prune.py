@@ -100,7 +100,11 @@ def score(
         fitting, _ = NOfM.divide(open_shapes, *pattern)
         groups = NOfM(fitting, *pattern)
         scored = ScoredNetwork(
-            network, groups, Fixed(groups.kept(shapes)), start(network, groups, section, seed)
+            network,
+            groups,
+            Fixed(groups.kept(shapes)),
+            start(network, groups, section, seed),
+            affine=affine(network, section),
         )
         return Scoring(scored, None, tuple(name for name in shapes if name not in fitting))
     if section.granularity == "channel":
@@ -115,10 +119,23 @@ def score(
         weights,
         allocation(shapes, section, classifier=names[-1], dense=ends, device=parameters[names[0]].device),
         start(network, weights, section, seed),
+        affine=affine(network, section),
         covered=names[-1:] if section.covers_classes and used.reads[names[-1]] == 1 else (),
     )
     total = sum(math.prod(shape) for shape in shapes.values())
     return Scoring(scored, total_kept(total, section.sparsity), ends)
+
+
+def affine(network: nn.Module, section: PruneSection) -> tuple[str, ...]:
+    """Return the names of BatchNorm's scales and shifts, where the section lets them learn in the search."""
+    if section.search.bn_affine == "rest" or not METHODS[section.method].learns:
+        return ()
+    return tuple(
+        f"{name}.{key}"
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        for key, _ in layer.named_parameters()
+    )
 
 
 def score_channels(
@@ -137,7 +154,7 @@ def score_channels(
     begin = start(network, granularity, section, seed)
     device = next(network.parameters()).device
     share = share_channels(coupling, channels, shapes, section, device, fixed=fixed)
-    scored = ScoredNetwork(network, granularity, share, begin)
+    scored = ScoredNetwork(network, granularity, share, begin, affine=affine(network, section))
     return Scoring(scored, None, tuple(name for name, _ in coupling.skipped))
 
 
@@ -348,11 +365,11 @@ def find_mask(
         )
         scored.start_from(gradient_scores(scored, section.method, objective, batches, env.seed))
     if not method.learns:
-        return choose_once(scored, images.train, section.search.batch_size, objective, env)
+        return choose_once(scored, images.train, section.search, objective, env)
     measure = diagnosis(
         images.train,
         objective,
-        gamma=section.gamma,
+        gamma=section.radius,
         seed=env.seed,
         device=env.device,
         recorder=job.recorder,
@@ -365,14 +382,31 @@ def find_mask(
         section.search,
         objective,
         env,
-        perturbation=Perturbation(section.gamma, section.warmup) if section.perturbs else None,
+        perturbation=perturbation(section),
         diagnose=measure,
     )
 
 
+def perturbation(section: PruneSection) -> Perturbation | None:
+    """Return S2AP's perturbation as the section says, None without."""
+    if not section.perturbs:
+        return None
+    return Perturbation(
+        section.radius,
+        section.warmup,
+        until=section.s2ap_until,
+        ball=section.s2ap_ball,
+        signs=section.s2ap_signs,
+        flip_target=section.flip_target if section.gamma == "auto" else None,
+    )
+
+
+_OF_S2AP = ("gamma", "warmup_epochs", "flip_target", "s2ap_ball", "s2ap_signs", "s2ap_epochs")
+
+
 def _unused(section: PruneSection) -> set[str]:
     """Return the keys of the section that the search does not read; changing them keeps its result."""
-    unread = {"finetune", "steps", *(() if section.perturbs else ("gamma", "warmup_epochs"))}
+    unread = {"finetune", "steps", *(() if section.perturbs else _OF_S2AP)}
     return unread if section.allow_unpruned else unread | {"allow_unpruned"}
 
 

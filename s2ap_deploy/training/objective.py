@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -148,6 +149,8 @@ class Objective:
     ``step_size`` is the exact text of the attack's step in units of the input, or None for the loss's own:
     a quarter of eps (2/255 at 8/255, the setting of HYDRA and HARP), 1.25 eps for ``fast``, eps for ``free``.
     ``beta`` weighs the divergence of ``trades`` (None: 6) and ``mart`` (None: 5); the others ignore it.
+    ``start`` of the attack is a uniform point of the ball, or the image plus Gaussian noise of deviation
+    0.001, cut to [0, 1] or not; None is uniform, for ``trades`` gaussian.
     """
 
     threat: ThreatModel
@@ -156,6 +159,7 @@ class Objective:
     step_size: str | None = None
     beta: float | None = None
     replays: int = 4
+    start: Literal["uniform", "gaussian", "gaussian-unclamped"] | None = None
 
     def __post_init__(self) -> None:
         if self.loss in ("fast", "free", "natural") and self.attack_steps is not None:
@@ -221,14 +225,8 @@ class Objective:
         loss: Callable[[Tensor], Tensor] = partial(F.cross_entropy, target=labels, reduction="sum")
         if self.plugin is not None:
             loss = self.plugin.ascent(labels)
-        if self.loss == "free":
-            start = images
-        elif self.loss != "trades":
-            start = random_start(images, self.threat, generator)
-        else:
-            # TRADES starts a hair away from the image: at the image itself its loss has gradient 0.
-            noise = randn(images.shape, generator, images.device)
-            start = (images + 0.001 * noise).clamp_(0.0, 1.0)
+        start = images if self.loss == "free" else self._start(images, generator)
+        if self.loss == "trades":
             with torch.no_grad(), attacked(network, images):
                 clean = network(images).softmax(dim=1)
             loss = partial(divergence, clean, reduction="sum")
@@ -241,6 +239,14 @@ class Objective:
             step_size=self.step,
             start=start,
         )
+
+    def _start(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw the point at which the attack starts, for images [B, C, H, W]."""
+        if (self.start or ("gaussian" if self.loss == "trades" else "uniform")) == "uniform":
+            return random_start(images, self.threat, generator)
+        # TRADES starts a hair away from the image: at the image itself its loss has gradient 0.
+        start = images + 0.001 * randn(images.shape, generator, images.device)
+        return start if self.start == "gaussian-unclamped" else start.clamp_(0.0, 1.0)
 
     def robust_loss(
         self, network: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor

@@ -58,7 +58,8 @@ class Epoch:
 
     Of a search: ``replaced`` is the share of kept weights that left the mask since the epoch before and
     ``hamming`` the share of mask bits that changed, ``flip_rate`` the share of kept weights that leaves
-    under S2AP's perturbation (None where it was off). ``sharpness`` is a lower bound on the worst rise
+    under S2AP's perturbation (None where it was off), ``gamma`` the radius that followed it (None where it is
+    fixed). ``sharpness`` is a lower bound on the worst rise
     of the loss within the ball of scores, ``eigenvalue`` the largest of the surrogate's Hessian, with the
     residual of its computation.
     """
@@ -71,6 +72,7 @@ class Epoch:
     replaced: float | None = None
     hamming: float | None = None
     flip_rate: float | None = None
+    gamma: float | None = None
     sharpness: float | None = None
     eigenvalue: float | None = None
     eigenvalue_residual: float | None = None
@@ -132,7 +134,8 @@ class EpochLoop:
         )
         for step, batch in enumerate(batches):
             # Set the learning rate, and draw the batch's noise from its own stream.
-            cosine(self.optimizer, section.learning_rate, epoch + step / self.steps, section.epochs)
+            progress = epoch + step / self.steps if section.cosine == "step" else epoch - 1
+            cosine(self.optimizer, section.learning_rate, progress, section.epochs)
             noise = generator(env.seed, self.stage, epoch, step, device=env.device)
             for _ in range(self.adversary.replays):
                 yield batch, noise

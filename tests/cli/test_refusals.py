@@ -57,6 +57,12 @@ command-unknown               nonsense
 command-unknown               prnue model.pt
 sparsity-missing              prune model.pt
 gamma-zero                    prune model.pt --sparsity 0.9 --gamma 0
+s2ap-epochs-invalid           prune model.pt --sparsity 0.9 --s2ap-epochs 3:2
+s2ap-epochs-invalid           prune model.pt --sparsity 0.9 --s2ap-epochs 2:99
+s2ap-epochs-invalid           prune model.pt --sparsity 0.9 --s2ap-epochs 2:3 --warmup-epochs 1
+option-invalid                prune model.pt --sparsity 0.9 --s2ap-epochs 2-3
+option-invalid                prune model.pt --sparsity 0.9 --gamma automatic
+start-unused                  prune model.pt --sparsity 0.9 --loss free --attack-start uniform
 cover-classes-unused          prune model.pt --granularity 2:4 --method hydra --cover-classes
 warmup-too-long               prune model.pt --sparsity 0.9 --warmup-epochs 20
 key-missing                   prune model.pt --sparsity 0.9 --mean 0.5

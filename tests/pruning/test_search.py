@@ -1,5 +1,6 @@
 """The search loop: exact budgets, frozen weights, S2AP as a plug-in, and resuming to the same bits."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -40,12 +41,13 @@ def searched(
     objective: Objective | None = None,
     perturbation: Perturbation | None = S2AP,
     epochs: int = 3,
+    section: Mapping[str, Any] | None = None,
     **env: Any,
 ) -> SearchResult:
     return search(
         scored,
         TrainingData(stripes(66), stripes(30)),
-        SearchSection(epochs=epochs, learning_rate=0.5, batch_size=16),
+        SearchSection(epochs=epochs, learning_rate=0.5, batch_size=16, **(section or {})),
         objective or Objective(ThreatModel(eps="0.1"), attack_steps=2),
         TrainingEnvironment(torch.device("cpu"), **env),
         perturbation=perturbation,
@@ -204,7 +206,7 @@ def test_a_mask_without_a_search_is_the_magnitude_mask(stripes) -> None:
     result = choose_once(
         scored,
         stripes(66),
-        16,
+        SearchSection(batch_size=16),
         Objective(ThreatModel(eps="0.1"), attack_steps=1),
         TrainingEnvironment(torch.device("cpu")),
     )
@@ -229,6 +231,56 @@ def test_a_gamma_that_does_nothing_useful_is_told(run, gamma, word) -> None:
     assert len(recorder.said) == 1
     assert word in recorder.said[0]
     assert "epoch 3" in recorder.said[0]
+
+
+@pytest.mark.parametrize("ball", ["layer", "elementwise"])
+def test_gamma_auto_holds_the_flip_rate(run, ball) -> None:
+    found = run(network(), Perturbation(1e-3, 0, ball=ball, flip_target=0.05), epochs=12).history
+    assert all(row.gamma is not None for row in found)
+    assert sum(row.flip_rate or 0 for row in found[6:]) / 6 == pytest.approx(0.05, abs=0.02)
+    fixed = run(network(), Perturbation(1e-5, 0, ball=ball)).history
+    assert fixed[-1].gamma is None
+    assert (fixed[-1].flip_rate or 0) < 0.01
+
+
+def test_s2ap_acts_in_its_epochs_alone(run) -> None:
+    found = run(network(), Perturbation(0.05, 1, until=2), epochs=4)
+    assert [row.flip_rate is not None for row in found.history] == [False, True, False, False]
+    assert found.perturbed_steps == 5
+
+
+def test_signs_matter_only_where_a_score_crosses_zero(run) -> None:
+    """Within the elementwise ball none does, below a gamma of 1."""
+    for perturbation, same in (
+        (Perturbation(0.5, 0, ball="elementwise"), True),
+        (Perturbation(2.0, 0, ball="elementwise"), False),
+    ):
+        keep, follow = (
+            run(network(), dataclasses.replace(perturbation, signs=signs)) for signs in ("keep", "follow")
+        )
+        assert equal(keep.scores, follow.scores) is same
+
+
+@pytest.mark.parametrize("key", ["weight_decay", "bn_affine", "cosine", "recalibration"])
+def test_each_published_setting_changes_what_it_names(stripes, key) -> None:
+    models = network(), network()
+    (base, changed) = (
+        searched(
+            stripes,
+            ScoredNetwork(model, Weights(NAMES), Fixed(KEEP), affine=affine),
+            perturbation=None,
+            section=section,
+        )
+        for model, affine, section in (
+            (models[0], (), {}),
+            (models[1], ("1.weight", "1.bias") if key == "bn_affine" else (), {key: PUBLISHED[key]}),
+        )
+    )
+    assert equal(base.scores, changed.scores) is (key == "recalibration")
+    same = torch.equal(models[0][1].weight, models[1][1].weight)
+    assert same is (key != "bn_affine")
+    if key == "recalibration":
+        assert not torch.equal(models[0][1].running_mean, models[1][1].running_mean)
 
 
 def test_hamming_and_replaced_agree(run) -> None:
@@ -258,14 +310,33 @@ def test_quotas_that_missed_the_budget_are_told(stripes, weight, told) -> None:
     assert all("learned quotas" in words for words in recorder.said)
 
 
+PUBLISHED = {"weight_decay": 5e-4, "bn_affine": "learn", "cosine": "epoch", "recalibration": "loss"}
+
+
 @pytest.mark.parametrize(
-    ("kind", "lives"), [("at", 1), ("at", 2), ("at", 3), ("harp", 1), ("harp", 2), ("free", 1), ("free", 2)]
+    ("kind", "lives"),
+    [
+        *(
+            (kind, lives)
+            for kind in ("at", "harp", "free", "published", "auto", "follow")
+            for lives in (1, 2)
+        ),
+        ("at", 3),
+    ],
 )
 def test_an_interrupted_search_resumes_to_the_same_bits(stripes, memory_snapshots, kind, lives) -> None:
+    perturbation = {
+        "auto": Perturbation(0.0005, 0, flip_target=0.02, ball="elementwise"),
+        "follow": Perturbation(0.05, 1, until=2, signs="follow"),
+    }.get(kind, S2AP)
+
     def run(**changes: Any) -> tuple[SearchResult, Mapping[str, torch.Tensor]]:
-        plain = ScoredNetwork(network(), Weights(NAMES), Fixed(KEEP))
+        affine = ("1.weight", "1.bias") if kind == "published" else ()
+        plain = ScoredNetwork(network(), Weights(NAMES), Fixed(KEEP), affine=affine)
         scored = harp(0.93) if kind == "harp" else plain
-        found = searched(stripes, scored, objective=FREE if kind == "free" else None, **changes)
+        changes |= {"section": PUBLISHED} if kind == "published" else {}
+        objective = FREE if kind == "free" else None
+        found = searched(stripes, scored, objective=objective, perturbation=perturbation, **changes)
         return found, scored.network.state_dict()
 
     snapshots = memory_snapshots(lives)

@@ -138,3 +138,32 @@ def test_the_step_keeps_an_exact_text() -> None:
     assert Objective(THREAT, "fast").step == 1.25 * THREAT.radius
     assert Objective(THREAT, "free").step == THREAT.radius
     assert Objective(THREAT, "free", step_size="2/255").step == 2 / 255
+
+
+@pytest.mark.parametrize(
+    ("loss", "start", "outside", "near"),
+    [
+        ("trades", None, False, True),
+        ("trades", "gaussian", False, True),
+        ("trades", "gaussian-unclamped", True, True),
+        ("trades", "uniform", False, False),
+        ("mart", None, False, False),
+        ("mart", "gaussian-unclamped", True, True),
+        ("at", "gaussian", False, True),
+    ],
+)
+def test_the_start_is_the_losss_own_or_the_one_that_is_named(loss, start, outside, near) -> None:
+    """TRADES and MART publish x + 0.001 N(0, 1), which is not cut to [0, 1] before the first step."""
+    images = torch.zeros(64, 1, 4, 4)
+    found = Objective(THREAT, loss, start=start)._start(images, generator(0, "start"))
+    assert bool((found < 0).any()) is outside
+    assert bool(found.abs().max() < 0.006) is near
+
+
+def test_natural_has_no_attack() -> None:
+    model, (images, labels) = network(), batch()
+    objective = Objective(THREAT, "natural")
+    assert objective.steps == 0
+    assert objective.attack(model, images, labels, generator(0, "x")) is images
+    loss, _ = objective.robust_loss(model, images, images, labels)
+    assert torch.equal(loss, F.cross_entropy(model(images), labels))
