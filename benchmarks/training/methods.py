@@ -2,8 +2,10 @@
 
     python -m benchmarks methods --data mnist --shared ../shared --work work
     python -m benchmarks methods --data cifar --shared ../shared --work work --sparsity 0.99 0.9 --seeds 0
+    python -m benchmarks methods --data mnist --shared ../shared --work work --configs harp --s2ap off auto
 
-Each finished run is a file in ``--work``: it is not run again, and the table is written from all. With
+Each finished run is a file in ``--work``: it is not run again. The result file is written after every row,
+with means, paired differences between S2AP and its base method, and how masks differ between seeds. With
 ``--tested 0`` no test image is used: gamma is chosen so, on the validation split alone. ``mnist`` prunes the
 shared checkpoint. ``cifar`` takes the shared JPEGs and first trains a small dense network: its figures are
 comparable with each other only, neither with papers nor with a ResNet-18.
@@ -11,10 +13,12 @@ comparable with each other only, neither with papers nor with a ResNet-18.
 
 import argparse
 import itertools
+import math
+import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +34,17 @@ from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.models.used_weights import used_weights
-from s2ap_deploy.pruning.masks import kept, save_tensors
-from s2ap_deploy.pruning.search import Perturbation, choose_once, search
+from s2ap_deploy.pruning.budgets import total_kept
+from s2ap_deploy.pruning.masks import kept, likeness, load_tensors, save_tensors
+from s2ap_deploy.pruning.search import SearchResult, choose_once, recalibrate_by, search
 from s2ap_deploy.pruning.search_diagnostics import diagnosis
+from s2ap_deploy.pruning.sparse_training import train_sparse
 from s2ap_deploy.recipe.methods import METHODS
 from s2ap_deploy.recipe.sections import PruneSection, TrainSection
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import ThreatModel
-from s2ap_deploy.stages.prune import score
-from s2ap_deploy.training.objective import Objective
+from s2ap_deploy.stages.prune import Scoring, allocation, perturbation, score
+from s2ap_deploy.training.objective import Objective, SelfDistillation
 from s2ap_deploy.training.pgd import Accuracy, pgd_accuracy
 from s2ap_deploy.training.train import TrainingData, TrainingEnvironment, train
 
@@ -57,7 +63,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "harp-from-erk": {**HARP, "quota_start": "erk"},
     "harp-tight": {**HARP, "compression_weight": 0.1},
     "harp-tighter": {**HARP, "compression_weight": 1.0},
+    "hydra-uniform-covered": {"method": "hydra", "budget": "uniform", "cover_classes": True},
+    # Searched at 10 % kept, and cut to the sparsity at the end: HARP's lead may be its search density.
+    "hydra-erk-late": {"method": "hydra", "budget": "erk"},
+    "magnitude-erk-slow": {"method": "magnitude", "budget": "erk", "finetune": {"learning_rate": 0.001}},
+    "flyingbird": {"method": "flyingbird"},
+    "flyingbird-plus": {"method": "flyingbird-plus"},
+    "pwoa": {"method": "pwoa"},
 }
+LATE = 0.9
+S2AP: dict[str, dict[str, Any]] = {
+    "off": {"s2ap": False},
+    "auto": {"s2ap": True, "gamma": "auto"},
+    "auto-elementwise": {"s2ap": True, "gamma": "auto", "s2ap_ball": "elementwise"},
+}
+T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, two-sided, by freedom
 CIFAR_ARCH = "cifar-conv"
 THREATS = {"mnist": ThreatModel(norm="Linf", eps="0.1"), "cifar": ThreatModel(norm="Linf", eps="4/255")}
 
@@ -89,6 +109,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS)[:4])
     parser.add_argument("--gamma", type=float, nargs="+", default=[GAMMA])
+    parser.add_argument("--s2ap", nargs="+", choices=list(S2AP), help="in place of --gamma")
     parser.add_argument("--images", type=int, help="training images, stratified [default: 6000, 10000]")
     parser.add_argument("--epochs", type=int, default=4, help="of the search, and of fine-tuning")
     parser.add_argument("--attack-steps", type=int, default=5, help="of the attack in training")
@@ -162,13 +183,26 @@ def dense_accuracy(base: Base, tested: int) -> dict[str, float]:
 
 def write_table(args: argparse.Namespace, base: Base, name: str, facts: dict[str, Any]) -> None:
     """Run what is missing and write the result file ``name``."""
+    gammas = args.s2ap or ["off", *(f"{gamma:g}" for gamma in args.gamma)]
     jobs = [
         (args, base, config, sparsity, gamma, seed)
         for seed, sparsity, config in itertools.product(args.seeds, args.sparsity, args.configs)
-        for gamma in ([0.0, *args.gamma] if METHODS[CONFIGS[config]["method"]].learns else [0.0])
+        for gamma in (gammas if METHODS[CONFIGS[config]["method"]].learns else ["off"])
     ]
+    missing = [job for job in jobs if not (args.work / f"{run_name(job)}.json").exists()]
+    print(f"{len(jobs)} runs, {len(missing)} of them to do", *map(run_name, missing), sep="\n", flush=True)
+    rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(args.jobs, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        rows = list(pool.map(run, jobs))
+        for done in as_completed([pool.submit(run, job) for job in jobs]):
+            rows.append(done.result())
+            rows.sort(key=lambda row: (row["seed"], row["sparsity"], row["config"], row["s2ap"]))
+            write_rows(args, base, name, facts, rows)
+
+
+def write_rows(
+    args: argparse.Namespace, base: Base, name: str, facts: dict[str, Any], rows: Sequence[dict[str, Any]]
+) -> None:
+    """Write the result file with the rows that there are."""
     sample = "a stratified" if base.by_class else "the first"
     step = f"step {base.step_size:g}, random start"
     figures = {
@@ -176,70 +210,74 @@ def write_table(args: argparse.Namespace, base: Base, name: str, facts: dict[str
         "training": {name: getattr(args, name) for name in TRAINING},
         "runs": rows,
         "means": means(rows),
+        "paired": paired(rows),
+        "masks_between_seeds": between_seeds(rows, args.work),
     }
     results.write(name, {**facts, **figures})
 
 
-def run(job: tuple[argparse.Namespace, Base, str, float, float, int]) -> dict[str, Any]:
-    """One row; ``gamma`` 0 is without S2AP."""
-    args, base, config, sparsity, gamma, seed = job
-    threat = base.threat
+Job = tuple[argparse.Namespace, Base, str, float, str, int]
+
+
+def run_name(job: Job) -> str:
+    """Name a run by everything that decides it."""
+    args, _, config, sparsity, gamma, seed = job
     settings = "-".join(f"{getattr(args, setting)}" for setting in TRAINING)
-    name = f"{config}-{sparsity}-{gamma:g}-{seed}-{settings}"
+    return f"{config}-{sparsity}-{gamma}-{seed}-{settings}"
+
+
+def run(job: Job) -> dict[str, Any]:
+    """One row; ``gamma`` names a setting of S2AP, or is a fixed radius."""
+    args, base, config, sparsity, gamma, seed = job
+    threat, name = base.threat, run_name(job)
     done = args.work / f"{name}.json"
     if done.exists():
         return commands.read(done)  # type: ignore[no-any-return]
     torch.set_num_threads(1)
     started = time.monotonic()
-    section = PruneSection(
-        **CONFIGS[config], sparsity=sparsity, s2ap=gamma > 0, **({"gamma": gamma} if gamma > 0 else {}),
-        warmup_epochs=args.warmup_epochs,
-        search={"epochs": args.epochs, "learning_rate": args.search_rate},
-        finetune={"epochs": args.epochs, "learning_rate": args.finetune_rate, "awp_gamma": args.awp},
-    )  # fmt: skip
+    section = section_of(args, config, sparsity, gamma)
     images = datasets.load(base.data, root=base.root, seed=seed)
     subset = images.train.subset(choose(images.train.labels, args.images, seed=seed))
     classifier, info, _ = checkpoint.load(base.checkpoint)
     size = info.preprocessing.size
-    scoring = score(classifier, used_weights(classifier, size), size, section, seed)
+    late = section.model_copy(update={"sparsity": LATE}) if config == "hydra-erk-late" else section
+    scoring = score(classifier, used_weights(classifier, size), size, late, seed)
     objective = Objective(threat, attack_steps=args.attack_steps)
     data, env = TrainingData(subset, images.validation), TrainingEnvironment(CPU, seed)
-    schedule = {"epochs": args.epochs, "batch_size": args.batch_size}
-    # Search the mask, or choose it once for methods that do not learn.
-    if METHODS[section.method].learns:
-        found = search(
-            scoring.scored,
-            data,
-            section.search.model_copy(update=schedule),
-            objective,
-            env,
-            perturbation=Perturbation(gamma, section.warmup) if gamma > 0 else None,
-            diagnose=diagnosis(
-                subset, Objective(threat), images=256, gamma=GAMMA, iterations=16, directions=4,
-                every=args.epochs, seed=seed, device=CPU, recorder=Silent(),
-            ),
-        )  # fmt: skip
-    else:
-        found = choose_once(
-            scoring.scored, subset, section.search.model_copy(update=schedule), objective, env
-        )
+    # The teacher of PwoA is the dense network: taken before its weights are masked.
+    alone = METHODS[section.method].sparse == "admm"
+    teacher = SelfDistillation(classifier, list(scoring.scored.masked)) if alone else None
+    objective = Objective(threat, loss="natural") if alone else objective
+    found = mask_of(args, section, scoring, data, objective, env)
+    if config == "hydra-erk-late":
+        found = cut(scoring, section, found, data, objective, env)
     save_tensors(args.work / f"{name}-scores.safetensors", found.scores)
     save_tensors(args.work / f"{name}-masks.safetensors", found.masks)
     judged = first(images.validation, VALIDATED, base.by_class)
     of_mask = pgd_accuracy(classifier, judged, threat=threat, steps=10, seed=seed, device=CPU)
     # Fine-tune under the mask, then attack validation and test images.
-    tuning = section.finetune.model_copy(update={**schedule, "awp_gamma": args.awp})
-    trained = train(classifier, data, tuning, objective, env, stage="finetune", masks=found.masks)
+    trained = train(
+        classifier,
+        data,
+        section.finetune,
+        objective,
+        env,
+        stage="finetune",
+        masks=found.masks,
+        teacher=teacher,
+    )
     validation = pgd_accuracy(classifier, judged, threat=threat, steps=10, seed=seed, device=CPU)
     tested = None
     if args.tested:
         tested = base.attack(classifier, first(images.test, args.tested, base.by_class))
     checkpoint.save(args.work / f"{name}.safetensors", classifier, info)
     row = {
+        "run": name,
         "config": config,
         "sparsity": sparsity,
-        "gamma": gamma,
+        "s2ap": gamma,
         "seed": seed,
+        "covered": section.covers_classes,
         "clean": tested.clean_accuracy if tested else None,
         "robust": tested.robust_accuracy if tested else None,
         "validation_mask_robust": of_mask.robust_accuracy,
@@ -248,13 +286,74 @@ def run(job: tuple[argparse.Namespace, Base, str, float, float, int]) -> dict[st
         "best_epoch": trained.best_epoch,
         "last_epoch": found.history[-1].figures() if found.history else None,
         "kept": kept(found.masks),
-        "kept_requested": scoring.kept,
+        "kept_requested": total_kept(scoring_size(found), sparsity),
         "seconds": round(time.monotonic() - started, 1),
     }
     files.write_json(done, row)
     shown = tested or validation
     print(f"{name}: {shown.clean_accuracy:.2%} clean, {shown.robust_accuracy:.2%} robust", flush=True)
     return row
+
+
+def section_of(args: argparse.Namespace, config: str, sparsity: float, gamma: str) -> PruneSection:
+    """The settings of a run; a method that trains weights in its search keeps its own rate there."""
+    setting = dict(CONFIGS[config])
+    method = METHODS[setting["method"]]
+    rate = {} if method.sparse else {"learning_rate": args.search_rate}
+    tuning = {"learning_rate": args.finetune_rate, **setting.pop("finetune", {})}
+    schedule = {"epochs": args.epochs, "batch_size": args.batch_size}
+    return PruneSection(
+        **setting,
+        **(S2AP[gamma] if gamma in S2AP else {"s2ap": True, "gamma": float(gamma)}),
+        sparsity=sparsity,
+        warmup_epochs=args.warmup_epochs,
+        search={**schedule, **rate},
+        finetune={**schedule, **tuning, "awp_gamma": args.awp},
+    )
+
+
+def mask_of(
+    args: argparse.Namespace,
+    section: PruneSection,
+    scoring: Scoring,
+    data: TrainingData,
+    objective: Objective,
+    env: TrainingEnvironment,
+) -> SearchResult:
+    """Search the mask, or choose it once for methods that do not learn."""
+    method, scored = METHODS[section.method], scoring.scored
+    if method.sparse is not None:
+        return train_sparse(scored, method.sparse, data, section.search, objective, env)
+    if not method.learns:
+        return choose_once(scored, data.train, section.search, objective, env)
+    measured = diagnosis(
+        data.train, Objective(objective.threat), images=256, gamma=GAMMA, iterations=16, directions=4,
+        every=args.epochs, seed=env.seed, device=CPU, recorder=Silent(),
+    )  # fmt: skip
+    ball = perturbation(section)
+    return search(scored, data, section.search, objective, env, perturbation=ball, diagnose=measured)
+
+
+def cut(
+    scoring: Scoring,
+    section: PruneSection,
+    found: SearchResult,
+    data: TrainingData,
+    objective: Objective,
+    env: TrainingEnvironment,
+) -> SearchResult:
+    """Cut the mask of a search at a lower sparsity to that of ``section``, by the scores that it found."""
+    scored = scoring.scored
+    shapes = {name: tuple(weight.shape) for name, weight in scored.weights.items()}
+    scored.allocation = allocation(shapes, section, classifier=list(shapes)[-1], dense=())
+    masks = scored.finish()
+    recalibrate_by(section.search, scored.network, data.train, objective, env)
+    return SearchResult(found.scores, masks, found.history, found.perturbed_steps)
+
+
+def scoring_size(found: SearchResult) -> int:
+    """The weights that masks are over."""
+    return sum(mask.numel() for mask in found.masks.values())
 
 
 def first(split: Split, count: int, by_class: bool) -> Split:
@@ -265,12 +364,69 @@ def first(split: Split, count: int, by_class: bool) -> Split:
 def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation over seeds, of what was measured."""
     found = []
-    for config, sparsity, gamma in sorted({(row["config"], row["sparsity"], row["gamma"]) for row in rows}):
-        mine = [r for r in rows if (r["config"], r["sparsity"], r["gamma"]) == (config, sparsity, gamma)]
+    for cell, mine in cells(rows).items():
         final = ("clean", "robust", "validation_mask_robust", "validation_robust")
         figures = {figure: [row[figure] for row in mine] for figure in final}
-        for figure in ("hamming", "replaced", "flip_rate", "sharpness", "eigenvalue"):
+        for figure in ("hamming", "replaced", "flip_rate", "gamma", "sharpness", "eigenvalue"):
             figures[figure] = [(row["last_epoch"] or {}).get(figure) for row in mine]
-        head = {"config": config, "sparsity": sparsity, "gamma": gamma, "seeds": len(mine)}
+        head = {**dict(zip(CELL, cell, strict=True)), "seeds": len(mine)}
         found.append({**head, **results.mean_and_deviation(figures)})
+    return found
+
+
+CELL = ("config", "sparsity", "s2ap")
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Rows by all but their seed."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (*(row[key] for key in CELL), row["seed"])):
+        found.setdefault(tuple(row[key] for key in CELL), []).append(row)
+    return found
+
+
+def paired(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """S2AP minus its base method over paired seeds, in points, with the 95 % interval of Student's t.
+
+    ``detectable`` is the smallest mean difference that as many pairs with this deviation would tell from 0.
+    """
+    found = []
+    by_cell = cells(rows)
+    for (config, sparsity, s2ap), mine in by_cell.items():
+        base = {row["seed"]: row for row in by_cell.get((config, sparsity, "off"), [])}
+        for figure in ("robust", "validation_robust", "validation_mask_robust"):
+            pairs = [
+                100 * (row[figure] - base[row["seed"]][figure])
+                for row in mine
+                if s2ap != "off" and row["seed"] in base and row[figure] is not None
+            ]
+            if pairs:
+                entry = {"config": config, "sparsity": sparsity, "s2ap": s2ap, "figure": figure}
+                found.append({**entry, **interval(pairs)})
+    return found
+
+
+def interval(pairs: Sequence[float]) -> dict[str, Any]:
+    """Mean of paired differences and half the width of its 95 % interval; None for a single pair."""
+    n = len(pairs)
+    t = T95[n - 2] if 2 <= n < len(T95) + 2 else 1.96
+    half = t * statistics.stdev(pairs) / math.sqrt(n) if n > 1 else None
+    return {"pairs": n, "mean": statistics.fmean(pairs), "half_width": half, "detectable": half}
+
+
+def between_seeds(rows: Sequence[dict[str, Any]], work: Path) -> list[dict[str, Any]]:
+    """How much masks of a cell differ between seeds, on average over the pairs of seeds."""
+    found = []
+    for cell, mine in cells(rows).items():
+        masks = [
+            {
+                name: mask.bool()
+                for name, mask in load_tensors(work / f"{row['run']}-masks.safetensors").items()
+            }
+            for row in mine
+        ]
+        pairs = [asdict(likeness(a, b)) for a, b in itertools.combinations(masks, 2)]
+        if pairs:
+            figures = {key: statistics.fmean(pair[key] for pair in pairs) for key in pairs[0]}
+            found.append({**dict(zip(CELL, cell, strict=True)), "pairs": len(pairs), **figures})
     return found

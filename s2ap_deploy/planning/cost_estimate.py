@@ -166,6 +166,10 @@ class Timing:
         if scene.images is None:
             return None
         part, objective = section.search, job.objective(section.search.objective)
+        if METHODS[section.method].sparse is not None:
+            alike = TrainSection(epochs=part.epochs, batch_size=part.batch_size, objective=part.objective)
+            trained = self._train(scene, job, alike)
+            return None if trained is None else trained * (1 + len(section.steps))
         steps = train_steps(len(scene.images.train), part.batch_size)
         rest = self._search(scene, job, section, perturbed=False)
         recalibration = (

@@ -207,7 +207,8 @@ def _stages(
         training = None if taken or recipe.pretrain is None else timing.pretrain(scene, job, recipe.pretrain)
         yield due("pretrain", lambda: dense(job), words, 0.0 if taken else training)
     if section is not None and "search" in wanted:
-        epochs = f"{section.search.epochs} epochs" if METHODS[section.method].learns else "once, by rank"
+        method = METHODS[section.method]
+        epochs = f"{section.search.epochs} epochs" if method.learns or method.sparse else "once, by rank"
         plug_in = f", S2AP after {section.warmup}" if section.perturbs else ""
         seconds = timing.search(scene, job, section)
         yield due("search", lambda: _search(job, section), f"{section.method}, {epochs}{plug_in}", seconds)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from s2ap_deploy import plugins
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     Start: TypeAlias = Callable[[Tensor, Generator], Tensor] | Callable[[Tensor, Generator, Tensor], Tensor]
 
-MethodName = Literal["hydra", "harp", "rst", "magnitude", "random", "snip"]
+MethodName = Literal[
+    "hydra", "harp", "rst", "magnitude", "random", "snip", "flyingbird", "flyingbird-plus", "pwoa"
+]
+SparseName = Literal["flying-bird", "flying-bird-plus", "admm"]
 StartName = Literal["scaled", "weights", "random", "snip"]
 BudgetName = Literal["uniform", "erk", "global", "learned", "macs"]
 
@@ -32,8 +35,10 @@ class Method:
     (channels: from their norms) and a seeded generator to scores of the same shape, of which the largest by
     magnitude are kept. ``gradients``: that function also takes dL/dM = w · dL/dw of the robust loss on
     training batches, summed over a channel. ``untrained``: the weights are reinitialized at random (robust
-    scratch tickets). ``finetunes``: the kept weights are trained afterwards. ``budgets``: the allowed layer
-    budgets; the first is the default. Raises ValueError for a method that cannot run.
+    scratch tickets). ``finetunes``: the kept weights are trained afterwards. ``sparse``: the search trains
+    the weights themselves (``pruning.sparse_training``). ``loss``: the only robust loss that fits.
+    ``search``: defaults of the search section. ``budgets``: the allowed layer budgets; the first is the
+    default. Raises ValueError for a method that cannot run.
     """
 
     learns: bool
@@ -42,6 +47,9 @@ class Method:
     gradients: bool = False
     untrained: bool = False
     finetunes: bool = True
+    sparse: SparseName | None = None
+    loss: str | None = None
+    search: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def learns_quotas(self) -> bool:
@@ -59,6 +67,7 @@ class Method:
             raise ValueError("budget learned needs scores that learn")
 
 
+_TRAINED = {"learning_rate": 0.01, "weight_decay": 1e-4}  # those of fine-tuning
 _OWN: Mapping[MethodName, Method] = {
     # Sehwag et al. (2020), arXiv 2002.10509. Their budget is uniform; docs/results.md says why ours is ERK.
     "hydra": Method(learns=True, scores="scaled", budgets=("erk", "uniform", "global", "macs")),
@@ -76,6 +85,13 @@ _OWN: Mapping[MethodName, Method] = {
     "random": Method(learns=False, scores="random", budgets=("erk", "uniform", "global", "macs")),
     # Lee et al. (2019), arXiv 1810.02340, at the dense network's weights and on the robust loss.
     "snip": Method(learns=False, scores="snip", gradients=True, budgets=("global", "erk", "uniform", "macs")),
+    # Chen et al. (2022), arXiv 2202.09844, from the magnitude mask of the robust network.
+    "flyingbird": Method(False, "weights", ("erk", "uniform"), sparse="flying-bird", search=_TRAINED),
+    "flyingbird-plus": Method(
+        False, "weights", ("erk", "uniform"), sparse="flying-bird-plus", search=_TRAINED
+    ),
+    # Jian et al. (2022), arXiv 2210.04311: no adversarial images.
+    "pwoa": Method(False, "weights", ("erk", "uniform"), sparse="admm", loss="natural", search=_TRAINED),
 }
 OWN_NAMES: tuple[str, ...] = tuple(_OWN)
 

@@ -21,7 +21,7 @@ from s2ap_deploy.recipe.field_types import (
     Positive,
     Whole,
 )
-from s2ap_deploy.recipe.methods import METHODS, BudgetName, default_method, n_of_m
+from s2ap_deploy.recipe.methods import METHODS, OWN_NAMES, BudgetName, default_method, n_of_m
 from s2ap_deploy.spec import Eps, Record, invalid
 
 GAMMA = 0.0005  # docs/results.md has the choice
@@ -146,6 +146,21 @@ class DiagnosticsSection(Record):
     )
 
 
+def _filled(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in the defaults of a built-in method's search, and its only loss."""
+    method, filled = METHODS[content["method"]], dict(content)
+    wanted: dict[str, dict[str, Any]] = {"search": dict(method.search), "finetune": {}}
+    for key, defaults in wanted.items():
+        given = content.get(key, {})
+        if not isinstance(given, Mapping) or not (defaults or method.loss):
+            continue
+        filled[key] = {**defaults, **given}
+        objective = given.get("objective", {})
+        if method.loss is not None and isinstance(objective, Mapping):
+            filled[key]["objective"] = {"loss": method.loss, **objective}
+    return filled
+
+
 class PruneSection(Record):
     """Search of the mask and fine-tuning of the kept weights.
 
@@ -228,10 +243,12 @@ class PruneSection(Record):
     @classmethod
     def _method_by_evidence(cls, content: Any) -> Any:
         """Store the default method, so that a later change of the default does not change old recipes."""
-        if isinstance(content, Mapping) and content.get("method") is None:
+        if not isinstance(content, Mapping):
+            return content
+        if content.get("method") is None:
             granularity, budget = content.get("granularity", "weight"), content.get("budget")
             return {**content, "method": default_method(granularity, budget)}
-        return content
+        return _filled(content) if content["method"] in OWN_NAMES else content
 
     @property
     def radius(self) -> float:
@@ -317,6 +334,18 @@ class PruneSection(Record):
                 )
         elif self.sparsity is None and self.keep_ratio is None:
             raise invalid("sparsity-missing", "sparsity is missing, such as 0.9")
+        return self
+
+    @model_validator(mode="after")
+    def _trained_weights_fit(self) -> PruneSection:
+        method = METHODS[self.method]
+        if method.sparse is not None and self.granularity != "weight":
+            raise invalid("granularity-unfit", f"{self.method} prunes single weights, not {self.granularity}")
+        losses = {self.search.objective.loss, self.finetune.objective.loss}
+        if method.loss is not None and losses != {method.loss}:
+            raise invalid(
+                "loss-unfit", f"{self.method} has a loss of its own: leave loss out, or {method.loss}"
+            )
         return self
 
     @model_validator(mode="after")

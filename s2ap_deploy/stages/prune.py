@@ -42,13 +42,14 @@ from s2ap_deploy.pruning.scores import (
 )
 from s2ap_deploy.pruning.search import Perturbation, SearchResult, choose_once, search
 from s2ap_deploy.pruning.search_diagnostics import diagnosis
+from s2ap_deploy.pruning.sparse_training import train_sparse
 from s2ap_deploy.recipe.methods import METHODS, n_of_m, origins
 from s2ap_deploy.recipe.sections import PruneSection
 from s2ap_deploy.runs.folder import MASKS, MODEL, Run
 from s2ap_deploy.runs.snapshot import Stage
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.stages.context import HISTORY, RunContext, weights_on_images
-from s2ap_deploy.training.objective import Objective, Teacher
+from s2ap_deploy.training.objective import Objective, SelfDistillation, Teacher
 from s2ap_deploy.training.train import TrainingData, train, validation_sample
 
 
@@ -364,6 +365,10 @@ def find_mask(
             section.search.batch_size, seed=env.seed, epoch=-2, augment=True, device=env.device
         )
         scored.start_from(gradient_scores(scored, section.method, objective, batches, env.seed))
+    if method.sparse is not None:
+        env.ranks.copy_from_first_([*scored.network.state_dict().values()])
+        data = TrainingData(images.train, images.validation)
+        return train_sparse(scored, method.sparse, data, section.search, objective, env)
     if not method.learns:
         return choose_once(scored, images.train, section.search, objective, env)
     measure = diagnosis(
@@ -425,7 +430,8 @@ def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:
         "finetune": section.finetune.model_dump(),
         "seed": recipe.seed,
     }
-    if distillation.weight > 0:
+    alone = METHODS[section.method].sparse == "admm"
+    if distillation.weight > 0 or alone:
         inputs["teacher"] = files.sha256(dense)
     inputs |= {**origins(loss=section.finetune.objective.loss), **job.machine.pieces}
     stage = job.stage("finetune", inputs)
@@ -445,8 +451,10 @@ def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:
         job.recorder.note(f"{section.method} does not fine-tune: its weights keep their random values")
         stage.finish([stage.folder / MODEL], {**outcome, "best": None, "nonzero": nonzero(classifier, masks)})
         return
-    teacher = None
-    if distillation.weight > 0:
+    teacher: Teacher | None = None
+    if alone:
+        teacher = SelfDistillation(job.load(dense)[0], list(masks))
+    elif distillation.weight > 0:
         teacher = Teacher(
             job.load(dense)[0], weight=distillation.weight, temperature=distillation.temperature
         )

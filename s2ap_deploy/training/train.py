@@ -59,9 +59,9 @@ class Epoch:
     Of a search: ``replaced`` is the share of kept weights that left the mask since the epoch before and
     ``hamming`` the share of mask bits that changed, ``flip_rate`` the share of kept weights that leaves
     under S2AP's perturbation (None where it was off), ``gamma`` the radius that followed it (None where it is
-    fixed). ``sharpness`` is a lower bound on the worst rise
-    of the loss within the ball of scores, ``eigenvalue`` the largest of the surrogate's Hessian, with the
-    residual of its computation.
+    fixed). ``overfitting``, where the weights learn, is robust accuracy on training images less that on
+    validation images. ``sharpness`` is a lower bound on the worst rise of the loss within the ball of scores,
+    ``eigenvalue`` the largest of the surrogate's Hessian, with the residual of its computation.
     """
 
     epoch: int
@@ -71,6 +71,7 @@ class Epoch:
     seconds: float
     replaced: float | None = None
     hamming: float | None = None
+    overfitting: float | None = None
     flip_rate: float | None = None
     gamma: float | None = None
     sharpness: float | None = None
