@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import t
 
 from benchmarks.lib import arguments, commands, results
 from benchmarks.lib.images import ARCHIVE, unpack
@@ -77,7 +78,6 @@ S2AP: dict[str, dict[str, Any]] = {
     "auto": {"s2ap": True, "gamma": "auto"},
     "auto-elementwise": {"s2ap": True, "gamma": "auto", "s2ap_ball": "elementwise"},
 }
-T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, two-sided, by freedom
 CIFAR_ARCH = "cifar-conv"
 THREATS = {"mnist": ThreatModel(norm="Linf", eps="0.1"), "cifar": ThreatModel(norm="Linf", eps="4/255")}
 
@@ -409,8 +409,7 @@ def paired(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def interval(pairs: Sequence[float]) -> dict[str, Any]:
     """Mean of paired differences and half the width of its 95 % interval; None for a single pair."""
     n = len(pairs)
-    t = T95[n - 2] if 2 <= n < len(T95) + 2 else 1.96
-    half = t * statistics.stdev(pairs) / math.sqrt(n) if n > 1 else None
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(pairs) / math.sqrt(n) if n > 1 else None
     return {"pairs": n, "mean": statistics.fmean(pairs), "half_width": half, "detectable": half}
 
 

@@ -17,8 +17,9 @@ from s2ap_deploy.pruning.masks import hamming, replaced, top_k
 from s2ap_deploy.pruning.scores import ScoredNetwork, keep_one_per_row
 from s2ap_deploy.pruning.search import SearchResult, recalibrate_by
 from s2ap_deploy.recipe.sections import SearchSection
-from s2ap_deploy.runtime import derive_seed
+from s2ap_deploy.runtime import derive_seed, seed_layers
 from s2ap_deploy.training.adversary import Adversary
+from s2ap_deploy.training.batchnorm import shared_statistics
 from s2ap_deploy.training.objective import Objective, SelfDistillation
 from s2ap_deploy.training.pgd import pgd_accuracy
 from s2ap_deploy.training.train import (
@@ -270,7 +271,9 @@ def train_sparse(
     # Cut to the budget, and measure BatchNorm under the final mask.
     masks = method.finish()
     enforce([(parameters[name], mask) for name, mask in masks.items()])
-    recalibrate_by(section, network, data.train, objective, env)
+    seed_layers(env.seed, "search", "layers", section.epochs, env.ranks.rank)
+    with shared_statistics(network, env.ranks):
+        recalibrate_by(section, network, data.train, objective, env)
     return SearchResult({name: parameters[name].detach().clone() for name in masks}, masks, history, 0)
 
 

@@ -67,6 +67,7 @@ CERTIFY: Final[Keywords] = {
     "attack_seed": ("certify.attack_seed",),
     "provable": ("certify.provable",),
     "curve": ("certify.curve",),
+    "tune_curve": ("certify.tune_curve",),
     "full": ("certify.full",),
 }
 EXPORT: Final[Keywords] = {

@@ -95,12 +95,21 @@ class CertifySection(Record):
         default=False, description="Prove robustness where possible and attack only the rest."
     )
     curve: Flag = Field(default=False, description="Add accuracy over eps, from a minimum-norm attack.")
+    tune_curve: Flag = Field(
+        default=False, description="First tune that attack on 64 validation images, as HO-FMN does."
+    )
     full: Flag = Field(default=False, description="Attack all images, even if the gate is already decided.")
     n: Count | None = Field(default=1000, description="Number of test images to attack; null is all.")
     attack_seed: Whole = Field(default=0, description="Seed of the attacks.")
     sample_seed: Whole | None = Field(
         default=0, description="Seed of the stratified choice of images; null takes the first n."
     )
+
+    @model_validator(mode="after")
+    def _tuning_has_a_curve(self) -> CertifySection:
+        if self.tune_curve and not self.curve:
+            raise invalid("tune-curve-unused", "tune_curve tunes the attack of the curve: set curve: true")
+        return self
 
 
 class ExportSection(Record):

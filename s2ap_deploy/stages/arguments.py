@@ -145,6 +145,7 @@ class CertifyArguments(NetworkArguments, total=False):
     time_budget: float | None
     provable: bool | None
     curve: bool | None
+    tune_curve: bool | None
     full: bool | None
     min_robust: float | None
     max_drop: float | None

@@ -162,7 +162,8 @@ def _deviations(clean: Share, autoattack: Share, eps: str, curve: SecurityCurve)
         stated = parse_eps(eps)
     except ValueError as error:
         raise UsageError(f"AutoAttack's eps {error}", code="eps-invalid") from None
-    found = ["FMN of s2ap-deploy instead of HO-FMN", "distance null where nothing was found, not 0"]
+    attack = curve.facts.get("attack", "FMN")
+    found = [f"{attack} of s2ap-deploy instead of HO-FMN", "distance null where nothing was found, not 0"]
     if Fraction(stated) != Fraction(AUTOATTACK_EPS):
         found.append(f"AutoAttack at eps {stated} instead of {AUTOATTACK_EPS}")
     if autoattack.n != _AUTOATTACK_N:

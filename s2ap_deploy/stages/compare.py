@@ -14,7 +14,7 @@ from s2ap_deploy import files
 from s2ap_deploy.errors import InputError, RunFolderError, UsageError
 from s2ap_deploy.pruning.masks import Likeness, kept, layerwise, likeness, load_tensors, sparsity
 from s2ap_deploy.runs import manifest
-from s2ap_deploy.runs.folder import MASKS
+from s2ap_deploy.runs.folder import MASKS, MODEL
 from s2ap_deploy.runs.manifest import Manifest, StageName, StageRecord
 
 ACCURACIES = ("clean_accuracy", "robust_accuracy")
@@ -25,11 +25,15 @@ NOTE = (
 
 @dataclass(frozen=True, eq=False)
 class Searched:
-    """A finished search: its masks by parameter name, and ``figures`` as JSON values."""
+    """A finished search: its masks by parameter name, and ``figures`` as JSON values.
+
+    ``tuned`` are the weights that are not zero after fine-tuning, None before.
+    """
 
     folder: Path
     masks: dict[str, Tensor]
     figures: dict[str, Any]
+    tuned: dict[str, Tensor] | None = None
 
 
 def compare(folders: Sequence[Path]) -> dict[str, Any]:
@@ -56,7 +60,9 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
                 code="masks-differ",
                 hint="compare runs on one architecture; s2ap-deploy inspect shows the layers of a checkpoint",
             ) from None
-        pairs.append({"first": i, "second": j, **asdict(whole), "layers": by_layer(layers)})
+        tuned = first.tuned and second.tuned and asdict(likeness(first.tuned, second.tuned))
+        pair = {"first": i, "second": j, **asdict(whole), "layers": by_layer(layers), "finetune": tuned}
+        pairs.append(pair)
     return {"runs": [run.figures for run in runs], "pairs": pairs, "note": NOTE}
 
 
@@ -79,14 +85,31 @@ def searched(folder: Path) -> Searched:
             hint="repeat its command with --resume",
         )
     # The file gives its tensors in any order; sorted, equal folders get equal answers.
-    masks = {name: mask.bool() for name, mask in sorted(load_tensors(intact(folder, record)).items())}
-    return Searched(folder, masks, {"run": str(folder), **described(record, masks), **tuned(stages)})
+    masks = {name: mask.bool() for name, mask in sorted(load_tensors(intact(folder, record, _MASKS)).items())}
+    figures = {"run": str(folder), **described(record, masks), **tuned(stages)}
+    return Searched(folder, masks, figures, remaining(folder, stages, masks))
 
 
-def intact(folder: Path, record: StageRecord) -> Path:
-    """Return the file of the masks after checking its hash. Raises RunFolderError."""
+def remaining(
+    folder: Path, stages: Mapping[StageName, StageRecord], masks: Mapping[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """Return which masked weights are not zero after fine-tuning, None where there is no such network.
+
+    Raises RunFolderError for a file that is missing or has changed.
+    """
+    record = stages.get("finetune")
+    if record is None or record.status != "finished" or _TUNED not in {each.path for each in record.outputs}:
+        return None
+    weights = load_tensors(intact(folder, record, _TUNED))
+    return {name: weights[name] != 0 for name in masks} if masks.keys() <= weights.keys() else None
+
+
+_MASKS, _TUNED = f"search/{MASKS}", f"finetune/{MODEL}"
+
+
+def intact(folder: Path, record: StageRecord, name: str) -> Path:
+    """Return the file ``name`` of a stage after checking its hash. Raises RunFolderError."""
     hint = "repeat s2ap-deploy prune with --resume, which creates it again"
-    name = f"search/{MASKS}"
     recorded = next((output for output in record.outputs if output.path == name), None)
     if recorded is None:
         raise RunFolderError(f"the search in {folder} wrote no {MASKS}", code="file-missing", hint=hint)
@@ -94,7 +117,7 @@ def intact(folder: Path, record: StageRecord) -> Path:
     if not path.is_file():
         raise RunFolderError(f"{path} is missing", code="file-missing", hint=hint)
     if files.sha256(path) != recorded.sha256:
-        raise RunFolderError(f"{path} has changed since the search finished", code="file-changed", hint=hint)
+        raise RunFolderError(f"{path} has changed since its stage finished", code="file-changed", hint=hint)
     return path
 
 

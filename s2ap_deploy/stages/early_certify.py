@@ -19,7 +19,7 @@ from s2ap_deploy.evaluation.autoattack.cascade import Cascade
 from s2ap_deploy.evaluation.autoattack.scheduler import AttackOutcome, default_block_size
 from s2ap_deploy.evaluation.bounds.propagation import provably_robust
 from s2ap_deploy.evaluation.certificate import Certificate
-from s2ap_deploy.evaluation.fmn import FMNConfig
+from s2ap_deploy.evaluation.fmn import FMNConfig, Tuning
 from s2ap_deploy.evaluation.samples import EarlyDecision, Proven
 from s2ap_deploy.evaluation.security_curve import SecurityCurve, capped, security_curve
 from s2ap_deploy.gating.early_stopping import answers, verdict_of
@@ -256,11 +256,15 @@ def trace_curve(
     config = FMNConfig(
         norm="L2" if threat.norm == "L2" else "Linf", seed=seed, device=job.machine.device, record=record
     )
+    tuning = tuned(job, network, samples.images, config) if job.recipe.certify.tune_curve else None
+    if tuning is not None:
+        config = dataclasses.replace(config, loss=tuning.loss, step=tuning.step)
     found = fmn.attack(
         network,
         samples.images,
         samples.labels,
         config,
+        tuning=tuning,
         workers=job.machine.workforce,
         deadline=deadline,
         recorder=job.recorder,
@@ -269,7 +273,26 @@ def trace_curve(
     curve = security_curve(
         distances,
         norm=threat.norm,
-        facts={"attack": "FMN", "seed": seed, "autoattack_eps": threat.eps, "flags": list(found.flags)},
+        facts={
+            "attack": "FMN" if tuning is None else f"FMN tuned to {tuning.loss}, step {tuning.step:g}",
+            "seed": seed,
+            "autoattack_eps": threat.eps,
+            "flags": list(found.flags),
+        },
     )
     curve.save(path)
     return curve
+
+
+TUNING_IMAGES, TUNING_STEPS = 64, 100  # those of HO-FMN in the benchmark
+
+
+def tuned(job: RunContext, network: nn.Module, like: Tensor, config: FMNConfig) -> Tuning:
+    """Choose loss and step of the attack on validation images of the size of ``like``, [n, C, H, W].
+
+    HO-FMN's Bayesian search has more settings; this grid costs eight short attacks.
+    """
+    channels, height, width = like.shape[1:]
+    validation = job.images((channels, height, width)).validation
+    images, labels = validation.subset(range(min(TUNING_IMAGES, len(validation)))).tensors()
+    return fmn.tune(network, images, labels, dataclasses.replace(config, steps=TUNING_STEPS, record=None))

@@ -18,6 +18,7 @@ from s2ap_deploy.recipe.methods import n_of_m
 from s2ap_deploy.recipe.sections import PruneSection
 from s2ap_deploy.runs.folder import Run
 from s2ap_deploy.spec import Record, ThreatModel
+from s2ap_deploy.stages.compare import compare
 from s2ap_deploy.sweeps.grid import Combination
 
 FILE = "sweep.json"
@@ -158,8 +159,31 @@ class Difference(Record):
         return cls(setting=setting, seeds=tuple(seeds), mean=mean, interval=interval)
 
 
+class Stability(Record):
+    """How much masks differ between seeds, on average over ``pairs`` of them; see ``masks.Likeness``."""
+
+    pairs: int
+    hamming: float
+    by_chance: float
+    replaced: float
+    iou: float
+
+    @classmethod
+    def of(cls, found: Sequence[Mapping[str, Any] | None]) -> Stability | None:
+        measured = [each for each in found if each is not None]
+        if not measured:
+            return None
+        keys = ("hamming", "by_chance", "replaced", "iou")
+        means = {key: statistics.fmean(each[key] for each in measured) for key in keys}
+        return cls(pairs=len(measured), **means)
+
+
 class Group(Record):
-    """Finished combinations that differ in the seed alone, as shares; ``bytes`` and latency as measured."""
+    """Finished combinations that differ in the seed alone, as shares; ``bytes`` and latency as measured.
+
+    ``masks`` compares the masks of searches with different seeds, ``finetuned`` the weights that are not zero
+    after fine-tuning; None for a single seed, and while a sweep runs.
+    """
 
     setting: Setting
     seeds: tuple[int, ...]
@@ -171,6 +195,8 @@ class Group(Record):
     bytes: Spread
     dense_bytes: Spread
     latency_ratio: Spread | None
+    masks: Stability | None = None
+    finetuned: Stability | None = None
 
 
 class SweepReport(Record):
@@ -243,13 +269,16 @@ def figures(run: Run, verdict: str | None) -> tuple[Figures, str]:
     return shown, pruned.statement
 
 
-def groups(rows: Sequence[Row]) -> tuple[Group, ...]:
-    """Compute means and deviations over the seeds of each setting, in the order of the rows."""
+def groups(rows: Sequence[Row], folder: Path | None = None) -> tuple[Group, ...]:
+    """Compute means and deviations over the seeds of each setting, in the order of the rows.
+
+    With the ``folder`` of a sweep, masks are compared too. Raises RunFolderError for a run that has changed.
+    """
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row.figures is not None and row.setting is not None:
             found.setdefault(row.setting.model_dump_json(), []).append(row)
-    return tuple(_group(members) for members in found.values())
+    return tuple(_group(members, folder) for members in found.values())
 
 
 def differences(rows: Sequence[Row]) -> tuple[Difference, ...]:
@@ -269,7 +298,7 @@ def differences(rows: Sequence[Row]) -> tuple[Difference, ...]:
     return tuple(Difference.of(setting, on, off) for setting, on, off in pairs if on.keys() & off.keys())
 
 
-def _group(members: Sequence[Row]) -> Group:
+def _group(members: Sequence[Row], folder: Path | None) -> Group:
     shown = [row.figures for row in members if row.figures is not None]
     first = members[0].setting
     assert first is not None
@@ -283,8 +312,12 @@ def _group(members: Sequence[Row]) -> Group:
         "bytes": Spread.of([each.bytes for each in shown]),
         "dense_bytes": Spread.of([each.dense_bytes for each in shown]),
     }
+    runs = [folder / row.run for row in members if folder is not None and row.run is not None]
+    pairs = compare(runs)["pairs"] if len(runs) > 1 else []
     return Group(
         setting=first,
+        masks=Stability.of(pairs),
+        finetuned=Stability.of([pair["finetune"] for pair in pairs]),
         seeds=tuple(row.seed for row in members),
         latency_ratio=Spread.of(ratios) if ratios else None,
         **spreads,

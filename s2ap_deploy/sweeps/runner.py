@@ -175,7 +175,7 @@ def sweep(
             statement=statement,
             axes=dict(axes),
             rows=tuple(rows),
-            groups=groups(rows),
+            groups=groups(rows, folder.path if status == "finished" else None),
             differences=differences(rows),
         )
         report.save(folder.path)

@@ -14,7 +14,7 @@ WEIGHTS = 151_072
 
 
 def pruned(s2ap: Any, model: Path, folder: Path, *options: Any) -> dict[str, Any]:
-    outcome = s2ap.json("prune", model, *options, *SHORT, cwd=folder)
+    outcome = s2ap.json("prune", model, *SHORT, *options, cwd=folder)
     masks = load_file(folder / "s2ap-run" / "search" / "masks.safetensors")
     network = load_file(folder / "s2ap-run" / "finetune" / "model.safetensors")
     assert sum(mask.numel() for mask in masks.values()) == WEIGHTS
@@ -34,6 +34,9 @@ def pruned(s2ap: Any, model: Path, folder: Path, *options: Any) -> dict[str, Any
         ("magnitude", [], False),
         ("magnitude", ["--budget", "global"], False),
         ("random", ["--budget", "uniform"], False),
+        ("flyingbird", [], False),
+        ("flyingbird-plus", ["--budget", "uniform"], False),
+        ("pwoa", ["--loss", "natural"], False),
     ],
 )
 def test_every_method_meets_the_budget_exactly(

@@ -32,6 +32,7 @@ def folder(
     results: Any = None,
     finish: bool = True,
     best: dict[str, float] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """A run folder with a search, as prune leaves it, and a fine-tuning when there is a best epoch."""
     with Run.open(path, create=True, command="test") as run:
@@ -42,7 +43,10 @@ def folder(
             stage.finish([stage.folder / "masks.safetensors"], results or {"method": "hydra", "last": LAST})
         if best is not None:
             tuning = run.stage("finetune", inputs={}, resume=False, overwrite=True)
-            tuning.finish([], {"best": best})
+            if weights is not None:
+                save_tensors(tuning.folder / "model.safetensors", weights)
+            outputs = [tuning.folder / "model.safetensors"] if weights is not None else []
+            tuning.finish(outputs, {"best": best})
     return path
 
 
@@ -132,4 +136,25 @@ def test_masks_of_different_networks_name_the_folders_and_the_layer(tmp_path) ->
 @pytest.mark.parametrize("runs", [[], [Path("one")]])
 def test_less_than_two_runs(runs) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "runs-too-few"):
+        compare(runs)
+
+
+def test_fine_tuned_networks_are_compared_by_the_weights_that_are_left(tmp_path) -> None:
+    """Fine-tuning never adds a weight, but one may end at 0."""
+    best = {"clean_accuracy": 0.95, "robust_accuracy": 0.7}
+    runs = []
+    for name, ones in (("one", (0, 1)), ("two", (1, 2))):
+        found = masks(*ones)
+        weights = {key: mask.float() for key, mask in found.items()} | {"a.bias": torch.ones(2)}
+        weights["a.weight"].view(-1)[ones[0]] = 0.0
+        runs.append(folder(tmp_path / name, found, best=best, weights=weights))
+    plain = folder(tmp_path / "plain", masks(0, 1))
+    (pair, without, _) = compare([*runs, plain])["pairs"]
+    assert without["finetune"] is None
+    assert pair["iou"] == 3 / 5
+    # One of the two keeps weight 1, the other 2; both keep the two of b.
+    assert pair["finetune"]["iou"] == 2 / 4
+    assert pair["finetune"]["weights"] == pair["weights"]
+    (runs[0] / "finetune" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(RunFolderError, check=lambda error: error.code == "file-changed"):
         compare(runs)

@@ -64,3 +64,13 @@ def test_what_bounds_cannot_go_through_is_named(s2ap, tmp_path) -> None:
     assert done.code == 2
     assert "MaxPool2d" in done.err
     assert "Traceback" not in done.err
+
+
+def test_the_attack_of_a_curve_is_tuned_on_validation_images(s2ap, digits_model, tmp_path) -> None:
+    certify = ["certify", digits_model, "--eps", "0.02", "--n", 12, "--protocol", "quick", "--threads", 1]
+    done = s2ap(*certify, "--curve", "--tune-curve", cwd=tmp_path)
+    assert done.code == 0, done.err
+    curve = SecurityCurve.load(tmp_path / "s2ap-run" / "certify" / "dense-curve.json")
+    assert curve.facts["attack"].startswith("FMN tuned to ")
+    assert curve.n == 12
+    s2ap.refused("tune-curve-unused", *certify, "--tune-curve", "--overwrite", cwd=tmp_path)
