@@ -89,14 +89,20 @@ def load_checkpoint(
 def inspect(path: Path | str, **options: Any) -> dict[str, Any]:
     """Describe a checkpoint: format, architecture, layers, sparsity.
 
+    ``benchmark`` is what the name of a file of the Adversarial Pruning Benchmark says: method, architecture,
+    data, structure (US: single weights, S: filters or channels) and sparsity; None for other names.
     ``options`` are ``arch``, ``keep``, ``alpha``, ``key`` and ``trust_pickle`` of :func:`load_checkpoint`.
 
     Raises:
         CheckpointError, UnsafePickleError, ArchitectureError.
     """
-    from s2ap_deploy.models.checkpoints.checkpoint import describe
+    from dataclasses import asdict
 
-    return describe(Path(path), **options)
+    from s2ap_deploy.models.checkpoints.checkpoint import describe
+    from s2ap_deploy.stages.benchmark_entry import BenchmarkModel
+
+    named = BenchmarkModel.of_file(Path(path).name)
+    return {**describe(Path(path), **options), "benchmark": named and asdict(named)}
 
 
 def pretrain(

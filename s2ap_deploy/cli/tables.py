@@ -281,6 +281,10 @@ def show_checkpoint(description: Mapping[str, Any], asked: str | None = None) ->
     )
     if description.get("layout"):
         table.add_row("pruned by", str(description["layout"]))
+    if named := description.get("benchmark"):
+        keys = ("method", "arch", "data", "structure")
+        words = [*(named[key] for key in keys), f"{named['sparsity']:.0%}"]
+        table.add_row("benchmark", Text(", ".join(words)))
     missing = "none in the registry fits" if asked is None else f"{asked} does not fit"
     table.add_row("architecture", Text(description["architecture"] or missing))
     if description["num_classes"] is not None:

@@ -45,7 +45,16 @@ _STRUCTURE_NAMES = {"US": "Unstructured (US)", "S": "Structured (S) channels"}
 _AUTOATTACK_N, _CURVE_N = 10_000, 128
 _ARCHITECTURES = {"cifar-resnet18": "resnet18", "cifar-vgg16-bn": "vgg16"}
 _STRUCTURES = {"weight": "US", "channel": "S"}
-_CRITERIA = {"hydra": "LIS", "harp": "LIS", "magnitude": "LWM"}
+_TAXONOMY: Final = {  # criterion and locality, as the benchmark files each method
+    "hydra": ("LIS", "local"),
+    "harp": ("LIS", "global"),
+    "magnitude": ("LWM", "local"),
+    "pwoa": ("SOLWM", "local"),
+}
+_NAME = re.compile(
+    r"(?P<method>[A-Za-z0-9+]+_[^\W\d_]+\d{4}[^\W_]+)_(?P<arch>R18|V16)_(?P<data>CIFAR10|SVHN)"
+    r"_(?P<structure>US|S)_(?P<rate>\d\d)"
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,18 @@ class BenchmarkModel:
     data: str
     structure: str
     sparsity: float
+
+    @classmethod
+    def of_file(cls, name: str) -> BenchmarkModel | None:
+        """Return the model that a published file's name is the key of, with any suffix; None for another."""
+        found = _NAME.match(name)
+        if found is None or name[found.end() : found.end() + 1] not in ("", ".", "_"):
+            return None
+        arch, data = (
+            {written: known for known, written in table.items()}[found[part]]
+            for part, table in (("arch", ARCHITECTURES), ("data", DATASETS))
+        )
+        return cls(found["method"], arch, data, found["structure"], int(found["rate"]) / 100)
 
     @property
     def key(self) -> str:
@@ -194,11 +215,11 @@ def check_entry(job: RunContext, submission: Submission) -> None:
     """Raise UsageError, before any attack, for a run that the benchmark does not take."""
     section = _section(job)
     _ = _model(job, section, _pruned(job), submission).key
-    if section.method not in _CRITERIA:
+    if section.method not in _TAXONOMY:
         raise UsageError(
             f"the benchmark has no criterion for {section.method}",
             code="benchmark-taxonomy-unknown",
-            hint=f"it has {', '.join(_CRITERIA)}",
+            hint=f"it has {', '.join(_TAXONOMY)}",
         )
     if job.recipe.threat.norm != "Linf":
         raise UsageError(
@@ -226,8 +247,8 @@ def write_entry(job: RunContext, submission: Submission, path: Path) -> dict[str
         paper=submission.paper,
         pretraining=submission.pretraining or recorded,
         finetuning=_training(section.finetune.objective.loss),
-        criterion=_CRITERIA[section.method],
-        locality="global" if section.layer_budget == "global" else "local",
+        criterion=_TAXONOMY[section.method][0],
+        locality="global" if section.layer_budget == "global" else _TAXONOMY[section.method][1],
         iterative=bool(section.steps),
         normalization=_normalization(info.normalization),
     )

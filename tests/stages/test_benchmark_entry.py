@@ -199,3 +199,24 @@ def test_an_entry_admits_where_it_differs_from_the_benchmarks_evaluation() -> No
         "clean accuracy on 100 images instead of 10,000",
         "FMN on 1 images instead of 128",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("HARP_Zhao2023Holistic_R18_CIFAR10_US_99.pt", ("resnet18", "cifar10", "US", 0.99)),
+        ("FlyingBird+_Chen2022Sparsity_V16_SVHN_US_90_best.pth.tar", ("vgg16", "svhn", "US", 0.9)),
+        ("PwoA_Jian2022Pruning_R18_CIFAR10_S_50", ("resnet18", "cifar10", "S", 0.5)),
+        ("HARP_Zhao2023Holistic_R18_CIFAR10_US_990.pt", None),
+        ("model.pt", None),
+        ("Wong2020Fast_R18_CIFAR10_US_90.pt", None),
+    ],
+)
+def test_the_names_of_published_files_are_read(name, expected) -> None:
+    found = BenchmarkModel.of_file(name)
+    if expected is None:
+        assert found is None
+        return
+    assert (found.arch, found.data, found.structure, found.sparsity) == expected
+    if "+" not in name:
+        assert name.startswith(found.key)
