@@ -199,7 +199,7 @@ def test_a_document_that_is_no_mapping(tmp_path, text) -> None:
         ("eps: 8/255", "eps: 0", "line 8: threat.eps: must be positive, not 0"),
         ("eps: 8/255", "eps: 8/0", "line 8: threat.eps: not a number or a fraction"),
         ("eps: 8/255", "norm: Linff\n  eps: 1", "threat.norm: must be Linf or L2 or L1; did you mean Linf?"),
-        ("sparsity: 0.9", "sparsity: 0.9\n  method: hidra", "or snip; did you mean hydra? (here: 'hidra')"),
+        ("sparsity: 0.9", "sparsity: 0.9\n  method: hidra", "or pwoa; did you mean hydra? (here: 'hidra')"),
         ("name: digits", "name: digit", "data.name: must be one of digits, mnist, cifar10, cifar100, svhn, "),
         ("name: digits", "name: 'imagefolder:'", "data.name: must be one of"),
         ("name: digits", "name: digits\n  size: [1, 8]", "data.size.2 is missing"),
