@@ -7,8 +7,8 @@
 Each finished run is a file in ``--work``: it is not run again. The result file is written after every row,
 with means, paired differences between S2AP and its base method, and how masks differ between seeds. With
 ``--tested 0`` no test image is used: gamma is chosen so, on the validation split alone. ``mnist`` prunes the
-shared checkpoint. ``cifar`` takes the shared JPEGs and first trains a small dense network: its figures are
-comparable with each other only, neither with papers nor with a ResNet-18.
+shared checkpoint. ``cifar`` takes the shared JPEGs and first trains a dense network (``--arch``): its
+figures are comparable with each other only, neither with papers nor with a ResNet-18.
 """
 
 import argparse
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--search-rate", type=float, default=0.1, help="learning rate of the scores")
     parser.add_argument("--finetune-rate", type=float, default=0.01)
     parser.add_argument("--tested", type=int, help="first test images under PGD-50 [default: 10000, 5000]")
+    parser.add_argument("--arch", default=CIFAR_ARCH, help="CIFAR's network, such as cifar-resnet20")
     parser.add_argument("--dense-images", type=int, default=20_000, help="that train CIFAR's dense network")
     parser.add_argument("--dense-epochs", type=int, default=12)
     parser.add_argument("--dense-only", action="store_true", help="attack the dense network, prune nothing")
@@ -133,7 +134,7 @@ def main() -> None:
     if args.dense_only:
         results.write(f"{name}-dense", dense)
     else:
-        write_table(args, base, name, dense if mnist else {"network": CIFAR_ARCH, **dense})
+        write_table(args, base, name, dense if mnist else {"network": args.arch, **dense})
 
 
 def mnist_base(args: argparse.Namespace) -> Base:
@@ -144,30 +145,30 @@ def mnist_base(args: argparse.Namespace) -> Base:
 def cifar_base(args: argparse.Namespace) -> Base:
     """Unpack the photographs and train the dense network, unless an earlier call did."""
     data = f"imagefolder:{unpack(args.shared / ARCHIVE, args.work / 'cifar10')}"
-    model = args.work / f"dense-{args.dense_images}-{args.dense_epochs}.safetensors"
+    model = args.work / f"dense-{args.arch}-{args.dense_images}-{args.dense_epochs}.safetensors"
     threat = THREATS["cifar"]
     base = Base(model, data, None, threat, step_size=threat.radius / 8, by_class=True)
     if not model.exists():
-        train_dense(base, args.dense_images, args.dense_epochs, args.attack_steps)
+        train_dense(base, args)
     return base
 
 
-def train_dense(base: Base, count: int, epochs: int, attack_steps: int) -> None:
+def train_dense(base: Base, args: argparse.Namespace) -> None:
     """Adversarial training from scratch, saved as a checkpoint."""
     images = datasets.load(base.data, seed=0)
-    subset = images.train.subset(choose(images.train.labels, count, seed=0))
+    subset = images.train.subset(choose(images.train.labels, args.dense_images, seed=0))
     torch.manual_seed(0)
-    classifier = Classifier(registry.build(CIFAR_ARCH, 10), None)
+    classifier = Classifier(registry.build(args.arch, 10), None)
     train(
         classifier,
         TrainingData(subset, images.validation),
-        TrainSection(epochs=epochs, learning_rate=0.05, weight_decay=5e-4),
-        Objective(base.threat, attack_steps=attack_steps),
+        TrainSection(epochs=args.dense_epochs, learning_rate=0.05, weight_decay=5e-4),
+        Objective(base.threat, attack_steps=args.attack_steps),
         TrainingEnvironment(CPU),
         stage="pretrain",
     )
     preprocessing = images.spec.preprocessing
-    facts: dict[str, Any] = {"arch": CIFAR_ARCH, "num_classes": 10, "stage": "pretrain", "tool_version": "0"}
+    facts: dict[str, Any] = {"arch": args.arch, "num_classes": 10, "stage": "pretrain", "tool_version": "0"}
     info = CheckpointInfo(preprocessing=preprocessing, **facts)
     checkpoint.save(base.checkpoint, classifier, info)
 
@@ -223,7 +224,8 @@ def run_name(job: Job) -> str:
     """Name a run by everything that decides it."""
     args, _, config, sparsity, gamma, seed = job
     settings = "-".join(f"{getattr(args, setting)}" for setting in TRAINING)
-    return f"{config}-{sparsity}-{gamma}-{seed}-{settings}"
+    arch = "" if args.arch == CIFAR_ARCH else f"{args.arch}-"
+    return f"{arch}{config}-{sparsity}-{gamma}-{seed}-{settings}"
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -119,6 +119,25 @@ def test_defaults_are_the_published_schedule_with_adversarial_training(file) -> 
     assert prune.search.weight_decay == 0
 
 
+@pytest.mark.parametrize("name", list(schema.PRESETS))
+def test_a_preset_makes_a_recipe(name, file) -> None:
+    """The published ones name every departure of docs/deviations.md that has an option."""
+    prune = changed(catalog.load(str(file)), schema.preset(name)).prune
+    published = name.startswith("published-")
+    assert prune.perturbs is not published
+    assert (prune.search.bn_affine, prune.search.cosine) == (
+        ("learn", "epoch") if published else ("rest", "step")
+    )
+    assert prune.covers_classes is not published
+    assert (prune.search.weight_decay > 0) is published
+    if published:
+        assert prune.search.recalibration == "none"
+        assert prune.search.objective == prune.finetune.objective
+        assert prune.search.objective.start == (
+            "gaussian-unclamped" if prune.method == "hydra" else "uniform"
+        )
+
+
 def test_a_section_that_sets_one_key_keeps_the_other_defaults(file) -> None:
     assert catalog.load(str(file), overrides=["prune.finetune.epochs=7"]).prune.finetune.learning_rate == 0.01
 
