@@ -21,7 +21,7 @@ from s2ap_deploy.recipe.field_types import (
     Positive,
     Whole,
 )
-from s2ap_deploy.recipe.methods import METHODS, OWN_NAMES, BudgetName, default_method, n_of_m
+from s2ap_deploy.recipe.methods import METHODS, BudgetName, default_method, n_of_m
 from s2ap_deploy.spec import Eps, Record, invalid
 
 GAMMA = 0.0005  # docs/results.md has the choice
@@ -147,7 +147,7 @@ class DiagnosticsSection(Record):
 
 
 def _filled(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in the defaults of a built-in method's search, and its only loss."""
+    """Fill in the defaults of a method's search, and its only loss."""
     method, filled = METHODS[content["method"]], dict(content)
     wanted: dict[str, dict[str, Any]] = {"search": dict(method.search), "finetune": {}}
     for key, defaults in wanted.items():
@@ -248,7 +248,8 @@ class PruneSection(Record):
         if content.get("method") is None:
             granularity, budget = content.get("granularity", "weight"), content.get("budget")
             return {**content, "method": default_method(granularity, budget)}
-        return _filled(content) if content["method"] in OWN_NAMES else content
+        known = isinstance(content["method"], str) and content["method"] in METHODS
+        return _filled(content) if known else content
 
     @property
     def radius(self) -> float:
