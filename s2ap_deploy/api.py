@@ -212,7 +212,8 @@ def certify(
     Args:
         run: the run folder.
         model: a network to attack in its own run folder, as for :func:`prune`.
-        artifact: an ONNX file whose own predictions are attacked.
+        artifact: an ONNX file whose own predictions are attacked, by default with the protocol, the images
+            and the seeds of the run's own certificate.
 
     Raises:
         OutOfTimeError: the time budget ran out; ``resume=True`` continues.
@@ -730,7 +731,7 @@ def _certify_file(
     """Certify an ONNX file, which may also be named by its path inside the run folder."""
     from s2ap_deploy.onnx_export.onnx_file import load
     from s2ap_deploy.stages import open_run, resolve
-    from s2ap_deploy.stages.certify_file import artifact_stage, certify_file
+    from s2ap_deploy.stages.certify_file import artifact_stage, certify_file, settings_of
     from s2ap_deploy.stages.export_c import open_library
 
     of_networks = (
@@ -759,6 +760,8 @@ def _certify_file(
     found = path if path.exists() or not (folder / path).exists() else folder / path
     file = open_library(found) if found.is_dir() else load(found)
     recipe = resolve.foreign_recipe(file, folder, changes)
+    if recipe is None:
+        changes = {**settings_of(folder), **changes}
     with open_run.opened(folder, recipe, session, name="certify", changes=changes) as job:
         certificate = certify_file(job, file, time_budget=session.get("time_budget"))
         if not job.first:

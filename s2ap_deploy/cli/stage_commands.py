@@ -152,7 +152,8 @@ def certify_command(
     The result is an upper bound on robust accuracy, with the exact interval that the samples allow. With a
     CHECKPOINT, only that network is attacked, in its own run folder. With --artifact, an exported file is
     attacked: white-box attacks use a differentiable copy, and ONNX Runtime makes every prediction. The run
-    folder is the one that exported the file, or a new one for any other file.
+    folder is the one that exported the file, whose protocol, images and seeds are then the defaults, or a new
+    one for any other file.
 
     With a gate, here or in the recipe, attacks stop as soon as no image can change its verdict. The
     certificate then holds an interval instead of one accuracy; --full --resume completes it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from s2ap_deploy import files
 from s2ap_deploy.data.splits import choose
 from s2ap_deploy.errors import OutOfTimeError, RunFolderError
-from s2ap_deploy.evaluation.autoattack import cascade
+from s2ap_deploy.evaluation.autoattack import cascade, protocols
 from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig, expected_cost
 from s2ap_deploy.evaluation.autoattack.frozen_model import OnnxModel, exact_arithmetic
 from s2ap_deploy.evaluation.autoattack.scheduler import AttackOutcome, default_block_size
@@ -40,7 +41,7 @@ from s2ap_deploy.onnx_export.quantization import quantized_weights
 from s2ap_deploy.onnx_export.verification import compare_logits
 from s2ap_deploy.records import AttackRow
 from s2ap_deploy.runs.folder import CERTIFICATE, COPY, Run
-from s2ap_deploy.runs.manifest import StageName, beside
+from s2ap_deploy.runs.manifest import Manifest, StageName, beside
 from s2ap_deploy.stages.certify import DENSE, PRUNED
 from s2ap_deploy.stages.context import RunContext, on_first_rank
 from s2ap_deploy.stages.early_certify import Samples, certificate_of
@@ -48,6 +49,8 @@ from s2ap_deploy.training.pgd import pgd
 
 POINTS = "points.safetensors"
 _TWIN_STEPS = 10
+_SETTINGS = ("version", "n", "sample_seed", "attack_seed")
+"""The settings of the ``certify`` section that an attack on a file has."""
 
 
 class _StoredPoints(NamedTuple):
@@ -86,19 +89,19 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
     """
     section = job.recipe.certify
     images = job.images(opened.input_size)
-    chosen = choose(images.test.labels, section.n, seed=section.sample_seed)
+    subset = images.test.subset(choose(images.test.labels, section.n, seed=section.sample_seed))
+    _warn_of_differences(job, subset.ids)
     stage = job.stage(
         artifact_stage(job.run, opened),
         {
             "file": opened.sha256,
             "data": job.data_inputs(images.test),
             "threat": job.recipe.threat.model_dump(),
-            "certify": section.model_dump(include={"version", "n", "attack_seed", "sample_seed"}),
+            "certify": section.model_dump(include=set(_SETTINGS)),
         },
     )
     if stage.state == "finished":
         return Certificate.load(job.run.output(stage.name, CERTIFICATE))
-    subset = images.test.subset(chosen)
     samples = Samples(*subset.tensors(), subset.ids)
     started = time.monotonic()
     twin = OnnxModule(opened.model)
@@ -210,24 +213,62 @@ def _attack(
     return outcome if transferred is None else _merged(outcome, rest, transferred)
 
 
-def _stored_points(run: Run, samples: Samples, threat: dict[str, Any]) -> _StoredPoints | None:
-    """Load the adversarial points of this run's own network, if they are of the same samples and threat."""
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Return the recipe keys by which the run in ``folder`` certified its own network; none if it did not.
+
+    Raises RunFolderError for a damaged manifest.
+    """
+    record = Manifest.load(folder).finished("certify").get("certify")
+    section = None if record is None else record.inputs.get("certify")
+    if not isinstance(section, dict):
+        return {}
+    return {f"certify.{key}": section[key] for key in _SETTINGS if key in section}
+
+
+def _own_certificate(run: Run) -> tuple[Path, Certificate] | None:
+    """Load the certificate of this run's own network."""
     for role in (PRUNED, DENSE):
         try:
             path = run.output("certify", f"{role}.json")
         except RunFolderError:  # another network, or none, was certified here
             continue
-        certificate = Certificate.load(path)
-        same = certificate.sample_ids_sha256 == ids_sha256(samples.ids)
-        if not same or certificate.threat.model_dump() != threat or certificate.points is None:
-            return None
-        if certificate.decision is not None:  # what it left undecided was never attacked to the end
-            return None
-        clean, attacked = load_points(run.output("certify", certificate.points.name), certificate.points)
-        if not torch.equal(clean, samples.images):
-            return None
-        return _StoredPoints(files.sha256(path), attacked)
+        return path, Certificate.load(path)
     return None
+
+
+def _warn_of_differences(job: RunContext, ids: Sequence[str]) -> None:
+    """Warn before the work where the attack on the file would not be that on the run's own network."""
+    if (own := _own_certificate(job.run)) is None:
+        return
+    certificate, section = own[1], job.recipe.certify
+    pairs = {
+        "threat model": (job.recipe.threat, certificate.threat),
+        "protocol": (section.version, protocols.version(certificate.protocol)),
+        "number of images": (len(ids), certificate.n),
+        "sample seed": (section.sample_seed, certificate.sample_seed),
+        "attack seed": (section.attack_seed, certificate.attack_seed),
+    }
+    different = [f"{name} {mine}, not {theirs}" for name, (mine, theirs) in pairs.items() if mine != theirs]
+    if ids_sha256(ids) != certificate.sample_ids_sha256:
+        different.append("other images: the gate cannot compare the two")
+    if different:
+        job.recorder.warn(f"the file is attacked otherwise than the run's network: {'; '.join(different)}")
+
+
+def _stored_points(run: Run, samples: Samples, threat: dict[str, Any]) -> _StoredPoints | None:
+    """Load the adversarial points of this run's own network, if they are of the same samples and threat."""
+    if (own := _own_certificate(run)) is None:
+        return None
+    path, certificate = own
+    same = certificate.sample_ids_sha256 == ids_sha256(samples.ids)
+    if not same or certificate.threat.model_dump() != threat or certificate.points is None:
+        return None
+    if certificate.decision is not None:  # what it left undecided was never attacked to the end
+        return None
+    clean, attacked = load_points(run.output("certify", certificate.points.name), certificate.points)
+    if not torch.equal(clean, samples.images):
+        return None
+    return _StoredPoints(files.sha256(path), attacked)
 
 
 def _transfer(job: RunContext, judge: OnnxModel, samples: Samples, stored: _StoredPoints) -> _TransferResult:

@@ -155,3 +155,19 @@ def test_a_file_that_was_changed_or_is_gone_is_not_verified(certified, tmp_path,
     code, found = verified(run, s2ap)
     assert code == 3
     assert any("export/model-int8.onnx is missing" in check["message"] for check in found["checks"])
+
+
+def test_the_run_s_own_settings_are_taken_over(certified, tmp_path, s2ap) -> None:
+    """Also after another command has replaced the recipe; other options are warned of before the work."""
+    run = Path(shutil.copytree(certified, tmp_path / "run"))
+    again = ["certify", "--artifact", "export/model-int8.onnx", "--run", run, "--threads", 1, "--workers", 1]
+    other = s2ap(*again, "--n", 20, "--attack-seed", 3, "--overwrite")
+    assert other.code == 0, other.err
+    warned, _, worked = other.err.partition("attacking the file itself on 20 test images")
+    assert "number of images 20, not 80; attack seed 3, not 0; other images" in warned
+    assert worked
+    same = s2ap(*again, "--overwrite")
+    assert same.code == 0, same.err
+    assert "otherwise" not in same.err
+    first, second = (each / "artifact" / "certificate.json" for each in (certified, run))
+    assert Certificate.load(first).samples == Certificate.load(second).samples
