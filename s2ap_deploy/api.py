@@ -485,7 +485,7 @@ def report(run: Path | str = DEFAULT_RUN, *, output: Path | str | None = None, i
         card=folder / "model-card.md",
         status=facts.verdict.status if facts.verdict is not None else None,
         missing=dict(facts.missing),
-        problems=tuple(facts.problems),
+        problems=(*facts.problems, *facts.doubts),
     )
     files.write_text(written.page, page.render_page(facts))
     files.write_text(written.card, page.render_card(facts))

@@ -188,6 +188,14 @@ MUTATIONS: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 )
 
 
+def parsed(data: bytes) -> Any:
+    """Parse JSON as this tool does; anything else is compared byte by byte."""
+    try:
+        return files.parse_json(data)
+    except ValueError:
+        return data
+
+
 def special(path: Path, draw: random.Random) -> str:
     """Put something else than a plain file there; return what."""
     path.unlink()
@@ -351,7 +359,7 @@ def one(number: int, seed: int, source: Path, work: Path, outcomes: dict[str, st
         chosen = draw.choice(MUTATIONS)
         after = chosen(before, draw)
         path.write_bytes(after)
-        mutation, changed = chosen.__name__, after != before
+        mutation, changed = chosen.__name__, parsed(after) != parsed(before)
     started = time.monotonic()
     code, used, told = child(words(command, work), work / "log")
     if isinstance(bound, str):

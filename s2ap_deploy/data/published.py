@@ -24,6 +24,7 @@ from torch import Tensor
 from s2ap_deploy import files
 from s2ap_deploy.data.splits import Augmentation, MemorySplit, choose
 from s2ap_deploy.errors import DataError, StorageError
+from s2ap_deploy.recipe.field_types import TEST_IMAGES
 from s2ap_deploy.spec import DataSpec, Normalization, Preprocessing
 
 ROOT_VARIABLE = "S2AP_DATA_ROOT"
@@ -216,7 +217,6 @@ def _split(name: str, part: str, images: Tensor, labels: Tensor) -> MemorySplit:
 
 
 FILE = Path(__file__).with_name("digits.npz")
-TEST_IMAGES = 500
 # Fixed, not an option: results on this data set are comparable only on one test set.
 TEST_SEED = 2024
 
@@ -238,7 +238,7 @@ def load_digits() -> tuple[MemorySplit, MemorySplit]:
         [f"digits/{number:04d}" for number in range(len(levels))],
         KNOWN["digits"].augmentation,
     )
-    test = choose(everything.labels, TEST_IMAGES, seed=TEST_SEED)
+    test = choose(everything.labels, TEST_IMAGES["digits"], seed=TEST_SEED)
     held = set(test)
     train = [position for position in range(len(everything)) if position not in held]
     return everything.subset(train), everything.subset(test)

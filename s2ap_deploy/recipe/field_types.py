@@ -14,6 +14,9 @@ from s2ap_deploy.spec import invalid
 
 DATA_SETS = ("digits", "mnist", "cifar10", "cifar100", "svhn", "imagefolder:PATH")
 
+TEST_IMAGES = {"digits": 500, "mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000, "svhn": 26_032}
+"""The number of test images of each published data set."""
+
 _ITEM = re.compile(r"[A-Za-z0-9][\w.+-]*(/[A-Za-z0-9][\w.+=-]*)?|[A-Za-z0-9][\w.+=-]*")
 
 

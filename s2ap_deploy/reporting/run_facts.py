@@ -23,6 +23,7 @@ from s2ap_deploy.reporting.figure_data import Shown, gallery
 from s2ap_deploy.runs import manifest
 from s2ap_deploy.runs.folder import CERTIFICATE, RECIPE_FILE
 from s2ap_deploy.runs.manifest import Manifest, StageName, StageRecord
+from s2ap_deploy.stages.gate import findings
 
 Found = TypeVar("Found")
 
@@ -92,7 +93,9 @@ class Facts:
     ``certificates`` are those of the roles dense and pruned, and of exported files themselves by the stage
     of the certificate, ``hashes`` the SHA-256 of their files; ``exports`` are the reports of the exported
     files by stage. ``problems`` are files that are not as the manifest recorded them, and that the report
-    therefore leaves out. ``inputs`` are a stage's, by its name.
+    therefore leaves out, ``doubts`` what the gate finds wrong with the files and facts as they are now, which
+    leaves no verdict.
+    ``inputs`` are a stage's, by its name.
     """
 
     name: str
@@ -109,6 +112,7 @@ class Facts:
     exports: Mapping[StageName, ExportReport] = field(default_factory=dict)
     shown: tuple[Shown, ...] = ()
     problems: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def inputs(self, stage: StageName) -> Mapping[str, Any]:
@@ -154,12 +158,13 @@ def collect(folder: Path, *, images: int = 12) -> Facts:
     }
     networks = {role: each for role, each in certificates.items() if role in (DENSE, PRUNED)}
     search, recipe = reader.record("search"), _recipe(reader)
+    doubts = reader.attempt(lambda: findings(folder)) or ()
     facts = Facts(
         name=folder.resolve().name,
         manifest=contents,
         recipe_file=recipe[0],
         recipe=recipe[1],
-        verdict=reader.read("gate", "verdict.json", _verdict),
+        verdict=None if doubts else reader.read("gate", "verdict.json", _verdict),
         certificates=certificates,
         hashes={
             role: files.sha256(folder / stage / name)
@@ -184,6 +189,7 @@ def collect(folder: Path, *, images: int = 12) -> Facts:
             if (report := reader.read(stage, "report.json", ExportReport.load)) is not None
         },
         shown=_shown(reader, networks, images),
+        doubts=doubts,
         problems=tuple(dict.fromkeys(reader.problems)),
     )
     return Facts(**{**vars(facts), "missing": _missing(facts)})
@@ -277,11 +283,13 @@ def _missing(facts: Facts) -> dict[str, str]:
     measured = any(
         each.latency_ratio is not None or each.performance is not None for each in facts.exports.values()
     )
+    judged = (
+        "No verdict holds for the files as they are now"
+        if facts.doubts
+        else "The gate has not judged this run"
+    )
     there: dict[str, tuple[object, str]] = {
-        "verdict": (
-            facts.verdict,
-            f"The gate has not judged this run: s2ap-deploy gate --min-robust 0.40 {run}",
-        ),
+        "verdict": (facts.verdict, f"{judged}: s2ap-deploy gate --min-robust 0.40 {run}"),
         "comparison": (facts.networks, certify),
         "curve": (
             facts.networks and facts.curves,

@@ -16,6 +16,7 @@ from s2ap_deploy.gating.check import Check, Status, Verdict
 from s2ap_deploy.gating.file_checks import NamedFiles
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.recipe import catalog
+from s2ap_deploy.recipe.field_types import TEST_IMAGES
 from s2ap_deploy.runs import manifest
 from s2ap_deploy.runs.folder import CERTIFICATE, COPY, MASKS, MODEL, RECIPE_FILE
 from s2ap_deploy.runs.manifest import Manifest, StageName, StageRecord
@@ -25,6 +26,8 @@ FILE = "file"
 """The role of an exported file; those of networks are the keys of STAGES."""
 STAGES: dict[str, StageName] = {"dense": "pretrain", "pruned": "finetune"}
 REPORT = "report.json"
+UNFINISHED = "unfinished"
+"""The reason of a check of a stage that began and did not end."""
 STEPS = "steps"
 """The folder of the run folders that iterative pruning went through."""
 _LINKS: dict[str, tuple[str, ...]] = {
@@ -400,9 +403,9 @@ def stage_checks(folder: Path, contents: Manifest, named: NamedFiles) -> list[Ch
             checks += _unlinked(stage, record, named)
         elif any(path.is_file() for path in (folder / stage).rglob("*")):
             what = "is not in the manifest" if record is None else "was not finished"
-            checks.append(
-                check("file", "inconclusive", f"stage {stage}: has files and {what}", name=f"stage {stage}")
-            )
+            message = f"stage {stage}: has files and {what}"
+            missed = check("file", "inconclusive", message, name=f"stage {stage}")
+            checks.append(missed if record is None else missed.model_copy(update={"reason": UNFINISHED}))
     return checks
 
 
@@ -480,9 +483,12 @@ def _settings(section: dict[str, Any], certificate: Certificate) -> dict[str, tu
         "attack_seed": (section.get("attack_seed"), certificate.attack_seed),
         "sample_seed": (section.get("sample_seed"), certificate.sample_seed),
     }
-    n = section.get("n")
-    if isinstance(n, int):  # a data set may have fewer images
-        pairs["n"] = (n, max(n, certificate.n))
+    if "n" in section:
+        n, there = section["n"], TEST_IMAGES.get(_kind(certificate.data))
+        if there is not None:
+            pairs["n"] = (there if n is None else min(n, there), certificate.n)
+        elif n is not None:  # an image folder may have fewer images
+            pairs["n"] = (n, max(n, certificate.n))
     if "provable" in section:
         pairs["provable"] = (section["provable"], certificate.proven is not None)
     return pairs

@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from s2ap_deploy import files
-from s2ap_deploy.errors import InconclusiveError
+from s2ap_deploy import files, records
+from s2ap_deploy.errors import InconclusiveError, RunFolderError
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.formatting import LONGEST_PATH, plain
 from s2ap_deploy.gating.check import Check, Verdict, inconclusive
@@ -23,6 +23,7 @@ from s2ap_deploy.stages import signature
 from s2ap_deploy.stages.certified_files import (
     FILE,
     STAGES,
+    UNFINISHED,
     CertifiedRun,
     export_report,
     recorded_files,
@@ -31,6 +32,9 @@ from s2ap_deploy.stages.certified_files import (
 
 VERDICT = "verdict.json"
 C_SOURCE = "model.c"
+_ANYTHING = Thresholds(min_clean=0.0, rule="point")
+_EVIDENCE = ("file", "recipe", "stage", "points", "sparsity", "gate")
+_DROPS = ("drop", "class-drop", "clean-drop")
 _WEIGHTS = ".safetensors"  # also the form of masks, scores and points
 
 
@@ -118,19 +122,62 @@ def gate(
             age=_oldest(judged, at or datetime.now(UTC)),
         )
     if run.locked:
-        _save(run, policy, verdict, [written[path].sha256 for path in sorted(written)])
+        inputs = {
+            "policy": policy.model_dump(),
+            "certified": [written[path].sha256 for path in sorted(written)],
+            **({} if baseline is None else {"baseline": files.sha256(baseline)}),
+        }
+        stage = run.stage("gate", inputs=inputs, resume=False, overwrite=True)
+        files.write_json(stage.folder / VERDICT, verdict.model_dump(mode="json"))
+        stage.finish([stage.folder / VERDICT], {"status": verdict.status})
     return verdict
 
 
-def _save(run: Run, policy: Thresholds, verdict: Verdict, certified: list[str]) -> None:
-    stage = run.stage(
-        "gate",
-        inputs={"policy": policy.model_dump(), "certified": certified},
-        resume=False,
-        overwrite=True,
+def findings(folder: Path) -> tuple[str, ...]:
+    """Say what is wrong now with the files and facts of a run folder, and with the verdict that it holds.
+
+    It is judged again by the thresholds of that verdict. Raises the errors of :func:`gate` but for an
+    InconclusiveError.
+    """
+    run = Run.look(folder)
+    record = _finished(run, "gate")
+    asked, held = record.inputs.get("policy") if record is not None else None, None
+    policy = Thresholds.of(asked) if isinstance(asked, dict) else _ANYTHING
+    try:
+        again = gate(run, policy, at=_date(record.finished) if record is not None else None)
+    except InconclusiveError:
+        named = recorded_files(folder, run.manifest)
+        again = Verdict.of([*named.checks(), *stage_checks(folder, run.manifest, named)])
+    found = [
+        check.message
+        for check in again.checks
+        if check.status != "pass"
+        and check.rule in _EVIDENCE
+        and check.threshold is None
+        and check.reason != UNFINISHED
+    ]
+    if record is not None and f"gate/{VERDICT}" in {output.path for output in record.outputs}:
+        path = files.within(folder, f"gate/{VERDICT}")
+        held = records.load(path, Verdict, RunFolderError, hint="judge again: s2ap-deploy gate")
+    # Another baseline is not at hand any more, and a key never was.
+    apart = {"signature", "age", *(_DROPS if record is not None and "baseline" in record.inputs else ())}
+    if held is not None and (wrong := _contradicted(held, again, apart)):
+        found.append(f"gate/{VERDICT} does not follow from the evidence: {', '.join(wrong)}")
+    return tuple(found)
+
+
+def _contradicted(held: Verdict, again: Verdict, apart: set[str]) -> list[str]:
+    """Name the comparisons with thresholds that a verdict holds otherwise than judging again gives them."""
+    own, new = (
+        {
+            check.name: (check.status, check.threshold, check.observed, check.bound)
+            for check in verdict.checks
+            if check.threshold is not None and check.rule not in apart
+        }
+        for verdict in (held, again)
     )
-    files.write_json(stage.folder / VERDICT, verdict.model_dump(mode="json"))
-    stage.finish([stage.folder / VERDICT], {"status": verdict.status})
+    wrong = [name for name in {**own, **new} if own.get(name) != new.get(name)]
+    return wrong if held.status == Verdict.of(held.checks).status else ["status", *wrong]
 
 
 def _gather(run: Run, written: set[str], subject: str, baseline: Path | None) -> _Recorded:
@@ -286,8 +333,13 @@ def _oldest(records: Sequence[StageRecord], at: datetime) -> timedelta | None:
 
 
 def _age(record: StageRecord, at: datetime) -> timedelta | None:
+    finished = _date(record.finished)
+    return at - finished if finished is not None else None
+
+
+def _date(text: str | None) -> datetime | None:
     try:
-        finished = datetime.fromisoformat(record.finished or "")
+        found = datetime.fromisoformat(text or "")
     except ValueError:
         return None
-    return at - (finished if finished.tzinfo is not None else finished.replace(tzinfo=UTC))
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)

@@ -23,6 +23,13 @@ SIGNATURE = "signature.json"
 """The signature of a run folder: a Sigstore bundle that lists the SHA-256 of every file."""
 REQUIREMENTS = '"model-signing>=1.1,<2" "pyOpenSSL>=24,<28"'
 """The extra ``signing``; model-signing 1.1.1 imports pyOpenSSL without asking for it."""
+_MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+_KEYS = (
+    {"mediaType", "verificationMaterial", "dsseEnvelope"},
+    {"payload", "payloadType", "signatures"},
+    {"publicKey", "tlogEntries"},
+    {"sig"},
+)
 _IGNORED = (run_folder.FILE_NAME, SIGNATURE)
 
 
@@ -108,8 +115,16 @@ def _hashing(folder: Path) -> Any:
 
 
 def _ignored(path: Path) -> set[str]:
-    """Return the names that a signature leaves out, as its signed statement says."""
+    """Return the names that a signature leaves out, as its signed statement says.
+
+    Raises ValueError for a bundle that holds more or less than :func:`sign` writes: the rest is not signed.
+    """
     bundle = files.parse_json(files.read_bytes(path, limit=files.LARGEST_JSON))
+    material, (signature,) = bundle["verificationMaterial"], bundle["dsseEnvelope"]["signatures"]
+    keys = (set(bundle), set(bundle["dsseEnvelope"]), set(material), set(signature) - {"keyid"})
+    unsigned = (bundle["mediaType"], material["tlogEntries"], signature.get("keyid", ""))
+    if keys != _KEYS or unsigned != (_MEDIA_TYPE, [], "") or not material["publicKey"]["hint"]:
+        raise ValueError("it is not a bundle with one signature and the name of its key")
     statement = files.parse_json(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
     return set(map(str, statement["predicate"]["serialization"].get("ignore_paths", [])))
 
@@ -118,5 +133,9 @@ def _ignored(path: Path) -> set[str]:
 def _explained(code: str, message: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        raise UsageError(f"{message}: {error}", code=code, hint="see docs/gates.md for keys") from error
+    except Exception as error:  # of the libraries, for whatever a key file holds
+        raise UsageError(
+            f"{message}: {plain(str(error) or repr(error), 300)}",
+            code=code,
+            hint="see docs/gates.md for keys",
+        ) from error

@@ -195,15 +195,12 @@ def fresh_proofs(
     machine: ExecutionConfig,
     certificate: Certificate,
     clean: Tensor,
-    k: int,
-    seed: int,
     recorder: Recorder,
 ) -> list[Check]:
-    """Repeat ``k`` proofs; as they are exact, all must hold again."""
-    if certificate.proven is None or not certificate.proven.indices or not k:
+    """Repeat every proof; as they are exact, all must hold again."""
+    if certificate.proven is None or not certificate.proven.indices:
         return []
-    indices = certificate.proven.indices
-    chosen = [indices[position] for position in choose(len(indices), k, seed=seed)]
+    chosen = list(certificate.proven.indices)
     labels = torch.tensor([certificate.samples[index].label for index in chosen])
     again = prove(
         classifier,
@@ -254,8 +251,8 @@ def verify(
     """Recompute what the certificate at ``path`` claims, and attack ``k`` of its survivors again.
 
     The survivors are drawn by ``seed``, and the attacks are the same with other random numbers and in other
-    blocks. A missing file makes the answer inconclusive; a changed file, a stored point that does not
-    reproduce, and a survivor that falls make it a failure.
+    blocks. Every proof is repeated, whatever ``k`` is. A missing file makes the answer inconclusive; a
+    changed file, a stored point that does not reproduce, and a survivor that falls make it a failure.
 
     Args:
         path: the certificate.
@@ -285,7 +282,7 @@ def verify(
         chosen = [robust[position] for position in choose(len(robust), k, seed=seed)] if k else []
         attacked = len(chosen)
         checks += fresh_attacks(target, machine, certificate, evidence.clean, chosen, seed, recorder)
-        checks += fresh_proofs(target.network, machine, certificate, evidence.clean, k, seed, recorder)
+        checks += fresh_proofs(target.network, machine, certificate, evidence.clean, recorder)
     return run.verification(checks, scope="network", seed=seed, attacked=attacked)
 
 

@@ -1,5 +1,6 @@
 """What a signature sees and hashes do not: whole folders that were rewritten consistently."""
 
+import base64
 import json
 import shutil
 import subprocess
@@ -95,6 +96,29 @@ def another_file(folder, _make_run):
     model.write_bytes(b"y" * 1000)
     report.write_text(report.read_text().replace(before, files.sha256(model)))
     relist(folder)
+
+
+@pytest.mark.parametrize("change", ["hint", "media type", "log", "second signature", "curve"])
+def test_no_part_of_a_signature_can_change(change, signed, s2ap, keys, tmp_path) -> None:
+    path, public = signed / "signature.json", tmp_path / "own.pub"
+    public.write_bytes((keys / "own.pub").read_bytes())
+    bundle = json.loads(path.read_text())
+    if change == "hint":
+        bundle["verificationMaterial"]["publicKey"]["hint"] = None
+    elif change == "media type":
+        bundle["mediaType"] = "application/json"
+    elif change == "log":
+        bundle["verificationMaterial"]["tlogEntries"] = None
+    elif change == "second signature":
+        bundle["dsseEnvelope"]["signatures"] *= 2
+    else:  # an algorithm that no library knows, in the key
+        lines = public.read_text().splitlines()
+        content = bytearray(base64.b64decode("".join(lines[1:-1])))
+        content[7] ^= 1
+        public.write_text("\n".join([lines[0], base64.b64encode(content).decode(), lines[-1]]))
+    path.write_text(json.dumps(bundle))
+    done = s2ap(*EASY, "--public-key", public, "--run", signed)
+    assert done.code == (2 if change == "curve" else 1), done.err
 
 
 REWRITINGS = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from s2ap_deploy import files
 from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.reporting.report import page
 from s2ap_deploy.reporting.run_facts import collect, number
@@ -25,7 +26,7 @@ def test_a_real_run(finished_run, files_in) -> None:
     assert list(facts.exports) == ["export"]
     assert len(facts.shown) == 12
     assert all(set(shown.answers) == {"dense", "pruned"} for shown in facts.shown)
-    assert facts.problems == ()
+    assert facts.problems == facts.doubts == ()
     assert collect(finished_run, images=0).shown == ()
 
 
@@ -49,6 +50,46 @@ def test_a_file_that_is_not_the_recorded_one_is_left_out_and_named(name, own_run
     assert [problem for problem in facts.problems if problem.startswith(name)]
     assert name in page.render_page(facts)
     assert "therefore omitted" in page.render_card(facts)
+
+
+def rewritten(path: Path) -> None:
+    """Turn a verdict into a pass, and let the manifest list its new hash."""
+    manifest = path.parents[1] / "manifest.json"
+    before, verdict = files.sha256(path), json.loads(path.read_text())
+    for check in verdict["checks"]:
+        check["status"] = "pass"
+    path.write_text(json.dumps({**verdict, "status": "pass", "exit_code": 0}))
+    manifest.write_text(manifest.read_text().replace(before, files.sha256(path)))
+
+
+TAMPERINGS: dict[str, Callable[[Path], Any]] = {
+    "search/masks.safetensors": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "certify/recipe.yaml": lambda path: path.unlink(),
+    "export/model.onnx": lambda path: path.unlink(),
+    "old/model.onnx.bak": lambda path: (path.parent.mkdir(), path.write_bytes(b"x")),
+    "gate/verdict.json": rewritten,
+}
+
+
+@pytest.mark.parametrize("name", TAMPERINGS)
+def test_a_tampered_folder_has_no_clean_report(name, own_run, s2ap) -> None:
+    """What gate and verify find across files, the report says as well, and it shows no pass."""
+    floor = 1 if name == "gate/verdict.json" else 0
+    s2ap("gate", "--min-clean", floor, "--rule", "point", "--run", own_run)
+    assert collect(own_run).doubts == ()
+    TAMPERINGS[name](own_run / name)
+    facts = collect(own_run)
+    assert [doubt for doubt in facts.doubts if name in doubt]
+    assert facts.verdict is None
+    for text in (page.render_page(facts), page.render_card(facts)):
+        assert "Not confirmed by the files as they are now" in text
+
+
+def test_a_stage_cut_out_of_the_manifest_is_in_the_report(own_run) -> None:
+    content = json.loads((own_run / "manifest.json").read_text())
+    del content["stages"]["export"]
+    (own_run / "manifest.json").write_text(json.dumps(content))
+    assert any("stage export" in doubt for doubt in collect(own_run).doubts)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """Proofs and curves as part of a run."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import UsageError
+from s2ap_deploy.evaluation.autoattack import protocols
 from s2ap_deploy.evaluation.certificate import Certificate
+from s2ap_deploy.evaluation.samples import Proven
 from s2ap_deploy.evaluation.security_curve import SecurityCurve
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.stages.early_certify import check_curve
@@ -41,6 +44,46 @@ def test_both_sides_and_the_curve_through_the_command(s2ap, digits_model, tmp_pa
     ]
     assert {"certify/dense-curve.json", "certify/dense.json"} <= {output["path"] for output in recorded}
     assert all(files.sha256(tmp_path / "s2ap-run" / out["path"]) == out["sha256"] for out in recorded)
+
+
+def test_a_claimed_proof_is_refused_without_new_attacks(s2ap, digits_model, tmp_path, monkeypatch) -> None:
+    """At this radius nothing is proven, and few images outlast one attack of few steps."""
+    few = {name: 40 if name == "square" else 4 for name in protocols.ITERATIONS}
+    monkeypatch.setattr(protocols, "ITERATIONS", few)
+    certify = [
+        "certify",
+        digits_model,
+        "--eps",
+        "0.1",
+        "--n",
+        24,
+        "--provable",
+        "--threads",
+        1,
+        "--workers",
+        1,
+    ]
+    assert s2ap(*certify, cwd=tmp_path).code == 0
+    verify = ["verify", "s2ap-run/certify/dense.json", "--k", 0]
+    assert s2ap(*verify, cwd=tmp_path).code == 0
+    claim_all(tmp_path / "s2ap-run")
+    assert s2ap("gate", "--min-proven", 0.01, "--rule", "point", cwd=tmp_path).code == 0, "runs no network"
+    done = s2ap(*verify, cwd=tmp_path)
+    assert (done.code, "✗ proofs: " in done.out) == (1, True), done.out
+
+
+def claim_all(run: Path) -> None:
+    """Claim a proof for every image that withstood the attacks, and let the manifest list it."""
+    path, manifest = run / "certify" / "dense.json", run / "manifest.json"
+    before, old = files.sha256(path), Certificate.load(path)
+    robust = [index for index, sample in enumerate(old.samples) if sample.broken_by is None]
+    assert old.proven is not None
+    assert len(robust) > old.proven.count
+    more = len(robust) - old.proven.count
+    rows = tuple(row.model_copy(update={"n_in": row.n_in - more}) for row in old.attacks)
+    proven = Proven.of(robust, old.n, method=old.proven.method, tolerance=old.proven.tolerance)
+    old.model_copy(update={"proven": proven, "attacks": rows}).save(path)
+    manifest.write_text(manifest.read_text().replace(before, files.sha256(path)))
 
 
 def test_a_curve_needs_a_norm_that_has_one() -> None:

@@ -146,12 +146,14 @@ def _list(checks: Iterable[Check]) -> list[str]:
 
 
 def _problems(facts: Facts) -> list[str]:
-    if not facts.problems:
-        return []
+    listed = {
+        "Not as recorded, and therefore omitted:": facts.problems,
+        "Not confirmed by the files as they are now:": facts.doubts,
+    }
     return [
-        "\n".join(
-            ["Not as recorded, and therefore omitted:", "", *(f"- {cell(each)}" for each in facts.problems)]
-        )
+        "\n".join([head, "", *(f"- {cell(each)}" for each in found)])
+        for head, found in listed.items()
+        if found
     ]
 
 
