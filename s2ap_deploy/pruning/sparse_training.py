@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from s2ap_deploy.data.splits import Split
 from s2ap_deploy.pruning.masks import hamming, replaced, top_k
 from s2ap_deploy.pruning.scores import ScoredNetwork, keep_one_per_row
 from s2ap_deploy.pruning.search import SearchResult, recalibrate_by
@@ -197,7 +198,7 @@ def train_sparse(
     The network keeps the trained weights under the final mask, and they are the ``scores`` of the result.
     Raises InputError when the loss stops being finite.
     """
-    network, device = scored.network, env.device
+    network = scored.network
     method = mask_method(scored, kind)
     for parameter in network.parameters():
         parameter.requires_grad_(True)
@@ -210,15 +211,8 @@ def train_sparse(
     )
     adversary = Adversary(objective, env.ranks)
     loop = EpochLoop("search", network, optimizer, adversary, data, section, env)
-    seen = validation_sample(data.train, env.seed)
-    # Resume from the last snapshot; the mask is updated in the middle and at the end of epochs.
-    history: list[Epoch] = []
-    if (saved := load_loop(env.snapshots)) is not None:
-        network.load_state_dict(saved.group("now"))
-        load_momentum(optimizer, parameters, saved.group("momentum"))
-        adversary.load(saved.group("adversary"))
-        method.load(saved.group("method"))
-        history = saved.history
+    history = resume(network, optimizer, adversary, method, env)
+    # The mask is updated in the middle and at the end of epochs.
     steps = loop.steps * adversary.replays
     due = {update * steps // UPDATES for update in range(1, UPDATES * section.epochs)} - {0}
     loop.begin(len(history))
@@ -240,22 +234,13 @@ def train_sparse(
                     settle(method.masks, parameters, optimizer)
         # Measure the epoch, and how much better the network does on images that it was trained on.
         accuracy = loop.validate()
-        trained = pgd_accuracy(
-            network,
-            seen,
-            threat=objective.threat,
-            steps=VALIDATION_STEPS,
-            seed=derive_seed(env.seed, "overfitting"),
-            device=device,
-            ranks=env.ranks,
-        )
         row = loop.row(
             epoch,
             losses,
             accuracy,
             replaced=replaced(before, method.masks),
             hamming=hamming(before, method.masks),
-            overfitting=trained.robust_accuracy - accuracy.robust_accuracy,
+            overfitting=accuracy_on(data.train, network, objective, env) - accuracy.robust_accuracy,
         )
         history.append(row)
         loop.record(row)
@@ -275,6 +260,38 @@ def train_sparse(
     with shared_statistics(network, env.ranks):
         recalibrate_by(section, network, data.train, objective, env)
     return SearchResult({name: parameters[name].detach().clone() for name in masks}, masks, history, 0)
+
+
+def resume(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    adversary: Adversary,
+    method: FlyingBird,
+    env: TrainingEnvironment,
+) -> list[Epoch]:
+    """Restore the last snapshot; return the epochs already done."""
+    saved = load_loop(env.snapshots)
+    if saved is None:
+        return []
+    network.load_state_dict(saved.group("now"))
+    load_momentum(optimizer, dict(network.named_parameters()), saved.group("momentum"))
+    adversary.load(saved.group("adversary"))
+    method.load(saved.group("method"))
+    return saved.history
+
+
+def accuracy_on(train: Split, network: nn.Module, objective: Objective, env: TrainingEnvironment) -> float:
+    """Measure robust accuracy on as many training images as validation has, under the same attack."""
+    found = pgd_accuracy(
+        network,
+        validation_sample(train, env.seed),
+        threat=objective.threat,
+        steps=VALIDATION_STEPS,
+        seed=derive_seed(env.seed, "overfitting"),
+        device=env.device,
+        ranks=env.ranks,
+    )
+    return found.robust_accuracy
 
 
 @torch.no_grad()
