@@ -209,7 +209,8 @@ def _stages(
     if section is not None and "search" in wanted:
         method = METHODS[section.method]
         epochs = f"{section.search.epochs} epochs" if method.learns or method.sparse else "once, by rank"
-        plug_in = f", S2AP after {section.warmup}" if section.perturbs else ""
+        until = f" to {section.s2ap_until}" if section.s2ap_epochs is not None else ""
+        plug_in = f", S2AP after {section.warmup}{until}" if section.perturbs else ""
         seconds = timing.search(scene, job, section)
         yield due("search", lambda: _search(job, section), f"{section.method}, {epochs}{plug_in}", seconds)
     if section is not None and "finetune" in wanted:
