@@ -144,6 +144,11 @@ Found = tuple[Any, Tensor, _Origin]
 class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows parameters through views and arithmetic to the operators where they meet activations."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keep torch from importing its compiler, for seconds, to exclude this class from it."""
+        return False
+
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.parameters = dict(network.named_parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,23 @@ class StepCost:
     attack_step: float
 
 
+class _Descent:
+    """Gradient descent at rate 0: the first of torch's own optimizers imports its compiler, for seconds."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        self._parameters = list(parameters)
+
+    def zero_grad(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.add_(parameter.grad, alpha=0.0)
+
+
 def training_cost(
     network: nn.Module,
     size: tuple[int, int, int],
@@ -55,7 +72,7 @@ def training_cost(
     trained = copy.deepcopy(network).to(device).train()
     for parameter in trained.parameters():
         parameter.requires_grad_(True)
-    optimizer = torch.optim.SGD(trained.parameters(), lr=0.0)
+    optimizer = _Descent(trained.parameters())
 
     def step(images: int, objective: Objective) -> None:
         (part,) = _batch(images, size, classes, device).micro_batches()
@@ -87,7 +104,7 @@ def search_cost(
     """
     copied = copy.deepcopy(network).to(device).train()
     scored = score(copied, used_weights(copied, size), size, section, 0).scored
-    optimizer = torch.optim.SGD(scored.parameters(), lr=0.0)
+    optimizer = _Descent(scored.parameters())
 
     def step(images: int, objective: Objective) -> None:
         batch = _batch(images, size, classes, device)

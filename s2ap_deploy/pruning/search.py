@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -185,9 +186,16 @@ class Update:
     perturbed: Tensor | None = None
 
 
+class Optimizer(Protocol):
+    """The part of an optimizer that an update needs."""
+
+    def step(self) -> object:
+        """Move the parameters."""
+
+
 def update(
     scored: ScoredNetwork,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     adversary: Adversary,
     batch: RankBatch,
     noise: torch.Generator,

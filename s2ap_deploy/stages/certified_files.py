@@ -433,6 +433,12 @@ class _Tensor(NamedTuple):
 
 
 _NOTHING = _Tensor("", (), 0, 0)
+_BYTES = {"BOOL": 1, "F32": 4}
+
+
+def tensor_names(path: Path) -> set[str]:
+    """Return the names of the tensors in a safetensors file; empty if it is damaged. Raises StorageError."""
+    return set(_header(path)[1])
 
 
 def _header(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
@@ -447,17 +453,23 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
             return {}, {}
         header = files.parse_json(files.read_bytes(path, limit=length)[8:length])
         facts = header.pop("__metadata__", {})
-        tensors = {
-            name: _Tensor(
-                str(entry["dtype"]),
-                tuple(map(int, entry["shape"])),
-                *(length + int(offset) for offset in entry["data_offsets"]),
-            )
-            for name, entry in header.items()
-        }
+        size = path.stat().st_size
+        tensors = {name: _tensor(entry, length, size) for name, entry in header.items()}
         return dict(files.parse_json(facts["s2ap_deploy"])) if "s2ap_deploy" in facts else {}, tensors
     except (ValueError, TypeError, KeyError, AttributeError):
         return {}, {}
+
+
+def _tensor(entry: dict[str, Any], start: int, size: int) -> _Tensor:
+    """Return an entry of a header of ``start`` bytes; raises ValueError for one that its file cannot hold."""
+    shape, (begin, end) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
+    found = _Tensor(str(entry["dtype"]), shape, start + begin, start + end)
+    each = _BYTES.get(found.dtype, 0)
+    if not 0 <= begin <= end <= size - start or min(shape, default=0) < 0:
+        raise ValueError("a tensor leads out of its file")
+    if each and math.prod(shape) * each != end - begin:
+        raise ValueError("the shape of a tensor is not that of its bytes")
+    return found
 
 
 def _counts(path: Path, dtype: str, names: Any = None) -> dict[str, tuple[int, int]]:

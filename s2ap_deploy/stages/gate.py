@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,6 +29,7 @@ from s2ap_deploy.stages.certified_files import (
     export_report,
     recorded_files,
     stage_checks,
+    tensor_names,
 )
 
 VERDICT = "verdict.json"
@@ -35,6 +37,9 @@ C_SOURCE = "model.c"
 _ANYTHING = Thresholds(min_clean=0.0, rule="point")
 _EVIDENCE = ("file", "recipe", "stage", "points", "sparsity", "gate")
 _DROPS = ("drop", "class-drop", "clean-drop")
+_POINTS_OF_RECORD = re.compile(
+    r"(certify/record-(dense|pruned)|artifact[^/]*/record)(/curve)?/block-\d+-[a-z-]+\.safetensors"
+)
 _WEIGHTS = ".safetensors"  # also the form of masks, scores and points
 
 
@@ -284,17 +289,18 @@ def _shipped(run: Run, subject: str, evidence: _Recorded) -> list[ShippedFile]:
                 found.append(_read(run, listed, sha256).model_copy(update=more))
     # Files that no stage recorded need a certificate as well.
     for name in runnable_files(run.path):
-        if not named.lists(name) and not _unfinished(name):
+        if not named.lists(name) and not _unfinished(run, name):
             file = _read(run, name, None)
             found += [] if _adopted(run, file) else [file]
     return found
 
 
-def _unfinished(name: str) -> bool:
-    """Return whether the file is the snapshot of a stage, or belongs to the record of an attack."""
-    stage, _, rest = name.partition("/")
-    attack = stage.startswith(("certify", "artifact")) and rest.startswith("record")
-    return name.endswith(_WEIGHTS) and (attack or name.endswith(f"/{SNAPSHOT}"))
+def _unfinished(run: Run, name: str) -> bool:
+    """Return whether the file is the snapshot of a stage that began, or of the record of an attack."""
+    if name.endswith(f"/{SNAPSHOT}"):
+        record = run.manifest.stages.get(name.removesuffix(f"/{SNAPSHOT}"))
+        return record is not None and record.status == "started"
+    return _POINTS_OF_RECORD.fullmatch(name) is not None and tensor_names(run.path / name) == {"points"}
 
 
 def _adopted(run: Run, file: ShippedFile) -> bool:

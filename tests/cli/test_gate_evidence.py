@@ -250,3 +250,38 @@ def test_a_plan_says_before_the_work_what_samples_can_show(s2ap, tmp_path) -> No
     told = json.loads(s2ap("gate", "--plan", 3, "--min-robust", 0.4, "--json", cwd=tmp_path).out)
     assert (told["n"], told["needed"]) == (3, None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "code"),
+    [("pretrain", 3), ("search", 3), ("finetune", 3), ("certify", 3), ("export", 0), ("artifact", 0)],
+)
+def test_a_stage_removed_with_its_folder_is_missed_where_another_names_it(
+    stage, code, own_run, s2ap, without_stages
+) -> None:
+    """Nothing names an export, or the certificate of a file: a gate that needs one asks for it."""
+    content = json.loads((own_run / "manifest.json").read_text())
+    if stage in content["stages"]:
+        without_stages(own_run, stage)
+    asks = ["gate", "--min-clean", 0, "--rule", "point"]
+    assert s2ap(*asks, "--run", own_run).code == code
+    assert s2ap(*asks, "--max-bytes", 10**9, "--run", own_run).code == (3 if stage == "export" else code)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deploy/snapshot.safetensors",
+        "search/snapshot.safetensors",
+        "certify/record-evil.safetensors",
+        "certify/record-dense/block-00000-square.safetensors",
+        "artifact/record/model.safetensors",
+    ],
+)
+def test_a_network_that_is_named_like_unfinished_work_is_not_covered(name, own_run, s2ap) -> None:
+    path = own_run / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(own_run / "pretrain" / "model.safetensors", path)
+    with path.open("ab") as stream:
+        stream.write(b"\0")  # not the recorded network
+    assert s2ap("gate", "--min-clean", 0, "--rule", "point", "--run", own_run).code == 3

@@ -20,7 +20,7 @@ from s2ap_deploy.evaluation.samples import Proven, rows
 from s2ap_deploy.recorder import Silent
 from s2ap_deploy.runs import manifest
 from s2ap_deploy.runs.manifest import Manifest
-from s2ap_deploy.stages.certified_files import Verification, verify_files
+from s2ap_deploy.stages.certified_files import Verification, tensor_names, verify_files
 from s2ap_deploy.stages.context import ExecutionConfig
 from s2ap_deploy.stages.verify import verify
 
@@ -448,3 +448,21 @@ def test_files_that_are_missing_leave_the_answer_open(own_run) -> None:
     (own_run / "certify" / "pruned-points.safetensors").unlink()
     found = verify_files(own_run / "certify" / "pruned.json", None)
     assert (found.status, found.exit_code) == ("inconclusive", 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [
+        ([3], [0, 3]),  # of four bytes each
+        ([1], [0, 2**60]),
+        ([1], [-4, 0]),
+        ([-1], [4, 0]),
+        ([2**40, 2**40], [0, 4]),
+        ([1], [0]),
+    ],
+)
+def test_a_tensor_that_its_file_cannot_hold_is_none(shape, offsets, tmp_path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+    assert tensor_names(path) == set()

@@ -1,0 +1,251 @@
+"""Kills at every write, signals at spread moments, folders that vanish, clocks set back, files of others.
+
+A command runs in a forked child, which meets its fault just before it replaces a file.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from s2ap_deploy.runs import manifest
+from s2ap_deploy.sweeps.aggregate import SweepReport
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+ROOT = Path(__file__).parents[2]
+COMMANDS = {
+    "certify": ["certify", "--n", 12, "--workers", 1, "--threads", 1],
+    "export": ["export", "--onnx", "--threads", 1],
+}
+OUTPUTS = {"certify": ("dense-points.safetensors", "pruned-points.safetensors"), "export": ("model.onnx",)}
+AGAIN = {"certify": "--resume", "export": "--overwrite"}
+RECIPE = """\
+name: small
+model: {arch: digits-conv}
+data: {name: digits}
+threat: {eps: 0.5}
+pretrain: {epochs: 1, objective: {loss: fast}}
+prune:
+  sparsity: 0.9
+  search: {epochs: 1, objective: {loss: fast}}
+  finetune: {epochs: 1, objective: {loss: fast}}
+  diagnostics: {every: 0}
+certify: {n: 8}
+"""
+Hook = Callable[[int], object]
+
+
+def forked(before_write: Hook, *arguments: object, user: int | None = None) -> int:
+    """Run a command and return its exit code; ``before_write`` gets the number of each replaced file."""
+    process = os.fork()
+    if process == 0:
+        code, turns, real = 70, itertools.count(1), os.replace
+        try:
+            from s2ap_deploy.cli.main import run_cli
+
+            def replace(source: str, target: str) -> None:
+                before_write(next(turns))
+                real(source, target)
+
+            os.replace = replace  # type: ignore[assignment]
+            silent = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silent, 1)
+            os.dup2(silent, 2)
+            if user is not None:
+                os.setgroups([])
+                os.setgid(user)
+                os.setuid(user)
+            sys.argv = ["s2ap-deploy", *map(str, arguments)]
+            code = run_cli(sys.argv[1:])
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def writes_of(log: Path, *arguments: object) -> int:
+    """Count the files that a command replaces."""
+
+    def count(turn: int) -> None:
+        log.write_text(str(turn))
+
+    assert forked(count, *arguments) == 0
+    return int(log.read_text())
+
+
+def dying(number: int) -> Hook:
+    def hook(turn: int) -> None:
+        if turn == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
+
+
+def vanishing(number: int, run: Path) -> Hook:
+    return lambda turn: turn == number and shutil.rmtree(run)
+
+
+def undisturbed(_turn: int) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def before(finished_run, without_stages, tmp_path_factory) -> dict[str, Path]:
+    """The run folder as each command finds it; export replaces a file that another one wrote."""
+    parent = tmp_path_factory.mktemp("before")
+    found = {name: Path(shutil.copytree(finished_run, parent / name)) for name in COMMANDS}
+    without_stages(found["certify"], "certify", "export")
+    return found
+
+
+@pytest.fixture(scope="module", params=COMMANDS)
+def straight(request, before, tmp_path_factory) -> tuple[str, Path, int]:
+    """A command, the folder after it ran undisturbed, and the number of files that it replaced."""
+    command, parent = request.param, tmp_path_factory.mktemp("straight")
+    run = Path(shutil.copytree(before[command], parent / "run"))
+    more = ["--overwrite"] if command == "export" else []
+    return command, run, writes_of(parent / "log", *COMMANDS[command], *more, "--run", run)
+
+
+def outcome(command: str, run: Path) -> list[object]:
+    """What a command leaves: its tensors, its graph and the fate of every sample."""
+    import onnx
+
+    found: list[object] = []
+    for name in OUTPUTS[command]:
+        path = run / command / name
+        found.append(list(onnx.load(path).graph.initializer) if name.endswith("onnx") else path.read_bytes())
+    for path in sorted((run / "certify").glob("*.json")):
+        found.append(json.loads(path.read_text())["samples"])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1])
+def test_killed_at_a_write_and_run_again_the_result_is_the_same(share, straight, before, tmp_path) -> None:
+    command, whole, count = straight
+    run = Path(shutil.copytree(before[command], tmp_path / "run"))
+    arguments = [*COMMANDS[command], *(["--overwrite"] if command == "export" else []), "--run", run]
+    assert forked(dying(1 + round(share * (count - 1))), *arguments) == -signal.SIGKILL
+    assert forked(undisturbed, "gate", "--min-clean", 0, "--rule", "point", "--run", run) in (0, 3)
+    assert forked(undisturbed, *COMMANDS[command], AGAIN[command], "--run", run) == 0
+    assert outcome(command, run) == outcome(command, whole)
+    assert not list(run.rglob(".tmp-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0, 0.2, 0.4, 0.6, 0.8, 1])
+def test_a_folder_that_vanishes_is_an_error_of_storage(share, straight, before, tmp_path) -> None:
+    command, _, count = straight
+    run = Path(shutil.copytree(before[command], tmp_path / "run"))
+    arguments = [*COMMANDS[command], *(["--overwrite"] if command == "export" else []), "--run", run]
+    assert forked(vanishing(1 + round(share * (count - 1)), run), *arguments) == 2
+
+
+def test_one_kill_and_one_folder_that_vanishes(before, tmp_path) -> None:
+    """The fast part of the two tests above."""
+    run = Path(shutil.copytree(before["export"], tmp_path / "run"))
+    command = [*COMMANDS["export"], "--overwrite", "--run", run]
+    assert forked(dying(4), *command) == -signal.SIGKILL
+    assert forked(vanishing(2, run), *command) == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_several_writes_has_the_same_table(tmp_path) -> None:
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    sweep = ["sweep", tmp_path / "small.yaml", "--s2ap", "both", "--threads", 1, "--workers", 1]
+    count = writes_of(tmp_path / "log", *sweep, "--run", tmp_path / "straight")
+    killed = tmp_path / "killed"
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        code = forked(dying(max(2, round(share * count / 3))), *sweep, "--resume", "--run", killed)
+        assert code in (0, -signal.SIGKILL)
+    assert forked(undisturbed, *sweep, "--resume", "--run", killed) == 0
+    assert SweepReport.load(killed).status == "finished"
+    assert (killed / "table.md").read_bytes() == (tmp_path / "straight" / "table.md").read_bytes()
+    for path in sorted((tmp_path / "straight").rglob("*.safetensors")):
+        assert (killed / path.relative_to(tmp_path / "straight")).read_bytes() == path.read_bytes(), path
+
+
+@pytest.mark.slow
+def test_fifteen_signals_during_an_export(finished_run, tmp_path) -> None:
+    """Moments spread over an export: its end, or 3 with the folder intact, and never 70."""
+
+    def export(name: str) -> subprocess.Popen[bytes]:
+        run = shutil.copytree(finished_run, tmp_path / name)
+        arguments = [*map(str, COMMANDS["export"]), "--overwrite", "--run", str(run), "--quiet"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "s2ap_deploy", *arguments],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    started = time.monotonic()
+    assert export("straight").wait() == 0
+    seconds, codes = time.monotonic() - started, []
+    for number in range(15):
+        process = export(f"run-{number}")
+        time.sleep(0.5 + number / 15 * (seconds - 0.5))
+        process.send_signal(signal.SIGTERM)
+        codes.append(process.wait())
+        run = tmp_path / f"run-{number}"
+        assert forked(undisturbed, *COMMANDS["export"], "--resume", "--run", run) == 0
+        shutil.rmtree(run)
+    print(f"exit codes of 15 signals over {seconds:.1f} s: {codes}")
+    assert set(codes) <= {0, 3}
+
+
+def test_a_clock_set_back_changes_nothing(before, tmp_path, monkeypatch, s2ap) -> None:
+    """A stage that a later clock began continues; its certificate is from the future, which is no age."""
+    run = Path(shutil.copytree(before["certify"], tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "now", lambda: "2099-01-01T00:00:00+00:00")
+        for module in ("folder", "snapshot"):
+            patch.setattr(f"s2ap_deploy.runs.{module}.now", lambda: "2099-01-01T00:00:00+00:00")
+        assert forked(dying(6), *COMMANDS["certify"], "--run", run) == -signal.SIGKILL
+    assert s2ap(*COMMANDS["certify"], "--resume", "--run", run).code == 0
+    record = manifest.Manifest.load(run).stages["certify"]
+    assert record.sessions[0].started > record.sessions[1].started
+    assert (record.seconds or -1) >= 0
+    gate = ["gate", "--min-clean", 0, "--rule", "point", "--run", run]
+    assert s2ap(*gate).code == 0
+    text = (run / "manifest.json").read_text().replace(str(record.finished), "2099-01-01T00:00:00+00:00")
+    (run / "manifest.json").write_text(text)
+    assert s2ap(*gate, "--max-age", "30d").code == 3
+
+
+@pytest.fixture
+def nobody(finished_run) -> Iterator[tuple[Path, int]]:
+    """A run folder that an ordinary user reaches, and that user's number."""
+    if os.getuid() != 0:
+        pytest.skip("changes its user, which root alone may")
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        os.chmod(parent, 0o755)
+        yield Path(shutil.copytree(finished_run, Path(parent) / "run")), 65534
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "codes"),
+    [
+        ("manifest.json", ["gate", "--min-clean", 0, "--rule", "point", "--run"], {2}),
+        ("certify/pruned.json", ["gate", "--min-clean", 0, "--rule", "point", "--run"], {2, 3}),
+        ("export/model.onnx", ["gate", "--min-clean", 0, "--rule", "point", "--run"], {2, 3}),
+        ("", ["gate", "--min-clean", 0, "--rule", "point", "--run"], {0}),
+        ("", ["export", "--onnx", "--overwrite", "--run"], {2}),
+        ("", ["certify", "--overwrite", "--n", 12, "--run"], {2}),
+        ("", ["report"], {2}),
+    ],
+)
+def test_what_an_ordinary_user_may_not_read_or_write(name, command, codes, nobody) -> None:
+    """With a name that file may not be read; without one the folder may be read and not written."""
+    run, user = nobody
+    if name:
+        (run / name).chmod(0)
+    assert forked(undisturbed, *command, run, user=user) in codes
