@@ -38,7 +38,7 @@ _ANYTHING = Thresholds(min_clean=0.0, rule="point")
 _EVIDENCE = ("file", "recipe", "stage", "points", "sparsity", "gate")
 _DROPS = ("drop", "class-drop", "clean-drop")
 _POINTS_OF_RECORD = re.compile(
-    r"(certify/record-(dense|pruned)|artifact[^/]*/record)(/curve)?/block-\d+-[a-z-]+\.safetensors"
+    r"(certify/record-(dense|pruned)|artifact[^/]*/record)(/curve)?/block-\d+-[a-z0-9-]+\.safetensors"
 )
 _WEIGHTS = ".safetensors"  # also the form of masks, scores and points
 
