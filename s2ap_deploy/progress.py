@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -58,10 +59,14 @@ def recorder() -> Iterator[Recorder]:
 
 
 def interactive() -> Recorder:
-    """Return a live bar on a terminal or in a notebook, and a silent recorder in a script or a log."""
+    """Return a live bar on a terminal or in a notebook, and a silent recorder in a script or a log.
+
+    A notebook without ipywidgets, which its bar needs, gets lines.
+    """
     console = Console(stderr=True, highlight=False)
     if console.is_jupyter:
-        return Live(Console(highlight=False))
+        here = Console(highlight=False)
+        return Live(here) if importlib.util.find_spec("ipywidgets") is not None else Lines(here)
     return Live(console) if console.is_terminal and not os.environ.get("CI") else Silent()
 
 

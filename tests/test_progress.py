@@ -1,10 +1,12 @@
 """What a terminal and a log show of long work."""
 
+import importlib.util
 import io
 import sys
 import time
 
 import pytest
+import rich.console
 from rich.console import Console
 
 from s2ap_deploy import progress
@@ -176,3 +178,11 @@ def test_python_shows_progress_where_somebody_watches(monkeypatch) -> None:
     assert open_run.recorder({"recorder": bar}) is bar
     monkeypatch.setenv("CI", "1")
     assert isinstance(progress.interactive(), Silent)
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_shows_a_bar_or_lines(widgets, monkeypatch) -> None:
+    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if widgets else None)
+    shown = progress.interactive()
+    assert isinstance(shown, progress.Live if widgets else progress.Lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +111,11 @@ class Trained:
         return found
 
     def _repr_html_(self) -> str:
-        return html_table(self.rows, self.remarks)
+        plot = self.run / "search" / "search.svg"
+        image = ""
+        if plot.is_file():  # as an image, so that its style does not reach the notebook's own
+            image = f'<img src="data:image/svg+xml;base64,{base64.b64encode(plot.read_bytes()).decode()}">'
+        return html_table(self.rows, self.remarks) + image
 
 
 def _sums(values: Mapping[str, str]) -> tuple[str, str]:

@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from s2ap_deploy.evaluation.samples import Share
 from s2ap_deploy.formatting import plain
 from s2ap_deploy.gating.check import Check
 from s2ap_deploy.onnx_export.export_report import ExportReport
@@ -17,7 +19,7 @@ from s2ap_deploy.reporting.ci_formats import cell
 from s2ap_deploy.reporting.figure_data import data_uri
 from s2ap_deploy.reporting.report import sections, words
 from s2ap_deploy.reporting.report.words import repetition
-from s2ap_deploy.reporting.run_facts import Facts
+from s2ap_deploy.reporting.run_facts import DENSE, PRUNED, Facts
 from s2ap_deploy.reporting.svg import Drawing
 
 LONGEST = 4000
@@ -101,15 +103,9 @@ def _source(name: str) -> str:
     return loader.get_source(_environment(), name)[0]
 
 
-FRONT = (
-    "---",
-    "library_name: s2ap-deploy",
-    "tags:",
-    "- adversarial-robustness",
-    "- pruning",
-    "- image-classification",
-    "---",
-)
+TAGS = ("adversarial-robustness", "autoattack", "pruning", "onnx")
+# Data sets of Hugging Face's hub by the names of this tool.
+HUB_DATA = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 USE = (
     "Image classification under the threat model above, on data like the test data above. Other data, "
     "other norms and larger radii were not evaluated."
@@ -120,7 +116,7 @@ def render_card(facts: Facts) -> str:
     """Render the card as Markdown; equal facts give equal text. Names from files never become markup."""
     status = words.VERDICTS[facts.verdict.status if facts.verdict is not None else None]
     blocks = [
-        "\n".join(FRONT),
+        _front(facts),
         f"# Model card: {cell(facts.name)}",
         "\n".join(
             [f"**Verdict: {status}.**", "", *_list(facts.verdict.checks)] if facts.verdict is not None
@@ -139,6 +135,41 @@ def render_card(facts: Facts) -> str:
         *_provenance(facts),
     ]  # fmt: skip
     return "\n\n".join(blocks) + "\n"
+
+
+def _front(facts: Facts) -> str:
+    """Return the metadata block that Hugging Face's hub reads, with the pruned network's accuracies.
+
+    License and base model are not known here: the person who publishes the network adds them.
+    """
+    content: dict[str, Any] = {
+        "library_name": "s2ap-deploy",
+        "pipeline_tag": "image-classification",
+        "license": "unknown",
+        "tags": list(TAGS),
+        "metrics": ["accuracy"],
+    }
+    certificate = facts.certificates.get(PRUNED) or facts.certificates.get(DENSE)
+    if certificate is not None:
+        if certificate.data in HUB_DATA:
+            content["datasets"] = [HUB_DATA[certificate.data]]
+        attacked = f"robust accuracy, AutoAttack {certificate.protocol}, {certificate.threat} (upper bound)"
+        shares = {"clean accuracy": certificate.clean, attacked: certificate.robust}
+        data = _bare(certificate.data)
+        dataset = {"type": HUB_DATA.get(certificate.data, data), "name": data, "split": certificate.split}
+        metrics = [
+            {"type": "accuracy", "name": name, "value": share.value}
+            for name, share in shares.items()
+            if isinstance(share, Share)
+        ]
+        result = {"task": {"type": "image-classification"}, "dataset": dataset, "metrics": metrics}
+        content["model-index"] = [{"name": _bare(facts.name), "results": [result]}]
+    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---"
+
+
+def _bare(name: str) -> str:
+    """Return a name without the letters of markup, for readers of metadata that do not escape."""
+    return re.sub(r"[^\w .:/+-]", "_", plain(name))
 
 
 def _list(checks: Iterable[Check]) -> list[str]:
