@@ -67,6 +67,7 @@ def pretrain_command(
     awp_gamma="Radius of AWP in fine-tuning, such as 0.01.  [default: 0]",
     finetune_epochs="Epochs of fine-tuning.  [default: 100]",
     distill="Weight of the dense network's predictions in fine-tuning.  [default: 0]",
+    qat="So many last epochs of fine-tuning compute as the int8 file will.  [default: 0]",
     steps="Sparsities for iterative pruning, such as 0.5,0.8,0.9.",
 )
 @options.preset_option

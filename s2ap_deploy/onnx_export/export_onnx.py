@@ -34,7 +34,7 @@ from s2ap_deploy.onnx_export.graph import check, to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
 from s2ap_deploy.onnx_export.onnx_file import write
 from s2ap_deploy.onnx_export.onnx_module import missing_operators
-from s2ap_deploy.onnx_export.quantization import quantize, quantized_weights, scheme
+from s2ap_deploy.onnx_export.quantization import Ranges, quantize, quantized_weights, scheme
 from s2ap_deploy.onnx_export.verification import (
     QUANTIZED_FLOOR,
     CertifiedPoints,
@@ -64,6 +64,7 @@ class ExportSource:
         masks: parameter name -> bool, True where the weight is kept.
         certified: points of certificates that the file must classify again.
         calibration: images [n, C, H, W] that set the ranges of int8 arithmetic; None for a float file.
+        ranges: those of activations where training computed with them, instead of the images'.
         narrowed: the classifier with smaller layers, traced in its place; it must compute the same.
     """
 
@@ -74,6 +75,7 @@ class ExportSource:
     masks: Mapping[str, Tensor] | None = None
     certified: Sequence[CertifiedPoints] = ()
     calibration: Images | None = None
+    ranges: Ranges | None = None
     narrowed: nn.Module | None = None
 
 
@@ -217,7 +219,11 @@ def _build(
     dense = small
     if source.calibration is not None:
         dense = quantize(
-            small, source.calibration, method=section.calibration, weight_bits=section.weight_bits
+            small,
+            source.calibration,
+            method=section.calibration,
+            weight_bits=section.weight_bits,
+            ranges=source.ranges,
         )
     dense, stored, rounding = round_weights(dense, section.values)
     return _Graphs(traced, small, dense, stored, compaction, rounding)
@@ -366,7 +372,10 @@ def _quantization(traced: ModelProto, source: ExportSource, section: ExportSecti
     if source.calibration is None:
         return None
     return Quantization(
-        scheme=scheme(section.calibration, section.weight_bits),
+        scheme=scheme(
+            section.calibration if source.ranges is None else "quantization-aware training",
+            section.weight_bits,
+        ),
         calibration_images=len(source.calibration),
         float_bytes=encode(traced, encoding=section.encoding, cost=section.cost)[0].ByteSize(),
         instructions=int8_instructions(),

@@ -70,13 +70,13 @@ class OnnxModule(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits [B, K] of ``images`` [B, C, H, W]."""
         if not self._batch or len(images) == self._batch:
-            return self._run(images)
+            return self.compute(images, {})
         parts = []
         for part in torch.split(images, self._batch):
             filled = part
             if len(part) < self._batch:
                 filled = torch.cat([part, part[-1:].expand(self._batch - len(part), *part.shape[1:])])
-            parts.append(self._run(filled)[: len(part)])
+            parts.append(self.compute(filled, {})[: len(part)])
         return torch.cat(parts)
 
     def unrounded(self) -> OnnxModule:
@@ -88,8 +88,17 @@ class OnnxModule(nn.Module):
         ]
         return other
 
-    def _run(self, images: Tensor) -> Tensor:
+    def rename_inputs(self, node: str, weight: str, bias: str | None) -> None:
+        """Let a convolution or product read ``weight``, and ``bias`` unless None, from :meth:`compute`."""
+        for index, step in enumerate(self._steps):
+            if step.name == node:
+                third = step.inputs[2:] if bias is None else (bias,)
+                self._steps[index] = step._replace(inputs=(step.inputs[0], weight, *third))
+
+    def compute(self, images: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """Compute logits [B, K] of ``images`` [B, C, H, W] with further values by name."""
         values: dict[str, Tensor] = {name: getattr(self, key) for name, key in self._keys.items()}
+        values.update(given)
         values[self._input] = images
         for step in self._steps:
             values[step.output] = _compute(step, values)

@@ -56,6 +56,7 @@ PRUNE: Final[Keywords] = {
     "recalibration": ("prune.search.recalibration",),
     "awp_gamma": ("prune.finetune.awp_gamma",),
     "distill": ("prune.finetune.distillation.weight",),
+    "qat": ("prune.finetune.qat_epochs",),
     "search_epochs": ("prune.search.epochs",),
     "finetune_epochs": ("prune.finetune.epochs",),
     "batch_size": ("prune.search.batch_size", "prune.finetune.batch_size"),

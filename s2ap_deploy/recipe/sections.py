@@ -133,6 +133,20 @@ class FinetuneSection(TrainSection):
 
     learning_rate: Positive = Field(default=0.01, description="Initial learning rate.")
     distillation: Distillation = Distillation()
+    qat_epochs: Whole = Field(
+        default=0,
+        description="So many of the last epochs compute as the int8 file will (quantization-aware training); "
+        "0 is off.",
+    )
+
+    @model_validator(mode="after")
+    def _qat_within_epochs(self) -> FinetuneSection:
+        if self.qat_epochs > self.epochs:
+            raise invalid(
+                "qat-epochs-too-many",
+                f"qat_epochs {self.qat_epochs} is more than the {self.epochs} epochs of fine-tuning",
+            )
+        return self
 
 
 class DiagnosticsSection(Record):
@@ -379,6 +393,10 @@ class PruneSection(Record):
 
     @model_validator(mode="after")
     def _steps_rise(self) -> PruneSection:
+        if self.finetune.qat_epochs and not METHODS[self.method].finetunes:
+            raise invalid(
+                "qat-needs-finetuning", f"{self.method} does not fine-tune, so qat_epochs does not apply"
+            )
         if self.steps and not METHODS[self.method].finetunes:
             raise invalid("steps-need-finetuning", f"{self.method} does not fine-tune, so steps do not apply")
         path = [*self.steps, *([self.sparsity] if self.sparsity is not None else [])]

@@ -96,7 +96,8 @@ class PruneArguments(NetworkArguments, total=False):
 
     ``preset`` is ``published`` (20 + 100 epochs), ``quick`` (5 + 5), ``published-hydra`` or
     ``published-harp``. ``loss``, ``attack_start``, ``cosine`` and ``batch_size`` apply to the search and to
-    fine-tuning; ``distill`` is the weight of distillation in fine-tuning.
+    fine-tuning; ``distill`` is the weight of distillation in fine-tuning, ``qat`` the number of its last
+    epochs that compute as the int8 file will.
     """
 
     method: str | None
@@ -124,6 +125,7 @@ class PruneArguments(NetworkArguments, total=False):
     recalibration: str | None
     awp_gamma: float | None
     distill: float | None
+    qat: int | None
     search_epochs: int | None
     finetune_epochs: int | None
     batch_size: int | None

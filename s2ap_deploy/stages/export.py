@@ -23,6 +23,7 @@ from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export.benchmark import benchmark_export
 from s2ap_deploy.onnx_export.export_onnx import ExportSource, export_onnx, refuse_conflict
 from s2ap_deploy.onnx_export.export_report import RESELECTED_STATEMENT, ExportReport
+from s2ap_deploy.onnx_export.quantization import Ranges
 from s2ap_deploy.onnx_export.verification import CertifiedPoints
 from s2ap_deploy.pruning.masks import load_tensors, sparsity
 from s2ap_deploy.recipe.schema import ExportSection
@@ -33,7 +34,7 @@ from s2ap_deploy.runs.snapshot import Stage
 from s2ap_deploy.stages import export_c, export_channels, export_target
 from s2ap_deploy.stages.certify import DENSE, PRUNED
 from s2ap_deploy.stages.context import RunContext
-from s2ap_deploy.stages.prune import SCORES
+from s2ap_deploy.stages.prune import RANGES, SCORES, calibration_images
 
 ONNX = "model.onnx"
 INT8_ONNX = "model-int8.onnx"
@@ -172,7 +173,8 @@ def _export(job: RunContext, request: _Request, file: Path) -> tuple[ExportRepor
         metadata=_metadata(info, None if narrow is None else sparsity(narrow.masks), stated),
         masks=masks if narrow is None else narrow.masks,
         certified=certified,
-        calibration=_calibration(job, info) if section.int8 else None,
+        calibration=calibration_images(job, info) if section.int8 else None,
+        ranges=_trained_ranges(job, section) if section.int8 and not section.reselects else None,
         narrowed=None if narrow is None else narrow.network,
     )
     report = export_onnx(source, section, file, job.recorder)
@@ -290,12 +292,17 @@ def _test_images(job: RunContext, info: CheckpointInfo) -> NDArray[np.float32]:
     return pixels
 
 
-def _calibration(job: RunContext, info: CheckpointInfo) -> NDArray[np.float32]:
-    """Return calibration images from the training split, stratified by class, always the same ones."""
-    train = job.images(info.preprocessing.size).train
-    chosen = choose(train.labels, job.recipe.export.calibration_images, seed=0)
-    pixels: NDArray[np.float32] = train.subset(chosen).tensors()[0].numpy()
-    return pixels
+def _trained_ranges(job: RunContext, section: ExportSection) -> Ranges | None:
+    """Return the ranges that fine-tuning computed with, or None; warn of other bits than it had."""
+    record = job.run.manifest.stages.get("finetune")
+    if record is None or not any(Path(each.path).name == RANGES for each in record.outputs):
+        return None
+    stored = files.parse_json(files.read_bytes(job.run.output("finetune", RANGES)))
+    if stored["weight_bits"] != section.weight_bits:
+        job.recorder.warn(
+            f"fine-tuning rounded weights to {stored['weight_bits']} bits, this file to {section.weight_bits}"
+        )
+    return {name: (low, high) for name, (low, high) in stored["ranges"].items()}
 
 
 def _not_covered(report: ExportReport, file: Path, run: Path) -> str:

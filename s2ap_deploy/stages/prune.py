@@ -8,14 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from s2ap_deploy import files
 from s2ap_deploy.data.datasets import ImageData
+from s2ap_deploy.data.splits import choose
 from s2ap_deploy.errors import ArchitectureError, InputError, RecipeError
 from s2ap_deploy.models.channels.coupling import Coupling, channel_groups
 from s2ap_deploy.models.checkpoints import checkpoint
+from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.used_weights import UsedWeights, weight_count
 from s2ap_deploy.pruning.allocation import Allocation, ChannelQuotas, Fixed, Global, Quotas
 from s2ap_deploy.pruning.budgets import (
@@ -50,7 +54,7 @@ from s2ap_deploy.runs.snapshot import Stage
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.stages.context import HISTORY, RunContext, weights_on_images
 from s2ap_deploy.training.objective import Objective, SelfDistillation, Teacher
-from s2ap_deploy.training.train import TrainingData, train, validation_sample
+from s2ap_deploy.training.train import Quantization, TrainingData, train, validation_sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,6 +255,8 @@ def scores_file(folder: str) -> Path:
 
 
 SCORES = "scores.safetensors"
+RANGES = "ranges.json"
+INT8_SETTINGS = ("opset", "calibration", "calibration_images", "weight_bits")
 DENOMINATOR = "weights that multiply activations in a forward pass"
 
 
@@ -271,7 +277,8 @@ def prune(job: RunContext) -> None:
 
 def prune_to(job: RunContext, section: PruneSection, lower: float, begin: Path, dense: Path) -> Path:
     """Run one step of iterative pruning in its own run folder under ``steps``; return its network."""
-    step = section.model_copy(update={"sparsity": lower, "steps": ()})
+    tuning = section.finetune.model_copy(update={"qat_epochs": 0})
+    step = section.model_copy(update={"sparsity": lower, "steps": (), "finetune": tuning})
     recipe = job.recipe.model_copy(
         update={
             "prune": step,
@@ -421,15 +428,17 @@ def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:
     classifier, info, path = job.classifier("search")
     images = job.images(info.preprocessing.size)
     masks_file = job.run.output("search", MASKS)
-    distillation = section.finetune.distillation
+    distillation, rounded_epochs = section.finetune.distillation, section.finetune.qat_epochs
     inputs = {
         "search": files.sha256(path),
         "masks": files.sha256(masks_file),
         "data": job.data_inputs(images.train, images.validation),
         "threat": recipe.threat.model_dump(),
-        "finetune": section.finetune.model_dump(),
+        "finetune": section.finetune.model_dump(exclude=None if rounded_epochs else {"qat_epochs"}),
         "seed": recipe.seed,
     }
+    if rounded_epochs:
+        inputs["int8"] = {name: getattr(recipe.export, name) for name in INT8_SETTINGS}
     alone = METHODS[section.method].sparse == "admm"
     if distillation.weight > 0 or alone:
         inputs["teacher"] = files.sha256(dense)
@@ -467,15 +476,39 @@ def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:
         stage="finetune",
         masks=masks,
         teacher=teacher,
+        quantization=_rounding(job, rounded_epochs, info) if rounded_epochs else None,
     )
+    outputs = [stage.folder / MODEL, stage.folder / HISTORY]
     if job.first:
         checkpoint.save(stage.folder / MODEL, classifier, info)
         files.write_json(stage.folder / HISTORY, [row.figures() for row in result.history])
+    if rounded_epochs:
+        outputs.append(stage.folder / RANGES)
+        if job.first:
+            ranges = {name: limits.tolist() for name, limits in sorted(result.ranges.items())}
+            files.write_json(
+                stage.folder / RANGES, {"weight_bits": recipe.export.weight_bits, "ranges": ranges}
+            )
     best = result.history[result.best_epoch - 1].figures()
     stage.finish(
-        [stage.folder / MODEL, stage.folder / HISTORY],
+        outputs,
         {**outcome, "best": best, "nonzero": nonzero(classifier, masks)},
     )
+
+
+def _rounding(job: RunContext, epochs: int, info: CheckpointInfo) -> Quantization:
+    """Return the rounding of the last ``epochs`` of fine-tuning: that of the run's int8 file."""
+    from s2ap_deploy.onnx_export.quantization_aware import QuantizationAware
+
+    return QuantizationAware(epochs, calibration_images(job, info), job.recipe.export)
+
+
+def calibration_images(job: RunContext, info: CheckpointInfo) -> NDArray[np.float32]:
+    """Return calibration images from the training split, stratified by class, always the same ones."""
+    train_split = job.images(info.preprocessing.size).train
+    chosen = choose(train_split.labels, job.recipe.export.calibration_images, seed=0)
+    pixels: NDArray[np.float32] = train_split.subset(chosen).tensors()[0].numpy()
+    return pixels
 
 
 def nonzero(network: nn.Module, masks: Mapping[str, Tensor]) -> int:

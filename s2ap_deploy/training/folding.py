@@ -120,7 +120,8 @@ def folded(network: nn.Module, images: Tensor) -> Iterator[None]:
     halved = in_bfloat16(network)
     try:
         for first, norm in chosen:
-            weight, bias = _merged(first, norm)
+            with torch.no_grad():
+                weight, bias = merged(first, norm)
             if halved:  # once, where autocast would do it in every pass
                 weight, bias = weight.bfloat16(), bias.bfloat16()
             # Plain tensors in the parameters' places: the parameters themselves rest untouched.
@@ -278,9 +279,11 @@ def _foldable(first: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
     )
 
 
-@torch.no_grad()
-def _merged(first: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of the convolution that computes both layers."""
+def merged(first: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of the layer that computes ``first`` and then ``norm`` in eval mode.
+
+    Both are differentiable functions of the parameters of the two.
+    """
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = (norm.running_var + norm.eps).rsqrt()
@@ -291,4 +294,5 @@ def _merged(first: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
         shift = shift + norm.bias
     if first.bias is not None:
         shift = shift + first.bias * scale
-    return first.weight * scale.view(-1, 1, 1, 1), shift
+    weight: Tensor = first.weight * scale.view(-1, *[1] * (first.weight.dim() - 1))
+    return weight, shift

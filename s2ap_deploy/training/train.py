@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -174,6 +174,11 @@ class EpochLoop:
             )
         return row
 
+    def compute_as(self, network: nn.Module) -> None:
+        """Run the epochs from now on through ``network``, which has the same parameters, in float32."""
+        self.network = network
+        self.computing = FLOAT32.apply(network, self.env.recorder.warn)
+
     def record(self, row: Epoch) -> None:
         """Report a finished epoch."""
         self.env.recorder.log(self.stage, {**row.figures(), "epochs": self.section.epochs})
@@ -243,12 +248,32 @@ def load_momentum(
 Pruned = list[tuple[nn.Parameter, Tensor]]
 
 
+class Quantization(Protocol):
+    """Rounding that the last ``epochs`` of a training compute with."""
+
+    @property
+    def epochs(self) -> int: ...
+
+    def prepare(
+        self, network: nn.Module, ranges: Mapping[str, Tensor]
+    ) -> tuple[nn.Module, dict[str, Tensor]]:
+        """Return a module that rounds, with the parameters of ``network``, and its ranges [2] by name.
+
+        ``ranges`` are those of an earlier call, or empty.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class TrainingResult:
-    """One row per epoch; ``best_epoch`` is the one whose weights the network now has."""
+    """One row per epoch; ``best_epoch`` is the one whose weights the network now has.
+
+    ``ranges`` [2] of activations by name are those of the epochs that computed with rounding.
+    """
 
     history: list[Epoch]
     best_epoch: int
+    ranges: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def train(
@@ -261,6 +286,7 @@ def train(
     stage: str,
     masks: Mapping[str, Tensor] | None = None,
     teacher: Teacher | None = None,
+    quantization: Quantization | None = None,
 ) -> TrainingResult:
     """Minimize the robust loss over the weights, and leave those of the most robust epoch in ``network``.
 
@@ -271,6 +297,7 @@ def train(
         stage: names the random streams and the progress.
         masks: bool tensors by parameter name; pruned weights stay exactly zero.
         teacher: the network to distill from.
+        quantization: the rounding of the last epochs, of which alone the most robust one is then chosen.
 
     Raises InputError when the loss stops being finite.
     """
@@ -290,21 +317,30 @@ def train(
     ball = WeightPerturbation(network, section.awp_gamma, masks)
     loop = EpochLoop(stage, network, optimizer, adversary, data, section, env)
     enforce(pruned)
-    history, best = resume(network, optimizer, adversary, env)
+    history, best, ranges = resume(network, optimizer, adversary, env)
+    rounds_from = section.epochs - (quantization.epochs if quantization is not None else 0)
+    chosen_from = rounds_from if quantization is not None else 0
     loop.begin(len(history))
 
     for epoch in range(len(history), section.epochs):
         # AWP moves the weights only after its warm-up, when they are worth a search for the worst case.
         awp = ball if section.awp_gamma > 0 and epoch >= section.awp_warmup_epochs else None
+        # The last epochs compute as the quantized file will, with the same weights.
+        if quantization is not None and loop.network is network and epoch >= rounds_from:
+            rounding, ranges = quantization.prepare(network, ranges)
+            loop.compute_as(rounding)
         # Train the weights for one epoch.
         losses: list[Tensor] = []
         for batch, noise in loop.batches(epoch):
             with loop.computing:
-                losses.append(train_step(network, optimizer, adversary, batch, noise, awp, pruned, teacher))
+                losses.append(
+                    train_step(loop.network, optimizer, adversary, batch, noise, awp, pruned, teacher)
+                )
         # Measure the epoch, and keep its weights if no epoch before was more robust.
         row = loop.row(epoch, losses, loop.validate())
         history.append(row)
-        if row.robust_accuracy >= max(earlier.robust_accuracy for earlier in history):
+        rivals = history[chosen_from:] if epoch >= chosen_from else history
+        if row.robust_accuracy >= max(earlier.robust_accuracy for earlier in rivals):
             best = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         loop.record(row)
         # Save weights, buffers, momentum, the adversary and the best weights: a kill costs one epoch at most.
@@ -313,13 +349,15 @@ def train(
             "best": best,
             "adversary": adversary.state(),
             "momentum": momentum(optimizer, parameters),
+            "ranges": ranges,
         }
         save_loop(env.snapshots, groups, history)
 
     env.recorder.end()
     # Return the weights of the most robust epoch.
     network.load_state_dict(best)
-    return TrainingResult(history, max(history, key=lambda row: (row.robust_accuracy, row.epoch)).epoch)
+    best_row = max(history[chosen_from:], key=lambda row: (row.robust_accuracy, row.epoch))
+    return TrainingResult(history, best_row.epoch, ranges)
 
 
 def train_step(
@@ -386,12 +424,12 @@ def enforce(pruned: Pruned) -> None:
 
 def resume(
     network: nn.Module, optimizer: torch.optim.Optimizer, adversary: Adversary, env: TrainingEnvironment
-) -> tuple[list[Epoch], dict[str, Tensor]]:
-    """Restore the last snapshot; return the epochs already done and the best weights among them."""
+) -> tuple[list[Epoch], dict[str, Tensor], dict[str, Tensor]]:
+    """Restore the last snapshot; return the epochs already done, the best weights of them, and ranges."""
     saved = load_loop(env.snapshots)
     if saved is None:
-        return [], {}
+        return [], {}, {}
     network.load_state_dict(saved.group("now"))
     load_momentum(optimizer, dict(network.named_parameters()), saved.group("momentum"))
     adversary.load(saved.group("adversary"))
-    return saved.history, saved.group("best")
+    return saved.history, saved.group("best"), saved.group("ranges")

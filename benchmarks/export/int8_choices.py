@@ -1,0 +1,134 @@
+"""Compare int8 files of pruned MNIST networks: bits of weights, calibration, quantization-aware training.
+
+    python -m benchmarks int8-choices --shared ../shared --work work
+
+The shared checkpoint, with 90 % of the weights removed and with half of the channels removed, fine-tuned for
+four epochs, of which the last two compute as the int8 file will where training is quantization-aware. Each
+file: bytes, clean accuracy, AutoAttack on the file itself, and whether processors with fewer instructions,
+emulated by qemu-x86_64 where it is installed, give the same bits. Finished parts are not run again, and the
+result file grows row by row.
+"""
+
+import argparse
+import itertools
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.lib import arguments, commands, results
+from s2ap_deploy import api
+from s2ap_deploy.data import datasets
+from s2ap_deploy.onnx_export.inference import logits, session
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "weights-90": {"sparsity": 0.9},
+    "channels-50": {"granularity": "channel", "keep_ratio": 0.5},
+}
+SETTINGS = {
+    "data.validation_fraction": 0.88,  # 7,200 images train
+    "prune.search.objective.attack_steps": 5,
+    "prune.finetune.objective.attack_steps": 5,
+}
+BITS = (7, 8)
+METHODS = ("minmax", "entropy", "percentile")
+PROCESSORS = ("Nehalem", "Haswell")
+IMAGES = 64  # of the comparison of bits
+EMULATED = """
+import sys, numpy, onnxruntime
+folder = sys.argv[1]
+running = onnxruntime.InferenceSession(folder + "/file.onnx", providers=["CPUExecutionProvider"])
+found = running.run(None, {running.get_inputs()[0].name: numpy.load(folder + "/images.npy")})[0]
+numpy.save(folder + "/found.npy", found)
+"""
+
+
+def main() -> None:
+    parser = arguments.parser(__doc__, "int8-choices", "shared", "work")
+    parser.add_argument("--n", type=int, default=500, help="test images to attack")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    kept = args.work / "int8-choices.json"
+    rows: list[dict[str, Any]] = commands.read(kept) if kept.exists() else []
+    for name, (form, settings) in itertools.product(args.networks, forms()):
+        if any((row["network"], row["form"]) == (name, form) for row in rows):
+            continue
+        row = {"network": name, "form": form} | measured(args, name, form, settings)
+        rows.append(row)
+        print(row, flush=True)
+        api.files.write_json(kept, rows)
+        results.write(args.name, {"n": args.n, "eps": "0.1", "settings": SETTINGS, "rows": rows})
+
+
+def forms() -> list[tuple[str, dict[str, Any]]]:
+    """The float file, files calibrated after training in all ways, and those of quantization-aware training."""
+    aware = [(f"qat {bits} bits", {"qat": 2, "weight_bits": bits}) for bits in BITS]
+    calibrated = [
+        (f"{method} {bits} bits", {"calibration": method, "weight_bits": bits})
+        for method, bits in itertools.product(METHODS, BITS)
+    ]
+    return [("float32", {}), calibrated[0], *aware, *calibrated[1:]]
+
+
+def measured(args: argparse.Namespace, name: str, form: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Prune, export and attack one file."""
+    started = time.monotonic()
+    aware = settings.get("qat")
+    folder = args.work / (f"{name}-qat-{settings['weight_bits']}" if aware else name)
+    changes = dict(SETTINGS)
+    if aware:
+        changes["export.weight_bits"] = settings["weight_bits"]
+    api.prune(
+        args.shared / "checkpoints/mnist_convex_eps0.1.pth",
+        run=folder,
+        data="mnist",
+        data_root=args.shared / "data",
+        eps="0.1",
+        search_epochs=4,
+        finetune_epochs=4,
+        batch_size=64,
+        threads=1,
+        settings=changes,
+        resume=True,
+        **NETWORKS[name],
+        **({"qat": aware} if aware else {}),
+    )
+    options = {key: value for key, value in settings.items() if key != "qat"}
+    label = form.replace(" ", "-")
+    report = api.export(folder, name=label, threads=1, int8=form != "float32", resume=True, **options)
+    file = folder / report.folder / report.file
+    attacked = api.certify(folder, artifact=file, n=args.n, threads=1, workers=1, full=True, resume=True)
+    certificate = commands.read(next((folder / attacked.folder).glob("*.json")))
+    return {
+        "bytes": report.bytes,
+        "dense_bytes": report.dense_bytes,
+        "counts": {key: certificate.get(key) for key in ("n", "clean", "robust", "clean_correct", "flags")},
+        "results": attacked.results,
+        "same_bits": same_bits(args, file),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def same_bits(args: argparse.Namespace, file: Path) -> dict[str, bool | None]:
+    """Whether emulated processors give the bits of this one; None where they cannot be emulated."""
+    folder = args.work / "emulated"
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(file, folder / "file.onnx")
+    pixels = datasets.load("mnist", root=args.shared / "data").test.subset(range(IMAGES)).tensors()[0].numpy()
+    np.save(folder / "images.npy", pixels)
+    expected = logits(session(file), pixels)
+    found: dict[str, bool | None] = {}
+    for processor in PROCESSORS:
+        (folder / "found.npy").unlink(missing_ok=True)
+        emulator = shutil.which("qemu-x86_64")
+        if emulator is not None:
+            command = [emulator, "-cpu", processor, sys.executable, "-c", EMULATED, str(folder)]
+            subprocess.run(command, check=False, stdout=subprocess.DEVNULL, timeout=1200)
+        there = (folder / "found.npy").exists()
+        found[processor] = bool(np.array_equal(np.load(folder / "found.npy"), expected)) if there else None
+    return found
