@@ -19,11 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import torch
 
 from benchmarks.lib import arguments, commands, results
 from s2ap_deploy import api, files
 from s2ap_deploy.data import datasets
+from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.onnx_export.inference import logits, session
+from s2ap_deploy.onnx_export.onnx_module import OnnxModule
+from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.training.pgd import pgd_accuracy
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "weights-90": {"sparsity": 0.9},
@@ -34,6 +40,7 @@ SETTINGS = {
     "prune.search.objective.attack_steps": 5,
     "prune.finetune.objective.attack_steps": 5,
 }
+THREAT = ThreatModel(norm="Linf", eps="0.1")
 BITS = (7, 8)
 METHODS = ("minmax", "entropy", "percentile")
 PROCESSORS = ("Nehalem", "Haswell")
@@ -50,19 +57,31 @@ numpy.save(folder + "/found.npy", found)
 def main() -> None:
     parser = arguments.parser(__doc__, "int8-choices", "shared", "work")
     parser.add_argument("--n", type=int, default=500, help="test images to attack")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--autoattack", nargs="*", metavar="NETWORK/FORM", help="files [default: all]")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     kept = args.work / "int8-choices.json"
-    rows: list[dict[str, Any]] = commands.read(kept) if kept.exists() else []
-    for name, (form, settings) in itertools.product(args.networks, forms()):
-        if any((row["network"], row["form"]) == (name, form) for row in rows):
-            continue
-        row = {"network": name, "form": form} | measured(args, name, form, settings)
-        rows.append(row)
-        print(row, flush=True)
+    rows: dict[str, dict[str, Any]] = commands.read(kept) if kept.exists() else {}
+
+    def add(key: str, figures: dict[str, Any]) -> None:
+        rows[key] = {**rows.get(key, {}), **figures}
+        print(key, figures, flush=True)
         files.write_json(kept, rows)
         results.write(args.name, {"n": args.n, "eps": "0.1", "settings": SETTINGS, "rows": rows})
+
+    every = {
+        f"{name}/{form}": (name, form, settings)
+        for name, (form, settings) in itertools.product(NETWORKS, forms())
+    }
+    for key, (name, form, settings) in every.items():
+        if key not in rows:
+            add(key, measured(args, exported(args, name, form, settings)))
+    for key in every if args.autoattack is None else args.autoattack:
+        if "autoattack" not in rows[key]:
+            folder, file, _ = exported(args, *every[key])
+            started = time.monotonic()
+            found = api.certify(folder, artifact=file, n=args.n, threads=1, workers=1, full=True, resume=True)
+            add(key, {"autoattack": found.results["file"], "seconds": round(time.monotonic() - started)})
 
 
 def forms() -> list[tuple[str, dict[str, Any]]]:
@@ -72,17 +91,21 @@ def forms() -> list[tuple[str, dict[str, Any]]]:
         (f"{method} {bits} bits", {"calibration": method, "weight_bits": bits})
         for method, bits in itertools.product(METHODS, BITS)
     ]
-    return [("float32", {}), calibrated[0], *aware, *calibrated[1:]]
+    return [("float32", {}), *calibrated, *aware]
 
 
-def measured(args: argparse.Namespace, name: str, form: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Prune, export and attack one file."""
-    started = time.monotonic()
+Exported = tuple[Path, Path, ExportReport]
+
+
+def exported(args: argparse.Namespace, name: str, form: str, settings: dict[str, Any]) -> Exported:
+    """Prune and export; the run folder, the file, its report. What is finished is skipped."""
     aware = settings.get("qat")
     folder = args.work / (f"{name}-qat-{settings['weight_bits']}" if aware else name)
     changes = dict(SETTINGS)
     if aware:
         changes["export.weight_bits"] = settings["weight_bits"]
+        if not folder.exists():
+            take_over(args.work / name, folder)
     api.prune(
         args.shared / "checkpoints/mnist_convex_eps0.1.pth",
         run=folder,
@@ -101,14 +124,41 @@ def measured(args: argparse.Namespace, name: str, form: str, settings: dict[str,
     options = {key: value for key, value in settings.items() if key != "qat"}
     label = form.replace(" ", "-")
     report = api.export(folder, name=label, threads=1, int8=form != "float32", resume=True, **options)
-    file = folder / report.folder / report.file
-    attacked = api.certify(folder, artifact=file, n=args.n, threads=1, workers=1, full=True, resume=True)
+    return folder, folder / report.folder / report.file, report
+
+
+def take_over(run: Path, folder: Path) -> None:
+    """Make a run folder with the search of another one: the mask is the same."""
+    folder.mkdir()
+    for stage in ("pretrain", "search"):
+        shutil.copytree(run / stage, folder / stage)
+    manifest = commands.read(run / "manifest.json")
+    manifest["stages"] = {name: manifest["stages"][name] for name in ("pretrain", "search")}
+    files.write_json(folder / "manifest.json", manifest)
+
+
+def measured(args: argparse.Namespace, made: Exported) -> dict[str, Any]:
+    """Bytes, clean accuracy on all test images, PGD-50 on the first ``n``, equality of bits elsewhere."""
+    _, file, report = made
+    test = datasets.load("mnist", root=args.shared / "data").test
+    images, labels = test.tensors()
+    right = logits(session(file), images.numpy()).argmax(axis=1) == labels.numpy()
+    pgd = pgd_accuracy(
+        OnnxModule(onnx.load(file)),
+        test.subset(range(args.n)),
+        threat=THREAT,
+        steps=50,
+        step_size=0.01,
+        seed=0,
+        device=torch.device("cpu"),
+    )
     return {
         "bytes": report.bytes,
         "dense_bytes": report.dense_bytes,
-        "attacked": attacked.results,
+        "clean_10000": int(right.sum()),
+        "pgd_50": pgd.robust,
+        "pgd_clean": pgd.clean,
         "same_bits": same_bits(args, file),
-        "seconds": round(time.monotonic() - started, 1),
     }
 
 
@@ -126,7 +176,7 @@ def same_bits(args: argparse.Namespace, file: Path) -> dict[str, bool | None]:
         emulator = shutil.which("qemu-x86_64")
         if emulator is not None:
             command = [emulator, "-cpu", processor, sys.executable, "-c", EMULATED, str(folder)]
-            subprocess.run(command, check=False, stdout=subprocess.DEVNULL, timeout=1200)
+            subprocess.run(command, check=False, capture_output=True, timeout=1200)
         there = (folder / "found.npy").exists()
         found[processor] = bool(np.array_equal(np.load(folder / "found.npy"), expected)) if there else None
     return found

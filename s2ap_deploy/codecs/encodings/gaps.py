@@ -106,10 +106,12 @@ class Steps:
         return filled
 
 
-def encode(positions: NDArray[np.integer], universe: int, width: int = 8) -> Steps:
+def encode(
+    positions: NDArray[np.integer], universe: int, width: int = 8, *, valued: bool | None = None
+) -> Steps:
     """Encode strictly increasing ``positions``, shape [k], each in [0, universe), as ``width`` bits each.
 
-    Up to ``MOST_VALUED`` fillers get values.
+    ``valued``: whether fillers get values; by default, where there are up to ``MOST_VALUED``.
     Raises ValueError when positions are not increasing, out of range, or the universe is over 2^31 - 1.
     """
     import numpy as np
@@ -118,7 +120,8 @@ def encode(positions: NDArray[np.integer], universe: int, width: int = 8) -> Ste
     steps = np.diff(values, prepend=0)
     # Rounded up, less one: a step of exactly M needs no filler. The first step may be 0.
     before = np.maximum(steps - 1, 0) // filler
-    valued = int(before.sum()) <= MOST_VALUED
+    if valued is None:
+        valued = int(before.sum()) <= MOST_VALUED
     origin = 0
     if not valued:
         origin = 0 if values[0] else -1

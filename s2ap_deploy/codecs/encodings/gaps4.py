@@ -1,39 +1,135 @@
-"""Gaps of 4 bits: two numbers a byte."""
+"""Gaps of 4 bits, two numbers a byte; of the steps that need more, the rest is stored apart."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from s2ap_deploy.codecs.encodings.gaps import OPERATORS, Gaps
+from s2ap_deploy.codecs.codec import Codec, check_positions
+from s2ap_deploy.codecs.encodings import gaps
+from s2ap_deploy.codecs.encodings.gaps6 import CODEC as SIX_BITS
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from s2ap_deploy.codecs.decode_graph import DecodeSubgraph
+    from s2ap_deploy.codecs.values import StoredWeight
+
+BASE = 16
+LONGEST = 64  # of a step; longer ones pass through entries whose value is zero
+LONG_NODES = 560  # measured bytes of the nodes for steps of 16 and more
 
 
-class Gaps4(Gaps):
-    """The first half of the numbers are the low parts of the bytes, the second half the high parts."""
+class Gaps4(Codec):
+    """Steps n + 1 to the next entry, up to 64: n mod 16 of each, and n - n mod 16 where that is not zero.
+
+    The second part is a number of 6 bits each: in the low 4, how many steps after the one before, and the
+    multiple of 16 above. Where more than 15 steps lie between, one of them gets a multiple of zero. Nothing
+    is taken out of the running sums, which keeps the intermediate values of the decoding few.
+    """
 
     name = "gaps4"
     title = "gaps, 4 bits"
     summary = "4 bits per step"
     order = 12
-    operators = OPERATORS | {"Concat", "Mod"}
+    operators = SIX_BITS.operators | {"Gather"}
     intermediate_ratio = 15.0
-    decode_ns = (45.0, 1.0)
-    decode_memory = (60.0, 0.0)
-    node_bytes = (570, 593)
-    shared_bytes = 120
-    width = 4
-    per_group = 2
+    decode_ns = (25.0, 1.0)
+    decode_memory = (28.0, 0.0)
+    node_bytes = (900, 930)
+    shared_bytes = 180
 
-    def unpack(self, graph: DecodeSubgraph, numbers: NDArray[np.uint8]) -> str:
-        low, high = numbers.reshape(2, -1)
-        packed = graph.cast(graph.store(low | high << 4), "int32")
-        base = graph.number(16)
-        return graph.add("Concat", [graph.add(each, [packed, base]) for each in ("Mod", "Div")], axis=0)
+    def decode_graph(self, graph: DecodeSubgraph, weight: StoredWeight, output: str) -> None:
+        import numpy as np
+
+        # Encode the positions as steps, some of which lead to no entry and get a zero as their value.
+        code = encode(weight.positions, weight.data.size)
+        steps = code.numbers
+        low, numbers = steps % BASE, unpack(graph, steps % BASE)
+        # Put the rest of long steps back in its places.
+        long = rest(steps - low)
+        if long.size:
+            padded = np.pad(long, (0, -long.size % SIX_BITS.per_group))
+            parts = SIX_BITS.unpack(graph, padded)
+            if padded.size > long.size:
+                parts = graph.slice(parts, 0, long.size)
+            after = graph.add("Mod", [parts, graph.number(BASE)])
+            places, more = graph.cumsum(after), graph.add("Sub", [parts, after])
+            whole = graph.add("Add", [graph.add("Gather", [numbers, places]), more])
+            numbers = graph.add("ScatterElements", [numbers, places, whole])
+        # Sum up the steps, and scatter the values to the positions.
+        index = graph.cumsum(graph.add("Add", [numbers, graph.number(1)]))
+        if code.origin:
+            index = graph.add("Add", [index, graph.number(code.origin)])
+        graph.scatter(index, graph.values(code.interleave(weight.nonzeros), weight), weight, output)
+
+    def data_bytes(self, nonzeros: int, entries: int, value_bytes: int) -> float:
+        expected = expectation(max(0, min(nonzeros, entries)), entries)
+        return (value_bytes + 0.5) * expected.steps + 0.75 * expected.long
+
+    def saved_node_bytes(self, nonzeros: int, entries: int) -> int:
+        """Predict the bytes of the nodes for long steps, where none is expected."""
+        return LONG_NODES if expectation(nonzeros, entries).long < 0.5 else 0
+
+
+def encode(positions: NDArray[np.integer], universe: int) -> gaps.Steps:
+    """Encode strictly increasing ``positions`` [k], each in [0, universe), as steps less one, below 64.
+
+    Raises ValueError as :func:`gaps.encode` does.
+    """
+    import numpy as np
+
+    values = check_positions(positions, universe)
+    origin = 0 if values.size and values[0] else -1
+    steps = np.diff(values, prepend=origin) - 1
+    before = steps // LONGEST
+    entries = np.cumsum(before + 1) - 1
+    numbers = np.full(int(before.sum()) + values.size, LONGEST - 1, np.uint8)
+    numbers[entries] = (steps - LONGEST * before).astype(np.uint8)
+    return gaps.Steps(numbers, entries, origin)
+
+
+def unpack(graph: DecodeSubgraph, numbers: NDArray[np.uint8]) -> str:
+    """Store ``numbers`` [m] below 16, and add the nodes that give them as int32.
+
+    The first half of them are the low parts of the bytes, the second half the high parts.
+    """
+    import numpy as np
+
+    half = (numbers.size + 1) // 2
+    packed = numbers[:half].copy()
+    packed[: numbers.size - half] |= numbers[half:] << 4
+    value = graph.cast(graph.store(packed.astype(np.uint8)), "int32")
+    base = graph.number(BASE)
+    low, high = (graph.add(each, [value, base]) for each in ("Mod", "Div"))
+    if numbers.size % 2:
+        high = graph.slice(high, 0, half - 1)
+    return graph.add("Concat", [low, high], axis=0) if numbers.size > 1 else low
+
+
+def rest(multiples: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Encode ``multiples`` [m] of 16, below 64, as numbers of 6 bits: one for each that is not zero."""
+    import numpy as np
+
+    places = np.flatnonzero(multiples)
+    code = gaps.encode(places, max(multiples.size, 1), 4, valued=True)
+    return code.numbers | code.interleave(multiples[places])
+
+
+class Expected(NamedTuple):
+    """Numbers of steps, and of those that are stored in two parts."""
+
+    steps: float
+    long: float
+
+
+def expectation(nonzeros: int, entries: int) -> Expected:
+    """Predict the numbers for a uniformly random choice of positions."""
+    if not 0 < nonzeros <= entries:
+        return Expected(0.0, 0.0)
+    steps = nonzeros + gaps.expected_fillers(nonzeros, entries, 6)
+    long = nonzeros * (1 - nonzeros / entries) ** BASE + steps - nonzeros
+    return Expected(steps, long + gaps.expected_fillers(round(long), round(steps), 4))
 
 
 CODEC = Gaps4()
