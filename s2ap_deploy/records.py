@@ -129,12 +129,37 @@ class Agreement(Record):
         return close and self.argmax_agree + self.ties >= self.required * self.n
 
 
+class ChangedPoint(Record):
+    """A point of a certificate, by its ``index`` there, whose class in a file is another one.
+
+    ``attacked`` is its adversarial image, otherwise its clean one; ``before`` is the certificate's class.
+    """
+
+    index: int
+    attacked: bool
+    label: int
+    before: int
+    after: int
+
+    @property
+    def text(self) -> str:
+        verdict = "" if (self.before == self.label) == (self.after == self.label) else ", now wrong"
+        if verdict and self.after == self.label:
+            verdict = ", now right"
+        return (
+            f"{'attacked' if self.attacked else 'clean'} {self.index}: {self.before} to {self.after}{verdict}"
+        )
+
+
+SHOWN_POINTS = 5
+
+
 class PointsCheck(Record):
     """The answers of an exported file on the points of one certificate.
 
     ``survived`` counts samples that the file classifies correctly both clean and attacked. The
     disagreements count points on which the file's class differs from the one that the certificate
-    recorded; on ``ties`` of them rounding alone decides between the two classes.
+    recorded, which ``changed`` lists; on ``ties`` of them rounding alone decides between the two classes.
     """
 
     certificate_sha256: str
@@ -145,6 +170,16 @@ class PointsCheck(Record):
     adversarial_disagreements: int
     ties: int = 0
     agreement: Agreement | None = None
+    changed: tuple[ChangedPoint, ...] = ()
+
+    @property
+    def changed_text(self) -> str:
+        """Return how many verdicts changed, and the first of the changed points."""
+        lost = sum(each.before == each.label != each.after for each in self.changed)
+        gained = sum(each.before != each.label == each.after for each in self.changed)
+        shown = ", ".join(each.text for each in self.changed[:SHOWN_POINTS])
+        more = ", ..." if len(self.changed) > SHOWN_POINTS else ""
+        return f"verdicts: {lost} lost, {gained} gained ({shown}{more})"
 
     @property
     def disagreements(self) -> int:

@@ -157,11 +157,12 @@ def export_onnx(
     # Check the bytes on disk, under a temporary name.
     with atomic(output) as temporary:
         checks = _check_file(temporary, model, tensors, graphs, source, recorder)
+        # What changes is said before the file gets its name.
+        for warning in checks.warnings:
+            recorder.warn(warning)
     recorder.advance()
     recorder.end()
     _note_dense(recorder, section.encoding, tensors)
-    for warning in checks.warnings:
-        recorder.warn(warning)
     entries, nonzeros = _count(graphs)
     return ExportReport(
         file=output.name,
@@ -345,9 +346,11 @@ def _warnings(
         found.append("the logits do not depend on the input: the network has collapsed")
     for points in checks:
         if not points.same_predictions:
+            changed = f"; {points.changed_text}" if points.changed else ""
             found.append(
                 f"certificate {points.certificate_sha256[:12]}: the file predicts a different class on "
                 f"{points.clean_disagreements} clean and {points.adversarial_disagreements} attacked points"
+                f"{changed}"
             )
     return tuple(found)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from s2ap_deploy.codecs.registry import OPERATORS
 from s2ap_deploy.errors import VerificationError
 from s2ap_deploy.onnx_export.encoding import weights
 from s2ap_deploy.onnx_export.inference import SUM_TOLERANCE, logits, session
-from s2ap_deploy.records import Agreement, PointsCheck
+from s2ap_deploy.records import Agreement, ChangedPoint, PointsCheck
 
 QUANTIZED_FLOOR = 0.9
 # Operators that classifiers have as well, and that ONNX Runtime may add to them.
@@ -151,7 +151,30 @@ def check_answers(
         clean_disagreements=clean_differs,
         adversarial_disagreements=attacked_differs,
         ties=clean_tied + attacked_tied,
+        changed=(
+            *_changed(clean, points.clean_prediction, points.labels, attacked=False),
+            *_changed(attacked, points.adversarial_prediction, points.labels, attacked=True),
+        ),
     )
+
+
+def _changed(
+    scores: NDArray[np.float32],
+    before: NDArray[np.integer],
+    labels: NDArray[np.integer],
+    *,
+    attacked: bool,
+) -> Iterator[ChangedPoint]:
+    """Yield the rows of ``scores`` [n, K] that peak elsewhere than at the class ``before`` [n]."""
+    after = scores.argmax(1)
+    for index in np.flatnonzero(after != before).tolist():
+        yield ChangedPoint(
+            index=index,
+            attacked=attacked,
+            label=int(labels[index]),
+            before=int(before[index]),
+            after=int(after[index]),
+        )
 
 
 def compare_answers(reference: NDArray[np.float32], found: NDArray[np.float32]) -> Agreement:

@@ -435,3 +435,34 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(StorageError, check=lambda error: error.code == "disk-full"):
         write_onnx(classifier, **settings)
     assert leftovers(settings) == []
+
+
+def test_changed_points_are_shown_before_the_file_is_there(write_onnx, classifier, images, tmp_path) -> None:
+    output, heard = tmp_path / "model-int8.onnx", []
+
+    class Listening(Silent):
+        def warn(self, text: str) -> None:
+            heard.append((text, output.exists()))
+
+    with torch.no_grad():
+        classes = classifier(torch.from_numpy(images)).argmax(dim=1).numpy()
+    recorded = classes.copy()
+    recorded[3] = (recorded[3] + 1) % 5  # what the certificate says of point 3, and the file will not
+    points = CertifiedPoints("c" * 64, images, images, classes, recorded, classes)
+    report = write_onnx(
+        classifier,
+        output=output,
+        recorder=Listening(),
+        input_size=images.shape[1:],
+        images=images,
+        certified=[points],
+        calibration=images,
+        int8=True,
+    )
+    ((shown, there),) = [each for each in heard if "different class" in each[0]]
+    assert not there
+    assert output.exists()
+    (check,) = report.points_checks
+    (mine,) = [each for each in check.changed if each.index == 3 and not each.attacked]
+    assert (mine.before, mine.after, mine.label) == (recorded[3], classes[3], classes[3])
+    assert check.changed_text in shown

@@ -161,6 +161,11 @@ def test_points_are_counted_as_a_loop_would(n, seed) -> None:
     assert result.adversarial_disagreements == sum(a != s for _, a, _, _, s in rows)
     assert result.ties == 0
     assert result.same_predictions == all(c == s and a == t for c, a, _, s, t in rows)
+    expected = [(i, False, y, s, c) for i, (c, _, y, s, _) in enumerate(rows) if c != s]
+    expected += [(i, True, y, t, a) for i, (_, a, y, _, t) in enumerate(rows) if a != t]
+    assert [tuple(each.model_dump().values()) for each in result.changed] == expected
+    lost = sum(before == label != after for _, _, label, before, after in expected)
+    assert f"{lost} lost" in result.changed_text
 
 
 def test_a_point_where_rounding_decides_is_a_tie() -> None:

@@ -37,7 +37,7 @@ class Gaps(Codec):
     operators = OPERATORS
     intermediate_ratio = 12.0
     decode_ns = (25.0, 0.7)
-    decode_memory = (44.0, 0.0)
+    decode_memory = (20.0, 0.0)
     node_bytes = (495, 500)
     shared_bytes = 60
     width: ClassVar[int] = 8

@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from s2ap_deploy.codecs.values import StoredWeight
 
 BASE = 16
-LONGEST = 64  # of a step; longer ones pass through entries whose value is zero
-LONG_NODES = 560  # measured bytes of the nodes for steps of 16 and more
+LONGEST = (64, 256)  # of a step; longer ones pass through entries whose value is zero
+LONG_NODES = 390  # measured bytes of the nodes for steps of 16 and more
+SIX_BIT_NODES = 175  # of them those that unpack numbers of 6 bits
 
 
 class Gaps4(Codec):
-    """Steps n + 1 to the next entry, up to 64: n mod 16 of each, and n - n mod 16 where that is not zero.
+    """Steps n + 1 to the next entry, up to 64 or 256: n mod 16 of each, and n - n mod 16 if it is not zero.
 
-    The second part is a number of 6 bits each: in the low 4, how many steps after the one before, and the
-    multiple of 16 above. Where more than 15 steps lie between, one of them gets a multiple of zero. Nothing
-    is taken out of the running sums, which keeps the intermediate values of the decoding few.
+    The second part is a number of 6 or 8 bits each: in the low 4, how many steps after the one before, and
+    the multiple of 16 above. Where more than 15 steps lie between, one of them gets a multiple of zero.
+    Nothing is taken out of the running sums, which keeps the intermediate values of the decoding few.
     """
 
     name = "gaps4"
@@ -36,23 +37,28 @@ class Gaps4(Codec):
     intermediate_ratio = 15.0
     decode_ns = (25.0, 1.0)
     decode_memory = (28.0, 0.0)
-    node_bytes = (900, 930)
+    node_bytes = (655, 725)
     shared_bytes = 180
 
     def decode_graph(self, graph: DecodeSubgraph, weight: StoredWeight, output: str) -> None:
         import numpy as np
 
         # Encode the positions as steps, some of which lead to no entry and get a zero as their value.
-        code = encode(weight.positions, weight.data.size)
-        steps = code.numbers
-        low, numbers = steps % BASE, unpack(graph, steps % BASE)
+        codes = [encode(weight.positions, weight.data.size, longest) for longest in LONGEST]
+        rests = [rest(code.numbers - code.numbers % BASE) for code in codes]
+        width = weight.data.itemsize
+        sizes = [(width + 0.5) * codes[0].numbers.size + 0.75 * rests[0].size]
+        sizes.append((width + 0.5) * codes[1].numbers.size + rests[1].size)
+        short = sizes[0] < sizes[1]
+        code, long = (codes[0], rests[0]) if short else (codes[1], rests[1])
+        numbers = unpack(graph, code.numbers % BASE)
         # Put the rest of long steps back in its places.
-        long = rest(steps - low)
         if long.size:
-            padded = np.pad(long, (0, -long.size % SIX_BITS.per_group))
-            parts = SIX_BITS.unpack(graph, padded)
-            if padded.size > long.size:
+            if short:
+                parts = SIX_BITS.unpack(graph, np.pad(long, (0, -long.size % SIX_BITS.per_group)))
                 parts = graph.slice(parts, 0, long.size)
+            else:
+                parts = graph.cast(graph.store(long), "int32")
             after = graph.add("Mod", [parts, graph.number(BASE)])
             places, more = graph.cumsum(after), graph.add("Sub", [parts, after])
             whole = graph.add("Add", [graph.add("Gather", [numbers, places]), more])
@@ -64,16 +70,18 @@ class Gaps4(Codec):
         graph.scatter(index, graph.values(code.interleave(weight.nonzeros), weight), weight, output)
 
     def data_bytes(self, nonzeros: int, entries: int, value_bytes: int) -> float:
-        expected = expectation(max(0, min(nonzeros, entries)), entries)
-        return (value_bytes + 0.5) * expected.steps + 0.75 * expected.long
+        return min(_sizes(max(0, min(nonzeros, entries)), entries, value_bytes))
 
     def saved_node_bytes(self, nonzeros: int, entries: int) -> int:
-        """Predict the bytes of the nodes for long steps, where none is expected."""
-        return LONG_NODES if expectation(nonzeros, entries).long < 0.5 else 0
+        """Predict the bytes of the nodes for long steps, where none is expected or they take 8 bits."""
+        if expectation(nonzeros, entries, LONGEST[0]).long < 0.5:
+            return LONG_NODES
+        short, wide = _sizes(nonzeros, entries, 4)
+        return SIX_BIT_NODES if wide < short else 0
 
 
-def encode(positions: NDArray[np.integer], universe: int) -> gaps.Steps:
-    """Encode strictly increasing ``positions`` [k], each in [0, universe), as steps less one, below 64.
+def encode(positions: NDArray[np.integer], universe: int, longest: int) -> gaps.Steps:
+    """Encode increasing ``positions`` [k], each in [0, universe), as steps less one, below ``longest``.
 
     Raises ValueError as :func:`gaps.encode` does.
     """
@@ -82,10 +90,10 @@ def encode(positions: NDArray[np.integer], universe: int) -> gaps.Steps:
     values = check_positions(positions, universe)
     origin = 0 if values.size and values[0] else -1
     steps = np.diff(values, prepend=origin) - 1
-    before = steps // LONGEST
+    before = steps // longest
     entries = np.cumsum(before + 1) - 1
-    numbers = np.full(int(before.sum()) + values.size, LONGEST - 1, np.uint8)
-    numbers[entries] = (steps - LONGEST * before).astype(np.uint8)
+    numbers = np.full(int(before.sum()) + values.size, longest - 1, np.uint8)
+    numbers[entries] = (steps - longest * before).astype(np.uint8)
     return gaps.Steps(numbers, entries, origin)
 
 
@@ -108,12 +116,21 @@ def unpack(graph: DecodeSubgraph, numbers: NDArray[np.uint8]) -> str:
 
 
 def rest(multiples: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Encode ``multiples`` [m] of 16, below 64, as numbers of 6 bits: one for each that is not zero."""
+    """Encode the ``multiples`` [m] of 16 that are not zero, and in the low 4 bits their distances."""
     import numpy as np
 
     places = np.flatnonzero(multiples)
     code = gaps.encode(places, max(multiples.size, 1), 4, valued=True)
     return code.numbers | code.interleave(multiples[places])
+
+
+def _sizes(kept: int, entries: int, value_bytes: int) -> tuple[float, float]:
+    """Predict the bytes of values and steps where long steps take 6 bits, and where they take 8."""
+    short, wide = (expectation(kept, entries, longest) for longest in LONGEST)
+    return (
+        (value_bytes + 0.5) * short.steps + 0.75 * short.long,
+        (value_bytes + 0.5) * wide.steps + wide.long,
+    )
 
 
 class Expected(NamedTuple):
@@ -123,13 +140,14 @@ class Expected(NamedTuple):
     long: float
 
 
-def expectation(nonzeros: int, entries: int) -> Expected:
-    """Predict the numbers for a uniformly random choice of positions."""
-    if not 0 < nonzeros <= entries:
-        return Expected(0.0, 0.0)
-    steps = nonzeros + gaps.expected_fillers(nonzeros, entries, 6)
-    long = nonzeros * (1 - nonzeros / entries) ** BASE + steps - nonzeros
-    return Expected(steps, long + gaps.expected_fillers(round(long), round(steps), 4))
+def expectation(nonzeros: int, entries: int, longest: int) -> Expected:
+    """Predict the numbers for a uniformly random choice of positions and steps up to ``longest``."""
+    if not 0 < nonzeros < entries:
+        return Expected(float(max(0, min(nonzeros, entries))), 0.0)
+    empty = 1 - nonzeros / entries
+    passed = min(nonzeros * empty**longest / (1 - empty**longest), entries / longest)
+    long = nonzeros * empty**BASE + passed
+    return Expected(nonzeros + passed, long + gaps.expected_fillers(round(long), round(nonzeros + passed), 4))
 
 
 CODEC = Gaps4()
