@@ -23,7 +23,7 @@ from torch import nn
 from s2ap_deploy import runtime
 from s2ap_deploy.errors import VerificationError
 from s2ap_deploy.onnx_export.export_report import Inference, PairedTimes, PeakMemory, Performance
-from s2ap_deploy.onnx_export.graph import to_onnx
+from s2ap_deploy.onnx_export.graph import MIN_OPSET, to_onnx
 from s2ap_deploy.onnx_export.inference import session
 from s2ap_deploy.recorder import Recorder
 
@@ -107,7 +107,9 @@ def benchmark_export(
     with tempfile.TemporaryDirectory(prefix="s2ap-") as folder:
         baseline = Path(folder) / "dense.onnx"
         fixed = extent if isinstance(extent, int) else None
-        baseline.write_bytes(to_onnx(classifier, size, opset=opset, batch=fixed).SerializeToString())
+        baseline.write_bytes(
+            to_onnx(classifier, size, opset=max(opset, MIN_OPSET), batch=fixed).SerializeToString()
+        )
         return benchmark(file, baseline, int8=int8, recorder=recorder)
 
 

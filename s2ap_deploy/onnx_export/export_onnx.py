@@ -30,7 +30,7 @@ from s2ap_deploy.onnx_export.export_report import (
     left_dense,
     statement,
 )
-from s2ap_deploy.onnx_export.graph import check, to_onnx
+from s2ap_deploy.onnx_export.graph import MIN_OPSET, check, lowered, to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
 from s2ap_deploy.onnx_export.onnx_file import write
 from s2ap_deploy.onnx_export.onnx_module import missing_operators
@@ -201,7 +201,11 @@ def _build(
 ) -> _Graphs:
     def trace(network: nn.Module) -> ModelProto:
         return to_onnx(
-            network, source.input_size, opset=section.opset, batch=section.fixed_batch, metadata=facts
+            network,
+            source.input_size,
+            opset=max(section.opset, MIN_OPSET),
+            batch=section.fixed_batch,
+            metadata=facts,
         )
 
     traced = small = trace(source.classifier)
@@ -226,6 +230,8 @@ def _build(
             weight_bits=section.weight_bits,
             ranges=source.ranges,
         )
+    if section.opset < MIN_OPSET:
+        dense = lowered(dense)
     dense, stored, rounding = round_weights(dense, section.values)
     return _Graphs(traced, small, dense, stored, compaction, rounding)
 

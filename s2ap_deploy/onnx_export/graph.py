@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx
 import torch
-from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, numpy_helper
+from numpy.typing import NDArray
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import nn
 
 from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError, VerificationError
@@ -20,7 +21,8 @@ from s2ap_deploy.onnx_export.inference import first_line
 
 INPUT = "image"
 OUTPUT = "logits"
-MIN_OPSET, MAX_OPSET = 18, 25
+MIN_OPSET, MAX_OPSET = 18, 25  # of the exporter
+LOWEST_OPSET = 17  # of files
 MAX_BATCH = 1024
 MAX_BYTES = 2**31 - 2**20  # a protobuf file holds less than 2 GiB; some of it is the graph
 
@@ -76,6 +78,72 @@ def to_onnx(
     _settle_values(model.graph)
     check(model)
     return model
+
+
+def lowered(model: ModelProto) -> ModelProto:
+    """Return ``model``, of opset 18, in opset 17, for readers that know no later one.
+
+    Raises UsageError with the name of an operator that means something else there.
+    """
+    found = ModelProto()
+    found.CopyFrom(model)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in found.graph.initializer}
+    for node in found.graph.node:
+        if not _lower(node, constants):
+            raise UsageError(
+                f"operator {node.op_type} needs opset {MIN_OPSET} or later",
+                code="opset-unsupported",
+                hint=f"try --opset {MIN_OPSET}",
+            )
+    read = {name for node in found.graph.node for name in node.input}
+    stored = [tensor for tensor in found.graph.initializer if tensor.name in read]
+    del found.graph.initializer[:]
+    found.graph.initializer.extend(stored)
+    for version in found.opset_import:
+        if version.domain == "":
+            version.version = LOWEST_OPSET
+    found.ir_version = min(found.ir_version, 8)  # that of opset 17
+    check(found)
+    return found
+
+
+def _lower(node: NodeProto, constants: Mapping[str, NDArray[np.generic]]) -> bool:
+    """Write ``node`` as opset 17 does; return whether that is possible."""
+    attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+    if (
+        node.op_type == "Reshape"
+        and attributes.get("allowzero")
+        and 0 not in constants.get(node.input[1], [0])
+    ):
+        _drop(node, "allowzero")  # without a zero it says nothing, and some readers do not know it
+    if _since(node.op_type, MIN_OPSET) == _since(node.op_type, LOWEST_OPSET):
+        return True
+    if node.op_type.startswith("Reduce") and not attributes.get("noop_with_empty_axes"):
+        if len(node.input) == 2 and node.input[1] not in constants:
+            return False
+        if len(node.input) == 2:
+            node.attribute.append(onnx.helper.make_attribute("axes", constants[node.input.pop(1)].tolist()))
+        _drop(node, "noop_with_empty_axes")
+        return True
+    if node.op_type == "ScatterElements":
+        return attributes.get("reduction", b"none") in (b"none", b"add", b"mul")
+    if node.op_type == "Pad":
+        return len(node.input) < 4 and attributes.get("mode") != b"wrap"
+    return node.op_type == "Split" and "num_outputs" not in attributes
+
+
+def _since(operator: str, opset: int) -> int:
+    """Return the opset in which the operator got its meaning in ``opset``; 0 where there is none."""
+    try:
+        return onnx.defs.get_schema(operator, opset, "").since_version
+    except onnx.defs.SchemaError:
+        return 0 if opset == LOWEST_OPSET else -1
+
+
+def _drop(node: NodeProto, name: str) -> None:
+    kept = [attribute for attribute in node.attribute if attribute.name != name]
+    del node.attribute[:]
+    node.attribute.extend(kept)
 
 
 def check(model: ModelProto) -> None:

@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from s2ap_deploy.errors import ArchitectureError
-from s2ap_deploy.onnx_export.graph import to_onnx
+from s2ap_deploy.onnx_export.graph import MIN_OPSET, to_onnx
 from s2ap_deploy.onnx_export.onnx_module import OnnxModule
 from s2ap_deploy.onnx_export.quantization import activation_ranges, quantize
 from s2ap_deploy.recipe.schema import ExportSection
@@ -49,7 +49,7 @@ class QuantizationAware:
         running statistics. Raises ArchitectureError where no weight can be trained like this.
         """
         size = self.images.shape[1:]
-        traced = to_onnx(network, (size[0], size[1], size[2]), opset=self.section.opset)
+        traced = to_onnx(network, (size[0], size[1], size[2]), opset=max(self.section.opset, MIN_OPSET))
         if not ranges:
             found = activation_ranges(traced, self.images, method=self.section.calibration)
             ranges = {name: torch.tensor(limits) for name, limits in found.items()}

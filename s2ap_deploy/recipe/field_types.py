@@ -73,7 +73,7 @@ Granularity = Annotated[str, AfterValidator(_granularity)]
 Flag = Annotated[bool, Field(strict=True)]
 # Strict, because a coerced value (true as 1 epoch, "0.9" as a number) would hide typos.
 Count = Annotated[int, Field(strict=True, ge=1)]
-Opset = Annotated[int, Field(strict=True, ge=18, le=25)]
+Opset = Annotated[int, Field(strict=True, ge=17, le=25)]
 Batch = Literal["dynamic"] | Annotated[int, Field(strict=True, ge=1, le=1024)]
 Whole = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]

@@ -120,7 +120,10 @@ class ExportSection(Record):
         description="Name of the file among those of the run.  [default: by its form: onnx, int8, dense, the "
         "target's name]",
     )
-    opset: Opset = Field(default=20, description="ONNX operator set, 18 to 25.")
+    opset: Opset = Field(
+        default=20,
+        description="ONNX operator set, 17 to 25; 17 is refused where an operator needs a newer one.",
+    )
     encoding: EncodingName = Field(default=AUTO, description=f"How weights are stored: {describe()}.")
     cost: Tradeoff = Tradeoff()
     values: ValuesName = Field(

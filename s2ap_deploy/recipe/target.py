@@ -35,7 +35,7 @@ OPTIONS: Mapping[BudgetName, str] = {
     "latency_ms": "--max-latency-ms",
 }
 
-_Opset = Annotated[int, Field(strict=True, ge=18, le=25)]
+_Opset = Annotated[int, Field(strict=True, ge=17, le=25)]
 _Flag = Annotated[bool, Field(strict=True)]
 
 

@@ -20,6 +20,7 @@ from s2ap_deploy.errors import StorageError, UsageError, VerificationError
 from s2ap_deploy.models.classifier import Classifier, weights_hash
 from s2ap_deploy.onnx_export import encoding, export_onnx, graph
 from s2ap_deploy.onnx_export.export_report import ExportReport
+from s2ap_deploy.onnx_export.inference import logits, session
 from s2ap_deploy.onnx_export.onnx_file import load
 from s2ap_deploy.onnx_export.onnx_module import OnnxModule
 from s2ap_deploy.onnx_export.verification import CertifiedPoints
@@ -466,3 +467,30 @@ def test_changed_points_are_shown_before_the_file_is_there(write_onnx, classifie
     (mine,) = [each for each in check.changed if each.index == 3 and not each.attacked]
     assert (mine.before, mine.after, mine.label) == (recorded[3], classes[3], classes[3])
     assert check.changed_text in shown
+
+
+@pytest.mark.parametrize("form", [{}, {"int8": True}, {"encoding": "dense"}, {"values": "float16"}], ids=str)
+def test_opset_17_gives_the_same_bits(write_onnx, classifier, images, tmp_path, form) -> None:
+    source = {"input_size": images.shape[1:], "images": images}
+    if "int8" in form:
+        source["calibration"] = images
+    files = {opset: tmp_path / f"{opset}.onnx" for opset in (17, 18)}
+    reports = {
+        opset: write_onnx(classifier, output=path, opset=opset, **source, **form)
+        for opset, path in files.items()
+    }
+    assert [report.opset for report in reports.values()] == [17, 18]
+    low = onnx.load(files[17])
+    assert encoding.default_opset(low) == 17
+    assert low.ir_version <= 8
+    onnx.checker.check_model(low, full_check=True)
+    found = [logits(session(path), images) for path in files.values()]
+    assert np.array_equal(*found)
+
+
+def test_an_operator_without_opset_17_is_named(write_onnx, images, tmp_path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+    model = graph.to_onnx(network, images.shape[1:], opset=18)
+    model.graph.node[0].op_type = "Mish"
+    with pytest.raises(UsageError, match="Mish", check=lambda error: error.code == "opset-unsupported"):
+        graph.lowered(model)
