@@ -135,7 +135,7 @@ def _lower(node: NodeProto, constants: Mapping[str, NDArray[np.generic]]) -> boo
 def _since(operator: str, opset: int) -> int:
     """Return the opset in which the operator got its meaning in ``opset``; 0 where there is none."""
     try:
-        return onnx.defs.get_schema(operator, opset, "").since_version
+        return int(onnx.defs.get_schema(operator, opset, "").since_version)
     except onnx.defs.SchemaError:
         return 0 if opset == LOWEST_OPSET else -1
 

@@ -397,6 +397,11 @@ class PruneSection(Record):
             raise invalid(
                 "qat-needs-finetuning", f"{self.method} does not fine-tune, so qat_epochs does not apply"
             )
+        if self.finetune.qat_epochs and METHODS[self.method].sparse == "admm":
+            raise invalid(
+                "qat-needs-adversarial-training",
+                f"{self.method} trains by self-distillation, so qat_epochs does not apply",
+            )
         if self.steps and not METHODS[self.method].finetunes:
             raise invalid("steps-need-finetuning", f"{self.method} does not fine-tune, so steps do not apply")
         path = [*self.steps, *([self.sparsity] if self.sparsity is not None else [])]

@@ -121,7 +121,8 @@ def rest(multiples: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
     places = np.flatnonzero(multiples)
     code = gaps.encode(places, max(multiples.size, 1), 4, valued=True)
-    return code.numbers | code.interleave(multiples[places])
+    combined: NDArray[np.uint8] = code.numbers | code.interleave(multiples[places]).astype(np.uint8)
+    return combined
 
 
 def _sizes(kept: int, entries: int, value_bytes: int) -> tuple[float, float]:
