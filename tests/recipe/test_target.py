@@ -143,6 +143,18 @@ def test_int8_and_the_type_of_values_are_one_choice(said) -> None:
     assert filled.get("int8") is not True
 
 
+def test_a_target_weighs_what_auto_weighs(tmp_path) -> None:
+    text = "name: board\ndescription: folds nothing\ncost: {load_ms: 10, memory: 0.5, inference_ms: 20000}\n"
+    found = target.find(written(tmp_path, text)).target
+    filled = section(**target.fill({}, found, KNOWN, "weight"))
+    assert filled["cost"] == {"load_ms": 10, "memory": 0.5, "inference_ms": 20000}
+    assert target.fill({"cost": {"memory": 1.0}}, found, KNOWN, "weight")["cost"] == {"memory": 1.0}
+    weighed = {
+        name: target.find(name).target.cost.memory for name in ("onnxruntime-x86", "onnxruntime-arm64")
+    }
+    assert weighed["onnxruntime-arm64"] == 5 * weighed["onnxruntime-x86"]
+
+
 def test_only_channels_are_aligned() -> None:
     wanted = target.find("onnxruntime-x86").target
     assert target.fill({}, wanted, KNOWN, "channel")["align"] == 8
