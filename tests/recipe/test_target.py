@@ -87,7 +87,7 @@ def test_a_slip_is_answered_with_the_nearest_target(name, meant) -> None:
         ("name: x\ndescription: d\ndtyp: int8\n", "line 3: unknown key dtyp; did you mean dtype?"),
         ("name: x\ndescription: d\nbatch: 0\n", "line 3: batch: must be dynamic or a number"),
         ("name: x\ndescription: d\nbatch: true\n", "line 3: batch: must be dynamic or a number"),
-        ("name: x\ndescription: d\nopset: 17\n", "line 3: opset"),
+        ("name: x\ndescription: d\nopset: 16\n", "line 3: opset"),
         ("name: x\ndescription: d\nlayout: NHWC\n", "line 3: layout: must be NCHW"),
         ("name: x\ndescription: d\ngranularity: '4:2'\n", "line 3: granularity"),
         ("name: x\ndescription: d\nbudgets:\n  bytes: 1.5\n", "line 4: budgets.bytes"),
