@@ -65,7 +65,8 @@ import os, subprocess
 target = folder + "/model.mnn"
 if os.path.exists(target): os.remove(target)
 convert = os.path.join(os.path.dirname(sys.executable), "mnnconvert")
-subprocess.run([convert, "-f", "ONNX", "--modelFile", path, "--MNNModel", target], capture_output=True)
+command = [convert, "-f", "ONNX", "--modelFile", path, "--MNNModel", target]
+subprocess.run(command, capture_output=True, env={"PATH": folder})  # it would install a package by pip
 if not os.path.exists(target): raise SystemExit("converter wrote no file")
 import MNN.nn, MNN.expr, MNN.numpy
 net = MNN.nn.load_module_from_file(target, ["image"], ["logits"])
