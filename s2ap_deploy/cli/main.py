@@ -154,11 +154,19 @@ def main() -> NoReturn:
     terminal.prepare()
     try:
         code = on_every_rank(sys.argv[1:])
+        _ignore_signals()
     except KeyboardInterrupt:  # a second signal, while the first was being reported
         code = INTERRUPTED
     except Terminated:
         code = INCONCLUSIVE
+    _ignore_signals()
     sys.exit(_flushed(code))
+
+
+def _ignore_signals() -> None:
+    """Let the code of a command that has ended stand: Python's exit, with torch, takes a second."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def on_every_rank(arguments: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -51,3 +52,13 @@ def test_a_signal_during_an_import_waits_for_its_end(tmp_path, monkeypatch) -> N
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_signal_after_the_end_changes_nothing() -> None:
+    probe = (
+        "import atexit, signal, sys; sys.argv = ['s2ap-deploy', '--version']; "
+        "atexit.register(lambda: print(signal.getsignal(signal.SIGTERM) == signal.SIG_IGN)); "
+        "from s2ap_deploy.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()[-1]) == (0, "True"), done.stderr
