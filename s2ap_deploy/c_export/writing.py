@@ -298,14 +298,19 @@ def write_sources(
     values: ValuesName = FLOAT32,
     positions: Positions = "fast",
     embed: bool | None = None,
+    static: bool = False,
     lanes: int = LANES,
     scratch_bytes: int = 2**20,
 ) -> Sources:
     """Return the sources for an ONNX model; ``embed``: weights as constants, by default below 1 MB.
 
+    ``static``: for a core without vectors and a file system: weights as constants, the smallest workspace.
+
     Raises UsageError for an operator without a kernel, and for weights over 2 GiB.
     """
-    placement = place(lower(model), lanes=lanes, scratch_bytes=scratch_bytes, borders=positions == "fast")
+    if static:
+        embed, lanes, scratch_bytes = True, 1, 0
+    placement = place(lower(model), lanes=lanes, scratch_bytes=scratch_bytes, borders=positions == "fast" and not static)
     writer = _Writer(placement, values, positions)
     for number, step in enumerate(placement.program.steps):
         writer.step(number, step)
@@ -314,7 +319,7 @@ def write_sources(
     embedded = len(weights) < EMBED_BELOW if embed is None else embed
     files = {
         "model.h": _header_file(writer, facts, len(weights), embedded).encode(),
-        "model.c": _source_file(writer, facts, weights, embedded).encode(),
+        "model.c": _source_file(writer, facts, weights, embedded, lanes).encode(),
     }
     if not embedded:
         files["weights.bin"] = weights
@@ -348,7 +353,7 @@ def _header_file(writer: _Writer, facts: Facts, weights: int, embedded: bool) ->
     )
 
 
-def _source_file(writer: _Writer, facts: Facts, weights: bytes, embedded: bool) -> str:
+def _source_file(writer: _Writer, facts: Facts, weights: bytes, embedded: bool, lanes: int) -> str:
     program, layouts = writer.placement.program, writer.placement.layouts
     used = {0, program.output, *(t for s in program.steps for t in (*s.inputs, s.output))}
     used |= {s.residual for s in program.steps if isinstance(s, Convolution) and s.residual is not None}
@@ -366,8 +371,10 @@ def _source_file(writer: _Writer, facts: Facts, weights: bytes, embedded: bool) 
         tensors.append(f"  float *const scratch = space + {writer.placement.scratch};")
     if any(", masks, " in line for line in writer.lines):
         tensors.append(f"  uint32_t *const masks = (uint32_t *)workspace + {writer.placement.masks};")
+    narrow = f"#define LANES {lanes} /* the workspace has no room for wider vectors */" if lanes < LANES else ""
     parts = [
         _template("model.c").format(about=_about(facts)),
+        narrow,
         _kernel("vectors"),
         _kernel("activations"),
         _kernel("lists"),
@@ -483,8 +490,10 @@ def vectors(images: Images, logits: Images, *, exact: bool) -> bytes:
     return head + tolerance.tobytes() + b"".join(x.tobytes() + y.tobytes() for x, y in pairs)
 
 
-def folder_files() -> dict[str, bytes]:
-    """Return the files around the sources that are the same for every model."""
+def folder_files(static: bool = False) -> dict[str, bytes]:
+    """Return the files around the sources that are the same for every model; ``static``: those of a core."""
     place = resources.files("s2ap_deploy.c_export") / "folder"
     names = {"CMakeLists.txt": "", "Makefile": "", "model.py": "wrapper.txt", "selftest.c": ""}
+    if static:
+        names = {"Makefile": "cortex-m.mk", "cortex-m.ld": "", "device.c": "", "startup.c": ""}
     return {name: (place / (stored or name)).read_bytes() for name, stored in names.items()}
