@@ -19,6 +19,9 @@ from s2ap_deploy.c_export.writing import Sources
 from s2ap_deploy.errors import VerificationError
 
 FLAGS = ("-std=c11", "-O3", "-march=native")
+_CORTEX_M4 = ("-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16")
+CROSS = ("arm-none-eabi-gcc", "-std=c11", "-Os", *_CORTEX_M4)
+CROSS_SIZE = "arm-none-eabi-size"
 _SECONDS = 900
 
 
@@ -46,6 +49,27 @@ def build(files: Mapping[str, bytes], command: Sequence[str], flags: Sequence[st
         if done.returncode != 0 or not library.is_file():
             raise _failed(command, done.stderr.strip()[-2000:])
         return library.read_bytes()
+
+
+def device_code(files: Mapping[str, bytes]) -> int | None:
+    """Return the bytes of code and constants on a Cortex-M4; None without its cross compiler.
+
+    Raises VerificationError with the compiler's message when it fails.
+    """
+    if shutil.which(CROSS[0]) is None or shutil.which(CROSS_SIZE) is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="s2ap-") as folder:
+        for name in ("model.h", "model.c"):
+            (Path(folder) / name).write_bytes(files[name])
+        words = [*CROSS, "-c", "model.c", "-o", "model.o"]
+        done = subprocess.run(
+            words, cwd=folder, capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+        if done.returncode != 0:
+            raise _failed(CROSS, done.stderr.strip()[-2000:])
+        said = subprocess.run([CROSS_SIZE, "model.o"], cwd=folder, capture_output=True, text=True, check=True)
+    text, data = said.stdout.splitlines()[1].split()[:2]
+    return int(text) + int(data)
 
 
 def _failed(command: Sequence[str], words: str) -> VerificationError:

@@ -310,7 +310,9 @@ def write_sources(
     """
     if static:
         embed, lanes, scratch_bytes = True, 1, 0
-    placement = place(lower(model), lanes=lanes, scratch_bytes=scratch_bytes, borders=positions == "fast" and not static)
+    placement = place(
+        lower(model), lanes=lanes, scratch_bytes=scratch_bytes, borders=positions == "fast" and not static
+    )
     writer = _Writer(placement, values, positions)
     for number, step in enumerate(placement.program.steps):
         writer.step(number, step)
@@ -371,7 +373,9 @@ def _source_file(writer: _Writer, facts: Facts, weights: bytes, embedded: bool, 
         tensors.append(f"  float *const scratch = space + {writer.placement.scratch};")
     if any(", masks, " in line for line in writer.lines):
         tensors.append(f"  uint32_t *const masks = (uint32_t *)workspace + {writer.placement.masks};")
-    narrow = f"#define LANES {lanes} /* the workspace has no room for wider vectors */" if lanes < LANES else ""
+    narrow = (
+        f"#define LANES {lanes} /* the workspace has no room for wider vectors */" if lanes < LANES else ""
+    )
     parts = [
         _template("model.c").format(about=_about(facts)),
         narrow,

@@ -100,6 +100,8 @@ def show_trained(trained: Trained) -> None:
 def _c_library(library: CLibrary) -> str:
     """Describe what was written, and how far it was verified."""
     size = f"{library.bytes:,} bytes in {library.folder}/, {library.workspace_bytes:,} of working memory; "
+    if library.flash_bytes is not None:
+        size = f"{library.flash_bytes:,} bytes of flash, {library.ram_bytes or 0:,} of RAM; "
     if library.agreement is None:
         return f"{size}no compiler was found, so nothing was built or judged"
     difference = library.agreement.max_logit_difference

@@ -169,6 +169,16 @@ class ExportSection(Record):
         default="fast",
         description="How the C sources store positions of weights: few bytes and fast, or fewest bytes.",
     )
+    c_static: Flag = Field(
+        default=False,
+        description="C sources for a core without file system: weights as constants, little memory.",
+    )
+    max_flash: Count | None = Field(
+        default=None, description="Most bytes of weights and code that C sources may take on the device."
+    )
+    max_ram: Count | None = Field(
+        default=None, description="Most bytes of working memory, image and logits of the C sources."
+    )
     target: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
         description="Device profile, NAME or FILE, for unset keys; none removes it. See targets list.",

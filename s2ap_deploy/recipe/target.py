@@ -80,7 +80,8 @@ class Target(Record):
     ``batch`` is ``dynamic`` or a number of images; ``alignment`` the multiple that channel counts should be;
     ``granularity`` the unit of pruning that makes a network faster there. ``compact`` removes dead channels.
     ``cost`` is what the encoding ``auto`` weighs; ``processors`` are the int8 instructions of its processors,
-    such as avx512_vnni, and ``weight_bits`` 8 is for those that add products of int8 exactly.
+    such as avx512_vnni, and ``weight_bits`` 8 is for those that add products of int8 exactly. ``c`` and
+    ``c_static`` ask for C sources beside the file.
     ``notes`` describe how the runtime handles zeros.
     """
 
@@ -98,6 +99,8 @@ class Target(Record):
     alignment: Annotated[int, Field(strict=True, ge=1, le=1024)] = 1
     granularity: Granularity = "channel"
     compact: _Flag = True
+    c: _Flag = False
+    c_static: _Flag = False
     budgets: TargetBudgets = TargetBudgets()
     requires: Requirements = Requirements()
     notes: tuple[str, ...] = ()
@@ -123,6 +126,8 @@ class Target(Record):
             "batch": self.batch,
             "align": self.alignment,
             "compact": self.compact,
+            "c": self.c,
+            "c_static": self.c_static,
         }
 
 

@@ -182,6 +182,9 @@ class ExportArguments(Settings, total=False):
     torch: bool | None
     c: bool | None
     c_positions: str | None
+    c_static: bool | None
+    max_flash: int | None
+    max_ram: int | None
     target: str | None
     max_bytes: int | None
     max_macs: int | None

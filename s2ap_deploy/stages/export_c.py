@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from s2ap_deploy import files
-from s2ap_deploy.c_export.library import Library, build, compiler
+from s2ap_deploy.c_export.library import Library, build, compiler, device_code
 from s2ap_deploy.c_export.writing import Facts, Sources, folder_files, vectors, write_sources
 from s2ap_deploy.errors import UsageError, VerificationError
 from s2ap_deploy.onnx_export import onnx_file
@@ -35,12 +35,20 @@ def refuse_unfit(section: ExportSection) -> None:
             code="c-with-int8",
             hint="--values int8 stores rounded weights; leave out --int8",
         )
+    if not section.c and (section.c_static or section.max_flash or section.max_ram):
+        raise UsageError(
+            "--c-static, --max-flash and --max-ram are about C sources",
+            code="c-option-without-c",
+            hint="add --c",
+        )
 
 
 def generate(opened: OnnxFile, section: ExportSection) -> Sources:
     """Return the sources for an exported file: the same ones every time. Raises UsageError."""
     facts = Facts(class_names=opened.class_names, sentences=_sentences(opened))
-    return write_sources(opened.model, facts, values=section.values, positions=section.c_positions)
+    return write_sources(
+        opened.model, facts, values=section.values, positions=section.c_positions, static=section.c_static
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +85,9 @@ def open_library(folder: Path) -> LibraryFile:
             hint="give the folder c that export --c wrote, inside of its run",
         )
     opened = onnx_file.load(files.within(folder.parent, report.file))
-    section = ExportSection(values=report.values, c_positions=report.c_library.positions)
+    section = ExportSection(
+        values=report.values, c_positions=report.c_library.positions, c_static=report.c_library.static
+    )
     sources = generate(opened, section)
     for name, content in sources.files.items():
         if not (folder / name).is_file() or (folder / name).read_bytes() != content:
@@ -138,9 +148,10 @@ def add_library(
         sample = found[:VECTORS]
     content = {
         **sources.files,
-        **folder_files(),
+        **folder_files(section.c_static),
         "vectors.bin": vectors(source.images[:VECTORS], sample, exact=library is not None),
     }
+    flash, ram = _device_bytes(sources, section, recorder)
     content["model.json"] = _about(opened, sources, content).encode()
     written = _write(file.parent / FOLDER, content)
     layers = sources.layers.values()
@@ -148,6 +159,9 @@ def add_library(
         folder=FOLDER,
         files=tuple(_described(f"{FOLDER}/{name}", data) for name, data in sorted(content.items())),
         positions=section.c_positions,
+        static=section.c_static,
+        flash_bytes=flash,
+        ram_bytes=ram,
         bytes=len(sources.files.get("weights.bin", b"")) + (0 if library is None else library.bytes),
         workspace_bytes=sources.workspace_bytes,
         kept_weights=sum(layer.kept for layer in layers),
@@ -158,6 +172,31 @@ def add_library(
     )
     words = report.statement.replace(LATENCY_STATEMENT, record.statement)
     return report.model_copy(update={"c_library": record, "statement": words}), written
+
+
+def _device_bytes(
+    sources: Sources, section: ExportSection, recorder: Recorder
+) -> tuple[int | None, int | None]:
+    """Return the flash and the working memory that static sources take on a device.
+
+    Raises VerificationError where one is over its limit.
+    """
+    if not (section.c_static or section.max_flash or section.max_ram):
+        return None, None
+    code = device_code(sources.files) if sources.embedded else None
+    if code is None:
+        recorder.warn("no cross compiler (arm-none-eabi-gcc) was used: the flash of the code is not counted")
+    layouts, output = sources.placement.layouts, sources.placement.program.output
+    pixels = layouts[0].shape[0] * layouts[0].pixels
+    found = (code or len(sources.weights), sources.workspace_bytes + 4 * (pixels + layouts[output].shape[0]))
+    for name, limit, value in zip(("flash", "ram"), (section.max_flash, section.max_ram), found, strict=True):
+        if limit is not None and value > limit:
+            raise VerificationError(
+                f"the C library takes {value:,} bytes of {name}, at most {limit:,} are allowed",
+                code="budget-missed",
+                hint="prune more weights, or store them with --values float16 or int8",
+            )
+    return found
 
 
 def _check_points(library: Library, points: CertifiedPoints) -> PointsCheck:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from s2ap_deploy.c_export.writing import Facts, folder_files, vectors, write_sources
+from s2ap_deploy.codecs.values import ValuesName
+from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.onnx_export.graph import to_onnx
 from tests.c_export.conftest import images, library, prune
 
@@ -122,6 +124,35 @@ def test_lesser_x86_processors(folder: Path, march: str, processor: str) -> None
 @pytest.mark.parametrize("processor", ["cortex-a53", "max"])
 def test_arm(folder: Path, processor: str) -> None:
     run(folder, "aarch64-linux-gnu-gcc", STATIC, ("qemu-aarch64", "-cpu", processor))
+
+
+@pytest.mark.parametrize("values", ["float32", "int8"])
+@pytest.mark.parametrize(
+    ("processor", "machine", "fpu"),
+    [
+        ("cortex-m4", "mps2-an386", "-mfloat-abi=hard -mfpu=fpv4-sp-d16"),
+        ("cortex-m7", "mps2-an500", "-mfloat-abi=hard -mfpu=fpv5-sp-d16"),
+        ("cortex-m3", "mps2-an385", ""),
+    ],
+)
+def test_bare_metal(tmp_path: Path, processor: str, machine: str, fpu: str, values: ValuesName) -> None:
+    """MNIST's network at 90 % in 128 KiB of flash and 40 KiB of RAM, which the linker script enforces."""
+    for tool in ("arm-none-eabi-gcc", "qemu-system-arm", "make"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}")
+    torch.manual_seed(0)
+    architecture = registry.resolve("mnist-conv")
+    assert architecture.input_size is not None
+    model = to_onnx(prune(architecture.build(10), 0.9), architecture.input_size)
+    sources = write_sources(model, Facts(), values=values, static=True)
+    pixels = images(architecture.input_size, 3)
+    expected = vectors(pixels, library(sources, ("gcc",), ("-std=c11", "-O1"))(pixels), exact=True)
+    for name, data in {**sources.files, **folder_files(static=True), "vectors.bin": expected}.items():
+        (tmp_path / name).write_bytes(data)
+    words = ["make", "run", f"CPU={processor}", f"MACHINE={machine}", f"FPU={fpu}", "FLASH=128K", "RAM=40K"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "03 of 03 images as expected, bit for bit" in done.stdout
 
 
 def test_riscv(folder: Path) -> None:

@@ -104,5 +104,35 @@ def test_a_folder_that_exists_is_kept_unless_it_may_be_overwritten(own_run, s2ap
     assert source.stat().st_mtime_ns > before
 
 
+def test_a_microcontroller_has_limits(own_run, s2ap, monkeypatch) -> None:
+    monkeypatch.setenv("CC", "there-is-no-such-compiler")
+    for limit in ("--max-flash", "--max-ram"):
+        words = ("--target", "cortex-m", limit, 1000, "--overwrite", "--run", own_run, "--json")
+        missed = s2ap("export", *words)
+        assert (missed.code, missed.answer["code"]) == (1, "budget-missed")
+    assert not list(own_run.glob("export*/c/*"))
+    limits = ("--max-flash", 200_000, "--max-ram", 40_960)
+    s2ap.ok("export", "--target", "cortex-m", *limits, "--overwrite", "--run", own_run)
+    library = next(ExportReport.load(path) for path in own_run.glob("export*/report.json")).c_library
+    assert library is not None
+    assert library.static
+    assert (library.flash_bytes or 0) > 50_000
+    assert (library.ram_bytes or 0) < 40_960
+    names = {file.name for file in library.files}
+    assert {"c/cortex-m.ld", "c/startup.c", "c/device.c"} <= names
+
+
+def test_without_a_cross_compiler_only_weights_are_counted(own_run, s2ap, monkeypatch) -> None:
+    monkeypatch.setenv("CC", "there-is-no-such-compiler")
+    monkeypatch.setattr("s2ap_deploy.c_export.library.CROSS", ("there-is-no-such-compiler",))
+    done = s2ap.ok("export", "--c", "--c-static", "--run", own_run)
+    assert "the flash of the code is not counted" in done.err
+
+
+@pytest.mark.parametrize("option", [("--c-static",), ("--max-flash", "9"), ("--max-ram", "9")])
+def test_options_of_c_sources_need_c_sources(own_run, s2ap, option) -> None:
+    s2ap.refused("c-option-without-c", "export", *option, "--run", own_run)
+
+
 def test_int8_arithmetic_is_refused(own_run, s2ap) -> None:
     s2ap.refused("c-with-int8", "export", "--c", "--int8", "--run", own_run)
