@@ -283,8 +283,25 @@ def _shifted(
     lanes: int,
     scratch_bytes: int,
 ) -> Geometry:
-    # Taps whose rows lie whole vectors apart share a copy.
-    period = lanes // math.gcd(width, lanes)
+    """Share a copy among taps whose rows lie whole vectors apart, or half the widest if that takes less."""
+    found = [
+        _copied(places, planes, channels, height, width, lanes, aligned, scratch_bytes)
+        for aligned in (lanes, max(lanes // 2, 1))
+    ]
+    return min(found, key=lambda geometry: geometry.channel)
+
+
+def _copied(
+    places: Sequence[tuple[int, int, int]],
+    planes: int,
+    channels: int,
+    height: int,
+    width: int,
+    lanes: int,
+    aligned: int,
+    scratch_bytes: int,
+) -> Geometry:
+    period = aligned // math.gcd(width, aligned)
     copies: list[tuple[int, int, int]] = []
     taps = []
     for plane, row, column in places:

@@ -152,7 +152,7 @@ def test_bare_metal(tmp_path: Path, processor: str, machine: str, fpu: str, valu
     words = ["make", "run", f"CPU={processor}", f"MACHINE={machine}", f"FPU={fpu}", "FLASH=128K", "RAM=40K"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "03 of 03 images as expected, bit for bit" in done.stdout
+    assert "03 of 03 images as expected, bit for bit" in done.stdout + done.stderr
 
 
 def test_riscv(folder: Path) -> None:

@@ -62,33 +62,38 @@ UNUSED static void copy_input(const copies *s, const float *in, float *out, uint
   }
 }
 
-/* The pixels of a row that lie `step` apart. */
-INLINE void every_pixel(const float *in, size_t step, float *out, size_t n) {
-  size_t x = 0;
-  for (; x + 8 <= n; x += 8) {
-    UNROLL
-    for (size_t k = 0; k < 8; k++) out[x + k] = in[step * (x + k)];
+/* The pixels of a row at even and at odd columns. */
+INLINE void split_pairs(const float *restrict in, float *restrict even, float *restrict odd, size_t n) {
+  for (size_t x = 0; x < n; x++) {
+    even[x] = in[2 * x];
+    odd[x] = in[2 * x + 1];
   }
-  for (; x < n; x++) out[x] = in[step * x];
+}
+
+/* The pixels of a row that lie `step` apart. */
+INLINE void every_pixel(const float *restrict in, size_t step, float *restrict out, size_t n) {
+  for (size_t x = 0; x < n; x++) out[x] = in[step * x];
 }
 
 /* Every plane split by rows and columns modulo a stride, zeros where the last ones are missing and between rows. */
 UNUSED static void split(const float *in, const layout *from, float *out, const layout *to, size_t down, size_t right) {
-  ptrdiff_t planes = (ptrdiff_t)to->channels;
+  ptrdiff_t planes = (ptrdiff_t)(to->channels / right);
   PARALLEL_FOR
   for (ptrdiff_t n = 0; n < planes; n++) {
-    size_t c = (size_t)n / (down * right), row = (size_t)n / right % down, column = (size_t)n % right;
-    size_t present = from->width > column ? (from->width - column + right - 1) / right : 0;
-    const float *source = in + c * from->plane + column;
-    float *target = out + (size_t)n * to->plane;
+    size_t c = (size_t)n / down, row = (size_t)n % down;
+    const float *source = in + c * from->plane;
+    float *target = out + (size_t)n * right * to->plane;
     for (size_t y = 0; y < to->height; y++, row += down, target += to->row) {
-      size_t there = row < from->height ? present : 0;
-      if (right == 2) {
-        every_pixel(source + row * from->row, 2, target, there);
-      } else {
-        every_pixel(source + row * from->row, right, target, there);
+      size_t there = row < from->height ? from->width / right : 0;
+      const float *pixels = source + row * from->row;
+      if (right == 2) split_pairs(pixels, target, target + to->plane, there);
+      for (size_t column = 0; column < right; column++) {
+        float *own = target + column * to->plane;
+        size_t all = row < from->height && from->width > column ? (from->width - column + right - 1) / right : 0;
+        size_t done = right == 2 ? there : 0;
+        every_pixel(pixels + done * right + column, right, own + done, all - done);
+        for (size_t x = all; x < to->row; x++) own[x] = 0.0f;
       }
-      for (size_t x = there; x < to->row; x++) target[x] = 0.0f;
     }
   }
 }
