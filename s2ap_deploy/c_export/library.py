@@ -108,6 +108,11 @@ class Library:
         return cls(content, sources.weights, layouts[0].shape, classes, workspace, images_at_once)
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of an image."""
+        return self._state[2]
+
+    @property
     def bytes(self) -> int:
         """The size of the built library, without weights in a file of their own."""
         return len(self._state[0])

@@ -85,7 +85,7 @@ def pack_convolution(
     flat = np.ascontiguousarray(taps.reshape(len(taps), -1))
     if np.count_nonzero(flat) > DENSE_ABOVE * flat.size:
         return _dense_convolution(step, blob, stored, flat)
-    channels = _block_channels(step, geometry)
+    channels = _block_channels(step, geometry) if positions == "fast" else step.weight.shape[1]
     offsets = _offsets(geometry, channels)
     unit = int(np.gcd.reduce(offsets)) or 1
     blocks = np.split(flat, range(len(offsets), flat.shape[1], len(offsets)), axis=1)

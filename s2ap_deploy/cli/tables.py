@@ -105,9 +105,13 @@ def _c_library(library: CLibrary) -> str:
     if library.agreement is None:
         return f"{size}no compiler was found, so nothing was built or judged"
     difference = library.agreement.max_logit_difference
-    return (
+    words = (
         f"{size}built with {library.compiler}, logits differ from ONNX Runtime's by at most {difference:.1e}"
     )
+    if library.times is None:
+        return words
+    times = library.times
+    return f"{words}; {times.p50_ms:.3g} ms, {1 / times.ratio:.2f} times as fast as the ONNX file"
 
 
 def show_export(report: ExportReport) -> None:

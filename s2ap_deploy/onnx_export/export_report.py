@@ -231,7 +231,8 @@ class CLibrary(Record):
     none: then nothing was built, and nothing judged. ``agreement`` is with ONNX Runtime; ``points_checks``
     are the library's own answers on the points of certificates. ``static``: for a core without a file system;
     ``flash_bytes`` are then its weights and code, of the weights alone where there was no cross compiler,
-    and ``ram_bytes`` its working memory, image and logits.
+    and ``ram_bytes`` its working memory, image and logits. ``times``, by --bench, are of one image on one
+    thread against the ONNX file beside it, which computes at dense speed.
     """
 
     folder: str
@@ -247,6 +248,7 @@ class CLibrary(Record):
     compiler: str | None = None
     agreement: Agreement | None = None
     points_checks: tuple[PointsCheck, ...] = ()
+    times: PairedTimes | None = None
     statement: str = C_STATEMENT
 
 

@@ -229,6 +229,9 @@ def _benchmark(job: RunContext, request: _Request, stage: Stage, report: ExportR
         recorder=job.recorder,
     )
     report = report.model_copy(update={"performance": performance})
+    if report.c_library is not None:
+        library = export_c.timed(stage.folder / report.file, job.recipe.export, report.c_library)
+        report = report.model_copy(update={"c_library": library})
     outputs = [job.run.path / each.path for each in job.run.manifest.stages[stage.name].outputs]
     report.save(stage.folder / REPORT)
     stage.finish(outputs, stage.results)

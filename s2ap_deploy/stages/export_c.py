@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from s2ap_deploy import files
 from s2ap_deploy.c_export.library import Library, build, compiler, device_code
 from s2ap_deploy.c_export.writing import Facts, Sources, folder_files, vectors, write_sources
 from s2ap_deploy.errors import UsageError, VerificationError
 from s2ap_deploy.onnx_export import onnx_file
+from s2ap_deploy.onnx_export.benchmark import inference, summary, timed_pairs
 from s2ap_deploy.onnx_export.export_onnx import ExportSource
 from s2ap_deploy.onnx_export.export_report import LATENCY_STATEMENT, CLibrary, CompactFile, ExportReport
 from s2ap_deploy.onnx_export.inference import logits
@@ -113,6 +116,20 @@ def built(sources: Sources) -> Library | None:
     """Build sources with the system's compiler; None where there is none. Raises VerificationError."""
     command = compiler()
     return None if command is None else Library.of(sources, build(sources.files, command))
+
+
+def timed(file: Path, section: ExportSection, report: CLibrary) -> CLibrary:
+    """Add the library's times against the ONNX file ``file``: one image, one thread, pair by pair."""
+    opened = onnx_file.load(file)
+    library = built(generate(opened, section))
+    if library is None:
+        return report
+    shape = library.image_shape
+    image = np.random.default_rng(0).random((1, *shape), dtype=np.float32)
+    pairs = timed_pairs(
+        lambda: library(image), inference(opened.answers.running, image), repeats=200, seconds=2.0
+    )
+    return report.model_copy(update={"times": summary(pairs)})
 
 
 def add_library(

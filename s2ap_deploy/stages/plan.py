@@ -36,7 +36,7 @@ from s2ap_deploy.stages.prune import allocation, share_channels
 
 # Types of values, and whether the file computes in int8.
 FORMS: tuple[tuple[ValuesName, bool], ...] = (*((name, False) for name in VALUES), ("int8", True))
-Speed = Literal["none", "int8", "compact", "compact and int8", "2:4"]
+Speed = Literal["none", "sparse", "int8", "compact", "compact and int8", "2:4"]
 
 BY_DATA = (
     "learned and global budgets depend on scores, which are unknown before a run: uniform shares are "
@@ -46,6 +46,9 @@ NO_SPEED = (
     "zeros shrink the file, not the latency: the measured runtimes compute at dense speed, with dense memory"
 )
 INT8_SPEED = "int8 arithmetic was about 4 times as fast as float32 in ONNX Runtime on an x86-64 server"
+SPARSE_SPEED = (
+    "the C library skips zeros: its time falls with the kept weights; export --c --bench measures it here"
+)
 PATTERN_SPEED = (
     "TensorRT can use 2:4 on NVIDIA GPUs (not tested here); ONNX Runtime and OpenVINO compute at dense speed"
 )
@@ -270,6 +273,8 @@ def _channels(whole: Outline, coupling: Coupling, section: PruneSection, export:
 
 def _speed(granularity: str, whole: Outline, left: Outline, export: ExportSection) -> tuple[Speed, str]:
     """Return the class of speed-up and its explanation."""
+    if export.c:
+        return "sparse", SPARSE_SPEED
     if left.macs < whole.macs:
         ratio = whole.macs / max(left.macs, 1)
         factor = f"{ratio:.1f} times fewer multiply-accumulates, which reduces latency"

@@ -68,6 +68,16 @@ def test_a_folder_that_answers_as_onnx_runtime(own_run, s2ap) -> None:
     assert (changed.code, changed.answer["code"]) == (1, "c-sources-differ")
 
 
+@needs_compiler
+def test_a_benchmark_times_the_library_too(own_run, s2ap) -> None:
+    s2ap.ok("export", "--c", "--bench", "--run", own_run)
+    library = exported(own_run).c_library
+    assert library is not None
+    assert library.times is not None
+    assert library.times.pairs >= 5
+    assert 0 < library.times.ratio < 10
+
+
 def test_without_a_compiler_nothing_is_judged(own_run, s2ap, monkeypatch) -> None:
     monkeypatch.setenv("CC", "there-is-no-such-compiler")
     s2ap.ok("export", "--c", "--run", own_run)

@@ -152,6 +152,11 @@ def test_int8_is_a_class_of_speed_of_its_own(digits) -> None:
     assert (both.speed, both.chosen.values, both.chosen.int8) == ("compact and int8", "int8", True)
 
 
+def test_c_sources_gain_speed_from_zeros(digits) -> None:
+    assert planned(digits, {"c": True}, sparsity=0.9).speed == "sparse"
+    assert planned(digits, sparsity=0.9).speed == "none"
+
+
 def test_a_sparsity_that_no_mask_has_is_refused_as_prune_does(digits) -> None:
     with pytest.raises(UsageError, check=lambda error: error.code == "sparsity-unaffordable"):
         planned(digits, sparsity=0.99999, budget="uniform")
