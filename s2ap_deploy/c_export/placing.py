@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -104,14 +104,14 @@ class Geometry:
 class Placement:
     """The layout of every tensor, the geometry of every convolution by its output, floats of the workspace.
 
-    ``scratch``: where the copies of a convolution's input begin, ``masks`` those of the valid pixels;
+    ``scratch``: where the copies of a convolution's input begin, by its output; ``masks``: their pixels;
     ``bordered``: where the masks of bordered planes are, by their height, width, and floats between rows.
     """
 
     program: Program
     layouts: tuple[Layout, ...]
     geometries: dict[int, Geometry]
-    scratch: int
+    scratch: dict[int, int]
     masks: int
     floats: int
     bordered: dict[tuple[int, int, int], int]
@@ -141,14 +141,8 @@ def place(
         if isinstance(step, Convolution)
     }
     lead = _round(max((_reach(program, step) for step in program.steps), default=0), lanes)
-    starts, floats = _starts(program, layouts, lead, lanes)
+    starts, scratch, floats = _starts(program, layouts, geometries, lead, lanes)
     placed = [replace(old, start=start + old.lead) for old, start in zip(layouts, starts, strict=True)]
-    scratch = floats
-    for step in program.steps:
-        if isinstance(step, Convolution) and geometries[step.output].copies:
-            geometry = geometries[step.output]
-            channels = program.shapes[step.inputs[0]][0] // geometry.planes
-            floats = max(floats, scratch + channels * geometry.channel + lanes)
     masks = floats = _round(floats, lanes)
     floats += max((g.channel for g in geometries.values() if g.copies), default=0)
     bordered: dict[tuple[int, int, int], int] = {}
@@ -338,8 +332,13 @@ def _reach(program: Program, step: Step) -> int:
     return (down + 1) * width + max(abs(column) for _, _, column in places) + 2 * LANES
 
 
-def _starts(program: Program, layouts: Sequence[Layout], lead: int, lanes: int) -> tuple[list[int], int]:
-    """Place tensors so that those alive at the same step do not overlap; the largest first."""
+def _starts(
+    program: Program, layouts: Sequence[Layout], geometries: Mapping[int, Geometry], lead: int, lanes: int
+) -> tuple[list[int], dict[int, int], int]:
+    """Place tensors and copies so that those alive at the same step do not overlap; the largest first.
+
+    Return where each tensor and the copies of each convolution begin, and the floats of all.
+    """
     born, last = [-1] * len(layouts), [-1] * len(layouts)
     for number, step in enumerate(program.steps):
         born[step.output] = number
@@ -347,20 +346,27 @@ def _starts(program: Program, layouts: Sequence[Layout], lead: int, lanes: int) 
             last[tensor] = number
     last[program.output] = len(program.steps)
     used = {0, program.output, *(step.output for step in program.steps)}
-    starts = [0] * len(layouts)
-    placed: list[int] = []
-    for tensor in sorted(used, key=lambda t: (-layouts[t].floats, t)):
-        size = _round(layouts[tensor].floats, lanes)
-        busy = sorted(
-            (starts[other], starts[other] + _round(layouts[other].floats, lanes))
-            for other in placed
-            if born[other] <= last[tensor] and born[tensor] <= last[other]
-        )
+    # Size, and the steps between which it is in use, of each tensor and of the copies for each output.
+    spans = {("tensor", t): (_round(layouts[t].floats, lanes), born[t], last[t]) for t in used}
+    for number, step in enumerate(program.steps):
+        geometry = geometries.get(step.output)
+        if geometry is not None and geometry.copies:
+            channels = program.shapes[step.inputs[0]][0] // geometry.planes
+            size = _round(channels * geometry.channel, lanes) + lanes
+            spans["copies", step.output] = (size, number, number)
+    starts: dict[tuple[str, int], int] = {}
+    for key, (size, first, end) in sorted(spans.items(), key=lambda item: (-item[1][0], item[0])):
         start = lead
-        for low, high in busy:
+        others = [(starts[o], starts[o] + spans[o][0]) for o in starts if _meet(spans[o], (size, first, end))]
+        for low, high in sorted(others):
             if start + size <= low:
                 break
             start = max(start, high)
-        starts[tensor] = start
-        placed.append(tensor)
-    return starts, max(starts[t] + _round(layouts[t].floats, lanes) for t in placed) + lead
+        starts[key] = start
+    floats = max(starts[key] + spans[key][0] for key in starts) + lead
+    tensors = [starts.get(("tensor", t), 0) for t in range(len(layouts))]
+    return tensors, {t: start for (kind, t), start in starts.items() if kind == "copies"}, floats
+
+
+def _meet(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+    return one[1] <= other[2] and other[1] <= one[2]

@@ -131,14 +131,14 @@ class _Writer:
             listed = strip % (f"t{step.inputs[0]} - {geometry.reach}", 0, output.run)
             self.lines.append(f"  {call}(&(strip){{{listed}}});")
             return
-        copied = self.copies(number, step)
+        copied, scratch = self.copies(number, step), f"space + {self.placement.scratch[step.output]}"
         strips = f"for (size_t y = 0; y < {output.shape[1]}; y += {geometry.rows}) "
         rows = f"{output.shape[1]} - y < {geometry.rows} ? {output.shape[1]} - y : {geometry.rows}"
         if geometry.rows == output.shape[1]:
-            listed = strip % ("scratch", 0, output.pixels)
+            listed = strip % (scratch, 0, output.pixels)
             self.lines += [f"  {copied % ('0', str(geometry.rows))};", f"  {call}(&(strip){{{listed}}});"]
         else:
-            listed = strip % ("scratch", f"y * {output.row}", f"rows * {output.row}")
+            listed = strip % (scratch, f"y * {output.row}", f"rows * {output.row}")
             self.lines += [
                 f"  {strips}{{",
                 f"    size_t rows = {rows};",
@@ -171,7 +171,8 @@ class _Writer:
         }
         self.tables.append(_struct("copies", f"copies_{number}", fields))
         self.sections.add("copies")
-        return f"copy_input(&copies_{number}, t{step.inputs[0]}, scratch, masks, %s, %s)"
+        scratch = f"space + {self.placement.scratch[step.output]}"
+        return f"copy_input(&copies_{number}, t{step.inputs[0]}, {scratch}, masks, %s, %s)"
 
     def describe(self, packed: Packed) -> None:
         share = packed.kept / max(packed.entries, 1) if packed.kernel == "dense" else None
@@ -230,6 +231,7 @@ def _plain(writer: _Writer, number: int, step: Step) -> list[str]:
     source, target = step.inputs[0] if step.inputs else 0, step.output
     pair = f"t{source}, t{target}"
     if isinstance(step, Split):
+        writer.sections.add("copies")
         between = f"t{source}, {writer.layout(source)}, t{target}, {writer.layout(target)}"
         return [f"  split({between}, {step.stride[0]}, {step.stride[1]});"]
     if isinstance(step, Flatten):
@@ -369,8 +371,6 @@ def _source_file(writer: _Writer, facts: Facts, weights: bytes, embedded: bool, 
     image.append(f"  unpack(image, t0, {writer.layout(0)});")
     final = [f"  pack(t{program.output}, {writer.layout(program.output)}, logits);"]
     tensors = [f"  float *const t{t} = space + {layouts[t].start};" for t in sorted(used)]
-    if "copies" in writer.sections:
-        tensors.append(f"  float *const scratch = space + {writer.placement.scratch};")
     if any(", masks, " in line for line in writer.lines):
         tensors.append(f"  uint32_t *const masks = (uint32_t *)workspace + {writer.placement.masks};")
     narrow = (
