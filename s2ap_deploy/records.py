@@ -201,7 +201,8 @@ class ExportFacts(Record):
     ``weights`` are the entries of the tensors that the file multiplies by, ``nonzeros`` those that are not
     zero. ``latency_ratio`` is the file's time divided by that of its dense counterpart, one image on one
     thread, and ``latency_ms`` its own median in milliseconds; None where not measured. ``processors`` are the
-    int8 instructions of the processors that the target is for; empty where it does not say.
+    int8 instructions of the processors that the target is for; empty where it does not say. ``uncovered`` are
+    the operators for which certify --artifact cannot attack the file, empty where it need not or can.
     """
 
     file: str
@@ -213,3 +214,4 @@ class ExportFacts(Record):
     latency_ms: float | None = None
     points_checks: tuple[PointsCheck, ...] = ()
     processors: tuple[str, ...] = ()
+    uncovered: tuple[str, ...] = ()

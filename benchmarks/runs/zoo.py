@@ -77,7 +77,7 @@ def row(work: Path, code: Path, name: str, unit: str, n: int) -> dict[str, Any]:
     report = commands.read(run / "export-int8" / "report.json")
     return found | {
         "int8": verdict["status"],
-        "int8_sparsity": certificate["subject"]["sparsity"],
+        "int8_sparsity": report["sparsity"],
         "int8_robust": certificate["robust"]["value"],
         "int8_bytes": report["bytes"],
         "int8_agrees": (report["agreement"]["argmax_agree"], report["agreement"]["n"]),

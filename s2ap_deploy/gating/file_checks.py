@@ -122,9 +122,11 @@ def _coverage(file: ShippedFile, certificate: Certificate) -> Check:
     if attacked is not None and file.sha256 == attacked.sha256:
         return _on_processors(file, attacked.processors)
     if file.rounded:
-        why = (
-            "holds rounded values, and points that were made for another network overstate it: "
-            "certify the file itself with "
+        lacking = file.export.uncovered if file.export is not None else ()
+        why = "holds rounded values, and points that were made for another network overstate it: " + (
+            f"certify --artifact cannot attack {', '.join(lacking)}: export it in float32"
+            if lacking
+            else "certify the file itself with "
             f"s2ap-deploy certify --artifact {file.folder}/{file.path} --run {file.folder}"
         )
         return _file_check(file.path, "inconclusive", why, "not-certified")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from s2ap_deploy import runtime
 from s2ap_deploy.codecs.registry import DENSE
 from s2ap_deploy.codecs.values import FLOAT32, StoredWeight
-from s2ap_deploy.errors import UsageError, VerificationError
+from s2ap_deploy.errors import ArchitectureError, UsageError, VerificationError
 from s2ap_deploy.files import atomic, sha256
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.onnx_export.benchmark import PairedLatency, int8_instructions, paired_latency
@@ -33,7 +34,7 @@ from s2ap_deploy.onnx_export.export_report import (
 from s2ap_deploy.onnx_export.graph import MIN_OPSET, check, lowered, to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
 from s2ap_deploy.onnx_export.onnx_file import write
-from s2ap_deploy.onnx_export.onnx_module import missing_operators
+from s2ap_deploy.onnx_export.onnx_module import uncovered
 from s2ap_deploy.onnx_export.quantization import Ranges, quantize, quantized_weights, scheme
 from s2ap_deploy.onnx_export.verification import (
     QUANTIZED_FLOOR,
@@ -83,7 +84,7 @@ class ExportSource:
 class _Graphs:
     """The graph in its stages: ``traced``, ``small`` without dead channels, ``dense`` quantized or rounded.
 
-    ``stored``: how rounded weights are stored, by name.
+    ``stored``: how rounded weights are stored, by name. ``lacking``: operators that no attack covers.
     """
 
     traced: ModelProto
@@ -92,6 +93,7 @@ class _Graphs:
     stored: Mapping[str, StoredWeight]
     compaction: Compaction | None
     rounding: Rounding | None
+    lacking: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,9 +186,45 @@ def export_onnx(
         compaction=graphs.compaction,
         rounding=graphs.rounding,
         batch=section.fixed_batch,
+        uncovered=graphs.lacking,
         statement=statement(source.calibration is not None, graphs.compaction, graphs.rounding, tensors),
         warnings=checks.warnings,
         versions=runtime.versions(),
+    )
+
+
+def is_rounded(section: ExportSection) -> bool:
+    """Return whether the weights are rounded: the file is then another network than the certified one."""
+    return section.int8 or section.values != FLOAT32
+
+
+def coverage_warning(
+    classifier: nn.Module, input_size: tuple[int, int, int], section: ExportSection
+) -> str | None:
+    """Return what keeps the file that ``section`` asks for from being attacked; None where nothing does.
+
+    ``classifier`` may be on the meta device. A network that cannot be traced is told by the export.
+    """
+    if not is_rounded(section):
+        return None
+    network = copy.deepcopy(classifier)
+    if any(parameter.is_meta for parameter in network.parameters()):
+        network = network.to_empty(device="cpu")
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.data.fill_(1)
+    try:
+        lacking = uncovered(to_onnx(network, input_size, opset=section.opset, batch=section.fixed_batch))
+    except (ArchitectureError, VerificationError):
+        return None
+    return coverage_text(lacking) if lacking else None
+
+
+def coverage_text(lacking: Sequence[str]) -> str:
+    """Return a warning about operators that ``certify --artifact`` has no counterpart of."""
+    return (
+        "certify --artifact cannot attack an int8 or rounded file of this network, as it has no counterpart "
+        f"of {', '.join(lacking)}: no gate will pass it; a float32 file needs no attack of its own "
+        "(leave out --int8 and --values)"
     )
 
 
@@ -209,12 +247,9 @@ def _build(
         )
 
     traced = small = trace(source.classifier)
-    rounded = source.calibration is not None or section.values != FLOAT32
-    if rounded and (missing := missing_operators(traced)):
-        recorder.warn(
-            f"certify --artifact cannot attack this file, as it lacks a counterpart of {', '.join(missing)}: "
-            "no gate will pass it; a float32 file needs no attack of its own"
-        )
+    lacking = uncovered(traced) if is_rounded(section) else ()
+    if lacking:
+        recorder.warn(coverage_text(lacking))
     compaction = None
     further = section.compact and section.align == 1  # other widths would not be multiples of ``align``
     if source.narrowed is not None:
@@ -233,7 +268,7 @@ def _build(
     if section.opset < MIN_OPSET:
         dense = lowered(dense)
     dense, stored, rounding = round_weights(dense, section.values)
-    return _Graphs(traced, small, dense, stored, compaction, rounding)
+    return _Graphs(traced, small, dense, stored, compaction, rounding, lacking)
 
 
 def _check_file(
@@ -374,7 +409,12 @@ def _count(graphs: _Graphs) -> tuple[int, int]:
     removed = sum(tensor.size for tensor in weights(graphs.traced).values())
     removed -= sum(tensor.size for tensor in weights(graphs.small).values())
     entries = sum(tensor.size for tensor in tensors) + removed
-    return entries, sum(int(np.count_nonzero(tensor)) for tensor in tensors)
+    stored, whole = (
+        sum(int(np.count_nonzero(tensor)) for tensor in each)
+        for each in (tensors, weights(graphs.traced).values())
+    )
+    # A weight that two layers share may be stored twice, each time with the channels that its layer keeps.
+    return entries, min(stored, whole)
 
 
 def _quantization(traced: ModelProto, source: ExportSource, section: ExportSection) -> Quantization | None:

@@ -113,11 +113,24 @@ class OnnxModule(nn.Module):
             self.register_buffer(key, value)
 
 
-def missing_operators(model: ModelProto) -> tuple[str, ...]:
-    """Return the names of the operators in ``model`` that have no counterpart here, sorted.
+def uncovered(model: ModelProto) -> tuple[str, ...]:
+    """Return what in ``model`` has no counterpart here: operators, or the first form of one.
 
     A file with such an operator can be exported and run, and not attacked: ``certify --artifact`` refuses it.
     """
+    if names := missing_operators(model):
+        return names
+    shape = [each.dim_value for each in model.graph.input[0].type.tensor_type.shape.dim]
+    try:
+        with torch.no_grad():
+            OnnxModule(model)(torch.full((shape[0] or 1, *shape[1:]), 0.5))
+    except ArchitectureError as error:
+        return (error.message.removeprefix("operator ").partition(" has no")[0],)
+    return ()
+
+
+def missing_operators(model: ModelProto) -> tuple[str, ...]:
+    """Return the names of the operators in ``model`` that have no counterpart here, sorted."""
     known = {*OPERATORS, "Constant"}
     nodes = decode(model).graph.node
     foreign = ("", "ai.onnx")

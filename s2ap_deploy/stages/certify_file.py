@@ -35,6 +35,7 @@ from s2ap_deploy.evaluation.samples import ids_sha256
 from s2ap_deploy.models.classifier import weights_hash
 from s2ap_deploy.onnx_export.benchmark import int8_instructions
 from s2ap_deploy.onnx_export.encoding import decode, weights
+from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.onnx_export.onnx_file import OnnxFile
 from s2ap_deploy.onnx_export.onnx_module import OnnxModule
 from s2ap_deploy.onnx_export.quantization import quantized_weights
@@ -42,6 +43,7 @@ from s2ap_deploy.onnx_export.verification import compare_logits
 from s2ap_deploy.records import AttackRow
 from s2ap_deploy.runs.folder import CERTIFICATE, COPY, Run
 from s2ap_deploy.runs.manifest import Manifest, StageName, beside
+from s2ap_deploy.stages.certified_files import REPORT
 from s2ap_deploy.stages.certify import DENSE, PRUNED
 from s2ap_deploy.stages.context import RunContext, on_first_rank
 from s2ap_deploy.stages.early_certify import Samples, certificate_of
@@ -120,7 +122,7 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
             arch=opened.metadata.get("s2ap.arch", "onnx"),
             num_classes=outcome.num_classes,
             weights_sha256=weights_hash(judge.network),
-            sparsity=_sparsity(opened),
+            sparsity=_sparsity(job.run, opened),
             artifact=AttackedFile(
                 sha256=opened.sha256,
                 bytes=len(opened.content),
@@ -149,13 +151,18 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
 
 def artifact_stage(run: Run, opened: OnnxFile) -> StageName:
     """Return the stage of the file's certificate: ``artifact-int8`` for the file of ``export-int8``."""
-    holding = [
+    holding = _exports_of(run, opened)
+    own = opened.path.resolve().parent.name
+    return beside("artifact", own if own in holding else holding[0] if holding else "export")
+
+
+def _exports_of(run: Run, opened: OnnxFile) -> list[StageName]:
+    """Return the export stages of the run that hold the file."""
+    return [
         name
         for name, record in run.manifest.of_kind("export").items()
         if any(output.sha256 == opened.sha256 for output in record.outputs)
     ]
-    own = opened.path.resolve().parent.name
-    return beside("artifact", own if own in holding else holding[0] if holding else "export")
 
 
 def _attack(
@@ -359,8 +366,13 @@ def _twin_logits(judge: OnnxModel, images: Tensor, device: torch.device) -> NDAr
     return torch.cat([judge(part.to(device)).cpu() for part in torch.split(images, 64)]).numpy()
 
 
-def _sparsity(opened: OnnxFile) -> float | None:
-    """Compute the share of zeros among the tensors that convolutions and matrix products read, as stored."""
+def _sparsity(run: Run, opened: OnnxFile) -> float | None:
+    """Return the share of zeros among the file's weights: as its export reported it, removed ones included.
+
+    For a file from elsewhere it is that of the tensors that convolutions and matrix products read.
+    """
+    for name in _exports_of(run, opened):
+        return ExportReport.load(run.output(name, REPORT)).sparsity
     model = decode(opened.model)
     tensors = {**weights(model), **quantized_weights(model)}.values()
     entries = sum(tensor.size for tensor in tensors)

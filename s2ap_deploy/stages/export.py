@@ -21,7 +21,7 @@ from s2ap_deploy.evaluation.points import load_points
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export.benchmark import benchmark_export
-from s2ap_deploy.onnx_export.export_onnx import ExportSource, export_onnx, refuse_conflict
+from s2ap_deploy.onnx_export.export_onnx import ExportSource, coverage_text, export_onnx, refuse_conflict
 from s2ap_deploy.onnx_export.export_report import RESELECTED_STATEMENT, ExportReport
 from s2ap_deploy.onnx_export.quantization import Ranges
 from s2ap_deploy.onnx_export.verification import CertifiedPoints
@@ -309,7 +309,9 @@ def _trained_ranges(job: RunContext, section: ExportSection) -> Ranges | None:
 
 
 def _not_covered(report: ExportReport, file: Path, run: Path) -> str:
-    """Explain why no certificate of the run covers the file, and how to certify it."""
+    """Explain why no certificate of the run covers the file, and how to certify it or do without."""
+    if report.uncovered:
+        return coverage_text(report.uncovered)
     command = shlex.join(["s2ap-deploy", "certify", "--artifact", str(file), "--run", str(run)])
     if report.narrowed is not None and report.narrowed.reselected:
         return f"{RESELECTED_STATEMENT} Certify the file itself: {command}"

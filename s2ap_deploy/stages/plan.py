@@ -13,6 +13,7 @@ from s2ap_deploy.codecs.registry import DENSE, ENCODINGS, Contents, EncodingName
 from s2ap_deploy.codecs.values import VALUES, ValuesName
 from s2ap_deploy.errors import UsageError
 from s2ap_deploy.models.channels.coupling import Coupling, channel_groups
+from s2ap_deploy.onnx_export.export_onnx import coverage_warning
 from s2ap_deploy.onnx_export.export_report import BudgetCheck, ExportTarget
 from s2ap_deploy.onnx_export.onnx_shapes import Outline, narrowed, outline
 from s2ap_deploy.pruning.allocation import ChannelQuotas, Fixed, Global, Quotas
@@ -157,6 +158,8 @@ def plan(
     files = _files(contents, export.cost)
     values: ValuesName = "int8" if export.int8 else export.values
     chosen = next(each for each in files if each.form == (export.encoding, values, export.int8))
+    warning = coverage_warning(network, input_size, export)
+    notes += [] if warning is None else [warning]
     target = found.target if found is not None else None
     limits = budgets(target, export.model_dump())
     if target is not None:

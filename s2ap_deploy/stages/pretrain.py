@@ -15,6 +15,7 @@ from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
 from s2ap_deploy.models.classifier import STATISTICS_HINT, Classifier, dry_run, without_statistics
+from s2ap_deploy.onnx_export.export_onnx import coverage_warning
 from s2ap_deploy.recipe.methods import origins
 from s2ap_deploy.recipe.schema import ModelSection
 from s2ap_deploy.recipe.sections import TrainSection
@@ -139,6 +140,9 @@ def adopt(job: RunContext, path: Path) -> None:
     seen = _seen_in_training(images) if info.stage == "foreign" else ""
     _check_clean(job, classifier.to(job.machine.device), images, seen)
     _warn_of_doubts(job, classifier, images)
+    warning = coverage_warning(classifier, info.preprocessing.size, recipe.export)
+    if warning is not None:
+        recorder.warn(warning)
     if recipe.prune is not None:
         _refuse_single_images(job, classifier, images, recipe.prune.search.batch_size)
         _refuse_single_images(job, classifier, images, recipe.prune.finetune.batch_size)

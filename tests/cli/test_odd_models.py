@@ -106,3 +106,46 @@ def test_what_cannot_be_pruned_is_refused_before_any_work(kind, more, code, s2ap
     asked = ["--arch", "net.py:make", "--data", "digits", "--eps", "0.1", "--sparsity", 0.9, "--threads", 1]
     s2ap.refused(code, "prune", "model.pt", *asked, *more, cwd=tmp_path)
     assert not (tmp_path / "s2ap-run" / "search").exists()
+
+
+UNCOVERED = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(64, 16), nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.first(x.flatten(1))).cumsum(dim=1))
+
+
+def make():
+    return Net()
+
+
+make.input_size = (1, 8, 8)
+"""
+
+
+def test_an_operator_without_counterpart_is_told_early_and_no_hint_leads_back(s2ap, tmp_path) -> None:
+    (tmp_path / "net.py").write_text(UNCOVERED)
+    space: dict[str, object] = {}
+    exec(UNCOVERED, space)
+    torch.save(space["make"]().state_dict(), tmp_path / "model.pt")  # type: ignore[operator]
+    here, threads = ("--arch", "net.py:make"), ("--threads", 1)
+    for form, told in ((("--int8",), True), (("--values", "float16"), True), ((), False)):
+        plan = s2ap.json("plan", "model.pt", *here, "--sparsity", 0.5, *form, cwd=tmp_path)
+        assert any("CumSum" in note for note in plan["notes"]) == told
+    task = ("--data", "digits", "--eps", "0.05", *threads)
+    s2ap.ok("certify", "model.pt", *here, *task, "--n", 5, "--workers", 1, cwd=tmp_path)
+    exported = s2ap.ok("export", "--int8", *here, cwd=tmp_path)
+    assert "CumSum" in exported.err
+    assert "certify the file itself" not in exported.err
+    file = next((tmp_path / "s2ap-run").glob("export*/*.onnx"))
+    s2ap.refused("operator-unsupported", "certify", "--artifact", file, *threads, cwd=tmp_path)
+    gate = s2ap("gate", "--min-clean", 0, "--rule", "point", cwd=tmp_path)
+    assert gate.code == 3
+    assert "export it in float32" in " ".join(gate.out.split())

@@ -21,7 +21,7 @@ from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.onnx_export.encoding import encode
 from s2ap_deploy.onnx_export.graph import to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
-from s2ap_deploy.onnx_export.onnx_module import OnnxModule, missing_operators
+from s2ap_deploy.onnx_export.onnx_module import OnnxModule, missing_operators, uncovered
 from s2ap_deploy.onnx_export.quantization import quantize
 
 
@@ -244,6 +244,21 @@ SHARED = {
     "attention": Attention,
     "index": lambda: Function(lambda x: x[:, [2, 0]][:, :, [1, 3, 5]]),
 }
+
+
+@pytest.mark.parametrize(
+    ("network", "lacking"),
+    [
+        (lambda: Function(lambda x: x.cumsum(dim=1)), "CumSum"),
+        (
+            lambda: Function(lambda x: F.interpolate(x, scale_factor=2, mode="bicubic")),
+            "Resize in mode cubic",
+        ),
+    ],
+)
+def test_what_has_no_counterpart_is_named_operators_and_forms_of_them(network, lacking) -> None:
+    (found,) = uncovered(to_onnx(network().eval(), (3, 8, 8)))
+    assert found.startswith(lacking)
 
 
 @pytest.mark.parametrize("case", SHARED)

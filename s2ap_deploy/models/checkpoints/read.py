@@ -88,6 +88,8 @@ FOREIGN_FORMATS: tuple[tuple[int, bytes, str, str], ...] = (
 _BUILT = re.compile(r"(?:but got|instantiate unsupported type|unsupported class) <?(?:class )?'?([\w.]+)")
 _OPTIMIZER = re.compile(r".*(optim|sched|scaler|rng|amp$|param_groups).*|opt")
 STATE_DICT_HINT = "save it with torch.save(model.state_dict(), 'model.pt')"
+SUBCLASSES = ("torch.distributed.tensor.", "torchao.")
+SUBCLASS_HINT = "save plain tensors: full_tensor() of a DTensor, dequantize() of a quantized one"
 COPY_HINT = "copy or download the file again"
 
 # MadryLab's robustness saves the network twice, the second time inside its attacker.
@@ -617,6 +619,12 @@ def _refusal(path: Path, data: bytes, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"{path} is a text file, neither torch.save nor safetensors", code="checkpoint-is-text"
         )
+    if kinds := [name for name in seen.requested if name.startswith(SUBCLASSES)]:
+        return CheckpointError(
+            f"{path} holds tensors of {', '.join(kinds[:3])}, whose values only its own library knows",
+            code="tensor-subclass",
+            hint=SUBCLASS_HINT,
+        )
     if seen.requested:
         whole = any(name.startswith(("torch.nn.modules.", "torch.fx.")) for name in seen.requested)
         return UnsafePickleError(
@@ -685,7 +693,7 @@ def _plain(name: str, tensor: Tensor, path: Path) -> Tensor:
         raise CheckpointError(
             f"{path}: {name} is {_kind(tensor)}, whose values only its own library knows",
             code="tensor-subclass",
-            hint="save plain tensors: full_tensor() of a DTensor, dequantize() of a quantized one",
+            hint=SUBCLASS_HINT,
         )
     if tensor.is_meta:
         raise CheckpointError(

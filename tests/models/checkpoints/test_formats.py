@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from s2ap_deploy.errors import CheckpointError, RunFolderError, UnsafePickleError
 from s2ap_deploy.models.checkpoints.checkpoint import describe, load
@@ -195,3 +195,34 @@ def test_kinds_of_tensors_are_read_or_refused_by_name(kind: str, tmp_path: Path)
         return
     with pytest.raises(CheckpointError, check=lambda error: error.code in (code, "pickle-unsafe")):
         describe(path, arch=arch)
+
+
+def sharded() -> dict[str, Tensor]:
+    """Return a state dict of distributed tensors, of one process."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        return {"weight": distribute_tensor(torch.ones(4, 4), mesh, [Replicate()])}
+    finally:
+        dist.destroy_process_group()
+
+
+def quantized_by_torchao() -> dict[str, Tensor]:
+    """Return a state dict with weights of torchao."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    network = nn.Sequential(nn.Linear(64, 64))
+    quantization.quantize_(network, quantization.Int8WeightOnlyConfig())
+    return network.state_dict()
+
+
+@pytest.mark.parametrize("make", [sharded, quantized_by_torchao])
+@pytest.mark.parametrize("trusted", [(), ("--trust-pickle",)])
+def test_subclasses_of_tensors_are_refused_by_name_by_every_command(make, trusted, s2ap, tmp_path) -> None:
+    torch.save({"state_dict": make()}, tmp_path / "model.pt")
+    s2ap.refused("tensor-subclass", "inspect", "model.pt", *trusted, cwd=tmp_path)
+    asked = ("--sparsity", 0.9, "--data", "digits", "--eps", "0.1")
+    s2ap.refused("tensor-subclass", "prune", "model.pt", *asked, *trusted, cwd=tmp_path)
