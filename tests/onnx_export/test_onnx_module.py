@@ -330,6 +330,6 @@ def test_single_operators_follow_their_definition(case: str) -> None:
     values = np.random.default_rng(3).normal(size=shape).astype(np.float32)
     expected = session(model.SerializeToString()).run(None, {"x": values})[0]
     with torch.no_grad():
-        found = OnnxModule(model)._run(torch.from_numpy(values)).numpy()
+        found = OnnxModule(model).compute(torch.from_numpy(values), {}).numpy()
     assert found.shape == expected.shape
     assert np.allclose(found, expected, atol=1e-5)
