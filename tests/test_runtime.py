@@ -16,7 +16,8 @@ STREAMS = ("generator", "derive_seed", "seed_layers")
 STREAM_KEYS = (
     "augmentation", "bench", "calibrate", "choose", "clean", "compact", "compare", "coupling", "curvature",
     "diagnose", "evaluate", "fmn", "gradients", "image", "images", "initialise", "layers", "module",
-    "order", "probe", "scores", "search", "sharpness", "untrain", "val", "validation", "verify", "weights",
+    "order", "overfitting", "probe", "scores", "search", "sharpness", "untrain", "val", "validation",
+    "verify", "weights",
 )  # fmt: skip
 KEYS = st.lists(st.one_of(st.integers(), st.text(max_size=8)), min_size=1, max_size=4)
 

@@ -40,6 +40,7 @@ def test_every_stage_records_inputs_outputs_seeds_threads_and_versions(finished_
         "version": "standard",
         "provable": False,
         "curve": False,
+        "tune_curve": False,
     }
 
 

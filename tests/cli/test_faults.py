@@ -1,10 +1,11 @@
 """Kills at every write, signals at spread moments, folders that vanish, clocks set back, files of others.
 
-A command runs in a forked child, which meets its fault just before it replaces a file.
+A command runs in a process of its own, which meets its fault just before it replaces a file.
 """
 
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -41,59 +43,85 @@ prune:
   diagnostics: {every: 0}
 certify: {n: 8}
 """
-Hook = Callable[[int], object]
+# Children of a process that has computed nothing: autograd's threads do not survive a fork.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["s2ap_deploy.cli.main", "s2ap_deploy.api", "torch", "onnx"])
+FUTURE = "2099-01-01T00:00:00+00:00"
 
 
-def forked(before_write: Hook, *arguments: object, user: int | None = None) -> int:
+@dataclass
+class Hook:
+    """What happens before the file of a number is replaced; here nothing."""
+
+    number: int = 0
+    run: Path = Path()
+
+    def __call__(self, turn: int) -> None: ...
+
+
+class Dying(Hook):
+    def __call__(self, turn: int) -> None:
+        if turn == self.number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Vanishing(Hook):
+    def __call__(self, turn: int) -> None:
+        if turn == self.number:
+            shutil.rmtree(self.run)
+
+
+class Counting(Hook):
+    def __call__(self, turn: int) -> None:
+        self.run.write_text(str(turn))
+
+
+def work(before_write: Hook, arguments: list[str], user: int | None, future: bool) -> None:
+    """Run a command in this process, and end it with the exit code."""
+    from s2ap_deploy.cli.main import run_cli
+    from s2ap_deploy.runs import folder, snapshot
+
+    code, turns, real = 70, itertools.count(1), os.replace
+
+    def replace(source: str, target: str) -> None:
+        before_write(next(turns))
+        real(source, target)
+
+    try:
+        os.replace = replace  # type: ignore[assignment]
+        for module in (manifest, folder, snapshot) if future else ():
+            module.now = lambda: FUTURE  # type: ignore[attr-defined]
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        if user is not None:
+            # Import everything on a copy first: an ordinary user may not read root's Python.
+            with tempfile.TemporaryDirectory() as parent:
+                copy = shutil.copytree(arguments[-1], Path(parent) / "run")
+                run_cli([*arguments[:-1], str(copy)])
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
+        sys.argv = ["s2ap-deploy", *arguments]
+        code = run_cli(arguments)
+    finally:
+        os._exit(code)
+
+
+def forked(before_write: Hook, *arguments: object, user: int | None = None, future: bool = False) -> int:
     """Run a command and return its exit code; ``before_write`` gets the number of each replaced file."""
-    process = os.fork()
-    if process == 0:
-        code, turns, real = 70, itertools.count(1), os.replace
-        try:
-            from s2ap_deploy.cli.main import run_cli
-
-            def replace(source: str, target: str) -> None:
-                before_write(next(turns))
-                real(source, target)
-
-            os.replace = replace  # type: ignore[assignment]
-            silent = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silent, 1)
-            os.dup2(silent, 2)
-            if user is not None:
-                os.setgroups([])
-                os.setgid(user)
-                os.setuid(user)
-            sys.argv = ["s2ap-deploy", *map(str, arguments)]
-            code = run_cli(sys.argv[1:])
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    process = SERVER.Process(target=work, args=(before_write, list(map(str, arguments)), user, future))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def writes_of(log: Path, *arguments: object) -> int:
     """Count the files that a command replaces."""
 
-    def count(turn: int) -> None:
-        log.write_text(str(turn))
-
-    assert forked(count, *arguments) == 0
+    assert forked(Counting(run=log), *arguments) == 0
     return int(log.read_text())
-
-
-def dying(number: int) -> Hook:
-    def hook(turn: int) -> None:
-        if turn == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return hook
-
-
-def vanishing(number: int, run: Path) -> Hook:
-    return lambda turn: turn == number and shutil.rmtree(run)
-
-
-def undisturbed(_turn: int) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +161,9 @@ def test_killed_at_a_write_and_run_again_the_result_is_the_same(share, straight,
     command, whole, count = straight
     run = Path(shutil.copytree(before[command], tmp_path / "run"))
     arguments = [*COMMANDS[command], *(["--overwrite"] if command == "export" else []), "--run", run]
-    assert forked(dying(1 + round(share * (count - 1))), *arguments) == -signal.SIGKILL
-    assert forked(undisturbed, "gate", "--min-clean", 0, "--rule", "point", "--run", run) in (0, 3)
-    assert forked(undisturbed, *COMMANDS[command], AGAIN[command], "--run", run) == 0
+    assert forked(Dying(1 + round(share * (count - 1))), *arguments) == -signal.SIGKILL
+    assert forked(Hook(), "gate", "--min-clean", 0, "--rule", "point", "--run", run) in (0, 3)
+    assert forked(Hook(), *COMMANDS[command], AGAIN[command], "--run", run) == 0
     assert outcome(command, run) == outcome(command, whole)
     assert not list(run.rglob(".tmp-*"))
 
@@ -146,15 +174,15 @@ def test_a_folder_that_vanishes_is_an_error_of_storage(share, straight, before, 
     command, _, count = straight
     run = Path(shutil.copytree(before[command], tmp_path / "run"))
     arguments = [*COMMANDS[command], *(["--overwrite"] if command == "export" else []), "--run", run]
-    assert forked(vanishing(1 + round(share * (count - 1)), run), *arguments) == 2
+    assert forked(Vanishing(1 + round(share * (count - 1)), run), *arguments) == 2
 
 
 def test_one_kill_and_one_folder_that_vanishes(before, tmp_path) -> None:
     """The fast part of the two tests above."""
     run = Path(shutil.copytree(before["export"], tmp_path / "run"))
     command = [*COMMANDS["export"], "--overwrite", "--run", run]
-    assert forked(dying(4), *command) == -signal.SIGKILL
-    assert forked(vanishing(2, run), *command) == 2
+    assert forked(Dying(4), *command) == -signal.SIGKILL
+    assert forked(Vanishing(2, run), *command) == 2
 
 
 @pytest.mark.slow
@@ -164,9 +192,9 @@ def test_a_sweep_killed_at_several_writes_has_the_same_table(tmp_path) -> None:
     count = writes_of(tmp_path / "log", *sweep, "--run", tmp_path / "straight")
     killed = tmp_path / "killed"
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
-        code = forked(dying(max(2, round(share * count / 3))), *sweep, "--resume", "--run", killed)
+        code = forked(Dying(max(2, round(share * count / 3))), *sweep, "--resume", "--run", killed)
         assert code in (0, -signal.SIGKILL)
-    assert forked(undisturbed, *sweep, "--resume", "--run", killed) == 0
+    assert forked(Hook(), *sweep, "--resume", "--run", killed) == 0
     assert SweepReport.load(killed).status == "finished"
     assert (killed / "table.md").read_bytes() == (tmp_path / "straight" / "table.md").read_bytes()
     for path in sorted((tmp_path / "straight").rglob("*.safetensors")):
@@ -196,27 +224,23 @@ def test_fifteen_signals_during_an_export(finished_run, tmp_path) -> None:
         process.send_signal(signal.SIGTERM)
         codes.append(process.wait())
         run = tmp_path / f"run-{number}"
-        assert forked(undisturbed, *COMMANDS["export"], "--resume", "--run", run) == 0
+        assert forked(Hook(), *COMMANDS["export"], "--resume", "--run", run) == 0
         shutil.rmtree(run)
     print(f"exit codes of 15 signals over {seconds:.1f} s: {codes}")
     assert set(codes) <= {0, 3}
 
 
-def test_a_clock_set_back_changes_nothing(before, tmp_path, monkeypatch, s2ap) -> None:
+def test_a_clock_set_back_changes_nothing(before, tmp_path, s2ap) -> None:
     """A stage that a later clock began continues; its certificate is from the future, which is no age."""
     run = Path(shutil.copytree(before["certify"], tmp_path / "run"))
-    with monkeypatch.context() as patch:
-        patch.setattr(manifest, "now", lambda: "2099-01-01T00:00:00+00:00")
-        for module in ("folder", "snapshot"):
-            patch.setattr(f"s2ap_deploy.runs.{module}.now", lambda: "2099-01-01T00:00:00+00:00")
-        assert forked(dying(6), *COMMANDS["certify"], "--run", run) == -signal.SIGKILL
+    assert forked(Dying(6), *COMMANDS["certify"], "--run", run, future=True) == -signal.SIGKILL
     assert s2ap(*COMMANDS["certify"], "--resume", "--run", run).code == 0
     record = manifest.Manifest.load(run).stages["certify"]
     assert record.sessions[0].started > record.sessions[1].started
     assert (record.seconds or -1) >= 0
     gate = ["gate", "--min-clean", 0, "--rule", "point", "--run", run]
     assert s2ap(*gate).code == 0
-    text = (run / "manifest.json").read_text().replace(str(record.finished), "2099-01-01T00:00:00+00:00")
+    text = (run / "manifest.json").read_text().replace(str(record.finished), FUTURE)
     (run / "manifest.json").write_text(text)
     assert s2ap(*gate, "--max-age", "30d").code == 3
 
@@ -248,4 +272,4 @@ def test_what_an_ordinary_user_may_not_read_or_write(name, command, codes, nobod
     run, user = nobody
     if name:
         (run / name).chmod(0)
-    assert forked(undisturbed, *command, run, user=user) in codes
+    assert forked(Hook(), *command, run, user=user) in codes

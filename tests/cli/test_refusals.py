@@ -233,7 +233,7 @@ target-budget-missing         export --target microcontroller --overwrite
 target-dtype-unsupported      export --target microcontroller --values float16 --overwrite
 target-encoding-unsupported   export --target openvino --encoding coo --overwrite
 target-unknown                export --target opnvino --overwrite
-option-invalid                certify --track wandb
+option-invalid                certify --track aim
 """
 # Beside a run made of records alone, for the gate.
 RECORDS = """
