@@ -291,7 +291,9 @@ def show_checkpoint(description: Mapping[str, Any], asked: str | None = None) ->
         keys = ("method", "arch", "data", "structure")
         words = [*(named[key] for key in keys), f"{named['sparsity']:.0%}"]
         table.add_row("benchmark", Text(", ".join(words)))
+    twins = any(near["differs"] == "nothing" for near in description["closest"])
     missing = "none in the registry fits" if asked is None else f"{asked} does not fit"
+    missing = "several fit by names and shapes: see the warning below" if twins else missing
     table.add_row("architecture", Text(description["architecture"] or missing))
     if description["num_classes"] is not None:
         table.add_row("classes", str(description["num_classes"]))
@@ -310,7 +312,7 @@ def show_checkpoint(description: Mapping[str, Any], asked: str | None = None) ->
             value = info[key]
             table.add_row(key, f"{value['norm']} eps {value['eps']}" if key == "threat" else str(value))
     out.print(table)
-    for near in description["closest"]:
+    for near in () if twins else description["closest"]:
         out.print(Text(f"closest: {near['architecture']}: {near['differs']}"))
     layers = Table("layer", "shape", title="prunable weights", title_justify="left")
     layers.add_column("weights", justify="right")

@@ -88,34 +88,35 @@ def test_a_log_keeps_each_check_on_its_line_and_brackets_are_text(capsys) -> Non
     assert capsys.readouterr().out.splitlines() == [*expected, "gate: FAILED"]
 
 
+LONG_PATH = "/a/very/long/path/" + "x" * 90 + ".pt"
+DESCRIPTION: dict[str, Any] = {
+    "file": LONG_PATH,
+    "sha256": "ab" * 32,
+    "format": "torch zip",
+    "wrapper": "state_dict",
+    "architecture": None,
+    "num_classes": None,
+    "parameters": 0,
+    "prunable_weights": 0,
+    "info": None,
+    "closest": [{"architecture": "digits-conv", "differs": "[2.weight] is missing"}],
+    "layers": [{"name": "2.weight", "shape": [64, 32, 3, 3], "weights": 18432, "zeros": 0}],
+    "notes": [],
+    "warnings": ["[careful]"],
+}
+
+
 def test_a_terminal_of_eighty_columns_clips_nothing(monkeypatch) -> None:
     stream = io.StringIO()
     narrow = Console(file=stream, width=80, force_terminal=True, color_system=None, highlight=False)
     monkeypatch.setattr(tables, "console", lambda: narrow)
-    path = "/a/very/long/path/" + "x" * 90 + ".pt"
     tables.show_summary(summary())
-    tables.show_checkpoint(
-        {
-            "file": path,
-            "sha256": "ab" * 32,
-            "format": "torch zip",
-            "wrapper": "state_dict",
-            "architecture": None,
-            "num_classes": None,
-            "parameters": 0,
-            "prunable_weights": 0,
-            "info": None,
-            "closest": [{"architecture": "digits-conv", "differs": "[2.weight] is missing"}],
-            "layers": [{"name": "2.weight", "shape": [64, 32, 3, 3], "weights": 18432, "zeros": 0}],
-            "notes": [],
-            "warnings": ["[careful]"],
-        }
-    )
+    tables.show_checkpoint(DESCRIPTION)
     text = stream.getvalue()
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "…" not in text
     joined = "".join(line.strip() for line in text.splitlines())
-    assert path in joined
+    assert LONG_PATH in joined
     for words in (
         "under 'state_dict'",
         "none in the registry fits",
@@ -124,6 +125,15 @@ def test_a_terminal_of_eighty_columns_clips_nothing(monkeypatch) -> None:
         "64x32x3x3",
     ):
         assert words in text
+
+
+def test_twins_are_not_called_close(capsys) -> None:
+    twins = [{"architecture": f"cifar-wrn-28-4{end}", "differs": "nothing"} for end in ("", "-silu")]
+    tables.show_checkpoint(DESCRIPTION | {"closest": twins})
+    out = capsys.readouterr().out
+    assert "several fit by names and shapes" in out
+    assert "closest" not in out
+    assert "none in the registry fits" not in out
 
 
 def test_without_stdout_nothing_breaks(monkeypatch) -> None:
