@@ -51,7 +51,10 @@ def pretrain_command(
         trained = api.pretrain(arch, data, eps, run=run, output=output, **keywords, **reporting)
         model = output or trained.model
         reporting["recorder"].note(f"dense network: {model}")
-        following = session.following(f"prune {shlex.quote(str(model))} --sparsity 0.9", run, arch)
+        # The file records the last name of an image folder only.
+        images = f" --data {shlex.quote(data)}" if data.startswith("imagefolder:") else ""
+        command = f"prune {shlex.quote(str(model))} --sparsity 0.9{images}"
+        following = session.following(command, run, arch)
         reporting["recorder"].note(following)
     if as_json:
         session.print_json({"run": str(run), "model": str(output or trained.model), **trained.stages})

@@ -146,6 +146,12 @@ def _folder(name: str, root: Path | None) -> ImageFolder:
         )
     # A checkpoint records the folder's last name only, so a relative path may also be in the data root.
     below_root = published.data_root(root) / path
+    if len(path.parts) == 1 and not path.exists() and not below_root.exists():
+        raise DataError(
+            f"there is no folder {path}, here or in the data root",
+            code="image-folder-missing",
+            hint="a checkpoint records the last name of its image folder only: add --data imagefolder:PATH",
+        )
     return scan(below_root if not path.exists() and below_root.exists() else path)
 
 

@@ -29,7 +29,8 @@ def test_an_image_folder_below_a_home_that_is_remembered(s2ap, tmp_path, monkeyp
     monkeypatch.setenv("HOME", str(home))
     network = ["--arch", "digits-conv", "--eps", "0.4", "--data", "imagefolder:sides"]
     network += ["--data-root", "~/sets"]
-    s2ap.ok("pretrain", *network, "--epochs", 2, "--output", "model.pt", "--run", "pre", cwd=work)
+    done = s2ap.ok("pretrain", *network, "--epochs", 2, "--output", "model.pt", "--run", "pre", cwd=work)
+    assert "prune model.pt --sparsity 0.9 --data imagefolder:sides --run pre" in done.err
     assert json.loads((work / "pre" / "machine.json").read_text()) == {"data_root": str(home / "sets")}
 
     s2ap.refused("image-folder-missing", "prune", "model.pt", "--sparsity", 0.9, *SHORT, cwd=work)
