@@ -44,8 +44,6 @@ EXTRAS = {
     "timm": ("timm",),
     "transformers": ("transformers",),
 }
-BOUNDS = {"timm": '"timm>=1.0.9,<2"', "transformers": '"transformers>=4.50,<6"'}
-SIGNING = "extra == 'signing'"
 GATE = ("click", "pydantic", "PyYAML")
 """The distributions that ``gate`` and ``verify --files`` import."""
 
@@ -57,12 +55,17 @@ def gate_requirements() -> list[str]:
         One requirement per distribution, such as ``click<9,>=8.2``; bare names where the package is imported
         from a source tree without being installed.
     """
-    try:
-        declared = metadata.requires(DISTRIBUTION) or []
-    except metadata.PackageNotFoundError:
-        return list(GATE)
-    found = {_name(each): each for each in declared if "extra ==" not in each}
+    found = {_name(requirement): requirement for requirement, marker in _declared() if "extra" not in marker}
     return [found.get(_name(name), name) for name in GATE]
+
+
+def extra_requirements(extra: str) -> list[str]:
+    """List the requirements of an extra with the version bounds that the package declares.
+
+    Bare names where the package is imported from a source tree without being installed.
+    """
+    found = [requirement for requirement, marker in _declared() if marker == f"extra == '{extra}'"]
+    return found or list(EXTRAS[extra])
 
 
 def install_incomplete(error: ImportError) -> UsageError | None:
@@ -85,11 +88,22 @@ def install_incomplete(error: ImportError) -> UsageError | None:
 
 def extra_missing(extra: str, asked: str) -> ArchitectureError:
     """Return the error for a network of a library that is an extra of the package and not installed."""
+    listed = " ".join(f'"{each}"' for each in extra_requirements(extra))
     return ArchitectureError(
         f"{asked} is a network of {extra}, which is not installed",
         code="extra-missing",
-        hint=f"pip install {BOUNDS[extra]}: the extra {extra} of {DISTRIBUTION}",
+        hint=f"pip install {listed}: the extra {extra} of {DISTRIBUTION}",
     )
+
+
+def _declared() -> list[tuple[str, str]]:
+    """Return every declared requirement with its marker; nothing in a source tree that is not installed."""
+    try:
+        declared = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return []
+    parts = (each.partition(";") for each in declared)
+    return [(requirement.strip(), marker.strip().replace('"', "'")) for requirement, _, marker in parts]
 
 
 def _name(requirement: str) -> str:
@@ -102,9 +116,8 @@ def main(arguments: list[str]) -> int:
     if arguments not in (["gate"], ["gate", "signing"]):
         sys.stderr.write("usage: python -m s2ap_deploy.requirements gate [signing]\n")
         return 2
-    declared = (each.replace('"', "'").partition(";") for each in metadata.requires(DISTRIBUTION) or [])
-    signing = [requirement for requirement, _, marker in declared if marker.strip() == SIGNING]
-    print("\n".join([*gate_requirements(), *(signing if "signing" in arguments else [])]))
+    signing = extra_requirements("signing") if "signing" in arguments else []
+    print("\n".join([*gate_requirements(), *signing]))
     return 0
 
 

@@ -93,8 +93,9 @@ def show_trained(trained: Trained) -> None:
     for row in rows:
         table.add_row(*row)
     out.print(table)
-    for remark in trained.remarks:
-        out.print(Text(remark, style="yellow" if remark.startswith("warning") else "dim"))
+    out.print(Text(trained.measured, style="dim"))
+    for warning in trained.warnings:
+        out.print(Text(f"warning: {warning}", style="yellow"))
 
 
 def _c_library(library: CLibrary) -> str:
@@ -291,7 +292,7 @@ def show_checkpoint(description: Mapping[str, Any], asked: str | None = None) ->
         keys = ("method", "arch", "data", "structure")
         words = [*(named[key] for key in keys), f"{named['sparsity']:.0%}"]
         table.add_row("benchmark", Text(", ".join(words)))
-    twins = any(near["differs"] == "nothing" for near in description["closest"])
+    twins = any(near["exact"] for near in description["closest"])
     missing = "none in the registry fits" if asked is None else f"{asked} does not fit"
     missing = "several fit by names and shapes: see the warning below" if twins else missing
     table.add_row("architecture", Text(description["architecture"] or missing))

@@ -25,10 +25,10 @@ from s2ap_deploy.runtime import derive_seed
 from s2ap_deploy.spec import DataSpec
 from s2ap_deploy.stages import resolve
 from s2ap_deploy.stages.context import HISTORY, RunContext, weights_on_images
+from s2ap_deploy.stages.results import CHANCE_MARGIN, IMAGES
 from s2ap_deploy.training.pgd import pgd_accuracy
 from s2ap_deploy.training.train import TrainingData, train, validation_sample
 
-CHANCE_MARGIN = 2.0
 CLEAN_BATCH = 256
 DOUBT_IMAGES = 8
 
@@ -108,8 +108,10 @@ def pretrain(job: RunContext, section: TrainSection) -> None:
         checkpoint.save(stage.folder / MODEL, classifier, info)
         files.write_json(stage.folder / HISTORY, [row.figures() for row in result.history])
     best = result.history[result.best_epoch - 1].figures()
-    shown = {"validation_images": len(validation_sample(images.validation, recipe.seed))}
-    shown["num_classes"] = info.num_classes
+    shown = {
+        IMAGES: len(validation_sample(images.validation, recipe.seed)),
+        "num_classes": info.num_classes,
+    }
     stage.finish([stage.folder / MODEL, stage.folder / HISTORY], {"best": best, **shown})
 
 
@@ -191,7 +193,7 @@ def adopt(job: RunContext, path: Path) -> None:
     if job.first:
         checkpoint.save(stage.folder / MODEL, classifier, info)
     best = {"clean_accuracy": accuracy.clean_accuracy, "robust_accuracy": accuracy.robust_accuracy}
-    stage.finish([stage.folder / MODEL], {"best": best, "validation_images": accuracy.n})
+    stage.finish([stage.folder / MODEL], {"best": best, IMAGES: accuracy.n})
 
 
 def _seen_in_training(images: ImageData) -> str:

@@ -53,6 +53,7 @@ from s2ap_deploy.runs.folder import MASKS, MODEL, Run
 from s2ap_deploy.runs.snapshot import Stage
 from s2ap_deploy.runtime import generator
 from s2ap_deploy.stages.context import HISTORY, RunContext, weights_on_images
+from s2ap_deploy.stages.results import IMAGES
 from s2ap_deploy.training.objective import Objective, SelfDistillation, Teacher
 from s2ap_deploy.training.train import Quantization, TrainingData, train, validation_sample
 
@@ -451,7 +452,7 @@ def finetune(job: RunContext, section: PruneSection, dense: Path) -> None:
         "kept": kept(masks),
         "sparsity": sparsity(masks),
         "num_classes": info.num_classes,
-        "validation_images": len(validation_sample(images.validation, recipe.seed)),
+        IMAGES: len(validation_sample(images.validation, recipe.seed)),
     }
     info = info.model_copy(update={"stage": "finetune", "sparsity": sparsity(masks)})
     if not METHODS[section.method].finetunes:

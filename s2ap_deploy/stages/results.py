@@ -31,7 +31,7 @@ class Loaded:
 
 
 LARGE_FALL = 0.05
-NEAR_GUESSING = 2.0
+CHANCE_MARGIN = 2.0  # times the accuracy of guessing: below, a network has hardly learned
 IMAGES = "validation_images"
 
 
@@ -79,26 +79,31 @@ class Trained:
         return [row[:2] for row in table if row[1] or not row[0]]
 
     @property
-    def remarks(self) -> tuple[str, ...]:
-        """What the accuracies were measured on, and what is wrong with them."""
+    def measured(self) -> str:
+        """What the accuracies were measured on, and by which attack."""
         counts = [self._of(stage)[IMAGES] for stage in self.stages if IMAGES in self._of(stage)]
-        measured = f"{counts[-1]:,} validation images" if counts else "validation images"
-        found = [
-            f"accuracies on {measured}, which also chose the epoch; robust under PGD-10, {self.threat}: "
+        images = f"{counts[-1]:,} validation images" if counts else "validation images"
+        return (
+            f"accuracies on {images}, which also chose the epoch; robust under PGD-10, {self.threat}: "
             "certify attacks test images with AutoAttack"
-        ]
+        )
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A large fall of accuracy, and a network that is near guessing, in words."""
+        found = []
         for name, value in (("clean", self.clean_accuracy), ("robust", self.robust_accuracy)):
             before = self._dense(f"{name}_accuracy")
             if self.sparsity is None or before is None or value is None or before - value <= LARGE_FALL:
                 continue
             found.append(
-                f"warning: {name} accuracy fell by {100 * (before - value):.1f} points: try more epochs, a "
-                "lower sparsity or another method"
+                f"{name} accuracy fell by {100 * (before - value):.1f} points: try more epochs, a lower "
+                "sparsity or another method"
             )
         classes = self.num_classes
-        if classes and self.clean_accuracy is not None and self.clean_accuracy < NEAR_GUESSING / classes:
+        if classes and self.clean_accuracy is not None and self.clean_accuracy < CHANCE_MARGIN / classes:
             found.append(
-                f"warning: the network is near guessing: {percent(self.clean_accuracy)} clean, where "
+                f"the network is near guessing: {percent(self.clean_accuracy)} clean, where "
                 f"{percent(1 / classes)} is chance"
             )
         return tuple(found)
@@ -115,7 +120,8 @@ class Trained:
         image = ""
         if plot.is_file():  # as an image, so that its style does not reach the notebook's own
             image = f'<img src="data:image/svg+xml;base64,{base64.b64encode(plot.read_bytes()).decode()}">'
-        return html_table(self.rows, self.remarks) + image
+        warned = [f"warning: {each}" for each in self.warnings]
+        return html_table(self.rows, [self.measured, *warned]) + image
 
 
 def _sums(values: Mapping[str, str]) -> tuple[str, str]:

@@ -99,7 +99,7 @@ DESCRIPTION: dict[str, Any] = {
     "parameters": 0,
     "prunable_weights": 0,
     "info": None,
-    "closest": [{"architecture": "digits-conv", "differs": "[2.weight] is missing"}],
+    "closest": [{"architecture": "digits-conv", "exact": False, "differs": "[2.weight] is missing"}],
     "layers": [{"name": "2.weight", "shape": [64, 32, 3, 3], "weights": 18432, "zeros": 0}],
     "notes": [],
     "warnings": ["[careful]"],
@@ -128,7 +128,8 @@ def test_a_terminal_of_eighty_columns_clips_nothing(monkeypatch) -> None:
 
 
 def test_twins_are_not_called_close(capsys) -> None:
-    twins = [{"architecture": f"cifar-wrn-28-4{end}", "differs": "nothing"} for end in ("", "-silu")]
+    names = ("cifar-wrn-28-4", "cifar-wrn-28-4-silu")
+    twins = [{"architecture": name, "exact": True, "differs": "nothing"} for name in names]
     tables.show_checkpoint(DESCRIPTION | {"closest": twins})
     out = capsys.readouterr().out
     assert "several fit by names and shapes" in out

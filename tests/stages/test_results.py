@@ -70,15 +70,14 @@ def test_a_dense_network_has_one_column() -> None:
 )
 def test_a_large_fall_and_a_guess_are_said_in_words(clean, robust, words, capsys) -> None:
     found = trained(clean, robust)
-    first, *warnings = found.remarks
-    assert first.startswith("accuracies on 130 validation images")
-    assert len(warnings) == len(words)
-    for warning, word in zip(warnings, words, strict=True):
-        assert warning.startswith("warning: ")
+    assert found.measured.startswith("accuracies on 130 validation images")
+    assert len(found.warnings) == len(words)
+    for warning, word in zip(found.warnings, words, strict=True):
         assert word in warning
     tables.show_trained(found)
     out = capsys.readouterr().out
-    assert all(remark in out for remark in found.remarks)
+    assert all(f"warning: {warning}" in out for warning in found.warnings)
+    assert found.measured in out
     assert "20 + 100" in out
 
 

@@ -20,7 +20,7 @@ from s2ap_deploy.errors import ArchitectureError, CheckpointError, UsageError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import masked
 from s2ap_deploy.models.checkpoints.build import build_classifier, build_network, count_nonfinite, fill
-from s2ap_deploy.models.checkpoints.key_mapping import is_normalization
+from s2ap_deploy.models.checkpoints.key_mapping import for_unit_images, is_normalization
 from s2ap_deploy.models.checkpoints.masked import DenseFromMasks
 from s2ap_deploy.models.checkpoints.match import (
     Match,
@@ -164,7 +164,7 @@ def describe(
     layers = [_layer(name, tensors[name]) for name in names if name in tensors]
     weights = sum(layer["weights"] for layer in layers)
     zeros = sum(layer["zeros"] for layer in layers)
-    normalization = match.normalization if match else None
+    normalization, notes = _normalization(raw, match, warnings)
     return {
         "file": str(path),
         "sha256": raw.sha256,
@@ -188,13 +188,31 @@ def describe(
         "devices": list(raw.locations),
         "normalization": normalization.model_dump(mode="json") if normalization else None,
         "info": raw.info.model_dump(mode="json") if raw.info else None,
-        "notes": list(match.notes if match else (*raw.notes, *dense.notes())),
+        "notes": [*(match.notes if match else (*raw.notes, *dense.notes())), *notes],
         "warnings": warnings,
         "tensors": [
             {"name": name, "shape": list(tensor.shape), "dtype": _dtype(tensor)}
             for name, tensor in raw.tensors.items()
         ],
     }
+
+
+def _normalization(
+    raw: RawCheckpoint, match: Match | None, warnings: list[str]
+) -> tuple[Normalization | None, list[str]]:
+    """Return the normalization as it would be loaded, with a note where it was rescaled.
+
+    One that is for no images is left as it is, with a warning.
+    """
+    found = match.normalization if match else None
+    if found is None or raw.info is not None:
+        return found, []
+    try:
+        found, note = for_unit_images(found)
+    except CheckpointError as error:
+        warnings.append(f"{error.message}; {error.hint}")
+        return found, []
+    return found, [] if note is None else [note]
 
 
 def _dense(
@@ -246,11 +264,17 @@ def _layer(name: str, tensor: Tensor) -> dict[str, Any]:
     }
 
 
-def _closest(tensors: dict[str, Tensor]) -> list[dict[str, str]]:
-    """Return the nearest architectures and what differs, for the names without any common prefix."""
+def _closest(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Return the nearest architectures and what differs, for the names without any common prefix.
+
+    Of several that fit exactly, none is taken by itself.
+    """
     names = key_readings(tensors)[-1].tensors
     weights = {name: tensor for name, tensor in names.items() if not is_normalization(name, tensor)}
-    return [{"architecture": d.architecture.name, "differs": str(d)} for d in closest(weights)]
+    return [
+        {"architecture": found.architecture.name, "exact": found.exact, "differs": str(found)}
+        for found in closest(weights)
+    ]
 
 
 def _dtype(tensor: Tensor) -> str:

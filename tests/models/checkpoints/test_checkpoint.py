@@ -378,7 +378,11 @@ def test_describe_what_fits_nothing_and_is_damaged(tmp_path: Path) -> None:
     found = describe(foreign(tmp_path / "m.pt", {"state_dict": state}))
     assert found["architecture"] is None
     assert found["wrapper"] == "state_dict"
-    assert found["closest"][0] == {"architecture": "digits-conv", "differs": "1 unexpected: extra"}
+    assert found["closest"][0] == {
+        "architecture": "digits-conv",
+        "exact": False,
+        "differs": "1 unexpected: extra",
+    }
     assert found["warnings"][0] == "module.0.weight: 9 of 288 values are NaN or infinite"
     assert found["warnings"][1].startswith(
         "no registered architecture fits the 9 tensors of this checkpoint; give it"
@@ -488,6 +492,15 @@ def test_a_normalization_for_bytes_is_rescaled_with_a_note(tmp_path: Path) -> No
     assert any("divided by 255" in note for note in notes)
     with pytest.raises(CheckpointError, check=lambda error: error.code == "normalization-not-for-images"):
         load(tmp_path / "m.pt", normalization=Normalization(mean=(120.0,), std=(0.2,)))
+
+
+def test_a_description_has_the_normalization_that_would_be_loaded(tmp_path: Path) -> None:
+    state = {**digits().state_dict(), "mean": torch.tensor([51.0]), "std": torch.tensor([25.5])}
+    found = describe(foreign(tmp_path / "m.pt", state))
+    assert found["normalization"] == {"mean": [0.2], "std": [0.1]}
+    assert any("divided by 255" in note for note in found["notes"])
+    odd = describe(foreign(tmp_path / "odd.pt", {**state, "std": torch.tensor([0.5])}))
+    assert any("neither in [0, 1] nor in [0, 255]" in warning for warning in odd["warnings"])
 
 
 def test_a_family_with_constants_gets_them(tmp_path: Path) -> None:
