@@ -65,7 +65,8 @@ def extra_requirements(extra: str) -> list[str]:
     Bare names where the package is imported from a source tree without being installed.
     """
     found = [requirement for requirement, marker in _declared() if marker == f"extra == '{extra}'"]
-    return found or list(EXTRAS[extra])
+    # Metadata has the bounds in the order of their signs; people read the lower one first.
+    return [re.sub(r"(<[^,]+),(>=[^,]+)$", r"\2,\1", each) for each in found] or list(EXTRAS[extra])
 
 
 def install_incomplete(error: ImportError) -> UsageError | None:
