@@ -15,10 +15,10 @@ from s2ap_deploy.c_export.library import Library
 from s2ap_deploy.c_export.lowering import lower
 from s2ap_deploy.c_export.packing import MAX_BYTES, Blob
 from s2ap_deploy.errors import UsageError
-from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.onnx_export.graph import to_onnx
 from s2ap_deploy.onnx_export.inference import compare_sums, logits, session
 from tests.c_export.conftest import Compile, images, prune
+from tests.families import family
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -147,10 +147,9 @@ def test_linear_layers_equal_pytorch(compiled, kind) -> None:
 @pytest.mark.parametrize("name", ["digits-conv", "mnist-conv", "cifar-resnet20"])
 def test_registered_networks_equal_onnx_runtime(compiled, name) -> None:
     torch.manual_seed(0)
-    architecture = registry.resolve(name)
-    assert architecture.input_size is not None
-    model = to_onnx(prune(architecture.build(architecture.num_classes), 0.9), architecture.input_size)
-    pixels = images(architecture.input_size)
+    network, size = family(name)
+    model = to_onnx(prune(network, 0.9), size)
+    pixels = images(size)
     expected = logits(session(model.SerializeToString()), pixels)
     difference, tolerance = compare_sums(expected, compiled(model)(pixels))
     assert difference <= tolerance

@@ -46,7 +46,7 @@ certify: {n: 8}
 # Children of a process that has computed nothing: autograd's threads do not survive a fork.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["s2ap_deploy.cli.main", "s2ap_deploy.api", "torch", "onnx"])
-MOMENTS = 4 if os.environ.get("S2AP_SLOW") == "reduced" else 15
+MOMENTS = 3 if os.environ.get("S2AP_SLOW") == "reduced" else 15
 FUTURE = "2099-01-01T00:00:00+00:00"
 
 
