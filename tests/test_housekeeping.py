@@ -44,7 +44,7 @@ def test_every_module_at_the_top_has_its_test() -> None:
 
 def test_extras_are_what_the_pages_promise() -> None:
     extras = set(requirements.EXTRAS)
-    assert PROJECT["optional-dependencies"].keys() == {*extras, "test", "dev"}
+    assert PROJECT["optional-dependencies"].keys() == {*extras, "test", "tools", "dev"}
     for extra in extras:
         declared = set(map(Requirement, PROJECT["optional-dependencies"][extra]))
         assert set(map(Requirement, requirements.extra_requirements(extra))) == declared

@@ -73,15 +73,19 @@ def main() -> None:
         f"{name}/{form}": (name, form, settings)
         for name, (form, settings) in itertools.product(NETWORKS, forms())
     }
-    for key, (name, form, settings) in every.items():
+    attacked = list(every) if args.autoattack is None else args.autoattack
+    for key in (*attacked, *(key for key in every if key not in attacked)):
+        if key in rows and ("autoattack" in rows[key] or key not in attacked):
+            continue
+        made = exported(args, *every[key])
         if key not in rows:
-            add(key, measured(args, exported(args, name, form, settings)))
-    for key in every if args.autoattack is None else args.autoattack:
-        if "autoattack" not in rows[key]:
-            folder, file, _ = exported(args, *every[key])
+            add(key, measured(args, made))
+        if key in attacked:
             started = time.monotonic()
-            found = api.certify(folder, artifact=file, n=args.n, threads=1, workers=1, full=True, resume=True)
-            add(key, {"autoattack": found.results["file"], "seconds": round(time.monotonic() - started)})
+            run, file, _ = made
+            found = api.certify(run, artifact=file, n=args.n, threads=1, workers=1, full=True, resume=True)
+            seconds = round(time.monotonic() - started)
+            add(key, {"autoattack": found.results["file"], "autoattack_n": args.n, "seconds": seconds})
 
 
 def forms() -> list[tuple[str, dict[str, Any]]]:

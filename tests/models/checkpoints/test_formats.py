@@ -219,7 +219,7 @@ def quantized_by_torchao() -> dict[str, Tensor]:
     return network.state_dict()
 
 
-@pytest.mark.parametrize("make", [sharded, quantized_by_torchao])
+@pytest.mark.parametrize("make", [sharded, pytest.param(quantized_by_torchao, marks=pytest.mark.runtimes)])
 @pytest.mark.parametrize("trusted", [(), ("--trust-pickle",)])
 def test_subclasses_of_tensors_are_refused_by_name_by_every_command(make, trusted, s2ap, tmp_path) -> None:
     torch.save({"state_dict": make()}, tmp_path / "model.pt")
