@@ -29,6 +29,7 @@ from s2ap_deploy.models.checkpoints.match import (
     learnable_values,
     match_architecture,
     match_dense,
+    unmatched,
 )
 from s2ap_deploy.models.checkpoints.read import (
     FORMAT,
@@ -152,8 +153,9 @@ def describe(
         match = match_dense(raw, dense, arch=arch)
     except ArchitectureError as error:
         # The closest architectures have a key of their own.
-        hint = f"; {error.hint}" if error.hint else ""
-        warnings.append(f"{error.message.partition('; closest:')[0]}{hint}")
+        none_fits = error.code == "architecture-unmatched"
+        reason = unmatched(len(dense.tensors)) if none_fits else error.message
+        warnings.append(f"{reason}; {error.hint}" if error.hint else reason)
     if match is not None and not warnings:
         try:
             fill(build_network(match), match.tensors, raw.path)

@@ -421,11 +421,15 @@ def only_match(tensors: Mapping[str, Tensor]) -> Difference:
     nearest = closest(tensors)
     listed = "".join(f"\n  {each.architecture.name}: {each}" for each in nearest)
     raise ArchitectureError(
-        f"no registered architecture fits the {len(tensors)} tensors of this checkpoint"
-        + (f"; closest:{listed}" if nearest else ""),
+        unmatched(len(tensors)) + (f"; closest:{listed}" if nearest else ""),
         code="architecture-unmatched",
         hint=ARCH_HINT,
     )
+
+
+def unmatched(count: int) -> str:
+    """Return the sentence that no architecture fits a checkpoint of ``count`` tensors."""
+    return f"no registered architecture fits the {count} tensors of this checkpoint"
 
 
 def exact_matches(tensors: Mapping[str, Tensor]) -> list[Difference]:
