@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from s2ap_deploy.stages.plan import Plan
     from s2ap_deploy.sweeps.aggregate import SweepReport
     from s2ap_deploy.sweeps.grid import Combination
+    from s2ap_deploy.sweeps.runner import Parts
 
     Model = Path | str | Loaded | nn.Module
 
@@ -562,32 +563,71 @@ def sweep(
     Raises:
         UsageError: no combination is possible, or the folder holds another sweep.
     """
-    import functools
-
     from s2ap_deploy import tracking
     from s2ap_deploy.stages import open_run
-    from s2ap_deploy.sweeps.runner import SweepFolder, possible
+    from s2ap_deploy.sweeps.runner import OneByOne, SweepFolder, possible
     from s2ap_deploy.sweeps.runner import sweep as work
 
     arguments.check(session, arguments.SessionArguments)
     points = _grid(recipe, axes, seeds, overrides, session)
-    folder, resume = Path(run), session.get("resume", False)
-    machine = open_run.machine(folder, session)
+    folder = Path(run)
+    parts = _parts(folder, session)
     # Refuse before the folder is made.
     possible(points)
     tracking.require(session.get("track", ()))
-    with SweepFolder(folder, resume=resume, overwrite=session.get("overwrite", False)) as opened:
+    resume, overwrite = session.get("resume", False), session.get("overwrite", False)
+    with SweepFolder(folder, resume=resume, overwrite=overwrite) as opened:
+        parts.machine.save(folder)
         return work(
             opened,
             points,
-            machine,
+            OneByOne(parts),
             open_run.recorder(session),
             axes={**{key: value for key, value in axes.items() if value}, "seeds": seeds},
-            resume=resume,
-            command=session.get("command", "python: sweep"),
             changed=_write_sweep,
-            telling=functools.partial(open_run.reported, session=session),
         )
+
+
+def sweep_parts(
+    recipe: Path | str,
+    axes: Mapping[str, Sequence[Any]],
+    *,
+    seeds: int = 1,
+    overrides: Sequence[str] = (),
+    arch: str | None = None,
+) -> tuple[str, ...]:
+    """List the parts of :func:`sweep`, dense networks first; each part is one run folder in the sweep's.
+
+    Raises:
+        UsageError: no combination is possible.
+    """
+    from s2ap_deploy.sweeps.runner import part_names
+
+    return part_names(_grid(recipe, axes, seeds, overrides, {"arch": arch}))
+
+
+def sweep_part(
+    recipe: Path | str,
+    axes: Mapping[str, Sequence[Any]],
+    part: str,
+    *,
+    run: Path | str = "s2ap-sweep",
+    seeds: int = 1,
+    overrides: Sequence[str] = (),
+    **session: Unpack[SessionArguments],
+) -> None:
+    """Run one of :func:`sweep_parts` alone, for schedulers that start each part as a job of its own.
+
+    The folder's table is made by :func:`sweep` with ``resume``, which skips finished parts.
+
+    Raises:
+        UsageError: the sweep has no such part.
+        RunFolderError: the dense network of a combination is not finished.
+    """
+    from s2ap_deploy.sweeps.runner import run_part
+
+    arguments.check(session, arguments.SessionArguments)
+    run_part(_parts(Path(run), session), _grid(recipe, axes, seeds, overrides, session), part)
 
 
 def dry_run_sweep(
@@ -894,6 +934,22 @@ def _grid(
 
     open_run.refuse_registered(session.get("arch"), "the recipe")
     return combinations(catalog.document(str(recipe), overrides=overrides), Axes(**axes, seeds=seeds))
+
+
+def _parts(folder: Path, session: Mapping[str, Any]) -> Parts:
+    import functools
+
+    from s2ap_deploy.stages import open_run
+    from s2ap_deploy.sweeps.runner import Parts
+
+    return Parts(
+        folder,
+        open_run.machine(folder, session),
+        open_run.recorder(session),
+        resume=session.get("resume", False),
+        command=session.get("command", "python: sweep"),
+        telling=functools.partial(open_run.reported, session=session),
+    )
 
 
 def _dry_run(recipe: Recipe, run: Path | str, session: Mapping[str, Any], **options: Any) -> DryRunReport:

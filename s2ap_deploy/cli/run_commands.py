@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,12 @@ S2AP = {"on": (True,), "off": (False,), "both": (False, True)}
 )
 @options.set_option
 @options.dry_run_option
+@click.option(
+    "--print-commands",
+    is_flag=True,
+    help="Print one command per dense network and combination, for a batch system; run nothing.",
+)
+@click.option("--only", "part", metavar="PART", help="Run this part alone; --print-commands lists the parts.")
 @options.import_path_option
 @options.trust_option
 @options.run_folder(Path("s2ap-sweep"))
@@ -125,7 +132,15 @@ S2AP = {"on": (True,), "off": (False,), "both": (False, True)}
 @options.logging_options
 @options.output_options
 def sweep_command(
-    recipe: str, s2ap: str | None, dry_run: bool, run: Path, as_json: bool, quiet: bool, **keywords: Any
+    recipe: str,
+    s2ap: str | None,
+    dry_run: bool,
+    print_commands: bool,
+    part: str | None,
+    run: Path,
+    as_json: bool,
+    quiet: bool,
+    **keywords: Any,
 ) -> int:
     """Run a recipe in all combinations of values and compare them.
 
@@ -140,13 +155,23 @@ def sweep_command(
     s2ap-deploy sweep demo --sparsity 0.9,0.95,0.99 --s2ap both --seeds 3
     s2ap-deploy sweep demo --sparsity 0.9,0.99 --method hydra,harp --set prune.budget=null
     s2ap-deploy sweep demo --sparsity 0.9,0.95 --dry-run
+    s2ap-deploy sweep demo --sparsity 0.9,0.95 --print-commands
     """
     from s2ap_deploy import api
     from s2ap_deploy.cli import session, tables
 
+    if dry_run + print_commands + (part is not None) > 1:
+        raise click.UsageError("--dry-run, --print-commands and --only exclude each other")
     axes = {name: keywords.pop(name) for name in ("sparsity", "method", "granularity", "budget")}
     axes["s2ap"] = S2AP[s2ap] if s2ap is not None else ()
+    if print_commands:
+        chosen = {name: keywords[name] for name in ("seeds", "overrides", "arch")}
+        _print_commands(api.sweep_parts(recipe, axes, **chosen), as_json=as_json)
+        return 0
     with session.reporting(quiet) as reporting:
+        if part is not None:
+            api.sweep_part(recipe, axes, part, run=run, **keywords, **reporting)
+            return 0
         if dry_run:
             estimate = api.dry_run_sweep(recipe, axes, run=run, **keywords, **reporting)
         else:
@@ -162,6 +187,21 @@ def sweep_command(
             plot = "pareto.svg and runs/" if (run / "pareto.svg").exists() else "and runs/"
             click.echo(f"all output is in {run}: the table, sweep.csv, sweep.json, {plot}", err=True)
     return exit_code(report)
+
+
+def _print_commands(parts: Sequence[str], *, as_json: bool) -> None:
+    """Print the command line as typed once for each part; every line can be repeated after a failure."""
+    from s2ap_deploy.cli import session
+
+    printing = ("--print-commands", "--json", "--resume")
+    typed = [word for word in shlex.split(session.command_line()) if word not in printing]
+    if "--overwrite" in typed:
+        raise click.UsageError("jobs of one sweep must not remove each other's work: leave out --overwrite")
+    lines = {part: shlex.join([*typed, "--resume", "--only", part]) for part in parts}
+    if as_json:
+        session.print_json({"commands": [{"part": part, "command": line} for part, line in lines.items()]})
+    else:
+        click.echo("\n".join(lines.values()))
 
 
 def exit_code(report: SweepReport) -> int:

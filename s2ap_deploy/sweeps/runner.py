@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import UNFORESEEN, DeployError, RunFolderError, StorageError, UsageError
 from s2ap_deploy.recipe.schema import ExportSection, Recipe
-from s2ap_deploy.recorder import Recorder
+from s2ap_deploy.recorder import Recorder, Silent
 from s2ap_deploy.runs import folder
 from s2ap_deploy.runs.folder import FolderLock, Run
 from s2ap_deploy.runs.manifest import Manifest, StageName
 from s2ap_deploy.stages.certify import DENSE as DENSE_ROLE
 from s2ap_deploy.stages.certify import certify
-from s2ap_deploy.stages.context import ExecutionConfig, RunContext
+from s2ap_deploy.stages.context import MACHINE, ExecutionConfig, RunContext
+from s2ap_deploy.stages.open_run import DryRunJob, ReadOnlyRun, StagePending
 from s2ap_deploy.stages.pipeline import whole
 from s2ap_deploy.stages.pretrain import dense
 from s2ap_deploy.sweeps.aggregate import FILE, Row, SweepReport, differences, figures, groups
@@ -121,7 +123,7 @@ class SweepFolder:
             files.remove_leftovers(path)
             if overwrite:
                 _clear(path)
-            elif not resume and (path / FILE).exists() and SweepReport.load(path).status == "started":
+            elif not resume and _begun(path):
                 raise RunFolderError(
                     f"the sweep in {path} was started and did not finish",
                     code="sweep-unfinished",
@@ -141,27 +143,23 @@ class SweepFolder:
 def sweep(
     folder: SweepFolder,
     combinations: Sequence[Combination],
-    machine: ExecutionConfig,
+    engine: Engine,
     recorder: Recorder,
     *,
     axes: Mapping[str, Any],
-    resume: bool,
-    command: str,
     changed: Changed,
-    telling: Telling = nullcontext,
 ) -> SweepReport:
-    """Run every possible combination, one after another, and return the report.
+    """Run every possible combination on ``engine`` and return the report.
 
     A combination that fails is reported with its error and the sweep continues; only an interruption ends
-    it. Finished work is skipped, so a resumed sweep ends like an uninterrupted one. ``telling`` wraps the
-    work on every run folder. Raises UsageError if no combination is possible.
+    it. Finished work is skipped, so a resumed sweep ends like an uninterrupted one. Raises UsageError if no
+    combination is possible.
     """
     rows = [Row.waiting(each) for each in combinations]
     for row in rows:
         if row.status == "skipped":
             recorder.warn(f"{row.name} is impossible and skipped: {row.error}")
     first = possible(combinations)[0]
-    sweeping = _Sweeping(folder.path, machine, recorder, resume, command, telling)
     statement: str | None = None
 
     def told(status: Any) -> SweepReport:
@@ -183,13 +181,16 @@ def sweep(
         return report
 
     told("started")
-    machine.save(folder.path)
-    for number, combination in enumerate(combinations):
-        if combination.recipe is None:
-            continue
-        recorder.note(f"combination {number + 1} of {len(combinations)}: {combination.name}")
-        rows[number], found = sweeping.row(rows[number], combination.recipe)
+    waiting = [
+        Waiting(number, rows[number], each.recipe)
+        for number, each in enumerate(combinations)
+        if each.recipe is not None
+    ]
+    for number, row, found in engine.run(waiting):
+        rows[number] = row
         statement = found or statement
+        if row.status == "failed":
+            recorder.warn(f"{row.name} failed: {row.error}")
         told("started")
     return told("finished")
 
@@ -205,49 +206,51 @@ def possible(combinations: Sequence[Combination]) -> tuple[Recipe, ...]:
     return recipes
 
 
-class _Sweeping:
-    """Runs single combinations; remembers which dense networks failed."""
+class Parts:
+    """The run folders of a sweep, each of which is one part of the work: dense networks and combinations."""
 
     def __init__(
         self,
         path: Path,
         machine: ExecutionConfig,
         recorder: Recorder,
+        *,
         resume: bool,
         command: str,
-        telling: Telling,
+        telling: Telling = nullcontext,
     ) -> None:
+        """Work in the sweep's folder ``path``; ``telling`` wraps the work on every run folder."""
         self.path = path
         self.machine = machine
         self.recorder = recorder
         self.resume = resume
         self.command = command
         self.telling = telling
-        self._dense: dict[int, Exception | None] = {}
 
-    def row(self, row: Row, recipe: Recipe) -> tuple[Row, str | None]:
-        """Run the combination; return its row and the statement of its certificate."""
+    def dense(self, recipe: Recipe) -> None:
+        """Finish the dense network of the recipe's seed and the attack on it. Raises what stages raise."""
+        self._within(self._shared(recipe), dense_recipe(recipe), share)
+
+    def require_dense(self, recipe: Recipe) -> None:
+        """Raise RunFolderError unless :meth:`dense` is finished; takes no lock, as others may read it too."""
+        folder = self._shared(recipe)
+        job = DryRunJob(ReadOnlyRun(folder), dense_recipe(recipe), self.machine, Silent())
         try:
-            shared = self._shared(recipe)
-            return self._run(row, recipe, shared)
-        except Exception as error:  # whatever it is, it is this combination's alone
-            return self._failed(row, error), None
+            share(job)
+        except StagePending as pending:
+            raise RunFolderError(
+                f"the {pending.name} that combinations share in {folder} is not finished",
+                code="stage-unfinished",
+                hint=f"first run the same command with --only {DENSE}/{folder.name}",
+            ) from None
 
-    def _shared(self, recipe: Recipe) -> Path:
-        """Return the folder with the dense network of the recipe's seed. A failure is not retried."""
-        folder = self.path / DENSE / f"seed-{recipe.seed}"
-        if recipe.seed not in self._dense:
-            try:
-                self._within(folder, dense_recipe(recipe), share)
-                self._dense[recipe.seed] = None
-            except Exception as error:
-                self._dense[recipe.seed] = error
-        known = self._dense[recipe.seed]
-        if known is not None:
-            raise known
-        return folder
+    def finish(self, row: Row, recipe: Recipe) -> tuple[Row, str | None]:
+        """Run a combination whose dense network is finished; return its row and its certificate's statement.
 
-    def _run(self, row: Row, recipe: Recipe, shared: Path) -> tuple[Row, str | None]:
+        Raises what stages raise.
+        """
+        shared = self._shared(recipe)
+
         def work(job: RunContext) -> tuple[Row, str]:
             if take_over(job.run, shared):
                 job.recorder.note(f"the dense network is that of {shared}")
@@ -257,6 +260,9 @@ class _Sweeping:
 
         return self._within(self.path / RUNS / row.name, recipe, work)
 
+    def _shared(self, recipe: Recipe) -> Path:
+        return self.path / DENSE / f"seed-{recipe.seed}"
+
     def _within(self, folder: Path, recipe: Recipe, work: Callable[[RunContext], Result]) -> Result:
         with (
             Run.open(folder, create=True, command=self.command) as run,
@@ -264,15 +270,95 @@ class _Sweeping:
         ):
             return work(job)
 
-    def _failed(self, row: Row, error: Exception) -> Row:
-        if isinstance(error, DeployError):
-            words, hint, code = error.message, error.hint, error.exit_code
-        else:
-            words, hint, code = f"{type(error).__name__}: {error}", None, UNFORESEEN
-            if os.environ.get("S2AP_DEBUG"):
-                traceback.print_exception(error)
-        self.recorder.warn(f"{row.name} failed: {words}")
-        return row.model_copy(update={"status": "failed", "error": words, "hint": hint, "exit_code": code})
+
+@dataclass(frozen=True)
+class Waiting:
+    """A combination to run: its number in the sweep, its row so far and its recipe."""
+
+    number: int
+    row: Row
+    recipe: Recipe
+
+
+class Engine(Protocol):
+    """Runs combinations on one or several machines."""
+
+    def run(self, waiting: Sequence[Waiting]) -> Iterator[tuple[int, Row, str | None]]:
+        """Yield number, finished or failed row, and statement of each combination, in any order."""
+
+
+class OneByOne:
+    """Runs combinations in this process, one after another. A dense network that failed is not retried."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._dense: dict[int, Exception | None] = {}
+
+    def run(self, waiting: Sequence[Waiting]) -> Iterator[tuple[int, Row, str | None]]:
+        for place, each in enumerate(waiting, start=1):
+            self._parts.recorder.note(f"combination {place} of {len(waiting)}: {each.row.name}")
+            try:
+                self._prepare(each.recipe)
+                done = self._parts.finish(each.row, each.recipe)
+            except Exception as error:  # whatever it is, it is this combination's alone
+                done = failed(each.row, error), None
+            yield each.number, *done
+
+    def _prepare(self, recipe: Recipe) -> None:
+        if recipe.seed not in self._dense:
+            try:
+                self._parts.dense(recipe)
+                self._dense[recipe.seed] = None
+            except Exception as error:
+                self._dense[recipe.seed] = error
+        known = self._dense[recipe.seed]
+        if known is not None:
+            raise known
+
+
+def failed(row: Row, error: Exception) -> Row:
+    """Return the row of a combination that ended with ``error``."""
+    if isinstance(error, DeployError):
+        words, hint, code = error.message, error.hint, error.exit_code
+    else:
+        words, hint, code = f"{type(error).__name__}: {error}", None, UNFORESEEN
+        if os.environ.get("S2AP_DEBUG"):
+            traceback.print_exception(error)
+    return row.model_copy(update={"status": "failed", "error": words, "hint": hint, "exit_code": code})
+
+
+def part_names(combinations: Sequence[Combination]) -> tuple[str, ...]:
+    """Return the folders of all parts, relative to the sweep's: dense networks first, in a stable order.
+
+    Combinations read a finished dense network. Raises UsageError if no combination is possible.
+    """
+    seeds = dict.fromkeys(recipe.seed for recipe in possible(combinations))
+    runs = [f"{RUNS}/{each.name}" for each in combinations if each.recipe is not None]
+    return (*(f"{DENSE}/seed-{seed}" for seed in seeds), *runs)
+
+
+def run_part(parts: Parts, combinations: Sequence[Combination], name: str) -> None:
+    """Run one of :func:`part_names` alone, without the sweep's lock and tables.
+
+    Raises UsageError for another name, RunFolderError for a combination whose dense network is not finished,
+    and what stages raise.
+    """
+    known = part_names(combinations)
+    if name not in known:
+        raise UsageError(
+            f"the sweep has no part {name!r}; it has {known[0]} and {len(known) - 1} others",
+            code="part-unknown",
+            hint="--print-commands lists all of them",
+        )
+    _check(parts.path)
+    kind, _, rest = name.partition("/")
+    for each in combinations:
+        if each.recipe is not None and kind == DENSE and rest == f"seed-{each.recipe.seed}":
+            return parts.dense(each.recipe)
+        if each.recipe is not None and kind == RUNS and rest == each.name:
+            parts.require_dense(each.recipe)
+            parts.finish(Row.waiting(each), each.recipe)
+    return None
 
 
 def _check(path: Path) -> None:
@@ -286,12 +372,20 @@ def _check(path: Path) -> None:
         raise StorageError(
             f"cannot read {path}: {error.strerror or error}", code="folder-not-readable"
         ) from error
-    # A kill before the first report was written leaves no more than these.
-    entries = {name for name in entries if name != folder.FILE_NAME and not name.startswith(files.TEMPORARY)}
+    # A kill before the first report was written, and parts that ran alone, leave no more than these.
+    own = (folder.FILE_NAME, MACHINE, RUNS, DENSE)
+    entries = {name for name in entries if name not in own and not name.startswith(files.TEMPORARY)}
     if entries and FILE not in entries:
         raise RunFolderError(
             f"{path} has other files and is not a sweep", code="folder-not-empty", hint=_OTHER
         )
+
+
+def _begun(path: Path) -> bool:
+    """Return whether ``path`` holds parts of a sweep that is not finished."""
+    if (path / FILE).exists():
+        return SweepReport.load(path).status == "started"
+    return any((path / name).exists() for name in (RUNS, DENSE))
 
 
 def _clear(path: Path) -> None:

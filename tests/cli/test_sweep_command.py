@@ -2,7 +2,11 @@
 
 import csv
 import json
+import os
+import re
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -134,6 +138,58 @@ def test_an_interrupted_sweep_is_resumed_to_the_same_table(own, s2ap, monkeypatc
     resumed = s2ap("sweep", *COMMON, *AXES, "--run", "other", "--resume", cwd=own)
     assert resumed.code == 2  # of the combinations that no mask can meet, as before
     assert (own / "other" / "table.md").read_bytes() == straight
+
+
+def test_printed_commands_do_the_work_and_the_sweep_makes_the_table(own, s2ap) -> None:
+    place = own / "with space"
+    axes = ["--method", "magnitude,random", "--sparsity", "0.9"]
+    typed = ["sweep", *COMMON, *axes, "--run", place]
+    lines = s2ap.ok(*typed, "--print-commands", cwd=own).out.splitlines()
+    commands = [shlex.split(line) for line in lines]
+    parts = ["dense/seed-4", "runs/magnitude-0.9-seed-4", "runs/random-0.9-seed-4"]
+    assert [words[0] for words in commands] == ["s2ap-deploy"] * 3
+    assert [words[-1] for words in commands] == parts
+    listed = s2ap.json(*typed, "--print-commands", cwd=own)["commands"]
+    assert listed == [{"part": part, "command": line} for part, line in zip(parts, lines, strict=True)]
+    assert not place.exists()
+    s2ap.refused("stage-unfinished", *commands[1][1:], cwd=own)
+    for words in [commands[0], *commands[:0:-1]]:
+        s2ap.ok(*words[1:], cwd=own)
+    assert not (place / "table.md").exists()
+    s2ap.refused("sweep-unfinished", *typed, cwd=own)
+    s2ap.refused("part-unknown", *typed, "--only", "runs/nothing", cwd=own)
+    before = {part: Manifest.load(place / part).stages["certify"] for part in parts}
+    assert s2ap.json(*typed, "--resume", cwd=own)["status"] == "finished"
+    assert {part: Manifest.load(place / part).stages["certify"] for part in parts} == before
+    s2ap.ok("sweep", *COMMON, *axes, "--run", "straight", cwd=own)
+    assert (place / "table.md").read_bytes() == (own / "straight" / "table.md").read_bytes()
+
+
+def test_the_pages_slurm_script_starts_every_part_once_and_dense_networks_first(tmp_path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    (script,) = [text for text in re.findall(r"^```sh\n(.*?)^```$", page, re.S | re.M) if "sbatch" in text]
+    parts = ["dense/seed-0", "dense/seed-1", "runs/0.9-seed-0", "runs/0.9-seed-1"]
+    stand_ins = {
+        "s2ap-deploy": 'case "$*" in *--print-commands*) printf "s2ap-deploy sweep --only %s\\n" '
+        f'{" ".join(parts)};; *) echo "${{@: -1}}" >> log;; esac',
+        "sbatch": "count=; for word; do case $word in --array=1-*) count=${word#--array=1-};; esac; done\n"
+        'for i in $(seq $count); do SLURM_ARRAY_TASK_ID=$i bash -c "${@: -1}"; done;\n'
+        'echo 7; echo "$*" >> jobs',
+    }
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-eu", "-c", script], cwd=tmp_path, env=path, check=True)
+    assert (tmp_path / "log").read_text().split() == parts
+    assert "--dependency=afterok:7 --array=1-2" in (tmp_path / "jobs").read_text()
+
+
+@pytest.mark.parametrize(
+    "options", [["--dry-run", "--only", "dense/seed-4"], ["--print-commands", "--overwrite"]]
+)
+def test_options_that_print_or_run_a_part_exclude_others(own, s2ap, options) -> None:
+    s2ap.refused("usage", "sweep", *COMMON, *AXES, *options, cwd=own)
 
 
 def test_a_shared_file_that_was_changed_is_not_passed_on(own, s2ap) -> None:

@@ -62,7 +62,10 @@ CODES = {
 }
 # Left for the slow tests: whole pipelines but the demo's, and several processes that import torch each. The
 # page's other commands do without them.
-SLOW = (r"^s2ap-deploy (run|sweep|demo --sparsity) (?!.*--dry-run)", r"--devices [2-9]|^torchrun")
+SLOW = (
+    r"^s2ap-deploy (run|sweep|demo --sparsity) (?!.*--(dry-run|print-commands))",
+    r"--devices [2-9]|^torchrun",
+)
 # What cannot run in a test, and why.
 NOT_HERE = {
     r"^python3 -m venv ": "makes a fresh environment, as .ci/run does with these very lines",
@@ -70,6 +73,7 @@ NOT_HERE = {
     r"^\.venv/bin/python -m pytest$": "runs all tests, this one among them",
     r"^cosign ": "signs with a program and a key that are not ours",
     r"^uses: (actions|github)/": "needs GitHub",
+    r"sbatch |(all|dense|runs)\.txt$|^line=": "needs Slurm; tests/cli/test_sweep_command.py has a stand-in",
     r"zsh_source": "needs zsh; tests/cli/test_reference.py asks for the script",
     r"fish_source": "needs fish; tests/cli/test_reference.py asks for the script",
 }
