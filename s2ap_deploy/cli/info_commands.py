@@ -20,6 +20,8 @@ from s2ap_deploy.recipe import keys
 
 if TYPE_CHECKING:
     from s2ap_deploy.doctor import Health
+    from s2ap_deploy.planning.device_bench import Rate
+    from s2ap_deploy.recorder import Recorder
 
 
 @click.command()
@@ -271,24 +273,36 @@ def _grouped_recipes(loaded: Mapping[str, Any]) -> Iterator[str]:
 
 @click.command()
 @options.data_root_option
+@click.option(
+    "--bench",
+    is_flag=True,
+    help="Also measure steps, attacks and data for a minute, and compare them with the estimates.",
+)
+@options.compute_options
 @options.output_options
-def doctor_command(data_root: Path | None, as_json: bool, quiet: bool) -> int:
+def doctor_command(
+    data_root: Path | None, bench: bool, device: str, threads: int | None, as_json: bool, quiet: bool
+) -> int:
     """Check this machine and suggest fixes.
 
     Checks versions, device, memory and disk, data sets, extras and plug-ins. Downloads and writes nothing.
     The exit code is 0 if commands can run, 2 if something that all of them need is missing or broken.
+    With --bench, a figure that looks wrong is marked with "!"; it leaves the exit code as it is.
 
     \b
     s2ap-deploy doctor
     s2ap-deploy doctor --json
+    s2ap-deploy doctor --bench
     """
     from s2ap_deploy.cli import session
     from s2ap_deploy.doctor import examine
 
     with session.reporting(quiet) as reporting:
         health = examine(Path(), reporting["recorder"], data_root=data_root)
+        rates = _measured(device, threads, reporting["recorder"]) if bench and health.usable else ()
     if as_json:
-        click.echo(health.model_dump_json())
+        content = health.model_dump(mode="json")
+        session.print_json(content | ({"bench": [each.model_dump() for each in rates]} if bench else {}))
     elif not quiet:
         for name, words in _health_rows(health):
             click.echo(_fitted(f"{name:<10}  {words}"))
@@ -298,7 +312,29 @@ def doctor_command(data_root: Path | None, as_json: bool, quiet: bool) -> int:
             click.echo(_fitted(f"  hint: {problem.hint}", indent=8))
         if not health.problems:
             click.echo(f"{styled('pass')} no problem found")
+        for rate in rates:
+            click.echo(_fitted(_rate_line(rate), indent=4))
     return 0 if health.usable else UNUSABLE
+
+
+def _measured(device: str, threads: int | None, recorder: Recorder) -> tuple[Rate, ...]:
+    """Measure the device. Raises UsageError for one that is not there."""
+    import torch
+
+    from s2ap_deploy import runtime
+    from s2ap_deploy.planning.device_bench import measure
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return measure(runtime.device(device), recorder)
+
+
+def _rate_line(rate: Rate) -> str:
+    """Return a measurement as a line: its figure, the prediction, and how they compare."""
+    expected = "" if rate.predicted is None else f", expected {rate.predicted:.3g}"
+    sign = click.style("!", fg="yellow") if rate.odd else " "
+    unit = f" {rate.unit}" if rate.unit else ""
+    return f"{sign} {rate.name:<15} {rate.measured:.3g}{unit}{expected}: {rate.outcome} ({rate.note})"
 
 
 def _health_rows(health: Health) -> list[tuple[str, str]]:

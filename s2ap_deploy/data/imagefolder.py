@@ -309,3 +309,9 @@ def _transforms() -> Any:
     from torchvision.transforms.v2 import functional
 
     return functional
+
+
+def write_sample(path: Path, side: int) -> None:
+    """Write a square color JPEG file of smooth noise, whose size per pixel is that of a photograph."""
+    coarse = torch.randint(0, 256, (side // 8, side // 8, 3), generator=torch.Generator().manual_seed(0))
+    Image.fromarray(coarse.to(torch.uint8).numpy()).resize((side, side), Image.Resampling.BICUBIC).save(path)

@@ -63,6 +63,7 @@ CODES = {
 # Left for the slow tests: whole pipelines but the demo's, and several processes that import torch each. The
 # page's other commands do without them.
 SLOW = (
+    r"^s2ap-deploy doctor --bench",
     r"^s2ap-deploy (run|sweep|demo --sparsity) (?!.*--(dry-run|print-commands))",
     r"--devices [2-9]|^torchrun",
 )
