@@ -9,8 +9,10 @@ packages of one or more environments apart from this one. A row says ok with the
 logits from ONNX Runtime's on the dense file, or the last line of what the tool said.
 """
 
+import itertools
 import json
 import subprocess
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -18,78 +20,137 @@ import numpy as np
 import onnx
 
 from benchmarks.lib import arguments, results
-from s2ap_deploy.codecs.registry import CODECS
+from s2ap_deploy.codecs.registry import ENCODINGS
 from s2ap_deploy.data import datasets
 from s2ap_deploy.models.checkpoints import checkpoint
+from s2ap_deploy.onnx_export.dead_channels.compact import compact
 from s2ap_deploy.onnx_export.encoding import encode
 from s2ap_deploy.onnx_export.graph import lowered, to_onnx
 from s2ap_deploy.onnx_export.inference import logits, session
 from s2ap_deploy.onnx_export.quantization import quantize
 
 IMAGES = 32
-TIMEOUT = 120
+TIMEOUT = 900
 HEAD = """
-import sys, numpy as np
-path, folder = sys.argv[1:3]
+import os, subprocess, sys, numpy as np
+folder = sys.argv[1]
 images, expected = np.load(folder + "/images.npy"), np.load(folder + "/expected.npy")
-def judged(found):
-    print("ok", float(np.abs(np.asarray(found, np.float32).reshape(expected.shape) - expected).max()))
+def program(name, *arguments):
+    command = [os.path.join(os.path.dirname(sys.executable), name), *arguments]
+    # Without a pip in PATH, which MNN's converter would call.
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": folder})
+    if done.returncode: raise SystemExit((done.stderr.strip().splitlines() or ["no word"])[-1])
+def fresh(name):
+    if os.path.exists(folder + name): os.remove(folder + name)
+    return folder + name
 def ort(where):
     import onnxruntime
     running = onnxruntime.InferenceSession(where, providers=["CPUExecutionProvider"])
-    judged(running.run(None, {running.get_inputs()[0].name: images})[0])
+    return running.run(None, {running.get_inputs()[0].name: images})[0]
+def answer(path):
+"""
+TAIL = """
+for path in sys.argv[2:]:
+    print("file", flush=True)
+    try:
+        found = answer(path)
+        if found is not None:
+            found = float(np.abs(np.asarray(found, np.float32).reshape(expected.shape) - expected).max())
+        print("answer ok", "converted" if found is None else found, flush=True)
+    except BaseException as error:
+        said = [type(error).__name__, *str(error).split()]
+        missing = said[0] == "ModuleNotFoundError"
+        print("answer", "not installed" if missing else " ".join(said)[-200:], flush=True)
 """
 TOOLS = {
-    "onnxruntime": "ort(path)",
-    "onnxsim": "import onnx, onnxsim\nm, _ = onnxsim.simplify(onnx.load(path)); ort(m.SerializeToString())",
-    "onnxslim": "import onnxslim\nort(onnxslim.slim(path).SerializeToString())",
+    "onnxruntime": "return ort(path)",
+    "onnxsim": "import onnx, onnxsim\nreturn ort(onnxsim.simplify(onnx.load(path))[0].SerializeToString())",
+    "onnxslim": "import onnxslim\nreturn ort(onnxslim.slim(path).SerializeToString())",
     "onnxoptimizer": """
 import onnx, onnxoptimizer
-ort(onnxoptimizer.optimize(onnx.load(path)).SerializeToString())
+return ort(onnxoptimizer.optimize(onnx.load(path)).SerializeToString())
+""",
+    "onnxconverter-common float16": """
+import onnx
+from onnxconverter_common import float16
+return ort(float16.convert_float_to_float16(onnx.load(path), keep_io_types=True).SerializeToString())
+""",
+    "quantize_static": """
+from onnxruntime import quantization
+class Reader(quantization.CalibrationDataReader):
+    batches = iter([{"image": images}])
+    def get_next(self): return next(self.batches, None)
+quantization.quantize_static(path, fresh("/quantized.onnx"), Reader(), per_channel=True)
+return ort(folder + "/quantized.onnx")
 """,
     "openvino": """
 import openvino
-core = openvino.Core()
-compiled = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-judged(compiled([images])[0])
+compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+return compiled([images])[0]
 """,
     "opencv": """
 import cv2
-print(cv2.__version__)
 net = cv2.dnn.readNetFromONNX(path)
 net.setInput(images)
-judged(net.forward())
+return net.forward()
 """,
     "MNN": """
-import os, subprocess
-target = folder + "/model.mnn"
-if os.path.exists(target): os.remove(target)
-convert = os.path.join(os.path.dirname(sys.executable), "mnnconvert")
-command = [convert, "-f", "ONNX", "--modelFile", path, "--MNNModel", target]
-subprocess.run(command, capture_output=True, env={"PATH": folder})  # it would install a package by pip
-if not os.path.exists(target): raise SystemExit("converter wrote no file")
+target = fresh("/model.mnn")
+program("mnnconvert", "-f", "ONNX", "--modelFile", path, "--MNNModel", target)
+if not os.path.exists(target): raise SystemExit("exit code 0 and no file")
 import MNN.nn, MNN.expr, MNN.numpy
 net = MNN.nn.load_module_from_file(target, ["image"], ["logits"])
 given = MNN.expr.const(images, list(images.shape), MNN.expr.NCHW)
-judged(np.array(MNN.expr.convert(net.forward(given), MNN.expr.NCHW).read()))
+return np.array(MNN.expr.convert(net.forward(given), MNN.expr.NCHW).read())
 """,
     "rten-convert": """
-import os, subprocess
-target = folder + "/model.rten"
-convert = os.path.join(os.path.dirname(sys.executable), "rten-convert")
-done = subprocess.run([convert, path, target], capture_output=True, text=True)
-if done.returncode: raise SystemExit(done.stderr.strip().splitlines()[-1])
-print("ok converted")
+program("rten-convert", path, fresh("/model.rten"))
 """,
     "onnx.reference": """
 from onnx.reference import ReferenceEvaluator
-judged(ReferenceEvaluator(path).run(None, {"image": images})[0])
+return ReferenceEvaluator(path).run(None, {"image": images})[0]
 """,
     "onnx2torch": """
 import onnx2torch, torch
-judged(onnx2torch.convert(path).eval()(torch.from_numpy(images)).detach().numpy())
+return onnx2torch.convert(path).eval()(torch.from_numpy(images)).detach().numpy()
+""",
+    "tract": """
+import tract
+model = tract.onnx().load(path)
+model.set_input_fact(0, ",".join(map(str, images.shape)) + ",f32")
+return model.into_model().into_runnable().run([images])[0].to_numpy()
+""",
+    "pnnx, ncnn": """
+import ncnn
+param, weights = fresh("/model.ncnn.param"), fresh("/model.ncnn.bin")
+options = [f"{kind}={folder}/model.{name}" for kind, name in [("pnnxparam", "pnnx.param"),
+    ("pnnxbin", "pnnx.bin"), ("pnnxpy", "pnnx.py"), ("pnnxonnx", "pnnx.onnx"), ("ncnnpy", "ncnn.py")]]
+shape = "[" + ",".join(map(str, (1, *images.shape[1:]))) + "]f32"
+program("pnnx", path, "inputshape=" + shape, "fp16=0", f"ncnnparam={param}", f"ncnnbin={weights}", *options)
+net = ncnn.Net()
+net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+if net.load_param(param) or net.load_model(weights): raise SystemExit("ncnn cannot load what pnnx wrote")
+def one(image):
+    running = net.create_extractor()
+    running.input("in0", ncnn.Mat(image))
+    return np.array(running.extract("out0")[1])
+return np.stack([one(image) for image in images])
+""",
+    "iree": """
+import iree.compiler.tools, iree.runtime
+program("iree-import-onnx", path, "-o", fresh("/model.mlir"))
+options = ["--iree-llvmcpu-target-cpu=host"]
+code = iree.compiler.tools.compile_file(
+    folder + "/model.mlir", target_backends=["llvm-cpu"], input_type="onnx", extra_args=options
+)
+config = iree.runtime.Config("local-sync")
+module = iree.runtime.load_vm_module(iree.runtime.VmModule.copy_buffer(config.vm_instance, code), config)
+names = module.vm_module.function_names
+name = next(each for each in names if not each.endswith("$async") and each[0] != "_")
+return module[name](images).to_host()
 """,
 }
+FLOAT_ONLY = ("onnxconverter-common float16", "quantize_static")
 
 
 def main() -> None:
@@ -101,29 +162,42 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     pixels = datasets.load("mnist", root=args.shared / "data").test.subset(range(IMAGES)).tensors()[0].numpy()
     np.save(args.work / "images.npy", pixels)
+    versions = {str(python): installed(python) for python in args.python}
     rows: list[dict[str, Any]] = []
     for name, folder in (each.split("=", 1) for each in args.runs):
         classifier = checkpoint.load(Path(folder) / "finetune" / "model.safetensors")[0].eval()
         for form, model in forms(classifier, pixels).items():
             np.save(args.work / "expected.npy", logits(session(model.SerializeToString()), pixels))
-            for encoding in ("auto", *(each.name for each in CODECS.values() if each.selectable)):
-                path = args.work / "file.onnx"
+            made = {encoding: args.work / f"{encoding}.onnx" for encoding in ENCODINGS}
+            for encoding, path in made.items():
                 onnx.save(encode(model, encoding=encoding)[0], path)
-                found = {"network": name, "form": form, "encoding": encoding, "bytes": path.stat().st_size}
-                for python in args.python:
-                    for tool in args.tools:
-                        answer = tried(python, tool, path)
-                        if answer is not None:
-                            found[tool if tool not in found else f"{tool}, {python.parts[-3]}"] = answer
-                rows.append(found)
-                print(json.dumps(found), flush=True)
-                results.write(args.name, {"images": IMAGES, "rows": rows})
+            found = [
+                {"network": name, "form": form, "encoding": encoding, "bytes": path.stat().st_size}
+                for encoding, path in made.items()
+            ]
+            fitting = [each for each in args.tools if form.startswith("float32") or each not in FLOAT_ONLY]
+            for python, tool in itertools.product(args.python, fitting):
+                for row, answer in zip(found, tried(python, tool, list(made.values())), strict=True):
+                    if answer != "not installed":
+                        row[tool if tool not in row else f"{tool}, {python.parts[-3]}"] = answer
+            rows.extend(found)
+            for row in found:
+                print(json.dumps(row), flush=True)
+            results.write(args.name, {"images": IMAGES, "versions": versions, "rows": rows})
+
+
+def installed(python: Path) -> list[str]:
+    """The packages of an environment with their versions."""
+    code = (
+        "from importlib.metadata import distributions as d; print(*(f'{e.name}=={e.version}' for e in d()))"
+    )
+    return sorted(subprocess.run([str(python), "-c", code], capture_output=True, text=True).stdout.split())
 
 
 def forms(classifier: Any, pixels: np.ndarray) -> dict[str, onnx.ModelProto]:
     """The dense graphs: float32 and int8, in the default opset and in 17."""
     size = pixels.shape[1:]
-    plain, low = to_onnx(classifier, size), to_onnx(classifier, size, opset=18)
+    plain, low = (compact(to_onnx(classifier, size, **opset))[0] for opset in ({}, {"opset": 18}))
     return {
         "float32": plain,
         "float32, opset 17": lowered(low),
@@ -132,17 +206,21 @@ def forms(classifier: Any, pixels: np.ndarray) -> dict[str, onnx.ModelProto]:
     }
 
 
-def tried(python: Path, tool: str, path: Path) -> str | None:
-    """What a tool makes of the file; None where it is not installed there."""
-    command = [str(python), "-c", HEAD + TOOLS[tool], str(path.resolve()), str(path.parent.resolve())]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return f"no answer in {TIMEOUT} s"
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines and lines[-1].startswith("ok"):
-        return lines[-1]
-    said = (done.stderr.strip().splitlines() or lines or [""])[-1]
-    if "ModuleNotFoundError" in said:
-        return None
-    return f"refused ({done.returncode}): {said[:160]}"
+def tried(python: Path, tool: str, paths: list[Path]) -> list[str]:
+    """What a tool makes of each file: ok and the largest difference, or what it said, or how it ended."""
+    code = HEAD + textwrap.indent(TOOLS[tool].strip(), "    ") + TAIL
+    answers: list[str] = []
+    while len(answers) < len(paths):
+        left = [str(path.resolve()) for path in paths[len(answers) :]]
+        command = [str(python), "-c", code, str(paths[0].parent.resolve()), *left]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+            printed, ended = done.stdout, f"process ended with {done.returncode}"
+        except subprocess.TimeoutExpired as error:
+            printed, ended = (error.stdout or b"").decode(), f"no answer in {TIMEOUT} s"
+        lines = printed.splitlines()
+        said = [line.removeprefix("answer ") for line in lines if line.startswith("answer ")]
+        answers += said
+        if len(said) < len(left):  # the next file ended the process
+            answers.append(ended)
+    return answers

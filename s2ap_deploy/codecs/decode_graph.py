@@ -68,11 +68,18 @@ class DecodeGraph:
         """Return the name of a vector of zeros that all subgraphs share: it is as large as a weight."""
         key = (entries, dtype.str)
         if key not in self._blanks:
-            shape = self.constant(np.array([entries], np.int64))
-            zero = numpy_helper.from_array(np.zeros(1, dtype), "")
-            self._blanks[key] = helper.make_node("ConstantOfShape", [shape], [self.name()], value=zero)
+            self._blanks[key] = self.zeros((entries,), dtype, self.name())
         name: str = self._blanks[key].output[0]
         return name
+
+    def zeros(self, shape: Iterable[int], dtype: np.dtype[np.generic], output: str) -> NodeProto:
+        """Return a node that makes zeros. Few readers know a ConstantOfShape of other types than float32."""
+        sizes = self.constant(np.array(list(shape), np.int64))
+        zero = np.zeros(1, dtype)
+        if dtype != np.float32:
+            return helper.make_node("Expand", [self.constant(zero), sizes], [output])
+        value = numpy_helper.from_array(zero, "")
+        return helper.make_node("ConstantOfShape", [sizes], [output], value=value)
 
     def nodes(self, subgraphs: Iterable[DecodeSubgraph]) -> list[NodeProto]:
         """Return the nodes of these subgraphs, after the shared ones that they read."""
@@ -103,6 +110,7 @@ class DecodeSubgraph:
         self.name = graph.name
         self.constant = graph.constant
         self.blank = graph.blank
+        self._zeros = graph.zeros
 
     @property
     def bytes(self) -> int:
@@ -142,8 +150,10 @@ class DecodeSubgraph:
 
     def zeros(self, shape: Iterable[int], dtype: np.dtype[np.generic], output: str = "") -> str:
         """Make a tensor of zeros."""
-        zero = numpy_helper.from_array(np.zeros(1, dtype), "")
-        return self.add("ConstantOfShape", [self.integers(shape)], output, value=zero)
+        node = self._zeros(shape, dtype, output or self.name())
+        self.nodes.append(node)
+        name: str = node.output[0]
+        return name
 
     def unpack_bits(self, packed: NDArray[np.uint8]) -> str:
         """Make int32 [8 B] of zeros and ones from B bytes, least significant bit first."""

@@ -18,6 +18,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from s2ap_deploy.codecs.registry import CODECS
 from s2ap_deploy.onnx_export import encoding
 from s2ap_deploy.onnx_export.encoding import weights
+from s2ap_deploy.onnx_export.quantization import quantize
 
 CODED = [name for name, codec in CODECS.items() if codec.sparse and name != "coo"]
 
@@ -137,10 +138,13 @@ def test_mnn_converts_and_computes_the_same(coded, images, tmp_path) -> None:
 
 
 @pytest.mark.runtimes
-def test_rten_converts(coded, tmp_path) -> None:
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("choice", CODED)
+def test_rten_converts(choice, int8, dense_model, images, tmp_path) -> None:
     pytest.importorskip("rten_convert", reason="needs rten-convert")
-    done = in_a_process(
-        "import sys; from rten_convert.converter import main; main()", coded[0], tmp_path / "model.rten"
-    )
+    model = quantize(dense_model, images) if int8 else dense_model
+    path, written = tmp_path / "model.onnx", tmp_path / "model.rten"
+    onnx.save(encoding.encode(model, encoding=choice)[0], path)
+    done = in_a_process("import sys; from rten_convert.converter import main; main()", path, written)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "model.rten").stat().st_size < 2 * coded[0].stat().st_size
+    assert written.stat().st_size < 3 * path.stat().st_size

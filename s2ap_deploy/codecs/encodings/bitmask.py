@@ -23,7 +23,18 @@ class Bitmask(Codec):
     order = 30
     any_density = True
     operators = frozenset(
-        {"Add", "Cast", "ConstantOfShape", "CumSum", "Div", "Mod", "Mul", "Reshape", "ScatterElements"}
+        {
+            "Add",
+            "Cast",
+            "ConstantOfShape",
+            "CumSum",
+            "Div",
+            "Expand",
+            "Mod",
+            "Mul",
+            "Reshape",
+            "ScatterElements",
+        }
         | {"Slice", "Sub", "Where"}
     )
     intermediate_ratio = 24.0

@@ -31,7 +31,7 @@ class EliasFano(Codec):
     summary = "Elias-Fano codes, about 2 + log2(N / k) bits per position"
     order = 20
     operators = frozenset(
-        {"Add", "Cast", "ConstantOfShape", "CumSum", "Div", "Mod", "Mul", "ReduceSum", "Reshape"}
+        {"Add", "Cast", "ConstantOfShape", "CumSum", "Div", "Expand", "Mod", "Mul", "ReduceSum", "Reshape"}
         | {"ScatterElements", "Slice", "Sub", "Where"}
     )
     intermediate_ratio = 24.0

@@ -15,7 +15,19 @@ if TYPE_CHECKING:
     from s2ap_deploy.codecs.values import StoredWeight
 
 OPERATORS = frozenset(
-    {"Add", "Cast", "ConstantOfShape", "CumSum", "Div", "Mul", "Reshape", "ScatterElements", "Slice", "Sub"}
+    {
+        "Add",
+        "Cast",
+        "ConstantOfShape",
+        "CumSum",
+        "Div",
+        "Expand",
+        "Mul",
+        "Reshape",
+        "ScatterElements",
+        "Slice",
+        "Sub",
+    }
     | {"Where"}
 )
 FILLER_NODES = 330  # measured bytes of the nodes that take the fillers out

@@ -21,7 +21,7 @@ class Zeros(Codec):
     selectable = False
     automatic = False
     sparse = False
-    operators = frozenset({"ConstantOfShape"})
+    operators = frozenset({"ConstantOfShape", "Expand"})
     node_bytes = (100, 100)
     shared_bytes = 40
 
