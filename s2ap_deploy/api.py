@@ -769,10 +769,9 @@ def _certify_file(
     folder: Path, path: Path, model: Model | None, session: dict[str, Any], changes: dict[str, Any]
 ) -> Certificates:
     """Certify an ONNX file, which may also be named by its path inside the run folder."""
-    from s2ap_deploy.onnx_export.onnx_file import load
     from s2ap_deploy.stages import open_run, resolve
     from s2ap_deploy.stages.certify_file import artifact_stage, certify_file, settings_of
-    from s2ap_deploy.stages.export_c import open_library
+    from s2ap_deploy.stages.export_device import open_artifact
 
     of_networks = (
         "arch",
@@ -798,7 +797,7 @@ def _certify_file(
             hint="leave one of them out",
         )
     found = path if path.exists() or not (folder / path).exists() else folder / path
-    file = open_library(found) if found.is_dir() else load(found)
+    file = open_artifact(found)
     recipe = resolve.foreign_recipe(file, folder, changes)
     if recipe is None:
         changes = {**settings_of(folder), **changes}

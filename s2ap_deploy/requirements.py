@@ -40,6 +40,10 @@ MODULES = {
 EXTRAS = {
     "tracking": ("tensorboard", "mlflow", "wandb"),
     "openvino": ("openvino",),
+    "executorch": ("executorch", "torchao"),
+    "litert": ("litert-torch", "ai-edge-litert"),
+    "ncnn": ("ncnn", "pnnx"),
+    "coreml": ("coremltools",),
     "signing": ("model-signing", "pyOpenSSL"),
     "timm": ("timm",),
     "transformers": ("transformers",),

@@ -41,6 +41,7 @@ FLOORS: dict[str, float] = {
     "gating": 7,
     "onnx_export": 7,
     "c_export": 7.1,
+    "runtimes": 7.2,
     "stages": 8,
     "planning": 10,
     "sweeps": 9,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from s2ap_deploy.onnx_export.export_report import (
         BudgetCheck,
         CLibrary,
+        DeviceFile,
         ExportReport,
         PairedTimes,
         PeakMemory,
@@ -115,6 +116,21 @@ def _c_library(library: CLibrary) -> str:
     return f"{words}; {times.p50_ms:.3g} ms, {1 / times.ratio:.2f} times as fast as the ONNX file"
 
 
+def _device(device: DeviceFile) -> str:
+    """Describe the files of another runtime, and how far they were verified."""
+    versions = ", ".join(f"{name} {version}" for name, version in device.versions.items())
+    size = f"{device.bytes:,} bytes in {device.folder}/, by {versions}; "
+    if device.agreement is None:
+        return f"{size}it does not predict on this system, so nothing was judged"
+    agreed = device.agreement
+    words = f"{size}computed in {device.precision}, logits differ from ONNX Runtime's by at most "
+    words += (
+        f"{agreed.max_logit_difference:.1e} and the class stays on {agreed.argmax_agree} of {agreed.n} images"
+    )
+    judged = (f"; {each.survived} of {each.n} points correct under attack" for each in device.points_checks)
+    return words + "".join(judged)
+
+
 def show_export(report: ExportReport) -> None:
     """Print sizes, checks and limits of the file."""
     out = console()
@@ -142,6 +158,8 @@ def show_export(report: ExportReport) -> None:
     table.add_row("stored as", _storage(report))
     if report.c_library is not None:
         table.add_row("C library", _c_library(report.c_library))
+    if report.device is not None:
+        table.add_row("converted", _device(report.device))
     if report.batch is not None:
         table.add_row("batch", f"fixed: the file takes {report.batch} images at a time")
     if report.rounding is not None:
@@ -387,6 +405,8 @@ def show_plan(plan: Plan) -> None:
     if plan.target is not None:
         stored = _form(plan.chosen.values, plan.chosen.int8)
         out.print(Text(f"for {plan.target.name}: {plan.chosen.encoding}, {stored}"))
+    if plan.converted_bytes is not None:
+        out.print(Text(f"converted for its runtime: about {plan.converted_bytes:,} bytes"))
     for note in plan.notes:
         out.print(Text(f"note: {note}"))
 

@@ -35,6 +35,7 @@ from s2ap_deploy.evaluation.samples import (
     survivors,
 )
 from s2ap_deploy.formatting import html_table, percent
+from s2ap_deploy.recipe.field_types import ArtifactFormat
 from s2ap_deploy.records import AttackRow
 from s2ap_deploy.spec import Record, ThreatModel, WeightCount
 
@@ -119,7 +120,7 @@ class AttackedFile(Record):
 
     sha256: str
     bytes: int
-    format: Literal["onnx", "c"] = "onnx"
+    format: ArtifactFormat = "onnx"
     quantized: bool
     twin: TwinAgreement
     transfer: Transfer | None = None

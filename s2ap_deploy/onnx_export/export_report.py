@@ -11,6 +11,7 @@ from s2ap_deploy.codecs.registry import CODECS, DENSE, EncodingName, StoredEncod
 from s2ap_deploy.codecs.values import FLOAT32, VALUES, ValuesName
 from s2ap_deploy.errors import RunFolderError
 from s2ap_deploy.formatting import html_table, percent
+from s2ap_deploy.recipe.field_types import RuntimeName
 from s2ap_deploy.records import Agreement, ExportFacts, PointsCheck
 from s2ap_deploy.spec import Record
 
@@ -252,6 +253,32 @@ class CLibrary(Record):
     statement: str = C_STATEMENT
 
 
+class DeviceFile(Record):
+    """The files of another runtime next to the ONNX file, and their verification.
+
+    ``sha256`` is that of ``model.json`` among them, which holds the hashes of all others; ``bytes`` counts
+    those others. ``precision`` is what the runtime is made to compute in. ``agreement``, with ONNX Runtime on
+    the file beside it, and ``points_checks`` are None and empty where the runtime cannot predict on the
+    system. ``rounded``: weights or activations are, so that the file needs a certificate of its own.
+    ``seconds`` were spent by the converter; ``isolated`` says that it had no network.
+    """
+
+    runtime: RuntimeName
+    folder: str
+    main: str
+    files: tuple[CompactFile, ...]
+    sha256: str
+    bytes: int
+    classes: int
+    precision: str
+    rounded: bool
+    agreement: Agreement | None = None
+    points_checks: tuple[PointsCheck, ...] = ()
+    versions: dict[str, str]
+    seconds: float
+    isolated: bool
+
+
 class ExportTarget(Record):
     """The target of the file; ``sha256`` is the hash of the target's profile."""
 
@@ -273,10 +300,14 @@ class BudgetCheck(Record):
 
 
 class PredictedSize(Record):
-    """Bytes of the file and macs per image, predicted from shapes and the recipe alone."""
+    """Bytes of the file and macs per image, predicted from shapes and the recipe alone.
+
+    ``converted_bytes`` are those of the file of another runtime.
+    """
 
     bytes: int
     macs: int
+    converted_bytes: int | None = None
 
 
 class PairedTimes(Record):
@@ -368,6 +399,7 @@ class ExportReport(ExportFacts):
     predicted: PredictedSize | None = None
     performance: Performance | None = None
     c_library: CLibrary | None = None
+    device: DeviceFile | None = None
     statement: str = LATENCY_STATEMENT
     warnings: tuple[str, ...] = ()
     versions: dict[str, str]

@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -18,6 +17,7 @@ from s2ap_deploy.errors import CheckpointError, DeployError, VerificationError
 from s2ap_deploy.onnx_export.inference import FileAnswers, first_line
 from s2ap_deploy.onnx_export.quantization import is_quantized
 from s2ap_deploy.onnx_export.resource_limits import check_decoding, check_execution, has_external_data
+from s2ap_deploy.recipe.field_types import ArtifactFormat
 
 _MAX_BYTES = 2**31
 
@@ -38,14 +38,24 @@ class OnnxFile:
     metadata: dict[str, str]
 
     @property
-    def format(self) -> Literal["onnx", "c"]:
-        """Return what gives the answers: ONNX Runtime, or a C library made from the file."""
+    def format(self) -> ArtifactFormat:
+        """Return what gives the answers: ONNX Runtime, or what was made from the file."""
         return "onnx"
 
     @property
     def answers(self) -> FileAnswers:
         """The file as a function, run by ONNX Runtime."""
         return FileAnswers(self.content)
+
+    @property
+    def software(self) -> dict[str, str]:
+        """The versions that answers depend on, beside those of this package."""
+        return {}
+
+    @property
+    def precision(self) -> str | None:
+        """The precision in which another runtime was made to compute."""
+        return None
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from s2ap_deploy.errors import ArchitectureError
 from s2ap_deploy.onnx_export.encoding import decode
 from s2ap_deploy.onnx_export.inference import first_line
-from s2ap_deploy.onnx_export.torch_operators import OPERATORS, UNROUNDED, Unsupported
+from s2ap_deploy.onnx_export.torch_operators import LINEAR, OPERATORS, UNROUNDED, Unsupported
 
 _HINT = (
     "the file itself cannot be attacked here; a float32 file of s2ap-deploy export needs no attack of its own"
@@ -81,10 +81,16 @@ class OnnxModule(nn.Module):
 
     def unrounded(self) -> OnnxModule:
         """Return a copy that saturates as the file does but does not round."""
+        return self._with("QuantizeLinear", UNROUNDED)
+
+    def linear(self) -> OnnxModule:
+        """Return a copy whose products are torch's linear layers, which converters and quantizers know."""
+        return self._with("Gemm", LINEAR)
+
+    def _with(self, old: str, new: str) -> OnnxModule:
         other = copy.deepcopy(self)
         other._steps = [
-            step._replace(operator=UNROUNDED) if step.operator == "QuantizeLinear" else step
-            for step in other._steps
+            step._replace(operator=new) if step.operator == old else step for step in other._steps
         ]
         return other
 

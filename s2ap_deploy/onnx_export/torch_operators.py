@@ -20,6 +20,7 @@ Inputs = list[Tensor | None]
 Operator = Callable[[Attributes, Inputs], Tensor]
 
 UNROUNDED = "QuantizeLinear without rounding"
+LINEAR = "Gemm as one operator of torch"
 RANGES = {torch.int8: (-128, 127), torch.uint8: (0, 255), torch.int16: (-32768, 32767)}
 _TYPES = {
     TensorProto.FLOAT: torch.float32,
@@ -95,6 +96,14 @@ def _gemm(attributes: Attributes, inputs: Inputs) -> Tensor:
     if c is not None:
         product = product + attributes.get("beta", 1.0) * c
     return product
+
+
+def _linear(attributes: Attributes, inputs: Inputs) -> Tensor:
+    a, b, c = _three(inputs)
+    plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
+    if not plain or attributes.get("transA", 0):
+        return _gemm(attributes, inputs)
+    return F.linear(a, b if attributes.get("transB", 0) else b.T, c)
 
 
 def _batch_norm(attributes: Attributes, inputs: Inputs) -> Tensor:
@@ -459,6 +468,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Pow": _pointwise(torch.pow),
     "QuantizeLinear": _quantize,
     UNROUNDED: _unrounded,
+    LINEAR: _linear,
     "ReduceMax": _reduce(torch.amax),
     "ReduceMean": _reduce(torch.mean),
     "ReduceSum": _reduce(torch.sum),

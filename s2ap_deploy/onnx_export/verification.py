@@ -106,7 +106,12 @@ def compare_quantized(
     Rounding changes logits: only the share of equal classes has a limit.
     """
     reference = _reference(classifier, images, 64)
-    return _agreement(reference, logits(running, images), tolerance=None, required=QUANTIZED_FLOOR)
+    return compare_rounded(reference, logits(running, images))
+
+
+def compare_rounded(reference: NDArray[np.float32], found: NDArray[np.float32]) -> Agreement:
+    """Compare logits [n, K] of two roundings of a network: only the share of equal classes has a limit."""
+    return _agreement(reference, found, tolerance=None, required=QUANTIZED_FLOOR)
 
 
 def compare_logits(

@@ -70,6 +70,9 @@ ArchitectureName = Annotated[str, AfterValidator(_registered_name)]
 DataName = Annotated[str, AfterValidator(_data_set)]
 Granularity = Annotated[str, AfterValidator(_granularity)]
 
+RuntimeName = Literal["coreml", "executorch", "litert", "ncnn", "openvino"]
+ArtifactFormat = Literal["onnx", "c"] | RuntimeName
+
 Flag = Annotated[bool, Field(strict=True)]
 # Strict, because a coerced value (true as 1 epoch, "0.9" as a number) would hide typos.
 Count = Annotated[int, Field(strict=True, ge=1)]

@@ -90,6 +90,7 @@ EXPORT: Final[Keywords] = {
         "c",
         "c_positions",
         "c_static",
+        "convert",
         "max_flash",
         "max_ram",
         "target",

@@ -31,6 +31,7 @@ from s2ap_deploy.recipe.field_types import (
     OpenFraction,
     Opset,
     Positive,
+    RuntimeName,
     Whole,
 )
 from s2ap_deploy.recipe.sections import PruneSection, TrainSection
@@ -173,6 +174,10 @@ class ExportSection(Record):
         default=False,
         description="C sources for a core without file system: weights as constants, little memory.",
     )
+    convert: RuntimeName | None = Field(
+        default=None,
+        description="Also convert the file for this runtime, in a folder of its name; needs its extra.",
+    )
     max_flash: Count | None = Field(
         default=None, description="Most bytes of weights and code that C sources may take on the device."
     )
@@ -213,6 +218,7 @@ class ExportSection(Record):
             f"{self.values}-weights": self.values != FLOAT32,
             DENSE.name: self.encoding == DENSE.name,
             "c": self.c,
+            self.convert or "": self.convert is not None,
         }
         return "-".join(part for part, there in parts.items() if there) or "onnx"
 

@@ -21,7 +21,7 @@ from s2ap_deploy.codecs.values import FLOAT32, ValuesName
 from s2ap_deploy.errors import RecipeError, UsageError
 from s2ap_deploy.recipe import yaml_document
 from s2ap_deploy.recipe.diagnosis import explain
-from s2ap_deploy.recipe.field_types import Count, Granularity, Positive
+from s2ap_deploy.recipe.field_types import Count, Granularity, Positive, RuntimeName
 from s2ap_deploy.recipe.methods import n_of_m
 from s2ap_deploy.spec import Record
 
@@ -81,7 +81,7 @@ class Target(Record):
     ``granularity`` the unit of pruning that makes a network faster there. ``compact`` removes dead channels.
     ``cost`` is what the encoding ``auto`` weighs; ``processors`` are the int8 instructions of its processors,
     such as avx512_vnni, and ``weight_bits`` 8 is for those that add products of int8 exactly. ``c`` and
-    ``c_static`` ask for C sources beside the file.
+    ``c_static`` ask for C sources beside the file, ``convert`` for the file of another runtime.
     ``notes`` describe how the runtime handles zeros.
     """
 
@@ -101,6 +101,7 @@ class Target(Record):
     compact: _Flag = True
     c: _Flag = False
     c_static: _Flag = False
+    convert: RuntimeName | None = None
     budgets: TargetBudgets = TargetBudgets()
     requires: Requirements = Requirements()
     notes: tuple[str, ...] = ()
@@ -128,6 +129,7 @@ class Target(Record):
             "compact": self.compact,
             "c": self.c,
             "c_static": self.c_static,
+            "convert": self.convert,
         }
 
 

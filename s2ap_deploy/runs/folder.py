@@ -135,6 +135,7 @@ MODEL = "model.safetensors"
 MASKS = "masks.safetensors"
 CERTIFICATE = "certificate.json"  # of an exported file
 COPY = "model.onnx"  # of an exported file from outside the folder
+ABOUT = "model.json"  # beside the files of a runtime, with the hashes of all of them
 _OVERWRITE = "add --overwrite to start over, or choose another folder with --run"
 _BESIDE = "add --overwrite to replace it, or --name NAME to keep both"
 _COMMANDS = {

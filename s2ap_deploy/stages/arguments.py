@@ -183,6 +183,7 @@ class ExportArguments(Settings, total=False):
     c: bool | None
     c_positions: str | None
     c_static: bool | None
+    convert: str | None
     max_flash: int | None
     max_ram: int | None
     target: str | None

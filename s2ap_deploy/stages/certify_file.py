@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from s2ap_deploy import files
+from s2ap_deploy import files, runtime
 from s2ap_deploy.data.splits import choose
 from s2ap_deploy.errors import OutOfTimeError, RunFolderError
 from s2ap_deploy.evaluation.autoattack import cascade, protocols
@@ -137,6 +137,8 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
         points=save_points(stage.folder / POINTS, samples.images, outcome.adversarial),
         seconds=time.monotonic() - started,
         flags=() if agreement.matches else ("twin_mismatch",),
+        versions={**runtime.versions(), **opened.software},
+        environment={**runtime.environment(job.machine.device), **_precision(opened)},
     )
     certificate.save(stage.folder / CERTIFICATE)
     outputs = [stage.folder / CERTIFICATE, stage.folder / POINTS]
@@ -150,10 +152,14 @@ def certify_file(job: RunContext, opened: OnnxFile, *, time_budget: float | None
 
 
 def artifact_stage(run: Run, opened: OnnxFile) -> StageName:
-    """Return the stage of the file's certificate: ``artifact-int8`` for the file of ``export-int8``."""
+    """Return the stage of the certificate: ``artifact-int8`` for the file of ``export-int8``.
+
+    That of another runtime's files ends in ``-device``.
+    """
     holding = _exports_of(run, opened)
     own = opened.path.resolve().parent.name
-    return beside("artifact", own if own in holding else holding[0] if holding else "export")
+    stage = beside("artifact", own if own in holding else holding[0] if holding else "export")
+    return f"{stage}-device" if opened.precision is not None else stage
 
 
 def _exports_of(run: Run, opened: OnnxFile) -> list[StageName]:
@@ -388,6 +394,10 @@ def _processors(opened: OnnxFile) -> tuple[str, ...] | None:
     if not any(np.abs(tensor.astype(np.int64)).max(initial=0) > 64 for tensor in tensors):
         return None
     return int8_instructions() or ()
+
+
+def _precision(opened: OnnxFile) -> dict[str, str]:
+    return {} if opened.precision is None else {"precision": f"{opened.format}, {opened.precision}"}
 
 
 def _results(certificate: Certificate) -> dict[str, Any]:

@@ -190,9 +190,7 @@ def certificate_of(
         attack_seed=section.attack_seed,
         sample_seed=section.sample_seed,
         block_size=default_block_size(samples.images, device),
-        versions=runtime.versions(),
-        environment=runtime.environment(device),
-        **facts,
+        **{"versions": runtime.versions(), "environment": runtime.environment(device), **facts},
     )
 
 

@@ -31,7 +31,8 @@ from s2ap_deploy.recipe.target import Found
 from s2ap_deploy.runs.folder import MASKS, Run
 from s2ap_deploy.runs.manifest import StageName, StageRecord
 from s2ap_deploy.runs.snapshot import Stage
-from s2ap_deploy.stages import export_c, export_channels, export_target
+from s2ap_deploy.runtimes.runtime import Runtime
+from s2ap_deploy.stages import export_c, export_channels, export_device, export_target
 from s2ap_deploy.stages.certify import DENSE, PRUNED
 from s2ap_deploy.stages.context import RunContext
 from s2ap_deploy.stages.prune import RANGES, SCORES, calibration_images
@@ -59,6 +60,7 @@ class _Request:
     masks: dict[str, Tensor] | None
     certificate: Path | None
     narrow: export_channels.NarrowNetwork | None
+    runtime: Runtime | None
 
 
 def export(job: RunContext, *, output: Path | None = None, bench: bool = False) -> ExportReport:
@@ -123,6 +125,7 @@ def _request(job: RunContext) -> _Request:
     export_channels.refuse_unfit(job, section)
     export_c.refuse_unfit(section)
     refuse_conflict(section, int8=section.int8)
+    device = export_device.refuse_unfit(section)
     target = export_target.target_of(section)
     classifier, info, checkpoint = job.classifier(job.result)
     export_target.refuse_misfit(target, section, classifier, info.preprocessing.size)
@@ -134,7 +137,7 @@ def _request(job: RunContext) -> _Request:
     narrow = None
     if masks is not None and section.reselects:
         narrow = export_channels.narrowed(job, classifier, info, masks, section)
-    return _Request(section, classifier, info, checkpoint, target, masks, certificate, narrow)
+    return _Request(section, classifier, info, checkpoint, target, masks, certificate, narrow, device)
 
 
 def _inputs(job: RunContext, request: _Request) -> dict[str, object]:
@@ -180,19 +183,24 @@ def _export(job: RunContext, request: _Request, file: Path) -> tuple[ExportRepor
     report = export_onnx(source, section, file, job.recorder)
     if narrow is not None:
         report = report.model_copy(update={"narrowed": narrow.record})
-    report = export_target.completed(
-        report,
-        file,
-        export_target.Exported(
-            request.classifier,
-            info.preprocessing.size,
-            images[:1],
-            None if narrow is None else narrow.coupling,
-        ),
-        job.recipe,
-        request.target,
+    exported = export_target.Exported(
+        request.classifier,
+        info.preprocessing.size,
+        images[:1],
+        None if narrow is None else narrow.coupling,
     )
     outputs = [file]
+    try:
+        if request.runtime is not None:
+            report, made = export_device.add_device_file(
+                file, request.runtime, source, section, report, job.recorder
+            )
+            outputs += made
+        report = export_target.completed(report, file, exported, job.recipe, request.target)
+    except DeployError:
+        for each in outputs:
+            files.remove(each)
+        raise
     if narrow is not None:
         job.recorder.note(narrow.record.summary)
         if section.torch:

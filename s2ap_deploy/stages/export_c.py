@@ -7,7 +7,6 @@ import hashlib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from s2ap_deploy.onnx_export.export_report import LATENCY_STATEMENT, CLibrary, C
 from s2ap_deploy.onnx_export.inference import logits
 from s2ap_deploy.onnx_export.onnx_file import OnnxFile
 from s2ap_deploy.onnx_export.verification import CertifiedPoints, check_answers, compare_answers
+from s2ap_deploy.recipe.field_types import ArtifactFormat
 from s2ap_deploy.recipe.schema import ExportSection
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.records import PointsCheck
@@ -64,7 +64,7 @@ class LibraryFile(OnnxFile):
     library: Library
 
     @property
-    def format(self) -> Literal["onnx", "c"]:
+    def format(self) -> ArtifactFormat:
         return "c"
 
     @property

@@ -105,7 +105,7 @@ def completed(
             continue
         match what:
             case "bytes":
-                value: float = report.bytes
+                value: float = report.bytes if report.device is None else report.device.bytes
             case "macs":
                 value = _macs(report, exported)
             case "latency_ms":
@@ -155,7 +155,9 @@ def _predicted(exported: Exported, recipe: Recipe) -> PredictedSize | None:
         )
     except InputError:
         return None
-    return PredictedSize(bytes=expected.chosen.bytes, macs=expected.macs_after)
+    return PredictedSize(
+        bytes=expected.chosen.bytes, macs=expected.macs_after, converted_bytes=expected.converted_bytes
+    )
 
 
 def _macs(report: ExportReport, exported: Exported) -> int:

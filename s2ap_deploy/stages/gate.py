@@ -17,7 +17,7 @@ from s2ap_deploy.gating.file_checks import NamedFiles, ShippedFile, is_runnable,
 from s2ap_deploy.gating.policy import judge
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.recipe.thresholds import Thresholds
-from s2ap_deploy.runs.folder import CERTIFICATE, COPY, Run
+from s2ap_deploy.runs.folder import ABOUT, CERTIFICATE, COPY, Run
 from s2ap_deploy.runs.manifest import Output, StageName, StageRecord, beside
 from s2ap_deploy.runs.snapshot import FILE_NAME as SNAPSHOT
 from s2ap_deploy.stages import signature
@@ -121,7 +121,7 @@ def gate(
             pruned=counts,
             dense=evidence.dense,
             others=() if evidence.pruned is None else (evidence.pruned,),
-            attacked={} if alone else {_attacked(stage, evidence): c for stage, c in evidence.files.items()},
+            attacked={} if alone else {_attacked(run, stage, c): c for stage, c in evidence.files.items()},
             shipped=_shipped(run, subject, evidence),
             recorded=evidence.checks,
             age=_oldest(judged, at or datetime.now(UTC)),
@@ -248,10 +248,13 @@ def _summarized(checks: Sequence[Check]) -> list[Check]:
     return [*wrong, Check(rule="file", name="recorded files", status="pass", message=message)]
 
 
-def _attacked(stage: StageName, evidence: _Recorded) -> str:
+def _attacked(run: Run, stage: StageName, certificate: Certificate) -> str:
     """Return the path of the file whose certificate is in ``stage``."""
-    report = evidence.reports.get(beside("export", stage))
-    return f"{stage}/{COPY}" if report is None else f"{beside('export', stage)}/{report.file}"
+    file, own = certificate.subject.artifact, f"{beside('export', stage)}/"
+    recorded = [output for name in run.manifest.of_kind("export") for output in _outputs(run, name)]
+    paths = [each.path for each in recorded if file is not None and each.sha256 == file.sha256]
+    paths.sort(key=lambda path: not path.startswith(own))
+    return paths[0] if paths else f"{stage}/{COPY}"
 
 
 def _shipped(run: Run, subject: str, evidence: _Recorded) -> list[ShippedFile]:
@@ -278,14 +281,18 @@ def _shipped(run: Run, subject: str, evidence: _Recorded) -> list[ShippedFile]:
             hashes[exported] = report.sha256
             rounded = report.quantization is not None or report.rounding is not None
             facts = {"points_checks": report.points_checks, "rounded": rounded}
-        library = None if report is None else report.c_library
+        beside = () if report is None else (report.c_library, report.device)
+        facts_of = {f"{stage}/{each.folder}/": each for each in beside if each is not None}
+        if report is not None and report.device is not None:
+            hashes[f"{stage}/{report.device.folder}/{ABOUT}"] = report.device.sha256
         for listed, sha256 in hashes.items():
             if named.check(listed).status == "pass":
                 more = {**facts, "export": report if listed == exported else None}
-                if library is not None and listed.startswith(f"{stage}/{library.folder}/"):
-                    if Path(listed).name != C_SOURCE:  # one row for a library; all of its files are hashed
+                made = next((each for path, each in facts_of.items() if listed.startswith(path)), None)
+                if made is not None:
+                    if Path(listed).name not in (C_SOURCE, ABOUT):  # one row; all of the files are hashed
                         continue
-                    more["points_checks"] = library.points_checks
+                    more["points_checks"] = made.points_checks
                 found.append(_read(run, listed, sha256).model_copy(update=more))
     # Files that no stage recorded need a certificate as well.
     for name in runnable_files(run.path):

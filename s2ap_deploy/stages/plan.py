@@ -32,6 +32,7 @@ from s2ap_deploy.recipe.methods import n_of_m
 from s2ap_deploy.recipe.schema import ExportSection
 from s2ap_deploy.recipe.sections import PruneSection
 from s2ap_deploy.recipe.target import OPTIONS, UNITS, BudgetName, Found, Target, budgets
+from s2ap_deploy.runtimes.runtime import find
 from s2ap_deploy.spec import Record, WeightCount
 from s2ap_deploy.stages.prune import allocation, share_channels
 
@@ -83,8 +84,8 @@ class Plan(Record):
     ``sparsity`` counts zeros among the weights that multiply activations, those of channels that are gone
     included; ``count`` says which these are. ``macs`` are multiply-accumulates per image with them,
     ``parameters`` learnable values; zeros that stay where they are still count as both. ``chosen`` is the
-    file that the export's settings ask for, and is compared with ``budgets``; ``target`` has the hash of its
-    profile.
+    file that the export's settings ask for, and is compared with ``budgets``; ``converted_bytes``, of the
+    file of another runtime, are compared in its place. ``target`` has the hash of its profile.
     """
 
     network: str
@@ -104,6 +105,7 @@ class Plan(Record):
     speed: Speed
     speed_words: str
     chosen: PlannedFile
+    converted_bytes: int | None = None
     target: ExportTarget | None = None
     budgets: tuple[BudgetCheck, ...] = ()
     count: WeightCount | None = None
@@ -162,6 +164,12 @@ def plan(
     notes += [] if warning is None else [warning]
     target = found.target if found is not None else None
     limits = budgets(target, export.model_dump())
+    shapes = sum(math.prod(weight.shape) for weight in contents.weights)
+    converted = None
+    if export.convert is not None:
+        kind, others = "int8" if export.int8 else "float32", remaining.size - shapes
+        converted = find(export.convert).predicted_bytes(kind, chosen.bytes, shapes, nonzeros, others)
+    size = chosen.bytes if converted is None else converted
     if target is not None:
         notes += _missing(target, granularity, limits)
     return Plan(
@@ -182,8 +190,9 @@ def plan(
         speed=speed,
         speed_words=reason,
         chosen=chosen,
+        converted_bytes=converted,
         target=ExportTarget(name=found.target.name, sha256=found.sha256) if found is not None else None,
-        budgets=_budget_checks(limits, {"bytes": chosen.bytes, "macs": remaining.macs, "latency_ms": None}),
+        budgets=_budget_checks(limits, {"bytes": size, "macs": remaining.macs, "latency_ms": None}),
         count=whole.count,
         notes=tuple(notes),
     )

@@ -33,7 +33,6 @@ from s2ap_deploy.formatting import plain
 from s2ap_deploy.gating.check import Check, Status
 from s2ap_deploy.gating.policy import DOUBTS
 from s2ap_deploy.models.classifier import weights_hash
-from s2ap_deploy.onnx_export import onnx_file
 from s2ap_deploy.onnx_export.onnx_module import OnnxModule
 from s2ap_deploy.pruning.masks import load_tensors
 from s2ap_deploy.recipe import catalog
@@ -43,6 +42,7 @@ from s2ap_deploy.runtime import derive_seed
 from s2ap_deploy.stages.certified_files import FILE, CertifiedRun, Verification, check
 from s2ap_deploy.stages.context import ExecutionConfig, read_classifier, read_images
 from s2ap_deploy.stages.early_certify import prove
+from s2ap_deploy.stages.export_device import open_artifact
 
 _TIE, _TIE_ELSEWHERE = 1e-5, 1e-4
 """Two logits that differ by less, relative to the largest one, may swap places: float32 sums in another
@@ -77,7 +77,7 @@ def load_network(path: Path, machine: ExecutionConfig) -> VerificationTarget:
 
 def load_file(path: Path) -> VerificationTarget:
     """Load the exported file at ``path``, for answers, and its twin, for gradients."""
-    opened = onnx_file.load(path)
+    opened = open_artifact(path)
     twin = OnnxModule(opened.model)
     judge = OnnxModel(twin, opened.answers, torch.device("cpu"))
     return VerificationTarget(twin, opened.answers, opened.input_size, weights_hash(judge.network))

@@ -128,20 +128,27 @@ def exported(facts: Facts) -> Table:
             for answers in report.points_checks
         )
         rounded = report.quantization is not None or report.rounding is not None
-        found = own or (words.subject(facts) if covered and not rounded else None)
-        by = "its own" if own else "the network's, same answers" if found else "none"
-        rows.append(
-            (
-                facts.path_of(stage),
-                words.size(report.bytes),
-                words.ratio(report),
-                words.share(found.clean) if found else "not certified",
-                words.share(found.robust) if found else "not certified",
-                by,
+        size, ratio = words.size(report.bytes), words.ratio(report)
+        rows.append(_file_row(facts, facts.path_of(stage), size, ratio, own, covered and not rounded))
+        if (device := report.device) is not None:
+            own = facts.certificates.get(f"{beside('artifact', stage)}-device")
+            covered = any(
+                answers.certificate_sha256 in facts.hashes.values() and answers.explained
+                for answers in device.points_checks
             )
-        )
+            path, size = f"{stage}/{device.folder}/{device.main}", words.size(device.bytes)
+            rows.append(_file_row(facts, path, size, "", own, covered and not device.rounded))
     head = ("File", "Size", "Latency, of dense", "Clean accuracy", words.robust_label(facts), "Certificate")
     return Table(head, tuple(rows))
+
+
+def _file_row(
+    facts: Facts, path: str, size: str, ratio: str, own: Certificate | None, covered: bool
+) -> tuple[str, ...]:
+    found = own or (words.subject(facts) if covered else None)
+    by = "its own" if own else "the network's, same answers" if found else "none"
+    shares = (found.clean, found.robust) if found else ()
+    return (path, size, ratio, *(map(words.share, shares) if found else ("not certified",) * 2), by)
 
 
 def by_encoding(report: ExportReport) -> Table:

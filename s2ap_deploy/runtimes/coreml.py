@@ -1,0 +1,53 @@
+"""Core ML: coremltools with its sparse storage, one bit per weight and the values that are not zero."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from s2ap_deploy.runtimes.runtime import Conversion, Logits, Runtime
+
+
+def _convert(conversion: Conversion) -> None:
+    import coremltools as ct
+    import coremltools.optimize.coreml as cto
+    import torch
+
+    network, images = conversion.network()
+    program = torch.export.export(network, images).run_decompositions({})
+    model = ct.convert(
+        program, minimum_deployment_target=ct.target.iOS18, compute_precision=ct.precision.FLOAT32
+    )
+    pruning = cto.OpThresholdPrunerConfig(threshold=1e-12, minimum_sparsity_percentile=0.2)
+    model = cto.prune_weights(model, cto.OptimizationConfig(global_config=pruning))
+    if conversion.calibration is not None:
+        rounding = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8")
+        settings = cto.OptimizationConfig(global_config=rounding)
+        model = cto.linear_quantize_weights(model, settings, joint_compression=True)
+    model.save(str(conversion.folder / "model.mlpackage"))
+
+
+def _load(folder: Path) -> Logits:
+    import coremltools as ct
+    import numpy as np
+
+    from s2ap_deploy.runtimes.runtime import each_image
+
+    model = ct.models.MLModel(str(folder / "model.mlpackage"), compute_units=ct.ComputeUnit.CPU_ONLY)
+    description = model.get_spec().description
+    entry, output = description.input[0].name, description.output[0].name
+    return each_image(lambda image: np.asarray(model.predict({entry: image})[output], np.float32))
+
+
+RUNTIME = Runtime(
+    name="coreml",
+    title="Core ML",
+    extra="coreml",
+    modules=("coremltools",),
+    packages=("coremltools", "torch"),
+    main="model.mlpackage",
+    convert=_convert,
+    load=_load,
+    bits={"float32": 1, "int8": 1},
+    kept_bits={"float32": 32, "int8": 8},
+    systems=("Darwin",),
+)
