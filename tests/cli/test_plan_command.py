@@ -52,16 +52,16 @@ def test_targets_are_listed_and_shown(s2ap, tmp_path) -> None:
 
 def test_export_for_a_target_and_what_the_run_remembers(s2ap, own_run, without_stages) -> None:
     run = without_stages(own_run, "export")
-    answer = s2ap.json("export", "--target", "coreml", "--opset", 21, "--max-bytes", 10**6, "--run", run)
+    answer = s2ap.json("export", "--target", "opencv", "--opset", 21, "--max-bytes", 10**6, "--run", run)
     assert (answer["opset"], answer["encoding"], answer["batch"]) == (21, "dense", 1)
-    assert answer["target"] == {"name": "coreml", "sha256": target.find("coreml").sha256}
+    assert answer["target"] == {"name": "opencv", "sha256": target.find("opencv").sha256}
     assert answer["budgets"] == [{"what": "bytes", "asked": 10**6, "found": answer["bytes"]}]
     assert answer["predicted"]["bytes"] > 0
     kept = yaml.safe_load((run / "recipe.yaml").read_text())["export"]
-    assert (kept["target"], kept["opset"], kept["batch"]) == ("coreml", 21, 1)
+    assert (kept["target"], kept["opset"], kept["batch"]) == ("opencv", 21, 1)
     same = s2ap.ok("export", "--run", run)
     assert "already done with the same inputs" in same.err
-    assert re.search(r"^target +coreml\b", same.out, re.M)
+    assert re.search(r"^target +opencv\b", same.out, re.M)
     assert re.search(r"^budget +bytes: at most 1,000,000, found \d", same.out, re.M)
 
 

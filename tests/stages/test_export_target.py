@@ -99,12 +99,12 @@ def test_the_report_names_the_target_and_every_budget_beside_what_was_found(tmp_
     file = tmp_path / "model.onnx"
     file.write_bytes(b"x")
     asked = recipe(max_bytes=6000, max_macs=10**6, max_latency_ms=2.0)
-    found = target.find("coreml")
+    found = target.find("opencv")
     subject = exported()
     network = subject.network
     done = completed(report(), file, subject, asked, found)
     assert done.target is not None
-    assert (done.target.name, done.target.sha256) == ("coreml", found.sha256)
+    assert (done.target.name, done.target.sha256) == ("opencv", found.sha256)
     assert [(each.what, each.asked, each.found, each.holds) for each in done.budgets] == [
         ("bytes", 6000, 5000, True),
         ("macs", 10**6, macs(network, SIZE), True),
