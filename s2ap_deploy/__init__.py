@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from s2ap_deploy.api import (
+        bundle,
         certify,
+        collect,
         compare,
         decode,
         export,
@@ -33,7 +35,9 @@ __all__ = [
     "Loaded",
     "Reports",
     "Trained",
+    "bundle",
     "certify",
+    "collect",
     "compare",
     "decode",
     "export",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from s2ap_deploy.gating.check import Verdict
+    from s2ap_deploy.gating.devices import Device
     from s2ap_deploy.onnx_export.decoding import Decoded
     from s2ap_deploy.onnx_export.export_report import ExportReport
     from s2ap_deploy.planning.dry_run import DryRunReport, SweepDryRunReport
@@ -356,7 +357,7 @@ def gate(
     given = {key: value for key, value in {**(thresholds or {}), **named}.items() if value is not None}
     with opened() as folder:
         stated: dict[str, Any] = {}
-        if not given.keys() - {"rule", "max_age"}:
+        if not given.keys() - {"rule", "max_age", "require_device"}:
             recipe = folder.load_recipe()
             stated = recipe.gate.model_dump() if recipe is not None and recipe.gate is not None else {}
         policy = Thresholds.of({**stated, **given})
@@ -387,6 +388,73 @@ def sign(run: Path | str = DEFAULT_RUN, *, private_key: Path | str, password: st
     folder = Run.look(run).path
     with FolderLock(folder):
         return signature.sign(folder, Path(private_key), password)
+
+
+def bundle(
+    run: Path | str = DEFAULT_RUN,
+    *,
+    file: Path | str | None = None,
+    output: Path | str = "bundle.pyz",
+    images: Path | str | None = None,
+    most_images: int = 100,
+    overwrite: bool = False,
+) -> Path:
+    """Write one file that judges the run's exported file on a device: ``python bundle.pyz`` there.
+
+    Args:
+        run: the run folder, which is only read.
+        file: an exported file, or the folder of its C sources; by default the run's only file.
+        output: the bundle.
+        images: the image folder that the run was certified on: its files are packed, for a comparison of the
+            pixels that the device makes of them.
+        most_images: the most image files to pack.
+        overwrite: replace an ``output`` that exists.
+
+    Raises:
+        UsageError: no such file, several to choose from, or none whose answers are certified.
+        RunFolderError: a file is not as recorded.
+    """
+    from s2ap_deploy.runs.folder import Run
+    from s2ap_deploy.stages import devices
+
+    target = _output(output, (".pyz",), {"overwrite": overwrite})
+    assert target is not None
+    devices.bundle(
+        Run.look(run),
+        target,
+        Path(file) if file is not None else None,
+        images=Path(images) if images is not None else None,
+        most_images=most_images,
+    )
+    return target
+
+
+def collect(
+    run: Path | str,
+    record: Path | str,
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
+    command: str = "python: collect",
+) -> Device:
+    """Bind what a bundle measured on a device to the run, and judge the answers in it.
+
+    Args:
+        run: the run folder that the bundle was made of.
+        record: ``device.json``.
+        name: the device's name in the run, by default the one in the record.
+        overwrite: replace the record of a device of that name.
+        command: text that the manifest records.
+
+    Raises:
+        InputError: the record is damaged, was edited, contradicts itself, or is of another run.
+        RunFolderError: the run holds another record of that name.
+    """
+    from s2ap_deploy.runs.folder import Run
+    from s2ap_deploy.stages import devices
+
+    with Run.open(run, create=False, command=command) as opened:
+        return devices.collect(opened, Path(record), name=name, overwrite=overwrite)
 
 
 def verify(

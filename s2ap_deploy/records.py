@@ -14,6 +14,9 @@ from s2ap_deploy.spec import Record
 
 Model = TypeVar("Model", bound=BaseModel)
 
+SUM_TOLERANCE: Final = 1e-5
+"""The rounding of float32 sums in another order, relative to the largest logit."""
+
 _REPEAT: Final = "create it again, or use the version of s2ap-deploy that wrote it"
 
 

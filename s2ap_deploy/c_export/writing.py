@@ -28,7 +28,7 @@ from s2ap_deploy.c_export.lowering import (
 from s2ap_deploy.c_export.packing import Blob, Packed, Positions, pack_convolution, pack_linear
 from s2ap_deploy.c_export.placing import LANES, Layout, Placement, Split, place
 from s2ap_deploy.codecs.values import FLOAT32, ValuesName
-from s2ap_deploy.onnx_export.inference import SUM_TOLERANCE
+from s2ap_deploy.records import SUM_TOLERANCE
 
 Images = NDArray[np.float32]
 EMBED_BELOW = 2**20

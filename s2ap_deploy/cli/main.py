@@ -53,6 +53,8 @@ COMMANDS = {
     "gate": "Judge the run against thresholds; the exit code is the verdict.",
     "verify": "Check a certificate against its files and with new attacks.",
     "sign": "Sign every file of a run folder with a private key.",
+    "bundle": "Write one file that judges an exported file on a device.",
+    "collect": "Bind what a bundle measured on a device to the run.",
     "compare": "Compare the masks of two or more runs.",
     "report": "Write the results of a run as an HTML page and a model card.",
     "run": "Run a recipe from its first stage to its verdict.",
@@ -66,7 +68,7 @@ COMMANDS = {
 
 COMMAND_MODULES = {
     "stage_commands": ("pretrain", "prune", "certify", "export", "decode"),
-    "verdict_commands": ("gate", "verify", "sign", "compare", "report"),
+    "verdict_commands": ("gate", "verify", "sign", "compare", "report", "bundle", "collect"),
     "run_commands": ("demo", "run", "sweep", "plan"),
     "info_commands": ("inspect", "init", "targets", "recipes", "doctor"),
 }

@@ -46,6 +46,7 @@ class FieldType(click.ParamType):  # type: ignore[type-arg]
         self.adapter: TypeAdapter[Any] = TypeAdapter(annotation)
         schema = self.adapter.json_schema()
         alternatives = schema.get("anyOf", [schema])
+        self.texts = any(each.get("items", {}).get("type") == "string" for each in alternatives)
         self.kinds = [str(each.get("type", "string")) for each in alternatives if each.get("type") != "null"]
         self.choices = [
             str(value)
@@ -56,6 +57,8 @@ class FieldType(click.ParamType):  # type: ignore[type-arg]
     def metavar(self) -> str:
         """Return ``[auto|ef|...]``, ``INTEGER`` or the like."""
         words = {"integer": "INTEGER", "number": "FLOAT", "array": "FLOAT,FLOAT,..."}
+        if self.texts:
+            return "NAME,NAME,..."
         if self.choices:
             other = [words[kind] for kind in self.kinds if kind in words]
             return f"[{'|'.join([*self.choices, *other])}]"
@@ -72,6 +75,8 @@ class FieldType(click.ParamType):  # type: ignore[type-arg]
             self.fail(sentence(error.errors()[0], Recipe), param, ctx)
 
     def _parsed(self, text: str) -> Any:
+        if self.texts:
+            return tuple(text.split(","))
         if "array" in self.kinds:
             return tuple(_number(part, float) for part in text.split(","))
         for kind, of in (("integer", int), ("number", float)):

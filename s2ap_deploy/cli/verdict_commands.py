@@ -334,6 +334,77 @@ def sign_command(run: Path, private_key: Path, password_env: str | None, as_json
 
 
 @click.command()
+@click.argument("run", metavar="[RUN]", type=options.PATH, default=options.RUN)
+@click.option(
+    "--file",
+    type=options.PATH,
+    help="Exported file, or its folder of C sources.  [default: the run's only file]",
+)
+@click.option(
+    "--output", type=options.PATH, default=Path("bundle.pyz"), help="The bundle.  [default: bundle.pyz]"
+)
+@click.option(
+    "--images", type=options.PATH, help="Image folder of the certificate: packs image files as well."
+)
+@click.option("--most-images", type=options.COUNT, default=100, help="The most to pack.  [default: 100]")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that exists.")
+@options.json_option
+def bundle_command(run: Path, as_json: bool, **keywords: Any) -> None:
+    """Write one file that judges an exported file on a device.
+
+    RUN is the run folder, s2ap-run unless given. The bundle holds the file, the clean and attacked points of
+    its certificate, the expected answers, and a program that needs Python 3.8, NumPy and the file's runtime;
+    for C sources, a C compiler or the built library instead of a runtime. On the device it judges every
+    point, measures latency and memory, and writes device.json; with --images it also compares the pixels that
+    the device makes of image files. Equal runs give equal bytes.
+
+    \b
+    s2ap-deploy bundle s2ap-run
+    s2ap-deploy bundle s2ap-run --file export/c --output bundle-c.pyz
+    python bundle.pyz --name board
+    """
+    from s2ap_deploy import api, files
+    from s2ap_deploy.cli import session
+
+    path = api.bundle(run, **keywords)
+    if as_json:
+        session.print_json({"run": str(run), "bundle": str(path), "sha256": files.sha256(path)})
+    else:
+        terminal.echo(f"{path}: {path.stat().st_size:,} bytes; on the device: python {path.name} --name NAME")
+
+
+@click.command()
+@click.argument("run", metavar="RUN", type=options.PATH)
+@click.argument("record", metavar="RECORD", type=options.PATH)
+@click.option("--name", help="Name of the device in the run.  [default: the one in RECORD]")
+@click.option("--overwrite", is_flag=True, help="Replace the record of a device of that name.")
+@options.json_option
+def collect_command(run: Path, record: Path, name: str | None, overwrite: bool, as_json: bool) -> None:
+    """Bind what a bundle measured on a device to the run.
+
+    RECORD is the device.json that python bundle.pyz wrote. It must be of this run's certificate and file. Its
+    answers are compared with the certificate's again; gate --require-device judges them.
+
+    \b
+    s2ap-deploy collect s2ap-run device.json
+    s2ap-deploy gate --run s2ap-run --min-robust 0.40 --require-device board --max-latency-ms 5
+    """
+    from s2ap_deploy import api
+    from s2ap_deploy.cli import session
+
+    device = api.collect(run, record, name=name, overwrite=overwrite, command=session.command_line())
+    if as_json:
+        session.print_json(device.model_dump(mode="json"))
+        return
+    for check in filter(None, (device.check(required=True), device.camera(required=True))):
+        terminal.echo(f"{terminal.styled(check.status)} {check.message}")
+    measured = device.record
+    terminal.echo(
+        f"one image: p50 {measured.p50_ms:g} ms, p95 {measured.p95_ms:g} ms; threads {measured.threads}"
+    )
+
+
+@click.command()
 @click.argument("runs", metavar="RUN RUN [RUN]...", type=options.PATH, nargs=-1, required=True)
 @options.json_option
 def compare_command(runs: tuple[Path, ...], as_json: bool) -> None:

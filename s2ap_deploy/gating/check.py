@@ -25,6 +25,8 @@ RULES = {
     "size": "The exported file is small enough.",
     "sparsity": "The exported file is sparse enough.",
     "latency": "The exported file is fast enough.",
+    "device": "The device gives the certificate's answers on every point.",
+    "camera": "The images that the device reads are the certified ones.",
     "age": "The certificate is recent enough.",
     "signature": "The holder of a key signed every file of the run folder.",
     "recipe": "The recipe asks for what was certified.",

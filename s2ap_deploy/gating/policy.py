@@ -14,9 +14,12 @@ from s2ap_deploy.evaluation import statistics
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.gating import file_checks, sample_checks
 from s2ap_deploy.gating.check import Check, Verdict
+from s2ap_deploy.gating.devices import Device
+from s2ap_deploy.gating.devices import checks as device_checks
 from s2ap_deploy.gating.file_checks import ShippedFile
 from s2ap_deploy.gating.sample_checks import LEVEL
 from s2ap_deploy.recipe.thresholds import Thresholds
+from s2ap_deploy.records import PointsCheck
 
 DOUBTS = {
     "randomized": "the model's predictions for the same image vary",
@@ -41,6 +44,7 @@ def judge(
     attacked: Mapping[str, Certificate] | None = None,
     shipped: Sequence[ShippedFile] = (),
     recorded: Sequence[Check] = (),
+    devices: Sequence[Device] = (),
     age: timedelta | None = None,
 ) -> Verdict:
     """Compare the evidence with the policy.
@@ -54,6 +58,8 @@ def judge(
         shipped: files that a certificate must cover. A file counts with its own answers where they are worse
             than the certificate's; those with an export report are also checked for size and speed.
         recorded: checks of files that were made before.
+        devices: devices that ran a file; one counts with its own answers where they are worse. Where some are
+            required, they and not the exported file have to keep the limit of latency in milliseconds.
         age: the age of the certificate.
 
     Raises:
@@ -63,12 +69,19 @@ def judge(
     own = attacked or {}
     covering = (pruned, *own.values(), *others)
     checks = [*recorded, *(file_checks.coverage(file, *covering) for file in shipped)]
+    checks += device_checks(devices, policy.require_device, policy.max_latency_ms)
+    answers = [each.judged for each in devices if each.judged is not None]
     checks += [_flag("the model", flag) for flag in _doubts(pruned)]
     # A file that was attacked itself is judged by its own answers only.
-    checks += _sample_checks(policy, pruned, dense, [file for file in shipped if file.path not in own])
+    checks += _sample_checks(
+        policy,
+        pruned,
+        dense,
+        [*answers, *(each for file in shipped if file.path not in own for each in file.points_checks)],
+    )
     for path, certificate in own.items():
         checks += [_flag(path, flag) for flag in _doubts(certificate)]
-        checks += (_of_file(path, each) for each in _sample_checks(policy, certificate, dense, ()))
+        checks += (_of_file(path, each) for each in _sample_checks(policy, certificate, dense, answers))
     if policy.needs_dense and dense is not None:
         checks += [_flag("the dense model", flag) for flag in _doubts(dense)]
     checks += _file_checks(policy, [file for file in shipped if file.export is not None])
@@ -92,12 +105,10 @@ def method(policy: Thresholds) -> str:
 
 
 def _sample_checks(
-    policy: Thresholds, pruned: Certificate, dense: Certificate | None, shipped: Sequence[ShippedFile]
+    policy: Thresholds, pruned: Certificate, dense: Certificate | None, given: Sequence[PointsCheck]
 ) -> Iterator[Check]:
     rule = policy.rule
-    answers = [
-        check for file in shipped for check in file.points_checks if check.certificate_sha256 == pruned.sha256
-    ]
+    answers = [check for check in given if check.certificate_sha256 == pruned.sha256]
     if policy.min_clean is not None:
         k = min([pruned.clean.k, *(answer.clean_correct for answer in answers)])
         yield sample_checks.floor("clean-accuracy", "clean accuracy", k, pruned.n, policy.min_clean, rule)
@@ -123,7 +134,7 @@ def _file_checks(policy: Thresholds, exported: Sequence[ShippedFile]) -> list[Ch
     checks = [
         check
         for name in file_checks.LIMITS
-        if name in asked
+        if name in asked and not (name == "max_latency_ms" and policy.require_device)
         for check in file_checks.limits(name, asked[name], exported)
     ]
     if policy.min_sparsity is not None:

@@ -12,6 +12,7 @@ from onnx import ModelProto
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from s2ap_deploy.errors import VerificationError
+from s2ap_deploy.records import SUM_TOLERANCE
 
 # The binding raises these side by side, without a common parent of their own.
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
@@ -29,7 +30,6 @@ RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     UnicodeDecodeError,  # a message that quotes a name of a damaged file
 )
 
-SUM_TOLERANCE = 1e-5
 _ONLY_ERRORS = 3
 
 

@@ -21,8 +21,8 @@ from s2ap_deploy.codecs.decode_graph import decodes
 from s2ap_deploy.codecs.registry import OPERATORS
 from s2ap_deploy.errors import VerificationError
 from s2ap_deploy.onnx_export.encoding import weights
-from s2ap_deploy.onnx_export.inference import SUM_TOLERANCE, logits, session
-from s2ap_deploy.records import Agreement, ChangedPoint, PointsCheck
+from s2ap_deploy.onnx_export.inference import logits, session
+from s2ap_deploy.records import SUM_TOLERANCE, Agreement, ChangedPoint, PointsCheck
 
 QUANTIZED_FLOOR = 0.9
 # Operators that classifiers have as well, and that ONNX Runtime may add to them.

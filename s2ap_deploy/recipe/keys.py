@@ -113,6 +113,7 @@ THRESHOLDS: Final[Keywords] = {
         "max_latency_ms",
         "max_latency_ratio",
         "max_age",
+        "require_device",
         "rule",
     )
 }

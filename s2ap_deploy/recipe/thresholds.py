@@ -15,6 +15,7 @@ from s2ap_deploy.spec import Record, invalid
 Rule = Literal["lower", "point"]
 AGE: Final = r"^[0-9]{1,6}[hdw]$"
 """The pattern of ``max_age``: hours, days or weeks."""
+DEVICE_NAME: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,13 @@ class Evidence:
 
     Args:
         source: where the value comes from: the certificate's ``samples``, its ``clean`` predictions alone,
-            the exported ``file``, its measured ``latency``, or the ``date`` of the certificate.
+            the exported ``file``, its measured ``latency``, the ``date`` of the certificate, or a ``device``.
         extreme: a bound that no number of samples can show (1 for a floor, 0 for a ceiling of a drop).
         attacked: whether attacks change the value, so that they may stop once the verdict is decided.
         dense: whether the dense network is needed in addition to the pruned one.
     """
 
-    source: Literal["samples", "clean", "file", "latency", "date"]
+    source: Literal["samples", "clean", "file", "latency", "date", "device"]
     extreme: float | None = None
     attacked: bool = False
     dense: bool = False
@@ -78,7 +79,10 @@ class Thresholds(Record):
     ] = None
     max_latency_ms: Annotated[
         Positive | None,
-        Field(description="Longest inference of the exported file for one image, in milliseconds."),
+        Field(
+            description="Longest inference of the exported file for one image, in milliseconds: on the "
+            "required devices, or else as export --bench measured it."
+        ),
         Evidence("latency"),
     ] = None
     max_latency_ratio: Annotated[
@@ -91,13 +95,18 @@ class Thresholds(Record):
         Field(description="Oldest certificate to accept: 36h, 30d or 2w."),
         Evidence("date"),
     ] = None
+    require_device: Annotated[
+        tuple[Annotated[str, Field(pattern=DEVICE_NAME)], ...],
+        Field(description="Devices whose record must be collected and give the certificate's answers."),
+        Evidence("device"),
+    ] = ()
     rule: Annotated[
         Rule, Field(description="Judge the one-sided 95 % bound (lower), or the observed value (point).")
     ] = "lower"
 
     @model_validator(mode="after")
     def _judges_something(self) -> Self:
-        if not self.asked:
+        if not self.asked and not self.require_device:
             raise invalid(
                 "threshold-missing", "a gate needs min_robust, max_drop, min_clean or another threshold"
             )
@@ -121,8 +130,10 @@ class Thresholds(Record):
 
     @property
     def asked(self) -> dict[str, float]:
-        """The thresholds that are set, by name, without ``rule`` and ``max_age``."""
-        found: dict[str, float] = self.model_dump(exclude={"rule", "max_age"}, exclude_none=True)
+        """The thresholds that are set, by name, without ``rule``, ``max_age`` and ``require_device``."""
+        found: dict[str, float] = self.model_dump(
+            exclude={"rule", "max_age", "require_device"}, exclude_none=True
+        )
         return found
 
     @property

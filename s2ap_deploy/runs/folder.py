@@ -145,6 +145,7 @@ _COMMANDS = {
     "certify": "certify",
     "export": "export",
     "artifact": "certify --artifact",
+    "device": "collect",
     "gate": "gate",
 }
 _RESUME = "add --resume to continue, or --overwrite to start over"
@@ -436,10 +437,17 @@ class Run:
     def _later(self, name: StageName) -> tuple[StageName, ...]:
         """Return the stages that are built on ``name``, with folders that a kill may have left.
 
-        Files of a run do not depend on one another: on an export, only that file's certificate is built.
+        Files of a run do not depend on one another: on an export, only that file's certificate is built, and
+        on both the records of devices that ran the file.
         """
-        if kind_of(name) == "export":
-            return manifest.beside("artifact", name), "gate"
+        if kind_of(name) in ("export", "artifact", "device"):
+            own = (manifest.beside("artifact", name),) if kind_of(name) == "export" else ()
+            on_device = (
+                device
+                for device, record in self.manifest.of_kind("device").items()
+                if name in (record.inputs.get("export"), record.inputs.get("certified_by"))
+            )
+            return (*own, *on_device, "gate")
         later = STAGES[STAGES.index(kind_of(name)) + 1 :]
         left = {each.name for each in self.path.iterdir() if manifest.is_stage(each.name)}
         named = sorted({*self.manifest.stages, *left} - {*STAGES})

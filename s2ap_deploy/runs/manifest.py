@@ -18,9 +18,9 @@ from s2ap_deploy.spec import Record
 
 FILE_NAME = "manifest.json"
 
-STAGES = ("pretrain", "search", "finetune", "certify", "export", "artifact", "gate")
-"""The kinds of stages, in order. A run may hold several of the kinds in ``SEVERAL``, one for each file."""
-SEVERAL = ("export", "artifact")
+STAGES = ("pretrain", "search", "finetune", "certify", "export", "artifact", "device", "gate")
+"""The kinds of stages, in order. Of those in ``SEVERAL`` a run may hold one for each file or device."""
+SEVERAL = ("export", "artifact", "device")
 
 StageName = Annotated[
     str,

@@ -230,6 +230,7 @@ class ThresholdArguments(TypedDict, total=False):
     max_latency_ms: float | None
     max_latency_ratio: float | None
     max_age: str | None
+    require_device: Sequence[str] | None
     rule: Literal["lower", "point"]
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from s2ap_deploy import files
-from s2ap_deploy.errors import DeployError, UsageError
+from s2ap_deploy.errors import DeployError, InputError, UsageError
 from s2ap_deploy.evaluation.autoattack import protocols
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.gating.check import Check, Status, Verdict
+from s2ap_deploy.gating.devices import RECORD, Device, DeviceRecord
 from s2ap_deploy.gating.file_checks import NamedFiles
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.recipe import catalog
 from s2ap_deploy.recipe.field_types import TEST_IMAGES
+from s2ap_deploy.records import PointsCheck
 from s2ap_deploy.runs import manifest
 from s2ap_deploy.runs.folder import CERTIFICATE, COPY, MASKS, MODEL, RECIPE_FILE
 from s2ap_deploy.runs.manifest import Manifest, StageName, StageRecord
@@ -36,6 +38,7 @@ _LINKS: dict[str, tuple[str, ...]] = {
     "certify": ("dense", "pruned"),
     "export": ("checkpoint", "certificate", "scores"),
     "artifact": ("file",),
+    "device": ("certificate", "file"),
 }
 """The inputs of each stage that are hashes of files which the run itself has recorded."""
 
@@ -391,6 +394,48 @@ def export_report(
     if recorded is None or named.sha256(name) != recorded:
         return None
     return ExportReport.load(files.within(folder, name))
+
+
+def devices(
+    folder: Path,
+    contents: Manifest,
+    certificates: Mapping[str, Certificate],
+    reports: Mapping[StageName, ExportReport],
+) -> list[Device]:
+    """Return the devices of a run whose records are as recorded, judged by ``certificates``, by their hash.
+
+    Raises InputError for a record that contradicts itself or its certificate.
+    """
+    found = []
+    for stage, entry in contents.finished("device").items():
+        path = files.within(folder, f"{stage}/{RECORD}")
+        recorded = next(
+            (output.sha256 for output in entry.outputs if output.path == f"{stage}/{RECORD}"), None
+        )
+        if recorded is None or not path.is_file() or files.sha256(path) != recorded:
+            continue  # the check of recorded files says so
+        record = DeviceRecord.load(path)
+        certificate = certificates.get(record.certificate_sha256)
+        report = reports.get(str(entry.inputs.get("export")))
+        largest = 1.0 if report is None else report.agreement.largest_logit
+        judged = None if certificate is None else judged_record(record, certificate, largest, str(path))
+        seen = None if certificate is None else record.seen(certificate)
+        found.append(Device(name=stage.removeprefix("device-"), record=record, judged=judged, seen=seen))
+    return found
+
+
+def judged_record(
+    record: DeviceRecord, certificate: Certificate, largest_logit: float, source: str
+) -> PointsCheck:
+    """Judge the answers of the record in ``source``. Raises InputError where it contradicts itself."""
+    try:
+        return record.judged(certificate, largest_logit)
+    except ValueError as error:
+        raise InputError(
+            f"{source}: {error}",
+            code="device-record-wrong",
+            hint="repeat python bundle.pyz on the device",
+        ) from None
 
 
 def stage_checks(folder: Path, contents: Manifest, named: NamedFiles) -> list[Check]:

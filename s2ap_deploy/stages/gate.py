@@ -13,6 +13,7 @@ from s2ap_deploy.errors import InconclusiveError, RunFolderError
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.formatting import LONGEST_PATH, plain
 from s2ap_deploy.gating.check import Check, Verdict, inconclusive
+from s2ap_deploy.gating.devices import Device
 from s2ap_deploy.gating.file_checks import NamedFiles, ShippedFile, is_runnable, runnable_files
 from s2ap_deploy.gating.policy import judge
 from s2ap_deploy.onnx_export.export_report import ExportReport
@@ -26,6 +27,7 @@ from s2ap_deploy.stages.certified_files import (
     STAGES,
     UNFINISHED,
     CertifiedRun,
+    devices,
     export_report,
     recorded_files,
     stage_checks,
@@ -47,14 +49,15 @@ class _Recorded(NamedTuple):
     """The certificates and reports, without those that are missing or were replaced.
 
     ``files`` are the certificates of exported files themselves, ``reports`` those of the exports, both by
-    stage. ``named`` are the files that the run's records name, ``checks`` what was found of them and of the
-    facts in them.
+    stage, ``devices`` the judged records of devices. ``named`` are the files that the run's records name,
+    ``checks`` what was found of them and of the facts in them.
     """
 
     pruned: Certificate | None
     dense: Certificate | None
     files: dict[StageName, Certificate]
     reports: dict[StageName, ExportReport]
+    devices: list[Device]
     named: NamedFiles
     checks: list[Check]
 
@@ -124,6 +127,7 @@ def gate(
             attacked={} if alone else {_attacked(run, stage, c): c for stage, c in evidence.files.items()},
             shipped=_shipped(run, subject, evidence),
             recorded=evidence.checks,
+            devices=evidence.devices,
             age=_oldest(judged, at or datetime.now(UTC)),
         )
     if run.locked:
@@ -209,7 +213,9 @@ def _gather(run: Run, written: set[str], subject: str, baseline: Path | None) ->
         if (report := export_report(run.path, run.manifest, named, stage)) is not None
     }
     recorded = [*named.checks(), *stage_checks(run.path, run.manifest, named), *checks]
-    return _Recorded(pruned, dense, of_files, reports, named, _summarized(recorded))
+    own = {each.sha256: each for each in (pruned, dense, *of_files.values()) if each is not None}
+    ran = devices(run.path, run.manifest, own, reports)
+    return _Recorded(pruned, dense, of_files, reports, ran, named, _summarized(recorded))
 
 
 def _certificate(
