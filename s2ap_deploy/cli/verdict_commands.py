@@ -87,6 +87,7 @@ def gate_command(
 
     \b
     s2ap-deploy gate --min-robust 0.40 --max-drop 0.05
+    s2ap-deploy gate --min-robust 0.40 --require-device board --max-latency-ms 5
     s2ap-deploy gate --min-robust 0.40 --require-signature --public-key key.pub --output verdict.json
     """
     from s2ap_deploy import api
@@ -382,12 +383,12 @@ def bundle_command(run: Path, as_json: bool, **keywords: Any) -> None:
 def collect_command(run: Path, record: Path, name: str | None, overwrite: bool, as_json: bool) -> None:
     """Bind what a bundle measured on a device to the run.
 
-    RECORD is the device.json that python bundle.pyz wrote. It must be of this run's certificate and file. Its
-    answers are compared with the certificate's again; gate --require-device judges them.
+    RECORD is the device.json that python bundle.pyz wrote; it must be of the certificate and the file of the
+    run folder RUN. Its answers are compared with the certificate's again; gate --require-device judges them.
 
     \b
     s2ap-deploy collect s2ap-run device.json
-    s2ap-deploy gate --run s2ap-run --min-robust 0.40 --require-device board --max-latency-ms 5
+    s2ap-deploy collect s2ap-run device.json --name board-2
     """
     from s2ap_deploy import api
     from s2ap_deploy.cli import session

@@ -230,7 +230,7 @@ class ThresholdArguments(TypedDict, total=False):
     max_latency_ms: float | None
     max_latency_ratio: float | None
     max_age: str | None
-    require_device: Sequence[str] | None
+    require_device: tuple[str, ...]
     rule: Literal["lower", "point"]
 
 

@@ -67,9 +67,19 @@ def test_bounds_that_no_number_of_samples_can_show(content, unprovable) -> None:
         policy.refuse_unprovable()
 
 
-@pytest.mark.parametrize("name", sorted(Thresholds.model_fields.keys() - {"rule", "max_age", "max_bytes"}))
+BESIDE = {"rule", "max_age", "max_bytes", "require_device"}
+
+
+@pytest.mark.parametrize("name", sorted(Thresholds.model_fields.keys() - BESIDE))
 def test_each_threshold_is_enough_for_a_gate(name) -> None:
     assert Thresholds.model_validate({name: 0.5}).asked == {name: 0.5}
+
+
+def test_a_device_alone_is_enough_for_a_gate() -> None:
+    assert Thresholds.of({"require_device": ("board",)}).asked == {}
+    for wrong in ((), ("A B",), ("../up",), "board"):
+        with pytest.raises(UsageError):
+            Thresholds.of({"require_device": wrong})
 
 
 @pytest.mark.parametrize(
@@ -91,5 +101,12 @@ def test_attacks_decide_thresholds_on_samples(content, expected) -> None:
 
 def test_every_threshold_says_how_it_is_judged() -> None:
     names = Thresholds.model_fields.keys() - {"rule"}
-    assert {evidence(name).source for name in names} == {"samples", "clean", "file", "latency", "date"}
+    assert {evidence(name).source for name in names} == {
+        "samples",
+        "clean",
+        "file",
+        "latency",
+        "date",
+        "device",
+    }
     assert all(Thresholds.model_fields[name].description for name in names)
