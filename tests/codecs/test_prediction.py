@@ -104,7 +104,8 @@ def test_it_chooses_what_the_encoder_chooses(rows, columns, density) -> None:
             tensor_bytes(weighed, each, index=0) + CODECS[each].price(weighed.nonzeros, entries, BALANCED)
             for each in (chosen, table[0].encoding)
         )
-        assert abs(mine / theirs - 1) < 0.05
+        # Chance decides whether a small tensor has a step that needs further nodes.
+        assert abs(mine - theirs) < 0.05 * theirs + CODECS[chosen].saved_node_bytes(weighed.nonzeros, entries)
 
 
 @given(st.integers(-3, 2000), st.integers(-3, 2000), st.sampled_from(list(CODECS)))

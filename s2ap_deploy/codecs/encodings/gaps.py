@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from s2ap_deploy.codecs.codec import Codec, check_positions
 
@@ -30,6 +30,8 @@ OPERATORS = frozenset(
     }
     | {"Where"}
 )
+WIDTH = 8
+FILLER = 2**WIDTH - 1
 FILLER_NODES = 330  # measured bytes of the nodes that take the fillers out
 MOST_VALUED = 80  # so many fillers get values instead, which takes no more
 
@@ -37,7 +39,7 @@ MOST_VALUED = 80  # so many fillers get values instead, which takes no more
 class Gaps(Codec):
     """Running sums of the steps give the positions, into which the values are scattered.
 
-    A number n below the filler ``M = 2^width - 1`` is a step of n + 1 to the next entry. M is a step of M to
+    A number n below the filler ``M = 255`` is a step of n + 1 to the next entry. M is a step of M to
     no entry: it has no value, and is taken out of the sums. Where few steps are longer than M, the steps
     themselves are stored, and those of M that lead to no entry have a zero as their value.
     """
@@ -52,48 +54,36 @@ class Gaps(Codec):
     decode_memory = (20.0, 0.0)
     node_bytes = (495, 500)
     shared_bytes = 60
-    width: ClassVar[int] = 8
-    per_group: ClassVar[int] = 1
-    """So many numbers are stored together."""
 
     def decode_graph(self, graph: DecodeSubgraph, weight: StoredWeight, output: str) -> None:
-        import numpy as np
-
         values = weight.nonzeros
-        code = encode(weight.positions, weight.data.size, self.width)
-        padded = -code.numbers.size % self.per_group
-        filled = np.pad(code.numbers, (0, padded), constant_values=2**self.width - 1)
-        numbers = self.unpack(graph, filled)
+        code = encode(weight.positions, weight.data.size)
+        numbers = graph.cast(graph.store(code.numbers), "int32")
         if code.entries is not None:
-            used = graph.slice(numbers, 0, code.numbers.size) if padded else numbers
-            index, values = graph.cumsum(used), code.interleave(values)
+            index, values = graph.cumsum(numbers), code.interleave(values)
         else:
-            index = self._without_fillers(graph, numbers, values.size, filled.size)
+            index = self._without_fillers(graph, numbers, values.size, code.numbers.size)
             if code.origin:
                 index = graph.add("Sub", [index, graph.number(-code.origin)])
         graph.scatter(index, graph.values(values, weight), weight, output)
 
     def _without_fillers(self, graph: DecodeSubgraph, numbers: str, count: int, length: int) -> str:
         """Add the nodes for the positions of the ``count`` entries among ``length`` numbers."""
-        filler = graph.add("Div", [numbers, graph.number(2**self.width - 1)])
+        filler = graph.add("Div", [numbers, graph.number(FILLER)])
         entries = graph.flags(graph.add("Sub", [graph.number(1), filler]))
         # A filler steps by its number, an entry by one more.
         stops = graph.add("Add", [graph.cumsum(numbers), entries.upto])
         return graph.select(stops, entries, graph.flags(filler), count, length)
 
-    def unpack(self, graph: DecodeSubgraph, numbers: NDArray[np.uint8]) -> str:
-        """Store ``numbers`` [m], and add the nodes that give them as int32."""
-        return graph.cast(graph.store(numbers), "int32")
-
     def data_bytes(self, nonzeros: int, entries: int, value_bytes: int) -> float:
         kept = max(0, min(nonzeros, entries))
-        fillers = expected_fillers(kept, entries, self.width)
+        fillers = expected_fillers(kept, entries, WIDTH)
         valued = value_bytes if fillers <= MOST_VALUED else 0
-        return value_bytes * kept + self.width / 8 * (kept + fillers) + valued * fillers
+        return value_bytes * kept + (kept + fillers) + valued * fillers
 
     def saved_node_bytes(self, nonzeros: int, entries: int) -> int:
         """Predict the bytes of the nodes that take fillers out, where these have values."""
-        return FILLER_NODES if expected_fillers(nonzeros, entries, self.width) <= MOST_VALUED else 0
+        return FILLER_NODES if expected_fillers(nonzeros, entries, WIDTH) <= MOST_VALUED else 0
 
 
 @dataclass(frozen=True, eq=False)
