@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -33,6 +34,7 @@ import tempfile
 import time
 import zipfile
 from datetime import datetime, timezone
+from importlib import metadata
 
 import numpy as np
 
@@ -106,7 +108,12 @@ def judged(path, options, folder):
             raise Unusable("this program does not know the runtime {}".format(about["file"]["runtime"]))
         # Load: the memory before it is that of Python, NumPy and the imported runtime.
         begun = time.perf_counter()
-        run, versions = runtime(os.path.join(folder, "file"), about, options)
+        try:
+            run, versions = runtime(os.path.join(folder, "file"), about, options)
+        except (ImportError, RuntimeError, OSError, ValueError) as error:
+            raise Unusable(
+                f"{about['file']['runtime']} does not open the file: {first_line(error)}"
+            ) from None
         loaded = 1000 * (time.perf_counter() - begun)
         answers = Answers(about)
         first = None
@@ -320,7 +327,113 @@ def built(folder):
     raise Unusable(f"the C library cannot be built: {lines[-1]}")
 
 
-RUNTIMES = {"onnxruntime": open_onnxruntime, "c": open_library}
+def open_litert(folder, about, options):
+    """Open a file of LiteRT (TensorFlow Lite)."""
+    module, name = imported("ai_edge_litert.interpreter", "tflite_runtime.interpreter")
+    run = module.Interpreter(
+        model_path=os.path.join(folder, about["file"]["main"]), num_threads=options.threads
+    )
+    run.allocate_tensors()
+    entry, output = run.get_input_details()[0], run.get_output_details()[0]
+    scale, zero = output["quantization"]
+
+    def answer(image):
+        run.set_tensor(entry["index"], image[None])
+        run.invoke()
+        found = run.get_tensor(output["index"])[0]
+        return scale * (found.astype(np.float32) - zero) if found.dtype == np.int8 else found
+
+    return answer, versions_of("ai-edge-litert" if name.startswith("ai") else "tflite-runtime", about)
+
+
+def open_executorch(folder, about, options):
+    """Open a program of ExecuTorch; it sets its threads itself."""
+    import torch
+
+    module, _ = imported("executorch.runtime")
+    program = module.Runtime.get().load_program(os.path.join(folder, about["file"]["main"]))
+    method = program.load_method("forward")
+
+    def answer(image):
+        return method.execute((torch.from_numpy(image[None]),))[0].numpy()[0].copy()
+
+    return answer, versions_of("executorch", about)
+
+
+def open_ncnn(folder, about, options):
+    """Open files of ncnn, without its 16-bit options."""
+    ncnn, _ = imported("ncnn")
+    network = ncnn.Net()
+    network.opt.num_threads = options.threads
+    for name in dir(network.opt):
+        if name.startswith(("use_fp16", "use_bf16", "use_vulkan", "use_int8")):
+            setattr(network.opt, name, False)
+    if network.load_param(os.path.join(folder, "model.param")) or network.load_model(
+        os.path.join(folder, "model.bin")
+    ):
+        raise Unusable("ncnn does not load the files")
+
+    def answer(image):
+        with network.create_extractor() as run:
+            run.input("in0", ncnn.Mat(np.ascontiguousarray(image)).clone())
+            return np.array(run.extract("out0")[1], np.float32)
+
+    return answer, versions_of("ncnn", about)
+
+
+def open_openvino(folder, about, options):
+    """Open a graph of OpenVINO in float32 arithmetic, also where bf16 would be its default."""
+    openvino, _ = imported("openvino")
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": options.threads}
+    core = openvino.Core()
+    model = core.compile_model(core.read_model(os.path.join(folder, about["file"]["main"])), "CPU", settings)
+    request = model.create_infer_request()
+    first = request.model_inputs[0].partial_shape[0]
+    batch = first.get_length() if first.is_static else 1
+
+    def answer(image):
+        return request.infer([np.repeat(image[None], batch, axis=0)])[0][0].copy()
+
+    return answer, versions_of("openvino", about)
+
+
+def open_coreml(folder, about, options):
+    """Open a package of Core ML, which predicts on macOS only."""
+    ct, _ = imported("coremltools")
+    path = os.path.join(folder, about["file"]["main"])
+    model = ct.models.MLModel(path, compute_units=ct.ComputeUnit.CPU_ONLY)
+    description = model.get_spec().description
+    entry, output = description.input[0].name, description.output[0].name
+
+    def answer(image):
+        return np.asarray(model.predict({entry: image[None]})[output], np.float32)[0]
+
+    return answer, versions_of("coremltools", about)
+
+
+def imported(*modules):
+    """Return the first of the modules that is there, and its name."""
+    for name in modules:
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name), name
+    raise Unusable(f"{modules[0].split('.')[0]} is missing: pip install it on this device")
+
+
+def versions_of(distribution, about):
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return {about["file"]["runtime"]: metadata.version(distribution)}
+    return {}
+
+
+RUNTIMES = {
+    "onnxruntime": open_onnxruntime,
+    "c": open_library,
+    "litert": open_litert,
+    "executorch": open_executorch,
+    "ncnn": open_ncnn,
+    "openvino": open_openvino,
+    "coreml": open_coreml,
+}
 """How to open a file, by its runtime: a function of (folder, facts, options) that returns another one, from
 float32 [C, H, W] to logits [K], and the versions of what it uses."""
 

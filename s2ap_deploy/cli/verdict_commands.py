@@ -339,7 +339,7 @@ def sign_command(run: Path, private_key: Path, password_env: str | None, as_json
 @click.option(
     "--file",
     type=options.PATH,
-    help="Exported file, or its folder of C sources.  [default: the run's only file]",
+    help="Exported file, or folder of C sources or of a runtime.  [default: the run's only file]",
 )
 @click.option(
     "--output", type=options.PATH, default=Path("bundle.pyz"), help="The bundle.  [default: bundle.pyz]"

@@ -17,7 +17,7 @@ from s2ap_deploy.formatting import LONGEST_PATH, plain
 from s2ap_deploy.gating.check import Check, Status, inconclusive
 from s2ap_deploy.recipe.thresholds import DEVICE_NAME
 from s2ap_deploy.records import SHOWN_POINTS, ChangedPoint, PointsCheck
-from s2ap_deploy.spec import Record, invalid
+from s2ap_deploy.spec import Record
 
 RECORD = "device.json"
 NO_ANSWER = -1
@@ -123,7 +123,7 @@ class DeviceRecord(Record):
             "p95_ms": self.p95_ms == quantile(self.times_ms, 0.95),
         }
         if wrong := [name for name, holds in facts.items() if not holds]:
-            raise invalid("device-record-wrong", f"{', '.join(wrong)} does not follow from the measurements")
+            raise ValueError(f"{', '.join(wrong)} does not follow from the measurements")
         return self
 
     @classmethod

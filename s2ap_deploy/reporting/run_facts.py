@@ -17,12 +17,14 @@ from s2ap_deploy.errors import DeployError, RunFolderError
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.security_curve import SecurityCurve
 from s2ap_deploy.gating.check import Verdict
+from s2ap_deploy.gating.devices import Device
 from s2ap_deploy.gating.sample_checks import PairRange
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.reporting.figure_data import Shown, gallery
 from s2ap_deploy.runs import manifest
 from s2ap_deploy.runs.folder import CERTIFICATE, RECIPE_FILE
 from s2ap_deploy.runs.manifest import Manifest, StageName, StageRecord
+from s2ap_deploy.stages.certified_files import devices
 from s2ap_deploy.stages.gate import findings
 
 Found = TypeVar("Found")
@@ -94,7 +96,7 @@ class Facts:
     of the certificate, ``hashes`` the SHA-256 of their files; ``exports`` are the reports of the exported
     files by stage. ``problems`` are files that are not as the manifest recorded them, and that the report
     therefore leaves out, ``doubts`` what the gate finds wrong with the files and facts as they are now, which
-    leaves no verdict.
+    leaves no verdict. ``devices`` are the records of devices, judged.
     ``inputs`` are a stage's, by its name.
     """
 
@@ -113,6 +115,7 @@ class Facts:
     shown: tuple[Shown, ...] = ()
     problems: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    devices: tuple[Device, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def inputs(self, stage: StageName) -> Mapping[str, Any]:
@@ -159,6 +162,12 @@ def collect(folder: Path, *, images: int = 12) -> Facts:
     networks = {role: each for role, each in certificates.items() if role in (DENSE, PRUNED)}
     search, recipe = reader.record("search"), _recipe(reader)
     doubts = reader.attempt(lambda: findings(folder)) or ()
+    exports = {
+        stage: report
+        for stage in contents.of_kind("export")
+        if (report := reader.read(stage, "report.json", ExportReport.load)) is not None
+    }
+    by_hash = {each.sha256: each for each in certificates.values()}
     facts = Facts(
         name=folder.resolve().name,
         manifest=contents,
@@ -183,13 +192,10 @@ def collect(folder: Path, *, images: int = 12) -> Facts:
             if (rows := reader.read(stage, "history.json", _rows))
         },
         layers=_layers(search.results if search is not None else None),
-        exports={
-            stage: report
-            for stage in contents.of_kind("export")
-            if (report := reader.read(stage, "report.json", ExportReport.load)) is not None
-        },
+        exports=exports,
         shown=_shown(reader, networks, images),
         doubts=doubts,
+        devices=tuple(reader.attempt(lambda: devices(folder, contents, by_hash, exports)) or ()),
         problems=tuple(dict.fromkeys(reader.problems)),
     )
     return Facts(**{**vars(facts), "missing": _missing(facts)})

@@ -19,8 +19,9 @@ from s2ap_deploy.gating.file_checks import NamedFiles
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.recipe import target
 from s2ap_deploy.runs import manifest
-from s2ap_deploy.runs.folder import CERTIFICATE, Run
+from s2ap_deploy.runs.folder import ABOUT, CERTIFICATE, Run
 from s2ap_deploy.runs.manifest import Output, StageName, beside
+from s2ap_deploy.runtimes.runtime import find
 from s2ap_deploy.spec import Preprocessing
 from s2ap_deploy.stages.certified_files import REPORT, devices, export_report, judged_record
 
@@ -31,14 +32,18 @@ _NOT_THIS_RUN = "collect it in the run that its bundle was made of, or make a bu
 
 
 class _Packed(NamedTuple):
-    """A file to pack: its path inside the run, what runs it, its members by name, and its ONNX file."""
+    """A file to pack: its path inside the run, what runs it, its members by name, and what answers here.
+
+    ``rounded``: another network than the certified one, so that only a certificate of its own counts.
+    """
 
     name: str
     sha256: str
     runtime: str
     main: str
     members: Mapping[str, Path]
-    onnx: Path
+    answering: Path
+    rounded: bool
 
 
 def bundle(
@@ -52,7 +57,7 @@ def bundle(
     Args:
         run: the open run folder, which is only read.
         output: the bundle.
-        file: an exported file, or the folder of a C library; None for the run's only file.
+        file: an exported file, or the folder of C sources or of a runtime; None for the run's only file.
         images: the image folder that the run was certified on, of which image files are packed as well.
         most_images: the most image files to pack.
 
@@ -61,12 +66,12 @@ def bundle(
         RunFolderError, VerificationError: a file is not as recorded.
     """
     from s2ap_deploy.evaluation.points import load_points
-    from s2ap_deploy.onnx_export import onnx_file
+    from s2ap_deploy.stages.export_device import open_artifact
 
     stage = _chosen(run, file)
     report = ExportReport.load(run.output(stage, REPORT))
     packed = _packed(run, stage, report, file)
-    issued, name, certificate = _certificate(run, stage, report, packed)
+    issued, name, certificate = _certificate(run, stage, packed)
     if certificate.points is None:
         raise UsageError(
             f"{issued}/{name} does not name a points file",
@@ -74,7 +79,7 @@ def bundle(
             hint="certify again with --overwrite",
         )
     clean, attacked = load_points(run.output(issued, certificate.points.name), certificate.points)
-    opened = onnx_file.load(packed.onnx)
+    opened = open_artifact(packed.answering)
     broken = [index for index in range(len(clean)) if not bool((clean[index] == attacked[index]).all())]
     points, types = _stored_points(clean.numpy(), attacked.numpy()[broken])
     answers = opened.answers
@@ -159,27 +164,36 @@ def _inside(run: Run, file: Path) -> Path:
 
 
 def _packed(run: Run, stage: StageName, report: ExportReport, file: Path | None) -> _Packed:
-    """Return what to pack of an export: the file, or the C library where ``file`` is its folder."""
+    """Return what to pack of an export: its file, or the C library or files of a runtime beside it.
+
+    The latter are named by their folder. The C library has the bits of its own, and the ONNX file's classes.
+    """
     onnx = run.output(stage, report.file)
     place = onnx.resolve() if file is None else _inside(run, file)
+    rounded = report.quantization is not None or report.rounding is not None
     if place == onnx.resolve():
-        name = f"{stage}/{report.file}"
-        return _Packed(name, report.sha256, "onnxruntime", report.file, {report.file: onnx}, onnx)
-    library = report.c_library
+        name, members = f"{stage}/{report.file}", {report.file: onnx}
+        return _Packed(name, report.sha256, "onnxruntime", report.file, members, onnx, rounded)
+    library, device = report.c_library, report.device
     if library is not None and place == (onnx.parent / library.folder).resolve():
         members = {Path(each.name).name: run.output(stage, each.name) for each in library.files}
-        sha256 = files.sha256(members["model.c"])
-        return _Packed(f"{stage}/{library.folder}/model.c", sha256, "c", "model.c", members, onnx)
+        sha256, name = files.sha256(members["model.c"]), f"{stage}/{library.folder}/model.c"
+        return _Packed(name, sha256, "c", "model.c", members, onnx, rounded)
+    if device is not None and place == (onnx.parent / device.folder).resolve():
+        members = {
+            each.name.removeprefix(f"{device.folder}/"): run.output(stage, each.name) for each in device.files
+        }
+        name, here = f"{stage}/{device.folder}/{ABOUT}", find(device.runtime).runs_here
+        answering = onnx.parent / device.folder if here else onnx
+        return _Packed(name, device.sha256, device.runtime, device.main, members, answering, device.rounded)
     raise UsageError(
         f"{file} cannot be bundled",
         code="file-not-bundled",
-        hint=f"name {stage}/{report.file}, or the folder of C sources that export --c wrote",
+        hint=f"name {stage}/{report.file}, or the folder of C sources or of a runtime beside it",
     )
 
 
-def _certificate(
-    run: Run, stage: StageName, report: ExportReport, packed: _Packed
-) -> tuple[StageName, str, Certificate]:
+def _certificate(run: Run, stage: StageName, packed: _Packed) -> tuple[StageName, str, Certificate]:
     """Return the certificate of the file itself, or else that of the network it came from, and its place."""
     own = beside("artifact", stage)
     if own in run.manifest.finished("artifact"):
@@ -187,7 +201,7 @@ def _certificate(
         attacked = certificate.subject.artifact
         if attacked is not None and attacked.sha256 == packed.sha256:
             return own, CERTIFICATE, certificate
-    if report.quantization is not None or report.rounding is not None:
+    if packed.rounded:
         raise UsageError(
             f"{packed.name} holds rounded values, and no certificate of its own is there",
             code="file-not-certified",

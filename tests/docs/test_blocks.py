@@ -34,7 +34,7 @@ SHELL = ("sh", "bash", "console")
 LANGUAGES = (*SHELL, "python", "yaml", "toml", "json")
 
 # These pages go on from the run folder that the README's sequence leaves, and from a recipe of one's own.
-AFTER_THE_SEQUENCE = ("certificates", "choosing", "gates", "native", "reference")
+AFTER_THE_SEQUENCE = ("certificates", "choosing", "devices", "gates", "native", "reference")
 # What this page calls by that name is a stranger's file.
 INSTEAD = {"first-half-hour": ("model.pt", "foreign.pth")}
 
@@ -72,6 +72,8 @@ NOT_HERE = {
     r"^python3 -m venv ": "makes a fresh environment, as .ci/run does with these very lines",
     r"^(\.venv/bin/)?pip install ": "installs from a package index, as .ci/run and .ci/smoke do",
     r"^\.venv/bin/python -m pytest$": "runs all tests, this one among them",
+    r"^python3 bundle\.pyz --images": "needs a camera's program; tests/stages/test_devices.py has one",
+    r"^qemu-": "needs an emulator; tests/stages/test_devices.py runs these under the marker runtimes",
     r"^cosign ": "signs with a program and a key that are not ours",
     r"^uses: (actions|github)/": "needs GitHub",
     r"sbatch |(all|dense|runs)\.txt$|^line=": "needs Slurm; tests/cli/test_sweep_command.py has a stand-in",

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -320,3 +321,61 @@ def test_options_that_a_device_refuses(words, bundle, tmp_path) -> None:
 def test_bundles_that_are_refused(words, code, s2ap, finished_run, tmp_path) -> None:
     s2ap.refused(code, "bundle", finished_run, *words, cwd=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_report_has_a_row_per_device(s2ap, own_run, record) -> None:
+    s2ap.ok("collect", own_run, record)
+    s2ap.ok("collect", own_run, record, "--name", "second")
+    written = api.report(own_run)
+    for text in (written.page.read_text(), written.card.read_text()):
+        assert text.count("all 40 as certified") == 2
+        assert "second" in text
+
+
+def emulated(name: str) -> list[str]:
+    """Return a command that starts Python on an emulated processor; skip without it.
+
+    The one for ARM takes a folder with that machine's Python, NumPy and ONNX Runtime: docs/devices.md.
+    """
+    if name == "Haswell":
+        emulator, program = "qemu-x86_64", sys.executable
+        words = ["-cpu", name]
+    else:
+        root = os.environ.get("S2AP_ARM64_ROOT")
+        if root is None:
+            pytest.skip("S2AP_ARM64_ROOT names no folder with Python for ARM64")
+        emulator, program = "qemu-aarch64", f"{root}/usr/bin/python3"
+        words = ["-cpu", name, "-L", root]
+    if shutil.which(emulator) is None:
+        pytest.skip(f"{emulator} is not installed")
+    return [emulator, *words, program]
+
+
+@pytest.mark.runtimes
+@pytest.mark.parametrize("processor", ["Haswell", "cortex-a53"])
+def test_an_emulated_processor_gives_the_answers_of_the_certificate(
+    processor, s2ap, bundle, own_run, tmp_path
+) -> None:
+    words = [*emulated(processor), str(bundle), *FEW, "--name", processor.lower()]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    device = api.collect(own_run, tmp_path / "device.json")
+    assert device.record.machine == ("x86_64" if processor == "Haswell" else "aarch64")
+    assert not any(name.startswith("AVX512") for name in device.record.features)
+    asked = ["--require-device", processor.lower(), "--max-latency-ms", 9999]
+    assert s2ap("gate", "--run", own_run, *ALL, *asked).code == 0
+
+
+@pytest.mark.runtimes
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-gcc") is None, reason="no cross compiler for ARM64")
+def test_the_c_library_of_an_emulated_processor_gives_the_same_answers(s2ap, own_run, tmp_path) -> None:
+    emulator = emulated("cortex-a53")
+    s2ap.ok("export", "--onnx", "--c", "--name", "c", "--run", own_run)
+    library = tmp_path / "libmodel.so"
+    cross = ["aarch64-linux-gnu-gcc", "-std=c11", "-O3", "-mcpu=cortex-a53", "-shared", "-fPIC"]
+    subprocess.run([*cross, "-o", library, own_run / "export-c" / "c" / "model.c"], check=True)
+    bundle = api.bundle(own_run, file="export-c/c", output=tmp_path / "bundle.pyz")
+    words = [*emulator, str(bundle), *FEW, "--name", "a53-c", "--library", str(library)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert api.collect(own_run, tmp_path / "device.json").check(required=True).status == "pass"

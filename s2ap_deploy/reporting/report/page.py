@@ -212,6 +212,7 @@ def _export(facts: Facts) -> list[str]:
         return [cell(facts.missing["sizes"])]
     several = len(facts.exports) > 1
     blocks = [_table(sections.exported(facts))] if several else []
+    blocks += ["### Devices", _table(sections.devices(facts))] if facts.devices else []
     for stage, report in facts.exports.items():
         blocks += ([f"### {cell(facts.path_of(stage))}"] if several else []) + _file(report)
     return blocks

@@ -200,6 +200,34 @@ def performance(found: Performance) -> Table:
     return Table(("", "File", "Dense twin", "Ratio [quartiles]"), tuple(rows), note)
 
 
+def devices(facts: Facts) -> Table:
+    """Return a row per device: what it ran, its answers against the certificate's, its time and memory."""
+    rows = []
+    for each in facts.devices:
+        measured, judged = each.record, each.judged
+        same = "another certificate"
+        if judged is not None:
+            wrong = judged.disagreements - judged.ties
+            same = f"all {judged.n:,} as certified" if not wrong else f"{wrong} differ; {judged.changed_text}"
+        seen = each.seen
+        read = "" if seen is None else f"{seen.images}: {seen.beyond} beyond ε, {len(seen.verdicts)} verdicts"
+        peak = measured.peak_memory_bytes
+        times = f"{measured.p50_ms:,.3g}, {measured.p95_ms:,.3g}{NBSP}ms"
+        rows.append(
+            (
+                each.name,
+                measured.described,
+                measured.file,
+                same,
+                f"{times} ({_count(measured.threads, 'thread')})",
+                "" if peak is None else _mebibytes(peak),
+                read,
+            )
+        )
+    head = ("Device", "Processor, runtime", "File", "Answers", "p50, p95", "Peak memory", "Images read there")
+    return Table(head, tuple(rows))
+
+
 def _times(times: PairedTimes) -> tuple[str, str, str]:
     ratio = f"{times.ratio:.2f} [{times.ratio_q1:.2f}, {times.ratio_q3:.2f}]"
     return f"{times.p50_ms:,.3g}{NBSP}ms", f"{times.dense_p50_ms:,.3g}{NBSP}ms", ratio
