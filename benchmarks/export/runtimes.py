@@ -1,16 +1,15 @@
 """Try exported files in other runtimes and tools: which read them, and what they answer.
 
-    python3 -m venv tools && tools/bin/pip install onnxruntime onnx onnxsim onnxslim openvino MNN rten-convert
-    tools/bin/pip install opencv-python-headless onnxoptimizer onnxconverter-common
+    python3 -m venv tools && tools/bin/pip install -e '.[tools]' onnxoptimizer onnx2torch openvino tract
+    tools/bin/pip install pnnx ncnn iree-base-compiler iree-base-runtime
     python -m benchmarks runtimes --python tools/bin/python --runs weights=A --shared ../shared --work W
 
 Files of the pruned networks of MNIST runs, float32 and int8, in all encodings and in opsets 20 and 17, in the
 packages of one or more environments apart from this one. A row says ok with the largest difference of the
-logits from ONNX Runtime's on the dense file, or the last line of what the tool said.
+logits from ONNX Runtime's on the dense file, or the end of what the tool said. What has been tried is not
+tried again.
 """
 
-import itertools
-import json
 import subprocess
 import textwrap
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from benchmarks.lib import arguments, results
+from benchmarks.lib import arguments, commands, results
+from s2ap_deploy import files
 from s2ap_deploy.codecs.registry import ENCODINGS
 from s2ap_deploy.data import datasets
 from s2ap_deploy.models.checkpoints import checkpoint
@@ -88,11 +88,21 @@ import openvino
 compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 return compiled([images])[0]
 """,
-    "opencv": """
+    "opencv 5": """
 import cv2
+if cv2.__version__[0] != "5": raise ModuleNotFoundError
 net = cv2.dnn.readNetFromONNX(path)
 net.setInput(images)
 return net.forward()
+""",
+    "opencv 4": """
+import cv2
+if cv2.__version__[0] != "4": raise ModuleNotFoundError
+net = cv2.dnn.readNetFromONNX(path)
+def one(image):  # more images at once give other answers with int8
+    net.setInput(image[None])
+    return net.forward()[0]
+return np.stack([one(image) for image in images])
 """,
     "MNN": """
 target = fresh("/model.mnn")
@@ -104,7 +114,9 @@ given = MNN.expr.const(images, list(images.shape), MNN.expr.NCHW)
 return np.array(MNN.expr.convert(net.forward(given), MNN.expr.NCHW).read())
 """,
     "rten-convert": """
-program("rten-convert", path, fresh("/model.rten"))
+from rten_convert import converter
+sys.argv = ["rten-convert", path, fresh("/model.rten")]
+converter.main()
 """,
     "onnx.reference": """
 from onnx.reference import ReferenceEvaluator
@@ -150,6 +162,21 @@ name = next(each for each in names if not each.endswith("$async") and each[0] !=
 return module[name](images).to_host()
 """,
 }
+FORMS = ("float32", "float32, opset 17", "int8", "int8, opset 17")
+PACKAGES = (
+    *(
+        "onnx",
+        "onnxruntime",
+        "onnxsim",
+        "onnxslim",
+        "onnxoptimizer",
+        "onnxconverter-common",
+        "openvino",
+        "mnn",
+    ),
+    *("opencv-python-headless", "rten-convert", "onnx2torch", "torch", "tract", "pnnx", "ncnn"),
+    *("iree-base-compiler", "iree-base-runtime"),
+)
 FLOAT_ONLY = ("onnxconverter-common float16", "quantize_static")
 
 
@@ -158,52 +185,73 @@ def main() -> None:
     parser.add_argument("--python", type=Path, nargs="+", required=True, help="interpreters with the tools")
     parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=FOLDER", help="finished MNIST runs")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--encodings", nargs="+", choices=ENCODINGS, default=list(ENCODINGS))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     pixels = datasets.load("mnist", root=args.shared / "data").test.subset(range(IMAGES)).tensors()[0].numpy()
     np.save(args.work / "images.npy", pixels)
-    versions = {str(python): installed(python) for python in args.python}
-    rows: list[dict[str, Any]] = []
+    kept = args.work / "runtimes.json"
+    rows: dict[str, dict[str, Any]] = commands.read(kept) if kept.exists() else {}
+    versions = sorted({each for python in args.python for each in installed(python)})
     for name, folder in (each.split("=", 1) for each in args.runs):
         classifier = checkpoint.load(Path(folder) / "finetune" / "model.safetensors")[0].eval()
         for form, model in forms(classifier, pixels).items():
+            if form not in args.forms:
+                continue
             np.save(args.work / "expected.npy", logits(session(model.SerializeToString()), pixels))
-            made = {encoding: args.work / f"{encoding}.onnx" for encoding in ENCODINGS}
-            for encoding, path in made.items():
-                onnx.save(encode(model, encoding=encoding)[0], path)
-            found = [
-                {"network": name, "form": form, "encoding": encoding, "bytes": path.stat().st_size}
-                for encoding, path in made.items()
-            ]
-            fitting = [each for each in args.tools if form.startswith("float32") or each not in FLOAT_ONLY]
-            for python, tool in itertools.product(args.python, fitting):
-                for row, answer in zip(found, tried(python, tool, list(made.values())), strict=True):
-                    if answer != "not installed":
-                        row[tool if tool not in row else f"{tool}, {python.parts[-3]}"] = answer
-            rows.extend(found)
-            for row in found:
-                print(json.dumps(row), flush=True)
-            results.write(args.name, {"images": IMAGES, "versions": versions, "rows": rows})
+            made = {
+                f"{name}, {form}, {encoding}": args.work / f"{encoding}.onnx" for encoding in args.encodings
+            }
+            for key, path in made.items():
+                onnx.save(encode(model, encoding=path.stem)[0], path)
+                rows.setdefault(key, {"bytes": path.stat().st_size})
+            for tool in args.tools:
+                left = {key: path for key, path in made.items() if tool not in rows[key]}
+                if not left or (tool in FLOAT_ONLY and form.startswith("int8")):
+                    continue
+                for python in args.python:
+                    answers = tried(python, tool, list(left.values()))
+                    for key, answer in zip(left, answers, strict=True):
+                        if answer != "not installed":
+                            rows[key][tool] = answer
+                            print(key, tool, answer, flush=True)
+                files.write_json(kept, rows)
+                results.write(args.name, {"images": IMAGES, "tools": versions, "rows": rows})
+    print(table(rows))
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The rows as a table in Markdown: the largest difference from the dense file, or that it was refused."""
+    columns = [tool for tool in TOOLS if any(tool in row for row in rows.values())]
+    lines = [f"| file | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for key, row in rows.items():
+        cells = [row.get(tool, "-") for tool in columns]
+        cells = [
+            f"{float(cell[3:]):.1g}" if cell[3:4].isdigit() and cell[:2] == "ok" else cell for cell in cells
+        ]
+        cells = [cell if cell[:1].isdigit() or cell[:2] in ("ok", "-") else "refused" for cell in cells]
+        lines.append(f"| {key} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def installed(python: Path) -> list[str]:
-    """The packages of an environment with their versions."""
-    code = (
-        "from importlib.metadata import distributions as d; print(*(f'{e.name}=={e.version}' for e in d()))"
-    )
-    return sorted(subprocess.run([str(python), "-c", code], capture_output=True, text=True).stdout.split())
+    """The packages of an environment that the tools come from, with their versions."""
+    code = f"""
+from importlib import metadata
+for each in metadata.distributions():
+    if each.name.lower() in {PACKAGES}: print(f"{{each.name}}=={{each.version}}")
+"""
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
 
 
 def forms(classifier: Any, pixels: np.ndarray) -> dict[str, onnx.ModelProto]:
     """The dense graphs: float32 and int8, in the default opset and in 17."""
     size = pixels.shape[1:]
     plain, low = (compact(to_onnx(classifier, size, **opset))[0] for opset in ({}, {"opset": 18}))
-    return {
-        "float32": plain,
-        "float32, opset 17": lowered(low),
-        "int8": quantize(plain, pixels),
-        "int8, opset 17": lowered(quantize(low, pixels)),
-    }
+    models = (plain, lowered(low), quantize(plain, pixels), lowered(quantize(low, pixels)))
+    return dict(zip(FORMS, models, strict=True))
 
 
 def tried(python: Path, tool: str, paths: list[Path]) -> list[str]:
