@@ -5,7 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from onnx import numpy_helper
+from safetensors.torch import load_file
 
 Command = Callable[..., Any]
 POLICY = ("--min-clean", 0, "--min-robust", 0, "--rule", "point")
@@ -85,3 +88,32 @@ def test_a_name_that_is_no_name(s2ap, own_run) -> None:
     for name in ("../x", "A", ""):
         done = s2ap("export", "--name", name, "--run", own_run, "--json")
         assert (done.code, json.loads(done.out)["code"]) == (2, "option-invalid"), name
+
+
+@pytest.mark.slow
+def test_the_int8_file_has_the_ranges_and_the_mask_of_quantization_aware_training(
+    s2ap, digits_model, tmp_path
+) -> None:
+    run = tmp_path / "s2ap-run"
+    short = ("--search-epochs", 1, "--finetune-epochs", 2, "--loss", "at", "--batch-size", 512)
+    common = ("--run", run, "--threads", 1)
+    s2ap.ok("prune", digits_model, "--sparsity", 0.9, "--eps", "0.5", "--qat", 1, *short, *common)
+    tuned, masks = (
+        load_file(run / each) for each in ("finetune/model.safetensors", "search/masks.safetensors")
+    )
+    assert masks
+    assert all(not tuned[name][mask == 0].any() for name, mask in masks.items())
+    exported = s2ap.json("export", "--int8", *common)
+    model = onnx.load(run / exported["folder"] / exported["file"])
+    stored = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+    trained = json.loads((run / "finetune" / "ranges.json").read_text(encoding="utf-8"))
+    assert trained["weight_bits"] == 7
+    # What a ReLU follows at once is not rounded by itself.
+    kept = {name: limits for name, limits in trained["ranges"].items() if f"{name}_scale" in stored}
+    assert len(kept) > 2
+    for name, (low, high) in kept.items():
+        scale = (max(high, 0.0) - min(low, 0.0)) / 255
+        assert stored[f"{name}_scale"] == pytest.approx(scale, rel=1e-5)
+    # Other bits than training had are told.
+    other = s2ap.ok("export", "--int8", "--weight-bits", 8, "--name", "eight", *common)
+    assert "fine-tuning rounded weights" in other.err
