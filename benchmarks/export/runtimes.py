@@ -177,7 +177,16 @@ PACKAGES = (
     *("opencv-python-headless", "rten-convert", "onnx2torch", "torch", "tract", "pnnx", "ncnn"),
     *("iree-base-compiler", "iree-base-runtime"),
 )
-FLOAT_ONLY = ("onnxconverter-common float16", "quantize_static")
+# What is tried on some forms alone: these read nothing newer than opset 17, those take long or want floats.
+ONLY = {
+    "onnx2torch": FORMS[1::2],
+    "opencv 4": FORMS[1::2],
+    "onnxsim": FORMS[::2],
+    "pnnx, ncnn": FORMS[::2],
+    "iree": FORMS[::2],
+    "onnxconverter-common float16": FORMS[:1],
+    "quantize_static": FORMS[:1],
+}
 
 
 def main() -> None:
@@ -208,7 +217,7 @@ def main() -> None:
                 rows.setdefault(key, {"bytes": path.stat().st_size})
             for tool in args.tools:
                 left = {key: path for key, path in made.items() if tool not in rows[key]}
-                if not left or (tool in FLOAT_ONLY and form.startswith("int8")):
+                if not left or form not in ONLY.get(tool, FORMS):
                     continue
                 for python in args.python:
                     answers = tried(python, tool, list(left.values()))
