@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -384,3 +385,26 @@ def make_certificate() -> Callable[..., Certificate]:
         return issue(**facts)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def emulated() -> Callable[[str], list[str]]:
+    """Return a command that starts Python on a processor: ``emulated("cortex-a53")``; skip without it.
+
+    S2AP_ARM64_ROOT is a folder with the Python of ARM64 and what it needs, made by .ci/arm64.
+    """
+
+    def command(processor: str) -> list[str]:
+        if processor.startswith("cortex"):
+            if (root := os.environ.get("S2AP_ARM64_ROOT")) is None:
+                pytest.skip("S2AP_ARM64_ROOT names no folder with Python for ARM64")
+            words = ["qemu-aarch64", "-cpu", processor, "-L", root, f"{root}/usr/bin/python3"]
+        else:
+            if platform.machine() != "x86_64":
+                pytest.skip("needs an x86-64 processor")
+            words = ["qemu-x86_64", "-cpu", processor, sys.executable]
+        if shutil.which(words[0]) is None:
+            pytest.skip(f"{words[0]} is not installed")
+        return words
+
+    return command

@@ -137,8 +137,8 @@ def certify(args: Any, figures: dict[str, Any]) -> None:
         if name in figures["certified"]:
             continue
         run = args.work / f"certify-{name}"
-        shutil.rmtree(run, ignore_errors=True)
-        shutil.copytree(base, run)
+        if not run.exists():
+            shutil.copytree(base, run)
         form = {"c": {"c": True}, "onnxruntime": {}}.get(name, {"target": name})
         try:
             report = api.export(run, name="device", **form)
@@ -181,7 +181,8 @@ def title(name: str) -> str:
 def pages(figures: dict[str, Any]) -> dict[str, str]:
     """Return the tables of the page by their names."""
     rows = []
-    for key, each in figures["rows"].items():
+    order = [*RUNS, *RANDOM]
+    for key, each in sorted(figures["rows"].items(), key=lambda row: order.index(row[0].split(" | ")[0])):
         network, name, kind = key.split(" | ")
         if "failed" in each:
             rows.append([network, title(name), kind, f"**{each['failed']}**", "", "", "", ""])

@@ -34,7 +34,7 @@ SHELL = ("sh", "bash", "console")
 LANGUAGES = (*SHELL, "python", "yaml", "toml", "json")
 
 # These pages go on from the run folder that the README's sequence leaves, and from a recipe of one's own.
-AFTER_THE_SEQUENCE = ("certificates", "choosing", "devices", "gates", "native", "reference")
+AFTER_THE_SEQUENCE = ("certificates", "choosing", "devices", "gates", "native", "reference", "runtimes")
 # What this page calls by that name is a stranger's file.
 INSTEAD = {"first-half-hour": ("model.pt", "foreign.pth")}
 

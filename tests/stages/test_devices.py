@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -332,29 +331,10 @@ def test_the_report_has_a_row_per_device(s2ap, own_run, record) -> None:
         assert "second" in text
 
 
-def emulated(name: str) -> list[str]:
-    """Return a command that starts Python on an emulated processor; skip without it.
-
-    The one for ARM takes a folder with that machine's Python, NumPy and ONNX Runtime: docs/devices.md.
-    """
-    if name == "Haswell":
-        emulator, program = "qemu-x86_64", sys.executable
-        words = ["-cpu", name]
-    else:
-        root = os.environ.get("S2AP_ARM64_ROOT")
-        if root is None:
-            pytest.skip("S2AP_ARM64_ROOT names no folder with Python for ARM64")
-        emulator, program = "qemu-aarch64", f"{root}/usr/bin/python3"
-        words = ["-cpu", name, "-L", root]
-    if shutil.which(emulator) is None:
-        pytest.skip(f"{emulator} is not installed")
-    return [emulator, *words, program]
-
-
 @pytest.mark.runtimes
 @pytest.mark.parametrize("processor", ["Haswell", "cortex-a53"])
 def test_an_emulated_processor_gives_the_answers_of_the_certificate(
-    processor, s2ap, bundle, own_run, tmp_path
+    processor, emulated, s2ap, bundle, own_run, tmp_path
 ) -> None:
     words = [*emulated(processor), str(bundle), *FEW, "--name", processor.lower()]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
@@ -368,7 +348,9 @@ def test_an_emulated_processor_gives_the_answers_of_the_certificate(
 
 @pytest.mark.runtimes
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-gcc") is None, reason="no cross compiler for ARM64")
-def test_the_c_library_of_an_emulated_processor_gives_the_same_answers(s2ap, own_run, tmp_path) -> None:
+def test_the_c_library_of_an_emulated_processor_gives_the_same_answers(
+    emulated, s2ap, own_run, tmp_path
+) -> None:
     emulator = emulated("cortex-a53")
     s2ap.ok("export", "--onnx", "--c", "--name", "c", "--run", own_run)
     library = tmp_path / "libmodel.so"
