@@ -125,7 +125,7 @@ MET: dict[type[DeployError], Met] = {
     errors.UsageError: Met(
         lambda folder: s2ap_deploy.prune(nn.Flatten(), 0.5, run=folder / "run", data="digits"),
         "a network in memory does not record its threat model",
-        "add --eps 8/255 (eps='8/255'), for example, for CIFAR-10 in Linf",
+        "add --eps (eps=): 8/255, for example, for CIFAR-10 in Linf",
     ),
     errors.CheckpointError: Met(
         lambda folder: s2ap_deploy.load_checkpoint(folder / "absent.pt"),

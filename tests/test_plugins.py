@@ -59,6 +59,25 @@ def section(method: str, **more: Any) -> PruneSection:
     return PruneSection(method=method, sparsity=0.5, **more)
 
 
+@pytest.mark.parametrize(
+    ("kind", "command", "refused"),
+    [
+        ("methods", "prune", "prune m.pt --sparsity 0.9 --method nobody"),
+        ("losses", "pretrain", "pretrain --data digits --arch digits-conv --eps 0.1 --loss nobody"),
+        ("targets", "export", "plan --arch digits-conv --sparsity 0.9 --target nobody"),
+        ("architectures", "plan", None),
+    ],
+)
+def test_help_and_refusals_list_what_is_installed(s2ap, install, kind, command, refused) -> None:
+    own = name()
+    origin = install(kind, own, "FOUND = None")
+    epilog = " ".join(s2ap.ok(command, "--help").out.split()).partition("Installed plug-ins: ")[2]
+    assert f" {own} ({origin})" in epilog
+    if refused is not None:
+        done = s2ap(*refused.split(), "--json")
+        assert own in done.answer["error"] + (done.answer["hint"] or "")
+
+
 METHOD = """
     from s2ap_deploy.recipe.methods import Method
     def begin(weights, generator):

@@ -105,7 +105,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Resolve as Click does; suggest the nearest command for an unknown one."""
+        """Resolve as Click does; suggest the nearest for an unknown command, list plug-ins in its help."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             import difflib
 
@@ -116,7 +116,26 @@ class LazyGroup(click.Group):
                 code="command-unknown",
                 hint="see: s2ap-deploy --help",
             )
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None and {"-h", "--help"} & set(rest):
+            command.epilog = _installed_plugins(command)
+        return name, command, rest
+
+
+def _installed_plugins(command: click.Command) -> str | None:
+    """Return a paragraph on the names that plug-ins add to the options of ``command``; None without any."""
+    from s2ap_deploy import plugins
+
+    kinds: dict[str, plugins.Kind] = {
+        "method": "methods", "loss": "losses", "target": "targets", "arch": "architectures"
+    }  # fmt: skip
+    found = [
+        f"--{option.name} {each.name} ({each.origin})"
+        for option in command.params
+        if option.name in kinds
+        for each in plugins.offered(kinds[option.name])
+    ]
+    return f"Installed plug-ins: {', '.join(found)}" if found else None
 
 
 @click.group(
@@ -229,7 +248,8 @@ def run_cli(arguments: list[str]) -> int:
     except click.UsageError as error:
         help_option = f"{error.ctx.command_path} --help" if error.ctx is not None else "s2ap-deploy --help"
         code = next(code for kind, code in CLICK_CODES.items() if isinstance(error, kind))
-        return _report(UsageError(error.format_message(), code=code, hint=f"see: {help_option}"), as_json)
+        message = _missing(error, arguments) or error.format_message()
+        return _report(UsageError(message, code=code, hint=f"see: {help_option}"), as_json)
     except Terminated:
         return _report(_terminated(), as_json)
     except (KeyboardInterrupt, click.Abort) as error:
@@ -251,6 +271,23 @@ def run_cli(arguments: list[str]) -> int:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         hint = "S2AP_DEBUG=1 shows the traceback; please report it"
         return _report(DeployError(f"unexpected error: {what}", hint=hint), as_json)
+
+
+def _missing(error: click.UsageError, arguments: list[str]) -> str | None:
+    """Return a sentence with all required options and arguments that are absent; Click names the first."""
+    if not isinstance(error, click.MissingParameter) or error.ctx is None:
+        return None
+    command, context = error.ctx.command, error.ctx
+    given = arguments[arguments.index(str(context.info_name)) + 1 :]
+    found, _, _ = command.make_parser(context).parse_args(given)
+    absent = [
+        parameter
+        for parameter in command.params
+        if parameter.required and not isinstance(found.get(str(parameter.name)), str)
+    ]
+    if len(absent) < 2:
+        return None
+    return f"missing: {', '.join(each.get_error_hint(context) for each in absent)}".replace("'", "")
 
 
 def _terminated() -> DeployError:

@@ -109,7 +109,8 @@ def recipe_option(
     """
     info = keys.field(Recipe, key)
     flag = flag or f"--{name.replace('_', '-')}"
-    attributes = {"help": option_help(info), "default": None, **attributes}
+    default = {} if attributes.get("required") else {"default": None}  # Click counts None as given
+    attributes = {"help": option_help(info), **default, **attributes}
     kind = FieldType(info)
     if kind.kinds == ["boolean"]:
         return click.option(f"{flag}/--no-{flag[2:]}", name, **attributes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,12 @@ from pydantic import ValidationError
 
 from s2ap_deploy.codecs.values import FLOAT32
 from s2ap_deploy.data import datasets
-from s2ap_deploy.errors import UsageError
+from s2ap_deploy.errors import ArchitectureError, DeployError, UsageError
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
 from s2ap_deploy.models.checkpoints.checkpoint import CheckpointInfo
-from s2ap_deploy.recipe import diagnosis, keys, target
+from s2ap_deploy.models.checkpoints.match import match_architecture
+from s2ap_deploy.recipe import diagnosis, keys, methods, target
 from s2ap_deploy.recipe.schema import ExportSection, Recipe
 from s2ap_deploy.recipe.sections import PruneSection
 from s2ap_deploy.runs.manifest import FILE_NAME, Manifest, kind_of
@@ -112,17 +113,20 @@ def from_checkpoint(
 ) -> dict[str, Any]:
     """Return the start of a recipe from what a checkpoint states, completed by ``changes``.
 
-    A checkpoint of this tool states its data and threat model; for any other, UsageError names the missing
-    argument.
+    A checkpoint of this tool states its data and threat model; for any other, UsageError names all missing
+    arguments.
     """
     info = checkpoint.read_info(path, trust_pickle=trust_pickle)
+    missing = _missing_sparsity(changes)
+    if info is None and (missing or {"data.name", "threat.eps"} - changes.keys()):
+        missing += _missing_in_file(path, arch, changes, trust_pickle=trust_pickle)
     return {
         "name": name,
         "model": {
             "checkpoint": str(path),
             "arch": arch if arch is not None and not registry.is_import_path(arch) else None,
         },
-        **completed(str(path), stated(info), changes),
+        **completed(str(path), stated(info), changes, missing),
     }
 
 
@@ -136,27 +140,71 @@ def stated(info: CheckpointInfo | None) -> dict[str, str | None]:
     }
 
 
-def completed(subject: str, found: Mapping[str, str | None], changes: Mapping[str, Any]) -> dict[str, Any]:
+def completed(
+    subject: str,
+    found: Mapping[str, str | None],
+    changes: Mapping[str, Any],
+    missing: Sequence[DeployError] = (),
+) -> dict[str, Any]:
     """Return the sections on data and threat model that ``subject`` states, completed by ``changes``.
 
-    Raises UsageError if neither defines the data or the radius.
+    Raises UsageError that lists every missing fact: the data and the radius if neither defines them, and
+    those of ``missing``, of which one alone is left to those who need it.
     """
     data = changes.get("data.name") or found.get("data")
-    if data is None:
-        raise UsageError(
-            f"{subject} does not record its training data",
-            code="data-missing",
-            hint="add --data (data=): digits, mnist, cifar10, cifar100, svhn or imagefolder:PATH",
-        )
     eps = changes.get("threat.eps") or found.get("eps")
+    facts = list(missing)
     if eps is None:
-        raise UsageError(
-            f"{subject} does not record its threat model",
-            code="eps-missing",
-            hint="add --eps 8/255 (eps='8/255'), for example, for CIFAR-10 in Linf",
+        facts.insert(
+            0,
+            UsageError(
+                f"{subject} does not record its threat model",
+                code="eps-missing",
+                hint="add --eps (eps=): 8/255, for example, for CIFAR-10 in Linf",
+            ),
         )
+    if data is None:
+        facts.insert(
+            0,
+            UsageError(
+                f"{subject} does not record its training data",
+                code="data-missing",
+                hint="add --data (data=): digits, mnist, cifar10, cifar100, svhn or imagefolder:PATH",
+            ),
+        )
+    if len(facts) > 1:
+        raise UsageError(
+            f"{len(facts)} facts are missing: {'; '.join(each.message.splitlines()[0] for each in facts)}",
+            code="facts-missing",
+            hint="\n    ".join(each.hint or each.code for each in facts),
+        )
+    if data is None or eps is None:
+        raise facts[0]
     norm = changes.get("threat.norm") or found.get("norm") or "Linf"
     return {"data": {"name": data}, "threat": {"norm": norm, "eps": eps}}
+
+
+def _missing_sparsity(changes: Mapping[str, Any]) -> list[DeployError]:
+    """Return an error if ``changes`` prune by weights or channels without a sparsity."""
+    pruning = {key: value for key, value in changes.items() if key.split(".")[0] == "prune"}
+    fixed = methods.n_of_m(pruning.get("prune.granularity", "weight")) is not None
+    if fixed or not pruning or {"prune.sparsity", "prune.keep_ratio"} & pruning.keys():
+        return []
+    hint = "add --sparsity (sparsity=): 0.9, for example"
+    return [UsageError("no sparsity is given", code="sparsity-missing", hint=hint)]
+
+
+def _missing_in_file(
+    path: Path, arch: str | None, changes: Mapping[str, Any], *, trust_pickle: bool
+) -> list[DeployError]:
+    """Return the error of a file without a known architecture, or without the fraction that masks keep."""
+    raw = checkpoint.read_tensors(path, trust_pickle=trust_pickle, key=changes.get("model.key"))
+    keep, alpha = changes.get("model.keep"), changes.get("model.alpha")
+    try:
+        match_architecture(raw, arch=arch, keep=keep, alpha=alpha)
+    except (ArchitectureError, UsageError) as error:
+        return [error] if arch is None or isinstance(error, UsageError) else []
+    return []
 
 
 def normalization(mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Normalization | None:

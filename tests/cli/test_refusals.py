@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 # One refusal per line: the code of the error, and the command.
 # In a folder with a model, a foreign checkpoint, recipes and files that must not be lost.
@@ -52,6 +54,7 @@ option-unknown                demo --nonsense
 option-missing                prune
 option-missing                pretrain
 option-missing                pretrain --data digits --eps 0.1
+option-missing                pretrain --arch digits-conv
 usage                         recipes --json list
 command-unknown               nonsense
 command-unknown               prnue model.pt
@@ -89,7 +92,9 @@ budget-unfit                  prune model.pt --sparsity 0.9 --budget macs
 steps-need-finetuning         prune model.pt --sparsity 0.9 --method rst --steps 0.5
 keep-ratio-unused             prune model.pt --keep-ratio 0.5
 steps-not-rising              prune model.pt --steps 0.9,0.5 --sparsity 0.95
-data-missing                  prune foreign.pth --sparsity 0.9
+data-missing                  prune foreign.pth --sparsity 0.9 --eps 0.1
+facts-missing                 prune foreign.pth --sparsity 0.9
+facts-missing                 prune foreign.pth
 eps-missing                   prune foreign.pth --sparsity 0.9 --data digits
 data-size-mismatch            prune model.pt --sparsity 0.9 --data mnist
 image-folder-missing          prune model.pt --sparsity 0.9 --data imagefolder:nowhere
@@ -431,11 +436,37 @@ def test_a_trusted_pickle_is_run(s2ap, digits_model, tmp_path) -> None:
 
 
 def test_without_json_a_refusal_is_text_with_a_hint(s2ap, desk) -> None:
-    done = s2ap("prune", "foreign.pth", "--sparsity", "0.9", cwd=desk)
+    done = s2ap("prune", "foreign.pth", "--sparsity", "0.9", "--eps", "0.1", cwd=desk)
     assert (done.code, done.out) == (2, "")
     first, second = done.err.splitlines()
     assert first.startswith("error: foreign.pth ")
     assert second.startswith("  hint: add --data")
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [
+        ("prune foreign.pth", ["--data", "--eps", "--sparsity"]),
+        ("prune foreign.pth --eps 0.1", ["--data", "--sparsity"]),
+        ("prune foreign.pth --granularity 2:4", ["--data", "--eps"]),
+        ("certify foreign.pth", ["--data", "--eps"]),
+        ("prune other.pth --data digits", ["--eps", "--sparsity", "--arch"]),
+        ("prune other.pth --eps 0.1 --sparsity 0.9", ["--data", "--arch"]),
+    ],
+)
+def test_one_refusal_lists_every_missing_fact(s2ap, desk, line, options) -> None:
+    torch.save(nn.Linear(64, 7).state_dict(), desk / "other.pth")
+    hints = s2ap.refused("facts-missing", *shlex.split(line), cwd=desk).answer["hint"].splitlines()
+    assert [re.search("--[a-z]+", hint)[0] for hint in hints] == options
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [("pretrain", ["--arch", "--data", "--eps"]), ("pretrain --data digits", ["--arch", "--eps"])],
+)
+def test_one_refusal_lists_every_missing_option(s2ap, line, options) -> None:
+    message = s2ap.refused("option-missing", *shlex.split(line)).answer["error"]
+    assert re.findall("--[a-z]+", message) == options
 
 
 @pytest.mark.parametrize(

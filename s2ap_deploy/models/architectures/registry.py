@@ -119,7 +119,7 @@ def _registered(reference: str) -> Architecture:
     hint = (
         f"did you mean {' or '.join(near[:3])}?"
         if near
-        else f"known: {', '.join(_OWN)}, {imagenet.PREFIX}..."
+        else f"known: {', '.join((*_OWN, *_installed()))}, {imagenet.PREFIX}..."
     )
     raise ArchitectureError(f"there is no architecture {reference!r}", code="architecture-unknown", hint=hint)
 
