@@ -131,14 +131,30 @@ def _device(device: DeviceFile) -> str:
     return words + "".join(judged)
 
 
+def _gain(report: ExportReport) -> str:
+    """Say what the file gains over the dense float32 file: bytes, time, arithmetic, and what it changes."""
+    gained = [f"{report.dense_bytes / report.bytes:.1f} times smaller"]
+    ratio = report.latency_ratio
+    if ratio:
+        gained.append(f"{1 / ratio:.2f} times as fast, measured here")
+    macs = report.narrowed.macs if report.narrowed is not None else None
+    if macs is not None:
+        gained.append(f"{macs.before / max(macs.achieved, 1):.1f} times fewer multiply-accumulates")
+    elif report.compaction is not None and report.compaction.removed:
+        before, after = report.compaction.macs_before, report.compaction.macs_after
+        gained.append(f"{before / max(after, 1):.1f} times fewer multiply-accumulates")
+    agreement = report.agreement
+    if agreement.argmax_agree < agreement.n:
+        gained.append(f"another class on {counted(agreement.n - agreement.argmax_agree, 'test image')}")
+    return "; ".join(gained)
+
+
 def show_export(report: ExportReport) -> None:
     """Print sizes, checks and limits of the file."""
     out = console()
     table = facts()
-    factor = report.dense_bytes / report.bytes
-    table.add_row(
-        "file", f"{report.bytes:,} bytes, {factor:.1f} times smaller than dense ({report.dense_bytes:,})"
-    )
+    table.add_row("file", f"{report.bytes:,} bytes; the dense float32 file has {report.dense_bytes:,}")
+    table.add_row("gained", _gain(report))
     table.add_row(
         "weights", f"{report.nonzeros:,} of {report.weights:,} are not zero ({report.sparsity:.2%} sparse)"
     )
@@ -200,10 +216,7 @@ def show_export(report: ExportReport) -> None:
         out.print(Text(report.performance.statement, style="dim"))
     for warning in report.warnings:
         out.print(Text(f"warning: {warning}", style="yellow"))
-    ratio = (
-        f" (measured: {report.latency_ratio:.2f} of the dense file's time)" if report.latency_ratio else ""
-    )
-    out.print(Text(f"{report.statement}{ratio}", style="dim"))
+    out.print(Text(report.statement, style="dim"))
 
 
 def performance_table(performance: Performance) -> Table:
@@ -391,15 +404,7 @@ def show_plan(plan: Plan) -> None:
     """Print facts, a table of bytes, budgets and the plan's limits."""
     out = console()
     out.print(_facts(plan))
-    table = Table(title="bytes of the ONNX file, predicted", title_justify="left")
-    table.add_column("encoding")
-    forms = list(dict.fromkeys((each.values, each.int8) for each in plan.files))
-    for values, int8 in forms:
-        table.add_column(_form(values, int8), justify="right")
-    for encoding in dict.fromkeys(each.encoding for each in plan.files):
-        sizes = (plan.file(encoding, values, int8=int8).bytes for values, int8 in forms)
-        table.add_row(_title(encoding), *(f"{size:,} ({plan.dense_bytes / size:.1f}x)" for size in sizes))
-    out.print(table)
+    out.print(_sizes(plan))
     for check in plan.budgets:
         out.print(budget(check))
     if plan.target is not None:
@@ -409,6 +414,28 @@ def show_plan(plan: Plan) -> None:
         out.print(Text(f"converted for its runtime: about {plan.converted_bytes:,} bytes"))
     for note in plan.notes:
         out.print(Text(f"note: {note}"))
+
+
+def _sizes(plan: Plan) -> Table:
+    """Return a row of bytes per encoding; a row stands for all that give the same sizes."""
+    words = (
+        f"bytes of the ONNX file, predicted ({plan.dense_bytes:,} dense); auto and smallest choose per tensor"
+    )
+    table = Table(
+        title=words, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
+    table.add_column("encoding", overflow="fold")
+    forms = list(dict.fromkeys((each.values, each.int8) for each in plan.files))
+    for values, int8 in forms:
+        table.add_column(_form(values, int8), justify="right", overflow="fold")
+    names: dict[tuple[int, ...], list[str]] = {}
+    for encoding in dict.fromkeys(each.encoding for each in plan.files):
+        sizes = tuple(plan.file(encoding, values, int8=int8).bytes for values, int8 in forms)
+        names.setdefault(sizes, []).append(CODECS[encoding].title if encoding in CODECS else encoding)
+    for sizes, titles in names.items():
+        cells = (f"{size:,} ({plan.dense_bytes / size:.1f}x)" for size in sizes)
+        table.add_row(", ".join(titles) if len(names) > 1 else "any", *cells)
+    return table
 
 
 def budget(check: BudgetCheck) -> Text:
@@ -447,10 +474,6 @@ def _change(before: int, after: int) -> str:
 
 def _form(values: str, int8: bool) -> str:
     return "int8 arithmetic" if int8 else "int8 values" if values == "int8" else values
-
-
-def _title(encoding: str) -> str:
-    return CODECS[encoding].title if encoding in CODECS else f"{encoding}, the smallest of each tensor"
 
 
 def show_dry_run(report: SweepDryRunReport, *, as_json: bool) -> None:

@@ -150,17 +150,21 @@ class SampleSize(Record):
         )
 
     def __str__(self) -> str:
-        """Return sentences, one per line."""
-        rates = ", ".join(
-            f"{each.drop:.2%} where they differ on {each.discordance:.0%}" for each in self.drops
-        )
+        """Return a small table, one row per line, of some 60 columns."""
         lines = [
-            f"with {self.n} images, a network that loses nothing against the dense one passes in {POWER:.0%} "
-            f"of cases if the allowed drop is at least {rates} of the images"
+            f"what {self.n} images can show of a network that loses nothing, in {POWER:.0%} of cases:",
+            _row("dense and pruned network differ on", [f"{each.discordance:.0%}" for each in self.drops]),
+            _row("smallest --max-drop that it meets", [f"{each.drop:.1%}" for each in self.drops]),
         ]
         if self.threshold is not None and self.needed is None:
-            lines.append(f"{self.n} samples cannot show a floor of {self.threshold:.1%}, even if all survive")
+            lines.append(
+                f"  {self.n} samples cannot show a floor of {self.threshold:.1%}, even if all survive"
+            )
         elif self.threshold is not None:
             share = f"{self.needed} of {self.n} ({(self.needed or 0) / self.n:.1%})"
-            lines.append(f"a floor of {self.threshold:.1%} needs {share} to survive")
+            lines.append(f"  a floor of {self.threshold:.1%} needs {share} to survive")
         return "\n".join(lines)
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"  {name:33}" + "".join(f"{cell:>7}" for cell in cells)

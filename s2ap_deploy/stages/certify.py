@@ -260,8 +260,9 @@ def certify(
         block_size=default_block_size(samples.images, job.machine.device),
         workers=job.machine.workforce,
         version=section.version,
+        shares=_pgd_shares(job, candidates),
     )
-    job.recorder.note(f"{cost}" + (", for each of the two networks" if len(candidates) == 2 else ""))
+    job.recorder.note(f"{cost}")
     deadline = None if time_budget is None else time.monotonic() + time_budget
     work = Certification(job, samples, stage.folder, deadline)
     outputs = [_recipe_file(stage.folder)]
@@ -285,6 +286,20 @@ def certify(
     if not keep_records and all(each.decision is None for each in certificates.values()):
         for candidate in candidates:
             shutil.rmtree(_record(stage.folder, candidate.role), ignore_errors=True)
+
+
+def _pgd_shares(job: RunContext, candidates: Sequence[Candidate]) -> tuple[tuple[float, float], ...]:
+    """Return the clean and robust accuracy on validation images of each network; empty if one is unknown."""
+    stages = {DENSE: "pretrain", PRUNED: "finetune"}
+    found: list[tuple[float, float]] = []
+    for candidate in candidates:
+        record = job.run.manifest.stages.get(stages[candidate.role])
+        results: Any = record.results if record is not None else None
+        best = (results or {}).get("best") or {}
+        if "robust_accuracy" not in best:
+            return ()
+        found.append((best["clean_accuracy"], best["robust_accuracy"]))
+    return tuple(found)
 
 
 def _result(certificate: Certificate) -> dict[str, Any]:

@@ -195,6 +195,9 @@ def _attack(
         workers=job.machine.workforce,
         version=section.version,
     )
+    if transferred is not None:
+        right = float((transferred.clean == samples.labels)[rest].float().mean())
+        cost = dataclasses.replace(cost, shares=((right, right),), basis="the stored points")
     job.recorder.note(f"{cost}")
     job.recorder.note(f"attacking the file itself on {len(samples.ids)} test images")
     config = AttackConfig(

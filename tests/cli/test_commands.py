@@ -131,9 +131,9 @@ def test_out_of_time_is_inconclusive_and_resume_ends_with_the_same_points(
 def test_the_time_left_is_told_before_the_work(s2ap, own_run) -> None:
     done = s2ap("certify", "--overwrite", "--run", own_run, "--workers", 1)
     lines = done.err.splitlines()
-    cost = next(i for i, line in enumerate(lines) if "takes at most about" in line)
-    assert lines[cost].startswith("AutoAttack on 40 images")
-    assert "for each of the two networks" in lines[cost]
+    cost = next(i for i, line in enumerate(lines) if "takes about" in line)
+    assert lines[cost].startswith("AutoAttack on 40 images of both networks")
+    assert " robust under PGD-10), at most " in lines[cost]
     assert cost < next(i for i, line in enumerate(lines) if line.startswith("certify: "))
     assert not any("passs" in line for line in lines)
 

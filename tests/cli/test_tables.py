@@ -1,8 +1,10 @@
 """Tables: what they say, and that nothing is clipped at 80 columns or broken up in a log."""
 
 import io
+import re
 import sys
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
@@ -241,3 +243,48 @@ def test_bench_measures_a_finished_export_and_leaves_its_file_alone(s2ap, own_ru
     assert answer["performance"]["load"]["pairs"] == 5
     assert {row["batch"] for row in answer["performance"]["inference"]} == {1, 32}
     assert s2ap("gate", "--min-robust", 0, "--rule", "point", "--max-drop", 1, "--run", own_run).code == 0
+
+
+@pytest.mark.parametrize("sizes", [(44_685_822, 5_238_355), (102_144_064, 102_144_064), (2_000_000_000, 7)])
+def test_a_plan_at_sixty_columns_loses_no_digit(monkeypatch, sizes) -> None:
+    files = [
+        SimpleNamespace(encoding=encoding, values=values, int8=int8, bytes=size)
+        for encoding, size in zip(("dense", "elias-fano"), sizes, strict=True)
+        for values, int8 in (("float32", False), ("float16", False), ("int8", False), ("int8", True))
+    ]
+
+    def file(encoding: str, values: str, *, int8: bool) -> SimpleNamespace:
+        return next(
+            each for each in files if (each.encoding, each.values, each.int8) == (encoding, values, int8)
+        )
+
+    stream = io.StringIO()
+    Console(file=stream, width=60, force_terminal=True, color_system=None).print(
+        tables._sizes(cast(Any, SimpleNamespace(files=files, file=file, dense_bytes=sizes[0])))
+    )
+    text = stream.getvalue()
+    assert "…" not in text
+    assert all(len(line) <= 60 for line in text.splitlines())
+    digits = re.sub(r"[^\d,]", "", text.replace("float32", "").replace("float16", "").replace("int8", ""))
+    assert all(digits.count(f"{size:,}") >= 1 for size in sizes if size < 10**9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"latency_ratio": None}, "4.0 times smaller"),
+        ({"latency_ratio": 0.5}, "4.0 times smaller; 2.00 times as fast, measured here"),
+        (
+            {"narrowed": SimpleNamespace(macs=SimpleNamespace(before=300, achieved=100))},
+            "4.0 times smaller; 3.0 times fewer multiply-accumulates",
+        ),
+        (
+            {"agreement": SimpleNamespace(n=100, argmax_agree=99)},
+            "4.0 times smaller; another class on 1 test image",
+        ),
+    ],
+)
+def test_an_export_says_what_was_gained(changes, words) -> None:
+    same = SimpleNamespace(n=100, argmax_agree=100)
+    report = {"latency_ratio": None, "narrowed": None, "compaction": None, "agreement": same, **changes}
+    assert tables._gain(cast(Any, SimpleNamespace(bytes=100, dense_bytes=400, **report))) == words

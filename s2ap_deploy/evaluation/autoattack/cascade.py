@@ -301,35 +301,60 @@ def _row(result: UnitResult, unbroken: int) -> dict[str, float | int | str]:
     }
 
 
-_ITERATIONS = 3  # of each attack, to be timed
-_QUERIES = 20  # of Square
+_ITERATIONS = 2, 5  # of each attack, to be timed; the difference leaves out what the attack sets up
+_QUERIES = 20, 60  # of Square
 _SLOW_SECONDS = 0.05  # above this per forward pass of a block, time fewer images
 _FEW = 4
 
 
 @dataclass(frozen=True)
 class ExpectedCost:
-    """An upper estimate: no sample is broken before the last attack, as on a very robust network.
+    """What an attack on ``survivors`` images will take, at most and probably.
 
-    ``survivors`` samples cost ``seconds`` on ``workers`` processes; ``per_survivor`` is the time of one
-    sample on one process.
+    At most: no sample is broken before the last attack, as on a very robust network. ``first`` and ``rest``
+    are the seconds of one sample on one process in the first and in all other attacks; ``workers`` is the
+    number of processes. ``shares`` are the clean and the robust accuracy of each network under ``basis``;
+    empty if they are not known, where half of the images are taken to survive.
     """
 
     survivors: int
-    per_survivor: float
+    first: float
+    rest: float
     workers: int
     version: Version = "standard"
+    shares: tuple[tuple[float, float], ...] = ()
+    basis: str = "PGD-10"
+
+    @property
+    def per_survivor(self) -> float:
+        return self.first + self.rest
 
     @property
     def seconds(self) -> float:
+        """The seconds of one network, if every sample survives."""
         return self.survivors * self.per_survivor / self.workers
+
+    @property
+    def expected(self) -> float:
+        """The seconds of all networks, from the share of samples that the first attack leaves to the rest."""
+        networks = self.shares or ((1.0, 0.5),)
+        each = sum(clean * self.first + robust * self.rest for clean, robust in networks)
+        return self.survivors * each / self.workers
 
     def __str__(self) -> str:
         attack = {"standard": "AutoAttack", "quick": "the quick sweep"}.get(
             self.version, f"AutoAttack ({self.version})"
         )
+        networks = max(len(self.shares), 1)
+        found = " and ".join(f"{robust:.1%}" for _, robust in self.shares)
+        basis = (
+            f"{found} robust under {self.basis}"
+            if found
+            else "if half of the images survive; not measured yet"
+        )
         return (
-            f"{attack} on {self.survivors} images takes at most about {duration(self.seconds)} "
+            f"{attack} on {self.survivors} images{' of both networks' if networks == 2 else ''} takes about "
+            f"{duration(self.expected)} ({basis}), at most {duration(networks * self.seconds)} "
             f"({duration(self.per_survivor)} per image that survives, {self.workers} at a time)"
         )
 
@@ -343,6 +368,7 @@ def expected_cost(
     block_size: int | None = None,
     workers: WorkerSpec = None,
     version: Version = "standard",
+    shares: tuple[tuple[float, float], ...] = (),
 ) -> ExpectedCost:
     """Time a few steps of each attack on one block of ``images`` [n, C, H, W] and scale them up.
 
@@ -363,14 +389,12 @@ def expected_cost(
         # Time each attack against the predicted labels, and sum up.
         labels = logits.argmax(dim=1).to(device)
         num_classes = logits.shape[1]
-        seconds = sum(
-            _attack_seconds(step, judge, tiny, block, labels, num_classes, version)
+        first, *rest = (
+            _attack_seconds(step, judge, tiny, block, labels, num_classes, version) / len(block)
             for step in protocols.steps(version, threat.norm, num_classes)
         )
     processes = count(workers, -(-len(images) // block_size)) if device.type == "cpu" else 1
-    return ExpectedCost(
-        survivors=len(images), per_survivor=seconds / len(block), workers=processes, version=version
-    )
+    return ExpectedCost(len(images), first, sum(rest), processes, version, shares)
 
 
 def _attack_seconds(
@@ -382,19 +406,25 @@ def _attack_seconds(
     num_classes: int,
     version: Version,
 ) -> float:
-    """Extrapolate the seconds of the whole attack on ``block`` from a few of its iterations."""
-    iterations = _QUERIES if step.name == "square" else _ITERATIONS
-    attack = attacks.build(
-        step.name,
-        judge,
-        threat,
-        num_classes=num_classes,
-        seed=0,
-        device=block.device,
-        warnings=attacks.WarningCount(),
-        version=version,
-        iterations=iterations,
-    )
-    started = time.monotonic()
-    attack.perturb(block.clone(), labels.clone())
-    return (time.monotonic() - started) * step.iterations / iterations
+    """Extrapolate the seconds of the whole attack on ``block`` from two runs of a few iterations."""
+    few, more = _QUERIES if step.name == "square" else _ITERATIONS
+    took = []
+    for iterations in (few, more):
+        attack = attacks.build(
+            step.name,
+            judge,
+            threat,
+            num_classes=num_classes,
+            seed=0,
+            device=block.device,
+            warnings=attacks.WarningCount(),
+            version=version,
+            iterations=iterations,
+        )
+        started = time.monotonic()
+        attack.perturb(block.clone(), labels.clone())
+        took.append(time.monotonic() - started)
+    pace = (took[1] - took[0]) / (more - few)
+    if pace <= 0:  # a busy machine
+        return took[1] * step.iterations / more
+    return took[0] + pace * (step.iterations - few)

@@ -43,12 +43,28 @@ def test_workers_divide_the_time_and_blocks_limit_them(make_network, monkeypatch
     assert cost.seconds == pytest.approx(7 * cost.per_survivor / 4)
 
 
-def test_the_line_a_user_reads() -> None:
-    assert str(ExpectedCost(200, 0.21, 2)) == (
-        "AutoAttack on 200 images takes at most about 21 s (0.21 s per image that survives, 2 at a time)"
-    )
-    assert "about 8.3 h" in str(ExpectedCost(500, 120.0, 2))
-    assert "about 50 min" in str(ExpectedCost(50, 120.0, 2))
+@pytest.mark.parametrize(
+    ("cost", "words"),
+    [
+        (
+            ExpectedCost(200, 0.01, 0.2, 2),
+            "AutoAttack on 200 images takes about 11 s (if half of the images survive; not measured yet), "
+            "at most 21 s (0.21 s per image that survives, 2 at a time)",
+        ),
+        (
+            ExpectedCost(200, 0.01, 0.2, 2, shares=((1.0, 0.9), (0.9, 0.8))),
+            "AutoAttack on 200 images of both networks takes about 36 s (90.0% and 80.0% robust under "
+            "PGD-10), at most 42 s (0.21 s per image that survives, 2 at a time)",
+        ),
+        (
+            ExpectedCost(500, 20.0, 100.0, 2, "quick", ((0.5, 0.2),), "the stored points"),
+            "the quick sweep on 500 images takes about 2.1 h (20.0% robust under the stored points), "
+            "at most 8.3 h (2 min per image that survives, 2 at a time)",
+        ),
+    ],
+)
+def test_the_line_a_user_reads(cost, words) -> None:
+    assert str(cost) == words
 
 
 def test_a_broken_network_is_an_error_here_too(make_network) -> None:
