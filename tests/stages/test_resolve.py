@@ -1,5 +1,6 @@
 """Resolution of recipes: arguments, settings and what files state, validated once."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def test_changes_are_made_where_they_are_given() -> None:
     ],
 )
 def test_changes_are_merged_before_the_recipe_is_validated(changes, method) -> None:
-    recipe = resolve.resolve({**START, "prune": None}, changes)
+    recipe = resolve.resolve(copy.deepcopy({**START, "prune": None}), changes)
     assert recipe.prune is not None
     assert recipe.prune.method == method
 
@@ -52,7 +53,7 @@ def test_changes_are_merged_before_the_recipe_is_validated(changes, method) -> N
 )
 def test_what_does_not_fit_is_refused(changes, code) -> None:
     with pytest.raises(UsageError) as caught:
-        resolve.resolve({**START}, changes)
+        resolve.resolve(copy.deepcopy(START), changes)
     assert caught.value.code == code
 
 
