@@ -33,8 +33,9 @@ from torch import nn
 from benchmarks.export.channel_latency import smaller
 from benchmarks.lib import arguments, networks, results
 from s2ap_deploy import runtime
+from s2ap_deploy.c_export.assembling import Facts, Sources, folder_files, vectors
 from s2ap_deploy.c_export.library import Library, build
-from s2ap_deploy.c_export.writing import Facts, Sources, folder_files, vectors, write_sources
+from s2ap_deploy.c_export.writing import write_sources
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.classifier import Classifier
 from s2ap_deploy.models.used_weights import prunable
@@ -134,8 +135,7 @@ def call_of(library: Library, sources: Sources, pixels: Any) -> Call:
     run = library.loaded.model_run
     run.argtypes, run.restype = [ctypes.c_void_p] * 4, None
     weights = np.frombuffer(sources.weights, np.uint8).copy()
-    layouts, program = sources.placement.layouts, sources.placement.program
-    logits = np.empty(layouts[program.output].shape[0], np.float32)
+    logits = np.empty(sources.classes, np.float32)
     space = np.empty(sources.workspace_bytes // 4 + 16, np.float32)
     start = space.ctypes.data + -space.ctypes.data % 64
     words = (weights.ctypes.data, pixels.ctypes.data, logits.ctypes.data, start)

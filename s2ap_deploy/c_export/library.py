@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from s2ap_deploy.c_export.assembling import Sources
 from s2ap_deploy.c_export.placing import LANES
-from s2ap_deploy.c_export.writing import Sources
 from s2ap_deploy.errors import VerificationError
 
 FLAGS = ("-std=c11", "-O3", "-march=native")
@@ -102,10 +102,8 @@ class Library:
     @classmethod
     def of(cls, sources: Sources, content: bytes, images_at_once: int = 1) -> Library:
         """Return the library that was built from ``sources``."""
-        layouts, program = sources.placement.layouts, sources.placement.program
-        classes = layouts[program.output].shape[0]
-        workspace = sources.workspace_bytes
-        return cls(content, sources.weights, layouts[0].shape, classes, workspace, images_at_once)
+        sizes = (sources.image_shape, sources.classes, sources.workspace_bytes)
+        return cls(content, sources.weights, *sizes, images_at_once)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

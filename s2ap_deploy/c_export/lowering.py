@@ -160,8 +160,8 @@ def lower(model: ModelProto) -> Program:
 
     Raises UsageError for an operator, or a form of one, that has no kernel.
     """
-    program = _Lowering(decode(model)).program()
-    _fuse(program)
+    program = Lowering(decode(model)).program()
+    fuse(program)
     return program
 
 
@@ -175,7 +175,7 @@ class _Value:
 
 
 @dataclass(eq=False)
-class _Lowering:
+class Lowering:
     model: ModelProto
     shapes: list[Shape] = field(default_factory=list)
     starts: list[int] = field(default_factory=lambda: [0])
@@ -220,7 +220,7 @@ class _Lowering:
             return value.tensor
         index = self.index(value)
         if len(value.shape) not in (2, 4):
-            raise _unsupported(f"tensors of shape {list(value.shape)}")
+            raise unsupported(f"tensors of shape {list(value.shape)}")
         shape: Shape = (value.shape[1], 1, 1)
         if len(value.shape) == 4:
             shape = (value.shape[1], value.shape[2], value.shape[3])
@@ -272,7 +272,7 @@ class _Lowering:
             wanted = place * height * width + rows[:, None] * width + columns[None, :]
             wanted = np.where((rows[:, None] == ZERO) | (columns[None, :] == ZERO), ZERO, wanted)
             if not np.array_equal(wanted, local):
-                raise _unsupported("a rearrangement of pixels")
+                raise unsupported("a rearrangement of pixels")
             if source not in inputs:
                 inputs.append(source)
             sources[channel], channels[channel] = inputs.index(source), place
@@ -294,7 +294,7 @@ class _Lowering:
             wanted = start + rows[:, None] * width + columns[None, :]
             wanted = np.where((rows[:, None] == ZERO) | (columns[None, :] == ZERO), ZERO, wanted)
             if not np.array_equal(wanted, index[channel]):
-                raise _unsupported("a rearrangement of pixels")
+                raise unsupported("a rearrangement of pixels")
 
     # Nodes.
 
@@ -311,7 +311,7 @@ class _Lowering:
         elif node.op_type in _STEPS:
             self.values[node.output[0]] = _STEPS[node.op_type](self, node, given)
         else:
-            raise _unsupported(node.op_type)
+            raise unsupported(node.op_type)
 
     def fold(self, node: NodeProto) -> None:
         """Compute a node of constants."""
@@ -333,12 +333,12 @@ class _Lowering:
             elif not name:
                 moved.append(np.zeros(0))
             elif node.op_type == "Concat":
-                raise _unsupported("Concat with a constant")
+                raise unsupported("Concat with a constant")
             else:
                 moved.append(self.arrays[name])
         for name, index in zip(node.output, _MOVES[node.op_type](given, moved), strict=False):
             if index.shape[:1] != (1,):
-                raise _unsupported(f"{node.op_type} across the batch")
+                raise unsupported(f"{node.op_type} across the batch")
             self.values[name] = _Value(index.shape, None, np.ascontiguousarray(index, np.int64))
 
     def flattens(self, node: NodeProto) -> bool:
@@ -349,7 +349,7 @@ class _Lowering:
         """Return the tensor that a node reads at a position."""
         name = node.input[position]
         if name not in self.values:
-            raise _unsupported(f"{node.op_type} of a constant")
+            raise unsupported(f"{node.op_type} of a constant")
         return self.tensor(self.values[name])
 
     def constant(self, node: NodeProto, position: int) -> NDArray[Any] | None:
@@ -357,7 +357,7 @@ class _Lowering:
         if position >= len(node.input) or not node.input[position]:
             return None
         if node.input[position] not in self.arrays:
-            raise _unsupported(f"{node.op_type} whose input {position} is computed")
+            raise unsupported(f"{node.op_type} whose input {position} is computed")
         return self.arrays[node.input[position]]
 
     def emit(self, step: Step, rank: int = 4) -> _Value:
@@ -368,7 +368,7 @@ class _Lowering:
         return len(self.values[node.input[position]].shape)
 
 
-def _unsupported(what: str) -> UsageError:
+def unsupported(what: str) -> UsageError:
     return UsageError(
         f"the C library has no kernel for {what}",
         code="operator-unsupported",
@@ -403,7 +403,7 @@ def _squeeze(given: Mapping[str, Any], inputs: list[NDArray[Any]]) -> list[NDArr
 
 def _flatten(given: Mapping[str, Any], inputs: list[NDArray[Any]]) -> list[NDArray[Any]]:
     if given.get("axis", 1) != 1:
-        raise _unsupported("Flatten along another axis than 1")
+        raise unsupported("Flatten along another axis than 1")
     return [inputs[0].reshape(1, -1)]
 
 
@@ -414,7 +414,7 @@ def _slice(_given: Mapping[str, Any], inputs: list[NDArray[Any]]) -> list[NDArra
     selected = [slice(None)] * inputs[0].ndim
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if step < 1:
-            raise _unsupported("Slice with a step that is not positive")
+            raise unsupported("Slice with a step that is not positive")
         selected[int(axis)] = slice(int(start), int(end), int(step))
     return [inputs[0][tuple(selected)]]
 
@@ -431,7 +431,7 @@ def _split(given: Mapping[str, Any], inputs: list[NDArray[Any]]) -> list[NDArray
 def _pad(given: Mapping[str, Any], inputs: list[NDArray[Any]]) -> list[NDArray[Any]]:
     value = inputs[2].ravel() if len(inputs) > 2 else np.zeros(0)
     if given.get("mode", "constant") != "constant" or value.any():
-        raise _unsupported("Pad with anything but zeros")
+        raise unsupported("Pad with anything but zeros")
     amounts = inputs[1].ravel().astype(int)
     axes = _axes(given, inputs, 3) or tuple(range(inputs[0].ndim))
     sides = [(0, 0)] * inputs[0].ndim
@@ -448,14 +448,14 @@ def _pad(given: Mapping[str, Any], inputs: list[NDArray[Any]]) -> list[NDArray[A
 def _resize(given: Mapping[str, Any], inputs: list[NDArray[Any]]) -> list[NDArray[Any]]:
     """Nearest neighbor along rows and columns, by the coordinates that the operator defines."""
     if given.get("mode", "nearest") != "nearest":
-        raise _unsupported(f"Resize in mode {given.get('mode')}")
+        raise unsupported(f"Resize in mode {given.get('mode')}")
     index = inputs[0]
     scales = inputs[2].ravel() if len(inputs) > 2 and inputs[2].size else None
     sizes = inputs[3].ravel() if len(inputs) > 3 and inputs[3].size else None
     if sizes is not None and len(sizes) == index.ndim:
         scales = np.array([b / a for a, b in zip(index.shape, sizes, strict=True)])
     if scales is None or len(scales) != index.ndim or scales[0] != 1 or scales[1] != 1:
-        raise _unsupported("Resize of other axes than rows and columns")
+        raise unsupported("Resize of other axes than rows and columns")
     for axis in (2, 3):
         length = int(np.floor(index.shape[axis] * scales[axis])) if sizes is None else int(sizes[axis])
         places = _nearest(given, np.arange(length), float(scales[axis]), index.shape[axis], length)
@@ -472,7 +472,7 @@ def _nearest(given: Mapping[str, Any], x: Index, scale: float, before: int, afte
         "align_corners": x * (before - 1) / max(after - 1, 1),
     }.get(mode)
     if places is None:
-        raise _unsupported(f"Resize by {mode}")
+        raise unsupported(f"Resize by {mode}")
     rounded = {
         "floor": np.floor(places),
         "ceil": np.ceil(places),
@@ -504,7 +504,7 @@ _MOVES: Mapping[str, Callable[[Mapping[str, Any], list[NDArray[Any]]], list[NDAr
 
 def _window(node: NodeProto, given: Mapping[str, Any], kernel: Sequence[int]) -> dict[str, Any]:
     if given.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or len(kernel) != 2:
-        raise _unsupported(f"{node.op_type} with auto_pad, or not of images")
+        raise unsupported(f"{node.op_type} with auto_pad, or not of images")
     pads = tuple(given.get("pads") or (0, 0, 0, 0))
     return {
         "stride": tuple(given.get("strides") or (1, 1)),
@@ -529,11 +529,11 @@ def _outputs(
     return found[0], found[1]
 
 
-def _conv(low: _Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
+def _conv(low: Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
     source, weight, bias = low.input(node), low.constant(node, 1), low.constant(node, 2)
     assert weight is not None
     if weight.ndim != 4:
-        raise _unsupported("Conv of other than images")
+        raise unsupported("Conv of other than images")
     bias = np.zeros(len(weight), np.float32) if bias is None else bias
     window, groups = _window(node, given, weight.shape[2:]), int(given.get("group", 1))
     shape = low.shapes[source]
@@ -543,7 +543,7 @@ def _conv(low: _Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
     return low.emit(_single_pixel(low, step) if (height, width) == (1, 1) else step)
 
 
-def _single_pixel(low: _Lowering, step: Convolution) -> Linear:
+def _single_pixel(low: Lowering, step: Convolution) -> Linear:
     """Return a convolution with one output pixel as a linear layer of all pixels that it reads."""
     channels, height, width = low.shapes[step.inputs[0]]
     outputs, grouped, rows, columns = step.weight.shape
@@ -563,10 +563,10 @@ def _single_pixel(low: _Lowering, step: Convolution) -> Linear:
     return Linear(step.name, [source], step.output, matrix.reshape(outputs, -1), step.bias)
 
 
-def _gemm(low: _Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
+def _gemm(low: Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
     source, weight, bias = low.input(node), low.constant(node, 1), low.constant(node, 2)
     if given.get("transA", 0) or weight is None:
-        raise _unsupported("Gemm with transA")
+        raise unsupported("Gemm with transA")
     weight = weight if given.get("transB", 0) else weight.T
     weight = np.ascontiguousarray(weight * np.float32(given.get("alpha", 1.0)))
     rows = len(weight)
@@ -575,34 +575,34 @@ def _gemm(low: _Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
     return low.emit(Linear(node.name, [source], low.new((rows, 1, 1)), weight, bias), 2)
 
 
-def _matmul(low: _Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
+def _matmul(low: Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
     weight = low.constant(node, 1)
     if weight is None or weight.ndim != 2 or low.rank(node) != 2:
-        raise _unsupported("MatMul of other than a vector and a constant matrix")
+        raise unsupported("MatMul of other than a vector and a constant matrix")
     bias, output = np.zeros(weight.shape[1], np.float32), low.new((weight.shape[1], 1, 1))
     return low.emit(Linear(node.name, [low.input(node)], output, np.ascontiguousarray(weight.T), bias), 2)
 
 
-def _pool(low: _Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
+def _pool(low: Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
     source, kernel = low.input(node), tuple(given["kernel_shape"])
     window = _window(node, given, kernel)
     height, width = _outputs(low.shapes[source][1:], kernel, window, bool(given.get("ceil_mode", 0)))
     counts = bool(given.get("count_include_pad", 0))
     if counts and given.get("ceil_mode", 0):
-        raise _unsupported("AveragePool that counts padding and rounds sizes up")
+        raise unsupported("AveragePool that counts padding and rounds sizes up")
     output = low.new((low.shapes[source][0], height, width))
     maximum = node.op_type == "MaxPool"
     return low.emit(Pool(node.name, [source], output, maximum, kernel, counts_pads=counts, **window))
 
 
-def _global_pool(maximum: bool) -> Callable[[_Lowering, NodeProto, Mapping[str, Any]], _Value]:
-    def build(low: _Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
+def _global_pool(maximum: bool) -> Callable[[Lowering, NodeProto, Mapping[str, Any]], _Value]:
+    def build(low: Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
         rank, keeps = low.rank(node), True
         if node.op_type.startswith("Reduce"):
             axes = low.constant(node, 1)
             found = _axes(given, [] if axes is None else [np.zeros(0), axes])
             if rank != 4 or sorted(axis % rank for axis in found) != [2, 3]:
-                raise _unsupported(f"{node.op_type} over other axes than rows and columns")
+                raise unsupported(f"{node.op_type} over other axes than rows and columns")
             keeps = bool(given.get("keepdims", 1))
         source = low.input(node)
         output = low.new((low.shapes[source][0], 1, 1))
@@ -612,9 +612,9 @@ def _global_pool(maximum: bool) -> Callable[[_Lowering, NodeProto, Mapping[str, 
 
 
 def _activate(
-    build: Callable[[_Lowering, NodeProto, Mapping[str, Any]], Activation],
-) -> Callable[[_Lowering, NodeProto, Mapping[str, Any]], _Value]:
-    def step(low: _Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
+    build: Callable[[Lowering, NodeProto, Mapping[str, Any]], Activation],
+) -> Callable[[Lowering, NodeProto, Mapping[str, Any]], _Value]:
+    def step(low: Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
         source = low.input(node)
         activation = build(low, node, given)
         return low.emit(
@@ -624,14 +624,14 @@ def _activate(
     return step
 
 
-def _clip(low: _Lowering, node: NodeProto, given: Mapping[str, Any]) -> Activation:
+def _clip(low: Lowering, node: NodeProto, given: Mapping[str, Any]) -> Activation:
     least, most = low.constant(node, 1), low.constant(node, 2)
     first = given.get("min", -np.inf) if least is None else float(least)
     second = given.get("max", np.inf) if most is None else float(most)
     return Activation("clip", float(first), float(second))
 
 
-def _prelu(low: _Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
+def _prelu(low: Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
     source, slope = low.input(node), low.constant(node, 1)
     assert slope is not None
     shape = low.shapes[source]
@@ -645,11 +645,11 @@ def _per_channel(values: NDArray[Any], shape: Shape, rank: int) -> Array:
     """Return a constant as one number per channel [C]."""
     full = values.reshape((1,) * (rank - values.ndim) + values.shape) if values.ndim <= rank else values
     if full.size != 1 and (full.ndim != rank or full.size != full.shape[1] or full.shape[1] != shape[0]):
-        raise _unsupported(f"a constant of shape {list(values.shape)} that varies over pixels")
+        raise unsupported(f"a constant of shape {list(values.shape)} that varies over pixels")
     return np.ascontiguousarray(np.broadcast_to(full.reshape(-1).astype(np.float32), shape[0]))
 
 
-def _batch_norm(low: _Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
+def _batch_norm(low: Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
     parts = [low.constant(node, position) for position in range(1, 5)]
     scale, shift, mean, variance = (np.asarray(part, np.float64) for part in parts)
     factor = scale / np.sqrt(variance + given.get("epsilon", 1e-5))
@@ -662,8 +662,8 @@ def _batch_norm(low: _Lowering, node: NodeProto, given: Mapping[str, Any]) -> _V
 _REVERSED = {"sub": "reversed_sub", "div": "reversed_div"}
 
 
-def _arithmetic(operator: str) -> Callable[[_Lowering, NodeProto, Mapping[str, Any]], _Value]:
-    def build(low: _Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
+def _arithmetic(operator: str) -> Callable[[Lowering, NodeProto, Mapping[str, Any]], _Value]:
+    def build(low: Lowering, node: NodeProto, given: Mapping[str, Any]) -> _Value:
         computed = [position for position in range(2) if node.input[position] in low.values]
         source = low.input(node, computed[0])
         shape, rank = low.shapes[source], low.rank(node, computed[0])
@@ -677,17 +677,17 @@ def _arithmetic(operator: str) -> Callable[[_Lowering, NodeProto, Mapping[str, A
         if shape != second and shape == (second[0], 1, 1) and operator in ("add", "mul"):
             source, other, shape, second = other, source, second, shape
         if low.rank(node, 1) != rank or (shape != second and second != (shape[0], 1, 1)):
-            raise _unsupported(f"{node.op_type} of shapes {list(shape)} and {list(second)}")
+            raise unsupported(f"{node.op_type} of shapes {list(shape)} and {list(second)}")
         return low.emit(Combine(node.name, [source, other], low.new(shape), operator), rank)
 
     return build
 
 
-def _named(name: str) -> Callable[[_Lowering, NodeProto, Mapping[str, Any]], _Value]:
+def _named(name: str) -> Callable[[Lowering, NodeProto, Mapping[str, Any]], _Value]:
     return _activate(lambda low, node, given: Activation(name))
 
 
-_STEPS: Mapping[str, Callable[[_Lowering, NodeProto, Mapping[str, Any]], _Value]] = {
+_STEPS: Mapping[str, Callable[[Lowering, NodeProto, Mapping[str, Any]], _Value]] = {
     "Add": _arithmetic("add"),
     "AveragePool": _pool,
     "BatchNormalization": _batch_norm,
@@ -722,7 +722,7 @@ _STEPS: Mapping[str, Callable[[_Lowering, NodeProto, Mapping[str, Any]], _Value]
 # Steps that are computed together.
 
 
-def _fuse(program: Program) -> None:
+def fuse(program: Program) -> None:
     """Join x * sigmoid(x), then additions and activations with the step that computes their input."""
     _join_silu(program)
     changed = True

@@ -89,7 +89,7 @@ def pack_convolution(
     offsets = _offsets(geometry, channels)
     unit = int(np.gcd.reduce(offsets)) or 1
     blocks = np.split(flat, range(len(offsets), flat.shape[1], len(offsets)), axis=1)
-    coded = _encoded(blocks, offsets // unit, positions, _size(stored))
+    coded = encoded(blocks, offsets // unit, positions, _size(stored))
     packed = _packed_lists(step, blob, stored, blocks, *coded)
     return dataclasses.replace(packed, unit=unit, blocks=len(blocks), block_channels=channels)
 
@@ -117,9 +117,9 @@ def pack_linear(step: Linear, blob: Blob, values: ValuesName, positions: Positio
         at = {"bias": blob.add(step.bias), "values": blob.add(flat), **_scales(stored, blob)}
         size = flat.nbytes
         return Packed("dense", "gap8", _kind(stored), 1, at, flat.size, flat.size, size)
-    kind, (lists,) = _encoded([flat], np.arange(flat.shape[1]), positions, _size(stored))
+    kind, (lists,) = encoded([flat], np.arange(flat.shape[1]), positions, _size(stored))
     starts = np.cumsum([0, *(len(each.entries) for each in lists)])
-    positions_at, values_at, size = _arrays(flat, kind, lists, blob)
+    positions_at, values_at, size = arrays(flat, kind, lists, blob)
     at = {
         "starts": blob.add(starts.astype(np.uint32)),
         "bias": blob.add(step.bias),
@@ -154,7 +154,7 @@ def _offsets(geometry: Geometry, channels: int) -> Index:
     return (np.arange(channels)[:, None] * geometry.channel + taps[None, :]).reshape(-1)
 
 
-def _encoded(
+def encoded(
     blocks: Sequence[NDArray[np.generic]], offsets: Index, positions: Positions, value_bytes: int
 ) -> tuple[PositionKind, list[list[_List]]]:
     """Choose how positions are stored; the lists of each block in that form, one per output channel."""
@@ -195,7 +195,7 @@ def _gaps(kept: Index, offsets: Index, largest: int) -> _List:
         places, entries = np.insert(places, long, bridges), np.insert(entries, long, -1)
 
 
-def _arrays(
+def arrays(
     flat: NDArray[np.generic], kind: PositionKind, lists: Sequence[_List], blob: Blob
 ) -> tuple[int, int, int]:
     """Append positions and values of lists that follow one another."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from s2ap_deploy.c_export.lowering import Convolution, Pool, Program, Shape, Step, reads
 
+Key = TypeVar("Key", int, tuple[str, int])
 LANES = 16  # pixels in the widest vector: planes begin at multiples of it
 # Cycles for a vector of products from shifted copies and from bordered planes, and to write one of a copy.
 SHIFTED_CYCLES, BORDERED_CYCLES, COPY_CYCLES = 1.4, 1.5, 4.0
@@ -339,22 +341,25 @@ def _starts(
 
     Return where each tensor and the copies of each convolution begin, and the floats of all.
     """
-    born, last = [-1] * len(layouts), [-1] * len(layouts)
-    for number, step in enumerate(program.steps):
-        born[step.output] = number
-        for tensor in reads(step):
-            last[tensor] = number
-    last[program.output] = len(program.steps)
+    lives = lifetimes(program)
     used = {0, program.output, *(step.output for step in program.steps)}
     # Size, and the steps between which it is in use, of each tensor and of the copies for each output.
-    spans = {("tensor", t): (_round(layouts[t].floats, lanes), born[t], last[t]) for t in used}
+    spans = {("tensor", t): (_round(layouts[t].floats, lanes), *lives[t]) for t in used}
     for number, step in enumerate(program.steps):
         geometry = geometries.get(step.output)
         if geometry is not None and geometry.copies:
             channels = program.shapes[step.inputs[0]][0] // geometry.planes
             size = _round(channels * geometry.channel, lanes) + lanes
             spans["copies", step.output] = (size, number, number)
-    starts: dict[tuple[str, int], int] = {}
+    starts = arrange(spans, lead)
+    floats = max(starts[key] + spans[key][0] for key in starts) + lead
+    tensors = [starts.get(("tensor", t), 0) for t in range(len(layouts))]
+    return tensors, {t: start for (kind, t), start in starts.items() if kind == "copies"}, floats
+
+
+def arrange(spans: Mapping[Key, tuple[int, int, int]], lead: int = 0) -> dict[Key, int]:
+    """Place blocks (size, first and last step of use) so that those in use at once do not overlap."""
+    starts: dict[Key, int] = {}
     for key, (size, first, end) in sorted(spans.items(), key=lambda item: (-item[1][0], item[0])):
         start = lead
         others = [(starts[o], starts[o] + spans[o][0]) for o in starts if _meet(spans[o], (size, first, end))]
@@ -363,9 +368,18 @@ def _starts(
                 break
             start = max(start, high)
         starts[key] = start
-    floats = max(starts[key] + spans[key][0] for key in starts) + lead
-    tensors = [starts.get(("tensor", t), 0) for t in range(len(layouts))]
-    return tensors, {t: start for (kind, t), start in starts.items() if kind == "copies"}, floats
+    return starts
+
+
+def lifetimes(program: Program) -> list[tuple[int, int]]:
+    """Return the first and the last step that uses each tensor, -1 before the first step."""
+    born, last = [-1] * len(program.shapes), [-1] * len(program.shapes)
+    for number, step in enumerate(program.steps):
+        born[step.output] = number
+        for tensor in reads(step):
+            last[tensor] = number
+    last[program.output] = len(program.steps)
+    return list(zip(born, last, strict=True))
 
 
 def _meet(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import zlib
 from dataclasses import dataclass, field
-from importlib import resources
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import ModelProto
 
+from s2ap_deploy.c_export.assembling import Body, Facts, Sources, assemble, comment, kernels, struct
+from s2ap_deploy.c_export.integer_writing import write_integers
 from s2ap_deploy.c_export.lowering import (
     Activate,
     Activation,
@@ -28,36 +26,7 @@ from s2ap_deploy.c_export.lowering import (
 from s2ap_deploy.c_export.packing import Blob, Packed, Positions, pack_convolution, pack_linear
 from s2ap_deploy.c_export.placing import LANES, Layout, Placement, Split, place
 from s2ap_deploy.codecs.values import FLOAT32, ValuesName
-from s2ap_deploy.records import SUM_TOLERANCE
-
-Images = NDArray[np.float32]
-EMBED_BELOW = 2**20
-MAGIC = b"S2APC001"
-HEADER = 64
-_KERNELS = resources.files("s2ap_deploy.c_export") / "kernels"
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Texts for the sources: the class names, and one sentence each on inputs and origin."""
-
-    class_names: tuple[str, ...] = ()
-    sentences: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Sources:
-    """The generated files by name, and the storage of each layer."""
-
-    files: dict[str, bytes]
-    layers: dict[str, Packed]
-    placement: Placement
-    weights: bytes
-    embedded: bool
-
-    @property
-    def workspace_bytes(self) -> int:
-        return 4 * self.placement.floats
+from s2ap_deploy.onnx_export.quantization import is_quantized
 
 
 @dataclass(eq=False)
@@ -85,7 +54,7 @@ class _Writer:
     def step(self, number: int, step: Step) -> None:
         sizes = " and ".join(self.size(tensor) for tensor in step.inputs)
         kind = type(step).__name__.lower()
-        self.lines += ["", f"  /* {_comment(step.name or kind)}: {sizes} to {self.size(step.output)}. */"]
+        self.lines += ["", f"  /* {comment(step.name or kind)}: {sizes} to {self.size(step.output)}. */"]
         if self.placement.layouts[step.output].bordered:
             rows = int(not isinstance(step, Convolution | Split))
             self.lines.append(f"  clear_border(t{step.output}, {self.layout(step.output)}, {rows});")
@@ -120,7 +89,7 @@ class _Writer:
             "act": _activation(step.activation),
         }
         self.tables.append(f"static const uint32_t taps_{number}[] = {{{taps}}};")
-        self.tables.append(_struct("convolution", f"convolution_{number}", fields))
+        self.tables.append(struct("convolution", f"convolution_{number}", fields))
         self.sections |= {"convolution", "dense" if packed.kernel == "dense" else "lists"}
         residual = "NULL" if step.residual is None else f"t{step.residual}"
         mask = self.placement.mask(output)
@@ -169,7 +138,7 @@ class _Writer:
             "first": f"first_{number}",
             "from": f"from_{number}",
         }
-        self.tables.append(_struct("copies", f"copies_{number}", fields))
+        self.tables.append(struct("copies", f"copies_{number}", fields))
         self.sections.add("copies")
         scratch = f"space + {self.placement.scratch[step.output]}"
         return f"copy_input(&copies_{number}, t{step.inputs[0]}, {scratch}, masks, %s, %s)"
@@ -213,7 +182,7 @@ class _Writer:
             **{f: packed.at.get(f, 0) for f in _LINEAR_ARRAYS},
             "act": _activation(step.activation),
         }
-        self.tables.append(_struct("linear", f"linear_{number}", fields))
+        self.tables.append(struct("linear", f"linear_{number}", fields))
         self.sections |= {"linear"}
         self.lines.append(
             f"  {self.wrapper('linear', packed)}(&linear_{number}, w, t{step.inputs[0]}, t{step.output});"
@@ -312,52 +281,18 @@ def write_sources(
     """
     if static:
         embed, lanes, scratch_bytes = True, 1, 0
+    if is_quantized(model):
+        return write_integers(model, facts, positions=positions, embed=embed)
     placement = place(
         lower(model), lanes=lanes, scratch_bytes=scratch_bytes, borders=positions == "fast" and not static
     )
     writer = _Writer(placement, values, positions)
     for number, step in enumerate(placement.program.steps):
         writer.step(number, step)
-    payload = bytes(writer.blob.data) + bytes(-len(writer.blob.data) % 64)
-    weights = _header(payload) + payload
-    embedded = len(weights) < EMBED_BELOW if embed is None else embed
-    files = {
-        "model.h": _header_file(writer, facts, len(weights), embedded).encode(),
-        "model.c": _source_file(writer, facts, weights, embedded, lanes).encode(),
-    }
-    if not embedded:
-        files["weights.bin"] = weights
-    return Sources(files, writer.layers, placement, weights, embedded)
+    return assemble(_body(writer, lanes), facts, writer.layers, bytes(writer.blob.data), embed)
 
 
-def _header(payload: bytes) -> bytes:
-    """Return the header of the weights: magic, bytes in all, checksum of what follows."""
-    words = np.frombuffer(payload, np.uint32).astype(np.uint64)
-    first = np.cumsum(words, dtype=np.uint64)
-    second = np.cumsum(first, dtype=np.uint64)
-    sums = (first[-1], second[-1]) if len(words) else (0, 0)
-    head = MAGIC + int(HEADER + len(payload)).to_bytes(8, "little")
-    head += int(sums[0]).to_bytes(8, "little") + int(sums[1]).to_bytes(8, "little")
-    head += zlib.crc32(payload).to_bytes(4, "little")
-    return head.ljust(HEADER, b"\0")
-
-
-def _header_file(writer: _Writer, facts: Facts, weights: int, embedded: bool) -> str:
-    channels, height, width = writer.placement.layouts[0].shape
-    classes = writer.placement.layouts[writer.placement.program.output].shape[0]
-    return _template("model.h").format(
-        about=_about(facts),
-        channels=channels,
-        height=height,
-        width=width,
-        classes=classes,
-        workspace=4 * writer.placement.floats,
-        weights=weights,
-        embedded=int(embedded),
-    )
-
-
-def _source_file(writer: _Writer, facts: Facts, weights: bytes, embedded: bool, lanes: int) -> str:
+def _body(writer: _Writer, lanes: int) -> Body:
     program, layouts = writer.placement.program, writer.placement.layouts
     used = {0, program.output, *(t for s in program.steps for t in (*s.inputs, s.output))}
     used |= {s.residual for s in program.steps if isinstance(s, Convolution) and s.residual is not None}
@@ -373,39 +308,37 @@ def _source_file(writer: _Writer, facts: Facts, weights: bytes, embedded: bool, 
     tensors = [f"  float *const t{t} = space + {layouts[t].start};" for t in sorted(used)]
     if any(", masks, " in line for line in writer.lines):
         tensors.append(f"  uint32_t *const masks = (uint32_t *)workspace + {writer.placement.masks};")
+    return Body(
+        image_shape=layouts[0].shape,
+        classes=layouts[program.output].shape[0],
+        workspace_bytes=4 * writer.placement.floats,
+        unit="float",
+        parts=_parts(writer, lanes),
+        tensors=tensors,
+        lines=[*image, *writer.lines, "", *final],
+    )
+
+
+def _parts(writer: _Writer, lanes: int) -> list[str]:
     narrow = (
         f"#define LANES {lanes} /* the workspace has no room for wider vectors */" if lanes < LANES else ""
     )
-    parts = [
-        _template("model.c").format(about=_about(facts)),
-        narrow,
-        _kernel("vectors"),
-        _kernel("activations"),
-        _kernel("lists"),
-        _kernel("planes"),
-    ]
+    always = ("numbers", "vectors", "activations", "lists", "planes")
+    parts = [narrow, *(kernels(name) for name in always)]
     if "copies" in writer.sections:
-        parts.append(_kernel("copies"))
-    if writer.sections & {"convolution"}:
-        parts.append(_kernel("convolution", lists="lists" in writer.sections))
-    parts += [_kernel(name) for name in ("dense", "linear") if name in writer.sections]
+        parts.append(kernels("copies"))
+    if "convolution" in writer.sections:
+        parts.append(_convolution_kernels(lists="lists" in writer.sections))
+    parts += [kernels(name) for name in ("dense", "linear") if name in writer.sections]
     parts += writer.wrappers.values()
     parts.append("/* The layers. */")
-    parts += [_layout(tensor, layouts[tensor]) for tensor in sorted(writer.layouts)]
-    parts += writer.tables
-    parts.append(_names(facts, layouts[program.output].shape[0]))
-    if embedded:
-        parts.append(_constants(weights))
-    run = _template("run.c")
-    body = "\n".join([*tensors, "", *image, *writer.lines, "", *final])
-    parts.append(run.replace("/*BODY*/", body).replace("/*HEAD*/", _bytes(weights[:HEADER])))
-    text = "\n\n".join(part.strip("\n") for part in parts) + "\n"
-    return re.sub(r"\n{3,}", "\n\n", text)
+    parts += [_layout(tensor, writer.placement.layouts[tensor]) for tensor in sorted(writer.layouts)]
+    return [*parts, *writer.tables]
 
 
-def _kernel(name: str, *, lists: bool = True) -> str:
-    """Return a file of kernels; that of convolutions also without the kernel of lists."""
-    text = (_KERNELS / f"{name}.c").read_text(encoding="utf-8")
+def _convolution_kernels(*, lists: bool) -> str:
+    """Return the kernels of convolutions, also without that of lists."""
+    text = kernels("convolution")
     if lists:
         return text
     spans = (
@@ -416,24 +349,9 @@ def _kernel(name: str, *, lists: bool = True) -> str:
     return "".join(text[text.index(start) : text.index(end)] for start, end in spans)
 
 
-def _template(name: str) -> str:
-    return (_KERNELS / f"template_{name}").read_text(encoding="utf-8")
-
-
 def _layout(tensor: int, layout: Layout) -> str:
     fields = (*layout.shape, layout.plane, layout.row, layout.lead)
     return f"static const layout layout_{tensor} = {{{', '.join(str(each) for each in fields)}}};"
-
-
-def _struct(kind: str, name: str, fields: dict[str, object]) -> str:
-    listed = ", ".join(f".{field} = {value}" for field, value in fields.items())
-    words, lines = listed.split(", "), ["   "]
-    for word in words:
-        if len(lines[-1]) + len(word) > 106:
-            lines.append("   ")
-        lines[-1] += f" {word},"
-    body = "\n".join(lines).rstrip(",")
-    return f"static const {kind} {name} = {{\n{body}}};"
 
 
 def _activation(activation: Activation) -> str:
@@ -445,59 +363,3 @@ def _float(value: float) -> str:
     """Write a float32 exactly; an infinite bound as the largest number."""
     limit = float(np.finfo(np.float32).max)
     return f"{float(np.float32(max(-limit, min(limit, value)))).hex()}f"
-
-
-def _names(facts: Facts, classes: int) -> str:
-    names = facts.class_names if len(facts.class_names) == classes else tuple(str(i) for i in range(classes))
-    listed = ",\n".join(f"    {_string(name)}" for name in names)
-    return f"static const char *const names[MODEL_CLASSES] = {{\n{listed}}};"
-
-
-def _string(text: str) -> str:
-    """Quote a text for C, byte by byte where it is not plain ASCII."""
-    plain = "".join(
-        chr(byte) if 32 <= byte < 127 and chr(byte) not in '"\\?' else f"\\{byte:03o}"
-        for byte in text.encode()
-    )
-    return f'"{plain}"'
-
-
-def _comment(text: str) -> str:
-    return re.sub(r"[^\w .,:;()+-]", "_", text)[:80]
-
-
-def _about(facts: Facts) -> str:
-    return "\n".join(f"   {_comment_line(sentence)}" for sentence in facts.sentences)
-
-
-def _comment_line(text: str) -> str:
-    return "".join(c if 32 <= ord(c) < 127 else "?" for c in text.replace("*/", "* /").replace("/*", "/ *"))
-
-
-def _constants(weights: bytes) -> str:
-    words = np.frombuffer(weights, np.uint32)
-    lines = [", ".join(f"0x{word:08x}u" for word in words[i : i + 8]) for i in range(0, len(words), 8)]
-    body = ",\n    ".join(lines)
-    return f"static const uint32_t constants[{len(words)}] = {{\n    {body}}};"
-
-
-def _bytes(data: bytes) -> str:
-    listed = [", ".join(str(byte) for byte in data[i : i + 16]) for i in range(0, len(data), 16)]
-    return ",\n      ".join(listed)
-
-
-def vectors(images: Images, logits: Images, *, exact: bool) -> bytes:
-    """Return the file of test vectors: images [n, C, H, W] and their logits [n, K], to the bit or nearly."""
-    tolerance = np.float32(SUM_TOLERANCE * max(1.0, float(np.abs(logits).max(initial=0))))
-    head = b"S2APV001" + len(images).to_bytes(4, "little") + int(exact).to_bytes(4, "little")
-    pairs = zip(images.astype(np.float32), logits.astype(np.float32), strict=True)
-    return head + tolerance.tobytes() + b"".join(x.tobytes() + y.tobytes() for x, y in pairs)
-
-
-def folder_files(static: bool = False) -> dict[str, bytes]:
-    """Return the files around the sources that are the same for every model; ``static``: those of a core."""
-    place = resources.files("s2ap_deploy.c_export") / "folder"
-    names = {"CMakeLists.txt": "", "Makefile": "", "model.py": "wrapper.txt", "selftest.c": ""}
-    if static:
-        names = {"Makefile": "cortex-m.mk", "cortex-m.ld": "", "device.c": "", "startup.c": ""}
-    return {name: (place / (stored or name)).read_bytes() for name, stored in names.items()}

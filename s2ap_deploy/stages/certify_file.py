@@ -391,8 +391,10 @@ def _sparsity(run: Run, opened: OnnxFile) -> float | None:
 def _processors(opened: OnnxFile) -> tuple[str, ...] | None:
     """Return the int8 instructions that answered a file with 8-bit weights; None for 7 bits or fewer.
 
-    With 7 bits, sums of two products fit 16 bits, and every processor answers alike.
+    With 7 bits, sums of two products fit 16 bits, and every processor answers alike; so does a C library.
     """
+    if opened.format == "c":
+        return None
     tensors = quantized_weights(decode(opened.model)).values()
     if not any(np.abs(tensor.astype(np.int64)).max(initial=0) > 64 for tensor in tensors):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from s2ap_deploy import files
+from s2ap_deploy.c_export.assembling import Facts, Images, Sources, folder_files, vectors
 from s2ap_deploy.c_export.library import Library, build, compiler, device_code
-from s2ap_deploy.c_export.writing import Facts, Sources, folder_files, vectors, write_sources
+from s2ap_deploy.c_export.writing import write_sources
 from s2ap_deploy.errors import UsageError, VerificationError
 from s2ap_deploy.onnx_export import onnx_file
 from s2ap_deploy.onnx_export.benchmark import inference, summary, timed_pairs
@@ -20,24 +22,23 @@ from s2ap_deploy.onnx_export.export_onnx import ExportSource
 from s2ap_deploy.onnx_export.export_report import LATENCY_STATEMENT, CLibrary, CompactFile, ExportReport
 from s2ap_deploy.onnx_export.inference import logits
 from s2ap_deploy.onnx_export.onnx_file import OnnxFile
-from s2ap_deploy.onnx_export.verification import CertifiedPoints, check_answers, compare_answers
+from s2ap_deploy.onnx_export.verification import (
+    CertifiedPoints,
+    check_answers,
+    compare_answers,
+    compare_logits,
+)
 from s2ap_deploy.recipe.field_types import ArtifactFormat
 from s2ap_deploy.recipe.schema import ExportSection
 from s2ap_deploy.recorder import Recorder
-from s2ap_deploy.records import PointsCheck
+from s2ap_deploy.records import Agreement, PointsCheck
 
 FOLDER = "c"
 VECTORS = 8
 
 
 def refuse_unfit(section: ExportSection) -> None:
-    """Refuse a C library of what has no kernels. Raises UsageError."""
-    if section.c and section.int8:
-        raise UsageError(
-            "the C library computes in float32 and does not read int8 graphs",
-            code="c-with-int8",
-            hint="--values int8 stores rounded weights; leave out --int8",
-        )
+    """Refuse options of C sources without them. Raises UsageError."""
     if not section.c and (section.c_static or section.max_flash or section.max_ram):
         raise UsageError(
             "--c-static, --max-flash and --max-ram are about C sources",
@@ -154,7 +155,7 @@ def add_library(
         sample = expected[:VECTORS]
     else:
         found = library(source.images)
-        agreement = compare_answers(expected, found)
+        agreement = _compared(expected, found, opened, recorder)
         if not agreement.passed:
             raise VerificationError(
                 f"the C library differs from ONNX Runtime by up to {agreement.max_logit_difference:.3g} "
@@ -191,6 +192,22 @@ def add_library(
     return report.model_copy(update={"c_library": record, "statement": words}), written
 
 
+def _compared(expected: Images, found: Images, opened: OnnxFile, recorder: Recorder) -> Agreement:
+    """Compare logits with ONNX Runtime's; name the images whose int8 classes differ.
+
+    Integers are rounded like ONNX Runtime's floats but for ties and their rounding errors.
+    """
+    if not opened.quantized:
+        return compare_answers(expected, found)
+    classes = np.stack([expected.argmax(1), found.argmax(1)], axis=1)
+    other = [f"{i} ({a} to {b})" for i, (a, b) in enumerate(classes.tolist()) if a != b]
+    if other:
+        recorder.warn(
+            f"int8 arithmetic in C gives other classes than ONNX Runtime on images {', '.join(other)}"
+        )
+    return compare_logits(found, expected, quantized=True)
+
+
 def _device_bytes(
     sources: Sources, section: ExportSection, recorder: Recorder
 ) -> tuple[int | None, int | None]:
@@ -203,9 +220,8 @@ def _device_bytes(
     code = device_code(sources.files) if sources.embedded else None
     if code is None:
         recorder.warn("no cross compiler (arm-none-eabi-gcc) was used: the flash of the code is not counted")
-    layouts, output = sources.placement.layouts, sources.placement.program.output
-    pixels = layouts[0].shape[0] * layouts[0].pixels
-    found = (code or len(sources.weights), sources.workspace_bytes + 4 * (pixels + layouts[output].shape[0]))
+    floats = math.prod(sources.image_shape) + sources.classes
+    found = (code or len(sources.weights), sources.workspace_bytes + 4 * floats)
     for name, limit, value in zip(("flash", "ram"), (section.max_flash, section.max_ram), found, strict=True):
         if limit is not None and value > limit:
             raise VerificationError(
@@ -242,14 +258,13 @@ def _sentences(opened: OnnxFile) -> tuple[str, ...]:
 
 
 def _about(opened: OnnxFile, sources: Sources, content: dict[str, bytes]) -> str:
-    layout, program = sources.placement.layouts, sources.placement.program
     return files.canonical_json(
         {
             "schema_version": 1,
             "onnx_sha256": opened.sha256,
             "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(content.items())},
-            "input": list(layout[0].shape),
-            "classes": layout[program.output].shape[0],
+            "input": list(sources.image_shape),
+            "classes": sources.classes,
             "class_names": list(opened.class_names),
             "embedded": sources.embedded,
             "workspace_bytes": sources.workspace_bytes,

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from torch import nn
 
+from s2ap_deploy.c_export.assembling import Facts, Sources
 from s2ap_deploy.c_export.library import Library, build, compiler
-from s2ap_deploy.c_export.writing import Facts, Sources, write_sources
+from s2ap_deploy.c_export.writing import write_sources
 from s2ap_deploy.onnx_export.graph import to_onnx
 
 QUICK = ("-std=c11", "-O0")  # compilers take seconds to optimize

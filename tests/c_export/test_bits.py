@@ -12,16 +12,20 @@ import pytest
 import torch
 from torch import nn
 
-from s2ap_deploy.c_export.writing import Facts, folder_files, vectors, write_sources
+from s2ap_deploy.c_export.assembling import Facts, Sources, folder_files, vectors
+from s2ap_deploy.c_export.writing import write_sources
 from s2ap_deploy.codecs.values import ValuesName
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.onnx_export.graph import to_onnx
+from s2ap_deploy.onnx_export.quantization import quantize
 from tests.c_export.conftest import images, library, prune
+from tests.c_export.test_integers import Operators
 
 pytestmark = pytest.mark.runtimes
 SIZE = (3, 20, 32)
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror")
 STATIC = ("-O2", "-static")
+KINDS: dict[str, ValuesName] = {"float": "float32", "half": "float16", "byte": "int8"}
 
 
 def network() -> nn.Module:
@@ -57,8 +61,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(layers[-1].weight)  # type: ignore[arg-type]
     pixels = images(SIZE, 4)
     place = tmp_path_factory.mktemp("c")
-    for name, kind in (("float", "float32"), ("half", "float16"), ("byte", "int8")):
-        sources = write_sources(to_onnx(layers, SIZE), Facts(), values=kind, embed=True)
+    model = to_onnx(layers, SIZE)
+    written: dict[str, Sources] = {
+        name: write_sources(model, Facts(), values=kind, embed=True) for name, kind in KINDS.items()
+    }
+    integers = quantize(to_onnx(prune(Operators(), 0.5), SIZE), pixels)
+    written["integer"] = write_sources(integers, Facts(), embed=True)
+    for name, sources in written.items():
         plain = library(sources, ("gcc",), ("-std=c11", "-O1", "-DLANES=1"))
         content = {
             **sources.files,
@@ -126,7 +135,8 @@ def test_arm(folder: Path, processor: str) -> None:
     run(folder, "aarch64-linux-gnu-gcc", STATIC, ("qemu-aarch64", "-cpu", processor))
 
 
-@pytest.mark.parametrize("values", ["float32", "int8"])
+@pytest.mark.parametrize("arch", ["mnist-conv", "digits-conv"])
+@pytest.mark.parametrize("arithmetic", ["float32", "int8 weights", "integers"])
 @pytest.mark.parametrize(
     ("processor", "machine", "fpu"),
     [
@@ -135,17 +145,22 @@ def test_arm(folder: Path, processor: str) -> None:
         ("cortex-m3", "mps2-an385", ""),
     ],
 )
-def test_bare_metal(tmp_path: Path, processor: str, machine: str, fpu: str, values: ValuesName) -> None:
-    """MNIST's network at 90 % in 128 KiB of flash and 40 KiB of RAM, which the linker script enforces."""
+def test_bare_metal(
+    tmp_path: Path, processor: str, machine: str, fpu: str, arithmetic: str, arch: str
+) -> None:
+    """At 90 %, in 128 KiB of flash and 40 KiB of RAM, which the linker script enforces."""
     for tool in ("arm-none-eabi-gcc", "qemu-system-arm", "make"):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}")
     torch.manual_seed(0)
-    architecture = registry.resolve("mnist-conv")
+    architecture = registry.resolve(arch)
     assert architecture.input_size is not None
     model = to_onnx(prune(architecture.build(10), 0.9), architecture.input_size)
-    sources = write_sources(model, Facts(), values=values, static=True)
     pixels = images(architecture.input_size, 3)
+    if arithmetic == "integers":
+        model = quantize(model, pixels)
+    kind = KINDS["byte" if arithmetic == "int8 weights" else "float"]
+    sources = write_sources(model, Facts(), values=kind, static=True)
     expected = vectors(pixels, library(sources, ("gcc",), ("-std=c11", "-O1"))(pixels), exact=True)
     for name, data in {**sources.files, **folder_files(static=True), "vectors.bin": expected}.items():
         (tmp_path / name).write_bytes(data)

@@ -145,5 +145,19 @@ def test_options_of_c_sources_need_c_sources(own_run, s2ap, option) -> None:
     s2ap.refused("c-option-without-c", "export", *option, "--run", own_run)
 
 
-def test_int8_arithmetic_is_refused(own_run, s2ap) -> None:
-    s2ap.refused("c-with-int8", "export", "--c", "--int8", "--run", own_run)
+@needs_compiler
+def test_int8_arithmetic_is_judged_like_any_file(own_run, s2ap) -> None:
+    s2ap.ok("export", "--c", "--int8", "--run", own_run)
+    folder = own_run / "export-int8-c" / "c"
+    library = ExportReport.load(folder.parent / "report.json").c_library
+    assert library is not None
+    assert library.agreement is not None
+    assert library.agreement.passed
+    assert library.agreement.max_logit_difference <= library.agreement.largest_logit / 127
+    assert "float *const" not in (folder / "model.c").read_text()
+    s2ap.ok("certify", "--artifact", folder, "--run", own_run, "--n", "4")
+    attacked = Certificate.load(own_run / "artifact-int8-c" / "certificate.json").subject.artifact
+    assert attacked is not None
+    assert (attacked.format, attacked.quantized, attacked.twin.matches) == ("c", True, True)
+    (folder / "model.c").write_text((folder / "model.c").read_text() + "\n")
+    assert s2ap(*GATE, "--run", own_run).code == 1

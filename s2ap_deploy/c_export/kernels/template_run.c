@@ -24,7 +24,7 @@ int model_check(const void *weights, size_t bytes) {
 
 void model_run(const void *weights, const float *image, float *logits, void *workspace) {
   const unsigned char *const w = (const unsigned char *)weights + 64;
-  float *const space = workspace;
+  /*UNIT*/ *const space = workspace;
 /*BODY*/
 }
 
