@@ -176,6 +176,8 @@ class _Value:
 
 @dataclass(eq=False)
 class Lowering:
+    """The steps of a graph so far, and what each of its values is."""
+
     model: ModelProto
     shapes: list[Shape] = field(default_factory=list)
     starts: list[int] = field(default_factory=lambda: [0])
@@ -184,6 +186,7 @@ class Lowering:
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def program(self) -> Program:
+        """Lower all nodes. Raises UsageError for one without a kernel."""
         graph = self.model.graph
         self.arrays = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
         entry = next(value for value in graph.input if value.name not in self.arrays)
@@ -203,6 +206,7 @@ class Lowering:
         return len(self.shapes) - 1
 
     def plain(self, tensor: int, rank: int = 4) -> _Value:
+        """Return a whole tensor as a value of two or four dimensions."""
         shape = self.shapes[tensor]
         return _Value((1, *shape) if rank == 4 else (1, shape[0]), tensor)
 
@@ -299,6 +303,7 @@ class Lowering:
     # Nodes.
 
     def node(self, node: NodeProto) -> None:
+        """Fold, move or lower one node."""
         inputs = [name for name in node.input if name]
         given = attributes(node)
         if node.op_type == "Constant" or all(name in self.arrays for name in inputs):
@@ -361,6 +366,7 @@ class Lowering:
         return self.arrays[node.input[position]]
 
     def emit(self, step: Step, rank: int = 4) -> _Value:
+        """Append a step and return the value of its output."""
         self.steps.append(step)
         return self.plain(step.output, rank)
 
@@ -369,6 +375,7 @@ class Lowering:
 
 
 def unsupported(what: str) -> UsageError:
+    """Return the refusal of what has no kernel."""
     return UsageError(
         f"the C library has no kernel for {what}",
         code="operator-unsupported",
