@@ -8,6 +8,7 @@ same inputs, and raises the errors of :mod:`s2ap_deploy.errors`. The keyword arg
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         PruneArguments,
         SessionArguments,
         Settings,
+        SweepArguments,
         ThresholdArguments,
     )
     from s2ap_deploy.stages.benchmark_entry import Submission
@@ -243,14 +245,16 @@ def certify(
     submission = _submission(keywords, alone=model is not None or artifact is not None)
     if submission is not None:
         changes["certify.curve"] = True
-    if artifact is not None:
-        return _certify_file(Path(run), Path(artifact), model, session, changes)
-    if model is not None:
-        place = open_run.opened_with(model, run, session, name="certify", changes=changes)
-    else:
-        _refuse_decided(keywords)
-        place = open_run.opened(run, None, session, name="certify", changes=changes)
-    with place as job:
+    with ExitStack() as stack:
+        session = stack.enter_context(open_run.on_cluster(session))
+        if artifact is not None:
+            return _certify_file(Path(run), Path(artifact), model, session, changes)
+        if model is not None:
+            place = open_run.opened_with(model, run, session, name="certify", changes=changes)
+        else:
+            _refuse_decided(keywords)
+            place = open_run.opened(run, None, session, name="certify", changes=changes)
+        job = stack.enter_context(place)
         if model is not None and "search" in job.run.manifest.stages:
             raise UsageError(
                 f"{run} also holds a pruned network",
@@ -617,7 +621,7 @@ def sweep(
     run: Path | str = "s2ap-sweep",
     seeds: int = 1,
     overrides: Sequence[str] = (),
-    **session: Unpack[SessionArguments],
+    **session: Unpack[SweepArguments],
 ) -> SweepReport:
     """Run a recipe in all combinations of ``axes`` and compare them.
 
@@ -628,28 +632,35 @@ def sweep(
         seeds: repetitions of every combination, with seeds that count up from the recipe's.
         overrides: ``key.path=value`` with the value in YAML, as ``--set``.
 
+    With ``on``, combinations run as tasks of a Ray cluster; ``run`` must be on storage that all nodes share.
+
     Raises:
         UsageError: no combination is possible, or the folder holds another sweep.
     """
     from s2ap_deploy import tracking
     from s2ap_deploy.stages import open_run
+    from s2ap_deploy.sweeps.cluster_engine import OnCluster
     from s2ap_deploy.sweeps.runner import OneByOne, SweepFolder, possible
     from s2ap_deploy.sweeps.runner import sweep as work
 
-    arguments.check(session, arguments.SessionArguments)
+    arguments.check(session, arguments.SweepArguments)
     points = _grid(recipe, axes, seeds, overrides, session)
     folder = Path(run)
-    parts = _parts(folder, session)
+    here = session if session.get("on") is None else {**session, "device": "cpu"}
+    parts = _parts(folder, here)
     # Refuse before the folder is made.
     possible(points)
     tracking.require(session.get("track", ()))
     resume, overwrite = session.get("resume", False), session.get("overwrite", False)
-    with SweepFolder(folder, resume=resume, overwrite=overwrite) as opened:
+    with ExitStack() as stack:
+        opened = stack.enter_context(SweepFolder(folder, resume=resume, overwrite=overwrite))
         parts.machine.save(folder)
+        connected = stack.enter_context(open_run.on_cluster(session, folder.resolve()))
+        tasks = connected.get("cluster")
         return work(
             opened,
             points,
-            OneByOne(parts),
+            OneByOne(parts) if tasks is None else OnCluster(tasks, folder.resolve(), connected),
             open_run.recorder(session),
             axes={**{key: value for key, value in axes.items() if value}, "seeds": seeds},
             changed=_write_sweep,

@@ -47,6 +47,7 @@ EXTRAS = {
     "signing": ("model-signing", "pyOpenSSL"),
     "timm": ("timm",),
     "transformers": ("transformers",),
+    "ray": ("ray",),
 }
 GATE = ("click", "pydantic", "PyYAML")
 """The distributions that ``gate`` and ``verify --files`` import."""

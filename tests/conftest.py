@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import os
+import pickle
 import platform
 import shutil
 import signal
@@ -28,6 +29,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from s2ap_deploy.data.splits import Augmentation, MemorySplit
+from s2ap_deploy.distributed.cluster import Resources, Tasks
 from s2ap_deploy.distributed.collectives import Ranks
 from s2ap_deploy.evaluation.autoattack import protocols
 from s2ap_deploy.evaluation.certificate import Certificate, Subject
@@ -189,6 +191,65 @@ def run_on_ranks(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
     ):
         raise error
     return [future.result() for future in futures]
+
+
+class LocalTasks(Tasks):
+    """A cluster that is this process: a task runs once its result is asked for, the latest first.
+
+    Functions, arguments and results are pickled as on their way to another machine. ``lose`` names calls, by
+    their number, that end with an error of the cluster's.
+    """
+
+    def __init__(self, slots: int = 3, lose: Mapping[int, Exception] | None = None) -> None:
+        self._slots, self.lose = slots, dict(lose or {})
+        self.resources = Resources()
+        self.calls: list[str] = []
+        self.cancelled: list[Any] = []
+        self._work: list[tuple[Callable[..., Any], bytes]] = []
+        self._found: dict[int, bytes] = {}
+
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    def put(self, value: object) -> Any:
+        return self.submit(copy.copy, value)
+
+    def submit(self, function: Callable[..., Any], *arguments: object) -> Any:
+        self._work.append((function, pickle.dumps(arguments)))
+        return TaskTicket(len(self._work) - 1)
+
+    def first(self, tickets: Sequence[Any]) -> Any:
+        return tickets[-1]
+
+    def result(self, ticket: Any) -> Any:
+        number = ticket.number
+        if number in self.lose:
+            raise self.lose[number]
+        if number not in self._found:
+            function, packed = self._work[number]
+            arguments = [
+                self.result(each) if isinstance(each, TaskTicket) else each for each in pickle.loads(packed)
+            ]
+            self.calls.append(function.__name__)
+            self._found[number] = pickle.dumps(function(*arguments))
+        return pickle.loads(self._found[number])
+
+    def cancel(self, tickets: Sequence[Any]) -> None:
+        self.cancelled += tickets
+
+
+@dataclass(frozen=True)
+class TaskTicket:
+    """A task of :class:`LocalTasks` by its number."""
+
+    number: int
+
+
+@pytest.fixture(scope="session")
+def local_tasks() -> type[LocalTasks]:
+    """A cluster that is this process: ``local_tasks(slots=2)``."""
+    return LocalTasks
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,7 @@ DOORS = {
     "markupsafe": {"reporting"},
     "torch_pruning": {"models.channels.coupling"},
     "mlflow": {"tracking"},
+    "ray": {"distributed.cluster"},
     "wandb": {"tracking"},
 }
 TORCH_FREE = (

@@ -262,6 +262,14 @@ training_options = stacked(
 workers_option = click.option(
     "--workers", type=COUNT, help="Attack processes of one thread each.  [default: one per core]"
 )
+cluster_options = stacked(
+    click.option("--on", metavar="ray[://HOST:PORT]", help="Run on a Ray cluster.  [default: this machine]"),
+    click.option(
+        "--per-task",
+        metavar="cpus=N,gpus=N,memory=SIZE",
+        help="What one task of the cluster takes.  [default: cpus=1, and a GPU with --device cuda]",
+    ),
+)
 data_root_option = click.option(
     "--data-root",
     type=PATH,

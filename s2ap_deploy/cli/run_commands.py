@@ -128,6 +128,7 @@ S2AP = {"on": (True,), "off": (False,), "both": (False, True)}
 @options.again_options
 @options.compute_options
 @options.workers_option
+@options.cluster_options
 @options.data_options
 @options.logging_options
 @options.output_options
@@ -160,8 +161,9 @@ def sweep_command(
     from s2ap_deploy import api
     from s2ap_deploy.cli import session, tables
 
-    if dry_run + print_commands + (part is not None) > 1:
-        raise click.UsageError("--dry-run, --print-commands and --only exclude each other")
+    place = {key: value for key in ("on", "per_task") if (value := keywords.pop(key)) is not None}
+    if dry_run + print_commands + (part is not None) + bool(place) > 1:
+        raise click.UsageError("--dry-run, --print-commands, --only and --on exclude each other")
     axes = {name: keywords.pop(name) for name in ("sparsity", "method", "granularity", "budget")}
     axes["s2ap"] = S2AP[s2ap] if s2ap is not None else ()
     if print_commands:
@@ -175,7 +177,7 @@ def sweep_command(
         if dry_run:
             estimate = api.dry_run_sweep(recipe, axes, run=run, **keywords, **reporting)
         else:
-            report = api.sweep(recipe, axes, run=run, **keywords, **reporting)
+            report = api.sweep(recipe, axes, run=run, **keywords, **place, **reporting)
     if dry_run:
         tables.show_dry_run(estimate, as_json=as_json)
         return 0

@@ -145,6 +145,7 @@ def prune_command(
 @options.compute_options
 @options.devices_option
 @options.workers_option
+@options.cluster_options
 @options.data_options
 @options.logging_options
 @options.output_options

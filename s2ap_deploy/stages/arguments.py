@@ -131,7 +131,22 @@ class PruneArguments(NetworkArguments, total=False):
     batch_size: int | None
 
 
-class CertifyArguments(NetworkArguments, total=False):
+class ClusterArguments(TypedDict, total=False):
+    """Where the work runs: ``on`` is ``ray`` or ``ray://HOST:PORT``, None for this machine.
+
+    ``per_task`` is what one task takes, such as ``cpus=2,gpus=1,memory=8GiB``; one core by default, and a GPU
+    where ``device`` is one.
+    """
+
+    on: str | None
+    per_task: str | None
+
+
+class SweepArguments(SessionArguments, ClusterArguments, total=False):
+    """Keyword arguments of ``sweep``."""
+
+
+class CertifyArguments(NetworkArguments, ClusterArguments, total=False):
     """Keyword arguments of ``certify``; see the recipe keys of the same names.
 
     ``first`` takes the first ``n`` test images, ``time_budget`` is in seconds. With ``min_robust``,

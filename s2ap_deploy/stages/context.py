@@ -15,6 +15,7 @@ from s2ap_deploy import files, runtime
 from s2ap_deploy.data import datasets
 from s2ap_deploy.data.datasets import ImageData
 from s2ap_deploy.data.splits import Split
+from s2ap_deploy.distributed.cluster import Tasks
 from s2ap_deploy.distributed.collectives import SINGLE_PROCESS, Ranks
 from s2ap_deploy.errors import ArchitectureError, InputError, RunFolderError
 from s2ap_deploy.evaluation.workers.pool import WorkerSpec, closing_units, serve_units
@@ -42,7 +43,8 @@ class ExecutionConfig:
 
     ``arch`` is an architecture by import path, and ``trust_pickle`` allows pickles to run code; both are
     given only on the command line, never read from a file. ``ranks`` share the training, each in
-    ``accumulate`` pieces of its rows; ``workers`` are attack processes if there is one rank.
+    ``accumulate`` pieces of its rows; ``workers`` are attack processes if there is one rank and no
+    ``cluster`` to run attacks on.
     ``precision`` is that of training alone; attacks that certify compute in float32.
     """
 
@@ -54,6 +56,7 @@ class ExecutionConfig:
     trust_pickle: bool = False
     accumulate: int = 1
     ranks: Ranks = SINGLE_PROCESS
+    cluster: Tasks | None = None
     precision: Precision = FLOAT32
 
     @property
@@ -63,8 +66,10 @@ class ExecutionConfig:
 
     @property
     def workforce(self) -> WorkerSpec:
-        """The ranks or worker processes that run attacks."""
-        return self.ranks if self.ranks.size > 1 else self.workers
+        """The ranks, cluster or worker processes that run attacks."""
+        if self.ranks.size > 1:
+            return self.ranks
+        return self.cluster or self.workers
 
     def save(self, folder: Path) -> None:
         """Store the data root in ``folder`` for later commands. Raises StorageError."""

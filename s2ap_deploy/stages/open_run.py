@@ -13,6 +13,7 @@ from torch import nn
 from s2ap_deploy import progress, runtime
 from s2ap_deploy.data import datasets
 from s2ap_deploy.distributed import environment
+from s2ap_deploy.distributed.cluster import Resources, connected, with_device
 from s2ap_deploy.distributed.process_group import current_group
 from s2ap_deploy.errors import RunFolderError, UsageError
 from s2ap_deploy.models.architectures import custom, registry
@@ -149,6 +150,7 @@ def machine(folder: Path, session: Mapping[str, Any]) -> ExecutionConfig:
         data_root=Path(root).expanduser().resolve() if root is not None else remembered_data_root(folder),
         download=session.get("download", False),
         workers=session.get("workers"),
+        cluster=session.get("cluster"),
         arch=arch if arch is not None and registry.is_import_path(arch) else None,
         trust_pickle=session.get("trust_pickle", False),
         accumulate=session.get("accumulate", 1),
@@ -156,6 +158,34 @@ def machine(folder: Path, session: Mapping[str, Any]) -> ExecutionConfig:
             session.get("precision", "auto"), device, compiled=session.get("compiled", False)
         ),
     )
+
+
+@contextmanager
+def on_cluster(session: Mapping[str, Any], folder: Path | None = None) -> Iterator[dict[str, Any]]:
+    """Yield ``session`` with the ``cluster`` that its ``on`` names, connected, and without ``on``.
+
+    ``folder`` must be on storage that all nodes share. Raises what connecting raises, UsageError for ranks
+    and for resources without a cluster.
+    """
+    rest = {key: value for key, value in session.items() if key not in ("on", "per_task")}
+    target, text = session.get("on"), session.get("per_task")
+    if target is None:
+        if text is not None:
+            raise UsageError(
+                "--per-task is for tasks of a cluster", code="per-task-alone", hint="add --on ray"
+            )
+        yield rest
+        return
+    if environment.size() > 1:
+        raise UsageError(
+            "--on ray and ranks exclude each other", code="cluster-with-ranks", hint="leave out --devices"
+        )
+    resources = Resources() if text is None else Resources.parse(text)
+    device = session.get("device", "auto")
+    if folder is None:  # the attacks' device is that of this machine
+        device = runtime.device(device).type
+    with connected(target, with_device(resources, device), folder) as tasks:
+        yield {**rest, "cluster": tasks}
 
 
 def refuse_registered(arch: str | None, decided_by: str) -> None:

@@ -1,5 +1,6 @@
 """``sweep`` through the command line: figures, failures, interruptions, folders that are something else."""
 
+import contextlib
 import csv
 import json
 import os
@@ -8,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import pytest
 
 from s2ap_deploy import tracking
 from s2ap_deploy.cli.run_commands import exit_code
+from s2ap_deploy.errors import InconclusiveError
 from s2ap_deploy.runs.manifest import Manifest
 from s2ap_deploy.spec import ThreatModel
+from s2ap_deploy.stages import open_run
 from s2ap_deploy.sweeps import runner as sweeping
 from s2ap_deploy.sweeps.aggregate import Row, SweepReport
 
@@ -163,6 +167,62 @@ def test_printed_commands_do_the_work_and_the_sweep_makes_the_table(own, s2ap) -
     assert {part: Manifest.load(place / part).stages["certify"] for part in parts} == before
     s2ap.ok("sweep", *COMMON, *axes, "--run", "straight", cwd=own)
     assert (place / "table.md").read_bytes() == (own / "straight" / "table.md").read_bytes()
+
+
+def test_a_cluster_makes_the_same_table_and_fails_the_same_combinations(
+    own, s2ap, local_tasks, monkeypatch
+) -> None:
+    tasks = local_tasks()
+    use(tasks, monkeypatch)
+    done = s2ap("sweep", *COMMON, *AXES, "--on", "ray", "--run", "elsewhere", "--json", cwd=own)
+    assert done.code == 2, done.err
+    place, straight = own / "elsewhere", own / "s2ap-sweep"
+    assert (place / "table.md").read_bytes() == (straight / "table.md").read_bytes()
+    report = json.loads((straight / "sweep.json").read_text())
+    assert [(row["name"], row["status"], row["error"]) for row in done.answer["rows"]] == [
+        (row["name"], row["status"], row["error"]) for row in report["rows"]
+    ]
+    assert tasks.calls.count("run_dense") == 1
+    assert tasks.calls.count("run_combination") == 4
+
+
+def test_lost_tasks_fail_their_combinations_and_resume_without_the_cluster_finishes(
+    own, s2ap, local_tasks, monkeypatch
+) -> None:
+    lost = InconclusiveError("a node ran out of memory", code="cluster-out-of-memory", hint="less at once")
+    axes = ["--method", "magnitude,random", "--sparsity", "0.9"]
+    with monkeypatch.context() as patch:
+        use(local_tasks(lose={2: lost}), patch)  # after the dense network and the first combination
+        done = s2ap("sweep", *COMMON, *axes, "--on", "ray", "--run", "elsewhere", "--json", cwd=own)
+    assert done.code == 3
+    assert rows(done.answer, "finished") == ["magnitude-0.9-seed-4"]
+    (failed,) = [row for row in done.answer["rows"] if row["status"] == "failed"]
+    assert (failed["error"], failed["hint"], failed["exit_code"]) == (lost.message, lost.hint, 3)
+    s2ap.ok("sweep", *COMMON, *axes, "--run", "elsewhere", "--resume", cwd=own)
+    assert SweepReport.load(own / "elsewhere").rows[1].status == "finished"
+
+
+def test_a_dense_network_that_fails_on_a_cluster_fails_its_combinations(
+    own, s2ap, local_tasks, monkeypatch
+) -> None:
+    (own / "small.yaml").write_text(RECIPE.format(checkpoint="nowhere.pt"))
+    use(local_tasks(), monkeypatch)
+    options = [*COMMON, "--method", "random", "--run", "elsewhere", "--json"]
+    there = s2ap("sweep", *options, "--on", "ray", cwd=own)
+    here = s2ap("sweep", *options, "--overwrite", cwd=own)
+    assert there.code == here.code == 2
+    assert there.answer["rows"] == here.answer["rows"]
+
+
+def use(tasks: Any, patch: pytest.MonkeyPatch) -> None:
+    """Make ``tasks`` the cluster that ``--on ray`` connects to."""
+
+    @contextlib.contextmanager
+    def connected(target: str, resources: Any, folder: Path | None = None) -> Iterator[Any]:
+        assert (target, folder is not None and folder.is_absolute()) == ("ray", True)
+        yield tasks
+
+    patch.setattr(open_run, "connected", connected)
 
 
 def test_the_pages_slurm_script_starts_every_part_once_and_dense_networks_first(tmp_path) -> None:

@@ -76,6 +76,7 @@ NOT_HERE = {
     r"^qemu-": "needs an emulator; tests/stages/test_devices.py runs these under the marker runtimes",
     r"^cosign ": "signs with a program and a key that are not ours",
     r"^uses: (actions|github)/": "needs GitHub",
+    r"--on ray$|^ray start ": "needs a Ray cluster; tests/distributed/test_ray.py has one",
     r"sbatch |(all|dense|runs)\.txt$|^line=": "needs Slurm; tests/cli/test_sweep_command.py has a stand-in",
     r"zsh_source": "needs zsh; tests/cli/test_reference.py asks for the script",
     r"fish_source": "needs fish; tests/cli/test_reference.py asks for the script",

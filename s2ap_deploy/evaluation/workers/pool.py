@@ -8,6 +8,7 @@ Plain child processes rather than ``concurrent.futures`` or ``multiprocessing``:
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -22,10 +23,18 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from torch import nn
 
+from s2ap_deploy.distributed.cluster import Tasks, Ticket
 from s2ap_deploy.distributed.collectives import Ranks
 from s2ap_deploy.errors import InconclusiveError
 from s2ap_deploy.evaluation.autoattack.frozen_model import Attacker, Unit, UnitResult, exact_arithmetic
-from s2ap_deploy.evaluation.workers.worker import NotPicklable, PickledAttacker, RemoteError, receive, send
+from s2ap_deploy.evaluation.workers.worker import (
+    NotPicklable,
+    PickledAttacker,
+    RemoteError,
+    receive,
+    run_once,
+    send,
+)
 from s2ap_deploy.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -164,6 +173,49 @@ class DistributedExecutor:
         return result
 
 
+class ClusterExecutor:
+    """Runs units as tasks of a cluster, which starts those of a lost node again elsewhere.
+
+    Two units per slot are handed out, so that no node waits for this process. Raises what
+    :class:`DistributedExecutor` raises for errors inside a unit, and the cluster's own errors.
+    """
+
+    def __init__(self, attacker: UnitRunner, tasks: Tasks) -> None:
+        self._tasks = tasks
+        self._packed = tasks.put(PickledAttacker.pack(attacker))
+        self._key = secrets.token_hex(8)
+        self._device = attacker.device.type
+        self._tickets: list[Ticket] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, Exception):
+            self._tasks.cancel(self._tickets)
+
+    @property
+    def idle(self) -> bool:
+        return len(self._tickets) < 2 * self._tasks.slots
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._tickets)
+
+    def submit(self, unit: Unit) -> None:
+        self._tickets.append(self._tasks.submit(run_once, self._key, self._device, self._packed, unit))
+
+    def next(self) -> UnitResult:
+        ticket = self._tasks.first(self._tickets)
+        self._tickets.remove(ticket)
+        result: UnitResult | RemoteError = self._tasks.result(ticket)
+        if isinstance(result, RemoteError):
+            result.raise_again()
+        return result
+
+
 def serve_units(ranks: Ranks, device: torch.device) -> None:
     """Run the units that rank 0 scatters, one attack after another, until :func:`closing_units` ends."""
     packed: PickledAttacker | None = None
@@ -194,12 +246,14 @@ def _run(attacker: UnitRunner, unit: Unit | None) -> UnitResult | RemoteError | 
         return RemoteError(error)
 
 
-WorkerSpec = int | Ranks | None
-"""Processes of this machine (None: one per core), or the ranks of a distributed group."""
+WorkerSpec = int | Ranks | Tasks | None
+"""Processes of this machine (None: one per core), the ranks of a distributed group, or a cluster."""
 
 
 def count(requested: WorkerSpec, units: int) -> int:
     """Return the number of processes on a CPU: ``requested`` (None: one per core), at most one per unit."""
+    if isinstance(requested, Tasks):
+        return max(1, min(requested.slots, units))
     if isinstance(requested, Ranks):
         requested = requested.size
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -211,14 +265,17 @@ def executor_for(
 ) -> Executor:
     """Return the executor for ``units`` units to begin with, entered into ``stack``.
 
-    All ranks of a group are used, else worker processes on a CPU with more than one core and unit. A network
-    that cannot be pickled is attacked in this process, with a warning to ``recorder``.
+    All ranks of a group or all slots of a cluster are used, else worker processes on a CPU with more than one
+    core and unit. A network that cannot be pickled is attacked in this process, with a warning to
+    ``recorder``.
     """
     if isinstance(workers, Ranks) and workers.size > 1:
         return stack.enter_context(DistributedExecutor(attacker, workers))
     processes = count(workers, units) if attacker.device.type == "cpu" else 1
-    if processes > 1:
+    if isinstance(workers, Tasks) or processes > 1:
         try:
+            if isinstance(workers, Tasks):
+                return stack.enter_context(ClusterExecutor(attacker, workers))
             return stack.enter_context(WorkerPool(attacker, processes))
         except NotPicklable as reason:
             recorder.warn(f"{reason}; attacking in this process instead")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from s2ap_deploy.evaluation.autoattack.frozen_model import Unit, UnitResult
     from s2ap_deploy.evaluation.workers.pool import UnitRunner
 
 
@@ -127,6 +128,27 @@ def serve(parent: int, descriptor: int) -> None:
             send(connection, reply)
     except (EOFError, OSError):
         return
+
+
+_latest: dict[str, UnitRunner] = {}
+"""The attacker that this process of a cluster used last, by its key."""
+
+
+def run_once(key: str, device: str, packed: PickledAttacker, unit: Unit) -> UnitResult | RemoteError:
+    """Run one unit as a task of a cluster; the attacker stays for the next task with the same ``key``."""
+    import torch
+
+    from s2ap_deploy.evaluation.autoattack.frozen_model import exact_arithmetic
+
+    torch.set_num_threads(1)
+    try:
+        if key not in _latest:
+            _latest.clear()
+            _latest[key] = packed.unpack(device)
+        with exact_arithmetic(_latest[key].device):
+            return _latest[key].run(unit)
+    except Exception as error:  # the process that waits decides what it means
+        return RemoteError(error)
 
 
 def source_files(network: nn.Module) -> dict[str, str]:

@@ -11,7 +11,13 @@ from torch import nn
 
 from s2ap_deploy.distributed.collectives import Ranks
 from s2ap_deploy.errors import DeployError, InconclusiveError, UsageError
-from s2ap_deploy.evaluation.workers.pool import DistributedExecutor, closing_units, serve_units
+from s2ap_deploy.evaluation.workers.pool import (
+    ClusterExecutor,
+    DistributedExecutor,
+    closing_units,
+    count,
+    serve_units,
+)
 
 OnRanks = Callable[[int, Callable[[Ranks], Any]], list[Any]]
 CPU = torch.device("cpu")
@@ -53,12 +59,12 @@ def doubled(ranks: Ranks, attacks: Sequence[Sequence[int]]) -> list[list[int]] |
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("count", [0, 1, 25])
-def test_every_unit_comes_back_once_and_in_order(on_ranks, size, count) -> None:
+@pytest.mark.parametrize("units", [0, 1, 25])
+def test_every_unit_comes_back_once_and_in_order(on_ranks, size, units) -> None:
     WORKED.clear()
-    found = on_ranks(size, lambda ranks: doubled(ranks, [range(count), [100, 101, 102]]))
-    assert found == [[[*range(count)], [100, 101, 102]]] + [None] * (size - 1)
-    assert len(WORKED) == min(size, max(count, 3))
+    found = on_ranks(size, lambda ranks: doubled(ranks, [range(units), [100, 101, 102]]))
+    assert found == [[[*range(units)], [100, 101, 102]]] + [None] * (size - 1)
+    assert len(WORKED) == min(size, max(units, 3))
 
 
 @pytest.mark.parametrize(
@@ -97,3 +103,43 @@ def test_after_a_signal_nothing_more_is_sent() -> None:
     with pytest.raises(KeyboardInterrupt), closing_units(ranks), executor:
         raise KeyboardInterrupt
     assert len(sent) == 1, "the attacker"
+
+
+@pytest.mark.parametrize(("slots", "units"), [(1, 0), (1, 7), (3, 25)])
+def test_a_cluster_returns_every_unit_once_and_gets_two_per_slot(local_tasks, slots, units) -> None:
+    tasks, waiting, found = local_tasks(slots), list(range(units)), list[int]()
+    with ClusterExecutor(Doubler(), tasks) as executor:  # type: ignore[arg-type]
+        while waiting or executor.busy:
+            handed = 0
+            while waiting and executor.idle:
+                executor.submit(waiting.pop(0))  # type: ignore[arg-type]
+                handed += 1
+            assert handed <= 2 * slots
+            result: Any = executor.next()
+            assert result.twice == 2 * result.unit
+            found.append(result.unit)
+    assert sorted(found) == list(range(units))
+    assert tasks.cancelled == []
+
+
+@pytest.mark.parametrize(
+    ("unit", "kind", "code"), [(-1, UsageError, "some-code"), (-2, DeployError, "worker-failed")]
+)
+def test_an_error_in_a_unit_on_a_cluster_is_raised_here_and_the_rest_dropped(
+    local_tasks, unit, kind, code
+) -> None:
+    tasks = local_tasks()
+
+    def work() -> None:
+        with ClusterExecutor(Doubler(), tasks) as executor:  # type: ignore[arg-type]
+            executor.submit(3)  # type: ignore[arg-type]
+            executor.submit(unit)
+            executor.next()
+
+    with pytest.raises(kind, check=lambda error: error.code == code):
+        work()
+    assert len(tasks.cancelled) == 1
+
+
+def test_attacks_use_all_slots_of_a_cluster(local_tasks) -> None:
+    assert [count(local_tasks(slots), units) for slots, units in ((3, 7), (3, 2), (1, 0))] == [3, 2, 1]
