@@ -204,7 +204,7 @@ class LocalTasks(Tasks):
         self._slots, self.lose = slots, dict(lose or {})
         self.resources = Resources()
         self.calls: list[str] = []
-        self.cancelled: list[Any] = []
+        self.dropped: list[Any] = []
         self._work: list[tuple[Callable[..., Any], bytes]] = []
         self._found: dict[int, bytes] = {}
 
@@ -236,7 +236,7 @@ class LocalTasks(Tasks):
         return pickle.loads(self._found[number])
 
     def cancel(self, tickets: Sequence[Any]) -> None:
-        self.cancelled += tickets
+        self.dropped += tickets
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def test_a_cluster_returns_every_unit_once_and_gets_two_per_slot(local_tasks, sl
             assert result.twice == 2 * result.unit
             found.append(result.unit)
     assert sorted(found) == list(range(units))
-    assert tasks.cancelled == []
+    assert tasks.dropped == []
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_an_error_in_a_unit_on_a_cluster_is_raised_here_and_the_rest_dropped(
 
     with pytest.raises(kind, check=lambda error: error.code == code):
         work()
-    assert len(tasks.cancelled) == 1
+    assert len(tasks.dropped) == 1
 
 
 def test_attacks_use_all_slots_of_a_cluster(local_tasks) -> None:
