@@ -80,6 +80,29 @@ class Preprocessing(Record):
     crop: int | None = None
 
 
+class Pixels(Record):
+    """How image files became the pixels that were attacked; another way gives other images.
+
+    Pixels of ``decoder`` are converted to 8-bit ``channel_order`` (gray is ITU-R BT.601 luma, alpha is
+    dropped); then the shorter side is resized to ``resize`` with ``filter`` and the center ``crop`` is taken.
+    """
+
+    decoder: str
+    channel_order: Literal["L", "RGB"]
+    resize: int | None
+    crop: int | None
+    filter: Literal["bilinear"] = "bilinear"
+    antialias: Literal[True] = True
+    exif_rotation: Literal[False] = False
+
+    def __str__(self) -> str:
+        """Return the steps in a few words."""
+        steps = [self.decoder, "gray" if self.channel_order == "L" else "RGB", "without EXIF rotation"]
+        if self.resize is not None:
+            steps.append(f"shorter side to {self.resize} ({self.filter} with antialias)")
+        return ", ".join([*steps, *([] if self.crop is None else [f"center crop of {self.crop}"])])
+
+
 class Normalization(Record):
     """Per-channel ``(x - mean) / std``, applied inside the classifier."""
 

@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from s2ap_deploy.data.splits import Augmentation, MemorySplit, Split, hold_out
 from s2ap_deploy.data.streaming import StreamedSplit
 from s2ap_deploy.errors import DataError, UsageError
 from s2ap_deploy.recorder import Recorder, Silent
-from s2ap_deploy.spec import DataSpec, Normalization
+from s2ap_deploy.spec import DataSpec, Normalization, Pixels
 
 FOLDER_PREFIX = "imagefolder:"
 NAMES = (*KNOWN, f"{FOLDER_PREFIX}PATH")
@@ -136,6 +137,19 @@ def load(
 
     train, validation, test = map(split, folder.parts(validation_fraction, seed=seed))
     return ImageData(facts, train, validation, test, None)
+
+
+def pixels_of(spec: DataSpec) -> Pixels | None:
+    """Return how the image files of a folder become pixels; None for data of another kind."""
+    if not spec.name.startswith(FOLDER_PREFIX):
+        return None
+    steps = spec.preprocessing
+    return Pixels(
+        decoder=f"Pillow {metadata.version('pillow')}",
+        channel_order=steps.channel_order,
+        resize=steps.resize,
+        crop=steps.crop,
+    )
 
 
 def _folder(name: str, root: Path | None) -> ImageFolder:

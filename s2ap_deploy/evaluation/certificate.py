@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from s2ap_deploy import files, records
 from s2ap_deploy.errors import InputError
@@ -37,7 +37,7 @@ from s2ap_deploy.evaluation.samples import (
 from s2ap_deploy.formatting import html_table, percent
 from s2ap_deploy.recipe.field_types import ArtifactFormat
 from s2ap_deploy.records import AttackRow
-from s2ap_deploy.spec import Record, ThreatModel, WeightCount
+from s2ap_deploy.spec import Pixels, Record, ThreatModel, WeightCount
 
 STATEMENTS = {
     "standard": "robust accuracy under AutoAttack (upper bound)",
@@ -160,6 +160,7 @@ class Certificate(Record):
     With a ``decision`` the attack was stopped early: ``robust`` and ``per_class`` are then intervals, and
     some samples are undecided. ``mask_sha256`` is the hash of the file of masks under which the network was
     pruned, ``recipe_sha256`` that of the recipe at that time (``certify/recipe.yaml`` in a run folder).
+    ``pixels`` says how image files became pixels; it is left out for data without image files.
     Validation recomputes every count and hash that follows from the samples.
     """
 
@@ -191,6 +192,15 @@ class Certificate(Record):
     decision: EarlyDecision | None = None
     mask_sha256: str | None = None
     recipe_sha256: str | None = None
+    pixels: Pixels | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_pixels(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the field out where there were no image files: such certificates keep their bytes."""
+        content: dict[str, Any] = serialize(self)
+        if self.pixels is None:
+            content.pop("pixels", None)
+        return content
 
     @classmethod
     def of(
@@ -296,6 +306,8 @@ class Certificate(Record):
             found.append(("provably robust (lower bound)", str(self.proven)))
         if self.subject.sparsity is not None:
             found.insert(1, ("sparsity", percent(self.subject.sparsity, 2)))
+        if self.pixels is not None:
+            found.append(("pixels", str(self.pixels)))
         return [*found, ("test images", f"{self.n:,}"), ("flags", ", ".join(self.flags) or "none")]
 
     def __repr__(self) -> str:

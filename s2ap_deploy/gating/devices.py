@@ -61,8 +61,9 @@ class Camera(Record):
 class Seen(Record):
     """Images that a device read against the certified ones: distances in the threat's norm.
 
-    ``beyond`` images are farther away than ``radius``; ``classes`` and ``verdicts`` are the indices of those
-    whose class, and whose being right both clean and attacked, is another than on the certified image.
+    ``beyond`` images are farther away than ``radius``; ``classes`` are the indices of those with another
+    clean class than on the certified image, ``lost`` of those that are no longer right both clean and
+    attacked, ``gained`` of those that are so now.
     """
 
     reader: str
@@ -71,7 +72,8 @@ class Seen(Record):
     radius: float
     beyond: int
     classes: tuple[int, ...]
-    verdicts: tuple[int, ...]
+    lost: tuple[int, ...]
+    gained: tuple[int, ...]
 
 
 class DeviceRecord(Record):
@@ -154,12 +156,14 @@ class DeviceRecord(Record):
         """Compare the images that the device read with the certified ones; None where it read none."""
         if self.camera is None:
             return None
-        classes, verdicts = [], []
+        classes, lost, gained = [], [], []
         for each in self.camera.images:
-            before = (self.clean[each.index], self.attacked[each.index])
-            label, now = certificate.samples[each.index].label, (each.clean, each.attacked)
-            classes += [each.index] if now[0] != before[0] else []
-            verdicts += [each.index] if (now == (label, label)) != (before == (label, label)) else []
+            index, label = each.index, certificate.samples[each.index].label
+            before, now = (self.clean[index], self.attacked[index]), (each.clean, each.attacked)
+            was, is_now = before == (label, label), now == (label, label)
+            classes += [index] if now[0] != before[0] else []
+            lost += [index] if was and not is_now else []
+            gained += [index] if is_now and not was else []
         distances = [each.distance for each in self.camera.images]
         return Seen(
             reader=self.camera.reader,
@@ -168,7 +172,8 @@ class DeviceRecord(Record):
             radius=certificate.threat.radius,
             beyond=sum(each > certificate.threat.radius for each in distances),
             classes=tuple(classes),
-            verdicts=tuple(verdicts),
+            lost=tuple(lost),
+            gained=tuple(gained),
         )
 
     def judged(self, certificate: Certificate, largest_logit: float) -> PointsCheck:
@@ -254,16 +259,16 @@ class Device(Record):
         if self.seen is None:
             return None
         name, seen = f"images of {self.name}", self.seen
-        same = not (seen.beyond or seen.classes or seen.verdicts)
-        shown = ", ".join(map(str, seen.verdicts[:SHOWN_POINTS]))
+        same = not (seen.beyond or seen.classes or seen.lost or seen.gained)
+        shown = ", ".join(map(str, [*seen.lost, *seen.gained][:SHOWN_POINTS]))
         return Check(
             rule="camera",
             name=name,
             status="pass" if same else "fail" if required else "inconclusive",
             message=f"{name}: read by {plain(seen.reader, LONGEST_PATH)}, up to {seen.largest:.4g} from the "
-            f"certified ones, where eps is {seen.radius:.4g}; of {seen.images} images {seen.beyond} are"
-            f" beyond eps, {len(seen.classes)} change their class and {len(seen.verdicts)} their verdict"
-            + (f" ({shown})" if shown else ""),
+            f"certified ones, where eps is {seen.radius:.4g}; of {seen.images} images {seen.beyond} are "
+            f"beyond eps and {len(seen.classes)} change their class; verdicts: {len(seen.lost)} lost, "
+            f"{len(seen.gained)} gained" + (f" ({shown})" if shown else ""),
             path=self._path,
             reason=None if same else "pixels-differ",
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ap_deploy import runtime
+from s2ap_deploy.data.datasets import pixels_of
 from s2ap_deploy.errors import RunFolderError, UsageError
 from s2ap_deploy.evaluation import fmn
 from s2ap_deploy.evaluation import samples as evaluated
@@ -20,6 +21,7 @@ from s2ap_deploy.evaluation.autoattack.scheduler import AttackOutcome, default_b
 from s2ap_deploy.evaluation.bounds.propagation import provably_robust
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.fmn import FMNConfig, Tuning
+from s2ap_deploy.evaluation.points import as_levels
 from s2ap_deploy.evaluation.samples import EarlyDecision, Proven
 from s2ap_deploy.evaluation.security_curve import SecurityCurve, capped, security_curve
 from s2ap_deploy.gating.early_stopping import answers, verdict_of
@@ -172,6 +174,8 @@ def certificate_of(
     and ``class_names``.
     """
     section, device = job.recipe.certify, job.machine.device
+    if words := as_levels(samples.images, outcome.adversarial, job.recipe.threat):
+        job.recorder.note(words)
     rows = evaluated.rows(
         samples.ids,
         samples.labels.tolist(),
@@ -190,6 +194,7 @@ def certificate_of(
         attack_seed=section.attack_seed,
         sample_seed=section.sample_seed,
         block_size=default_block_size(samples.images, device),
+        pixels=pixels_of(job.images(None).spec),
         **{"versions": runtime.versions(), "environment": runtime.environment(device), **facts},
     )
 

@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
+import torch
+from PIL import Image
 
 from s2ap_deploy import api, files
+from s2ap_deploy.data import published
 from s2ap_deploy.errors import InputError
+from s2ap_deploy.evaluation.certificate import Certificate
 
 RUNNER = Path(__file__).parents[2] / "export" / "edge" / "judge.py"
 FEW = ["--repeats", "5", "--warmup", "1"]
@@ -329,6 +334,109 @@ def test_the_report_has_a_row_per_device(s2ap, own_run, record) -> None:
     for text in (written.page.read_text(), written.card.read_text()):
         assert text.count("all 40 as certified") == 2
         assert "second" in text
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Gray images of 64 pixels with noise, some of them JPEG: an image folder of ten classes."""
+    folder, noise = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    _, test = published.load_digits()
+    images, labels = test.subset(list(range(60))).tensors()
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        large = Image.fromarray((image[0] * 255).to(torch.uint8).numpy()).resize((64, 72), Image.BICUBIC)
+        levels = np.asarray(large).astype(int) + noise.integers(-40, 41, (72, 64))
+        for part in ("train", "test"):
+            place = folder / part / str(int(label)) / f"{index:02d}.{'jpg' if index % 2 else 'png'}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8)).save(place)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photo_run(s2ap, digits_model, photos, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("photo") / "s2ap-run"
+    data = ["--data", f"imagefolder:{photos}", "--eps", "0.02", "--protocol", "quick"]
+    s2ap.ok("certify", digits_model, *data, "--n", 30, "--run", run, "--threads", 1)
+    s2ap.ok("export", "--onnx", "--run", run, "--threads", 1)
+    return run
+
+
+CAMERA = """
+import numpy as np
+from PIL import Image
+
+def bicubic(path):
+    return np.asarray(fitted(path).resize((8, 8), Image.BICUBIC))
+
+def same(path):
+    return (np.asarray(fitted(path).resize((8, 9), Image.BILINEAR))[:8] / 255).astype(np.float32)[None]
+
+def nearest(path):
+    return np.asarray(fitted(path).resize((8, 9), Image.NEAREST))[:8]
+
+def color(path):
+    return np.zeros((8, 8, 3), np.uint8)
+
+def fitted(path):
+    return Image.open(path).convert("L")
+"""
+
+
+def test_a_certificate_names_how_image_files_became_pixels(photo_run, finished_run) -> None:
+    pixels = Certificate.load(photo_run / "certify" / "dense.json").pixels
+    assert pixels is not None
+    assert (pixels.channel_order, pixels.resize, pixels.crop, pixels.antialias) == ("L", 8, 8, True)
+    assert pixels.decoder == f"Pillow {PIL.__version__}"
+    without = (finished_run / "certify" / "pruned.json").read_text()
+    assert '"pixels"' not in without
+    certificate = Certificate.load(finished_run / "certify" / "pruned.json")
+    assert (certificate.pixels, certificate.text()) == (None, without)
+
+
+@pytest.mark.parametrize(
+    ("reader", "same"), [(None, True), ("same", True), ("bicubic", False), ("nearest", False)]
+)
+def test_another_resize_filter_is_found(reader, same, s2ap, photo_run, photos, tmp_path) -> None:
+    run = Path(shutil.copytree(photo_run, tmp_path / "s2ap-run"))
+    bundle = api.bundle(run, output=tmp_path / "bundle.pyz", images=photos, most_images=20)
+    (tmp_path / "camera.py").write_text(CAMERA)
+    words = [] if reader is None else ["--reader", f"camera.py:{reader}"]
+    done = on_device(bundle, "--images", *words, cwd=tmp_path)
+    assert done.returncode in ((0,) if same else (0, 1)), done.stderr
+    device = api.collect(run, tmp_path / "device.json")
+    assert device.seen is not None
+    assert device.seen.images == 20
+    gate = s2ap("gate", "--run", run, *ALL, "--json")
+    (check,) = (each for each in gate.answer["checks"] if each["rule"] == "camera")
+    assert check["status"] == ("pass" if same else "inconclusive")
+    if same:
+        assert device.seen.largest == 0
+    else:
+        assert device.seen.largest > 0.02
+        assert check["reason"] == "pixels-differ"
+        (required,) = (
+            each
+            for each in s2ap("gate", "--run", run, *ALL, "--require-device", "device", "--json").answer[
+                "checks"
+            ]
+            if each["rule"] == "camera"
+        )
+        assert required["status"] == "fail"
+
+
+def test_images_that_a_device_cannot_use(photo_run, photos, tmp_path) -> None:
+    bundle = api.bundle(photo_run, output=tmp_path / "bundle.pyz")
+    (tmp_path / "camera.py").write_text(CAMERA)
+    for words in (
+        ["--images"],
+        ["--images", tmp_path],
+        ["--images", photos, "--reader", "camera.py:missing"],
+        ["--images", photos, "--reader", "missing.py:read"],
+        ["--images", photos, "--reader", "camera.py:color"],
+    ):
+        done = on_device(bundle, *words, cwd=tmp_path)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stdout + done.stderr
+    assert on_device(bundle, "--images", photos, cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.runtimes

@@ -210,7 +210,7 @@ def devices(facts: Facts) -> Table:
             wrong = judged.disagreements - judged.ties
             same = f"all {judged.n:,} as certified" if not wrong else f"{wrong} differ; {judged.changed_text}"
         seen = each.seen
-        read = "" if seen is None else f"{seen.images}: {seen.beyond} beyond ε, {len(seen.verdicts)} verdicts"
+        read = "" if seen is None else f"{seen.images}: {seen.beyond} beyond ε, {len(seen.lost)} lost"
         peak = measured.peak_memory_bytes
         times = f"{measured.p50_ms:,.3g}, {measured.p95_ms:,.3g}{NBSP}ms"
         rows.append(
