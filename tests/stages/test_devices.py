@@ -356,7 +356,7 @@ def photos(tmp_path_factory) -> Path:
 def photo_run(s2ap, digits_model, photos, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("photo") / "s2ap-run"
     data = ["--data", f"imagefolder:{photos}", "--eps", "0.02", "--protocol", "quick"]
-    s2ap.ok("certify", digits_model, *data, "--n", 30, "--run", run, "--threads", 1)
+    s2ap.ok("certify", digits_model, *data, "--n", 12, "--run", run, "--threads", 1)
     s2ap.ok("export", "--onnx", "--run", run, "--threads", 1)
     return run
 
@@ -398,14 +398,14 @@ def test_a_certificate_names_how_image_files_became_pixels(photo_run, finished_r
 )
 def test_another_resize_filter_is_found(reader, same, s2ap, photo_run, photos, tmp_path) -> None:
     run = Path(shutil.copytree(photo_run, tmp_path / "s2ap-run"))
-    bundle = api.bundle(run, output=tmp_path / "bundle.pyz", images=photos, most_images=20)
+    bundle = api.bundle(run, output=tmp_path / "bundle.pyz", images=photos, most_images=12)
     (tmp_path / "camera.py").write_text(CAMERA)
     words = [] if reader is None else ["--reader", f"camera.py:{reader}"]
     done = on_device(bundle, "--images", *words, cwd=tmp_path)
     assert done.returncode in ((0,) if same else (0, 1)), done.stderr
     device = api.collect(run, tmp_path / "device.json")
     assert device.seen is not None
-    assert device.seen.images == 20
+    assert device.seen.images == 12
     gate = s2ap("gate", "--run", run, *ALL, "--json")
     (check,) = (each for each in gate.answer["checks"] if each["rule"] == "camera")
     assert check["status"] == ("pass" if same else "inconclusive")
