@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from s2ap_deploy.runtimes.runtime import Conversion, Logits, Runtime
+from s2ap_deploy.runtimes.runtime import Conversion, Logits, Runtime, each_image
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def _convert(conversion: Conversion) -> None:
@@ -23,14 +27,33 @@ def _convert(conversion: Conversion) -> None:
         rounding = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8")
         settings = cto.OptimizationConfig(global_config=rounding)
         model = cto.linear_quantize_weights(model, settings, joint_compression=True)
+    _check(model, network, exact=conversion.calibration is None)
     model.save(str(conversion.folder / "model.mlpackage"))
+
+
+def _check(model: Any, network: nn.Module, *, exact: bool) -> None:
+    """Check that the file holds every weight of the network, up to half a step of 8 bits where not exact.
+
+    Predictions need macOS, so this is what can be compared anywhere. Raises RuntimeError.
+    """
+    import coremltools.optimize.coreml as cto
+    import numpy as np
+
+    stored = cto.get_weights_metadata(cto.decompress_weights(model), weight_threshold=0).values()
+    found = [np.asarray(each.val, np.float32) for each in stored]
+    for name, parameter in network.named_parameters():
+        weight = parameter.detach().numpy()
+        if weight.ndim < 2 or min(weight.shape[:2]) == 1:
+            continue
+        step = 0.0 if exact else float(np.abs(weight).max()) / 127
+        alike = (each for each in found if each.shape == weight.shape)
+        if not any(np.abs(each - weight).max() <= step for each in alike):
+            raise RuntimeError(f"the converted file does not hold the weight {name}")
 
 
 def _load(folder: Path) -> Logits:
     import coremltools as ct
     import numpy as np
-
-    from s2ap_deploy.runtimes.runtime import each_image
 
     model = ct.models.MLModel(str(folder / "model.mlpackage"), compute_units=ct.ComputeUnit.CPU_ONLY)
     description = model.get_spec().description
