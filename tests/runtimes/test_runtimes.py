@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from s2ap_deploy.errors import DeployError
 from s2ap_deploy.evaluation.certificate import Certificate
@@ -230,3 +231,20 @@ def test_the_demo_runs_in(own_run, s2ap, name, form) -> None:
         assert s2ap(*GATE, "--run", own_run).code == 0
     s2ap.ok("certify", "--artifact", stage / name, "--run", own_run, "--n", "4")
     shutil.rmtree(own_run)
+
+
+@pytest.mark.runtimes
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_core_ml_file_with_another_weight_is_noticed(exact) -> None:
+    tools = pytest.importorskip("coremltools", reason="needs coremltools")
+    from s2ap_deploy.runtimes.coreml import _check
+
+    network = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Flatten(), torch.nn.Linear(12, 4)).eval()
+    program = torch.export.export(network, (torch.rand(1, 2, 4, 4),)).run_decompositions({})
+    precision = tools.precision.FLOAT32
+    model = tools.convert(program, minimum_deployment_target=tools.target.iOS18, compute_precision=precision)
+    _check(model, network, exact=exact)
+    with torch.no_grad():
+        network[2].weight[1, 2] += 0.1
+    with pytest.raises(RuntimeError, match=r"2\.weight"):
+        _check(model, network, exact=exact)
