@@ -28,17 +28,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--recipe", default="demo")
     parser.add_argument("--browser", default="chromium")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     run = args.work / "demo"
 
     # Real runs: the demo with its security curve, and a sweep over sparsity and S2AP.
-    subprocess.run([*TOOL, "demo", "--run", run], check=True)
-    subprocess.run([*TOOL, "certify", "--curve", "--run", run, "--overwrite"], check=True)
-    subprocess.run([*TOOL, "export", "--onnx", "--run", run, "--overwrite"], check=True)
-    sweep = ["sweep", "demo", "--sparsity", "0.9,0.95,0.99", "--s2ap", "both", "--seeds", "1"]
-    subprocess.run([*TOOL, *sweep, "--run", args.work / "sweep", "--resume"], check=True)
+    if not (run / "certify" / "pruned-curve.json").exists():
+        subprocess.run([*TOOL, "run", args.recipe, "--run", run, "--set", "certify.curve=true"], check=True)
+    if not (args.work / "sweep" / "pareto.svg").exists():
+        sweep = ["sweep", args.recipe, "--sparsity", "0.9,0.95,0.99", "--s2ap", "both", "--seeds", "2"]
+        subprocess.run([*TOOL, *sweep, "--run", args.work / "sweep", "--resume"], check=True)
 
     # The terminal: a finished demo only prints its table and verdict.
     terminal(args.browser, args.work, "demo", [*TOOL, "demo", "--run", str(run)])

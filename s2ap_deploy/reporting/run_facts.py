@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ class Facts:
     files by stage. ``problems`` are files that are not as the manifest recorded them, and that the report
     therefore leaves out, ``doubts`` what the gate finds wrong with the files and facts as they are now, which
     leaves no verdict. ``devices`` are the records of devices, judged.
-    ``inputs`` are a stage's, by its name.
+    ``inputs`` are a stage's, by its name. ``origin``: when the last stage finished, and where CI reports.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Facts:
     problems: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     devices: tuple[Device, ...] = ()
+    origin: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def inputs(self, stage: StageName) -> Mapping[str, Any]:
@@ -197,8 +199,22 @@ def collect(folder: Path, *, images: int = 12) -> Facts:
         doubts=doubts,
         devices=tuple(reader.attempt(lambda: devices(folder, contents, by_hash, exports)) or ()),
         problems=tuple(dict.fromkeys(reader.problems)),
+        origin=_origin(contents, os.environ),
     )
     return Facts(**{**vars(facts), "missing": _missing(facts)})
+
+
+def _origin(contents: Manifest, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the time of the last finished stage; in GitHub's or GitLab's CI also commit and address."""
+    finished = [record.finished for record in contents.stages.values() if record.finished]
+    rows = {"Finished": max(finished, default=""), "s2ap-deploy": contents.tool_version}
+    if environment.get("GITHUB_ACTIONS") == "true":
+        parts = [environment.get(f"GITHUB_{name}", "") for name in ("SERVER_URL", "REPOSITORY", "RUN_ID")]
+        rows["Commit"] = environment.get("GITHUB_SHA", "")
+        rows["CI run"] = "{}/{}/actions/runs/{}".format(*parts) if all(parts) else ""
+    elif environment.get("GITLAB_CI") == "true":
+        rows |= {"Commit": environment.get("CI_COMMIT_SHA", ""), "CI run": environment.get("CI_JOB_URL", "")}
+    return {label: value for label, value in rows.items() if value}
 
 
 def _recipe(reader: Reader) -> tuple[str, str | None]:

@@ -233,7 +233,8 @@ def _file(export: ExportReport) -> list[str]:
 
 
 def _provenance(facts: Facts) -> list[str]:
-    rows = [(label, _code(value)) for label, value in sections.hashes(facts)]
+    rows = [(label, cell(value)) for label, value in facts.origin.items()]
+    rows += [(label, _code(value)) for label, value in sections.hashes(facts)]
     rows += [(f"seed, {label}", cell(value)) for label, value in sections.seeds(facts)]
     rows += [(label, cell(value)) for label, value in sections.versions(facts)]
     blocks = [_pairs(rows)] if rows else []

@@ -197,7 +197,7 @@ def performance(found: Performance) -> Table:
             for words, mine, theirs in pairs
         ]
     note = f"{found.statement} Measured on {found.processor}."
-    return Table(("", "File", "Dense twin", "Ratio [quartiles]"), tuple(rows), note)
+    return Table(("", "File", "Dense file", "Ratio [quartiles]"), tuple(rows), note)
 
 
 def devices(facts: Facts) -> Table:

@@ -28,6 +28,10 @@ CHOICE = (
     "Intervals are exact (Clopper-Pearson, 95 %) and cover the choice of test images. They do not cover "
     "attacks that were not tried."
 )
+DENSE_FILE = (
+    "Dense is the network before pruning. The dense file has its float32 weights and all channels; zeros "
+    "stored in it change neither its size nor its time."
+)
 _NO_GAIN = "no latency gain"
 _AS_FAST = 0.95
 
@@ -36,7 +40,7 @@ def role(name: str, facts: Facts) -> str:
     """Return the network's role, or a name that distinguishes a file's certificate from the others."""
     if name in (DENSE, PRUNED):
         return name
-    return "exported file" if len(facts.exports) < 2 else facts.path_of(name)
+    return facts.path_of(name)
 
 
 def share(value: Share | Interval | Proven | None) -> str:
