@@ -207,7 +207,8 @@ def collect(folder: Path, *, images: int = 12) -> Facts:
 def _origin(contents: Manifest, environment: Mapping[str, str]) -> dict[str, str]:
     """Return the time of the last finished stage; in GitHub's or GitLab's CI also commit and address."""
     finished = [record.finished for record in contents.stages.values() if record.finished]
-    rows = {"Finished": max(finished, default=""), "s2ap-deploy": contents.tool_version}
+    last = max(finished, default="").replace("T", " ", 1).replace("+00:00", " UTC")
+    rows = {"Finished": last, "s2ap-deploy": contents.tool_version}
     if environment.get("GITHUB_ACTIONS") == "true":
         parts = [environment.get(f"GITHUB_{name}", "") for name in ("SERVER_URL", "REPOSITORY", "RUN_ID")]
         rows["Commit"] = environment.get("GITHUB_SHA", "")

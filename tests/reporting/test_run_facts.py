@@ -9,9 +9,11 @@ import pytest
 
 from s2ap_deploy import files
 from s2ap_deploy.errors import RunFolderError
+from s2ap_deploy.reporting import run_facts
 from s2ap_deploy.reporting.report import page
 from s2ap_deploy.reporting.run_facts import collect, number
 from s2ap_deploy.runs.folder import Run
+from s2ap_deploy.runs.manifest import Manifest
 
 
 def test_a_real_run(finished_run, files_in) -> None:
@@ -123,3 +125,32 @@ def test_an_unfinished_stage_counts_for_nothing(tmp_path) -> None:
 def test_number(value, expected) -> None:
     assert number(value) == expected
     assert json.dumps(number(value))
+
+
+@pytest.mark.parametrize(
+    ("environment", "rows"),
+    [
+        ({}, {}),
+        ({"GITHUB_ACTIONS": "true"}, {}),
+        (
+            {
+                "GITHUB_ACTIONS": "true",
+                "GITHUB_SHA": "abc",
+                "GITHUB_SERVER_URL": "https://host",
+                "GITHUB_REPOSITORY": "me/mine",
+                "GITHUB_RUN_ID": "7",
+            },
+            {"Commit": "abc", "CI run": "https://host/me/mine/actions/runs/7"},
+        ),
+        (
+            {"GITLAB_CI": "true", "CI_COMMIT_SHA": "abc", "CI_JOB_URL": "https://host/job/7"},
+            {"Commit": "abc", "CI run": "https://host/job/7"},
+        ),
+    ],
+)
+def test_a_report_says_when_and_where_it_was_made(make_folder, environment, rows) -> None:
+    contents = Manifest.load(make_folder("pretrain"))
+    found = run_facts._origin(contents, environment)
+    assert found.pop("s2ap-deploy") == contents.tool_version
+    assert "T" not in found.pop("Finished", "").replace("UTC", "")
+    assert found == rows
