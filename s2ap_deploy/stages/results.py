@@ -97,8 +97,8 @@ class Trained:
             if self.sparsity is None or before is None or value is None or before - value <= LARGE_FALL:
                 continue
             found.append(
-                f"{name} accuracy fell by {100 * (before - value):.1f} points: try more epochs, a lower "
-                "sparsity or another method"
+                f"{name} accuracy fell by {100 * (before - value):.1f} points: try more epochs, a smaller "
+                "--batch-size, a lower sparsity or another method"
             )
         classes = self.num_classes
         if classes and self.clean_accuracy is not None and self.clean_accuracy < CHANCE_MARGIN / classes:
