@@ -148,8 +148,8 @@ def test_number(value, expected) -> None:
         ),
     ],
 )
-def test_a_report_says_when_and_where_it_was_made(make_folder, environment, rows) -> None:
-    contents = Manifest.load(make_folder("pretrain"))
+def test_a_report_says_when_and_where_it_was_made(finished_run, environment, rows) -> None:
+    contents = Manifest.load(finished_run)
     found = run_facts._origin(contents, environment)
     assert found.pop("s2ap-deploy") == contents.tool_version
     assert "T" not in found.pop("Finished", "").replace("UTC", "")
