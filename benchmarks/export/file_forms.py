@@ -88,7 +88,7 @@ def half_of_the_channels() -> Classifier:
         for group in channel_groups(classifier.eval(), size).groups:
             for touched in group.writers:
                 first = touched.index[: group.channels // 2].flatten()
-                classifier.get_parameter(touched.parameter).index_fill_(touched.dim, first, 0.0)
+                classifier.state_dict()[touched.parameter].index_fill_(touched.dim, first, 0.0)
     return classifier
 
 

@@ -187,6 +187,14 @@ ONLY = {
     "onnxconverter-common float16": FORMS[:1],
     "quantize_static": FORMS[:1],
 }
+DENSE_ALONE = ("onnx2torch", "opencv 4")  # these know no ScatterElements or no CumSum
+# The dense file is refused as well, so that no encoding could avoid it.
+REFUSED = {
+    **{("MNN", form): "its converter ends with an error or writes no file" for form in FORMS[2:]},
+    **{("pnnx, ncnn", form): "ncnn does not know the operators that pnnx writes" for form in FORMS[2:]},
+    ("onnx2torch", FORMS[3]): "no QuantizeLinear",
+    ("onnx.reference", FORMS[3]): "no DequantizeLinear before opset 19",
+}
 
 
 def main() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,8 +16,8 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from s2ap_deploy.codecs.registry import CODECS
 from s2ap_deploy.onnx_export import encoding
 from s2ap_deploy.onnx_export.encoding import weights
-from s2ap_deploy.onnx_export.quantization import quantize
 
+runtimes = pytest.importorskip("benchmarks.export.runtimes", reason="the benchmarks are not on the path")
 CODED = [name for name, codec in CODECS.items() if codec.sparse and name != "coo"]
 
 
@@ -80,71 +78,33 @@ def test_conversion_to_float16_keeps_positions(coded, images, tmp_path) -> None:
         assert np.array_equal(found, array.astype(np.float16))
 
 
-@pytest.mark.runtimes
-@pytest.mark.parametrize("tool", ["onnxsim", "onnxslim"])
-def test_simplifiers_fold_to_the_same_bits(coded, images, tmp_path, tool) -> None:
-    module = pytest.importorskip(tool, reason=f"needs {tool}")
-    path, _ = coded
-    found = module.simplify(onnx.load(path))[0] if tool == "onnxsim" else module.slim(str(path))
-    onnx.save(found, tmp_path / "simple.onnx")
-    assert np.array_equal(logits(tmp_path / "simple.onnx", images), logits(path, images))
+@pytest.fixture(scope="module")
+def dense_files(pruned, images) -> dict[str, onnx.ModelProto]:
+    """The dense graphs, float32 and int8, in the default opset and in 17."""
+    return runtimes.forms(pruned[0], images)
 
 
-def in_a_process(code, *arguments):
-    """Run ``code`` where it may crash, and where it finds no pip to install with."""
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PATH": "/nonexistent"}, check=False
-    )
+TRIED = [(tool, form) for tool in runtimes.TOOLS for form in runtimes.ONLY.get(tool, runtimes.FORMS)]
 
 
 @pytest.mark.runtimes
-def test_opencv_5_computes_the_same(coded, images, tmp_path) -> None:
-    pytest.importorskip("cv2", minversion="5", reason="needs opencv-python-headless 5")
+@pytest.mark.parametrize(("tool", "form"), TRIED)
+def test_what_reads_the_dense_file_reads_every_encoding(tool, form, dense_files, images, tmp_path) -> None:
     np.save(tmp_path / "images.npy", images)
-    done = in_a_process(
-        """
-        import sys, cv2, numpy as np
-        network = cv2.dnn.readNetFromONNX(sys.argv[1])
-        network.setInput(np.load(sys.argv[2]))
-        np.save(sys.argv[3], network.forward())
-        """,
-        coded[0], tmp_path / "images.npy", tmp_path / "logits.npy",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), logits(coded[0], images), atol=1e-5)
-
-
-@pytest.mark.runtimes
-def test_mnn_converts_and_computes_the_same(coded, images, tmp_path) -> None:
-    pytest.importorskip("MNN", reason="needs MNN")
-    np.save(tmp_path / "images.npy", images)
-    done = in_a_process(
-        """
-        import sys
-        source, images, target, output = sys.argv[1:]
-        sys.argv = ["mnnconvert", "-f", "ONNX", "--modelFile", source, "--MNNModel", target, "--bizCode", "x"]
-        from MNN.tools import mnnconvert
-        mnnconvert.main()
-        import MNN, numpy as np
-        network = MNN.nn.load_module_from_file(target, ["image"], ["logits"])
-        given = MNN.expr.const(np.load(images), np.load(images).shape, MNN.expr.NCHW)
-        np.save(output, np.array(network.forward([given])[0].read()))
-        """,
-        coded[0], tmp_path / "images.npy", tmp_path / "model.mnn", tmp_path / "logits.npy",
-    )  # fmt: skip
-    assert (tmp_path / "logits.npy").exists(), done.stdout + done.stderr
-    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), logits(coded[0], images), atol=1e-4)
-
-
-@pytest.mark.runtimes
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("choice", CODED)
-def test_rten_converts(choice, int8, dense_model, images, tmp_path) -> None:
-    pytest.importorskip("rten_convert", reason="needs rten-convert")
-    model = quantize(dense_model, images) if int8 else dense_model
-    path, written = tmp_path / "model.onnx", tmp_path / "model.rten"
-    onnx.save(encoding.encode(model, encoding=choice)[0], path)
-    done = in_a_process("import sys; from rten_convert.converter import main; main()", path, written)
-    assert done.returncode == 0, done.stderr
-    assert written.stat().st_size < 3 * path.stat().st_size
+    np.save(tmp_path / "expected.npy", logits(dense_files[form].SerializeToString(), images))
+    files = [tmp_path / f"{name}.onnx" for name in ("dense", *CODED)]
+    for path in files:
+        onnx.save(encoding.encode(dense_files[form], encoding=path.stem)[0], path)
+    dense, *others = runtimes.tried(Path(sys.executable), tool, files)
+    if dense == "not installed":
+        pytest.skip(f"needs {tool}")
+    if (tool, form) in runtimes.REFUSED:
+        assert not dense.startswith("ok"), "this tool reads the dense file now"
+        return
+    assert dense.startswith("ok"), dense
+    # Weights that a tool has folded are the same bits; quantize_static rounds those of the dense file alone.
+    for name, answer in zip(CODED, others, strict=True):
+        if tool == "quantize_static":
+            assert float(answer.removeprefix("ok ")) < 0.1 * np.abs(np.load(tmp_path / "expected.npy")).max()
+        elif answer != dense and tool not in runtimes.DENSE_ALONE:
+            assert float(answer.removeprefix("ok ")) == pytest.approx(float(dense[3:]), abs=1e-5), name
