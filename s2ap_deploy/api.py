@@ -263,7 +263,12 @@ def certify(
             )
         if submission is not None:
             check_entry(job, submission)
-        work(job, time_budget=keywords.get("time_budget"), policy=asked_policy(job.recipe, policy))
+        work(
+            job,
+            time_budget=keywords.get("time_budget"),
+            policy=asked_policy(job.recipe, policy),
+            sparse_compute=keywords.get("sparse_compute", "off"),
+        )
         if not job.first:
             return Certificates(job.run.path)
         if submission is not None:

@@ -121,6 +121,13 @@ def prune_command(
 @click.option("--artifact", type=options.PATH, help="Attack this ONNX file, judged by its own predictions.")
 @options.recipe_options(keys.CERTIFY)
 @click.option("--first", is_flag=True, help="Take the first n test images instead of a stratified choice.")
+@click.option(
+    "--sparse-compute",
+    type=click.Choice(["auto", "on", "off"]),
+    default="off",
+    show_default=True,
+    help="Attacks on a CPU skip zeros, with C kernels built here: auto for at least 80 % zeros.",
+)
 @options.time_budget_option
 @options.recipe_options(
     keys.THRESHOLDS,

@@ -160,7 +160,8 @@ class Certificate(Record):
     With a ``decision`` the attack was stopped early: ``robust`` and ``per_class`` are then intervals, and
     some samples are undecided. ``mask_sha256`` is the hash of the file of masks under which the network was
     pruned, ``recipe_sha256`` that of the recipe at that time (``certify/recipe.yaml`` in a run folder).
-    ``pixels`` says how image files became pixels; it is left out for data without image files.
+    ``pixels`` says how image files became pixels; it is left out for data without image files. ``compute`` is
+    sparse where attacks followed a copy that skips zeros; the dense float32 network judged what they found.
     Validation recomputes every count and hash that follows from the samples.
     """
 
@@ -193,13 +194,15 @@ class Certificate(Record):
     mask_sha256: str | None = None
     recipe_sha256: str | None = None
     pixels: Pixels | None = None
+    compute: Literal["sparse"] | None = None
 
     @model_serializer(mode="wrap")
-    def _without_absent_pixels(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave the field out where there were no image files: such certificates keep their bytes."""
+    def _without_absent_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what does not apply: such certificates keep their bytes."""
         content: dict[str, Any] = serialize(self)
-        if self.pixels is None:
-            content.pop("pixels", None)
+        for name in ("pixels", "compute"):
+            if getattr(self, name) is None:
+                content.pop(name, None)
         return content
 
     @classmethod

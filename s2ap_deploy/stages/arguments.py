@@ -149,14 +149,16 @@ class SweepArguments(SessionArguments, ClusterArguments, total=False):
 class CertifyArguments(NetworkArguments, ClusterArguments, total=False):
     """Keyword arguments of ``certify``; see the recipe keys of the same names.
 
-    ``first`` takes the first ``n`` test images, ``time_budget`` is in seconds. With ``min_robust``,
-    ``max_drop`` or ``rule``, attacks stop once that gate is decided. ``entry`` is the file of an entry for
-    the Adversarial Pruning Benchmark, with its ``ap_method``, ``ap_paper`` and ``ap_pretraining``.
+    ``first`` takes the first ``n`` test images, ``time_budget`` is in seconds, ``sparse_compute`` whether
+    attacks on a CPU skip zeros. With ``min_robust``, ``max_drop`` or ``rule``, attacks stop once that gate is
+    decided. ``entry`` is the file of an entry for the Adversarial Pruning Benchmark, with its ``ap_method``,
+    ``ap_paper`` and ``ap_pretraining``.
     """
 
     protocol: str | None
     n: int | None
     first: bool
+    sparse_compute: Literal["auto", "on", "off"]
     sample_seed: int | None
     attack_seed: int | None
     time_budget: float | None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from s2ap_deploy import files
+from s2ap_deploy.c_export.batched import Compute, sparse_compute
 from s2ap_deploy.data.datasets import FOLDER_PREFIX, shared_images
 from s2ap_deploy.data.splits import choose
 from s2ap_deploy.errors import OutOfTimeError, StorageError
@@ -65,6 +66,7 @@ class Certification:
     samples: Samples
     folder: Path
     deadline: float | None
+    sparse_compute: Compute = "off"
 
     def attack(self, candidate: Candidate) -> Certificate:
         """Attack one network to the end and write its certificate and its adversarial points."""
@@ -133,6 +135,7 @@ class Certification:
             record=_record(self.folder, candidate.role),
             header={"sample_ids_sha256": ids_sha256(samples.ids), "version": section.version},
             proven=proven.indices if proven is not None else (),
+            accelerate=sparse_compute(candidate.classifier, self.sparse_compute, device, recorder),
         )
         begun = Cascade(candidate.classifier, samples.images, samples.labels, config)
         return Attempt(candidate, proven, begun, started)
@@ -179,6 +182,7 @@ class Certification:
             points=save_points(_points_file(folder, candidate.role), samples.images, outcome.adversarial),
             seconds=time.monotonic() - attempt.started,
             proven=attempt.proven,
+            compute="sparse" if attempt.cascade.accelerated else None,
             decision=decision,
             mask_sha256=_mask_sha256(job, candidate.role),
             recipe_sha256=files.sha256(_recipe_file(folder)),
@@ -201,6 +205,7 @@ def certify(
     policy: Thresholds | None = None,
     dense_record: Path | None = None,
     keep_records: bool = False,
+    sparse_compute: Compute = "off",
 ) -> None:
     """Write a certificate per network into the ``certify`` stage.
 
@@ -212,6 +217,7 @@ def certify(
         dense_record: the record of an attack on the same dense network, images and seeds, which is then not
             repeated.
         keep_records: keep the records of finished attacks.
+        sparse_compute: whether attacks on a CPU skip zeros: ``auto`` for networks of at least 80 % zeros.
 
     Raises:
         RunFolderError: ``dense_record`` is of another attack.
@@ -264,7 +270,7 @@ def certify(
     )
     job.recorder.note(f"{cost}")
     deadline = None if time_budget is None else time.monotonic() + time_budget
-    work = Certification(job, samples, stage.folder, deadline)
+    work = Certification(job, samples, stage.folder, deadline, sparse_compute)
     outputs = [_recipe_file(stage.folder)]
     files.write_text(outputs[0], catalog.dump(job.recipe))
     if policy is None:

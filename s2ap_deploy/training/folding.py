@@ -156,7 +156,7 @@ def folded_copy(network: nn.Module, images: Tensor) -> nn.Module | None:
     if not found and not readers:
         return None
     parts = torch.split(images, _COMPARED_AT_ONCE)
-    return private if all(_agree(network, private, part) for part in parts) else None
+    return private if all(agree(network, private, part) for part in parts) else None
 
 
 def pairs(network: nn.Module, images: Tensor) -> list[Pair]:
@@ -250,7 +250,7 @@ def _alone(network: nn.Module, layer: nn.Module) -> bool:
     return holders == [layer] and "weight" in layer._parameters
 
 
-def _agree(network: nn.Module, other: nn.Module, images: Tensor) -> bool:
+def agree(network: nn.Module, other: nn.Module, images: Tensor) -> bool:
     """Return whether two networks give the same answers, up to rounding."""
     expected, found = network(images), other(images)
     same = (found.argmax(dim=1) == expected.argmax(dim=1)).all()

@@ -65,6 +65,8 @@ class AttackConfig:
         answers: an exported file as a function that travels between processes. The attacked network is then
             its differentiable twin: gradients are the twin's, every answer is the file's, and Square queries
             the file.
+        accelerate: a network and images to a copy of it that computes the same in less time, or None where
+            it cannot: attacks follow the copy, and the network itself judges what breaks.
     """
 
     threat: ThreatModel
@@ -76,6 +78,7 @@ class AttackConfig:
     header: Mapping[str, Any] = field(default_factory=dict)
     proven: Collection[int] = ()
     answers: LogitsFn | None = None
+    accelerate: Callable[[nn.Module, Tensor], nn.Module | None] | None = None
 
 
 class Cascade:
@@ -97,7 +100,9 @@ class Cascade:
             torch.manual_seed(derive_seed(seed, "clean"))  # what a randomized network draws from
             first = judge.logits(images, size)
             second = judge.logits(images, size)
-            network = folded_copy(judge.network, images.to(device))
+            faster = None if config.accelerate is None else config.accelerate(judge.network, images)
+            self.accelerated = faster is not None
+            network = folded_copy(judge.network, images.to(device)) if faster is None else faster
             fused = None if network is None else FrozenModel(network, device)
             self._flags = reliability_flags(judge.precision_probe, images, first, second, device)
         # Initialize the state of every sample from the clean predictions.
@@ -121,6 +126,8 @@ class Cascade:
     def _replayed(self, config: AttackConfig, folder: Path, bound: dict[str, Any]) -> AttackRecord:
         """Open the record and apply the results of the units that it holds."""
         bound |= {"norm": config.threat.norm, "eps": config.threat.eps}
+        if self.accelerated:
+            bound["accelerated"] = True
         if config.proven:
             bound["proven"] = sorted(config.proven)
         if config.version != "standard":
