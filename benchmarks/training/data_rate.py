@@ -4,7 +4,8 @@
     python -m benchmarks data-rate --size 224 --files 2000 --workers 1 2 4
 
 In memory: random images as CIFAR's are (32 x 32, shifted and mirrored). Image folder: JPEG files in a
-temporary folder, decoded into memory at the start, and streamed by worker processes in every epoch. Rates are
+temporary folder, decoded into memory at the start, and streamed by worker processes in every epoch; ``bare``
+is torch's DataLoader with the same decoding, one image at a time, in turns with ``streamed``. Rates are
 medians over epochs; the first epoch is reported apart.
 """
 
@@ -14,11 +15,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.lib import arguments, images, networks, results, timing
 from s2ap_deploy.data import datasets
+from s2ap_deploy.data.imagefolder import decode as decode_file
 from s2ap_deploy.data.splits import Split
+from s2ap_deploy.data.streaming import StreamedSplit
 
 
 def main() -> None:
@@ -38,10 +44,7 @@ def main() -> None:
         images.write_folder(folder, pictures, args.files, images.CLASSES, "jpg")
         memory = rates(networks.images(args.images, networks.CIFAR), args)
         decoded = [decode(folder, args, workers) for workers in args.workers]
-        streamed = [
-            {"workers": workers, **rates(load(folder, args, workers, limit=0), args)}
-            for workers in args.workers
-        ]
+        streamed = [in_turns(load(folder, args, workers, limit=0), args, workers) for workers in args.workers]
     figures = {
         **{each: getattr(args, each) for each in ("batch", "device", "threads")},
         "memory": {"images": args.images, "size": 32, **memory},
@@ -60,6 +63,46 @@ def rates(split: Split, args: argparse.Namespace) -> dict[str, Any]:
         seen = sum(len(pixels) for pixels, _ in batches)
         found.append(seen / timing.since(start, device).clock)
     return {"first_epoch": round(found[0], 1), "images_per_second": round(statistics.median(found[1:]), 1)}
+
+
+class Files(Dataset[tuple[Tensor, int]]):
+    """The files of a streamed split one at a time, as a plain script reads them."""
+
+    def __init__(self, split: StreamedSplit) -> None:
+        self.paths, self.labels, self.how = split.files.paths, split.labels.tolist(), split.preprocessing
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(np.ascontiguousarray(decode_file(self.paths[index], self.how))), self.labels[
+            index
+        ]
+
+
+def in_turns(split: Split, args: argparse.Namespace, workers: int) -> dict[str, Any]:
+    """Images per second of our stream and of a bare DataLoader, epoch after epoch, and their ratio."""
+    assert isinstance(split, StreamedSplit)
+    device = torch.device(args.device)
+    context = "forkserver" if workers else None
+    loader = DataLoader(Files(split), args.batch, True, num_workers=workers, multiprocessing_context=context)
+    ours, bare = [], []
+    for epoch in range(args.epochs + 1):
+        start = timing.now(device)
+        batches = split.train_batches(args.batch, seed=0, epoch=epoch, augment=False, device=device)
+        ours.append(sum(len(pixels) for pixels, _ in batches) / timing.since(start, device).clock)
+        start = timing.now(device)
+        seen = sum(len(pixels.to(device).to(torch.float32).div_(255)) for pixels, _ in loader)
+        bare.append(seen / timing.since(start, device).clock)
+    ratios = [one / other for one, other in zip(ours[1:], bare[1:], strict=True)]
+    return {
+        "workers": workers,
+        "first_epoch": round(ours[0], 1),
+        "images_per_second": round(statistics.median(ours[1:]), 1),
+        "bare_images_per_second": round(statistics.median(bare[1:]), 1),
+        "ratios": [round(each, 3) for each in ratios],
+        "ratio": round(statistics.median(ratios), 3),
+    }
 
 
 def decode(folder: Path, args: argparse.Namespace, workers: int) -> dict[str, Any]:

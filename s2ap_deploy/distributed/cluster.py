@@ -255,7 +255,7 @@ def _connect(ray: Any, address: str | None) -> None:
     try:
         if place is not None:
             socket.create_connection((place[1], int(place[2])), REACH_SECONDS).close()
-        ray.init(address=address, logging_level="error", **({} if address else {"log_to_driver": False}))
+        ray.init(address=address, logging_level="error", log_to_driver=False)  # stdout is for results
     except (OSError, ValueError, OverflowError) as error:
         raise InconclusiveError(
             f"no Ray cluster answers at {address or 'this machine'}: {_line(error)}",
