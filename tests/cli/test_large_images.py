@@ -23,7 +23,7 @@ prune:
   search: {{epochs: 1, batch_size: 4, objective: {{loss: fast}}}}
   finetune: {{epochs: 1, batch_size: 4, objective: {{loss: fast}}}}
   diagnostics: {{every: 0}}
-certify: {{n: 2}}
+certify: {{n: 2, version: quick}}
 """
 
 
