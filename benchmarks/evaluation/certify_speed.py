@@ -5,8 +5,10 @@
 ``--demo`` is a run folder of the demo: its dense network and the shared MNIST checkpoint are attacked at Linf
 0.1 on the first n test images. ``--model`` adds a checkpoint on random test images of ``--data`` at 8/255, on
 ``--device``; ``--resnet18 N`` a CIFAR ResNet-18 of random weights on N random images, at a radius so small
-that nothing breaks: the full cost of a survivor. The package runs with each number of threads and batch size;
-its fastest setting then alternates with ours (``--workers`` processes of one thread) for ``--rounds`` rounds.
+that nothing breaks: the full cost of a survivor; ``--pruned ARCH`` likewise N random images with a share of
+``--sparsity`` zeros by ``--budget`` (uniform or erk), attacked with ``--sparse-compute``. The package runs
+with each number of threads and batch size; its fastest setting then alternates with ours (``--workers``
+processes of one thread) for ``--rounds`` rounds.
 It gets the network in eval mode, as its users pass it (``--frozen``: without gradients of parameters, which
 ours never has). Its noise is the points that two of its ``--seeds`` disagree on.
 """
@@ -27,11 +29,14 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from benchmarks.lib import arguments, results
+from benchmarks.lib import networks as networks_of
+from s2ap_deploy.c_export.batched import sparse_compute
 from s2ap_deploy.data import datasets
 from s2ap_deploy.evaluation.autoattack import cascade
 from s2ap_deploy.evaluation.autoattack.cascade import AttackConfig
 from s2ap_deploy.models.architectures import registry
 from s2ap_deploy.models.checkpoints import checkpoint
+from s2ap_deploy.recorder import Silent
 from s2ap_deploy.spec import ThreatModel
 from s2ap_deploy.training.precision import allow_tf32
 
@@ -61,6 +66,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[100, 250])
     parser.add_argument("--frozen", action="store_true", help="freeze the package's network too")
     parser.add_argument("--resnet18", type=int, default=0, metavar="N")
+    parser.add_argument("--pruned", metavar="ARCH")
+    parser.add_argument("--sparsity", type=float, default=0.95)
+    parser.add_argument("--budget", default="uniform")
+    parser.add_argument("--sparse-compute", choices=["auto", "on", "off"], default="off")
     parser.add_argument("--model", type=Path, help="a checkpoint, with --data")
     parser.add_argument("--data")
     parser.add_argument("--device", default="cpu")
@@ -76,7 +85,7 @@ def main() -> None:
     for task in tasks(args):
         networks[task.name] = measure(task, args)
         figures = {
-            **{name: getattr(args, name) for name in ("n", "workers", "rounds")},
+            **{name: getattr(args, name) for name in ("n", "workers", "rounds", "sparse_compute")},
             "package_network_frozen": args.frozen,
             "clock": "processor time" if args.processor_time else "wall time",
             "networks": networks,
@@ -105,6 +114,15 @@ def tasks(args: argparse.Namespace) -> Iterator[Task]:
         with torch.no_grad():
             labels = random(images).argmax(1)
         yield Task("ResNet-18, nothing breaks", random, images, labels, "1e-6")
+
+    if args.pruned:
+        _, size = networks_of.network(args.pruned)
+        sparse = networks_of.pruned(args.pruned, args.sparsity, args.budget).eval()
+        images = torch.rand(args.n, *size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            labels = sparse(images).argmax(1)
+        name = f"{args.pruned}, {args.sparsity:.0%} {args.budget}, nothing breaks"
+        yield Task(name, sparse, images, labels, "1e-6")
 
 
 def measure(task: Task, args: argparse.Namespace) -> dict[str, Any]:
@@ -146,8 +164,12 @@ def measure(task: Task, args: argparse.Namespace) -> dict[str, Any]:
 def ours(task: Task, args: argparse.Namespace) -> tuple[float, set[int]]:
     """Seconds of our cascade, and the indices of the points that it does not break."""
     started = clock()
+    device = torch.device(args.device)
     config = AttackConfig(
-        threat=ThreatModel(eps=task.eps), seed=args.seeds[0], device=torch.device(args.device)
+        threat=ThreatModel(eps=task.eps),
+        seed=args.seeds[0],
+        device=device,
+        accelerate=sparse_compute(task.network, args.sparse_compute, device, Silent()),
     )
     outcome = cascade.attack(task.network, task.images, task.labels, config, workers=args.workers)
     return clock() - started, {index for index, by in enumerate(outcome.broken_by) if by is None}
