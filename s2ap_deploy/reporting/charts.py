@@ -141,7 +141,7 @@ def security_curves(
         guide=(threat.radius, f"ε = {threat.eps}"),
     )
     assert drawing is not None
-    return Figure("Accuracy under a minimum-norm attack of growing radius", drawing, legend(curves))
+    return Figure("Accuracy over the radius of the attack", drawing, legend(curves))
 
 
 def staircase(found: SecurityCurve, last: float) -> list[tuple[float, float | None]]:
