@@ -53,7 +53,7 @@ def main() -> None:
 
     # Plots that the commands left.
     for plot in (run / "certify" / "curve.svg", args.work / "sweep" / "pareto.svg"):
-        photograph(args.browser, plot.resolve().as_uri(), HERE / f"{plot.stem}.png", width=760, height=480)
+        photograph(args.browser, plot.resolve().as_uri(), HERE / f"{plot.stem}.png", width=400, height=296)
 
 
 def terminal(browser: str, work: Path, name: str, command: list[str]) -> None:

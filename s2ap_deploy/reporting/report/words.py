@@ -137,7 +137,9 @@ def asked(facts: Facts) -> list[tuple[str, str]]:
 def thresholds(facts: Facts) -> list[tuple[str, str]]:
     """Return the thresholds of the gate as options and values."""
     policy = _table(facts.inputs("gate"), "policy")
-    return [(f"--{key.replace('_', '-')}", str(value)) for key, value in policy.items() if value not in (None, [])]
+    return [
+        (f"--{key.replace('_', '-')}", str(value)) for key, value in policy.items() if value not in (None, [])
+    ]
 
 
 def _table(inputs: Mapping[str, Any], key: str) -> Mapping[str, Any]:
