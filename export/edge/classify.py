@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Classify one image with an exported model. Needs Python, NumPy and ONNX Runtime, nothing else.
+"""Classify one image with an exported model. Needs Python, NumPy and ONNX Runtime; for JPEG also Pillow.
 
     python classify.py model.onnx image.png
     python classify.py model.onnx image.png --json
 
 Reads PNG (8 bits per channel, gray or color, not interlaced), PGM and PPM (binary, 8 bits) and .npy:
-uint8 [H, W] or [H, W, C] is an image, float32 [C, H, W] is taken as it is. The size, the channel order,
-the crop and the class names come from the model's own metadata. Exits 2 on an input that cannot be used.
+uint8 [H, W] or [H, W, C] is an image, float32 [C, H, W] is taken as it is; JPEG where Pillow is installed.
+The size, the channel order, resize, crop and the class names come from the model's own metadata; pixels are
+those of the evaluation, bit for bit. Exits 2 on an input that cannot be used.
 
 ``--dump-input FILE`` keeps the tensor that the model got, float32 [C, H, W], as .npy.
 cpp/classify.cpp is the same program in C++, with the same answers, messages and exit codes.
@@ -15,6 +16,7 @@ cpp/classify.cpp is the same program in C++, with the same answers, messages and
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import re
@@ -221,8 +223,7 @@ def prepare(pixels: np.ndarray, size: tuple[int, int, int], preprocessing: dict[
     pixels = convert(pixels, channels)
     resize, crop = preprocessing.get("resize"), preprocessing.get("crop")
     if resize is not None and min(pixels.shape[:2]) != resize:
-        found = f"{pixels.shape[1]}x{pixels.shape[0]}"
-        raise Unusable(f"the image is {found}; scale its shorter side to {resize} pixels first")
+        pixels = shorter_side(pixels, resize)
     if crop is not None:
         pixels = center(pixels, crop)
     if pixels.shape != (height, width, channels):
@@ -244,6 +245,43 @@ def convert(pixels: np.ndarray, channels: int) -> np.ndarray:
         luma = pixels.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32)
         return ((luma + 0x8000) >> 16).astype(np.uint8)[:, :, None]
     raise Unusable(f"the image has {pixels.shape[2]} channels, the model takes {channels}")
+
+
+def shorter_side(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Resize the shorter side: bilinear with antialias in 8-bit steps, the bits that Pillow gives.
+
+    Its versions differ in which axis of an image of more than two heights to a width comes first.
+    """
+    height, width = pixels.shape[:2]
+    if side < width and height > 2 * width:
+        raise Unusable(f"the image is {width}x{height}; scale its shorter side to {side} pixels first")
+    longer = int(side * max(height, width) / min(height, width))
+    checked(side, longer)
+    rows, columns = (longer, side) if width <= height else (side, longer)
+    across = resampled(pixels.transpose(1, 0, 2), columns).transpose(1, 0, 2)
+    return resampled(across, rows)
+
+
+def resampled(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Resize the first axis of uint8 [N, M, C] with weights of 22 bits (Pillow's Resample.c)."""
+    if len(pixels) == size:
+        return pixels
+    scale = len(pixels) / size
+    support = max(scale, 1.0)
+    result = np.empty((size, *pixels.shape[1:]), np.uint8)
+    for index in range(size):
+        middle = (index + 0.5) * scale
+        first = max(int(middle - support + 0.5), 0)
+        last = min(int(middle + support + 0.5), len(pixels))
+        places = [(each - middle + 0.5) * (1.0 / support) for each in range(first, last)]
+        weights = [max(1.0 - abs(place), 0.0) for place in places]
+        total = 0.0
+        for weight in weights:
+            total += weight
+        steps = np.array([int(0.5 + weight / total * (1 << 22)) for weight in weights], np.int64)
+        sums = np.tensordot(steps, pixels[first:last].astype(np.int64), 1) + (1 << 21)
+        result[index] = np.clip(sums >> 22, 0, 255)
+    return result
 
 
 def center(pixels: np.ndarray, crop: int) -> np.ndarray:
@@ -268,9 +306,11 @@ def read(path: Path) -> np.ndarray:
             return decode_pnm(data)
         if data.startswith(b"\x93NUMPY"):
             return decode_npy(data)
+        if data.startswith(b"\xff\xd8\xff"):
+            return decode_jpeg(data)
     except ValueError as error:
         raise Unusable(f"{path}: damaged: {error}") from None
-    raise Unusable(f"{path}: neither PNG, PGM, PPM nor .npy")
+    raise Unusable(f"{path}: neither PNG, JPEG, PGM, PPM nor .npy")
 
 
 def decode_npy(data: bytes) -> np.ndarray:
@@ -295,6 +335,23 @@ def decode_npy(data: bytes) -> np.ndarray:
         return array.astype(np.float32, copy=False)
     checked(shape[1], shape[0])
     return array.reshape(shape) if len(shape) == 3 else array[:, :, None]
+
+
+def decode_jpeg(data: bytes) -> np.ndarray:
+    """Decode a JPEG file, gray or color, with Pillow; its EXIF rotation is not applied."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise Unusable("JPEG needs Pillow: pip install pillow") from None
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            if image.mode not in ("L", "RGB"):
+                raise Unusable("only JPEG in gray or RGB is read")
+            checked(*image.size)
+            pixels = np.asarray(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        raise ValueError("the JPEG data cannot be decoded") from None
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
 def decode_pnm(data: bytes) -> np.ndarray:

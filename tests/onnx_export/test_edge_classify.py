@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper
 from PIL import Image
 
+from s2ap_deploy.data.imagefolder import squared
 from s2ap_deploy.onnx_export import encoding
 from s2ap_deploy.onnx_export.inference import logits, session
 from s2ap_deploy.spec import Preprocessing
@@ -79,14 +80,14 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_it_imports_nothing_but_numpy_and_onnx_runtime() -> None:
+def test_it_imports_nothing_but_numpy_onnx_runtime_and_for_jpeg_pillow() -> None:
     imported = set()
     for node in ast.walk(ast.parse(RUNNER.read_text())):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or "").split(".")[0])
-    assert imported - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
+    assert imported - set(sys.stdlib_module_names) == {"numpy", "onnxruntime", "PIL"}
 
 
 def test_an_image_gets_the_logits_of_the_evaluation(model_file, image, tmp_path) -> None:
@@ -213,9 +214,18 @@ def test_an_unusable_array_is_refused(array, message, model_file, tmp_path, caps
     assert message in capsys.readouterr().err
 
 
-def test_scaling_is_left_to_the_user_and_said(image) -> None:
-    with pytest.raises(classify.Unusable, match="scale its shorter side to 9 pixels first"):
-        classify.prepare(image, (3, 8, 8), {"resize": 9, "crop": 8})
+@pytest.mark.parametrize(
+    ("height", "width", "side"), [(20, 31, 8), (31, 20, 8), (5, 7, 9), (8, 8, 3), (40, 20, 7)]
+)
+def test_the_shorter_side_is_resized_to_the_bits_of_pillow(height, width, side) -> None:
+    pixels = np.random.default_rng(side).integers(0, 256, (height, width, 3), np.uint8)
+    expected = np.asarray(squared(Image.fromarray(pixels), side, None))
+    assert np.array_equal(classify.shorter_side(pixels, side), expected)
+
+
+def test_an_image_whose_scaling_depends_on_the_version_of_pillow_is_refused(image) -> None:
+    with pytest.raises(classify.Unusable, match="scale its shorter side to 7 pixels first"):
+        classify.prepare(np.repeat(image, 3, axis=0), (3, 7, 7), {"resize": 7, "crop": 7})
 
 
 def test_its_syntax_is_that_of_python_3_9() -> None:

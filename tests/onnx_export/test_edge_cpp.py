@@ -35,6 +35,7 @@ from s2ap_deploy.spec import Preprocessing
 EDGE = Path(__file__).resolve().parents[2] / "export" / "edge"
 PROBE = Path(__file__).with_name("edge_probe.cpp")
 TOOLS = ("make", "g++", "readelf")
+JPEG = any(Path("/usr/include").rglob("jpeglib.h"))  # libjpeg-turbo's header, where the program reads JPEG
 
 missing = [tool for tool in TOOLS if shutil.which(tool) is None]
 pytestmark = pytest.mark.skipif(
@@ -73,6 +74,7 @@ def build(tmp_path_factory) -> Path:
         f"PYTHON={sys.executable}",
         f"BUILD={folder}",
         "CXXFLAGS=-O1 -Werror",
+        *(["JPEG=1"] if JPEG else []),
     ]
     done = ran(*command)
     assert done.returncode == 0, done.stderr
@@ -187,6 +189,54 @@ def test_both_runners_see_the_evaluations_tensor_and_answer_alike(kind, mode, ru
     assert answers[0] == answers[1]
     assert answers[0]["class"] == NAMES[answers[0]["index"]]
     assert len(set(answers[0]["logits"])) == 5
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "mode", "suffix", "options"),
+    [
+        (64, 64, "L", "png", {}),
+        (100, 37, "RGB", "png", {}),
+        (37, 70, "RGB", "jpg", {}),
+        (300, 200, "RGB", "jpg", {"quality": 80, "subsampling": 2}),
+        (301, 203, "RGB", "jpg", {"quality": 95, "subsampling": 0}),
+        (55, 90, "L", "jpg", {}),
+        (120, 90, "RGB", "jpg", {"progressive": True}),
+        (6, 6, "L", "png", {}),
+        (5, 9, "RGB", "png", {}),
+    ],
+)
+def test_images_are_decoded_and_resized_to_the_bits_of_the_evaluation(
+    width, height, mode, suffix, options, runners, tmp_path
+) -> None:
+    if suffix == "jpg" and not JPEG:
+        runners = {"python": runners["python"]}
+    coarse = np.random.default_rng(5).integers(0, 256, (height // 4 + 2, width // 4 + 2, 3), np.uint8)
+    picture = tmp_path / f"image.{suffix}"
+    image = Image.fromarray(coarse).convert(mode).resize((width, height), Image.Resampling.BICUBIC)
+    image.save(picture, **options)
+    model = exported(tmp_path / "model.onnx", (3, 32, 32), resize=32, crop=32)
+    decoded = evaluation.decode(str(picture), Preprocessing(size=(3, 32, 32), resize=32, crop=32))
+    expected = decoded.astype(np.float32) / np.float32(255)
+    for name, command in runners.items():
+        dumped = tmp_path / f"{name}.npy"
+        done = ran(*command, model, picture, "--json", "--dump-input", dumped)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert np.load(dumped).tobytes() == expected.tobytes(), name
+
+
+def test_what_cannot_be_resized_or_decoded_to_those_bits_is_refused_by_both(runners, tmp_path) -> None:
+    model = exported(tmp_path / "model.onnx", (3, 32, 32), resize=32, crop=32)
+    tall, damaged, inks = (tmp_path / name for name in ("tall.png", "damaged.jpg", "inks.jpg"))
+    Image.new("RGB", (40, 81)).save(tall)
+    Image.effect_noise((64, 64), 50).save(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:600])
+    Image.new("CMYK", (40, 40)).save(inks)
+    refusals = {tall: "scale its shorter side", **({damaged: "decoded", inks: "gray or RGB"} if JPEG else {})}
+    for picture, words in refusals.items():
+        done = [ran(*command, model, picture) for command in runners.values()]
+        assert [each.returncode for each in done] == [2, 2]
+        assert len({each.stderr for each in done}) == 1
+        assert words in done[0].stderr
 
 
 def test_people_get_the_same_lines(runners, tmp_path) -> None:

@@ -26,6 +26,12 @@
 
 #include "onnxruntime/onnxruntime_c_api.h"
 
+#ifdef CLASSIFY_JPEG
+#include <csetjmp>
+
+#include <jpeglib.h>
+#endif
+
 namespace {
 
 // The oldest interface that has everything used here; every runtime that reads opset 20 has it.
@@ -539,16 +545,81 @@ void dump(const Tensor& tensor, const std::string& path) {
   }
 }
 
+#ifdef CLASSIFY_JPEG
+struct JpegEnds {
+  jpeg_error_mgr manager;  // the first member: libjpeg knows no other
+  std::jmp_buf place;
+};
+
+[[noreturn]] void jpeg_fails(j_common_ptr common) {
+  std::longjmp(reinterpret_cast<JpegEnds*>(common->err)->place, 1);
+}
+
+// Decoded as Pillow does: the accurate integer transform, with smooth chroma. Nothing with a destructor lives
+// between setjmp and longjmp but `image`, which is declared before.
+bool decode_jpeg(const Bytes& data, Pixels& image, bool& colors) {
+  jpeg_decompress_struct reader;
+  JpegEnds ends;
+  reader.err = jpeg_std_error(&ends.manager);
+  ends.manager.error_exit = jpeg_fails;
+  ends.manager.output_message = [](j_common_ptr) {};
+  if (setjmp(ends.place)) {
+    jpeg_destroy_decompress(&reader);
+    return false;
+  }
+  jpeg_create_decompress(&reader);
+  jpeg_mem_src(&reader, data.data(), data.size());
+  jpeg_read_header(&reader, TRUE);
+  colors = reader.num_components == 1 || reader.num_components == 3;
+  const bool fits = uint64_t{reader.image_width} * reader.image_height <= kMaxPixels;
+  if (!colors || !fits) {
+    image.width = reader.image_width;
+    image.height = reader.image_height;
+    jpeg_destroy_decompress(&reader);
+    return true;
+  }
+  reader.out_color_space = reader.num_components == 1 ? JCS_GRAYSCALE : JCS_RGB;
+  reader.dct_method = JDCT_ISLOW;
+  jpeg_start_decompress(&reader);
+  image.width = reader.output_width;
+  image.height = reader.output_height;
+  image.channels = static_cast<uint32_t>(reader.output_components);
+  image.values.resize(size_t{image.width} * image.height * image.channels);
+  while (reader.output_scanline < reader.output_height) {
+    JSAMPROW row = image.values.data() + size_t{reader.output_scanline} * image.width * image.channels;
+    jpeg_read_scanlines(&reader, &row, 1);
+  }
+  jpeg_finish_decompress(&reader);
+  const bool sound = ends.manager.num_warnings == 0;
+  jpeg_destroy_decompress(&reader);
+  return sound;
+}
+#endif
+
+Input read_jpeg([[maybe_unused]] const Bytes& data) {
+#ifdef CLASSIFY_JPEG
+  Pixels image{0, 0, 0, Bytes()};
+  bool colors = true;
+  if (!decode_jpeg(data, image, colors)) throw Damaged("the JPEG data cannot be decoded");
+  if (!colors) throw Unusable("only JPEG in gray or RGB is read");
+  checked(image.width, image.height);
+  return image;
+#else
+  throw Unusable("JPEG needs libjpeg-turbo: build this program with make JPEG=1");
+#endif
+}
+
 Input read_input(const std::string& path) {
   const Bytes data = read_file(path);
   try {
     if (starts_with(data, "\x89PNG\r\n\x1a\n", 8)) return decode_png(data);
     if (starts_with(data, "P5", 2) || starts_with(data, "P6", 2)) return decode_pnm(data);
     if (starts_with(data, "\x93NUMPY", 6)) return decode_npy(data);
+    if (starts_with(data, "\xff\xd8\xff", 3)) return read_jpeg(data);
   } catch (const Damaged& error) {
     throw Unusable(path + ": damaged: " + error.words);
   }
-  throw Unusable(path + ": neither PNG, PGM, PPM nor .npy");
+  throw Unusable(path + ": neither PNG, JPEG, PGM, PPM nor .npy");
 }
 
 // ------------------------------------------------------------------------------- JSON, as metadata holds it
@@ -1051,6 +1122,54 @@ Pixels convert(Pixels image, uint64_t channels) {
   throw Unusable("the image has " + text(image.channels) + " channels, the model takes " + text(channels));
 }
 
+// Resize the rows of `image` to `size` columns with weights of 22 bits: bilinear with antialias, the bits of
+// Pillow's Resample.c. `step` is the distance of neighbors, `line` that of rows, in pixels.
+void resample(const Bytes& from, Bytes& to, uint32_t lines, uint32_t length, uint32_t size, uint32_t channels,
+              size_t from_line, size_t from_step, size_t to_line, size_t to_step) {
+  const double scale = static_cast<double>(length) / size, support = std::max(scale, 1.0);
+  for (uint32_t index = 0; index < size; ++index) {
+    const double middle = (index + 0.5) * scale;
+    const auto first = static_cast<uint32_t>(std::max(middle - support + 0.5, 0.0));
+    const auto last = std::min(static_cast<uint32_t>(middle + support + 0.5), length);
+    std::vector<double> weights;
+    double total = 0;
+    for (uint32_t each = first; each < last; ++each) {
+      weights.push_back(std::max(1.0 - std::fabs((each - middle + 0.5) * (1.0 / support)), 0.0));
+      total += weights.back();
+    }
+    std::vector<int32_t> steps;
+    for (const double weight : weights) steps.push_back(static_cast<int32_t>(0.5 + weight / total * (1 << 22)));
+    for (uint32_t line = 0; line < lines; ++line) {
+      for (uint32_t channel = 0; channel < channels; ++channel) {
+        int64_t sum = 1 << 21;
+        for (size_t each = 0; each < steps.size(); ++each) {
+          sum += int64_t{steps[each]} * from[(line * from_line + (first + each) * from_step) * channels + channel];
+        }
+        to[(line * to_line + index * to_step) * channels + channel] =
+            static_cast<uint8_t>(std::clamp<int64_t>(sum >> 22, 0, 255));
+      }
+    }
+  }
+}
+
+Pixels shorter_side(Pixels image, uint32_t side) {
+  const uint32_t width = image.width, height = image.height, channels = image.channels;
+  if (side < width && height > uint64_t{2} * width) {
+    throw Unusable("the image is " + extent(width, height) + "; scale its shorter side to " + text(side) +
+                   " pixels first");
+  }
+  const double longer = static_cast<double>(uint64_t{side} * std::max(width, height)) / std::min(width, height);
+  checked(side, longer < 1e9 ? static_cast<uint64_t>(longer) : kMaxPixels + 1);
+  const uint32_t columns = width <= height ? side : static_cast<uint32_t>(longer);
+  const uint32_t rows = width <= height ? static_cast<uint32_t>(longer) : side;
+  Bytes across(size_t{height} * columns * channels), found(size_t{rows} * columns * channels);
+  if (columns == width) across = std::move(image.values);
+  else resample(image.values, across, height, width, columns, channels, width, 1, columns, 1);
+  if (rows == height) found = std::move(across);
+  else resample(across, found, columns, height, rows, channels, 1, columns, 1, columns);
+  return Pixels{columns, rows, channels, std::move(found)};
+}
+
 uint32_t half_to_even(uint32_t number) { return number / 2 + (number % 2 && number / 2 % 2); }
 
 Pixels center(const Pixels& image, uint32_t crop) {
@@ -1083,8 +1202,7 @@ Tensor prepare(Input input, const Layout& layout) {
   const Preprocessing& how = layout.preprocessing;
   Pixels image = convert(std::move(std::get<Pixels>(input)), channels);
   if (how.resize && std::min(image.width, image.height) != *how.resize) {
-    throw Unusable("the image is " + extent(image.width, image.height) + "; scale its shorter side to " +
-                   text(*how.resize) + " pixels first");
+    image = shorter_side(std::move(image), *how.resize);
   }
   if (how.crop) image = center(image, *how.crop);
   if (image.width != width || image.height != height) {
@@ -1159,7 +1277,8 @@ constexpr char kHelp[] =
     "Classify one image with an exported ONNX model.\n"
     "\n"
     "IMAGE is PNG (8 bits per channel, gray or color, not interlaced), PGM or PPM (binary, 8 bits),\n"
-    "or .npy: uint8 [H, W] or [H, W, C] is an image, float32 [C, H, W] is taken as it is.\n"
+    "or .npy: uint8 [H, W] or [H, W, C] is an image, float32 [C, H, W] is taken as it is;\n"
+    "JPEG where the program was built with JPEG=1.\n"
     "\n"
     "  --json             print one JSON object\n"
     "  --threads N        0 takes all cores (default: 1)\n"
