@@ -409,9 +409,9 @@ class Run:
         return Stage(self, name, "resumable")
 
     def _check_inputs(self, name: StageName, record: StageRecord, wanted: Mapping[str, JsonValue]) -> None:
-        if manifest.digest(wanted) == manifest.digest(record.inputs):
-            return
         changed = manifest.differences(record.inputs, wanted)
+        if not changed:
+            return
         if len(changed) > 5:
             changed[5:] = [f"and {len(changed) - 5} more"]
         raise RunFolderError(

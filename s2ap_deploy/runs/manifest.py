@@ -144,12 +144,12 @@ def digest(inputs: Mapping[str, Any]) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """List the inputs that differ, as ``prune.sparsity: 0.9 → 0.95``."""
+    """List the inputs that differ, as ``prune.sparsity: 0.9 → 0.95``; one that is null may be absent."""
     before, after = dict(_flatten(old)), dict(_flatten(new))
     return [
         f"{key}: {before.get(key, 'absent')} → {after.get(key, 'absent')}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if before.get(key, "null") != after.get(key, "null")
     ]
 
 

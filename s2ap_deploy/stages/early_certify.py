@@ -83,7 +83,7 @@ def enter(job: RunContext, inputs: Mapping[str, Any], policy: Thresholds | None)
     if record is None or job.overwrite:
         return job.stage("certify", wanted)
     found = {key: value for key, value in record.inputs.items() if key != INPUT}
-    alike = manifest.digest(found) == manifest.digest(manifest.as_json(inputs))
+    alike = not manifest.differences(found, manifest.as_json(inputs))
     before = record.inputs.get(INPUT)
     if not alike or before == manifest.as_json(wanted).get(INPUT):
         return job.stage("certify", wanted)

@@ -120,6 +120,7 @@ def test_a_finished_stage_with_the_same_inputs_is_skipped(run) -> None:
     assert (stage.state, stage.results) == ("finished", {"figure": 0.5})
     assert output.read_text() == "x"
     assert enter(run, "search", dict(reversed(INPUTS.items()))).state == "finished"
+    assert enter(run, "search", {**INPUTS, "added_later": None}).state == "finished"
 
 
 @pytest.mark.parametrize("finished", [True, False])

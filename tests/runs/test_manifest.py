@@ -93,3 +93,6 @@ def test_differences_name_the_key_and_both_values() -> None:
     new = {"checkpoint": "ab" * 32, "prune": {"sparsity": 0.95, "layers": [1, 2]}, "seed": 0}
     assert manifest.differences(INPUTS, new) == ["prune.sparsity: 0.9 → 0.95", "seed: absent → 0"]
     assert manifest.differences(INPUTS, INPUTS) == []
+    asked_for_nothing = {**INPUTS, "prune": {**INPUTS["prune"], "qat": None}}
+    assert manifest.differences(INPUTS, asked_for_nothing) == []
+    assert manifest.differences(asked_for_nothing, INPUTS) == []
