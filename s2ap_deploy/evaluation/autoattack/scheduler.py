@@ -132,7 +132,7 @@ class Scheduler:
         for index, prediction, point in zip(result.broken, result.predictions, result.points, strict=True):
             self._broken_by[index] = result.unit.attack
             self._predictions[index] = prediction
-            self._adversarial[index] = torch.from_numpy(point)
+            self._adversarial[index] = torch.from_numpy(point.copy())  # a cluster's are read-only
         self._results.append(result)
         self._done[block] += 1
         self._schedule(block)
