@@ -1,6 +1,7 @@
 """What benchmarks compute from their rows: pairs of seeds, intervals, masks between seeds."""
 
 import argparse
+import json
 from typing import Any
 
 import pytest
@@ -67,3 +68,11 @@ def test_every_cell_is_a_section_of_pruning(config, s2ap) -> None:
     assert (section.search.epochs, section.search.batch_size) == (4, 64)
     assert section.search.learning_rate == (0.01 if methods.METHODS[section.method].sparse else 0.1)
     assert section.covers_classes is (config != "hydra-uniform")
+
+
+def test_the_tables_of_runtimes_are_those_of_the_result_file() -> None:
+    devices = pytest.importorskip("benchmarks.export.device_runtimes", reason="needs the benchmarks")
+    stored = json.loads((devices.results.FOLDER / "device-runtimes.json").read_text(encoding="utf-8"))
+    text = devices.PAGE.read_text(encoding="utf-8")
+    for name, content in devices.pages(stored).items():
+        assert f"<!-- {name} -->\n{content}\n<!-- /{name} -->" in text
