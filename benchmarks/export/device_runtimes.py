@@ -190,7 +190,13 @@ def pages(figures: dict[str, Any]) -> dict[str, str]:
     """Return the tables of the page by their names."""
     rows = []
     order = [*RUNS, *RANDOM]
-    for key, each in sorted(figures["rows"].items(), key=lambda row: order.index(row[0].split(" | ")[0])):
+    places = {
+        key: (order.index(network), NAMES.index(name), kind)
+        for key in figures["rows"]
+        for network, name, kind in [key.split(" | ")]
+    }
+    for key in sorted(places, key=places.__getitem__):
+        each = figures["rows"][key]
         network, name, kind = key.split(" | ")
         if "failed" in each:
             rows.append([network, title(name), kind, f"**{each['failed']}**", "", "", "", ""])
@@ -223,7 +229,8 @@ def pages(figures: dict[str, Any]) -> dict[str, str]:
             "{equal_predictions} of {n}, {max_logit_difference:.1e}".format(**each["twin"]),
             ", ".join(each["flags"]) or "none",
         ]
-        for name, each in figures["certified"].items()
+        for name in JUDGES
+        if (each := figures["certified"].get(name)) is not None
     ]
     head = ["judged by", "correct", "robust", "same class as the twin, difference", "flags"]
     found["verdicts"] = table(head, judged)
