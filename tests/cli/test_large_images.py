@@ -9,7 +9,7 @@ from PIL import Image
 
 from s2ap_deploy.data import datasets
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 CLASSES = ("cat", "dog")
 RECIPE = """\
 name: large

@@ -18,7 +18,9 @@ AT_HAND = [name for name in catalog.names() if catalog.load(name).data.name in (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", AT_HAND)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "demo-quick" else pytest.mark.long) for name in AT_HAND]
+)
 def test_a_recipe_runs_to_its_verdict(s2ap, tmp_path, name) -> None:
     data = catalog.load(name).data.name
     if data == "mnist" and not (MNIST / "MNIST" / "raw").is_dir():
