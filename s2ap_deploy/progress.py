@@ -155,7 +155,7 @@ class Live:
             SpinnerColumn(),
             TextColumn("[bold]{task.description:<8}"),
             BarColumn(bar_width=8),
-            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.percentage:>3.0f}%"),
             TimeRemainingColumn(compact=True),
             RateColumn(),
             TextColumn("{task.fields[figures]}"),
@@ -235,5 +235,5 @@ def _named(values: Metrics, names: tuple[str, ...]) -> list[str]:
 def _figure(name: str, value: float) -> str:
     if name in SHARES:
         digits = 2 if name in ("replaced", "flip_rate") else 1
-        return f"{LABELS[name]} {100 * value:.{digits}f} %"
+        return f"{LABELS[name]} {100 * value:.{digits}f}%"
     return f"{LABELS[name]} {value:.3f}"

@@ -272,7 +272,17 @@ TABLES = {
     arguments.PruneArguments: (keys.PRUNE, {"preset", *keys.NETWORK}),
     arguments.CertifyArguments: (
         keys.CERTIFY,
-        {"first", "time_budget", "min_robust", "max_drop", "rule", *keys.NETWORK}
+        {
+            "first",
+            "time_budget",
+            "min_robust",
+            "max_drop",
+            "rule",
+            "on",
+            "per_task",
+            "sparse_compute",
+            *keys.NETWORK,
+        }
         | {"entry", "ap_method", "ap_paper", "ap_pretraining"},
     ),
     arguments.ExportArguments: (keys.EXPORT, {"bench", "onnx"}),

@@ -43,7 +43,7 @@ def terminal() -> tuple[progress.Live, io.StringIO]:
 
 def test_a_row_tells_everything_in_words() -> None:
     assert progress.line_of(EPOCH) == (
-        "epoch 3/40, loss 1.235, clean 95.4 %, robust 83.1 %, mask moved 1.46 %, flips 0.94 %, 0.9 s"
+        "epoch 3/40, loss 1.235, clean 95.4%, robust 83.1%, mask moved 1.46%, flips 0.94%, 0.9 s"
     )
     assert progress.line_of(UNIT) == "apgd-ce broke 2 of 19 images of block 1 in 0.2 s; 17 unbroken"
     assert progress.line_of({**UNIT, "images": 1}).startswith("apgd-ce broke 2 of 1 image of block 1")
@@ -51,8 +51,8 @@ def test_a_row_tells_everything_in_words() -> None:
 
 def test_a_row_beside_a_bar_fits_eighty_columns() -> None:
     longest = {**EPOCH, "epoch": 100, "epochs": 100, "robust_accuracy": 1.0}
-    assert progress.bar_text(longest) == "epoch 100/100  loss 1.235  robust 100.0 %"
-    assert len(progress.bar_text(longest)) <= 80 - len("x pretrain ━━━━━━━━ 100 % 00:00 1234/s ")
+    assert progress.bar_text(longest) == "epoch 100/100  loss 1.235  robust 100.0%"
+    assert len(progress.bar_text(longest)) <= 80 - len("x pretrain ━━━━━━━━ 100% 00:00 1234/s ")
     assert progress.bar_text(UNIT) == "apgd-ce  17 unbroken"
 
 
@@ -113,12 +113,12 @@ def test_a_terminal_shows_stage_epoch_loss_robust_accuracy_and_time_left() -> No
     assert live.progress is not None
     live.progress.refresh()
     shown = stream.getvalue()
-    for words in ("pretrain", "40 %", "epoch 3/40", "loss 1.235", "robust 83.1 %", ":"):
+    for words in ("pretrain", "40%", "epoch 3/40", "loss 1.235", "robust 83.1%", ":"):
         assert words in shown
     live.end()
     last = stream.getvalue().splitlines()[-1].rpartition("\x1b[2K")[2]
     assert last.startswith("✓ pretrain")
-    assert last.endswith("loss 1.235  clean 95.4 %  robust 83.1 %  flips 0.94 %")
+    assert last.endswith("loss 1.235  clean 95.4%  robust 83.1%  flips 0.94%")
     assert len(last) <= 80
 
 

@@ -126,7 +126,7 @@ def prune_command(
     type=click.Choice(["auto", "on", "off"]),
     default="off",
     show_default=True,
-    help="Attacks on a CPU skip zeros, with C kernels built here: auto for at least 80 % zeros.",
+    help="Attacks on a CPU skip zeros, with C kernels built here: auto for at least 80% zeros.",
 )
 @options.time_budget_option
 @options.recipe_options(

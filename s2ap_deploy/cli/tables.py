@@ -67,7 +67,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         if any(row["flags"] for row in rows):
             table.add_row("flags", *(", ".join(row["flags"]) or "none" for row in rows))
         out.print(table)
-        out.print(Text(f"¹ {summary['statement']}; intervals are exact (95 %, Clopper-Pearson)", style="dim"))
+        out.print(Text(f"¹ {summary['statement']}; intervals are exact (95%, Clopper-Pearson)", style="dim"))
         if any("proven" in row for row in rows):
             out.print(
                 Text(

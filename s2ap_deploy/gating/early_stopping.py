@@ -116,7 +116,7 @@ POWER = 0.8
 
 
 class DetectableDrop(Record):
-    """The smallest ``drop`` that is distinguished from none with 80 % power.
+    """The smallest ``drop`` that is distinguished from none with 80% power.
 
     ``discordance`` is the share of samples that are robust with only one of the two networks.
     """

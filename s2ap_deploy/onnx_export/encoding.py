@@ -32,7 +32,7 @@ def encode(
     """Store the weights of ``model`` sparsely; return the new model and how each weight is stored.
 
     Weights are the float32 initializers, and the int8 ones that DequantizeLinear reads. ``auto`` takes the
-    smallest form of each; :mod:`s2ap_deploy.codecs.encodings` has the others. Tensors with more than 75 % of
+    smallest form of each; :mod:`s2ap_deploy.codecs.encodings` has the others. Tensors with more than 75% of
     their entries not zero stay dense under each of these, and those of fewer than 256 entries are left alone
     and not listed. Values keep every bit, except that -0.0 becomes +0.0 in a tensor that is stored sparsely.
 

@@ -122,7 +122,7 @@ def compare_logits(
     In float32 they may differ by 1e-3 x max(1, largest |logit|), and classes only where that leaves a tie.
     A quantized file rounds in another order of operations, and one rounding that falls the other way moves
     what follows by steps: logits may differ by four steps of an 8-bit scale over the largest of them, and
-    99 % of the classes must be equal, classes within one step of each other apart.
+    99% of the classes must be equal, classes within one step of each other apart.
     """
     largest = _largest(reference)
     if not quantized:

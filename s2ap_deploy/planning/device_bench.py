@@ -205,7 +205,7 @@ class _Bench:
         network = registry.build("digits-conv", _CLASSES).to(self.device).eval()
         threat = ThreatModel(eps="1e-6")
         count = min(default_block_size(torch.empty(1, *_DIGIT), self.device), 4 * self.load.batch)
-        images = torch.rand(count, *_DIGIT, generator=generator("attack", count))
+        images = torch.rand(count, *_DIGIT, generator=generator("bench", count))
         with torch.no_grad():
             labels = network(images.to(self.device)).argmax(1).cpu()
         predicted = expected_cost(network, images, threat=threat, device=self.device, workers=1).seconds

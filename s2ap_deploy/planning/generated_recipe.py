@@ -150,7 +150,7 @@ _COMMENTS: dict[Key, str] = {
     ): "false stops as soon as the gate is decided: faster, but an interval instead of a figure",
     ("export", "encoding"): "the smallest encoding for each tensor",
     ("gate", "max_drop"): "largest loss of robust accuracy by pruning; min_robust: 0.4 would be a floor",
-    ("gate", "rule"): "lower compares 95 % bounds; point compares observed values",
+    ("gate", "rule"): "lower compares 95% bounds; point compares observed values",
 }
 
 

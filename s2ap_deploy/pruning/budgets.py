@@ -26,7 +26,7 @@ def total_kept(weights: int, sparsity: float) -> int:
         raise UsageError(
             f"sparsity must be strictly between 0 and 1, not {sparsity}",
             code="sparsity-out-of-range",
-            hint="0.9 removes 90 % of the weights",
+            hint="0.9 removes 90% of the weights",
         )
     return math.floor((1 - Fraction(repr(float(sparsity)))) * weights + Fraction(1, 2))
 
@@ -34,7 +34,7 @@ def total_kept(weights: int, sparsity: float) -> int:
 def floors(shapes: Shapes, *, classifier: str | None = None, dense: Sequence[str] = ()) -> dict[str, int]:
     """Return the least each layer keeps: all of a ``dense`` one, one per class in ``classifier``, else one.
 
-    A uniform 99.9 % leaves a 10-class head of 5,120 weights with 5, and half its classes with none.
+    A uniform 99.9% leaves a 10-class head of 5,120 weights with 5, and half its classes with none.
     """
     least = dict.fromkeys(shapes, 1)
     if classifier is not None:

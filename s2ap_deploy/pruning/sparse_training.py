@@ -52,8 +52,8 @@ class FlyingBird:
     """Drop the smallest kept weights and grow those of largest gradient, in every layer.
 
     Flying Bird (Chen et al., ICLR 2022, arXiv 2202.09844). With ``adapts`` it is Flying Bird+: in the second
-    half of the search an update drops 40 % more where the network overfits (the gap between robust accuracy
-    on training and on validation images rose in half of the last epochs), and grows 5 % more where robust
+    half of the search an update drops 40% more where the network overfits (the gap between robust accuracy
+    on training and on validation images rose in half of the last epochs), and grows 5% more where robust
     validation accuracy did not rise in half of them. Here it starts from the magnitude mask of a robust
     network, and the last update brings every layer back to its count: the budget is exact.
 

@@ -139,7 +139,7 @@ class ExportSection(Record):
     calibration: Literal["minmax", "entropy", "percentile"] = Field(
         default="minmax",
         description="How the ranges of activations follow from the calibration images: all values, or rare "
-        "large ones cut off by the information lost (entropy) or beyond 99.999 % of the values (percentile).",
+        "large ones cut off by the information lost (entropy) or beyond 99.999% of the values (percentile).",
     )
     calibration_images: Count = Field(
         default=256, description="Number of training images that set the ranges of int8."

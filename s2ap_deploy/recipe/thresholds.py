@@ -101,7 +101,7 @@ class Thresholds(Record):
         Evidence("device"),
     ] = ()
     rule: Annotated[
-        Rule, Field(description="Judge the one-sided 95 % bound (lower), or the observed value (point).")
+        Rule, Field(description="Judge the one-sided 95% bound (lower), or the observed value (point).")
     ] = "lower"
 
     @model_validator(mode="after")

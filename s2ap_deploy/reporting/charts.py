@@ -81,7 +81,7 @@ def comparison(facts: Facts) -> Figure | None:
     if not rows:
         return None
     return Figure(
-        "Accuracy with 95 % intervals", intervals("Accuracy with intervals", rows), legend(facts.networks)
+        "Accuracy with 95% intervals", intervals("Accuracy with intervals", rows), legend(facts.networks)
     )
 
 

@@ -220,7 +220,7 @@ def chart(
 
 
 def intervals(title: str, rows: Sequence[tuple[str, Sequence[Mark]]]) -> Drawing:
-    """Draw a row per quantity, its name above its dots and intervals, on an axis from 0 to 100 %."""
+    """Draw a row per quantity, its name above its dots and intervals, on an axis from 0 to 100%."""
     across = scale(0.0, 1.0, 16.0, WIDTH - 20.0)
     parts: list[Markup] = []
     y = 4.0
@@ -229,19 +229,19 @@ def intervals(title: str, rows: Sequence[tuple[str, Sequence[Mark]]]) -> Drawing
         parts.append(_tracks(across, y + 28, marks, (0.0, 0.25, 0.5, 0.75, 1.0)))
         y += 28 + STEP * len(marks) + 6
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(text(across(tick), y + 8, f"{100 * tick:.0f} %", "middle"))
+        parts.append(text(across(tick), y + 8, f"{100 * tick:.0f}%", "middle"))
     return Drawing(title, WIDTH, y + 16, Markup("").join(parts))
 
 
 def strip(title: str, marks: Sequence[Mark]) -> Drawing:
-    """Draw dots and intervals from 0 to 100 % without any text, small enough for a table's cell."""
+    """Draw dots and intervals from 0 to 100% without any text, small enough for a table's cell."""
     across = scale(0.0, 1.0, 5.0, STRIP_WIDTH - 5.0)
     height = STEP * len(marks) + 4
     return Drawing(title, STRIP_WIDTH, height, _tracks(across, 8.0, marks, (0.0, 0.5, 1.0)))
 
 
 def bars(title: str, shares: Sequence[tuple[str, float]]) -> Drawing:
-    """Draw a bar from 0 to 100 % for each name, the name above it and the figure next to it."""
+    """Draw a bar from 0 to 100% for each name, the name above it and the figure next to it."""
     across = scale(0.0, 1.0, 4.0, WIDTH - 64.0)
     parts = []
     for index, (name, share) in enumerate(shares):
@@ -253,7 +253,7 @@ def bars(title: str, shares: Sequence[tuple[str, float]]) -> Drawing:
                     kind=kind, y=y + 17, w=across(end) - 4.0
                 )
             )
-        parts.append(text(WIDTH - 4.0, y + 25, f"{100 * share:.3g} %", "end"))
+        parts.append(text(WIDTH - 4.0, y + 25, f"{100 * share:.3g}%", "end"))
     return Drawing(title, WIDTH, 30.0 * len(shares) + 4, Markup("").join(parts))
 
 
@@ -352,7 +352,7 @@ def scale(
 
 def as_percent(share: float) -> str:
     """Write a share as a percentage."""
-    return f"{100 * share:.6g} %"
+    return f"{100 * share:.6g}%"
 
 
 def as_bytes(count: float) -> str:

@@ -47,7 +47,7 @@ def cells(group: Group, seeds: int) -> tuple[str, ...]:
     return (
         method(group.setting),
         group.setting.structure,
-        f"{100 * group.sparsity.mean:.2f} %",
+        f"{100 * group.sparsity.mean:.2f}%",
         f"{spread_percent(group.clean_dense)} {ARROW} {spread_percent(group.clean)}",
         f"{spread_percent(group.robust_dense)} {ARROW} {spread_percent(group.robust)}",
         f"{group.bytes.mean:,.0f}",
@@ -62,13 +62,13 @@ def rows(report: SweepReport) -> list[tuple[str, ...]]:
 
 
 def differences(report: SweepReport) -> list[str]:
-    """Return the effect of S2AP on robust accuracy, a sentence per setting: mean and 95 % interval."""
+    """Return the effect of S2AP on robust accuracy, a sentence per setting: mean and 95% interval."""
     found = []
     for each in report.differences:
         interval = "one pair"
         if each.interval is not None:
             low, high = each.interval
-            interval = f"95 % interval [{100 * low:+.2f}, {100 * high:+.2f}], {len(each.seeds)} pairs"
+            interval = f"95% interval [{100 * low:+.2f}, {100 * high:+.2f}], {len(each.seeds)} pairs"
         name = method(each.setting.model_copy(update={"s2ap": False}))
         asked = each.setting.sparsity if each.setting.sparsity is not None else each.setting.keep_ratio
         found.append(
@@ -407,7 +407,7 @@ def _point(group: Group, cost: float) -> Point:
     """Turn a group into a point, with a note for facts that its label does not contain."""
     return Point(
         label=_label(group),
-        note=f"{100 * group.sparsity.mean:.3g} %",
+        note=f"{100 * group.sparsity.mean:.3g}%",
         cost=cost,
         robust=group.robust.mean,
         deviation=group.robust.deviation,

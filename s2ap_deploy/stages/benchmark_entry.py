@@ -110,7 +110,7 @@ class BenchmarkModel:
             raise UsageError(
                 f"the benchmark has no sparsity {self.sparsity:g} for {self.structure}",
                 code="benchmark-model-unknown",
-                hint=f"it has {', '.join(map(str, rates))} %",
+                hint=f"it has {', '.join(map(str, rates))}%",
             )
         arch, data = ARCHITECTURES[self.arch], DATASETS[self.data]
         return f"{self.method}_{arch}_{data}_{self.structure}_{rate}"

@@ -217,7 +217,7 @@ def certify(
         dense_record: the record of an attack on the same dense network, images and seeds, which is then not
             repeated.
         keep_records: keep the records of finished attacks.
-        sparse_compute: whether attacks on a CPU skip zeros: ``auto`` for networks of at least 80 % zeros.
+        sparse_compute: whether attacks on a CPU skip zeros: ``auto`` for networks of at least 80% zeros.
 
     Raises:
         RunFolderError: ``dense_record`` is of another attack.

@@ -250,7 +250,7 @@ def _refuse_single_images(
 def _check_clean(job: RunContext, classifier: Classifier, images: ImageData, seen: str) -> None:
     """Note the clean accuracy on validation images, and compare it with the user's expectation.
 
-    Raises InputError if it is lower by more than sampling error: the exact 99 % interval is below.
+    Raises InputError if it is lower by more than sampling error: the exact 99% interval is below.
     """
     sample = validation_sample(images.validation, job.recipe.seed)
     right = 0
@@ -267,7 +267,7 @@ def _check_clean(job: RunContext, classifier: Classifier, images: ImageData, see
     if expected > high:
         raise InputError(
             f"the network's clean accuracy is {found:.1%} on {len(sample)} images, where {expected:.1%} is "
-            f"expected; with 99 % confidence it is below {high:.1%}",
+            f"expected; with 99% confidence it is below {high:.1%}",
             code="clean-accuracy-unexpected",
             hint="functions may differ where names and shapes agree: check --arch, --mean and --std, --data "
             "and the order of the classes",

@@ -26,7 +26,7 @@ Status = Literal["waiting", "finished", "failed", "skipped"]
 
 
 class Count(Record):
-    """``k`` of ``n`` test images, with the exact 95 % interval of the share."""
+    """``k`` of ``n`` test images, with the exact 95% interval of the share."""
 
     k: int
     n: int
@@ -137,7 +137,7 @@ class Spread(Record):
 class Difference(Record):
     """Robust accuracy with S2AP minus without, over the seeds that have both, as shares.
 
-    ``interval`` is Student's at 95 % over these pairs, None for a single one. ``setting`` is that with S2AP.
+    ``interval`` is Student's at 95% over these pairs, None for a single one. ``setting`` is that with S2AP.
     """
 
     setting: Setting

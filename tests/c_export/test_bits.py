@@ -148,7 +148,7 @@ def test_arm(folder: Path, processor: str) -> None:
 def test_bare_metal(
     tmp_path: Path, processor: str, machine: str, fpu: str, arithmetic: str, arch: str
 ) -> None:
-    """At 90 %, in 128 KiB of flash and 40 KiB of RAM, which the linker script enforces."""
+    """At 90%, in 128 KiB of flash and 40 KiB of RAM, which the linker script enforces."""
     for tool in ("arm-none-eabi-gcc", "qemu-system-arm", "make"):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}")

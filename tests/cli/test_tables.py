@@ -39,7 +39,7 @@ def verdict() -> Verdict:
             rule="robust-accuracy",
             name="robust",
             status="fail",
-            message="robust accuracy: 10 of 200; required [40 %]",
+            message="robust accuracy: 10 of 200; required [40%]",
         ),
         Check(rule="reliability", name="flag", status="inconclusive", message="the model: some doubt"),
     )
@@ -58,9 +58,7 @@ def test_the_end_of_a_run_is_one_table_and_the_verdict(capsys) -> None:
         "200",
     ):
         assert words in out
-    assert (
-        "robust accuracy under AutoAttack (upper bound); intervals are exact (95 %, Clopper-Pearson)" in out
-    )
+    assert "robust accuracy under AutoAttack (upper bound); intervals are exact (95%, Clopper-Pearson)" in out
     assert "not CPU latency. (measured: 1.04 of the dense file's time)" in out
     assert out.splitlines()[-1] == "gate: FAILED"
     assert "flags" not in out

@@ -1,4 +1,4 @@
-"""torchvision's vision transformer on 32x32 images goes the whole way, at 90 % of all its weights."""
+"""torchvision's vision transformer on 32x32 images goes the whole way, at 90% of all its weights."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_the_worst_class_is_named(make_certificate) -> None:
 
 @pytest.mark.parametrize("more", [0, 30])
 def test_clean_predictions_have_a_drop_of_their_own(make_certificate, more) -> None:
-    """75.0 % fell to 62.5 % with the robust accuracy unchanged; ``more`` images the file alone gets wrong."""
+    """75.0% fell to 62.5% with the robust accuracy unchanged; ``more`` images the file alone gets wrong."""
     labels = [0, 1] * 100
     dense = make_certificate(["clean"] * 50 + [None] * 150, clean_prediction=[9] * 50 + labels[50:])
     pruned = make_certificate(["clean"] * 75 + [None] * 125, clean_prediction=[9] * 75 + labels[75:])
@@ -54,7 +54,7 @@ def test_clean_predictions_have_a_drop_of_their_own(make_certificate, more) -> N
 
 @pytest.mark.parametrize("question", ["drop", "clean_drop", "class_drop"])
 def test_a_drop_that_more_images_would_show_says_how_many(make_certificate, question) -> None:
-    """3 of 100 lost and 5 % allowed fail; that many images in the same shares pass, and 15 % fewer do not."""
+    """3 of 100 lost and 5% allowed fail; that many images in the same shares pass, and 15% fewer do not."""
     labels = [0] * 100
     broken = "clean" if question == "clean_drop" else "apgd-t"
     answers = [0] * 97 + [9 if broken == "clean" else 0] * 3

@@ -58,7 +58,7 @@ def prune(network: nn.Module, sparsity: float, seed: int = 0) -> dict[str, Tenso
 
 @pytest.fixture(scope="session")
 def pruned() -> tuple[Classifier, dict[str, Tensor]]:
-    """A residual classifier with normalization, used BatchNorm statistics and 90 % zeros; its masks."""
+    """A residual classifier with normalization, used BatchNorm statistics and 90% zeros; its masks."""
     torch.manual_seed(0)
     network = Residual()
     for module in network.modules():

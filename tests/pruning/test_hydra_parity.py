@@ -139,7 +139,7 @@ def test_erk_counts_are_those_of_the_published_rule(arch, sparsity) -> None:
 
 @pytest.mark.parametrize(("budget", "covered"), [("uniform", False), ("erk", True), ("global", True)])
 def test_the_floor_of_a_weight_per_class_is_an_option(budget, covered) -> None:
-    """No published method has it: at uniform 99 % the classifier's least rows lose all of theirs."""
+    """No published method has it: at uniform 99% the classifier's least rows lose all of theirs."""
 
     def classes(**options: bool) -> Tensor:
         section = PruneSection(method="hydra", budget=budget, sparsity=0.999, s2ap=False, **options)

@@ -102,7 +102,7 @@ def test_overfitting_drops_more_and_standing_still_grows_more(gaps, robust, more
     ("adapts", "gaps", "dropped"), [(False, [0.0, 1.0], 13), (True, [0.0, 1.0], 19), (True, [1.0, 0.0], 13)]
 )
 def test_an_update_drops_small_weights_and_grows_steep_ones(adapts, gaps, dropped) -> None:
-    """A quarter of 50 halfway down the cosine, 40 % more where the network overfits."""
+    """A quarter of 50 halfway down the cosine, 40% more where the network overfits."""
     weight = nn.Parameter(torch.arange(1.0, 101.0).view(4, 25))
     weight.grad = torch.zeros(4, 25)
     weight.grad.view(-1)[:10] = 1.0

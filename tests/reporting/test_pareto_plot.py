@@ -117,7 +117,7 @@ places = st.tuples(st.integers(0, 20).map(float), st.integers(0, 20).map(lambda 
 @settings(max_examples=40)
 @given(st.lists(places, min_size=1, max_size=6, unique=True))
 def test_notes_are_inside_and_not_over_each_other(found) -> None:
-    points = [Point(f"m{index % 3}", f"9{index % 2} %", *place, None) for index, place in enumerate(found)]
+    points = [Point(f"m{index % 3}", f"9{index % 2}%", *place, None) for index, place in enumerate(found)]
     canvas, notes = placed(points)
     inside = (canvas.across.start, canvas.up.end, canvas.across.end, canvas.up.start)
     assert {note for note, *_ in notes} == {point.note for point in points}
@@ -128,7 +128,7 @@ def test_notes_are_inside_and_not_over_each_other(found) -> None:
 
 
 def test_neighbors_share_a_note_and_far_ones_do_not() -> None:
-    near = [Point("a", "90 %", 10.0, 0.5, None), Point("b", "90 %", 10.1, 0.5, None)]
-    far = [Point("a", "90 %", 30.0, 0.9, None), Point("b", "95 %", 30.1, 0.9, None)]
+    near = [Point("a", "90%", 10.0, 0.5, None), Point("b", "90%", 10.1, 0.5, None)]
+    far = [Point("a", "90%", 30.0, 0.9, None), Point("b", "95%", 30.1, 0.9, None)]
     _, notes = placed([*near, *far])
-    assert sorted(note for note, *_ in notes) == ["90 %", "90 %", "95 %"]
+    assert sorted(note for note, *_ in notes) == ["90%", "90%", "95%"]

@@ -87,7 +87,7 @@ def test_a_gap_breaks_the_line_and_nothing_is_no_chart() -> None:
 
 def test_zero_throughout_has_a_scale() -> None:
     drawing = chart("t", [Line("a", [(1, 0.0), (2, 0.0)], 1)], x_label="x", y_label="y", percent=True)
-    labels = re.findall(r">([^<>]*) %<", str(drawing))
+    labels = re.findall(r">([^<>]*)%<", str(drawing))
     assert [float(label) for label in labels] == [0, 20, 40, 60, 80, 100]
 
 
@@ -104,7 +104,7 @@ def test_ticks_of_a_logarithm_are_few_and_legible(low, high) -> None:
 def test_bars_have_a_name_and_a_figure_each() -> None:
     root = inside(bars("density", [("conv1", 0.5), ("<head>", 0.0314)]))
     texts = [element.text for element in root.iter() if element.tag == "text"]
-    assert texts == ["conv1", "50 %", "<head>", "3.14 %"]
+    assert texts == ["conv1", "50%", "<head>", "3.14%"]
     widths = [float(element.attrib["width"]) for element in root.iter() if element.tag == "rect"]
     assert widths[1] == widths[0] / 2
     assert widths[3] < widths[2] / 30

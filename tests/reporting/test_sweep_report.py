@@ -70,7 +70,7 @@ def test_mean_and_deviation_over_seeds_by_hand() -> None:
     assert group.robust.deviation == pytest.approx(0.01)  # of 0.70, 0.72, 0.71, by n - 1
     line = next(line for line in sweep_report.markdown(found).splitlines() if line.startswith("| hydra"))
     assert line == (
-        "| hydra + S2AP, erk | US | 90.00 % | 95.00 ± 0.00 → 93.00 ± 0.00 "
+        "| hydra + S2AP, erk | US | 90.00% | 95.00 ± 0.00 → 93.00 ± 0.00 "
         "| 75.00 ± 0.00 → 71.00 ± 1.00 | 50,000 | 3 |"
     )
 
@@ -165,7 +165,7 @@ def test_the_effect_of_s2ap_is_that_of_pairs_of_seeds() -> None:
     (found,) = differences(paired({0: (140, 144), 1: (120, 122), 2: (100, 100)}))
     assert found.seeds == (0, 1, 2)
     assert found.mean == pytest.approx(0.01)
-    # Differences of 0.02, 0.01 and 0: deviation 0.01; t at 97.5 % with two degrees of freedom is 4.302653.
+    # Differences of 0.02, 0.01 and 0: deviation 0.01; t at 97.5% with two degrees of freedom is 4.302653.
     assert found.interval == pytest.approx((0.01 - 0.0248414, 0.01 + 0.0248414), abs=1e-6)
     (alone,) = differences(paired({3: (140, 138)}))
     assert alone.mean == pytest.approx(-0.01)
@@ -182,7 +182,7 @@ def test_fewer_seeds_and_pairs_are_told_below_the_table() -> None:
     notes = list(sweep_report.notes(made))
     assert any(note.startswith("rows marked *") for note in notes)
     told = [note for note in notes if note.startswith("S2AP on minus off")]
-    assert told[0].startswith("S2AP on minus off, hydra, erk at 0.9: +1.50 points robust, 95 % interval [")
+    assert told[0].startswith("S2AP on minus off, hydra, erk at 0.9: +1.50 points robust, 95% interval [")
     assert told[1] == "S2AP on minus off, hydra, erk at 0.95: +0.50 points robust, one pair"
     same = report(*paired({0: (140, 144)}))
     assert not any("fewer" in note for note in sweep_report.notes(same))
@@ -193,7 +193,7 @@ def test_latex_escapes_what_it_would_read_as_commands() -> None:
     lines = sweep_report.latex(report(row(0, setting=odd, shown=figures()))).splitlines()
     body = lines[lines.index("\\midrule") + 1]
     assert body.startswith(
-        r"own\_method\{50\%\}\& + S2AP, erk & US & 90.00 \% & 95.00 $\rightarrow$ 93.00 & "
+        r"own\_method\{50\%\}\& + S2AP, erk & US & 90.00\% & 95.00 $\rightarrow$ 93.00 & "
     )
     assert body.endswith(r" \\")
     assert body.count(" & ") == len(sweep_report.COLUMNS) - 1

@@ -20,7 +20,7 @@ def cifar_conv(num_classes: int) -> nn.Module:
 
 
 def digits_conv(num_classes: int) -> nn.Module:
-    """Build the demo's network: [B, 1, 8, 8] to [B, K], 151,306 values, enough to make 90 % sparsity hard."""
+    """Build the demo's network: [B, 1, 8, 8] to [B, K], 151,306 values, enough to make 90% sparsity hard."""
     return nn.Sequential(
         nn.Conv2d(1, 32, kernel_size=3, padding=1),
         nn.ReLU(),

@@ -179,7 +179,7 @@ def _check_fractions(keep: float | None, alpha: float | None) -> None:
         raise UsageError(
             f"--keep {keep:g} is not a fraction of weights",
             code="keep-out-of-range",
-            hint="90 % sparsity is --keep 0.1",
+            hint="90% sparsity is --keep 0.1",
         )
     if alpha is not None and not (math.isfinite(alpha) and 0 <= alpha <= 1):
         raise UsageError(

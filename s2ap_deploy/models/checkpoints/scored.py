@@ -283,7 +283,7 @@ def _require_options(layout: str, keep: float | None, alpha: float | None, *, in
         raise UsageError(
             f"it has {layout}'s scores and dense weights, but not the fraction to keep",
             code="keep-missing",
-            hint="add --keep, such as --keep 0.1 for 90 % sparsity (HYDRA's and HARP's k, RST's prune rate)"
+            hint="add --keep, such as --keep 0.1 for 90% sparsity (HYDRA's and HARP's k, RST's prune rate)"
             + ("; and --alpha, of which 0.1 is HARP's published value" if layout == "HARP" else ""),
         )
     if layout == "HARP" and keep is not None and keep < 1 and alpha is None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.evaluation.samples import ClassInterval, ClassRow
+from s2ap_deploy.formatting import exact_percent
 from s2ap_deploy.onnx_export.export_report import ExportReport, PairedTimes, Performance
 from s2ap_deploy.reporting import charts
 from s2ap_deploy.reporting.figure_data import sizes, stored_tensors
@@ -40,7 +41,7 @@ def comparison(facts: Facts) -> Table:
         rows.append(("Provably robust (lower bound)", *(words.share(each.proven) for each in columns)))
     rows += [
         ("Test images", *(f"{each.n:,}" for each in columns)),
-        ("Sparsity", *(words.spaced(each.subject.sparsity or 0.0) for each in columns)),
+        ("Sparsity", *(exact_percent(each.subject.sparsity or 0.0) for each in columns)),
         ("Weights that cannot be pruned", *(words.outside(each.subject.weights) for each in columns)),
         *(
             [("Test images also in training", *(str(len(shared)) for _ in columns))]
@@ -98,7 +99,7 @@ def classes(facts: Facts) -> Table:
         if left
         else ""
     )
-    head = ("Class", "Images", *(f"{role}: clean → robust" for role in by_role), "Robust, 95 % interval")
+    head = ("Class", "Images", *(f"{role}: clean → robust" for role in by_role), "Robust, 95% interval")
     return Table(head, tuple(rows), note)
 
 

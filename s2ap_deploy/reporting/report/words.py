@@ -25,7 +25,7 @@ PROMISE = (
     "guarantee. Only provably robust accuracy is a guarantee, and it is a lower bound."
 )
 CHOICE = (
-    "Intervals are exact (Clopper-Pearson, 95 %) and cover the choice of test images. They do not cover "
+    "Intervals are exact (Clopper-Pearson, 95%) and cover the choice of test images. They do not cover "
     "attacks that were not tried."
 )
 DENSE_FILE = (
@@ -44,19 +44,14 @@ def role(name: str, facts: Facts) -> str:
 
 
 def share(value: Share | Interval | Proven | None) -> str:
-    """Return ``91.7 % [81.6 %, 97.2 %]``, rounded so that no difference is hidden."""
+    """Return ``91.7% [81.6%, 97.2%]``, rounded so that no difference is hidden."""
     if value is None:
         return "not measured"
     if isinstance(value, Interval):
-        return f"between {spaced(value.low)} and {spaced(value.high)}, stopped early"
+        return f"between {exact_percent(value.low)} and {exact_percent(value.high)}, stopped early"
     low, high = value.interval
     middle = value.count / value.n if isinstance(value, Proven) else value.value
-    return f"{spaced(middle)} [{spaced(low)}, {spaced(high)}]"
-
-
-def spaced(value: float) -> str:
-    """Return a fraction as a percentage, ``91.7 %``."""
-    return exact_percent(value).replace("%", "\N{NO-BREAK SPACE}%")
+    return f"{exact_percent(middle)} [{exact_percent(low)}, {exact_percent(high)}]"
 
 
 def size(number: float) -> str:
@@ -80,7 +75,7 @@ def drop(pairs: PairRange) -> str:
     gained = f"{pairs.gained}" if pairs.exact else f"{pairs.gained} to {pairs.best.gained}"
     return (
         f"{lost} of {pairs.n} images lost, {gained} gained: observed drop {signed(worst.observed)}, "
-        f"at most {signed(worst.bound('lower'))} (one-sided {100 * LEVEL:.0f} % bound on the same images)"
+        f"at most {signed(worst.bound('lower'))} (one-sided {100 * LEVEL:.0f}% bound on the same images)"
     )
 
 
@@ -161,7 +156,7 @@ def _sparsity(prune: Mapping[str, Any]) -> str | None:
         return f"{prune['keep_ratio']} of the channels kept"
     value = prune.get("sparsity")
     whose = "weights that can be pruned" if prune.get("allow_unpruned") else "weights"
-    return f"{spaced(value)} of the {whose}" if isinstance(value, int | float) else None
+    return f"{exact_percent(value)} of the {whose}" if isinstance(value, int | float) else None
 
 
 def outside(count: WeightCount | None) -> str:
@@ -176,7 +171,7 @@ def sparsity(facts: Facts) -> str:
     """Return the achieved sparsity, as far as it is known."""
     certificate = facts.certificates.get(PRUNED)
     value = certificate.subject.sparsity if certificate else facts.results("search").get("sparsity")
-    return spaced(value) if isinstance(value, int | float) and 0 <= value <= 1 else "not pruned"
+    return exact_percent(value) if isinstance(value, int | float) and 0 <= value <= 1 else "not pruned"
 
 
 def subject(facts: Facts) -> Certificate | None:

@@ -665,6 +665,6 @@ def test_the_first_mnist_images_are_proven_at_their_radius(shared) -> None:
 
 @pytest.mark.slow
 def test_the_first_200_mnist_images_match_a_dense_reference(shared) -> None:
-    """A dense implementation of its own proved 96.0 % with parallel lines, 96.5 % with the better of both."""
+    """A dense implementation of its own proved 96.0% with parallel lines, 96.5% with the better of both."""
     classifier, images, labels = mnist(shared, 200)
     assert provably_robust(classifier, images, labels, threat=ThreatModel(eps="0.1")).share >= 0.965

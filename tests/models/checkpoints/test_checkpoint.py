@@ -414,7 +414,7 @@ def test_describe_with_code_of_the_users(tmp_path: Path) -> None:
 
 
 def test_the_published_checkpoint_has_its_published_error(shared: Path) -> None:
-    """Wong & Kolter give a clean error of 1.8 % on the 10,000 test images."""
+    """Wong & Kolter give a clean error of 1.8% on the 10,000 test images."""
     classifier, info, _ = load(shared / "checkpoints" / "mnist_convex_eps0.1.pth")
     assert info.arch == "mnist-conv"
     raw = shared / "data" / "MNIST" / "raw"

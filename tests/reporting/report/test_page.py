@@ -179,7 +179,7 @@ def test_a_long_measurement_is_shown_with_its_quartiles(make_folder) -> None:
 
 def test_an_interval_is_kept_whole_where_there_is_room(make_folder) -> None:
     text, _ = rendered(make_folder("certify"))
-    assert re.search(r'<td>66\.7.% <span class="whole">\[\d[^<>]+\]</span></td>', text)
+    assert re.search(r'<td>66\.7% <span class="whole">\[\d[^<>]+\]</span></td>', text)
 
 
 @pytest.mark.parametrize(
