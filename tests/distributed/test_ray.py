@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.runtimes
-cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs the extra ray, which is large")
 
 RECIPE = """\
 name: small
@@ -33,6 +32,7 @@ certify: {n: 20}
 @pytest.fixture
 def cluster() -> Iterator[Any]:
     """A head node of one core; its processes end with the test."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs the extra ray, which is large")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     head = {"num_cpus": 1, "include_dashboard": False}
     made = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
