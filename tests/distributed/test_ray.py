@@ -101,6 +101,7 @@ def test_a_node_with_another_version_is_refused(cluster, tmp_path) -> None:
 
 
 def test_a_port_that_says_nothing_is_given_up(tmp_path) -> None:
+    pytest.importorskip("ray", reason="needs the extra ray, which is large")
     import socket
 
     with socket.socket() as silent:

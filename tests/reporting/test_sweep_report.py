@@ -192,9 +192,7 @@ def test_latex_escapes_what_it_would_read_as_commands() -> None:
     odd = HYDRA.model_copy(update={"method": "own_method{50%}&"})
     lines = sweep_report.latex(report(row(0, setting=odd, shown=figures()))).splitlines()
     body = lines[lines.index("\\midrule") + 1]
-    assert body.startswith(
-        r"own\_method\{50\%\}\& + S2AP, erk & US & 90.00\% & 95.00 $\rightarrow$ 93.00 & "
-    )
+    assert body.startswith(r"own\_method\{50\%\}\& + S2AP, erk & US & 90.00\% & 95.00 $\rightarrow$ 93.00 & ")
     assert body.endswith(r" \\")
     assert body.count(" & ") == len(sweep_report.COLUMNS) - 1
     assert "\\begin{tabular}{llrrrrr}" in lines
