@@ -361,7 +361,7 @@ def bundle_command(run: Path, as_json: bool, **keywords: Any) -> None:
 
     \b
     s2ap-deploy bundle s2ap-run
-    s2ap-deploy bundle s2ap-run --file export/c --output bundle-c.pyz
+    s2ap-deploy bundle s2ap-run --file export-c/c --output bundle-c.pyz
     python bundle.pyz --name board
     """
     from s2ap_deploy import api, files
