@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import platform
 import sys
 import tempfile
@@ -206,6 +207,4 @@ class DeviceAnswers:
 
 def searched() -> str:
     """Return the module search path, for a child of this process."""
-    import os
-
     return os.pathsep.join(each for each in sys.path if each)

@@ -32,6 +32,7 @@ from s2ap_deploy.recipe.field_types import ArtifactFormat
 from s2ap_deploy.recipe.schema import ExportSection
 from s2ap_deploy.recorder import Recorder
 from s2ap_deploy.records import Agreement, PointsCheck
+from s2ap_deploy.runs.folder import ABOUT
 
 FOLDER = "c"
 VECTORS = 8
@@ -170,7 +171,7 @@ def add_library(
         "vectors.bin": vectors(source.images[:VECTORS], sample, exact=library is not None),
     }
     flash, ram = _device_bytes(sources, section, recorder)
-    content["model.json"] = _about(opened, sources, content).encode()
+    content[ABOUT] = _about(opened, sources, content).encode()
     written = _write(file.parent / FOLDER, content)
     layers = sources.layers.values()
     record = CLibrary(

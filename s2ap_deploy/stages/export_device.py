@@ -145,10 +145,13 @@ def open_artifact(path: Path) -> OnnxFile:
     folder = path if path.is_dir() else path.parent
     for around in (folder, *folder.parents[:3]):
         report = around.parent / "report.json"
-        known = ExportReport.load(report) if report.is_file() and path != report else None
-        if known is not None and known.device is not None and known.device.folder == around.name:
+        # Other programs write files of that name too; the folders of an export hold model.json.
+        if not report.is_file() or not (around / ABOUT).is_file():
+            continue
+        known = ExportReport.load(report)
+        if known.device is not None and known.device.folder == around.name:
             return _open_device(around, known, known.device)
-        if known is not None and known.c_library is not None and known.c_library.folder == around.name:
+        if known.c_library is not None and known.c_library.folder == around.name:
             return open_library(around)
     return open_library(path) if path.is_dir() else onnx_file.load(path)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.runs.fuzz import SMALL
 from s2ap_deploy.runs import manifest
 from s2ap_deploy.sweeps.aggregate import SweepReport
 
@@ -30,19 +31,6 @@ COMMANDS = {
 }
 OUTPUTS = {"certify": ("dense-points.safetensors", "pruned-points.safetensors"), "export": ("model.onnx",)}
 AGAIN = {"certify": "--resume", "export": "--overwrite"}
-RECIPE = """\
-name: small
-model: {arch: digits-conv}
-data: {name: digits}
-threat: {eps: 0.5}
-pretrain: {epochs: 1, objective: {loss: fast}}
-prune:
-  sparsity: 0.9
-  search: {epochs: 1, objective: {loss: fast}}
-  finetune: {epochs: 1, objective: {loss: fast}}
-  diagnostics: {every: 0}
-certify: {n: 8}
-"""
 # Children of a process that has computed nothing: autograd's threads do not survive a fork.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["s2ap_deploy.cli.main", "s2ap_deploy.api", "torch", "onnx"])
@@ -188,7 +176,7 @@ def test_one_kill_and_one_folder_that_vanishes(before, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_killed_at_several_writes_has_the_same_table(tmp_path) -> None:
-    (tmp_path / "small.yaml").write_text(RECIPE)
+    (tmp_path / "small.yaml").write_text(SMALL)
     sweep = ["sweep", tmp_path / "small.yaml", "--s2ap", "both", "--threads", 1, "--workers", 1]
     count = writes_of(tmp_path / "log", *sweep, "--run", tmp_path / "straight")
     killed = tmp_path / "killed"

@@ -11,22 +11,9 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.runtimes
+from benchmarks.runs.two_nodes import RECIPE
 
-RECIPE = """\
-name: small
-model: {arch: digits-conv}
-data: {name: digits}
-threat: {eps: 0.5}
-pretrain: {epochs: 1, batch_size: 64, objective: {loss: fast}}
-prune:
-  sparsity: 0.9
-  warmup_epochs: 0
-  search: {epochs: 1, objective: {loss: fast}}
-  finetune: {epochs: 1, objective: {loss: fast}}
-  diagnostics: {every: 0}
-certify: {n: 20}
-"""
+pytestmark = pytest.mark.runtimes
 
 
 @pytest.fixture

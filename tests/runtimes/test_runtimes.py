@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from s2ap_deploy import files
 from s2ap_deploy.errors import DeployError
 from s2ap_deploy.evaluation.certificate import Certificate
 from s2ap_deploy.onnx_export.export_report import ExportReport
 from s2ap_deploy.runtimes import convert, runtime
 from s2ap_deploy.runtimes.runtime import DeviceAnswers
+from s2ap_deploy.stages.export_device import open_artifact
 
 GATE = ("gate", "--min-robust", "0.0")
 
@@ -248,3 +250,10 @@ def test_a_core_ml_file_with_another_weight_is_noticed(exact) -> None:
         network[2].weight[1, 2] += 0.1
     with pytest.raises(RuntimeError, match=r"2\.weight"):
         _check(model, network, exact=exact)
+
+
+def test_a_report_of_another_program_above_a_file_is_not_read(finished_run, tmp_path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    file = Path(shutil.copy(finished_run / "export" / "model.onnx", tmp_path / "out"))
+    assert open_artifact(file).sha256 == files.sha256(file)
